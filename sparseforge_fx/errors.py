@@ -1,0 +1,5 @@
+"""The one exception that a user meets: a sentence that names the thing that is wrong and what to do about it."""
+
+
+class SparseForgeError(ValueError):
+    """Raised for bad input: models, data, files, options. The command line prints its text and exits with code 2."""
