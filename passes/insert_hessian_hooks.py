@@ -1,0 +1,41 @@
+"""Give every soft-masked linear a probe whose gradient is a curvature estimate (see kernels/soft_masked_linear.py)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch.export.graph_signature import InputKind
+
+from sparseforge_fx.kernels.soft_masked_linear import OP
+from sparseforge_fx.passes.base import PassResult
+from sparseforge_fx.program import Program
+
+
+def probe_name(fqn: str) -> str:
+    """Name of the probe that belongs to a weight."""
+    return f"{fqn}_probe"
+
+
+def insert_hessian_hooks(program: Program, estimator: Literal["gauss_newton", "activation"] = "gauss_newton") -> PassResult:
+    """Add one probe per masked weight: of its shape for ``gauss_newton``, of shape [in] for ``activation``.
+
+    The probe is a parameter of zeros that changes no value; autograd sums its "gradient" over a weight's users, over
+    micro-batches and over processes as it does any gradient's. It takes the memory of one element: an expanded zero.
+    """
+    names = {node: fqn for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
+    probes = {}
+    modified = 0
+    for node in program.graph.find_nodes(op="call_function", target=OP):
+        x, weight, mask, bias, probe, transposed = node.args
+        if probe is not None:
+            continue
+        if weight not in probes:
+            value = program.tensor(names[weight])
+            shape = value.shape if estimator == "gauss_newton" else value.shape[0 if transposed else 1 :][:1]
+            dtype = value.dtype if estimator == "gauss_newton" else torch.float32
+            zero = torch.zeros((), dtype=dtype, device=value.device).expand(shape)
+            probes[weight] = program.add_parameter(probe_name(names[weight]), zero)
+        node.args = (x, weight, mask, bias, probes[weight], transposed)
+        modified += 1
+    return PassResult(program, modified)

@@ -1,0 +1,82 @@
+"""``sparseforge::soft_masked_linear``: the operator that a linear becomes while its mask is being learned.
+
+One node to read in the graph. It is CompositeImplicitAutograd: under torch.compile it decomposes, so that the compiler
+fuses the mask multiply and may recompute it instead of saving it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+torch.library.define(
+    "sparseforge::soft_masked_linear",
+    "(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None, Tensor? probe=None, bool transposed=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _squared(t: Tensor) -> Tensor:
+    # squares of float16 gradients underflow; bfloat16 has float32's exponent
+    return (t.float() if t.dtype == torch.float16 else t).square()
+
+
+class _SoftMaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, mask, bias, probe, transposed):
+        ctx.save_for_backward(x, weight, mask)
+        ctx.transposed = transposed
+        ctx.probe_dim = None if probe is None else probe.dim()
+        masked = weight * mask
+        if not transposed:
+            return F.linear(x, masked, bias)
+        y = torch.matmul(x, masked)
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mask = ctx.saved_tensors
+        need_x, need_weight, _, need_bias, need_probe, _ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = grad_probe = None
+        masked = weight * mask  # recomputed: saving it would cost one more copy of every weight
+        if need_x:
+            grad_x = torch.matmul(grad, masked.t() if ctx.transposed else masked)
+        grad2, x2 = grad.flatten(0, -2), x.flatten(0, -2)
+        if need_weight:  # straight-through: not masked
+            grad_weight = x2.t() @ grad2 if ctx.transposed else grad2.t() @ x2
+        if need_bias:
+            grad_bias = grad2.sum(0)
+        if need_probe and ctx.probe_dim == 2:
+            gg, xx = _squared(grad2), _squared(x2)
+            grad_probe = (xx.t() @ gg if ctx.transposed else gg.t() @ xx).to(weight.dtype)
+        elif need_probe:
+            grad_probe = x2.float().square().sum(0)
+        return grad_x, grad_weight, None, grad_bias, grad_probe, None
+
+
+@torch.library.impl("sparseforge::soft_masked_linear", "CompositeImplicitAutograd")
+def soft_masked_linear(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, probe: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """y = x (weight * mask)^T + bias, with straight-through gradients and an optional curvature probe.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], or [in, out] if ``transposed`` (Hugging Face Conv1D).
+        mask: the weight's shape and dtype, values in [0, 1]; gets no gradient (masks are driven by scores).
+        bias: [out] or None.
+        probe: None, or a tensor of zeros that takes no part in the value and whose "gradient" is a curvature estimate:
+            of the weight's shape, the per-token Gauss-Newton factor (g^2)^T (x^2) summed over tokens, g the
+            gradient at this output; of shape [in], the sum over tokens of x^2.
+        transposed: the weight is stored [in, out].
+
+    Gradients: dL/dweight = g^T x, not masked (straight-through, arXiv 2605.06402 section 3); dL/dx goes through
+    weight * mask.
+    """
+    if x.dim() == 1:
+        return _SoftMaskedLinear.apply(x[None], weight, mask, bias, probe, transposed)[0]
+    return _SoftMaskedLinear.apply(x, weight, mask, bias, probe, transposed)
+
+
+OP = torch.ops.sparseforge.soft_masked_linear.default

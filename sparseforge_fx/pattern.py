@@ -1,0 +1,104 @@
+"""N:M pattern mathematics in plain torch: the reference that every pass, method and kernel is checked against.
+
+A tensor is cut into groups of M consecutive elements along its reduction dimension; an N:M tensor keeps at most N
+non-zeros in every group. 2:4 is the pattern that sparse tensor cores run.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseforge_fx.errors import SparseForgeError
+
+
+class Pattern(NamedTuple):
+    """Keep at most ``n`` of every ``m`` consecutive weights."""
+
+    n: int
+    m: int
+
+    @classmethod
+    def parse(cls, text: str | Pattern) -> Pattern:
+        """``"2:4"`` -> ``Pattern(2, 4)``. Raises SparseForgeError unless 0 < n < m."""
+        if isinstance(text, Pattern):
+            return text
+        head, colon, tail = str(text).partition(":")
+        if not (colon and head.strip().isdigit() and tail.strip().isdigit() and 0 < int(head) < int(tail)):
+            raise SparseForgeError(f"pattern {text!r} is not N:M with 0 < N < M; write for example '2:4'")
+        return cls(int(head), int(tail))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def density(self) -> float:
+        """Share of weights that survive: N / M."""
+        return self.n / self.m
+
+
+def to_groups(tensor: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
+    """View ``tensor`` as [..., groups, M] with ``dim`` moved last; inverse of :func:`from_groups`.
+
+    Raises SparseForgeError if the length of ``dim`` is not a multiple of M.
+    """
+    length = tensor.shape[dim]
+    if length % pattern.m:
+        raise SparseForgeError(f"dimension of length {length} cannot be cut into groups of {pattern.m}; pad it or skip it")
+    moved = tensor.movedim(dim, -1)
+    return moved.reshape(*moved.shape[:-1], length // pattern.m, pattern.m)
+
+
+def from_groups(groups: Tensor, dim: int = -1) -> Tensor:
+    """[..., groups, M] back to the layout that :func:`to_groups` was given."""
+    return groups.flatten(-2).movedim(-1, dim)
+
+
+def hard_mask(scores: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
+    """Boolean mask of the N largest scores in every group of M along ``dim``; the earlier element wins a tie.
+
+    Exactly N of M are kept whatever the scores are (NaN excepted: it is refused upstream), on every device the same.
+    """
+    grouped = to_groups(scores, pattern, dim)
+    if pattern.m <= 8:  # rank by comparison: a handful of elementwise ops, several times faster than a sort on CPU
+        lanes = grouped.unbind(-1)
+        kept = []
+        for i, lane in enumerate(lanes):
+            rank = torch.zeros_like(lane, dtype=torch.int8)
+            for j, other in enumerate(lanes):
+                if j != i:
+                    rank += (other >= lane) if j < i else (other > lane)
+            kept.append(rank < pattern.n)
+        mask = torch.stack(kept, -1)
+    else:
+        order = grouped.argsort(dim=-1, descending=True, stable=True)[..., : pattern.n]
+        mask = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, order, True)
+    return from_groups(mask, dim)
+
+
+def all_patterns(pattern: Pattern, device: torch.device | str = "cpu") -> Tensor:
+    """Every legal mask of one group, [C(M, N), M] float32, in lexicographic order (six rows for 2:4)."""
+    rows = list(combinations(range(pattern.m), pattern.n))
+    out = torch.zeros(len(rows), pattern.m, device=device)
+    for row, kept in enumerate(rows):
+        out[row, list(kept)] = 1.0
+    return out
+
+
+def check_pattern(weight: Tensor, pattern: Pattern, dim: int = -1) -> bool:
+    """True if every group of M along ``dim`` has at most N non-zeros."""
+    return bool(((to_groups(weight, pattern, dim) != 0).sum(-1) <= pattern.n).all())
+
+
+def density(weight: Tensor) -> float:
+    """Share of elements that are not zero."""
+    return torch.count_nonzero(weight).item() / max(1, weight.numel())
+
+
+def distance_from_binary(mask: Tensor) -> float:
+    """Mean of 2 * min(m, 1 - m): 0 for a hard mask, 1 where every entry is one half."""
+    m = mask.float()
+    return (2 * torch.minimum(m, 1 - m)).mean().item()
