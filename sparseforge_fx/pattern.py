@@ -24,11 +24,9 @@ class Pattern(NamedTuple):
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
         """``"2:4"`` -> ``Pattern(2, 4)``. Raises SparseForgeError unless 0 < n < m."""
-        if isinstance(text, Pattern):
-            return text
-        head, colon, tail = str(text).partition(":")
-        if not (colon and head.strip().isdigit() and tail.strip().isdigit() and 0 < int(head) < int(tail)):
-            raise SparseForgeError(f"pattern {text!r} is not N:M with 0 < N < M; write for example '2:4'")
+        head, _, tail = (part.strip() for part in str(text).partition(":"))
+        if not (head.isdecimal() and tail.isdecimal() and 0 < int(head) < int(tail)):
+            raise SparseForgeError(f"pattern '{text}' is not N:M with 0 < N < M; write for example '2:4'")
         return cls(int(head), int(tail))
 
     def __str__(self) -> str:
@@ -40,6 +38,9 @@ class Pattern(NamedTuple):
         return self.n / self.m
 
 
+TWO_FOUR = Pattern(2, 4)
+
+
 def to_groups(tensor: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
     """View ``tensor`` as [..., groups, M] with ``dim`` moved last; inverse of :func:`from_groups`.
 
@@ -47,7 +48,7 @@ def to_groups(tensor: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
     """
     length = tensor.shape[dim]
     if length % pattern.m:
-        raise SparseForgeError(f"dimension of length {length} cannot be cut into groups of {pattern.m}; pad it or skip it")
+        raise SparseForgeError(f"a dimension of {length} cannot be cut into groups of {pattern.m}: pad it or skip it")
     moved = tensor.movedim(dim, -1)
     return moved.reshape(*moved.shape[:-1], length // pattern.m, pattern.m)
 

@@ -27,12 +27,9 @@ class _SoftMaskedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, mask, bias, probe, transposed):
         ctx.save_for_backward(x, weight, mask)
         ctx.transposed = transposed
-        ctx.probe_dim = None if probe is None else probe.dim()
+        ctx.probe = None if probe is None else (probe.dim(), probe.dtype)
         masked = weight * mask
-        if not transposed:
-            return F.linear(x, masked, bias)
-        y = torch.matmul(x, masked)
-        return y if bias is None else y + bias
+        return F.linear(x, masked.t() if transposed else masked, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -47,17 +44,24 @@ class _SoftMaskedLinear(torch.autograd.Function):
             grad_weight = x2.t() @ grad2 if ctx.transposed else grad2.t() @ x2
         if need_bias:
             grad_bias = grad2.sum(0)
-        if need_probe and ctx.probe_dim == 2:
-            gg, xx = _squared(grad2), _squared(x2)
-            grad_probe = (xx.t() @ gg if ctx.transposed else gg.t() @ xx).to(weight.dtype)
-        elif need_probe:
-            grad_probe = x2.float().square().sum(0)
+        if need_probe:
+            dim, dtype = ctx.probe
+            if dim == 2:
+                gg, xx = _squared(grad2), _squared(x2)
+                grad_probe = (xx.t() @ gg if ctx.transposed else gg.t() @ xx).to(dtype)
+            else:
+                grad_probe = x2.to(dtype).square().sum(0)
         return grad_x, grad_weight, None, grad_bias, grad_probe, None
 
 
 @torch.library.impl("sparseforge::soft_masked_linear", "CompositeImplicitAutograd")
 def soft_masked_linear(
-    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, probe: Tensor | None = None, transposed: bool = False
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    probe: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """y = x (weight * mask)^T + bias, with straight-through gradients and an optional curvature probe.
 
@@ -68,12 +72,16 @@ def soft_masked_linear(
         bias: [out] or None.
         probe: None, or a tensor of zeros that takes no part in the value and whose "gradient" is a curvature estimate:
             of the weight's shape, the per-token Gauss-Newton factor (g^2)^T (x^2) summed over tokens, g the
-            gradient at this output; of shape [in], the sum over tokens of x^2.
+            gradient at this output; of shape [in], the sum over tokens of x^2. Either in the probe's dtype.
         transposed: the weight is stored [in, out].
 
     Gradients: dL/dweight = g^T x, not masked (straight-through, arXiv 2605.06402 section 3); dL/dx goes through
-    weight * mask.
+    weight * mask. Under autocast everything is computed in its dtype, as a linear is.
     """
+    if torch.is_autocast_enabled(x.device.type):  # its casts would not reach the backward of an autograd.Function
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, mask = x.to(dtype), weight.to(dtype), mask.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if x.dim() == 1:
         return _SoftMaskedLinear.apply(x[None], weight, mask, bias, probe, transposed)[0]
     return _SoftMaskedLinear.apply(x, weight, mask, bias, probe, transposed)

@@ -1,0 +1,96 @@
+"""Walk a graph node by node with all calibration batches in step, stopping at every weight that is to be pruned.
+
+Each node is computed once per batch, and each layer sees inputs that the already pruned layers before it produced. What is
+alive at one point of the graph is all the memory that it takes, whatever the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from sparseforge_fx.capture import as_call
+
+#: called at the first use of a weight, before the node runs, with its name and [in, in] X^T X / tokens; may write the weight
+Visit = Callable[[str, Tensor], None]
+
+
+@torch.no_grad()
+def layer_by_layer(
+    module: GraphModule, weights: Mapping[Node, tuple[str, int]], batches: Sequence, visit: Visit
+) -> None:
+    """Run ``batches`` through ``module`` in lock step and ``visit`` each weight with its inputs' second moments.
+
+    Args:
+        module: a flat GraphModule (``Program.module()``).
+        weights: node that multiplies by a weight -> (the weight's name, argument index of the node's input).
+            A weight with several nodes is visited at the first.
+        batches: the calibration inputs, each in any form that the model takes.
+    """
+    flat = [_flatten(module, batch) for batch in batches]
+    runs = [Interpreter(module, garbage_collect_values=False) for _ in batches]
+    feeds = [iter(inputs) for inputs in flat]
+    last = _last_uses(module)
+    seen: set[str] = set()
+    moments: dict[Node, Tensor] = {}
+    for run in runs:
+        run.env = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            break
+        if node in weights and weights[node][0] not in seen:
+            name, index = weights[node]
+            seen.add(name)
+            source = node.args[index]
+            if source not in moments:
+                moments[source] = _second_moment(run.env[source] for run in runs)
+            visit(name, moments[source])
+        for run, feed in zip(runs, feeds, strict=True):
+            run.env[node] = next(feed) if node.op == "placeholder" else run.run_node(node)
+        for dead in last.get(node, ()):
+            moments.pop(dead, None)
+            for run in runs:
+                run.env.pop(dead, None)
+
+
+def _second_moment(inputs) -> Tensor:
+    total, tokens = None, 0
+    for x in inputs:
+        x2 = x.reshape(-1, x.shape[-1]).float()
+        product = x2.t() @ x2
+        total = product if total is None else total.add_(product)
+        tokens += x2.shape[0]
+    assert total is not None
+    return total / max(1, tokens)
+
+
+def _flatten(module: GraphModule, batch) -> list:
+    args, kwargs = as_call(batch)
+    _, names = call_signature(module.graph._codegen.pytree_info.in_spec)  # type: ignore[attr-defined]
+    # the exported order of keyword inputs, not the caller's
+    return pytree.tree_leaves((args, {k: kwargs[k] for k in names} if kwargs else {}))
+
+
+def call_signature(in_spec: pytree.TreeSpec | None) -> tuple[int, list[str]]:
+    """How many positional inputs an exported program takes, and the names of its keyword inputs in their order."""
+    if in_spec is None:
+        return 0, []
+    positional, keyword = in_spec.children() if hasattr(in_spec, "children") else in_spec.children_specs
+    return positional.num_children, list(keyword.context or ())
+
+
+def _last_uses(module: GraphModule) -> dict[Node, list[Node]]:
+    last: dict[Node, list[Node]] = {}
+    seen: set[Node] = set()
+    for node in reversed(module.graph.nodes):
+        for used in node.all_input_nodes:
+            if used not in seen:
+                seen.add(used)
+                last.setdefault(node, []).append(used)
+        if node.op != "output" and not node.users:
+            last.setdefault(node, []).append(node)
+    return last

@@ -1,0 +1,37 @@
+"""Training state on disk: written beside the old one, then put in its place, so that a kill leaves a whole file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseforge_fx.errors import SparseForgeError
+
+VERSION = 1
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save({"version": VERSION, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what :func:`save_state` wrote; nothing in the file is executed. Raises SparseForgeError on any other file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise SparseForgeError(f"{path} is not a training state of sparseforge-fx ({type(error).__name__}); delete it to start anew") from error
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        found = state.get("version") if isinstance(state, dict) else None
+        raise SparseForgeError(f"{path} has version {found}, this release reads {VERSION}; delete it to start anew")
+    return state

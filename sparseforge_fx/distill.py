@@ -1,0 +1,104 @@
+"""Distillation from the dense teacher, with logits of a vocabulary never in memory three times."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+
+
+class Loss(NamedTuple):
+    """``total`` carries the gradient; ``task`` and ``kl`` are detached parts for the curves (nats per scored token)."""
+
+    total: Tensor
+    task: Tensor
+    kl: Tensor
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """w_task * CE + w_kl * KL over rows, its gradient made chunk by chunk in the forward (as fused linear losses do)."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, labels, w_task, w_kl, chunk):
+        rows = student.shape[0]
+        scored = (labels != IGNORE).sum().clamp(min=1)
+        grad = torch.empty_like(student)
+        task = torch.zeros((), dtype=torch.float32, device=student.device)
+        kl = torch.zeros_like(task)
+        for start in range(0, rows, chunk):
+            part = slice(start, start + chunk)
+            log_p = F.log_softmax(student[part].float(), -1)
+            p = log_p.exp()
+            delta = torch.zeros_like(p)
+            if w_kl and teacher is not None:
+                log_q = F.log_softmax(teacher[part].float(), -1)
+                q = log_q.exp()
+                kl += (q * (log_q - log_p)).sum()
+                delta.add_(p - q, alpha=w_kl / rows)
+            if w_task:
+                target = labels[part]
+                valid = target != IGNORE
+                index = target.clamp(min=0)[:, None]
+                task -= (log_p.gather(1, index)[:, 0] * valid).sum()
+                weight = (valid * (w_task / scored))[:, None].float()
+                delta.addcmul_(p, weight).scatter_add_(1, index, -weight)
+            grad[part] = delta.to(grad.dtype)
+        ctx.save_for_backward(grad)
+        task, kl = task / scored, kl / rows
+        ctx.mark_non_differentiable(task, kl)
+        return w_task * task + w_kl * kl, task, kl
+
+    @staticmethod
+    def backward(ctx, grad_total, *_):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total.to(grad.dtype), None, None, None, None, None
+
+
+def logits_loss(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, *, w_task: float = 1.0, w_kl: float = 1.0, chunk_bytes: int = 1 << 27
+) -> Loss:
+    """w_task * cross-entropy(student, labels) + w_kl * KL(teacher || student), forward KL at temperature 1.
+
+    Args:
+        student, teacher: logits [..., vocab] of the same shape; teacher may be None if ``w_kl`` is 0.
+        labels: [...] class ids; -100 is not scored by the cross-entropy (mean over scored rows). The KL is the mean over
+            all rows.
+        chunk_bytes: float32 bytes of logits that are worked on at a time (default 128 MiB).
+
+    One extra tensor of the logits' size and dtype is kept for the backward: their gradient. Source: arXiv 2605.06402 (1.0/1.0 in
+    the authors' release).
+    """
+    vocab = student.shape[-1]
+    chunk = max(1, chunk_bytes // (4 * vocab))
+    flat_teacher = None if teacher is None else teacher.reshape(-1, vocab)
+    return Loss(*_ChunkedLoss.apply(student.reshape(-1, vocab), flat_teacher, labels.reshape(-1), w_task, w_kl, chunk))
+
+
+def shifted_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Next-token labels [batch, sequence] for causal logits: the last position and padding are not scored."""
+    labels = torch.full_like(input_ids, IGNORE)
+    labels[:, :-1] = input_ids[:, 1:]
+    if attention_mask is not None:
+        labels[:, :-1].masked_fill_(attention_mask[:, 1:] == 0, IGNORE)
+    return labels
+
+
+def relative_error(student: Any, teacher: Any) -> Tensor:
+    """||student - teacher||^2 / ||teacher||^2, the loss for outputs that are not logits (SquareHead's normalisation)."""
+    return (student.float() - teacher.float()).square().mean() / teacher.float().square().mean().clamp(min=1e-12)
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor that a distillation compares: ``.logits``, else ``.last_hidden_state``, else the first tensor."""
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output
+    return next(v for v in values if isinstance(v, Tensor))

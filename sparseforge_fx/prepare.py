@@ -1,0 +1,291 @@
+"""``prepare`` and ``finalize``: a model whose forward is the soft-masked graph, for any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_fx import distill
+from sparseforge_fx.calibrate import call_signature
+from sparseforge_fx.capture import as_call, capture
+from sparseforge_fx.compile import compile_repeated_blocks
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.hessian import fold_on_backward, hutchinson_diagonal
+from sparseforge_fx.methods.base import MaskedWeight
+from sparseforge_fx.methods.layerwise import compensate
+from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig
+from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, insert_hessian_hooks, run_passes, train_passes
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.insert_hessian_hooks import probe_name
+from sparseforge_fx.passes.insert_soft_masks import mask_name
+from sparseforge_fx.pattern import Pattern, check_pattern
+from sparseforge_fx.program import Program
+
+
+class SparseModel(nn.Module):
+    """The soft-masked graph of a model, with its teacher and its method.
+
+    ``sparse(**batch)`` returns what the model returns; where the output holds logits it carries ``.loss``: in training the
+    task loss plus the distillation from the dense teacher, in eval mode the task loss. After ``optimizer.step()`` call
+    ``sparse.step()``; at the end :func:`finalize`. The parameters are the source model's own.
+    """
+
+    def __init__(
+        self, program: Program, sites: Sequence[LinearSite], config: SparseForgeConfig, *, w_task: float, w_kl: float, slorb_block: int | None = None
+    ):
+        super().__init__()
+        self.sites = list(sites)
+        self.dense = program
+        self.program, self.pass_records = run_passes(program, train_passes(sites, slorb_block=slorb_block))
+        self.config = config
+        self.w_task, self.w_kl = w_task, w_kl
+        self.causal = _is_causal_lm(program.source)
+        self.method = SparseForge(config, self._masked_weights())
+        self.steps_done = 0
+        self.last_loss: distill.Loss | None = None
+        self.graph = self.program.module()
+        # children that must not show in parameters(): probes would reach the user's optimizer, the teacher is frozen
+        self._hidden: dict[str, Any] = {"probe": None, "teacher": self._freeze_teacher() if w_kl else None}
+        self._runners: dict[str, Callable] = {"graph": self.graph}
+        self._hooks: list = []
+        self._compile: bool | dict = False
+        if config.score != "magnitude" and config.curvature in ("gauss_newton", "activation"):
+            self._insert_probes()
+
+    # -- construction ------------------------------------------------------------------------------------------------
+    def _masked_weights(self) -> list[MaskedWeight]:
+        tensor = self.program.tensor
+        return [MaskedWeight(s.fqn, tensor(s.fqn), tensor(mask_name(s.fqn)), s.reduction_dim) for s in eligible(self.sites)]
+
+    def _insert_probes(self) -> None:
+        estimator = self.config.curvature
+        probed, _ = run_passes(self.program, [lambda p: insert_hessian_hooks(p, estimator)])  # type: ignore[arg-type]
+        module = probed.module()
+        found = dict(module.named_parameters())
+        probes = {w.fqn: found[probe_name(w.fqn)] for w in self.method.weights}
+        self._hooks = fold_on_backward(probes, self.method.curvature)
+        self._hidden["probe"] = self._runners["probe"] = module
+
+    def _freeze_teacher(self) -> nn.Module:
+        """The dense program over clones of the parameters that require grad; everything else is shared."""
+        frozen = self.dense.copy()
+        clones: dict[int, Tensor] = {}
+        for fqn, value in list(frozen.state.items()):
+            if isinstance(value, nn.Parameter) and value.requires_grad:  # ties stay ties
+                clone = clones.setdefault(id(value), nn.Parameter(value.detach().clone(), requires_grad=False))
+                frozen.state[fqn] = clone
+        return frozen.module()
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Run the graph (and its probed twin, and the teacher) under torch.compile, one repeated block compiled once."""
+        del args
+        for name in ("graph", "probe", "teacher"):
+            module = self.graph if name == "graph" else self._hidden.get(name)
+            if module is not None:
+                self._runners[name] = compile_repeated_blocks(module, **options)
+
+    def train(self, mode: bool = True) -> SparseModel:
+        self.training = mode  # exported graphs refuse .train(): they are traced in eval mode
+        return self
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        for name in ("probe", "teacher"):
+            if self._hidden.get(name) is not None:
+                self._hidden[name]._apply(fn)
+        masks = dict(self.graph.named_buffers())
+        for w in self.method.weights:
+            w.mask = masks[mask_name(w.fqn)]
+            self.program.state[mask_name(w.fqn)] = w.mask
+            if self._hidden["probe"] is not None:
+                owner, _, leaf = mask_name(w.fqn).rpartition(".")
+                self._hidden["probe"].get_submodule(owner)._buffers[leaf] = w.mask
+        return self
+
+    # -- training ----------------------------------------------------------------------------------------------------
+    def calibrate(self, batches: Sequence[Any]) -> dict[str, float]:
+        """Set weights and masks to the layer-wise OBS solution on ``batches`` (what ``start="obs"`` starts from)."""
+        inputs = [self._split(batch)[:2] for batch in batches]
+        merged = [args if args else kwargs for args, kwargs in inputs]
+        return compensate(self.program, self.method.weights, merged, self.config.pattern)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        batch = kwargs if kwargs else args
+        call_args, call_kwargs, labels = self._split(batch)
+        learning = self.training and torch.is_grad_enabled()
+        probing = learning and self._hidden["probe"] is not None and self.method.wants_curvature(self.steps_done)
+        output = self._runners["probe" if probing else "graph"](*call_args, **call_kwargs)
+        self._batch = (call_args, call_kwargs, labels)
+        self.last_loss = self.loss(output, call_args, call_kwargs, labels, teach=learning)
+        if self.last_loss is not None and hasattr(output, "logits"):
+            output["loss"] = self.last_loss.total
+        return output
+
+    def loss(self, output: Any, args: tuple, kwargs: dict, labels: Tensor | None, *, teach: bool) -> distill.Loss | None:
+        """The loss of one output: w_task * cross-entropy where there are labels + w_kl * distance from the teacher.
+
+        Logits: KL(teacher || student). Any other output: squared error relative to the teacher's. None if neither
+        labels nor a teacher say anything about this output.
+        """
+        student = distill.main_output(output)
+        teacher = None
+        if teach and self.w_kl and self._hidden["teacher"] is not None:
+            with torch.no_grad():
+                run = self._runners.get("teacher", self._hidden["teacher"])
+                teacher = distill.main_output(run(*args, **kwargs)).detach()
+        if hasattr(output, "logits"):
+            if labels is None and teacher is None:
+                return None
+            rows = student.shape[:-1]
+            fitting = labels is not None and labels.shape == rows and not labels.is_floating_point()
+            w_task = self.w_task if fitting else 0.0
+            target = labels if fitting else torch.full(rows, distill.IGNORE, device=student.device)
+            assert target is not None
+            return distill.logits_loss(
+                student, teacher, target, w_task=w_task if teach else 1.0, w_kl=self.w_kl if teacher is not None else 0.0
+            )
+        if teacher is None:
+            return None
+        error = distill.relative_error(student, teacher)
+        return distill.Loss(self.w_kl * error, torch.zeros_like(error.detach()), error.detach())
+
+    def step(self) -> None:
+        """Bring the masks to the next step; call it after ``optimizer.step()`` and before ``zero_grad()``."""
+        if self.method.wants_curvature(self.steps_done):
+            if self.config.curvature == "squared_gradient":
+                for w in self.method.weights:
+                    if w.weight.grad is not None:
+                        self.method.curvature.fold(w.fqn, w.weight.grad.float().square().to(w.weight.dtype))
+            elif self.config.curvature == "hutchinson":
+                self._hutchinson()
+        self.method.after_step(self.steps_done)
+        self.steps_done += 1
+
+    def _hutchinson(self) -> None:
+        """Curvature of the loss at the effective weights W * e, through the dense graph: its ops differentiate twice."""
+        args, kwargs, labels = self._batch
+        weights = {w.fqn: (w.weight.detach() * w.mask).requires_grad_() for w in self.method.weights}
+        module = self.dense.module()
+        generator = torch.Generator(device=next(iter(weights.values())).device).manual_seed(self.steps_done)
+
+        def loss() -> Tensor:
+            output = torch.func.functional_call(module, weights, args, kwargs, tie_weights=True)
+            logits = distill.main_output(output).float()
+            if hasattr(output, "logits") and labels is not None and labels.shape == logits.shape[:-1]:
+                return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=distill.IGNORE)
+            result = self.loss(output, args, kwargs, labels, teach=True)
+            assert result is not None
+            return result.total
+
+        for fqn, estimate in hutchinson_diagonal(loss, weights, generator=generator).items():
+            self.method.curvature.fold(fqn, estimate.to(self.program.tensor(fqn).dtype))
+
+    def _split(self, batch: Any) -> tuple[tuple, dict[str, Any], Tensor | None]:
+        """The captured graph's inputs out of a batch, and the labels."""
+        args, kwargs = as_call(batch)
+        if args and isinstance(args[0], Mapping):
+            args, kwargs = (), dict(args[0])
+        labels = kwargs.pop("labels", None)
+        count, wanted = call_signature(self.dense.exported.call_spec.in_spec)
+        if kwargs:
+            missing = [n for n in wanted if n not in kwargs]
+            if missing and not args:
+                raise SparseForgeError(f"the batch lacks {', '.join(missing)}, which the model was captured with")
+            mask = kwargs.get("attention_mask")
+            if "attention_mask" not in wanted and mask is not None and bool((mask == 0).any()):
+                raise SparseForgeError("the batch is padded but the model was captured without attention_mask: put one into example_inputs")
+            ids = kwargs.get("input_ids")
+            if labels is None and self.causal and isinstance(ids, Tensor):
+                labels = distill.shifted_labels(ids, mask)
+            elif labels is not None and self.causal and isinstance(labels, Tensor):
+                labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], distill.IGNORE)], 1)
+            kwargs = {n: kwargs[n] for n in wanted if n in kwargs}
+        else:
+            if self.causal and args and labels is None and wanted:
+                return self._split({wanted[0]: args[0]})
+            args = args[: max(1, count)]
+        return args, kwargs, labels
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Any = None,
+    config: SparseForgeConfig | None = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    calibration: Sequence[Any] | None = None,
+    w_task: float = 1.0,
+    w_kl: float = 1.0,
+    slorb_block: int | None = None,
+    compile: bool = False,
+) -> SparseModel:
+    """Capture ``model`` and give it soft masks, curvature probes and a dense teacher, for a loop of one's own.
+
+    Args:
+        example_inputs: as for :func:`sparseforge_fx.capture.capture`; ``labels`` in it are left to the loss.
+        config: what :func:`paper_preset` or :func:`tuned_preset` made; holds the number of steps.
+        include, exclude: globs over weight or module names.
+        calibration: batches for a config with ``start="obs"``.
+        w_task, w_kl: weights of cross-entropy and KL(teacher || student).
+        slorb_block: width of SLoRB's blocks; None for no low-rank branch.
+
+    Raises SparseForgeError if nothing is eligible (with the reasons), or if weights are not finite.
+    """
+    if config is None:
+        raise SparseForgeError("prepare needs a config that knows the run's length: pass paper_preset(steps) or tuned_preset(steps)")
+    if isinstance(example_inputs, Mapping):
+        example_inputs = {k: v for k, v in example_inputs.items() if k != "labels"}
+    program = capture(model, example_inputs)
+    sites = find_linears(program, config.pattern, include, exclude)
+    check_sites(program, sites)
+    if config.start == "obs" and calibration is None:
+        raise SparseForgeError("this preset starts from a layer-wise solution: pass calibration=[batches], or use paper_preset")
+    sparse = SparseModel(program, sites, config, w_task=w_task, w_kl=w_kl, slorb_block=slorb_block)
+    if calibration is not None and config.start == "obs":
+        sparse.calibrate(calibration)
+    if compile:
+        sparse.compile()
+    return sparse
+
+
+def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
+    """Raise a SparseForgeError if there is nothing to prune, or a weight that cannot be ranked."""
+    if not eligible(sites):
+        reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
+        raise SparseForgeError(f"nothing to prune: {reasons}")
+    for site in eligible(sites):
+        value = program.tensor(site.fqn)
+        if value.is_meta:
+            raise SparseForgeError(f"{site.fqn} is on the meta device: load the model's weights first")
+        if not torch.isfinite(value).all():
+            raise SparseForgeError(f"{site.fqn} holds NaN or infinite values: repair the checkpoint first")
+
+
+def finalize(sparse: SparseModel) -> nn.Module:
+    """Fix the masks, fold them into the weights (exact N:M, in place) and return the source model object."""
+    sparse.method.fix()
+    hardened, records = run_passes(sparse.program, [lambda p: harden_masks(p, sparse.config.pattern)])
+    sparse.pass_records += records
+    for hook in sparse._hooks:
+        hook.remove()
+    sparse._hidden.update(probe=None, teacher=None)
+    sparse.program = hardened
+    for site in eligible(sparse.sites):
+        if not check_pattern(hardened.tensor(site.fqn), sparse.config.pattern, site.reduction_dim):
+            raise AssertionError(f"{site.fqn} is not {sparse.config.pattern} after hardening")
+    source = sparse.dense.source
+    assert source is not None
+    return source
+
+
+def _is_causal_lm(model: nn.Module | None) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(can_generate is not None and can_generate() and not encoder_decoder)
+
+
+__all__ = ["Pattern", "SparseModel", "finalize", "prepare"]

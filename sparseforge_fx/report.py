@@ -1,0 +1,106 @@
+"""What a run leaves behind: report.json and a picture of the curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseforge_fx.passes import LinearSite
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit: what a number needs beside it."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "numpy", "triton")
+    versions = {"python": platform.python_version()}
+    for name in ("sparseforge-fx", *packages):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {"versions": versions, "device": device, "threads": torch.get_num_threads(), "commit": _commit()}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file runs from (``+`` appended if it has changes); None when installed."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")) or None
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory so far: of the CUDA device if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe_sites(sites: Sequence[LinearSite]) -> dict[str, Any]:
+    """Sites, and what was skipped with the reason."""
+    chosen = [s for s in sites if s.reason is None]
+    return {
+        "sites": [
+            {"name": s.fqn, "out": s.out_features, "in": s.in_features, "transposed": s.transposed, "ties": list(s.ties), "uses": len(s.uses)}
+            for s in chosen
+        ],
+        "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in sites if s.reason is not None],
+        "site_parameters": sum(s.numel for s in chosen),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
+    os.replace(partial, path)
+
+
+def plot_curves(curves: Sequence[dict[str, float]], path: Path) -> None:
+    """Loss and KL; temperature, lambda and mask distance from binary; flip rate and density; against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [row["step"] for row in curves]
+    panels = (
+        (("loss", "task", "kl"), "nats per token"),
+        (("temperature", "lambda", "mask_distance_from_binary"), ""),
+        (("density", "flip_rate"), "share of weights"),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), constrained_layout=True)
+    for axis, (names, label) in zip(axes, panels, strict=True):
+        for name in names:
+            if name in curves[0]:
+                axis.plot(steps, [row[name] for row in curves], label=name.replace("_", " "))
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,50 @@
+"""Every schedule of the annealing, as pure functions of progress (0 at the first step, 1 at the end of the run)."""
+
+from __future__ import annotations
+
+import math
+
+
+def ramp(progress: float, start: float, end: float) -> float:
+    """0 until ``start``, 1 from ``end`` on, linear between (a jump at ``start`` if they coincide)."""
+    if progress >= end:
+        return 1.0
+    if progress <= start:
+        return 0.0
+    return (progress - start) / (end - start)
+
+
+def softness(progress: float, heat_end: float, quench_end: float) -> float:
+    """lambda of arXiv 2605.06402: 1 while heating, linear to 0 over the quench, 0 after it."""
+    return 1.0 - ramp(progress, heat_end, quench_end)
+
+
+def target_sparsity(progress: float, warmup_end: float, final: float) -> float:
+    """Share of weights below the gate's threshold: linear warm-up from 0 to ``final``."""
+    return final * ramp(progress, 0.0, warmup_end)
+
+
+def temperature(progress: float, start: float, floor: float, half_life: float) -> float:
+    """T = max(floor, start * 2^(-progress / half_life)): the paper's T_0 * gamma^k with k proportional to progress."""
+    return max(floor, start * 2.0 ** (-progress / half_life))
+
+
+def structure_strength(progress: float, start: float, end: float, final: float) -> float:
+    """eta of the structural hardening: 0 until ``start``, linear to ``final`` at ``end``."""
+    return final * ramp(progress, start, end)
+
+
+def learning_rate(progress: float, warmup: float, floor: float) -> float:
+    """Factor on the peak rate: linear warm-up over ``warmup`` (a share of the run), then a cosine down to ``floor``."""
+    if progress < warmup:
+        return progress / warmup
+    rest = (progress - warmup) / max(1e-12, 1.0 - warmup)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, rest)))
+
+
+def rescale_decay(decay: float, updates: int, reference_updates: int) -> float:
+    """The per-update decay that forgets as much over ``updates`` as ``decay`` does over ``reference_updates``.
+
+    The authors' constants are per mask update of a 20,000-step run; a short run must travel the same way in fewer updates.
+    """
+    return decay ** (reference_updates / max(1, updates))

@@ -1,0 +1,221 @@
+"""``sparsify``: the whole job in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sparseforge_fx.capture import capture
+from sparseforge_fx.data import as_batches
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.methods.base import MaskedWeight
+from sparseforge_fx.methods.layerwise import compensate
+from sparseforge_fx.methods.one_shot import magnitude
+from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
+from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.insert_soft_masks import mask_name
+from sparseforge_fx.pattern import Pattern, check_pattern, density
+from sparseforge_fx.prepare import SparseModel, check_sites, finalize
+from sparseforge_fx.program import Program
+from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
+from sparseforge_fx.train import train
+
+METHODS = ("magnitude", "sparsegpt", "sparseforge")
+PRESETS: dict[str, Callable[..., SparseForgeConfig]] = {"tuned": tuned_preset, "paper": paper_preset}
+
+
+@dataclass
+class SparsifyResult:
+    """``model`` is the object that went in, its weights now exactly N:M; ``report`` is plain data for report.json."""
+
+    model: nn.Module
+    report: dict[str, Any] = field(repr=False)
+
+
+def sparsify(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    method: str | None = None,
+    preset: str = "tuned",
+    pattern: str | Pattern = "2:4",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    tokenizer: Any = None,
+    steps: int | None = None,
+    tokens: int | None = None,
+    batch_size: int = 4,
+    length: int = 512,
+    accumulate: int = 1,
+    lr: float = 5e-4,
+    w_task: float | None = None,
+    w_kl: float = 1.0,
+    slorb_block: int | None = None,
+    calibration: int = 64,
+    example_inputs: Any = None,
+    seed: int = 0,
+    compile: bool | str = "auto",
+    resume_from: str | Path | None = None,
+    accelerator: Accelerator | None = None,
+    show_progress: bool = True,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    **changes: Any,
+) -> SparsifyResult:
+    """Make ``model`` exactly N:M sparse, in place, and keep its accuracy by distilling the dense model into it.
+
+    Args:
+        model: any nn.Module that torch.export takes.
+        data: training data: a hub id, a text / jsonl / parquet file, a folder of them, a list of strings (these need a
+            ``tokenizer``), token ids [n] or [n, length], a DataLoader, or any list of batches. None: the weights alone
+            decide (``magnitude``). ``"self"``: text drawn from the language model itself.
+        method: ``sparseforge`` (the default with data), ``sparsegpt`` (layer-wise, no training) or ``magnitude``.
+        preset: of sparseforge: ``tuned`` (ours) or ``paper`` (arXiv 2605.06402's constants); ``changes`` replace single
+            fields of its SparseForgeConfig.
+        pattern: N:M. include, exclude: globs over weight or module names.
+        steps, tokens: length of the run; one of them (default: 60 steps). ``batch_size`` sequences of ``length`` tokens per step,
+            times ``accumulate``.
+        lr: peak learning rate. 5e-4 was best for SmolLM2-135M in runs of 60 steps; the authors take 1e-4 for 7B and 20,000 steps.
+        w_task, w_kl: weights of cross-entropy (default: 0.3 for ``tuned``, 1.0 for ``paper``) and of KL(teacher || student).
+        slorb_block: width of the blocks of a SLoRB branch; None for none.
+        calibration: sequences (of the training data) that the layer-wise start or ``sparsegpt`` sees.
+        example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
+        compile: True, False or "auto".
+        resume_from: file of the training state: written during the run, read if it exists, removed by nobody.
+
+    Returns SparsifyResult. Raises SparseForgeError, with the model as it was, on anything that is wrong before training starts.
+    """
+    began = time.monotonic()
+    chosen = method or ("magnitude" if data is None else "sparseforge")
+    if chosen not in METHODS:
+        raise SparseForgeError(f"unknown method {chosen!r}; choose one of {', '.join(METHODS)}")
+    if preset not in PRESETS:
+        raise SparseForgeError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    if chosen != "magnitude" and data is None:
+        raise SparseForgeError(f"method {chosen} needs data: pass text, tokens or batches, or data='self' for a language model")
+    shape = Pattern.parse(pattern)
+    torch.manual_seed(seed)
+    batches = None
+    if chosen != "magnitude":
+        if isinstance(data, str) and data == "self":
+            wanted = tokens or (steps or 60) * batch_size * length
+            data = draw_text(model, wanted, length=length, seed=seed)
+        batches = as_batches(data, tokenizer, batch_size=batch_size, length=length, seed=seed)
+        if example_inputs is None and not hasattr(model, "config"):
+            example_inputs = _without_labels(batches.batch(0))
+    program = capture(model, example_inputs)
+    sites = find_linears(program, shape, include, exclude)
+    check_sites(program, sites)
+    report: dict[str, Any] = {
+        "method": chosen,
+        "pattern": str(shape),
+        "seed": seed,
+        "capture_notes": list(program.notes),
+        **describe_sites(sites),
+        **environment(),
+    }
+    if chosen == "sparseforge":
+        assert batches is not None
+        per_step = batch_size * length * accumulate
+        count = steps or (max(1, tokens // per_step) if tokens else 60)
+        config = PRESETS[preset](count, shape, **changes)
+        task = (0.3 if preset == "tuned" else 1.0) if w_task is None else w_task
+        calibrated = [batches.batch(i) for i in range(-(-calibration // batch_size))] if config.start == "obs" else None
+        report |= {"preset": preset, "config": config.describe(), "lr": lr, "w_task": task, "w_kl": w_kl, "slorb_block": slorb_block}
+        report |= {"batch_size": batch_size, "length": length, "accumulate": accumulate}
+        report["curves"] = _anneal(
+            program, sites, config, batches, calibrated, w_task=task, w_kl=w_kl, slorb_block=slorb_block, lr=lr, accumulate=accumulate,
+            state_path=Path(resume_from) if resume_from else None, compile=compile, accelerator=accelerator,
+            show_progress=show_progress, on_step=on_step, report=report,
+        )  # fmt: skip
+        report["tokens"] = report["curves"][-1]["tokens"] if report["curves"] else 0
+    else:
+        if changes:
+            raise SparseForgeError(f"method {chosen} has no option {', '.join(sorted(changes))}")
+        one_shot = None if batches is None else [batches.batch(i) for i in range(-(-calibration // batch_size))]
+        report["calibration_sequences"] = 0 if one_shot is None else len(one_shot) * batch_size
+        report["raised_damping"] = _prune_once(program, sites, shape, one_shot)
+    report["density"] = {s.fqn: density(program.tensor(s.fqn)) for s in eligible(sites)}
+    report["seconds"] = time.monotonic() - began
+    report["peak_memory_bytes"] = peak_memory_bytes()
+    return SparsifyResult(model, report)
+
+
+def _anneal(
+    program: Program, sites: list[LinearSite], config: SparseForgeConfig, batches, calibrated, *, report: dict, w_task: float, w_kl: float,
+    slorb_block: int | None, state_path: Path | None, **options: Any,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train the sites and every vector parameter (norms, biases); matrices that are not sites keep their values."""
+    assert program.source is not None
+    site_ids = {id(program.tensor(s.fqn)) for s in eligible(sites)}
+    wanted = {id(p): p.requires_grad for p in program.source.parameters()}
+    try:
+        for p in program.source.parameters():
+            p.requires_grad_(p.is_floating_point() and (id(p) in site_ids or p.dim() < 2))
+        sparse = SparseModel(program, sites, config, w_task=w_task, w_kl=w_kl, slorb_block=slorb_block)
+        if calibrated is not None and not (state_path and state_path.exists()):
+            clock = time.monotonic()
+            report["raised_damping"] = sparse.calibrate(calibrated)
+            report["calibration_sequences"] = sum(_rows(b) for b in calibrated)
+            report["calibration_seconds"] = time.monotonic() - clock
+        report["passes"] = [r._asdict() for r in sparse.pass_records]
+        trained = [p for p in sparse.parameters() if p.requires_grad]
+        curves = train(sparse, batches, trained, state_path=state_path, **options)
+        finalize(sparse)
+    finally:
+        for p in program.source.parameters():
+            p.requires_grad_(wanted[id(p)])
+            p.grad = None
+    return curves
+
+
+@torch.no_grad()
+def _prune_once(program: Program, sites: list[LinearSite], pattern: Pattern, batches: list | None) -> dict[str, float]:
+    masked, _ = run_passes(program, train_passes(sites))
+    weights = [MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim) for s in eligible(sites)]
+    raised: dict[str, float] = {}
+    if batches is None:
+        magnitude(weights, pattern)
+    else:
+        raised = compensate(masked, weights, [_without_labels(b) for b in batches], pattern)
+    run_passes(masked, [lambda p: harden_masks(p, pattern)])
+    assert all(check_pattern(w.weight, pattern, w.dim) for w in weights)
+    return raised
+
+
+@torch.no_grad()
+def draw_text(model: nn.Module, tokens: int, *, length: int, seed: int = 0, batch: int = 16) -> Tensor:
+    """Token ids [n, length] sampled from a language model at temperature 1, from its own start token (data-free distillation)."""
+    config = getattr(model, "generation_config", None)
+    if config is None or not hasattr(model, "generate"):
+        raise SparseForgeError(f"{type(model).__name__} cannot generate text: pass data")
+    start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    if isinstance(start, list):
+        start = start[0]
+    device = next(model.parameters()).device
+    torch.manual_seed(seed)
+    rows = []
+    for _ in range(-(-tokens // (batch * length))):
+        first = torch.full((batch, 1), start or 0, device=device)
+        text = model.generate(  # type: ignore[operator]
+            first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length, max_new_tokens=length,
+            pad_token_id=start or 0,
+        )  # fmt: skip
+        rows.append(text[:, 1:])
+    return torch.cat(rows)
+
+
+def _without_labels(batch: Any) -> Any:
+    return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else batch
+
+
+def _rows(batch: Any) -> int:
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else [batch]
+    return next(iter(values)).shape[0]

@@ -1,0 +1,222 @@
+"""The training loop: one file, one function to read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from sparseforge_fx import schedule
+from sparseforge_fx.checkpoint import load_state, save_state
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.prepare import SparseModel
+
+
+class Batches(Protocol):
+    """Data as the loop wants it: the batch of any step, the same every time."""
+
+    def batch(self, step: int) -> Any: ...
+
+
+class MasterWeights:
+    """float32 copies of half-precision parameters for the optimizer: an update of 1e-4 vanishes in a bfloat16 weight."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters = list(parameters)
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            if master is not p:
+                master.grad = None if p.grad is None else p.grad.float()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            if master is not p:
+                p.copy_(master)
+
+    @torch.no_grad()
+    def reread(self) -> None:
+        """The parameters were written by someone else."""
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            if master is not p:
+                master.copy_(p)
+
+
+def train(
+    sparse: SparseModel,
+    data: Batches,
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    warmup: float = 0.05,
+    lr_floor: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    accumulate: int = 1,
+    state_path: Path | None = None,
+    save_seconds: float = 600.0,
+    accelerator: Accelerator | None = None,
+    compile: bool | str = "auto",
+    show_progress: bool = True,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Run the method's steps with AdamW and return the curves, one dict per step.
+
+    Args:
+        parameters: what trains; half-precision ones get float32 masters.
+        lr: peak rate; linear warm-up over the share ``warmup`` of the run, cosine to ``lr_floor`` of the peak.
+        clip: largest gradient norm over all parameters; 0 for none.
+        accumulate: micro-batches per step.
+        state_path: the state is saved there every ``save_seconds`` and read from there if it exists: a killed run continues to
+            the same bits on a CPU.
+        compile: True, False, or "auto": where the run is long enough to win back what compiling costs.
+
+    Raises SparseForgeError at the first loss or gradient that is not finite; the last saved state is then untouched.
+    """
+    accelerator = accelerator or Accelerator()
+    master = MasterWeights(parameters)
+    optimizer = torch.optim.AdamW(master.masters, lr=lr, betas=betas, weight_decay=weight_decay)
+    curves: list[dict[str, float]] = []
+    start, steps = 0, sparse.method.steps
+    if state_path is not None and state_path.exists():
+        start, curves = _restore(sparse, master, optimizer, load_state(state_path))
+    sparse.train()
+    saved = time.monotonic()
+    if compile is True:
+        sparse.compile()
+    with _progress(show_progress and accelerator.is_main_process) as bar:
+        task = bar.add_task("sparsify", total=steps, completed=start, rate="", loss="")
+        for step in range(start, steps):
+            began = time.monotonic()
+            factor = schedule.learning_rate((step + 1) / (steps + 1), warmup, lr_floor)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+            parts, tokens = [], 0
+            for micro in range(accumulate):
+                index = (step * accumulate + micro) * accelerator.num_processes + accelerator.process_index
+                batch = _to(data.batch(index), accelerator.device if accelerator.num_processes > 1 else _device(master.parameters))
+                loss = _loss(sparse, batch)
+                if not torch.isfinite(loss.total):
+                    raise SparseForgeError(f"the loss is {loss.total.item()} at step {step}: lower the learning rate ({lr:g}) or check the data")
+                (loss.total / accumulate).backward()
+                parts.append(loss)
+                tokens += _count(batch)
+            if accelerator.num_processes > 1:
+                for p in master.parameters:
+                    if p.grad is not None:
+                        p.grad = accelerator.reduce(p.grad, reduction="mean")  # type: ignore[assignment]
+            master.take_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(master.masters, clip if clip else float("inf"))
+            if not torch.isfinite(norm):
+                raise SparseForgeError(f"the gradient is not finite at step {step}: lower the learning rate ({lr:g}) or check the data")
+            optimizer.step()
+            master.write_back()
+            decayed = sparse.config.masked_decay and not sparse.method.fixed
+            sparse.step()
+            if decayed:
+                master.reread()
+            optimizer.zero_grad()
+            for p in master.parameters:
+                p.grad = None
+            seconds = time.monotonic() - began
+            row = {
+                "step": step + 1,
+                "tokens": (step + 1) * tokens * accelerator.num_processes,
+                "loss": sum(p.total.item() for p in parts) / accumulate,
+                "task": sum(p.task.item() for p in parts) / accumulate,
+                "kl": sum(p.kl.item() for p in parts) / accumulate,
+                "lr": lr * factor,
+                "grad_norm": float(norm),
+                "seconds": seconds,
+                **sparse.method.metrics(),
+            }
+            curves.append(row)
+            bar.update(task, advance=1, rate=f"{tokens / seconds:,.0f} tokens/s", loss=f"loss {row['loss']:.3f}")
+            if on_step is not None:
+                on_step(step, row)
+            if compile == "auto" and step == start + 1 and worth_compiling(seconds, steps - step - 1):
+                sparse.compile()
+            if state_path is not None and accelerator.is_main_process and time.monotonic() - saved > save_seconds:
+                save_state(state_path, _state(sparse, master, optimizer, step + 1, curves))
+                saved = time.monotonic()
+    return curves
+
+
+#: seen on two CPU cores in bf16: compiling saves a sixth of a step, and costs about this many seconds with one block compiled once
+COMPILE_SAVES, COMPILE_SECONDS = 1 / 6, 60.0
+
+
+def worth_compiling(step_seconds: float, steps_left: int) -> bool:
+    """Will compiling save more time over the rest of the run than it takes?"""
+    return step_seconds * steps_left * COMPILE_SAVES > 2 * COMPILE_SECONDS
+
+
+def _loss(sparse: SparseModel, batch: Any):
+    sparse(**batch) if isinstance(batch, dict) else sparse(*(batch if isinstance(batch, tuple | list) else (batch,)))
+    loss = sparse.last_loss
+    if loss is None:
+        raise SparseForgeError("there is nothing to learn from: no labels, no logits and w_kl = 0")
+    return loss
+
+
+def _state(sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, step: int, curves: list) -> dict[str, Any]:
+    return {
+        "step": step,
+        "masters": [m.detach() for m in master.masters],
+        "masks": {w.fqn: w.mask for w in sparse.method.weights},
+        "optimizer": optimizer.state_dict(),
+        "method": sparse.method.state(),
+        "curves": curves,
+    }
+
+
+@torch.no_grad()
+def _restore(sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> tuple[int, list]:
+    masks = {w.fqn: w for w in sparse.method.weights}
+    shapes_fit = [m.shape for m in state["masters"]] == [m.shape for m in master.masters]
+    if not shapes_fit or set(masks) != set(state["masks"]):
+        raise SparseForgeError("the saved training state belongs to another model or another set of sites; delete it to start anew")
+    for mine, saved in zip(master.masters, state["masters"], strict=True):
+        mine.copy_(saved)
+    master.write_back()
+    for fqn, saved in state["masks"].items():
+        masks[fqn].mask.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    sparse.method.load_state(state["method"])
+    sparse.steps_done = state["step"]
+    return state["step"], list(state["curves"])
+
+
+def _progress(show: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    more = (TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    return Progress(*columns, *more, disable=not show, transient=False)
+
+
+def _device(parameters: list[nn.Parameter]) -> torch.device:
+    return parameters[0].device
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {k: _to(v, device) for k, v in batch.items()}
+    return type(batch)(_to(v, device) for v in batch) if isinstance(batch, tuple | list) else batch
+
+
+def _count(batch: Any) -> int:
+    """Tokens of a batch of ids, else its samples."""
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else [batch]
+    first = next(v for v in values if isinstance(v, Tensor))
+    return first.numel() if not first.is_floating_point() and first.dim() == 2 else first.shape[0]
