@@ -1,7 +1,7 @@
 """Graph edits, and nothing else. Each pass is one file with one function ``(program, ...) -> PassResult``.
 
-The order of the training passes, with the reason for each one's place, is the list below; the lowering passes will stand
-beside it in a list of their own.
+The order of the training passes, with the reason for each one's place, is the list below; the lowering passes will
+stand beside it in a list of their own.
 """
 
 from __future__ import annotations

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from sparseforge_fx.pattern import Pattern
+from sparseforge_fx.pattern import TWO_FOUR, Pattern
 from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
@@ -27,12 +28,16 @@ LINEAR_OPS = {
 #: operators that hand a weight on with its two dimensions swapped, or as it is
 SWAPS = {aten.t.default, aten.numpy_T.default, aten.mT.default}
 SAME = {aten.alias.default, aten.detach.default}
-#: between the last linear and the program's output: shapes, casts and elementwise functions of one tensor
-TAIL_OPS = {
-    "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "slice", "select", "squeeze", "unsqueeze", "flatten",
-    "_to_copy", "to", "contiguous", "clone", "alias", "detach", "div", "mul", "tanh", "sigmoid", "softmax", "_softmax",
-    "log_softmax", "float", "index", "split", "split_with_sizes", "chunk", "add_scalar", "type_as", "neg", "expand",
+#: operators, by name, that move, copy or cast their first argument and compute nothing
+MOVES = {
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "numpy_T", "mT", "slice",
+    "select", "index", "squeeze", "unsqueeze", "expand", "split", "split_with_sizes", "chunk", "unbind", "getitem",
+    "to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach",
 }  # fmt: skip
+#: elementwise functions that may follow the last linear or a router's linear, with one computed operand
+TAIL_OPS = {"add", "sub", "mul", "div", "neg", "tanh", "sigmoid", "softmax", "_softmax", "log_softmax"}
+#: operators that choose by the largest entry: mixtures of experts route tokens with them
+SELECTORS = {"topk", "argmax"}
 
 
 @dataclass
@@ -82,66 +87,62 @@ class LinearSite:
 
 def find_linears(
     program: Program,
-    pattern: Pattern = Pattern(2, 4),
+    pattern: Pattern = TWO_FOUR,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> list[LinearSite]:
-    """Every weight that a linear reads, in graph order: sites (``reason is None``) and skipped ones.
+    """Every matrix of the program, in graph order: sites (``reason is None``), and the others with their reason.
 
     Args:
         pattern: groups of M must divide the reduction dimension.
-        include: globs over weight or module names; given, only these are sites, and they may name the output layer.
+        include: globs over weight or module names; given, only these are sites, and they may name what is left dense
+            by default.
         exclude: globs over weight or module names that stay dense; wins over ``include``.
 
-    Output layers (nothing but shape and elementwise operators between them and the program's output) and weights shared
-    with an embedding stay dense unless included by name; an embedding's weight always does.
+    Dense unless included by name: output layers (nothing but shape and elementwise operators between them and the
+    program's output), routers (the same before a topk), and frozen weights of a model that is not frozen as a whole. An
+    embedding's weight and what is tied to it always stay dense.
     """
-    by_storage: dict[tuple, LinearSite] = {}
-    storages: dict[int, set[tuple]] = defaultdict(set)
-    sites: list[LinearSite] = []
-    buffers = {fqn for _, fqn, _ in program.lifted(InputKind.BUFFER, InputKind.CONSTANT_TENSOR)}
-    heads = _output_layers(program)
-    head_sites: set[int] = set()
-    for node, fqn, value in program.lifted(InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-        uses, others = _uses(node)
-        if value.dim() < 2 and not uses:
-            continue
-        if fqn in buffers and not uses:
+    sites: dict[tuple, LinearSite] = {}
+    others: dict[tuple, set[str]] = defaultdict(set)  # operators that read a weight in any other way
+    parameters = {fqn: value for _, fqn, value in program.lifted(InputKind.PARAMETER)}
+    lifted = list(program.lifted(InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR))
+    for node, fqn, value in lifted:
+        uses, rest = _uses(node)
+        if not uses and (value.dim() < 2 or fqn not in parameters):
             continue
         key = _identity(value)
-        site = by_storage.get(key)
-        if site is None:
-            site = LinearSite(fqn, tuple(value.shape), value.dtype)
-            by_storage[key] = site
-            sites.append(site)
-            storages[key[0]].add(key)
+        if key not in sites:
+            sites[key] = LinearSite(fqn, tuple(value.shape), value.dtype)
         else:
-            site.ties += (fqn,)
-        site.uses += uses
-        head_uses = [u for u in uses if u.node in heads]
-        if head_uses:
-            head_sites.add(id(site))
-        if others and site.reason is None:
-            names = ", ".join(sorted({str(o.target) for o in others}))
-            site.reason = f"read by {names}" if not uses else f"also read by {names}"
-        if uses and fqn in buffers and site.reason is None:
-            site.reason = "a buffer, not a parameter"
-    sites = [s for s in sites if s.uses or (len(s.shape) >= 2 and s.reason)]
-    for site in sites:
-        value = program.tensor(site.fqn)
-        if site.uses:
-            site.transposed = site.uses[0].swapped
+            sites[key].ties += (fqn,)
+        sites[key].uses += uses
+        others[key] |= {name for other in rest for name in _readers(other)}
+
+    dense_by_default = _heads_and_routers(program)
+    frozen_model = not any(p.requires_grad for p in parameters.values())
+    overlapping = _overlapping([value for _, _, value in lifted])
+    for key, site in sites.items():
         names = (site.fqn, *site.ties)
         named = any(_matches(n, include) for n in names)
-        if site.reason is None:
-            site.reason = _refusal(site, value, pattern, overlapping=len(storages[_identity(value)[0]]) > 1)
-        if site.reason is None and any(_matches(n, exclude) for n in names):
+        site.transposed = bool(site.uses) and site.uses[0].swapped
+        site.reason = _refusal(site, others[key], pattern)
+        if site.reason is not None:
+            continue
+        if site.fqn not in parameters:
+            site.reason = "a buffer, not a parameter"
+        elif key in overlapping:
+            site.reason = "shares memory with another tensor or with itself"
+        elif any(_matches(n, exclude) for n in names):
             site.reason = "excluded by name"
-        if site.reason is None and include and not named:
+        elif include and not named:
             site.reason = "not among the included names"
-        if site.reason is None and id(site) in head_sites and not named:
-            site.reason = "output layer (head); include it by name to prune it"
-    return sites + _computed_weights(program)
+        elif not named:
+            by_default = [dense_by_default[u.node] for u in site.uses if u.node in dense_by_default]
+            if not parameters[site.fqn].requires_grad and not frozen_model:
+                by_default.append("frozen (requires_grad is False)")
+            site.reason = f"{by_default[0]}; include it by name to prune it" if by_default else None
+    return [*sites.values(), *_computed_weights(program, {n for s in sites.values() for n in (s.fqn, *s.ties)})]
 
 
 def eligible(sites: Sequence[LinearSite]) -> list[LinearSite]:
@@ -149,30 +150,63 @@ def eligible(sites: Sequence[LinearSite]) -> list[LinearSite]:
     return [s for s in sites if s.reason is None]
 
 
-def _refusal(site: LinearSite, value: Tensor, pattern: Pattern, *, overlapping: bool) -> str | None:
+def _refusal(site: LinearSite, others: set[str], pattern: Pattern) -> str | None:
+    """Why this weight cannot be pruned at all; None if it can."""
+    readers = ", ".join(sorted(others))
+    if len(site.shape) != 2:
+        return f"{len(site.shape)}-D weight, read by {readers or 'nothing'}"
+    if others:
+        return f"{'also ' if site.uses else ''}read by {readers}"
+    if not site.uses:
+        return "not read by the program"
     if len({u.swapped for u in site.uses}) > 1:
         return "used along both of its dimensions (W and W^T)"
-    if value.dim() != 2:
-        return f"{value.dim()}-D weight"
-    if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
-        return f"dtype {value.dtype} is not float16, bfloat16 or float32"
+    if not site.dtype.is_floating_point or site.dtype.itemsize < 2:
+        return f"dtype {site.dtype} is not float16, bfloat16, float32 or float64"
     if site.in_features % pattern.m:
         return f"reduction dimension {site.in_features} is not a multiple of {pattern.m}"
-    if overlapping:
-        return "shares memory with a differently shaped parameter"
     return None
 
 
+# -- memory ----------------------------------------------------------------------------------------------------------
 def _identity(value: Tensor) -> tuple:
     # the storage's address in C++, which meta tensors have too
     return (value.untyped_storage()._cdata, value.storage_offset(), tuple(value.shape), tuple(value.stride()))
 
 
+def _overlapping(values: Sequence[Tensor]) -> set[tuple]:
+    """Identities of tensors that share bytes with a differently laid out one, or whose own elements share them."""
+    spans: dict[int, dict[tuple, tuple[int, int]]] = defaultdict(dict)
+    found = set()
+    for value in values:
+        length = 1 + sum((int(n) - 1) * int(s) for n, s in zip(value.shape, value.stride(), strict=True))
+        if value.numel():
+            key, start = _identity(value), int(value.storage_offset()) * value.itemsize
+            spans[key[0]][key] = (start, start + length * value.itemsize)
+            if length < value.numel():
+                found.add(key)
+    for by_key in spans.values():
+        reach, owner = -1, None  # the furthest end so far
+        for key, (start, end) in sorted(by_key.items(), key=lambda item: item[1]):
+            if owner is not None and start < reach:
+                found |= {key, owner}
+            if end > reach:
+                reach, owner = end, key
+    return found
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
 def _matches(fqn: str, globs: Sequence[str]) -> bool:
     module = fqn.rpartition(".")[0]
     return any(fnmatchcase(fqn, g) or fnmatchcase(module, g) for g in globs)
 
 
+def _name(node: Node) -> str:
+    """The operator without its overload: ``linear`` of ``aten.linear.default``."""
+    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
+
+
+# -- who reads a weight ----------------------------------------------------------------------------------------------
 def _uses(weight: Node) -> tuple[list[LinearUse], list[Node]]:
     """Linear uses of a placeholder, through transposes, and the nodes that read it in any other way."""
     uses: list[LinearUse] = []
@@ -180,8 +214,8 @@ def _uses(weight: Node) -> tuple[list[LinearUse], list[Node]]:
     stack = [(weight, user, False) for user in weight.users]
     while stack:
         value, node, swapped = stack.pop(0)
-        if node.target in SAME or node.target in SWAPS or _is_swap(node):
-            flipped = swapped if node.target in SAME else not swapped
+        if node.target in SAME or _is_swap(node):
+            flipped = swapped ^ (node.target not in SAME)
             stack += [(node, user, flipped) for user in node.users]
         elif (use := _linear_use(value, node, swapped)) is not None:
             uses.append(use)
@@ -192,11 +226,13 @@ def _uses(weight: Node) -> tuple[list[LinearUse], list[Node]]:
 
 def _is_swap(node: Node) -> bool:
     value = node.args[0] if node.args else None
-    if not (isinstance(value, Node) and "val" in value.meta and value.meta["val"].dim() == 2):
+    if not (isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor) and value.meta["val"].dim() == 2):
         return False
     if node.target == aten.transpose.int:
         return {d % 2 for d in node.args[1:3]} == {0, 1}  # type: ignore[operator]
-    return node.target == aten.permute.default and [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore[operator,union-attr]
+    if node.target == aten.permute.default:
+        return [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore[operator,union-attr]
+    return node.target in SWAPS
 
 
 def _linear_use(value: Node, node: Node, swapped: bool) -> LinearUse | None:
@@ -204,55 +240,93 @@ def _linear_use(value: Node, node: Node, swapped: bool) -> LinearUse | None:
         return None
     x_arg, w_arg, stored_in_out = LINEAR_OPS[node.target]
     x, w = node.args[x_arg], node.args[w_arg]
-    if x is value and w is value:
+    if x is w or value.meta["val"].dim() != 2:
         return None
     if w is value:
         if node.target == aten.addmm.default and not _is_vector(node.args[0]):
             return None
-        if value.meta["val"].dim() != 2:
-            return None
         return LinearUse(node.name, swapped=stored_in_out ^ swapped)
     if x is value and node.target in (aten.mm.default, aten.matmul.default):
-        other = w.meta["val"] if isinstance(w, Node) else None
-        if other is not None and other.dim() in (1, 2) and value.meta["val"].dim() == 2:
-            return LinearUse(node.name, swapped=swapped, left=True)  # W @ x reduces along W's second dimension
+        return LinearUse(node.name, swapped=swapped, left=True)  # W @ x reduces along W's second dimension
     return None
 
 
-def _is_vector(node) -> bool:
+def _is_vector(node: Any) -> bool:
     return isinstance(node, Node) and node.meta["val"].dim() == 1
 
 
-def _output_layers(program: Program) -> set[str]:
-    """Linear nodes with only shape and single-tensor elementwise operators between them and the output."""
+def _readers(node: Node) -> set[str]:
+    """The operators that compute with what this node hands on, in full: through moves and casts."""
+    if _name(node) == "_assert_tensor_metadata":
+        return set()
+    if _name(node) not in MOVES:
+        return {"the program's output" if node.op == "output" else str(node.target)}
+    return {name for user in node.users for name in _readers(user)} or {str(node.target)}
+
+
+# -- what the graph does with a linear, and where its weight comes from ------------------------------------------------
+def _heads_and_routers(program: Program) -> dict[str, str]:
+    """Node name of each linear that ends in the output or in a choice of experts -> which of the two."""
+    chosen_by = [n.args[0] for n in program.graph.nodes if _name(n) in SELECTORS]
+    routers = _linears_before(program, [n for n in chosen_by if isinstance(n, Node)])
+    heads = _linears_before(program, program.graph.output_node().all_input_nodes)
+    return dict.fromkeys(routers, "router (topk chooses by its output)") | dict.fromkeys(heads, "output layer (head)")
+
+
+def _linears_before(program: Program, nodes: Iterable[Node]) -> set[str]:
+    """Linear nodes with only moves and elementwise functions of one computed tensor between them and ``nodes``."""
+    inputs = {n.name for n in program.graph.find_nodes(op="placeholder")}
     found: set[str] = set()
-    stack = list(program.graph.output_node().all_input_nodes)
-    seen = set(stack)
+    stack, seen = list(nodes), set(nodes)
     while stack:
         node = stack.pop()
-        if node.op != "call_function":
-            continue
         if node.target in LINEAR_OPS:
             found.add(node.name)
             continue
-        name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
-        tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
-        if name == "getitem" or (name in TAIL_OPS and len(tensors) == 1):
-            stack += [t for t in node.all_input_nodes if t not in seen]
-            seen.update(node.all_input_nodes)
+        computed = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor) and a.name not in inputs]
+        if _name(node) in MOVES:
+            before = node.all_input_nodes[:1]
+        else:
+            before = computed if _name(node) in TAIL_OPS and len(computed) == 1 else []
+        stack += [n for n in before if n not in seen]
+        seen.update(before)
     return found
 
 
-def _computed_weights(program: Program) -> list[LinearSite]:
-    """Linears whose weight the graph computes (weight norm, merged adapters): reported, never touched."""
+def _computed_weights(program: Program, listed: set[str]) -> list[LinearSite]:
+    """Linears whose weight the graph computes out of tensors that are not in the list: reported, never touched.
+
+    A weight computed from listed parameters (weight norm, merged adapters) is reported as their reason already.
+    """
+    sources = {}  # node computed from parameters, buffers and constants alone -> the matrices among them
+    for node, fqn, value in program.lifted(InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+        sources[node] = {fqn} if value.dim() >= 2 else set()
     out = []
     for node in program.graph.nodes:
-        if node.target == aten.linear.default and isinstance(node.args[1], Node):
-            root = node.args[1]
-            while root.target in SAME or root.target in SWAPS or _is_swap(root):
-                root = root.args[0]  # type: ignore[assignment]
-            if root.op == "call_function":
-                val = root.meta["val"]
-                reason = f"its weight is computed in the graph by {root.target}"
-                out.append(LinearSite(node.name, tuple(val.shape), val.dtype, uses=[LinearUse(node.name, False)], reason=reason))
+        inputs = node.all_input_nodes
+        if node.op == "call_function" and all(n in sources for n in inputs):
+            sources[node] = set().union(*(sources[n] for n in inputs))
+        for operand in _matrix_operands(node):
+            known = sources.get(operand, set())
+            if operand.op != "call_function" or known & listed or not (known or node.target == aten.linear.default):
+                continue
+            val = operand.meta["val"]
+            while _name(operand) in MOVES and operand.args[0].op == "call_function":  # type: ignore[union-attr]
+                operand = operand.args[0]  # type: ignore[assignment]
+            reason = f"its weight is computed in the graph by {operand.target}"
+            uses = [LinearUse(node.name, swapped=node.target != aten.linear.default)]
+            out.append(LinearSite(node.name, tuple(val.shape), val.dtype, uses=uses, reason=reason))
     return out
+
+
+def _matrix_operands(node: Node) -> list[Node]:
+    """The operands of a matrix product that may be a weight."""
+    if node.target == aten.linear.default:
+        places = [1]
+    elif node.target in (aten.mm.default, aten.matmul.default, aten.bmm.default):
+        places = [0, 1]
+    elif node.target in (aten.addmm.default, aten.baddbmm.default):
+        places = [1, 2]
+    else:
+        return []
+    return [a for a in (node.args[i] for i in places) if isinstance(a, Node)]

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch.export.graph_signature import InputKind
+from torch.fx import Node
 
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
@@ -17,14 +18,17 @@ def probe_name(fqn: str) -> str:
     return f"{fqn}_probe"
 
 
-def insert_hessian_hooks(program: Program, estimator: Literal["gauss_newton", "activation"] = "gauss_newton") -> PassResult:
+def insert_hessian_hooks(
+    program: Program, estimator: Literal["gauss_newton", "activation"] = "gauss_newton"
+) -> PassResult:
     """Add one probe per masked weight: of its shape for ``gauss_newton``, of shape [in] for ``activation``.
 
-    The probe is a parameter of zeros that changes no value; autograd sums its "gradient" over a weight's users, over
-    micro-batches and over processes as it does any gradient's. It takes the memory of one element: an expanded zero.
+    The probe is a parameter of zeros that changes no value; autograd sums its "gradient" over a weight's users and over
+    micro-batches as it does any gradient's. It takes the memory of one element, an expanded zero, and so must not be
+    written to (DistributedDataParallel: ``init_sync=False``).
     """
     names = {node: fqn for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
-    probes = {}
+    probes: dict[Node, Node] = {}
     modified = 0
     for node in program.graph.find_nodes(op="call_function", target=OP):
         x, weight, mask, bias, probe, transposed = node.args
@@ -32,8 +36,10 @@ def insert_hessian_hooks(program: Program, estimator: Literal["gauss_newton", "a
             continue
         if weight not in probes:
             value = program.tensor(names[weight])
-            shape = value.shape if estimator == "gauss_newton" else value.shape[0 if transposed else 1 :][:1]
-            dtype = value.dtype if estimator == "gauss_newton" else torch.float32
+            if estimator == "activation":
+                shape, dtype = value.shape[:1] if transposed else value.shape[1:], torch.float32
+            else:  # curvature underflows in float16
+                shape, dtype = value.shape, torch.bfloat16 if value.dtype == torch.float16 else value.dtype
             zero = torch.zeros((), dtype=dtype, device=value.device).expand(shape)
             probes[weight] = program.add_parameter(probe_name(names[weight]), zero)
         node.args = (x, weight, mask, bias, probes[weight], transposed)

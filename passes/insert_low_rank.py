@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.export.graph_signature import InputKind
+from torch.fx import Node
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.soft_masked_linear import OP
@@ -26,48 +28,43 @@ def insert_low_rank(program: Program, block: int = 16) -> PassResult:
     Raises SparseForgeError if ``block`` does not divide a site's input width.
     """
     names = {node: fqn for node, fqn, _ in program.lifted(InputKind.PARAMETER, InputKind.BUFFER)}
-    branches: dict = {}
+    present = set(program.state)
+    branches: dict[Node, tuple[Node, Node]] = {}
     modified = 0
     for node in program.graph.find_nodes(op="call_function", target=OP):
         x, weight, mask, _, _, transposed = node.args
         fqn = names[weight]
-        x_name, s_name = branch_names(fqn)
-        if weight not in branches:
-            if x_name in program.state:
-                continue
-            value = program.tensor(fqn).detach()
-            pruned = value * (1 - program.tensor(names[mask]))
-            pruned = pruned.t() if transposed else pruned
-            out_features, in_features = pruned.shape
-            if in_features % block:
-                raise SparseForgeError(f"slorb block {block} does not divide the input width {in_features} of {fqn}")
-            rank = in_features // block
-            ones = torch.zeros(rank, rank, block, dtype=value.dtype, device=value.device)
-            ones[range(rank), range(rank)] = 1
-            s = pruned.reshape(out_features, rank, block).float().mean(-1).to(value.dtype)
-            branches[weight] = (
-                program.add_parameter(x_name, ones.reshape(rank, in_features)),
-                program.add_parameter(s_name, s.contiguous()),
-            )
-        if any(_is_branch_of(user, branches[weight][1]) for add in node.users for user in add.all_input_nodes):
+        if branch_names(fqn)[0] in present:
             continue
-        a, b = branches[weight]
-        with program.graph.inserting_after(node):
-            down = program.graph.call_function(aten.linear.default, (x, a))
-        with program.graph.inserting_after(down):
-            up = program.graph.call_function(aten.linear.default, (down, b))
-        down.meta, up.meta = dict(node.meta), dict(node.meta)
-        down.meta["val"] = aten.linear.default(x.meta["val"], a.meta["val"])
-        with program.graph.inserting_after(up):
-            total = program.graph.call_function(aten.add.Tensor, (node, up))
-        total.meta = dict(node.meta)
-        node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
-        for spec in program.signature.output_specs:
-            if getattr(spec.arg, "name", None) == node.name:
-                spec.arg.name = total.name
+        if weight not in branches:
+            pruned = program.tensor(fqn).detach() * (1 - program.tensor(names[mask]))
+            branches[weight] = _add_branch(program, fqn, pruned.t() if transposed else pruned, block)
+        _add_to(program, node, x, *branches[weight])
         modified += 1
     return PassResult(program, modified)
 
 
-def _is_branch_of(node, s) -> bool:
-    return node.target == aten.linear.default and node.args[1] is s
+def _add_branch(program: Program, fqn: str, pruned: Tensor, block: int) -> tuple[Node, Node]:
+    in_features = pruned.shape[1]
+    if block < 1 or in_features % block:
+        raise SparseForgeError(f"slorb block {block} does not divide the input width {in_features} of {fqn}")
+    blocks = torch.eye(in_features // block, dtype=pruned.dtype, device=pruned.device).repeat_interleave(block, 1)
+    means = pruned.float().unflatten(1, (-1, block)).mean(-1).to(pruned.dtype)
+    x_name, s_name = branch_names(fqn)
+    return program.add_parameter(x_name, blocks), program.add_parameter(s_name, means)
+
+
+def _add_to(program: Program, node: Node, x: Node, a: Node, b: Node) -> None:
+    """node -> node + (x a^T) b^T, for every reader of node and in the program's outputs."""
+    graph = program.graph
+    with graph.inserting_before(node.next):
+        down = graph.call_function(aten.linear.default, (x, a))
+        up = graph.call_function(aten.linear.default, (down, b))
+        total = graph.call_function(aten.add.Tensor, (node, up))
+    for new in (down, up, total):
+        new.meta = dict(node.meta)
+    down.meta["val"] = aten.linear.default(x.meta["val"], a.meta["val"])
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    for spec in program.signature.output_specs:
+        if getattr(spec.arg, "name", None) == node.name:
+            spec.arg.name = total.name

@@ -1,8 +1,9 @@
-"""aten.linear / addmm / mm / matmul of a site  ->  sparseforge::soft_masked_linear, with one mask buffer per weight."""
+"""aten.linear / addmm / mm / matmul of a site -> sparseforge::soft_masked_linear, with one mask buffer per weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.export.graph_signature import InputKind
@@ -10,7 +11,7 @@ from torch.fx import Node
 
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.passes.find_linears import LINEAR_OPS, SAME, SWAPS, LinearSite, LinearUse, eligible
+from sparseforge_fx.passes.find_linears import LINEAR_OPS, MOVES, LinearSite, LinearUse, _name, eligible
 from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
@@ -22,9 +23,10 @@ def mask_name(fqn: str) -> str:
 
 
 def insert_soft_masks(program: Program, sites: Sequence[LinearSite]) -> PassResult:
-    """Rewrite every node of every eligible site; the masks start at one, so that the program computes what it computed.
+    """Rewrite every node of every eligible site; masks start at one, so that the program computes what it computed.
 
-    A weight with several names or users gets one mask under its first name. Sites that are masked already are left alone.
+    A weight with several names or users gets one mask, under its first name. Sites that are masked already are left
+    alone. ``sites`` must come from :func:`find_linears` on this program, or on the one that it is a copy of.
     """
     placeholders = {fqn: node for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
     nodes = {node.name: node for node in program.graph.nodes}
@@ -39,7 +41,7 @@ def insert_soft_masks(program: Program, sites: Sequence[LinearSite]) -> PassResu
             _rewrite(program, nodes[use.node], use, placeholders[site.fqn], mask)
             modified += 1
         for fqn in (site.fqn, *site.ties):
-            _drop_dead_transposes(program, placeholders[fqn])
+            _drop_dead_moves(program, placeholders[fqn])
     return PassResult(program, modified)
 
 
@@ -52,30 +54,30 @@ def _rewrite(program: Program, node: Node, use: LinearUse, weight: Node, mask: N
         bias = node.args[2]
     elif node.target == aten.addmm.default:
         bias = node.args[0]
-    graph = program.graph
-    with graph.inserting_before(node):
-        flip = use.left and x.meta["val"].dim() == 2  # type: ignore[union-attr]  # W @ x = (x^T W^T)^T
-        if flip:
-            x = _call(graph, aten.t.default, x)
-        new = _call(graph, OP, x, weight, mask, bias, None, use.swapped, like=None if flip else node)
-        if flip:
-            new = _call(graph, aten.t.default, new, like=node)
+    args = (weight, mask, bias, None, use.swapped)
+    with program.graph.inserting_before(node):
+        if use.left and x.meta["val"].dim() > 1:  # type: ignore[union-attr]  # W @ x = (x^T W^T)^T
+            new = _call(node, aten.transpose.int, x, -2, -1)
+            new = _call(node, OP, new, *args)
+            new = _call(node, aten.transpose.int, new, -2, -1)
+        else:
+            new = program.graph.call_function(OP, (x, *args))
+            new.meta["val"] = node.meta["val"]
     program.replace(node, new)
 
 
-def _drop_dead_transposes(program: Program, weight: Node) -> None:
+def _call(like: Node, target: Callable, *args: Any) -> Node:
+    """A node with the module stack of ``like`` and the fake value of its own."""
+    node = like.graph.call_function(target, args)
+    values = [a.meta["val"] if isinstance(a, Node) else a for a in args]
+    node.meta = {**like.meta, "val": target(*values)}
+    return node
+
+
+def _drop_dead_moves(program: Program, weight: Node) -> None:
+    """Erase the transposes that only the rewritten nodes read."""
     for user in list(weight.users):
-        if user.target in SWAPS | SAME or user.target in (aten.transpose.int, aten.permute.default):
-            _drop_dead_transposes(program, user)
+        if _name(user) in MOVES:
+            _drop_dead_moves(program, user)
             if not user.users:
                 program.graph.erase_node(user)
-
-
-def _call(graph: torch.fx.Graph, target, *args, like: Node | None = None) -> Node:
-    node = graph.call_function(target, args)
-    if like is not None:
-        node.meta["val"] = like.meta["val"]
-    else:
-        values = [a.meta["val"] if isinstance(a, Node) else a for a in args]
-        node.meta["val"] = target(*values)
-    return node

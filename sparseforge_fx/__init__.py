@@ -1,9 +1,36 @@
-"""sparseforge_fx: a torch.export / FX compiler that makes PyTorch models 2:4 sparse and keeps their accuracy."""
+"""sparseforge_fx: a torch.export / FX compiler that makes PyTorch models 2:4 sparse and keeps their accuracy.
+
+The public names below load when they are first asked for, so that ``import sparseforge_fx`` and ``sparseforge-fx --help`` do not
+wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
-from sparseforge_fx.prepare import SparseModel, finalize, prepare
-from sparseforge_fx.sparsify import SparsifyResult, sparsify
+
+if TYPE_CHECKING:
+    from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
+    from sparseforge_fx.models import load_model, save_model
+    from sparseforge_fx.prepare import SparseModel, finalize, prepare
+    from sparseforge_fx.sparsify import SparsifyResult, sparsify
+
+_HOMES = {
+    "SparseForgeConfig": "methods.soft_mask",
+    "SparseModel": "prepare",
+    "SparsifyResult": "sparsify",
+    "finalize": "prepare",
+    "load_model": "models",
+    "paper_preset": "methods.soft_mask",
+    "prepare": "prepare",
+    "save_model": "models",
+    "sparsify": "sparsify",
+    "tuned_preset": "methods.soft_mask",
+}
 
 __all__ = [
     "SparseForgeConfig",
@@ -11,8 +38,34 @@ __all__ = [
     "SparseModel",
     "SparsifyResult",
     "finalize",
+    "load_model",
     "paper_preset",
     "prepare",
+    "save_model",
     "sparsify",
     "tuned_preset",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Importing the submodule ``sparsify`` binds the module to that name of its package; here the function stays."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import logging
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.errors import SparseForgeError
@@ -21,24 +26,20 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     """Trace ``model`` into a Program whose parameters are the model's own Parameter objects.
 
     Args:
-        model: any module that torch.export takes. It is traced in eval mode (an exported graph would bake dropout in) and
-            gets its mode back.
-        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. None: made from the config of
-            a Hugging Face model. The first two dimensions of every tensor (batch, sequence) stay dynamic where the model
-            allows it; the notes of the Program name those that had to be fixed.
+        model: any module that torch.export takes. It is traced in eval mode (an exported graph would bake dropout in)
+            and without a key/value cache, and gets its modes and settings back.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. None: made from the config
+            of a Hugging Face model. The first two dimensions of every tensor (batch, sequence) stay dynamic where the
+            model allows it; the notes of the Program name those that had to be fixed.
 
-    Raises SparseForgeError naming the line of the model that torch.export could not take.
+    Raises SparseForgeError naming the line of the model that torch.export could not take, and what to try.
     """
     if not isinstance(model, nn.Module):
         raise SparseForgeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if any(p.is_meta for p in model.parameters()) and example_inputs is None and not hasattr(model, "config"):
-        raise SparseForgeError("the model's parameters are on the meta device; load its weights first")
-    if example_inputs is None:
-        example_inputs = make_example_inputs(model)
-    args, kwargs = as_call(example_inputs)
+    args, kwargs = as_call(make_example_inputs(model) if example_inputs is None else example_inputs)
     modes = {m: m.training for m in model.modules()}
     try:
-        with _no_cache(model):
+        with _no_cache(model), torch.enable_grad():
             model.eval()
             exported, notes = _export(model, args, kwargs)
     finally:
@@ -57,37 +58,39 @@ def as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def make_example_inputs(model: nn.Module, batch: int = 2, length: int = 12) -> dict[str, Tensor]:
-    """Keyword inputs for a Hugging Face model, from its config: token ids or pixels, decoder ids where it has a decoder."""
-    config = getattr(model, "config", None)
+    """Keyword inputs for a Hugging Face model, from its config: token ids or pixels, and decoder ids if it decodes.
+
+    The same on every call; the global random state is left alone.
+    """
+    name, config = type(model).__name__, getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
     if config is None or main is None:
-        raise SparseForgeError(
-            f"{type(model).__name__} is not a Hugging Face model: pass example_inputs (a tensor, a tuple, or a dict of keyword inputs)"
-        )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        wanted = "a tensor, a tuple, or a dict of keyword inputs"
+        raise SparseForgeError(f"{name} is not a Hugging Face model: pass example_inputs ({wanted})")
+    first = next(model.parameters(), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
     if main == "pixel_values":
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", 224)
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        dtype = next((p.dtype for p in model.parameters()), torch.float32)
-        return {main: torch.randn(batch, getattr(vision, "num_channels", 3), height, width, device=device).to(dtype)}
+        pixels = torch.randn(batch, getattr(vision, "num_channels", 3), height, width, generator=generator)
+        return {main: pixels.to(first.device, first.dtype)}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if main != "input_ids" or not getattr(text, "vocab_size", None):
-        raise SparseForgeError(f"no rule makes inputs for {type(model).__name__} (main input {main!r}): pass example_inputs")
+        raise SparseForgeError(f"no rule makes inputs for {name} (main input {main!r}): pass example_inputs")
     length = min(length, getattr(text, "max_position_embeddings", None) or length)
-    ids = torch.randint(0, text.vocab_size, (batch, length), device=device)
-    inputs = {main: ids}
+    ids = torch.randint(0, text.vocab_size, (batch, length), generator=generator).to(first.device)
     if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids[:, : length - 1].clone()
-    return inputs
+        return {main: ids, "decoder_input_ids": ids[:, : length - 1].clone()}
+    return {main: ids}
 
 
 @contextlib.contextmanager
 def _no_cache(model: nn.Module) -> Iterator[None]:
     """A key/value cache is state that a training graph must not return."""
     config = getattr(model, "config", None)
-    owners = [c for c in (config, *(getattr(config, k, None) for k in getattr(config, "sub_configs", {}) or {})) if c is not None]
-    saved = [(c, c.use_cache) for c in owners if getattr(c, "use_cache", None) is not None]
+    owners: list[Any] = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
+    saved = [(owner, owner.use_cache) for owner in owners if getattr(owner, "use_cache", None) is not None]
     for owner, _ in saved:
         owner.use_cache = False
     try:
@@ -97,22 +100,38 @@ def _no_cache(model: nn.Module) -> Iterator[None]:
             owner.use_cache = value
 
 
-def _export(model: nn.Module, args: tuple, kwargs: dict) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
-    """Export with batch and sequence dynamic; where the model forbids it, fix the sequence, then both, and say so."""
-    first: Exception | None = None
-    for dims, note in (((0, 1), ""), ((0,), "the sequence dimension"), ((), "batch and sequence dimensions")):
-        shapes = pytree.tree_map(lambda leaf, dims=dims: _dynamic(leaf, dims), (args, kwargs))
-        by_name = _name_arguments(model, *shapes)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export prints half-traced graphs and warns about its own internals; what matters is in the exception."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
         try:
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=by_name, strict=False)
-        except Exception as error:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _export(model: nn.Module, args: tuple, kwargs: dict) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Export with batch and sequence dynamic; where the model forbids it, fix the sequence, then both, and say so."""
+    try:
+        by_name = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise SparseForgeError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+    first: Exception | None = None
+    for dims, fixed in (((0, 1), ""), ((0,), "the sequence dimension"), ((), "batch and sequence dimensions")):
+        shapes = pytree.tree_map(lambda leaf, dims=dims: _dynamic(leaf, dims), dict(by_name)) if dims else None
+        try:
+            with _quiet():
+                exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # an open set: whatever the model's own code and the tracer raise
             first = first or error
             continue
-        fixed = [note] if note else []
-        notes = tuple(f"{what} had to be fixed at the example's size ({_one_line(first)})" for what in fixed if first)
-        return exported, notes + tuple(_specialised(exported))
+        why = (f"{fixed} had to be fixed at the example's size ({_one_line(first)})",) if first else ()
+        return exported, why + tuple(_specialised(exported, dims))
     assert first is not None
-    raise SparseForgeError(_explain(model, first)) from first
+    raise SparseForgeError(_explain(model, args, kwargs, first)) from first
 
 
 def _dynamic(leaf: Any, dims: tuple[int, ...]) -> Any:
@@ -120,52 +139,40 @@ def _dynamic(leaf: Any, dims: tuple[int, ...]) -> Any:
     return {d: Dim.AUTO for d in dims if d < leaf.dim() and leaf.shape[d] > 1} if isinstance(leaf, Tensor) else None
 
 
-def _name_arguments(model: nn.Module, arg_shapes: tuple, kwarg_shapes: dict) -> dict[str, Any] | tuple:
-    """dynamic_shapes in the form that torch.export wants: by parameter name, *args and **kwargs as containers."""
-    if not kwarg_shapes:
-        return arg_shapes
-    parameters = inspect.signature(model.forward).parameters
-    named: dict[str, Any] = {}
-    rest = list(arg_shapes)
-    for name, parameter in parameters.items():
-        if parameter.kind == parameter.VAR_POSITIONAL:
-            named[name], rest = tuple(rest), []
-        elif parameter.kind == parameter.VAR_KEYWORD:
-            extra = {k: v for k, v in kwarg_shapes.items() if k not in parameters}
-            if extra:
-                named[name] = extra
-        elif rest:
-            named[name] = rest.pop(0)
-        elif name in kwarg_shapes:
-            named[name] = kwarg_shapes[name]
-    return named
-
-
-def _specialised(exported: torch.export.ExportedProgram) -> Iterator[str]:
-    """Integer [batch, sequence] inputs whose sizes the trace pinned although they were asked to be dynamic."""
+def _specialised(exported: ExportedProgram, dims: tuple[int, ...]) -> Iterator[str]:
+    """Sizes that the trace pinned although they were asked to be dynamic: every batch, and the sequence of ids."""
     by_name = {n.name: n for n in exported.graph.find_nodes(op="placeholder")}
     for name in exported.graph_signature.user_inputs:
         value = by_name[name].meta.get("val") if isinstance(name, str) and name in by_name else None
-        if isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point():
-            for what, size in zip(("batch", "sequence"), value.shape, strict=True):
-                if isinstance(size, int):
-                    yield f"the {what} dimension of {name} is fixed at {size} by the model"
+        if not isinstance(value, Tensor):
+            continue
+        ids = value.dim() == 2 and not value.is_floating_point()
+        for d, what in ((0, "batch"), (1, "sequence")):
+            if d in dims and d < value.dim() and (d == 0 or ids) and is_concrete_int(value.shape[d]):
+                yield f"the {what} dimension of {name} is fixed at {int(value.shape[d])} by the model"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
+def _where(error: BaseException) -> str:
+    """The deepest line on the way to the error that is neither torch's nor ours."""
+    ours = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+
+
+def _explain(model: nn.Module, args: tuple, kwargs: dict, error: Exception) -> str:
     """One sentence: what failed, at which line of the model, and what to try."""
-    own = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/sparseforge_fx/" not in f.filename]
-    where = f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
-    if not own:  # the tracer keeps the user's stack in the message
-        lines = [line.strip() for line in str(error).splitlines() if line.strip().startswith("File ")]
-        outside = [line for line in lines if "/torch/" not in line]
-        where = f" at {outside[-1]}" if outside else ""
+    name = type(model).__name__
+    try:
+        with torch.no_grad(), _quiet():
+            model(*args, **kwargs)
+    except Exception as own:  # an open set: whatever the model raises
+        return f"{name} itself fails on the example inputs{_where(own)}: {_one_line(own)}; pass inputs that it takes"
     return (
-        f"torch.export cannot take {type(model).__name__}{where}: {_one_line(error)}; rewrite that line without "
-        "data-dependent Python control flow, or sparsify the submodule that does the work (sf.sparsify(model.part, ...))"
+        f"torch.export cannot take {name}{_where(error)}: {_one_line(error)}; rewrite that line without Python control "
+        "flow on tensor values, or sparsify the submodule that does the work (sf.sparsify(model.part, ...))"
     )

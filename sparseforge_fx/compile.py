@@ -257,8 +257,12 @@ def _call(graph: Graph, target: str, block: _Block, env: dict[Node, Node]) -> No
 
 
 def _twin(module: GraphModule) -> GraphModule:
-    """A shallow copy: a graph and hook tables of its own, the same children, parameters and buffers by reference."""
-    twin = GraphModule.__new__(type(module))
-    twin.__dict__ = {k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
+    """A shallow copy: a graph, hooks and a list of children of its own; the children and root tensors are the same objects.
+
+    So ``module.to(...)``, ``load_state_dict`` and the like reach the twin as well, whichever of the two they are called on.
+    """
+    twin = GraphModule.__new__(type(module))  # gives the instance a class, and so a ``forward``, of its own
+    twin.__dict__ = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+    twin._parameters, twin._buffers = module._parameters, module._buffers
     twin._compiled_call_impl = None
     return twin

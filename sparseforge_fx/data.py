@@ -538,8 +538,7 @@ def _tokenizer_identity(tokenizer: Any, vocabulary: Mapping[str, int]) -> tuple[
     if backend is None:  # not built on the `tokenizers` library
         content = repr(sorted(vocabulary.items()))
     else:  # vocabulary, merges, normalisation, pre-tokenisation; less what the last call happened to leave behind
-        rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-        content = json.dumps(rules, sort_keys=True)
+        content = repr(json.loads(backend.to_str()) | {"truncation": None, "padding": None})
     return (type(tokenizer).__name__, tokenizer.eos_token_id, _digest(content))
 
 

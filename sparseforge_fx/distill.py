@@ -79,10 +79,11 @@ def logits_loss(
 
 
 def shifted_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Next-token labels [batch, sequence] for causal logits: the last position and padding are not scored."""
+    """Next-token labels [batch, sequence] for causal logits: the last position and padding, left or right, are not scored."""
     labels = torch.full_like(input_ids, IGNORE)
     labels[:, :-1] = input_ids[:, 1:]
     if attention_mask is not None:
+        labels.masked_fill_(attention_mask == 0, IGNORE)
         labels[:, :-1].masked_fill_(attention_mask[:, 1:] == 0, IGNORE)
     return labels
 

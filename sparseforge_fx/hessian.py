@@ -32,14 +32,15 @@ class Curvature:
         self.values: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def fold(self, name: str, estimate: Tensor) -> None:
-        """Take one estimate in. Negative entries (Hutchinson's noise) count as zero."""
-        dtype = torch.float32 if estimate.dtype == torch.float16 else estimate.dtype
-        estimate = estimate.detach().clamp(min=0).to(dtype)
+    def fold(self, name: str, estimate: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Take one estimate in, kept in ``dtype`` (default: its own). Negative entries (Hutchinson's noise) count as zero."""
+        dtype = dtype or estimate.dtype
+        # clamp copies: what is kept is never the caller's tensor
+        estimate = estimate.detach().clamp(min=0).to(torch.float32 if dtype == torch.float16 else dtype)
         if name in self.values:
             self.values[name].lerp_(estimate, 1 - self.beta)
         else:
-            self.values[name] = estimate.clone()
+            self.values[name] = estimate
 
 
 def fold_on_backward(probes: Mapping[str, Tensor], curvature: Curvature) -> list:
@@ -68,14 +69,13 @@ def hutchinson_diagonal(
     names, tensors = list(weights), list(weights.values())
     total = {n: torch.zeros_like(t, dtype=torch.float32) for n, t in weights.items()}
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        grads = torch.autograd.grad(loss(), tensors, create_graph=True)
+        grads = torch.autograd.grad(loss(), tensors, create_graph=True, allow_unused=True)
         for index in range(samples):
             signs = [
                 torch.randint(0, 2, t.shape, generator=generator, device=t.device).mul_(2).sub_(1).to(t.dtype) for t in tensors
             ]
-            inner = sum((g.float() * v.float()).sum() for g, v in zip(grads, signs, strict=True))
-            assert isinstance(inner, Tensor)
-            if not inner.requires_grad:  # a loss that is linear in the weights
+            inner = sum((g.float() * v.float()).sum() for g, v in zip(grads, signs, strict=True) if g is not None)
+            if not isinstance(inner, Tensor) or not inner.requires_grad:  # a loss that is linear in the weights
                 break
             products = torch.autograd.grad(inner, tensors, retain_graph=index + 1 < samples, allow_unused=True)
             for name, v, hv in zip(names, signs, products, strict=True):

@@ -64,16 +64,14 @@ def hard_mask(scores: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
     Exactly N of M are kept whatever the scores are (NaN excepted: it is refused upstream), on every device the same.
     """
     grouped = to_groups(scores, pattern, dim)
-    if pattern.m <= 8:  # rank by comparison: a handful of elementwise ops, several times faster than a sort on CPU
-        lanes = grouped.unbind(-1)
-        kept = []
-        for i, lane in enumerate(lanes):
-            rank = torch.zeros_like(lane, dtype=torch.int8)
-            for j, other in enumerate(lanes):
-                if j != i:
-                    rank += (other >= lane) if j < i else (other > lane)
-            kept.append(rank < pattern.n)
-        mask = torch.stack(kept, -1)
+    if pattern.m <= 8:  # rank by comparison: a few elementwise ops over contiguous lanes, several times faster than a sort
+        lanes = grouped.movedim(-1, 0).contiguous().unbind(0)
+        ranks = [torch.zeros_like(lane, dtype=torch.int8) for lane in lanes]
+        for i, j in combinations(range(pattern.m), 2):
+            first = lanes[i] >= lanes[j]
+            ranks[j] += first
+            ranks[i] += ~first
+        mask = torch.stack([rank < pattern.n for rank in ranks], -1)
     else:
         order = grouped.argsort(dim=-1, descending=True, stable=True)[..., : pattern.n]
         mask = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, order, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, insert_hessian_hooks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
+from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import Pattern, check_pattern
 from sparseforge_fx.program import Program
@@ -70,11 +72,12 @@ class SparseModel(nn.Module):
         self._hidden["probe"] = self._runners["probe"] = module
 
     def _freeze_teacher(self) -> nn.Module:
-        """The dense program over clones of the parameters that require grad; everything else is shared."""
+        """The dense program over clones of what changes: parameters that require grad, and the sites. The rest is shared."""
         frozen = self.dense.copy()
+        sites = {id(w.weight) for w in self.method.weights}
         clones: dict[int, Tensor] = {}
         for fqn, value in list(frozen.state.items()):
-            if isinstance(value, nn.Parameter) and value.requires_grad:  # ties stay ties
+            if isinstance(value, nn.Parameter) and (value.requires_grad or id(value) in sites):  # ties stay ties
                 clone = clones.setdefault(id(value), nn.Parameter(value.detach().clone(), requires_grad=False))
                 frozen.state[fqn] = clone
         return frozen.module()
@@ -108,13 +111,15 @@ class SparseModel(nn.Module):
     # -- training ----------------------------------------------------------------------------------------------------
     def calibrate(self, batches: Sequence[Any]) -> dict[str, float]:
         """Set weights and masks to the layer-wise OBS solution on ``batches`` (what ``start="obs"`` starts from)."""
-        inputs = [self._split(batch)[:2] for batch in batches]
+        inputs = [self._split(*as_call(batch))[:2] for batch in batches]
         merged = [args if args else kwargs for args, kwargs in inputs]
-        return compensate(self.program, self.method.weights, merged, self.config.pattern)
+        dense = {w.fqn: w.weight.detach().clone() for w in self.method.weights}
+        raised = compensate(self.program, self.method.weights, merged, self.config.pattern)
+        self.method.start_from(dense)
+        return raised
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        batch = kwargs if kwargs else args
-        call_args, call_kwargs, labels = self._split(batch)
+        call_args, call_kwargs, labels = self._split(args, kwargs)
         learning = self.training and torch.is_grad_enabled()
         probing = learning and self._hidden["probe"] is not None and self.method.wants_curvature(self.steps_done)
         output = self._runners["probe" if probing else "graph"](*call_args, **call_kwargs)
@@ -127,20 +132,16 @@ class SparseModel(nn.Module):
     def loss(self, output: Any, args: tuple, kwargs: dict, labels: Tensor | None, *, teach: bool) -> distill.Loss | None:
         """The loss of one output: w_task * cross-entropy where there are labels + w_kl * distance from the teacher.
 
-        Logits: KL(teacher || student). Any other output: squared error relative to the teacher's. None if neither
-        labels nor a teacher say anything about this output.
+        Logits of two classes or more: KL(teacher || student). Any other output: squared error relative to the teacher's.
+        None if neither labels nor a teacher say anything about this output.
         """
         student = distill.main_output(output)
-        teacher = None
-        if teach and self.w_kl and self._hidden["teacher"] is not None:
-            with torch.no_grad():
-                run = self._runners.get("teacher", self._hidden["teacher"])
-                teacher = distill.main_output(run(*args, **kwargs)).detach()
-        if hasattr(output, "logits"):
-            if labels is None and teacher is None:
-                return None
+        teacher = self._teach(args, kwargs) if teach and self._hidden["teacher"] is not None else None
+        if _are_logits(output, student):
             rows = student.shape[:-1]
-            fitting = labels is not None and labels.shape == rows and not labels.is_floating_point()
+            fitting = _are_classes(labels, student)
+            if not fitting and teacher is None:
+                return None
             w_task = self.w_task if fitting else 0.0
             target = labels if fitting else torch.full(rows, distill.IGNORE, device=student.device)
             assert target is not None
@@ -152,13 +153,19 @@ class SparseModel(nn.Module):
         error = distill.relative_error(student, teacher)
         return distill.Loss(self.w_kl * error, torch.zeros_like(error.detach()), error.detach())
 
+    @torch.no_grad()
+    def _teach(self, args: tuple, kwargs: dict) -> Tensor:
+        """What the dense model answers."""
+        run = self._runners.get("teacher", self._hidden["teacher"])
+        return distill.main_output(run(*args, **kwargs))
+
     def step(self) -> None:
         """Bring the masks to the next step; call it after ``optimizer.step()`` and before ``zero_grad()``."""
         if self.method.wants_curvature(self.steps_done):
             if self.config.curvature == "squared_gradient":
                 for w in self.method.weights:
                     if w.weight.grad is not None:
-                        self.method.curvature.fold(w.fqn, w.weight.grad.float().square().to(w.weight.dtype))
+                        self.method.curvature.fold(w.fqn, w.weight.grad.float().square(), w.mask.dtype)
             elif self.config.curvature == "hutchinson":
                 self._hutchinson()
         self.method.after_step(self.steps_done)
@@ -167,47 +174,45 @@ class SparseModel(nn.Module):
     def _hutchinson(self) -> None:
         """Curvature of the loss at the effective weights W * e, through the dense graph: its ops differentiate twice."""
         args, kwargs, labels = self._batch
-        weights = {w.fqn: (w.weight.detach() * w.mask).requires_grad_() for w in self.method.weights}
+        weights = {w.fqn: (self.program.tensor(w.fqn).detach() * w.mask).requires_grad_() for w in self.method.weights}
         module = self.dense.module()
         generator = torch.Generator(device=next(iter(weights.values())).device).manual_seed(self.steps_done)
 
         def loss() -> Tensor:
             output = torch.func.functional_call(module, weights, args, kwargs, tie_weights=True)
-            logits = distill.main_output(output).float()
-            if hasattr(output, "logits") and labels is not None and labels.shape == logits.shape[:-1]:
-                return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=distill.IGNORE)
-            result = self.loss(output, args, kwargs, labels, teach=True)
-            assert result is not None
-            return result.total
+            student = distill.main_output(output)
+            logits = student.float().flatten(0, -2)
+            if not _are_logits(output, student):
+                return distill.relative_error(student, self._teach(args, kwargs))
+            if labels is not None and _are_classes(labels, student):
+                return nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=distill.IGNORE)
+            # the chunked loss has no second derivative
+            teacher = self._teach(args, kwargs).float().flatten(0, -2).log_softmax(-1)
+            return nn.functional.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
 
         for fqn, estimate in hutchinson_diagonal(loss, weights, generator=generator).items():
-            self.method.curvature.fold(fqn, estimate.to(self.program.tensor(fqn).dtype))
+            self.method.curvature.fold(fqn, estimate, weights[fqn].dtype)
 
-    def _split(self, batch: Any) -> tuple[tuple, dict[str, Any], Tensor | None]:
-        """The captured graph's inputs out of a batch, and the labels."""
-        args, kwargs = as_call(batch)
+    def _split(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any], Tensor | None]:
+        """The captured graph's inputs out of a batch in any form, and the labels. What the graph does not take is left out."""
         if args and isinstance(args[0], Mapping):
-            args, kwargs = (), dict(args[0])
-        labels = kwargs.pop("labels", None)
+            args, kwargs = (), {**args[0], **kwargs}
         count, wanted = call_signature(self.dense.exported.call_spec.in_spec)
-        if kwargs:
-            missing = [n for n in wanted if n not in kwargs]
-            if missing and not args:
-                raise SparseForgeError(f"the batch lacks {', '.join(missing)}, which the model was captured with")
-            mask = kwargs.get("attention_mask")
-            if "attention_mask" not in wanted and mask is not None and bool((mask == 0).any()):
-                raise SparseForgeError("the batch is padded but the model was captured without attention_mask: put one into example_inputs")
-            ids = kwargs.get("input_ids")
-            if labels is None and self.causal and isinstance(ids, Tensor):
-                labels = distill.shifted_labels(ids, mask)
-            elif labels is not None and self.causal and isinstance(labels, Tensor):
-                labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], distill.IGNORE)], 1)
-            kwargs = {n: kwargs[n] for n in wanted if n in kwargs}
-        else:
-            if self.causal and args and labels is None and wanted:
-                return self._split({wanted[0]: args[0]})
-            args = args[: max(1, count)]
-        return args, kwargs, labels
+        names = _positional_names(self.dense.source, max(count, len(args)))
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        labels = given.pop("labels", None)
+        captured = [*names[:count], *wanted]
+        missing = [n for n in captured if n not in given]
+        if missing:
+            raise SparseForgeError(f"the batch lacks {', '.join(missing)}, which the model was captured with")
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if "attention_mask" not in captured and mask is not None and bool((mask == 0).any()):
+            raise SparseForgeError("the batch is padded but the model was captured without attention_mask: put one into example_inputs")
+        if labels is None and self.causal and isinstance(ids, Tensor):
+            labels = distill.shifted_labels(ids, mask)
+        elif self.causal and isinstance(labels, Tensor):
+            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], distill.IGNORE)], 1)
+        return tuple(given[n] for n in names[:count]), {n: given[n] for n in wanted}, labels
 
 
 def prepare(
@@ -266,7 +271,11 @@ def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
 
 
 def finalize(sparse: SparseModel) -> nn.Module:
-    """Fix the masks, fold them into the weights (exact N:M, in place) and return the source model object."""
+    """Fix the masks, fold them into the weights (exact N:M, in place) and return the source model object.
+
+    SLoRB branches become a child ``slorb`` of the module that owns the weight, added by a forward hook. A weight that two modules
+    share gets its branch on the first.
+    """
     sparse.method.fix()
     hardened, records = run_passes(sparse.program, [lambda p: harden_masks(p, sparse.config.pattern)])
     sparse.pass_records += records
@@ -279,7 +288,49 @@ def finalize(sparse: SparseModel) -> nn.Module:
             raise AssertionError(f"{site.fqn} is not {sparse.config.pattern} after hardening")
     source = sparse.dense.source
     assert source is not None
+    for site in eligible(sparse.sites):
+        x_name, s_name = branch_names(site.fqn)
+        if x_name in hardened.state:
+            owner = source.get_submodule(site.fqn.rpartition(".")[0])
+            owner.add_module("slorb", LowRankBranch(hardened.tensor(x_name), hardened.tensor(s_name)))
+            owner.register_forward_hook(LowRankBranch.add)
     return source
+
+
+class LowRankBranch(nn.Module):
+    """SLoRB's y + (x X^T) S^T beside a linear of the source model: X [rank, in], S [out, rank]."""
+
+    def __init__(self, x: Tensor, s: Tensor):
+        super().__init__()
+        self.x, self.s = nn.Parameter(x.detach()), nn.Parameter(s.detach())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(inputs, self.x), self.s)
+
+    @staticmethod
+    def add(owner: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of the linear that owns a branch."""
+        return output + owner.get_submodule("slorb")(args[0])
+
+
+def _positional_names(model: nn.Module | None, count: int) -> list[str]:
+    """Names of the first ``count`` positional inputs of a model's forward; *args have a number each."""
+    names: list[str] = []
+    for name, parameter in inspect.signature(model.forward).parameters.items() if model is not None else ():
+        if parameter.kind == parameter.VAR_POSITIONAL:
+            names += [f"{name}[{i}]" for i in range(count)]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(name)
+    return names[:count]
+
+
+def _are_logits(output: Any, value: Tensor) -> bool:
+    """Scores of classes: one alone (a regression) has no distribution."""
+    return hasattr(output, "logits") and value.shape[-1] > 1
+
+
+def _are_classes(labels: Tensor | None, logits: Tensor) -> bool:
+    return labels is not None and labels.shape == logits.shape[:-1] and not labels.is_floating_point()
 
 
 def _is_causal_lm(model: nn.Module | None) -> bool:

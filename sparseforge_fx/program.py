@@ -1,4 +1,4 @@
-"""The one program representation: a ``torch.export.ExportedProgram`` with edits that keep graph, signature and state in step.
+"""The one program representation: a ``torch.export.ExportedProgram``, edited with graph, signature and state in step.
 
 Passes never touch ``graph.placeholder`` or ``input_specs`` by hand: they add, drop and replace through this class, so
 that the same edited program gives a trainable module, an unflattened tree and a ``.pt2`` file.
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.fx import GraphModule, Node
@@ -111,12 +111,13 @@ class Program:
         before = {InputKind.PARAMETER} if kind == InputKind.PARAMETER else {InputKind.PARAMETER, InputKind.BUFFER}
         index = next((i for i, s in enumerate(specs) if s.kind not in before), len(specs))
         placeholders = self.graph.find_nodes(op="placeholder")
-        fake_mode = detect_fake_mode([n.meta["val"] for n in self.graph.nodes if "val" in n.meta])
+        fake_mode = next((v.fake_mode for n in self.graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor)), None)
         assert fake_mode is not None, "an exported graph carries fake values"
         anchor = placeholders[index] if index < len(placeholders) else _first_after(placeholders, self.graph)
         with self.graph.inserting_before(anchor):
             name = ("p_" if kind == InputKind.PARAMETER else "b_") + fqn.replace(".", "_")
             node = self.graph.placeholder(name)
+        node.target = node.name  # made unique: "a.b" and "a_b" would give one argument name
         node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
         persistent = True if kind == InputKind.BUFFER else None
         specs.insert(index, InputSpec(kind, TensorArgument(node.name), fqn, persistent))
@@ -150,8 +151,12 @@ class Program:
 
     # -- running ---------------------------------------------------------------------------------------------------
     def module(self) -> GraphModule:
-        """A flat, trainable GraphModule whose Parameters and buffers are this program's tensors."""
-        return self.exported.module(check_guards=False)
+        """A flat, trainable GraphModule whose Parameters and buffers are this program's tensors.
+
+        Where the trace took a branch on a size (``if x.shape[1] % 2 == 0``), the module refuses sizes of the other
+        branch: it would compute something else than the model.
+        """
+        return self.exported.module(check_guards=bool(getattr(self.exported, "_guards_code", True)))
 
 
 def _first_after(placeholders: list[Node], graph: torch.fx.Graph) -> Node:

@@ -64,6 +64,7 @@ def sparsify(
     seed: int = 0,
     compile: bool | str = "auto",
     resume_from: str | Path | None = None,
+    save_seconds: float = 600.0,
     accelerator: Accelerator | None = None,
     show_progress: bool = True,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -88,7 +89,7 @@ def sparsify(
         calibration: sequences (of the training data) that the layer-wise start or ``sparsegpt`` sees.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         compile: True, False or "auto".
-        resume_from: file of the training state: written during the run, read if it exists, removed by nobody.
+        resume_from: file of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
 
     Returns SparsifyResult. Raises SparseForgeError, with the model as it was, on anything that is wrong before training starts.
     """
@@ -107,7 +108,10 @@ def sparsify(
         if isinstance(data, str) and data == "self":
             wanted = tokens or (steps or 60) * batch_size * length
             data = draw_text(model, wanted, length=length, seed=seed)
-        batches = as_batches(data, tokenizer, batch_size=batch_size, length=length, seed=seed)
+        needed = tokens or (steps or 60) * batch_size * length * accumulate
+        if chosen == "sparsegpt":
+            needed = calibration * length
+        batches = as_batches(data, tokenizer, batch_size=batch_size, length=length, seed=seed, limit_tokens=needed)
         if example_inputs is None and not hasattr(model, "config"):
             example_inputs = _without_labels(batches.batch(0))
     program = capture(model, example_inputs)
@@ -132,7 +136,7 @@ def sparsify(
         report |= {"batch_size": batch_size, "length": length, "accumulate": accumulate}
         report["curves"] = _anneal(
             program, sites, config, batches, calibrated, w_task=task, w_kl=w_kl, slorb_block=slorb_block, lr=lr, accumulate=accumulate,
-            state_path=Path(resume_from) if resume_from else None, compile=compile, accelerator=accelerator,
+            state_path=Path(resume_from) if resume_from else None, save_seconds=save_seconds, compile=compile, accelerator=accelerator,
             show_progress=show_progress, on_step=on_step, report=report,
         )  # fmt: skip
         report["tokens"] = report["curves"][-1]["tokens"] if report["curves"] else 0

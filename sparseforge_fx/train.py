@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparseforge_fx import schedule
 from sparseforge_fx.checkpoint import load_state, save_state
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.methods.base import MaskedWeight
 from sparseforge_fx.prepare import SparseModel
 
 
@@ -43,12 +44,11 @@ class MasterWeights:
             if master is not p:
                 p.copy_(master)
 
-    @torch.no_grad()
-    def reread(self) -> None:
-        """The parameters were written by someone else."""
-        for p, master in zip(self.parameters, self.masters, strict=True):
-            if master is not p:
-                master.copy_(p)
+    def serve(self, weights: Iterable[MaskedWeight]) -> None:
+        """Let a method see and write the masters instead of the rounded weights."""
+        master_of = {id(p): m for p, m in zip(self.parameters, self.masters, strict=True)}
+        for w in weights:
+            w.weight = master_of.get(id(w.weight), w.weight)
 
 
 def train(
@@ -85,6 +85,7 @@ def train(
     """
     accelerator = accelerator or Accelerator()
     master = MasterWeights(parameters)
+    master.serve(sparse.method.weights)
     optimizer = torch.optim.AdamW(master.masters, lr=lr, betas=betas, weight_decay=weight_decay)
     curves: list[dict[str, float]] = []
     start, steps = 0, sparse.method.steps
@@ -120,11 +121,8 @@ def train(
             if not torch.isfinite(norm):
                 raise SparseForgeError(f"the gradient is not finite at step {step}: lower the learning rate ({lr:g}) or check the data")
             optimizer.step()
+            sparse.step()  # before the masters are written back: a method may move weights, too
             master.write_back()
-            decayed = sparse.config.masked_decay and not sparse.method.fixed
-            sparse.step()
-            if decayed:
-                master.reread()
             optimizer.zero_grad()
             for p in master.parameters:
                 p.grad = None

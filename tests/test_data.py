@@ -429,12 +429,13 @@ def test_the_second_call_reads_the_cache(tokenizer, tmp_path):
     assert counting.count == done and len(os.listdir(tmp_path / "cache")) == 1
 
 
-@pytest.mark.parametrize("change", ["file", "seed", "limit", "separator", "column", "pieces", "merges", "eos"])
+@pytest.mark.parametrize(
+    "change", ["nothing", "file", "seed", "limit", "separator", "column", "pieces", "merges", "eos"]
+)
 def test_the_cache_notices_a_change(tmp_path, change):
-    merges = [("a", "b")] if change == "merges" else [("b", "c")]
     path = write(tmp_path / "a.jsonl", json.dumps({"text": "abcabcabc", "title": "abcabcab"}))
     base = {"cache_dir": tmp_path / "cache", "length": 2}
-    tokenize(path, make_tokenizer([("b", "c")]), **base)
+    tokenize(path, Counting(make_tokenizer([("b", "c")], eos="<eos>", pad_token="a")), **base)
     if change == "file":
         os.utime(path, ns=(1, 1))
     changed = {
@@ -444,9 +445,12 @@ def test_the_cache_notices_a_change(tmp_path, change):
         "column": {"text_column": "title"},
         "pieces": {"max_document_chars": 4},
     }.get(change, {})
-    counting = Counting(make_tokenizer(merges, eos="a" if change == "eos" else "<eos>"))
+    eos, pad = ("a", "<eos>") if change == "eos" else ("<eos>", "a")  # the same special tokens in other roles
+    merges = [("a", "b")] if change == "merges" else [("b", "c")]
+    counting = Counting(make_tokenizer(merges, eos=eos, pad_token=pad))
     tokenize(path, counting, **base, **changed)
-    assert counting.count and len(os.listdir(tmp_path / "cache")) == 2
+    files = len(os.listdir(tmp_path / "cache"))
+    assert (files, counting.count > 0) == ((1, False) if change == "nothing" else (2, True))
 
 
 def test_a_broken_run_leaves_nothing_behind(tokenizer, tmp_path):

@@ -54,7 +54,6 @@ class _SoftMaskedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None, grad_bias, grad_probe, None
 
 
-@torch.library.impl("sparseforge::soft_masked_linear", "CompositeImplicitAutograd")
 def soft_masked_linear(
     x: Tensor,
     weight: Tensor,
@@ -78,8 +77,9 @@ def soft_masked_linear(
     Gradients: dL/dweight = g^T x, not masked (straight-through, arXiv 2605.06402 section 3); dL/dx goes through
     weight * mask. Under autocast everything is computed in its dtype, as a linear is.
     """
-    if torch.is_autocast_enabled(x.device.type):  # its casts would not reach the backward of an autograd.Function
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)  # cast here: autocast does not reach an autograd.Function's backward
         x, weight, mask = x.to(dtype), weight.to(dtype), mask.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if x.dim() == 1:
@@ -87,4 +87,5 @@ def soft_masked_linear(
     return _SoftMaskedLinear.apply(x, weight, mask, bias, probe, transposed)
 
 
+torch.library.impl("sparseforge::soft_masked_linear", "CompositeImplicitAutograd", soft_masked_linear)
 OP = torch.ops.sparseforge.soft_masked_linear.default

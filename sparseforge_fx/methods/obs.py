@@ -76,6 +76,6 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, Ten
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if info.item() == 0:
                 return upper, damping, dead
-        damping *= 10
+        damping = max(10 * damping, 1e-8)
         if damping > 1e6:
             raise SparseForgeError("a layer's Hessian cannot be factorised at any damping; check the calibration data")

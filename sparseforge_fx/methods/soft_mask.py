@@ -25,6 +25,7 @@ from sparseforge_fx.pattern import Pattern, all_patterns, distance_from_binary, 
 
 #: the authors' run on LLaMA-2-7B, to which their per-update constants belong
 REFERENCE_STEPS, REFERENCE_UPDATES = 20_000, 20_000 // 30
+SCORES, GATES = ("obd", "ratio", "magnitude"), ("site", "pattern")
 SAMPLE = 1 << 15  # scores from which a weight's quantile is taken; its error in rank is below 0.3 %
 
 
@@ -34,14 +35,16 @@ class SparseForgeConfig:
 
     Attributes:
         steps: optimizer steps of the whole run.
-        start: ``dense``: masks of one; ``obs``: the layer-wise OBS solution (methods/layerwise.py) and its masks.
+        start: ``dense``: masks of one, moved by scores. ``obs``: the masks of the layer-wise OBS solution (methods/layerwise.py);
+            the quench then leads from the dense weights to that solution: pruned weights fade with lambda while the survivors
+            take their compensation over.
+        softness_start: lambda at the first step.
         heat_end, quench_end: lambda is 1 before the first, falls linearly, and is 0 after the second; then masks are fixed.
         sparsity_warmup: end of the linear warm-up of the target sparsity.
         mask_rate: a; score_noise_floor: eps of ``ratio``.
         structure: final eta * lambda_mid of the structural hardening, reached at ``quench_end`` (0 switches it off).
         probe_every, update_every: steps between curvature probes / mask updates.
         masked_decay: extra decay of weights per step, proportional to 1 - m.
-        compensate: at the end of the quench, let the survivors take over by OBS what the pruned weights still carried.
     """
 
     steps: int
@@ -59,17 +62,25 @@ class SparseForgeConfig:
     temperature_start: float = 1.0
     temperature_floor: float = 0.05
     temperature_half_life: float = 0.04
+    softness_start: float = 1.0
     structure: float = 0.5
     update_every: int = 1
     mask_rate: float = 0.1
     masked_decay: float = 0.0
-    compensate: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise SparseForgeError(f"steps is {self.steps}; a run needs at least one")
-        if self.curvature not in ESTIMATORS:
-            raise SparseForgeError(f"unknown curvature {self.curvature!r}; choose one of {', '.join(ESTIMATORS)}")
+        choices = {"curvature": ESTIMATORS, "start": ("dense", "obs"), "score": SCORES, "gate": GATES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise SparseForgeError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.probe_every < 1 or self.update_every < 1:
+            raise SparseForgeError("probe_every and update_every count steps: give at least 1")
+        if not 0 < self.mask_rate <= 1:
+            raise SparseForgeError(f"mask_rate is {self.mask_rate}; take a share above 0 and up to 1")
+        if self.start == "obs" and self.quench_end > 0 and not self.softness_start <= 0.95:
+            raise SparseForgeError(f"softness_start {self.softness_start} leaves masks of 1 and pruned ones alike; take at most 0.95")
         if not 0 <= self.heat_end <= self.quench_end <= 1:
             raise SparseForgeError(f"need 0 <= heat_end <= quench_end <= 1, got {self.heat_end} and {self.quench_end}")
 
@@ -81,10 +92,10 @@ class SparseForgeConfig:
 def paper_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -> SparseForgeConfig:
     """The authors' constants (DESIGN section 3), scaled to a run of ``steps``.
 
-    K = 30 of 20,000 steps; with fewer steps K shrinks to 1 and the per-update rates (a = 0.1, gamma = 0.975, beta = 0.985) are
+    K = 30 of 20,000 steps; with fewer steps K shrinks (to 5 from 150 steps on, to 1 below 60) and the per-update rates (a = 0.1, gamma = 0.975, beta = 0.985) are
     rescaled so that the run travels the same way in fewer updates. lambda falls from 10 % to 85 % of the run.
     """
-    every = max(1, round(30 * steps / REFERENCE_STEPS))
+    every = max(1, round(30 * steps / REFERENCE_STEPS), min(5, steps // 30))  # below 5, mask updates would cost over a tenth of a step
     updates = max(1, steps // every)
     keep = schedule.rescale_decay(0.9, updates, REFERENCE_UPDATES)
     # gamma^k = 1/2 after log(0.5)/log(0.975) = 27.4 updates of 667
@@ -101,16 +112,12 @@ def paper_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -
 
 
 def tuned_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -> SparseForgeConfig:
-    """Ours: start from the layer-wise OBS solution."""
-    base = SparseForgeConfig(
-        steps=steps,
-        pattern=pattern,
-        start="obs",
-        gate="pattern",
-        heat_end=0.0,
-        quench_end=0.0,
-        sparsity_warmup=0.0,
-    )
+    """Ours: masks and compensation of the layer-wise OBS solution from the first step on, so that all of the run heals.
+
+    In runs of 30 and 60 steps nothing that delayed the hard masks did better; ``quench_end=0.4, softness_start=0.6`` lets the
+    pruned weights fade from the dense model instead.
+    """
+    base = SparseForgeConfig(steps=steps, pattern=pattern, start="obs", heat_end=0.0, quench_end=0.0)
     return replace(base, **changes)
 
 
@@ -127,6 +134,8 @@ class SparseForge:
         self.step = 0
         self.flip_rate = 0.0
         self._fixed = False
+        self._faded_to = 1.0
+        self.compensation: dict[str, Tensor] = {}  # what the survivors have still to take over, per unit of lambda
         if config.start == "dense" and config.quench_end == 0:
             raise SparseForgeError("quench_end 0 leaves no time to choose masks; start from obs or give the quench some steps")
 
@@ -136,7 +145,7 @@ class SparseForge:
 
     def wants_curvature(self, step: int) -> bool:
         c = self.config
-        return c.score != "magnitude" and self.progress(step) < c.quench_end and step % c.probe_every == 0
+        return c.start == "dense" and c.score != "magnitude" and self.progress(step) < c.quench_end and step % c.probe_every == 0
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -148,9 +157,12 @@ class SparseForge:
         if progress >= self.config.quench_end:
             self.fix()
             return
+        lam = self.softness(progress)
+        if self.config.start == "obs":
+            self._fade(lam)
+            return
         if self.step % self.config.update_every == 0:
             self._update(progress)
-        lam = schedule.softness(progress, self.config.heat_end, self.config.quench_end)
         for w in self.weights:
             if self.config.masked_decay:
                 w.weight.mul_(1 - self.config.masked_decay * (1 - w.mask))
@@ -158,12 +170,42 @@ class SparseForge:
                 soft = self.soft.setdefault(w.fqn, w.mask.clone())
                 w.mask.copy_(torch.lerp(hard_mask(soft, self.pattern, w.dim).to(soft.dtype), soft, lam))
 
+    def softness(self, progress: float) -> float:
+        """lambda: how much of the soft mask is in the effective one."""
+        return self.config.softness_start * schedule.softness(progress, self.config.heat_end, self.config.quench_end)
+
+    @torch.no_grad()
+    def start_from(self, dense: dict[str, Tensor]) -> None:
+        """Weights and masks hold the OBS solution: go back to lambda = ``softness_start`` on the way to it from ``dense``."""
+        lam = self.softness(0.0) if self.config.quench_end > 0 else 0.0
+        if lam == 0:
+            self.fix()
+            return
+        for w in self.weights:
+            kept = w.mask.bool()
+            self.compensation[w.fqn] = torch.where(kept, w.weight - dense[w.fqn], 0.0)
+            w.weight.copy_(dense[w.fqn])
+        self._fade(lam)
+
+    def _fade(self, lam: float) -> None:
+        """Survivors (mask 1) take their compensation over as the others' mask goes down to ``lam``."""
+        before, self._faded_to = self._faded_to, lam
+        for w in self.weights:
+            if w.fqn in self.compensation:
+                w.weight.add_(self.compensation[w.fqn], alpha=before - lam)
+            w.mask.masked_fill_(w.mask != 1, lam)
+
     @torch.no_grad()
     def fix(self) -> None:
-        """m = hard(m), for good; curvature and soft masks are freed."""
+        """m = hard(m), for good; what is left of the compensation is given; curvature and soft masks are freed."""
+        if self.compensation:
+            self._fade(0.0)
         for w in self.weights:
-            w.mask.copy_(hard_mask(self.soft.get(w.fqn, w.mask), self.pattern, w.dim))
+            soft = self.soft.get(w.fqn, w.mask)
+            untouched = bool((soft == 1).all())  # fixed before the first mask update: do not keep the first N, but the largest
+            w.mask.copy_(hard_mask(w.weight.abs() if untouched else soft, self.pattern, w.dim))
         self.soft.clear()
+        self.compensation.clear()
         self.curvature.values.clear()
         self._fixed = True
 
@@ -179,22 +221,24 @@ class SparseForge:
         reached = schedule.target_sparsity(progress, c.sparsity_warmup, 1.0)
         eta = schedule.structure_strength(progress, c.sparsity_warmup, c.quench_end, c.structure)
         for w in self.weights:
-            if c.score != "magnitude" and w.fqn not in self.curvature.values:
+            if c.score != "magnitude" and not self.curvature.values:
                 continue  # no probe yet
             mask = self.soft.get(w.fqn, w.mask)
-            gate = self.gate(self.score(w), w.dim, heat, reached)
-            old = hard_mask(mask, self.pattern, w.dim)
+            score = self.score(w)
+            gate = self.gate(score, w.dim, heat, reached)
+            before = hard_mask(_sample(mask, w.dim, self.pattern), self.pattern)
             if eta:
-                gate.sub_(mask.float() - hard_mask(gate, self.pattern, w.dim).float(), alpha=eta)
+                # top-N(G) is top-N of the scores, which do not tie where the sigmoid saturates
+                gate.sub_(mask.float() - hard_mask(score, self.pattern, w.dim).float(), alpha=eta)
             mask.copy_(mask.float().lerp_(gate, c.mask_rate).clamp_(0, 1))
-            flips += int((hard_mask(mask, self.pattern, w.dim) != old).sum())
-            total += old.numel()
+            after = hard_mask(_sample(mask, w.dim, self.pattern), self.pattern)
+            flips, total = flips + int((after != before).sum()), total + before.numel()
         self.flip_rate = flips / max(1, total)
 
     def score(self, w: MaskedWeight) -> Tensor:
-        """Importance of each weight, float32, the weight's shape."""
+        """Importance of each weight, float32, the weight's shape. Magnitude where no gradient has ever come."""
         value = w.weight.detach().float()
-        if self.config.score == "magnitude":
+        if self.config.score == "magnitude" or w.fqn not in self.curvature.values:
             return value.abs()
         h = self.curvature.values[w.fqn].float()
         if h.dim() == 1:  # activation: one value per input
@@ -220,13 +264,13 @@ class SparseForge:
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         c, progress = self.config, self.progress(self.step)
-        numel = sum(w.mask.numel() for w in self.weights)
+        sample = torch.cat([_sample(w.mask, w.dim, self.pattern).flatten() for w in self.weights]).float()
         return {
             "temperature": schedule.temperature(progress, c.temperature_start, c.temperature_floor, c.temperature_half_life),
-            "lambda": 0.0 if self._fixed else schedule.softness(progress, c.heat_end, c.quench_end),
-            "mask_distance_from_binary": sum(distance_from_binary(w.mask) * w.mask.numel() for w in self.weights) / numel,
+            "lambda": 0.0 if self._fixed else self.softness(progress),
+            "mask_distance_from_binary": distance_from_binary(sample),
             "flip_rate": 0.0 if self._fixed else self.flip_rate,
-            "density": sum(w.mask.float().sum().item() for w in self.weights) / numel,
+            "density": sample.mean().item(),
         }
 
     def state(self) -> dict[str, Any]:
@@ -236,11 +280,27 @@ class SparseForge:
             "flip_rate": self.flip_rate,
             "soft": dict(self.soft),
             "curvature": dict(self.curvature.values),
+            "compensation": dict(self.compensation),
+            "faded_to": self._faded_to,
+            "config": self.config.describe(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.step, self._fixed, self.flip_rate = state["step"], state["fixed"], state["flip_rate"]
-        self.soft, self.curvature.values = dict(state["soft"]), dict(state["curvature"])
+        mine, theirs = self.config.describe(), state["config"]
+        if mine != theirs:
+            changed = ", ".join(f"{k} {theirs.get(k)} instead of {mine.get(k)}" for k in mine if mine[k] != theirs.get(k))
+            raise SparseForgeError(f"the saved training state was made with {changed}; delete it to start anew")
+        self.step, self._fixed, self.flip_rate, self._faded_to = (state[k] for k in ("step", "fixed", "flip_rate", "faded_to"))
+        devices = {w.fqn: w.mask.device for w in self.weights}
+        self.soft, self.curvature.values, self.compensation = (
+            {fqn: value.to(devices[fqn]) for fqn, value in state[k].items()} for k in ("soft", "curvature", "compensation")
+        )
+
+
+def _sample(mask: Tensor, dim: int, pattern: Pattern) -> Tensor:
+    """Whole groups from the first rows, [groups, M]: enough for a curve, too few to slow a step."""
+    rows = mask.movedim(dim, -1)
+    return to_groups(rows[: max(1, SAMPLE // rows.shape[-1])], pattern).flatten(0, -2)
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:

@@ -1,0 +1,98 @@
+"""Perplexity after sparsification at an equal number of training tokens: one run, one json, resumable after a kill.
+
+    python examples/benchmarks/quality.py MODEL --data c4.jsonl --data reviews.jsonl.xz --data books.jsonl.xz \\
+        --valid valid.txt --test test.txt --preset tuned --tokens 122880 --seed 0
+
+The sources are mixed evenly by documents (books cut into pieces of 3,000 characters). Perplexity is that of the first
+``--windows`` windows of 1,024 tokens. Choose by the validation text, quote the test text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sparseforge_fx as sf
+from sparseforge_fx.data import tokenize
+from sparseforge_fx.evaluate import perplexity
+from sparseforge_fx.report import write_json
+
+RESULTS = Path(__file__).parent / "results" / "quality"
+
+
+def main(
+    model: str,
+    data: Annotated[list[str], typer.Option(help="text source; give several to mix them evenly by documents")],
+    valid: Annotated[Path, typer.Option(help="validation text, for choosing")],
+    test: Annotated[Path, typer.Option(help="test text, for quoting")],
+    method: str = "sparseforge",
+    preset: str = "tuned",
+    tokens: int = 122_880,
+    seed: int = 0,
+    lr: float = 5e-4,
+    batch_size: int = 4,
+    length: int = 512,
+    calibration: int = 64,
+    windows: int = 16,
+    w_task: float | None = None,
+    threads: int = 0,
+    label: str = "",
+    compile: str = "auto",
+    options: Annotated[str, typer.Option(help="json of further SparseForgeConfig fields")] = "{}",
+) -> None:
+    """Run one (method, preset, seed, budget) and write results/quality/NAME.json."""
+    if threads:
+        torch.set_num_threads(threads)
+    name = label or f"{method}-{preset if method == 'sparseforge' else 'oneshot'}-{tokens}-seed{seed}"
+    out = RESULTS / f"{name}.json"
+    if out.exists():
+        print(f"{out} is there already")
+        return
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    texts = {"valid": valid, "test": test}
+    ids = {k: tokenizer(p.read_text(), return_tensors="pt", verbose=False).input_ids[0] for k, p in texts.items()}
+
+    def score(which: str) -> float:
+        return perplexity(net, ids[which], context=1024, max_windows=windows).perplexity
+
+    dense = {which: score(which) for which in texts}
+    corpus = tokenize(list(data), tokenizer, length=length, seed=seed, limit_tokens=tokens, separator="\n\n")
+    def on_step(step: int, row: dict) -> None:
+        print(json.dumps({k: row[k] for k in ("step", "loss", "task", "kl", "seconds", "mask_distance_from_binary")}), flush=True)
+
+    settings = json.loads(options)
+    if method == "sparseforge":
+        settings |= {"preset": preset, "tokens": tokens, "w_task": w_task, "lr": lr}
+        settings["resume_from"] = RESULTS / f"{name}.state"
+    how: bool | str = {"on": True, "off": False}.get(compile, compile)
+    result = sf.sparsify(
+        net, corpus if method != "magnitude" else None, method=method, batch_size=batch_size, length=length, calibration=calibration, seed=seed,
+        compile=how, show_progress=False, on_step=on_step, **settings,
+    )  # fmt: skip
+    report = result.report
+    report.pop("density")
+    sparse = {which: score(which) for which in texts}
+    record = {
+        "model": Path(model).name,
+        "method": method,
+        "tokens": report.get("tokens", 0),
+        "data": [Path(d).name for d in data],
+        "windows": windows,
+        "context": 1024,
+        "dense_perplexity": dense,
+        "sparse_perplexity": sparse,
+        "report": {k: v for k, v in report.items() if k not in ("sites", "skipped", "passes")} | {"sites": len(report["sites"])},
+    }
+    write_json(out, record)
+    (RESULTS / f"{name}.state").unlink(missing_ok=True)
+    print(f"{name}: dense {dense}, sparse {sparse}, {report['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)

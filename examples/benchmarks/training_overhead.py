@@ -1,0 +1,151 @@
+"""What a heating step costs beside a dense distillation step of the same model, batch and loop; one json.
+
+    python examples/benchmarks/training_overhead.py MODEL [--device cpu] [--batch-size 4] [--length 512] [--rounds 5]
+
+The kinds of step are interleaved in one process and their medians compared. Probe steps and mask updates are amortised over
+the periods that the paper's preset takes at 20,000 steps and at 150. No optimizer is in any of the steps: it would
+flatter the ratio. Curvature estimators are timed in the same rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM
+
+from sparseforge_fx import SparseModel, distill, paper_preset, prepare
+from sparseforge_fx.report import environment, peak_memory_bytes, write_json
+
+RESULTS = Path(__file__).parent / "results" / "training_overhead"
+
+
+def main(
+    model: str,
+    device: str = "cpu",
+    batch_size: int = 4,
+    length: int = 512,
+    rounds: int = 5,
+    threads: int = 0,
+    compile: Annotated[bool, typer.Option(help="also time the same steps under torch.compile")] = False,
+    label: str = "",
+) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval().to(device)
+    embedding = net.get_input_embeddings().weight
+    embedding.requires_grad_(False)
+    ids = torch.randint(0, net.config.vocab_size, (batch_size, length), device=device)
+    clock = time.perf_counter()
+    sparse = prepare(net, None, paper_preset(150))
+    prepared = time.perf_counter() - clock
+    sparse.train()
+    modes = {"eager": 0.0}
+    times: dict[str, dict[str, list[float]]] = {"eager": measure(sparse, ids, rounds)}
+    memory = extra_memory(sparse)
+    if compile:
+        clock = time.perf_counter()
+        sparse.compile()
+        for kind in kinds(sparse, ids).values():
+            kind()
+        modes["compiled"] = time.perf_counter() - clock
+        times["compiled"] = measure(sparse, ids, rounds)
+    record = {
+        "model": Path(model).name,
+        "batch_size": batch_size,
+        "length": length,
+        "rounds": rounds,
+        "prepare_seconds": prepared,
+        "compile_seconds": modes.get("compiled"),
+        "modes": {mode: summarise(t) for mode, t in times.items()},
+        "extra_memory": memory,
+        "peak_memory_bytes": peak_memory_bytes(),
+        **environment(),
+    }
+    write_json(RESULTS / f"{label or Path(model).name + '-' + device}.json", record)
+    print(record["modes"], record["extra_memory"])
+
+
+def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict:
+    """The steps that are compared. The dense one runs the dense graph of the same capture against the same teacher."""
+    dense = sparse.dense.module() if sparse._runners["graph"] is sparse.graph else compiled_dense(sparse)
+    weights = [p for p in sparse.parameters() if p.requires_grad]
+
+    def backward(loss: distill.Loss | None) -> None:
+        assert loss is not None
+        loss.total.backward()
+        for p in weights:
+            p.grad = None
+
+    def dense_step() -> None:
+        output = dense(input_ids=ids)
+        backward(sparse.loss(output, (), {"input_ids": ids}, distill.shifted_labels(ids), teach=True))
+
+    def masked(step: int) -> None:
+        sparse.steps_done = step
+        sparse(input_ids=ids)
+        backward(sparse.last_loss)
+
+    every = sparse.config.probe_every
+    return {
+        "dense": dense_step,
+        "heating": lambda: masked(1 if every > 1 else 0),
+        "probe": lambda: masked(0),
+        "mask_update": lambda: sparse.method._update(0.05),
+    }
+
+
+def compiled_dense(sparse: SparseModel):
+    from sparseforge_fx.compile import compile_repeated_blocks
+
+    if "dense" not in sparse._hidden:
+        sparse._hidden["dense"] = compile_repeated_blocks(sparse.dense.module())
+    return sparse._hidden["dense"]
+
+
+def measure(sparse: SparseModel, ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    todo = kinds(sparse, ids)
+    todo["probe"]()  # curvature for the first mask update
+    for run in todo.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in todo}
+    for _ in range(rounds):
+        for name, run in todo.items():
+            _sync(ids)
+            clock = time.perf_counter()
+            run()
+            _sync(ids)
+            times[name].append(time.perf_counter() - clock)
+    return times
+
+
+def _sync(ids: torch.Tensor) -> None:
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+
+
+def summarise(times: dict[str, list[float]]) -> dict:
+    median = {name: statistics.median(values) for name, values in times.items()}
+    out: dict = {"median_seconds": median, "spread": {n: [min(v), max(v)] for n, v in times.items()}}
+    for steps in (150, 20_000):
+        preset = paper_preset(steps)
+        cost = median["heating"] + (median["probe"] - median["heating"]) / preset.probe_every
+        out[f"amortised_over_dense_at_{steps}_steps"] = (cost + median["mask_update"] / preset.update_every) / median["dense"]
+    return out
+
+
+def extra_memory(sparse: SparseModel) -> dict[str, float]:
+    """Bytes that heating adds per site weight: masks, curvature, anything else that the method holds."""
+    numel = sum(w.weight.numel() for w in sparse.method.weights)
+    mask = sum(w.mask.numel() * w.mask.element_size() for w in sparse.method.weights)
+    curvature = sum(v.numel() * v.element_size() for v in sparse.method.curvature.values.values())
+    soft = sum(v.numel() * v.element_size() for v in sparse.method.soft.values())
+    return {"mask_bytes_per_weight": mask / numel, "curvature_bytes_per_weight": curvature / numel, "other_bytes_per_weight": soft / numel}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,226 @@
+"""Models by name: a folder, a hub id or a GGUF file in; a plain Hugging Face folder out, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+
+from sparseforge_fx.errors import SparseForgeError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HUB_TIMEOUT = 10.0  # seconds until the hub counts as not reachable
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class Location(NamedTuple):
+    """What the ``from_pretrained`` functions want: a folder or hub id, and options that belong to it."""
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def gguf(self) -> bool:
+        return "gguf_file" in self.options
+
+
+def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tuple[nn.Module, Any]:
+    """The model, in eval mode on the CPU, and its tokenizer (None for a model without a vocabulary).
+
+    Args:
+        name: a Hugging Face folder, a hub id, or a GGUF file (or a folder that holds one and nothing else to load).
+        dtype: ``bfloat16``, ``float16``, ``float32``. None: the checkpoint's own; bfloat16 for a GGUF file, whose
+            weights are dequantised.
+
+    Raises SparseForgeError: nothing of that name, the hub is not reachable, not a model, weights missing from the checkpoint,
+    weights that stay quantised, no tokenizer. Code that comes with a checkpoint is never run.
+    """
+    where = locate(name)
+    wanted = _dtype(dtype)
+    config = _load_config(where)
+    tokenizer = _load_tokenizer(where, config)
+    options: dict[str, Any] = {"dtype": wanted or "auto", "config": config}
+    if where.gguf:
+        options["dtype"] = wanted or torch.bfloat16
+        if hasattr(transformers, "GgufConfig"):  # before it came, every GGUF file was dequantised
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    elif getattr(config, "quantization_config", None) is not None:
+        raise SparseForgeError(f"the weights of {name} are quantised: give a checkpoint in bfloat16, float16 or float32")
+    with _explained(f"cannot load the model {name}"):
+        model, loading = _model_class(config).from_pretrained(where.name, output_loading_info=True, **options, **where.options)
+    absent = sorted(loading.get("missing_keys") or ())
+    if absent:
+        raise SparseForgeError(f"the checkpoint {name} lacks {len(absent)} weights of its model, {absent[0]} the first of them")
+    if where.gguf and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain now, and must be loaded as such
+    return model.eval(), tokenizer
+
+
+def load_skeleton(name: str | Path) -> nn.Module:
+    """The model without weights, on the meta device: shapes and graph only, whatever its size."""
+    where = locate(name)
+    config = _load_config(where)
+    cls = _model_class(config)
+    with _explained(f"cannot build the model of {name}"), torch.device("meta"):
+        model = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
+    return model.eval()
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write a plain Hugging Face folder, with nothing in it that says sparse: every loader takes it for a dense one.
+
+    Raises SparseForgeError if ``folder`` exists and is not empty, unless ``overwrite``.
+    """
+    with new_folder(Path(folder), overwrite=overwrite) as partial:
+        write_checkpoint(model, tokenizer, partial)
+
+
+def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
+    """``save_pretrained`` of both into a folder."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill; it becomes ``folder`` when the block ends well, and vanishes when it does not.
+
+    Raises SparseForgeError if ``folder`` is a file, or is not empty and ``overwrite`` is False.
+    """
+    partial, old = _siblings(folder)
+    finish_replacement(folder)
+    check_output(folder, overwrite=overwrite)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_replacement(folder: Path) -> None:
+    """Put things right after a kill between the two renames of :func:`new_folder`: the new folder is then complete."""
+    partial, old = _siblings(folder)
+    if old.exists():
+        if not folder.exists():
+            os.replace(partial if partial.exists() else old, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output(folder: Path, *, overwrite: bool = False) -> None:
+    """Raise SparseForgeError if a result cannot or must not be written to ``folder``."""
+    if folder.exists() and not folder.is_dir():
+        raise SparseForgeError(f"the output {folder} is a file: name a folder")
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise SparseForgeError(f"the output folder {folder} is not empty: name another one, or allow overwriting")
+
+
+def _siblings(folder: Path) -> tuple[Path, Path]:
+    folder = Path(os.path.abspath(folder))
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+
+
+# -- finding ---------------------------------------------------------------------------------------------------------
+def locate(name: str | Path) -> Location:
+    """Where the files of a model are. Asks the hub, with a short timeout, only for what is no local path."""
+    text = os.path.expanduser(str(name))
+    path = Path(text)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SparseForgeError(f"{name} is a file but not a .gguf file: give a model folder, a hub id or a GGUF file")
+        return Location(str(path.resolve().parent), {"gguf_file": path.name})
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return Location(str(path), {})
+        found = sorted(path.glob("*.gguf"))
+        if len(found) == 1:
+            return Location(str(path), {"gguf_file": found[0].name})
+        several = f"{len(found)} GGUF files: name one" if found else "no config.json: it is not a Hugging Face model"
+        raise SparseForgeError(f"the folder {name} holds {several}")
+    if not _HUB_ID.fullmatch(text) or path.suffix == ".gguf":
+        raise SparseForgeError(f"there is no model folder or file {name}: check the path")
+    return Location(text, _ask_hub(text))
+
+
+def _ask_hub(name: str) -> dict[str, Any]:
+    """Options for a hub id: the cached files only if the hub does not answer. (from_pretrained alone would retry for half a minute.)"""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except GatedRepoError as error:
+        raise SparseForgeError(f"the model {name} is gated: ask for access on its hub page and log in with 'hf auth login'") from error
+    except RepositoryNotFoundError as error:
+        raise SparseForgeError(f"there is no folder {name} here and no model of that name on the hub (or it is private)") from error
+    except Exception as error:  # an open set of types: DNS, proxy, TLS, timeout, offline mode, server errors
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return {"local_files_only": True}
+        raise SparseForgeError(
+            f"there is no folder {name} here, and the hub cannot be asked for it ({type(error).__name__}: {_one_line(error)})"
+        ) from error
+    return {}
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+def _load_config(where: Location) -> Any:
+    with _explained(f"cannot read the configuration of {where.name}"):
+        return transformers.AutoConfig.from_pretrained(where.name, trust_remote_code=False, **where.options)
+
+
+def _load_tokenizer(where: Location, config: Any) -> Any:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(text, "vocab_size", None):
+        return None
+    with _explained(f"the model {where.name} has no tokenizer that can be loaded"):
+        return transformers.AutoTokenizer.from_pretrained(where.name, trust_remote_code=False, **where.options)
+
+
+def _model_class(config: Any) -> Any:
+    """The class that wrote the checkpoint, if transformers has it; else the causal language model of the configuration."""
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise SparseForgeError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except SparseForgeError:
+        raise
+    except Exception as error:  # an open set of types: json, safetensors, gguf, tokenizers, validation of configurations
+        raise SparseForgeError(f"{what}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,54 @@
+"""What several test files share: one thread, fixed seeds, and one tiny network that has every kind of linear."""
+
+import pytest
+import torch
+from tiny_models import captured_once, tiny  # noqa: F401  (fixtures)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sparseforge_fx.capture import capture
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class TinyNet(nn.Module):
+    """Linear with and without bias, Conv1D ([in, out]), a module used twice, a tie, a width that 4 does not divide."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+        self.down = Conv1D(8, 16)
+        self.twice = nn.Linear(8, 8, bias=False)
+        self.tied = nn.Linear(8, 8)
+        self.tied.weight = self.twice.weight
+        self.to_six = nn.Linear(8, 6)
+        self.from_six = nn.Linear(6, 8)
+        self.norm = nn.LayerNorm(8)  # so that no linear is an output layer
+
+    def forward(self, x):  # [batch, tokens, 8]
+        x = x + self.down(torch.relu(self.up(x)))
+        x = x + self.twice(torch.relu(self.twice(x)))
+        x = x + torch.tanh(self.tied(x))
+        return self.norm(x + self.from_six(self.to_six(x)))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 8)
+
+
+@pytest.fixture
+def net():
+    net = TinyNet()
+    nn.init.normal_(net.down.weight)  # Conv1D starts at 0.02: too small to see
+    return net
+
+
+@pytest.fixture
+def program(net, x):
+    return capture(net, x)

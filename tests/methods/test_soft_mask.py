@@ -1,0 +1,517 @@
+"""The annealing's equations (DESIGN section 3) on weights without a model, then every combination on a real graph."""
+
+import itertools
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.hessian import ESTIMATORS
+from sparseforge_fx.methods.base import MaskedWeight
+from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig, paper_preset, tuned_preset
+from sparseforge_fx.pattern import Pattern, check_pattern, distance_from_binary, hard_mask
+
+TWO_FOUR = Pattern(2, 4)
+# magnitude needs no curvature; one update per step, no pull, no ramp of the sparsity
+PLAIN = {"score": "magnitude", "sparsity_warmup": 0.0, "structure": 0.0, "heat_end": 0.5, "quench_end": 0.9}
+
+
+def masked(weight, dim=1, dtype=torch.float32):
+    return MaskedWeight("w", torch.as_tensor(weight, dtype=dtype), torch.ones(torch.as_tensor(weight).shape, dtype=dtype), dim)
+
+
+def random_weight(out=6, width=16, seed=0, **options):
+    return masked(torch.randn(out, width, generator=torch.Generator().manual_seed(seed)), **options)
+
+
+def engine(weight, steps=100, **changes):
+    return SparseForge(SparseForgeConfig(steps=steps, **PLAIN | changes), [weight])
+
+
+def gate_by_patterns(group, temperature, n=2):
+    """sum_k softmax(-cost_k / T) pattern_k, cost_k = what pattern k deletes, in shares of the group's mean score."""
+    mean = sum(group) / len(group)
+    patterns = list(itertools.combinations(range(len(group)), n))
+    costs = [sum(s for i, s in enumerate(group) if i not in kept) / mean for kept in patterns]
+    powers = [math.exp(-(c - min(costs)) / temperature) for c in costs]
+    return [
+        sum(p for p, kept in zip(powers, patterns, strict=True) if i in kept) / sum(powers) for i in range(len(group))
+    ]
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [("obd", [1.0, 8.0, 0.0, 9.0]), ("ratio", [1.0, 2 / math.sqrt(2), 3e6, 1 / 3]), ("magnitude", [1.0, 2.0, 3.0, 1.0])],
+)
+def test_scores_by_hand(score, expected):
+    """obd: h w^2; ratio: |w| / sqrt(h + 1e-12)."""
+    weight = masked([[1.0, -2.0, 3.0, 1.0]])
+    forge = engine(weight, score=score)
+    forge.curvature.fold("w", torch.tensor([[1.0, 2.0, 0.0, 9.0]]))
+    torch.testing.assert_close(forge.score(weight), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_activation_curvature_belongs_to_the_inputs(dim):
+    value = torch.arange(1.0, 9).reshape(2, 4)
+    weight = masked(value if dim else value.t(), dim=dim)
+    forge = engine(weight, score="obd")
+    forge.curvature.fold("w", torch.tensor([1.0, 0.0, 2.0, 3.0]))  # one entry per input
+    expected = torch.tensor([[1.0, 0, 18, 48], [25, 0, 98, 192]])
+    torch.testing.assert_close(forge.score(weight), expected if dim else expected.t())
+
+
+# -- gates -----------------------------------------------------------------------------------------------------------
+SCORES = [0.3, 2.0, 1.1, 5.0, 0.1, 0.9, 4.0, 3.2]
+
+
+@pytest.mark.parametrize(("reached", "rank"), [(1.0, 4), (0.5, 2)])
+def test_site_gate_by_hand(reached, rank):
+    """z-scored over the weight; tau: the value below (and at) which half of the scores lie, a quarter on the way there."""
+    mean, deviation = statistics.mean(SCORES), statistics.stdev(SCORES)
+    z = [(s - mean) / deviation for s in SCORES]
+    tau = sorted(z)[rank - 1]
+    expected = [1 / (1 + math.exp(-(v - tau) / 0.2)) for v in z]
+    weight = masked([SCORES[:4], SCORES[4:]])
+    gate = engine(weight, gate="site").gate(torch.tensor([SCORES[:4], SCORES[4:]]), 1, 0.2, reached)
+    torch.testing.assert_close(gate.flatten(), torch.tensor(expected))
+
+
+def test_site_gate_asks_nothing_before_the_warm_up():
+    gate = engine(random_weight(), gate="site").gate(torch.rand(6, 16), 1, 1.0, 0.0)
+    torch.testing.assert_close(gate, torch.ones(6, 16))
+
+
+def test_site_gate_hardens_as_it_cools():
+    scores = torch.rand(8, 64, generator=torch.Generator().manual_seed(0))
+    gate = engine(random_weight(), gate="site").gate(scores, 1, 1e-6, 1.0)
+    above = scores > scores.flatten().kthvalue(256).values
+    assert torch.equal(gate > 0.5, above) and above.sum() == 256
+    assert ((gate < 1e-3) | (gate > 1 - 1e-3)).sum() >= 511  # all but the threshold itself
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, 10.0])
+def test_pattern_gate_by_enumeration(temperature):
+    weight = masked([SCORES])
+    gate = engine(weight, gate="pattern").gate(torch.tensor([SCORES]), 1, temperature, 1.0)
+    expected = gate_by_patterns(SCORES[:4], temperature) + gate_by_patterns(SCORES[4:], temperature)
+    torch.testing.assert_close(gate, torch.tensor([expected]), rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    pattern=st.sampled_from([Pattern(2, 4), Pattern(1, 4), Pattern(1, 2), Pattern(4, 8)]),
+    temperature=st.floats(1e-3, 1e3),
+    reached=st.floats(0, 1),
+    scale=st.floats(-20, 20),
+    dim=st.integers(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_pattern_gate_keeps_the_mass_of_every_group(pattern, temperature, reached, scale, dim, seed):
+    scores = torch.rand(3, 2 * pattern.m, generator=torch.Generator().manual_seed(seed)) * 10**scale
+    weight = masked(torch.ones(3, 2 * pattern.m))
+    forge = engine(weight, gate="pattern", pattern=pattern)
+    gate = forge.gate(scores if dim else scores.t(), dim, temperature, reached)
+    gate = gate if dim else gate.t()
+    mass = gate.reshape(3, 2, pattern.m).sum(-1)
+    wanted = pattern.m + reached * (pattern.n - pattern.m)
+    torch.testing.assert_close(mass, torch.full((3, 2), wanted), rtol=1e-4, atol=1e-4)
+    assert gate.min() >= -1e-6 and gate.max() <= 1 + 1e-6
+
+
+def test_pattern_gate_at_both_ends_of_the_temperature():
+    scores = torch.rand(16, 32, generator=torch.Generator().manual_seed(0))
+    forge = engine(random_weight(), gate="pattern")
+    torch.testing.assert_close(forge.gate(scores, 1, 1e-5, 1.0), hard_mask(scores, TWO_FOUR).float(), atol=1e-2, rtol=0)
+    torch.testing.assert_close(forge.gate(scores, 1, 1e6, 1.0), torch.full((16, 32), 0.5), atol=1e-4, rtol=0)
+
+
+def test_groups_that_score_nothing_stay_undecided():
+    gate = engine(random_weight(), gate="pattern").gate(torch.zeros(2, 8), 1, 0.1, 1.0)
+    torch.testing.assert_close(gate, torch.full((2, 8), 0.5))
+
+
+# -- mask updates ----------------------------------------------------------------------------------------------------
+def test_mask_update_by_hand():
+    """m <- (1 - a) m + a (G - eta (m - top2(s))), all of it in one group."""
+    weight = masked([[3.0, 1.0, 2.0, 0.5]])
+    forge = engine(
+        weight, gate="pattern", structure=0.4, mask_rate=0.1, temperature_floor=0.3, temperature_start=0.3, quench_end=0.5,
+        heat_end=0.5,
+    )  # fmt: skip
+    forge.after_step(24)  # progress 1/4: eta = 0.4 * 1/2
+    gate, top = gate_by_patterns([3.0, 1.0, 2.0, 0.5], 0.3), [1, 0, 1, 0]
+    expected = [min(1, max(0, 0.9 + 0.1 * (g - 0.2 * (1 - t)))) for g, t in zip(gate, top, strict=True)]
+    torch.testing.assert_close(weight.mask, torch.tensor([expected]))
+    second = [min(1, max(0, 0.9 * m + 0.1 * (g - 0.208 * (m - t)))) for m, g, t in zip(expected, gate, top, strict=True)]
+    forge.after_step(25)  # progress 0.26: eta = 0.4 * 0.52
+    torch.testing.assert_close(weight.mask, torch.tensor([second]))
+
+
+def test_masks_move_every_k_steps_only():
+    weight = random_weight()
+    forge = engine(weight, update_every=5)
+    moved = []
+    for step in range(20):
+        before = weight.mask.clone()
+        forge.after_step(step)
+        moved.append(not torch.equal(before, weight.mask))
+    assert [step for step, m in enumerate(moved) if m] == [4, 9, 14, 19]
+
+
+def test_masks_wait_for_the_first_curvature():
+    weight = random_weight()
+    forge = engine(weight, score="obd")
+    forge.after_step(0)
+    assert (weight.mask == 1).all()
+    forge.curvature.fold("w", torch.ones(6, 16))
+    forge.after_step(1)
+    assert (weight.mask < 1).any()
+
+
+def test_a_weight_that_no_gradient_reaches_is_judged_by_its_size():
+    reached, alone = random_weight(seed=1), random_weight(seed=2)
+    alone.fqn = "alone"
+    forge = SparseForge(SparseForgeConfig(steps=40, gate="pattern"), [reached, alone])
+    for step in range(40):
+        forge.curvature.fold("w", torch.rand(6, 16))
+        forge.after_step(step)
+    assert torch.equal(alone.mask.bool(), hard_mask(alone.weight.abs(), TWO_FOUR))
+
+
+@pytest.mark.parametrize("gate", ["site", "pattern"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_magnitude_scores_end_at_magnitude_masks(gate, dim):
+    weight = random_weight(16, 16, dim=dim)
+    forge = SparseForge(SparseForgeConfig(steps=200, score="magnitude", gate=gate), [weight])
+    for step in range(200):
+        forge.after_step(step)
+    assert torch.equal(weight.mask.bool(), hard_mask(weight.weight.abs(), TWO_FOUR, dim))
+
+
+def test_saturated_gates_do_not_decide_by_position():
+    """All of the second row is far above the threshold: sigmoid gives 1 four times, the scores still rank them."""
+    low = torch.rand(15, 4, generator=torch.Generator().manual_seed(0)) / 100
+    weight = masked(torch.cat([low, torch.tensor([[100.0, 101.0, 102.0, 103.0]])]))
+    forge = SparseForge(SparseForgeConfig(steps=100, score="magnitude", gate="site"), [weight])
+    for step in range(100):
+        forge.after_step(step)
+    assert weight.mask[15].tolist() == [0, 0, 1, 1]
+
+
+def test_structural_hardening_closes_the_distance_from_binary():
+    """The paper's figure 3b, at the end of the heating."""
+    distances = {}
+    for structure in (0.0, 0.5):
+        weight = random_weight(64, 64)
+        forge = engine(weight, steps=100, gate="site", structure=structure, heat_end=1.0, quench_end=1.0)
+        for step in range(99):
+            forge.after_step(step)
+        distances[structure] = distance_from_binary(weight.mask)
+    assert distances[0.5] < 0.7 * distances[0.0]
+
+
+def test_masks_stay_shares():
+    weight = random_weight(32, 32)
+    forge = engine(weight, gate="site", structure=3.0, mask_rate=1.0)
+    for step in range(60):
+        forge.after_step(step)
+        assert 0 <= weight.mask.min() and weight.mask.max() <= 1
+
+
+# -- the quench ------------------------------------------------------------------------------------------------------
+def test_effective_mask_of_the_quench():
+    """e = lambda m + (1 - lambda) hard(m), m moving on as if nothing were."""
+    soft, quenched = random_weight(seed=3), random_weight(seed=3)
+    never = engine(soft, gate="pattern", heat_end=1.0, quench_end=1.0)
+    forge = engine(quenched, gate="pattern", heat_end=0.2, quench_end=0.7)
+    for step in range(70):
+        assert not forge.fixed
+        never.after_step(step)
+        forge.after_step(step)
+        lam = min(1.0, (70 - (step + 1)) / 50)
+        expected = lam * soft.mask + (1 - lam) * hard_mask(soft.mask, TWO_FOUR)
+        torch.testing.assert_close(quenched.mask, expected, msg=f"step {step}")
+        assert forge.metrics()["lambda"] == pytest.approx(lam)
+    assert forge.fixed
+
+
+def test_after_the_quench_masks_are_hard_and_final():
+    weight = random_weight(16, 16)
+    forge = SparseForge(SparseForgeConfig(steps=50, heat_end=0.2, quench_end=0.6), [weight])
+    for step in range(50):
+        if forge.wants_curvature(step):
+            forge.curvature.fold("w", torch.rand(16, 16))
+        forge.after_step(step)
+        if step == 29:
+            final = weight.mask.clone()
+            assert set(final.unique().tolist()) == {0, 1} and (final.reshape(16, 4, 4).sum(-1) == 2).all()
+            assert forge.fixed and not forge.curvature.values and not forge.soft
+        if step >= 29:
+            assert torch.equal(weight.mask, final)
+            assert not forge.wants_curvature(step + 1)
+            weight.weight.neg_().add_(torch.randn(16, 16))
+    forge.fix()
+    assert torch.equal(weight.mask, final)
+
+
+def test_masks_fixed_before_any_update_are_by_magnitude():
+    weight = random_weight()
+    forge = engine(weight)
+    forge.fix()
+    assert torch.equal(weight.mask.bool(), hard_mask(weight.weight.abs(), TWO_FOUR))
+
+
+def test_curves_of_a_run():
+    weight = random_weight(32, 32)
+    forge = SparseForge(SparseForgeConfig(steps=100, score="magnitude", gate="pattern"), [weight])
+    assert forge.metrics()["density"] == 1 and forge.metrics()["lambda"] == 1 and forge.metrics()["temperature"] == 1
+    rows = []
+    for step in range(100):
+        forge.after_step(step)
+        rows.append(forge.metrics())
+    assert rows[-1] | {"temperature": 0.05} == {
+        "temperature": 0.05, "lambda": 0, "mask_distance_from_binary": 0, "flip_rate": 0, "density": 0.5,
+    }  # fmt: skip
+    for name in ("temperature", "lambda"):
+        values = [row[name] for row in rows]
+        assert values == sorted(values, reverse=True)
+    assert max(row["mask_distance_from_binary"] for row in rows) > 0.1
+
+
+def test_flip_rate_counts_what_the_last_update_turned():
+    weight = masked([[4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    forge = engine(weight, gate="pattern", mask_rate=1.0, temperature_start=0.1, temperature_floor=0.1)
+    forge.after_step(0)
+    assert forge.metrics()["flip_rate"] == 0  # ones before: the first two, as now
+    weight.weight[0] = torch.tensor([1.0, 3.0, 2.0, 4.0])
+    forge.after_step(1)
+    assert forge.metrics()["flip_rate"] == 2 / 8
+
+
+def test_masked_decay_takes_from_masked_weights():
+    weight = masked([[1.0, 1.0, 1.0, 1.0]])
+    forge = engine(weight, masked_decay=0.1, update_every=50)
+    weight.mask.copy_(torch.tensor([[1.0, 0.5, 0.0, 1.0]]))
+    forge.after_step(0)
+    torch.testing.assert_close(weight.weight, torch.tensor([[1.0, 0.95, 0.9, 1.0]]))
+
+
+# -- from the layer-wise solution ------------------------------------------------------------------------------------
+def obs_engine(steps=10, dtype=torch.float32, **changes):
+    """Dense weights, a made-up solution of OBS, and the engine between them."""
+    weight = random_weight(4, 8, dtype=dtype)
+    dense = weight.weight.clone()
+    weight.mask.copy_(hard_mask(dense.abs(), TWO_FOUR))
+    solution = ((dense + 0.5) * weight.mask).clone()
+    weight.weight.copy_(solution)
+    changes = {"softness_start": 0.6, "heat_end": 0.0, "quench_end": 0.5} | changes
+    forge = SparseForge(SparseForgeConfig(steps=steps, start="obs", **changes), [weight])
+    forge.start_from({"w": dense})
+    return forge, weight, dense, solution
+
+
+def test_fading_goes_straight_from_dense_to_the_solution():
+    """Survivors: dense + (1 - lambda) (solution - dense); pruned: the dense weight times lambda."""
+    forge, weight, dense, solution = obs_engine()
+    kept = solution != 0
+    for step in range(-1, 6):
+        if step >= 0:
+            forge.after_step(step)
+        lam = 0.6 * max(0.0, 1 - (step + 1) / 5)
+        expected = torch.where(kept, dense + (1 - lam) * (solution - dense), lam * dense)
+        torch.testing.assert_close(weight.weight * weight.mask, expected, msg=f"step {step}")
+    assert forge.fixed and torch.equal(weight.mask.bool(), kept)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+def test_stopping_early_still_gives_the_whole_compensation(stop):
+    forge, weight, _, solution = obs_engine()
+    for step in range(stop):
+        forge.after_step(step)
+    forge.fix()
+    torch.testing.assert_close(weight.weight * weight.mask, solution)
+
+
+def test_without_a_quench_the_solution_is_fixed_at_once():
+    forge, weight, _, solution = obs_engine(quench_end=0.0)
+    assert forge.fixed
+    assert torch.equal(weight.weight, solution)
+    assert not forge.wants_curvature(0)
+
+
+# -- configurations --------------------------------------------------------------------------------------------------
+def test_paper_preset_has_the_authors_constants_on_the_authors_run():
+    config = paper_preset(20_000)
+    assert (config.steps, config.update_every, config.start, config.curvature) == (20_000, 30, "dense", "gauss_newton")
+    assert config.mask_rate == pytest.approx(0.1, rel=5e-3)
+    assert 0.98 <= config.curvature_beta <= 0.99
+    assert (config.temperature_start, config.temperature_floor) == (1.0, 0.05)
+    gamma = 0.5 ** (30 / 20_000 / config.temperature_half_life)
+    assert 0.97 <= gamma <= 0.98
+    assert config.heat_end * 20_000 == pytest.approx(2000) and config.quench_end * 20_000 == pytest.approx(17_000)
+    assert config.structure > 0 and config.gate == "site" and config.score == "obd"
+
+
+@pytest.mark.parametrize("steps", [1, 10, 60, 500, 3000, 20_000, 60_000])
+def test_paper_preset_travels_as_far_in_any_number_of_steps(steps):
+    config, whole = paper_preset(steps), paper_preset(20_000)
+    updates = max(1, steps // config.update_every)
+    forgotten, reference = updates * math.log(1 - config.mask_rate), 666 * math.log(1 - whole.mask_rate)
+    assert forgotten == pytest.approx(reference, rel=0.01)
+    assert updates * math.log(config.curvature_beta) == pytest.approx(666 * math.log(whole.curvature_beta), rel=0.01)
+    same = ("heat_end", "quench_end", "sparsity_warmup", "temperature_half_life", "temperature_start", "temperature_floor")
+    assert [getattr(config, n) for n in same] == [getattr(whole, n) for n in same]
+
+
+@pytest.mark.parametrize("preset", [paper_preset, tuned_preset])
+def test_presets_take_changes_and_describe_themselves(preset):
+    config = preset(40, Pattern(1, 4), curvature="activation", update_every=3)
+    assert (config.steps, config.pattern, config.curvature, config.update_every) == (40, (1, 4), "activation", 3)
+    described = config.describe()
+    assert described["pattern"] == "1:4" and described["steps"] == 40
+    assert all(isinstance(v, str | int | float | bool) for v in described.values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"curvature": "exact"},
+        {"score": "wanda"},
+        {"gate": "group"},
+        {"start": "random"},
+        {"heat_end": 0.8, "quench_end": 0.5},
+        {"quench_end": 1.5},
+        {"heat_end": -0.1},
+        {"update_every": 0},
+        {"probe_every": 0},
+        {"mask_rate": 0.0},
+        {"mask_rate": 1.5},
+    ],
+    ids=str,
+)
+def test_configurations_that_make_no_sense(wrong):
+    with pytest.raises(SparseForgeError, match=next(iter(wrong)).split("_")[0]):
+        replace(SparseForgeConfig(steps=10), **wrong)
+
+
+def test_no_time_to_choose_masks():
+    with pytest.raises(SparseForgeError, match="quench_end 0"):
+        SparseForge(SparseForgeConfig(steps=10, heat_end=0.0, quench_end=0.0), [random_weight()])
+
+
+def test_curvature_is_asked_for_until_the_quench_ends():
+    forge = SparseForge(SparseForgeConfig(steps=20, probe_every=3, heat_end=0.2, quench_end=0.5), [random_weight()])
+    assert [s for s in range(20) if forge.wants_curvature(s)] == [0, 3, 6, 9]
+    forge = engine(random_weight())  # by magnitude: never
+    assert not any(forge.wants_curvature(s) for s in range(100))
+
+
+# -- resuming --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stop", [0, 3, 12, 19, 25])
+def test_state_goes_on_where_it_was(stop):
+    def run(forge, weight, steps):
+        for step in steps:
+            if forge.wants_curvature(step):
+                forge.curvature.fold("w", torch.rand(6, 16, generator=torch.Generator().manual_seed(step)))
+            forge.after_step(step)
+        return weight.mask
+
+    config = SparseForgeConfig(steps=30, heat_end=0.3, quench_end=0.7, probe_every=2)
+    straight = random_weight()
+    run(SparseForge(config, [straight]), straight, range(30))
+    first, second = random_weight(), random_weight()
+    before = SparseForge(config, [first])
+    run(before, first, range(stop))
+    after = SparseForge(config, [second])
+    second.mask.copy_(first.mask)
+    after.load_state(before.state())
+    assert after.metrics() == before.metrics()
+    assert torch.equal(run(after, second, range(stop, 30)), straight.mask)
+
+
+@pytest.mark.parametrize("stop", [0, 2, 4, 7])
+def test_fading_goes_on_where_it_was(stop):
+    before, first, dense, solution = obs_engine()
+    for step in range(stop):
+        before.after_step(step)
+    after, second, _, _ = obs_engine()
+    second.weight.copy_(first.weight)
+    second.mask.copy_(first.mask)
+    after.load_state(before.state())
+    for step in range(stop, 10):
+        after.after_step(step)
+    torch.testing.assert_close(second.weight * second.mask, solution)
+
+
+def test_state_of_another_configuration_is_refused():
+    config = SparseForgeConfig(steps=30)
+    state = SparseForge(config, [random_weight()]).state()
+    with pytest.raises(SparseForgeError, match="steps 30 instead of 60"):
+        SparseForge(replace(config, steps=60), [random_weight()]).load_state(state)
+
+
+# -- on a graph ------------------------------------------------------------------------------------------------------
+def anneal(found, config, seed=0):
+    sparse = found.sparse(config).train()
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.01)
+    for step in range(config.steps):
+        sparse(found.batch(seed=100 * seed + step, rows=4))
+        sparse.last_loss.total.backward()
+        optimizer.step()
+        sparse.step()
+        optimizer.zero_grad()
+    return sparse
+
+
+@pytest.mark.parametrize("gate", ["site", "pattern"])
+@pytest.mark.parametrize("score", ["obd", "ratio", "magnitude"])
+@pytest.mark.parametrize("curvature", ESTIMATORS)
+def test_every_combination_ends_hard(tiny, curvature, score, gate):
+    found = tiny("mlp")
+    config = SparseForgeConfig(steps=6, curvature=curvature, score=score, gate=gate, mask_rate=0.5)
+    sparse = anneal(found, config)
+    for w in sparse.method.weights:
+        assert set(w.mask.unique().tolist()) == {0, 1}
+        assert check_pattern(w.mask, TWO_FOUR, w.dim) and w.mask.mean() == 0.5
+        assert torch.isfinite(w.weight).all()
+
+
+@pytest.mark.parametrize("curvature", ESTIMATORS)
+def test_equal_seeds_give_equal_bits(tiny, curvature):
+    runs = []
+    for seed in (0, 0, 1):
+        found = tiny("mlp")
+        sparse = anneal(found, SparseForgeConfig(steps=4, curvature=curvature, quench_end=1.0, heat_end=0.9), seed)
+        runs.append([w.mask.clone() for w in sparse.method.weights] + [w.weight.detach().clone() for w in sparse.method.weights])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_masked_weights_get_straight_through_gradients(tiny, name):
+    """The gradient of a masked weight is that of the weight W * m in the dense model, also where m is 0."""
+    found = tiny(name)
+    batch = found.batch()
+    sparse = found.sparse(SparseForgeConfig(steps=10), w_kl=0.0).train()
+    generator = torch.Generator().manual_seed(1)
+    for w in sparse.method.weights:
+        w.mask.copy_(hard_mask(torch.rand(w.mask.shape, generator=generator), TWO_FOUR, w.dim))
+    sparse(**batch).loss.backward()
+    found_grads = {n: p.grad.clone() for n, p in found.weights.items()}
+    with torch.no_grad():
+        for w in sparse.method.weights:
+            w.weight.mul_(w.mask)
+    found.model.zero_grad()
+    found.model(**batch, labels=batch["input_ids"]).loss.backward()
+    for w in sparse.method.weights:
+        expected = found.weights[w.fqn].grad
+        assert expected[w.mask == 0].abs().max() > 0
+        torch.testing.assert_close(found_grads[w.fqn], expected, rtol=1e-4, atol=1e-6)

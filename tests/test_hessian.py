@@ -1,0 +1,249 @@
+"""The four curvature estimators against exact Hessians, per-token loops and hooks on the source model."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd.functional import hessian
+
+from sparseforge_fx.hessian import ESTIMATORS, Curvature, hutchinson_diagonal, sample_labels
+from sparseforge_fx.methods.soft_mask import SparseForgeConfig
+
+
+# -- Hutchinson ------------------------------------------------------------------------------------------------------
+def small_network():
+    """Cross-entropy of tanh(x A^T) B^T in float64, as a function of {A, B} and of all entries in one vector."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, 3, (9,), generator=generator)
+    weights = {
+        "a": torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_(),
+        "b": torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_(),
+    }
+
+    def loss(a, b):
+        return F.cross_entropy(torch.tanh(x @ a.t()) @ b.t(), target)
+
+    return weights, loss
+
+
+def test_hutchinson_is_unbiased_for_the_exact_diagonal():
+    weights, loss = small_network()
+    flat = torch.cat([w.detach().flatten() for w in weights.values()])
+    exact = hessian(lambda v: loss(v[:12].reshape(4, 3), v[12:].reshape(3, 4)), flat)
+    samples = 600
+    found = hutchinson_diagonal(
+        lambda: loss(*weights.values()), weights, samples=samples, generator=torch.Generator().manual_seed(1)
+    )
+    estimate = torch.cat([found["a"].flatten(), found["b"].flatten()]).double()
+    # Rademacher: var(v_i (H v)_i) = sum over j != i of H_ij^2
+    error = ((exact.square().sum(1) - exact.diagonal().square()) / samples).sqrt()
+    assert ((estimate - exact.diagonal()).abs() < 4 * error + 1e-6).all()
+    assert error.max() < 0.1 * exact.diagonal().abs().max()  # tight enough to tell it from anything else
+
+
+def test_hutchinson_is_exact_for_a_diagonal_hessian():
+    """sum c w^4 / 12 has the Hessian diag(c w^2): one sample says it all."""
+    weights = {"u": torch.tensor([[1.0, -2.0], [3.0, 0.5]], requires_grad=True), "v": torch.tensor([2.0], requires_grad=True)}
+    c = torch.tensor([[1.0, 2.0], [-1.0, 4.0]])
+    found = hutchinson_diagonal(lambda: (c * weights["u"] ** 4).sum() / 12 + 3 * weights["v"].square().sum() / 2, weights)
+    torch.testing.assert_close(found["u"], torch.tensor([[1.0, 8.0], [-9.0, 1.0]]))
+    torch.testing.assert_close(found["v"], torch.tensor([3.0]))
+    assert weights["u"].grad is None
+
+
+def test_hutchinson_of_a_linear_loss_and_of_a_weight_without_part_in_it():
+    weights = {"used": torch.ones(2, 2, requires_grad=True), "idle": torch.ones(3, requires_grad=True)}
+    linear = hutchinson_diagonal(lambda: weights["used"].sum(), weights)
+    square = hutchinson_diagonal(lambda: weights["used"].square().sum(), weights, samples=3)
+    assert not linear["used"].any() and not linear["idle"].any()
+    torch.testing.assert_close(square["used"], torch.full((2, 2), 2.0))
+    assert not square["idle"].any()
+
+
+def test_hutchinson_draws_from_its_generator():
+    weights, loss = small_network()
+    draw = lambda seed: hutchinson_diagonal(  # noqa: E731
+        lambda: loss(*weights.values()), weights, generator=torch.Generator().manual_seed(seed)
+    )["a"]
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+# -- the running average ---------------------------------------------------------------------------------------------
+def test_running_average_by_hand():
+    curvature = Curvature(beta=0.9)
+    first, second = torch.tensor([1.0, -5.0, 4.0]), torch.tensor([11.0, 10.0, -4.0])
+    curvature.fold("w", first)
+    torch.testing.assert_close(curvature.values["w"], torch.tensor([1.0, 0.0, 4.0]))  # taken whole, negatives are noise
+    curvature.fold("w", second)
+    torch.testing.assert_close(curvature.values["w"], torch.tensor([2.0, 1.0, 3.6]))
+    assert first.tolist() == [1, -5, 4] and second.tolist() == [11, 10, -4]
+
+
+def test_running_average_keeps_no_hold_of_the_estimate():
+    curvature = Curvature(0.5)
+    estimate = torch.ones(2)
+    curvature.fold("w", estimate)
+    estimate.zero_()
+    assert curvature.values["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+    ids=str,
+)
+def test_running_average_keeps_the_range_of_squares(given, kept):
+    curvature = Curvature(0.5)
+    curvature.fold("w", torch.full((2,), 6e-8, dtype=given))
+    assert curvature.values["w"].dtype == kept
+    assert curvature.values["w"].min() > 0
+
+
+# -- through the graph -----------------------------------------------------------------------------------------------
+def curvature_of(tiny_model, estimator, batch, **options):
+    """h after one heating step of a SparseModel (masks of one, first estimate taken whole)."""
+    sparse = tiny_model.sparse(SparseForgeConfig(steps=10, curvature=estimator), **options)
+    sparse.train()
+    sparse(**batch).loss.backward()
+    sparse.step()
+    return sparse, sparse.method.curvature.values
+
+
+def hooked(model, batch):
+    """The source model's own inputs and output gradients at every module with a 2-D weight, by weight name, token by token."""
+    inputs, grads, handles = {}, {}, []
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, torch.nn.Embedding):
+
+            def keep(module, args, out, name=name):
+                inputs[f"{name}.weight"] = args[0].detach().flatten(0, -2)
+                out.register_hook(lambda g: grads.__setitem__(f"{name}.weight", g.detach().flatten(0, -2)))
+
+            handles.append(module.register_forward_hook(keep))
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    for handle in handles:
+        handle.remove()
+    weights = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    return inputs, grads, weights
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gauss_newton_equals_a_loop_over_tokens(tiny, name):
+    found = tiny(name)
+    batch = found.batch()
+    inputs, grads, _ = hooked(found.model, batch)
+    _, values = curvature_of(found, "gauss_newton", batch)
+    assert set(values) == set(found.weights)
+    for fqn, value in values.items():
+        expected = torch.zeros(grads[fqn].shape[1], inputs[fqn].shape[1])
+        for g, x in zip(grads[fqn], inputs[fqn], strict=True):  # one token
+            for i, g_i in enumerate(g.tolist()):
+                expected[i] += g_i**2 * x**2
+        if name == "gpt2":  # Conv1D stores [in, out]
+            expected = expected.t()
+        assert value.shape == found.weights[fqn].shape
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_activation_is_the_mean_square_of_the_inputs(tiny, name):
+    found = tiny(name)
+    batch = found.batch()
+    inputs, _, _ = hooked(found.model, batch)
+    _, values = curvature_of(found, "activation", batch)
+    assert set(values) == set(found.weights)
+    for fqn, value in values.items():
+        mean = sum(x**2 for x in inputs[fqn]) / len(inputs[fqn])
+        tokens = batch["input_ids"].numel()
+        torch.testing.assert_close(value / tokens, mean, rtol=1e-4, atol=1e-6)  # the probe gives the sum over tokens
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_squared_gradient_is_the_batch_gradient_squared(tiny, name):
+    found = tiny(name)
+    batch = found.batch()
+    _, _, weight_grads = hooked(found.model, batch)
+    _, values = curvature_of(found, "squared_gradient", batch)
+    assert set(values) == set(found.weights)
+    for fqn, value in values.items():
+        expected = weight_grads[fqn] ** 2
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
+
+
+def test_hutchinson_through_the_graph_is_hutchinson_of_the_model(tiny):
+    """Same signs, the model's own loss; negative entries count as zero."""
+    found = tiny("llama")
+    batch = found.batch()
+    _, values = curvature_of(found, "hutchinson", batch)
+    weights = dict(found.weights)
+
+    def loss():
+        return found.model(**batch, labels=batch["input_ids"]).loss
+
+    expected = hutchinson_diagonal(loss, weights, generator=torch.Generator().manual_seed(0))
+    assert set(values) == set(weights)
+    assert any((e < 0).any() for e in expected.values())
+    for fqn, value in values.items():
+        wanted = expected[fqn].clamp(min=0)
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4 * wanted.max().item())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_is_alive_and_leaves_nothing_behind(tiny, estimator):
+    found = tiny("llama")
+    sparse, values = curvature_of(found, estimator, found.batch())
+    assert all((v >= 0).all() and v.sum() > 0 for v in values.values())
+    assert {id(p) for p in sparse.parameters()} == {id(p) for p in found.model.parameters()}  # no probe, no teacher
+    probes = [p for n, p in sparse._hidden["probe"].named_parameters() if "probe" in n] if sparse._hidden["probe"] else []
+    assert len(probes) == (len(values) if estimator in ("gauss_newton", "activation") else 0)
+    assert all(p.grad is None for p in probes)
+    assert all(p.grad is None for p in sparse._hidden["teacher"].parameters())
+    assert not any("probe" in n for n, _ in sparse.named_parameters())
+
+
+def test_squares_of_small_half_precision_gradients_survive():
+    """1e-4 squared is below float16's smallest number."""
+    from torch import nn
+
+    from sparseforge_fx.prepare import prepare
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).half()
+    x = torch.randn(4, 8).half()
+    sparse = prepare(model, x, SparseForgeConfig(steps=4, curvature="squared_gradient"))
+    sparse.train()(x)
+    model[0].weight.grad = torch.full((8, 8), 1e-4, dtype=torch.float16)
+    sparse.step()
+    (value,) = sparse.method.curvature.values.values()
+    torch.testing.assert_close(value, torch.full((8, 8), 1e-8), rtol=1e-2, atol=0)
+
+
+# -- labels from the model -------------------------------------------------------------------------------------------
+def test_sampled_labels_follow_the_models_distribution():
+    logits = torch.tensor([2.0, 0.0, -1.0]).expand(2, 20_000, 3)
+    labels = sample_labels(logits, torch.Generator().manual_seed(0))
+    assert labels.shape == (2, 20_000) and labels.dtype == torch.int64
+    p = logits[0, 0].softmax(0)
+    for row in labels:
+        share = torch.bincount(row, minlength=3) / 20_000
+        assert ((share - p).abs() < 4 * (p * (1 - p) / 20_000).sqrt()).all()
+    assert torch.equal(labels, sample_labels(logits, torch.Generator().manual_seed(0)))
+
+
+def test_fisher_of_softmax_regression_from_sampled_labels():
+    """g = p - e_y with y ~ p: E[g_i^2] x_j^2 = p_i (1 - p_i) x_j^2, the exact Fisher (and Hessian) diagonal."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(3, 2), torch.randn(5, 2)
+    p = (x @ weight.t()).softmax(-1)
+    exact = (p * (1 - p)).t() @ x.square()
+    draws = 20_000
+    logits = (x @ weight.t())[:, None].expand(5, draws, 3)
+    g = p[:, None] - F.one_hot(sample_labels(logits, torch.Generator().manual_seed(1)), 3)
+    sampled = (g.square().mean(1).t()) @ x.square()
+    assert exact.min() > 0
+    torch.testing.assert_close(sampled, exact, rtol=5 / math.sqrt(draws * exact.min().item()), atol=0)
+    full = hessian(lambda w: F.cross_entropy(x @ w.t(), p.argmax(-1), reduction="sum"), weight).reshape(6, 6)
+    torch.testing.assert_close(full.diagonal(), exact.flatten(), rtol=1e-4, atol=1e-5)

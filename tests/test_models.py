@@ -1,0 +1,297 @@
+"""Models by name: what loads, what is written, and one clear sentence for everything else."""
+
+import json
+import os
+
+import pytest
+import torch
+from tiny_checkpoint import byte_tokenizer, tiny_llama, write_checkpoint
+
+from sparseforge_fx import SparseForgeError, models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "dense")
+
+
+def equal(one, two):
+    a, b = one.state_dict(), two.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+def test_save_and_load_give_the_same_model_and_tokenizer(folder, tmp_path):
+    model, tokenizer = models.load_model(folder)
+    assert not model.training
+    models.save_model(model, tokenizer, tmp_path / "new" / "out")
+    again, tokens = models.load_model(tmp_path / "new" / "out")
+    assert equal(model, again)
+    assert tokens("Hello, world")["input_ids"] == tokenizer("Hello, world")["input_ids"]
+
+
+def test_the_written_folder_does_not_say_sparse(folder, tmp_path):
+    models.save_model(*models.load_model(folder), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"sparsity_config", "quantization_config", "compression_config"} & config.keys()
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_the_checkpoint_decides_the_dtype_unless_told(folder, tmp_path):
+    half = tiny_llama().to(torch.bfloat16)
+    models.save_model(half, byte_tokenizer(), tmp_path / "half")
+    assert models.load_model(tmp_path / "half")[0].dtype == torch.bfloat16
+    assert models.load_model(tmp_path / "half", dtype="float32")[0].dtype == torch.float32
+    assert models.load_model(folder, dtype=torch.float16)[0].dtype == torch.float16
+
+
+def test_the_class_that_wrote_the_checkpoint_loads_it(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
+
+    bert = BertForMaskedLM(BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    models.save_model(bert, byte_tokenizer(), tmp_path / "bert")
+    assert type(models.load_model(tmp_path / "bert")[0]) is BertForMaskedLM
+    vit = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32))
+    models.save_model(vit, None, tmp_path / "vit")
+    model, tokenizer = models.load_model(tmp_path / "vit")
+    assert type(model) is ViTForImageClassification and tokenizer is None
+
+
+def test_a_skeleton_has_shapes_and_ties_but_no_weights(folder):
+    model = models.load_skeleton(folder)
+    assert all(p.is_meta for p in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# -- GGUF ------------------------------------------------------------------------------------------------------------
+def write_gguf(path, model):
+    """A small GGUF file of a tiny Llama, float32, with the byte vocabulary as GPT-2's."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    vocabulary = sorted(byte_tokenizer().get_vocab(), key=byte_tokenizer().get_vocab().get)
+    vocabulary += [f"<unused{i}>" for i in range(config.vocab_size - len(vocabulary))]
+    writer.add_token_list(vocabulary)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(256)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
+    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
+    for i, layer in enumerate(model.model.layers):
+        for name, short in names.items():
+            weight = layer.get_submodule(name).weight.detach()
+            count = heads.get(name.rpartition(".")[2])
+            if count:  # llama.cpp keeps rotary halves interleaved
+                weight = weight.reshape(count, 2, -1, config.hidden_size).transpose(1, 2).reshape(weight.shape)
+            writer.add_tensor(f"blk.{i}.{short}.weight", weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_loads_as_a_plain_model_that_can_be_saved(tmp_path):
+    source = tiny_llama()
+    write_gguf(tmp_path / "tiny.gguf", source)
+    model, tokenizer = models.load_model(tmp_path / "tiny.gguf", dtype="float32")
+    assert equal(model, source)
+    assert tokenizer("fox")["input_ids"] == byte_tokenizer()("fox")["input_ids"]
+    assert models.load_model(tmp_path / "tiny.gguf")[0].dtype == torch.bfloat16
+    models.save_model(model, tokenizer, tmp_path / "out")
+    assert equal(models.load_model(tmp_path / "out")[0], source)
+    assert models.locate(tmp_path).gguf  # the only file in the folder
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+def test_a_folder_that_is_not_empty_is_not_touched(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    with pytest.raises(SparseForgeError, match="not empty"):
+        models.save_model(*models.load_model(folder), out)
+    assert os.listdir(out) == ["precious"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_overwriting_replaces_the_whole_folder(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    models.save_model(*models.load_model(folder), out, overwrite=True)
+    assert (out / "config.json").exists() and not (out / "old").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failure_while_writing_leaves_the_old_folder_and_nothing_else(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "good").write_text("good")
+    with pytest.raises(RuntimeError), models.new_folder(out, overwrite=True) as partial:
+        (partial / "bad").write_text("half")
+        raise RuntimeError
+    assert os.listdir(out) == ["good"] and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_kill_between_the_renames_is_put_right_later(tmp_path, monkeypatch, renames):
+    """The new folder was complete: it becomes the folder the next time somebody looks."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    real, done = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def replace(a, b):
+        if len(done) == renames:
+            raise Killed
+        done.append((a, b))
+        real(a, b)
+
+    def rmtree(path, **options):
+        raise Killed
+
+    with pytest.raises(Killed), models.new_folder(out, overwrite=True) as partial:
+        (partial / "new").write_text("new")
+        monkeypatch.setattr(models.os, "replace", replace)
+        monkeypatch.setattr(models.shutil, "rmtree", rmtree)
+    monkeypatch.undo()
+    models.finish_replacement(out)
+    assert os.listdir(out) == ["new"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_in_the_place_of_the_folder(folder, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SparseForgeError, match="is a file"):
+        models.save_model(*models.load_model(folder), tmp_path / "out", overwrite=True)
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+def broken(tmp_path, folder, kind):
+    """A path to something that is wrong in one way."""
+    here = tmp_path / "model"
+    if kind == "empty":
+        here.mkdir()
+        return here
+    if kind == "text file":
+        here = tmp_path / "model.bin"
+        here.write_text("?")
+        return here
+    if kind == "gguf":
+        here = tmp_path / "model.gguf"
+        here.write_text("?")
+        return here
+    import shutil
+
+    shutil.copytree(folder, here)
+    if kind == "no tokenizer":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (here / name).unlink()
+    elif kind == "no weights":
+        (here / "model.safetensors").unlink()
+    elif kind == "cut weights":
+        content = (here / "model.safetensors").read_bytes()
+        (here / "model.safetensors").write_bytes(content[: len(content) // 2])
+    elif kind == "missing weights":
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(here / "model.safetensors")
+        state.pop("model.layers.1.mlp.up_proj.weight")
+        save_file(state, here / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = json.loads((here / "config.json").read_text())
+        if kind == "unknown type":
+            config["model_type"] = "no_such_thing"
+        if kind == "own code":
+            config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+            (here / "code.py").write_text("raise SystemExit('this must never run')")
+        if kind == "quantised":
+            config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+        text = json.dumps(config)
+        (here / "config.json").write_text(text[:-10] if kind == "bad json" else text)
+    return here
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("empty", "no config.json"),
+        ("text file", "not a .gguf file"),
+        ("gguf", "cannot read"),
+        ("no tokenizer", "no tokenizer"),
+        ("no weights", "cannot load"),
+        ("cut weights", "cannot load"),
+        ("missing weights", "lacks 1 weights"),
+        ("unknown type", "cannot read the configuration"),
+        ("own code", "cannot read the configuration"),
+        ("quantised", "quantised"),
+        ("bad json", "cannot read the configuration"),
+    ],
+)
+def test_broken_checkpoints_give_one_sentence(tmp_path, folder, kind, says):
+    with pytest.raises(SparseForgeError, match=says) as caught:
+        models.load_model(broken(tmp_path, folder, kind))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names_and_dtypes(folder, tmp_path):
+    for name in ("./nothing", tmp_path / "nothing", "a/b/c", "x.gguf"):
+        with pytest.raises(SparseForgeError, match="there is no model folder or file"):
+            models.load_model(name)
+    with pytest.raises(SparseForgeError, match="unknown dtype"):
+        models.load_model(folder, dtype="int8")
+
+
+# -- the hub ---------------------------------------------------------------------------------------------------------
+class Answer:
+    def __init__(self, error=None):
+        self.error = error
+
+    def model_info(self, name, timeout):
+        assert timeout == models.HUB_TIMEOUT
+        if self.error is not None:
+            raise self.error
+
+
+def ask(monkeypatch, error, cached=None):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Answer(error))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: cached)
+    return models.locate("owner/name")
+
+
+def test_a_hub_that_answers_is_used(monkeypatch):
+    assert ask(monkeypatch, None) == ("owner/name", {})
+
+
+def test_a_hub_that_does_not_answer_leaves_the_cache(monkeypatch):
+    assert ask(monkeypatch, TimeoutError("slow"), cached="/somewhere/config.json").options == {"local_files_only": True}
+    with pytest.raises(SparseForgeError, match="the hub cannot be asked for it"):
+        ask(monkeypatch, TimeoutError("slow"))
+
+
+def test_what_the_hub_refuses(monkeypatch):
+    from unittest.mock import Mock
+
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    with pytest.raises(SparseForgeError, match="gated"):
+        ask(monkeypatch, GatedRepoError("401", response=Mock()))
+    with pytest.raises(SparseForgeError, match="no model of that name"):
+        ask(monkeypatch, RepositoryNotFoundError("404", response=Mock()))
