@@ -255,13 +255,14 @@ def _is_vector(node: Any) -> bool:
     return isinstance(node, Node) and node.meta["val"].dim() == 1
 
 
-def _readers(node: Node) -> set[str]:
+def _readers(node: Node, through: str = "") -> set[str]:
     """The operators that compute with what this node hands on, in full: through moves and casts."""
     if _name(node) == "_assert_tensor_metadata":
         return set()
     if _name(node) not in MOVES:
-        return {"the program's output" if node.op == "output" else str(node.target)}
-    return {name for user in node.users for name in _readers(user)} or {str(node.target)}
+        return {("the program's output" if node.op == "output" else str(node.target)) + through}
+    through = through or f" through {node.target}"
+    return {name for user in node.users for name in _readers(user, through)} or {str(node.target)}
 
 
 # -- what the graph does with a linear, and where its weight comes from ------------------------------------------------

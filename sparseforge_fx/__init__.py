@@ -1,7 +1,6 @@
 """sparseforge_fx: a torch.export / FX compiler that makes PyTorch models 2:4 sparse and keeps their accuracy.
 
-The public names below load when they are first asked for, so that ``import sparseforge_fx`` and ``sparseforge-fx --help`` do not
-wait for torch.
+The public names below load when they are first asked for, so that ``sparseforge-fx --help`` does not wait for torch.
 """
 
 from __future__ import annotations

@@ -6,14 +6,18 @@ alive at one point of the graph is all the memory that it takes, whatever the de
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.capture import as_call
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.program import Program
 
 #: called at the first use of a weight, before the node runs, with its name and [in, in] X^T X / tokens; may write the weight
 Visit = Callable[[str, Tensor], None]
@@ -81,6 +85,38 @@ def call_signature(in_spec: pytree.TreeSpec | None) -> tuple[int, list[str]]:
         return 0, []
     positional, keyword = in_spec.children() if hasattr(in_spec, "children") else in_spec.children_specs
     return positional.num_children, list(keyword.context or ())
+
+
+def bind(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any], dict[str, Any]]:
+    """What a captured program takes out of a batch: positional inputs, keyword inputs; and the whole batch by name.
+
+    Inputs find their places by the names of the model's forward, however they were given and however the model was captured; what the
+    program does not take is left out. Raises SparseForgeError if it lacks something, or if padding would be taken for text.
+    """
+    if args and isinstance(args[0], Mapping):
+        args, kwargs = (), {**args[0], **kwargs}
+    count, wanted = call_signature(program.exported.call_spec.in_spec)
+    names = _positional_names(program.source, max(count, len(args)))
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    captured = [*names[:count], *wanted]
+    missing = [n for n in captured if n not in given]
+    if missing:
+        raise SparseForgeError(f"the batch lacks {', '.join(missing)}, which the model was captured with")
+    mask = given.get("attention_mask")
+    if "attention_mask" not in captured and mask is not None and bool((mask == 0).any()):
+        raise SparseForgeError("the batch is padded but the model was captured without attention_mask: put one into example_inputs")
+    return tuple(given[n] for n in names[:count]), {n: given[n] for n in wanted}, given
+
+
+def _positional_names(model: nn.Module | None, count: int) -> list[str]:
+    """Names of the first ``count`` positional inputs of a model's forward; *args have a number each."""
+    names: list[str] = []
+    for name, parameter in inspect.signature(model.forward).parameters.items() if model is not None else ():
+        if parameter.kind == parameter.VAR_POSITIONAL:
+            names += [f"{name}[{i}]" for i in range(count)]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(name)
+    return names[:count]
 
 
 def _last_uses(module: GraphModule) -> dict[Node, list[Node]]:

@@ -88,9 +88,8 @@ def make_example_inputs(model: nn.Module, batch: int = 2, length: int = 12) -> d
 @contextlib.contextmanager
 def _no_cache(model: nn.Module) -> Iterator[None]:
     """A key/value cache is state that a training graph must not return."""
-    config = getattr(model, "config", None)
-    owners: list[Any] = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
-    saved = [(owner, owner.use_cache) for owner in owners if getattr(owner, "use_cache", None) is not None]
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}  # parts may hold copies
+    saved = [(c, c.use_cache) for c in configs.values() if getattr(c, "use_cache", None) is not None]
     for owner, _ in saved:
         owner.use_cache = False
     try:
@@ -124,7 +123,8 @@ def _export(model: nn.Module, args: tuple, kwargs: dict) -> tuple[ExportedProgra
         shapes = pytree.tree_map(lambda leaf, dims=dims: _dynamic(leaf, dims), dict(by_name)) if dims else None
         try:
             with _quiet():
-                exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+                example = pytree.tree_map(_alias, (args, kwargs))
+                exported = torch.export.export(model, *example, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # an open set: whatever the model's own code and the tracer raise
             first = first or error
             continue
@@ -134,22 +134,26 @@ def _export(model: nn.Module, args: tuple, kwargs: dict) -> tuple[ExportedProgra
     raise SparseForgeError(_explain(model, args, kwargs, first)) from first
 
 
+def _alias(leaf: Any) -> Any:
+    # a failed export leaves marks of dynamic sizes on its inputs, which the next attempt would obey
+    return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+
 def _dynamic(leaf: Any, dims: tuple[int, ...]) -> Any:
     # Dim.AUTO: dynamic unless the model itself pins it (a feature dimension, say)
     return {d: Dim.AUTO for d in dims if d < leaf.dim() and leaf.shape[d] > 1} if isinstance(leaf, Tensor) else None
 
 
 def _specialised(exported: ExportedProgram, dims: tuple[int, ...]) -> Iterator[str]:
-    """Sizes that the trace pinned although they were asked to be dynamic: every batch, and the sequence of ids."""
+    """Sizes that the trace pinned although they were asked to be dynamic: batches, and sequences of ids or vectors."""
     by_name = {n.name: n for n in exported.graph.find_nodes(op="placeholder")}
     for name in exported.graph_signature.user_inputs:
         value = by_name[name].meta.get("val") if isinstance(name, str) and name in by_name else None
-        if not isinstance(value, Tensor):
-            continue
-        ids = value.dim() == 2 and not value.is_floating_point()
-        for d, what in ((0, "batch"), (1, "sequence")):
-            if d in dims and d < value.dim() and (d == 0 or ids) and is_concrete_int(value.shape[d]):
-                yield f"the {what} dimension of {name} is fixed at {int(value.shape[d])} by the model"
+        if isinstance(value, Tensor):
+            sequence = value.dim() == (3 if value.is_floating_point() else 2)  # not [batch, features], not an image
+            for d, what in enumerate(("batch", "sequence") if sequence else ("batch",)):
+                if d in dims and d < value.dim() and is_concrete_int(value.shape[d]):
+                    yield f"the {what} dimension of {name} is fixed at {int(value.shape[d])} by the model"
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from sparseforge_fx.errors import SparseForgeError
 
-VERSION = 1
+FORMAT, VERSION = "sparseforge-fx training state", 1
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -19,7 +19,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
-        torch.save({"version": VERSION, **state}, file)
+        torch.save({"format": FORMAT, "version": VERSION, **state}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -31,7 +31,8 @@ def load_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise SparseForgeError(f"{path} is not a training state of sparseforge-fx ({type(error).__name__}); delete it to start anew") from error
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        found = state.get("version") if isinstance(state, dict) else None
-        raise SparseForgeError(f"{path} has version {found}, this release reads {VERSION}; delete it to start anew")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise SparseForgeError(f"{path} is not a training state of sparseforge-fx; delete it to start anew")
+    if state.get("version") != VERSION:
+        raise SparseForgeError(f"{path} has version {state.get('version')}, this release reads {VERSION}; delete it to start anew")
     return state

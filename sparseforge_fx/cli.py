@@ -1,4 +1,7 @@
-"""The command line. Commands import torch when they run, so that ``--help`` is quick; bad input ends in one sentence and exit code 2."""
+"""The command line. Commands import torch when they run, so that ``--help`` is quick.
+
+Bad input ends in one sentence on standard error and exit code 2, with nothing written.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,15 @@ class Compile(StrEnum):
 
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a GGUF file.", show_default=False)]
+TRAINING_TEXT = (
+    "Training text: a hub id owner/name[:config][:split], a text, jsonl or parquet file, or a folder; "
+    "'self': drawn from the model."
+)
+OTHER_FIELD = "Any other field of SparseForgeConfig (repeatable)."
 PatternOption = Annotated[str, typer.Option("--pattern", help="Keep at most N of every M weights along the input.")]
-Include = Annotated[list[str], typer.Option("--include", help="Only weights or modules that match this glob (repeatable).")]
+Include = Annotated[
+    list[str], typer.Option("--include", help="Only weights or modules that match this glob (repeatable).")
+]
 Exclude = Annotated[list[str], typer.Option("--exclude", help="Keep what matches this glob dense (repeatable).")]
 
 
@@ -79,7 +89,7 @@ def inspect(
     meta: Annotated[bool, typer.Option("--meta/--weights", help="Look at shapes only, or load the weights.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print every linear as json.")] = False,
 ) -> None:
-    """Which linears are eligible, which not and why; bytes dense and sparse. Needs no weights, whatever the model's size."""
+    """Which linears are eligible, which not and why; bytes dense and sparse. Needs no weights."""
     from sparseforge_fx.capture import capture
     from sparseforge_fx.models import load_model, load_skeleton
     from sparseforge_fx.passes import find_linears
@@ -124,7 +134,9 @@ def inspect(
         skipped = Table(title=f"{len(found['skipped'])} stay dense", title_justify="left")
         for name in ("weights", "count", "shape", "reason"):
             skipped.add_column(name, justify="right" if name == "count" else "left", overflow="fold")
-        for (name, size, reason), group in _grouped(found["skipped"], lambda s: (tuple(s["shape"]), s["reason"])).items():
+        for (name, size, reason), group in _grouped(
+            found["skipped"], lambda s: (tuple(s["shape"]), s["reason"])
+        ).items():
             skipped.add_row(name, str(len(group)), " x ".join(map(str, size)), reason)
         console.print(skipped)
     for note in program.notes:
@@ -151,7 +163,7 @@ def _grouped(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], tuple])
 def sparsify(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, report.json and curves.png.")],
-    data: Annotated[str | None, typer.Option(help="Training text: a hub id owner/name[:config][:split], a text, jsonl or parquet file, a folder; 'self': drawn from the model.")] = None,  # fmt: skip
+    data: Annotated[str | None, typer.Option(help=TRAINING_TEXT)] = None,
     method: Annotated[str | None, typer.Option(help="sparseforge (default with data), sparsegpt, magnitude.")] = None,
     preset: Annotated[str, typer.Option(help="Of sparseforge: tuned or paper.")] = "tuned",
     tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 500k, 20M, 1.5B; default 60 steps.")] = None,
@@ -161,38 +173,54 @@ def sparsify(
     length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
     calibration: Annotated[int, typer.Option(min=1, help="Sequences for layer-wise pruning.")] = 64,
-    curvature: Annotated[str | None, typer.Option(help="gauss_newton, activation, squared_gradient or hutchinson.")] = None,
-    change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Any other field of SparseForgeConfig (repeatable).")] = [],  # noqa: B006  # fmt: skip
+    curvature: Annotated[str | None, typer.Option(help="The estimator, e.g. gauss_newton.")] = None,
+    change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help=OTHER_FIELD)] = [],  # noqa: B006
     include: Include = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Of data order and sampling.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default the checkpoint's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one.")] = None,
-    compile: Annotated[Compile, typer.Option(help="torch.compile; auto: where the run is long enough to win it back.")] = Compile.auto,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was killed in the output folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder, at the end.")] = False,
+    compile: Annotated[Compile, typer.Option(help="torch.compile; auto: where the run is long.")] = Compile.auto,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, at the end.")] = False,
     save_seconds: Annotated[float, typer.Option(min=0, help="Seconds between two saved training states.")] = 600.0,
     log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate: tensorboard, wandb, ...")] = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train a model to exact N:M sparsity, and write it as a plain Hugging Face checkpoint with a report."""
     shape_of_run = {
-        "model": model, "data": data, "method": method, "preset": preset, "tokens": tokens, "pattern": pattern, "lr": lr,
-        "batch_size": batch_size, "length": length, "accumulate": accumulate, "calibration": calibration,
-        "curvature": curvature, "set": sorted(change), "include": sorted(include), "exclude": sorted(exclude), "seed": seed, "dtype": dtype,
-    }  # fmt: skip
+        "model": model,
+        "data": data,
+        "method": method,
+        "preset": preset,
+        "tokens": tokens,
+        "pattern": pattern,
+        "lr": lr,
+        "batch_size": batch_size,
+        "length": length,
+        "accumulate": accumulate,
+        "calibration": calibration,
+        "curvature": curvature,
+        "set": sorted(change),
+        "include": sorted(include),
+        "exclude": sorted(exclude),
+        "seed": seed,
+        "dtype": dtype,
+    }
     count = None if tokens is None else parse_tokens(tokens)
     if count is not None and count < batch_size * length * accumulate:
         step = batch_size * length * accumulate
-        raise SparseForgeError(f"--tokens {tokens} is less than one step of {step} tokens: raise it, or lower --batch-size or --length")
+        raise SparseForgeError(
+            f"--tokens {tokens} is less than one step of {step} tokens: raise it, or lower --batch-size or --length"
+        )
 
     import torch
 
     from sparseforge_fx import models
-    from sparseforge_fx.data import open_sources
     from sparseforge_fx.pattern import Pattern
     from sparseforge_fx.report import plot_curves, write_json
     from sparseforge_fx.sparsify import METHODS, PRESETS
     from sparseforge_fx.sparsify import sparsify as run
+    from sparseforge_fx.text import open_sources
 
     # everything that can be known to be wrong before a model is loaded
     models.finish_replacement(output)
@@ -222,11 +250,28 @@ def sparsify(
         tracker.log(row, step)
 
     result = run(
-        loaded, data, method=method, preset=preset, pattern=pattern, include=include, exclude=exclude, tokenizer=tokenizer,
-        tokens=count, batch_size=batch_size, length=length, accumulate=accumulate, lr=lr, calibration=calibration, seed=seed,
-        compile={"auto": "auto", "on": True, "off": False}[compile.value], resume_from=state, save_seconds=save_seconds,
-        accelerator=tracker.accelerator, on_step=on_step, **changes,
-    )  # fmt: skip
+        loaded,
+        data,
+        method=method,
+        preset=preset,
+        pattern=pattern,
+        include=include,
+        exclude=exclude,
+        tokenizer=tokenizer,
+        tokens=count,
+        batch_size=batch_size,
+        length=length,
+        accumulate=accumulate,
+        lr=lr,
+        calibration=calibration,
+        seed=seed,
+        compile="auto" if compile is Compile.auto else compile is Compile.on,
+        resume_from=state,
+        save_seconds=save_seconds,
+        accelerator=tracker.accelerator,
+        on_step=on_step,
+        **changes,
+    )
     tracker.end()
     report = {"command": shape_of_run, **result.report}
     with models.new_folder(output, overwrite=True) as folder:
@@ -238,7 +283,9 @@ def sparsify(
             shutil.copytree(tracker.folder, folder / tracker.folder.name)
     console = _console()
     console.print(_summary(report))
-    console.print(f"wrote {output}; next: sparseforge-fx evaluate {output} --dense {model}", markup=False, highlight=False)
+    console.print(
+        f"wrote {output}; next: sparseforge-fx evaluate {output} --dense {model}", markup=False, highlight=False
+    )
     torch.cuda.empty_cache()
 
 
@@ -267,12 +314,16 @@ def _check_run_folder(output: Path, wanted: dict[str, Any], *, resume: bool, ove
         different = [k for k in wanted if before.get(k) != wanted[k]]
         if different:
             told = "; ".join(f"{k} was {before.get(k)!r} and is now {wanted[k]!r}" for k in different)
-            raise SparseForgeError(f"the run in {output} is another one ({told}): repeat its options, or start anew with --overwrite")
+            raise SparseForgeError(
+                f"the run in {output} is another one ({told}): repeat its options, or start anew with --overwrite"
+            )
         return
     if resume and (output / "config.json").exists():
         raise SparseForgeError(f"the run in {output} is finished: there is nothing to resume")
     if not overwrite and started.is_file():
-        raise SparseForgeError(f"{output} holds a run that was not finished: give --resume to go on with it or --overwrite to start anew")
+        raise SparseForgeError(
+            f"{output} holds a run that was not finished: give --resume to go on with it or --overwrite to start anew"
+        )
     check_output(output, overwrite=overwrite)
 
 
@@ -317,7 +368,9 @@ class _Tracker:
 
         available = [str(getattr(t, "value", t)) for t in get_available_trackers()]
         if name not in available:
-            raise SparseForgeError(f"the tracker {name} is not installed; installed are: {', '.join(available) or 'none'}")
+            raise SparseForgeError(
+                f"the tracker {name} is not installed; installed are: {', '.join(available) or 'none'}"
+            )
         self.accelerator = Accelerator(log_with=name, project_dir=str(self.folder))
         self._run = {k: v if isinstance(v, int | float | str) else str(v) for k, v in run.items()}
         self._open = False
@@ -340,7 +393,9 @@ def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="Evaluation text, as for sparsify.")] = WIKITEXT,
     dense: Annotated[str | None, typer.Option(help="Another model, measured beside it on the same tokens.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens per window; default 1024, or the model's positions if fewer.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens per window; default 1024, or the model's positions if fewer.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: they do not overlap.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
@@ -350,11 +405,11 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers there.")] = None,
 ) -> None:
     """Perplexity, dense beside sparse, and whether every linear is exactly N:M."""
-    from sparseforge_fx.data import open_sources
     from sparseforge_fx.evaluate import compare, perplexity, text_tokens
     from sparseforge_fx.models import load_model
     from sparseforge_fx.pattern import Pattern
     from sparseforge_fx.report import environment, write_json
+    from sparseforge_fx.text import open_sources
 
     shape = Pattern.parse(pattern)
     open_sources(data)
@@ -371,13 +426,21 @@ def evaluate(
             raise SparseForgeError(f"{name} has no vocabulary: perplexity needs a language model")
         ids = text_tokens(data, tokenizer)
         if text is not None and not (ids.shape == text.shape and bool((ids == text).all())):
-            raise SparseForgeError(f"{dense} and {model} cut the text into different tokens: their perplexities cannot be compared")
+            raise SparseForgeError(
+                f"{dense} and {model} cut the text into different tokens: their perplexities cannot be compared"
+            )
         text = ids
         positions = getattr(loaded.config, "max_position_embeddings", None) or 1024
         window = context or min(1024, positions)
         measured[role] = perplexity(
-            loaded.to(where), ids, context=window, stride=stride, max_windows=max_windows, batch_size=batch_size, progress=True
-        )  # fmt: skip
+            loaded.to(where),
+            ids,
+            context=window,
+            stride=stride,
+            max_windows=max_windows,
+            batch_size=batch_size,
+            progress=True,
+        )
         if role == "model":
             linears = _check_linears(loaded.cpu(), shape)
         del loaded
@@ -463,7 +526,8 @@ def _summary(report: dict[str, Any]) -> Table:
         "model": report.get("command", {}).get("model"),
         "method": " ".join(filter(None, (report["method"], report.get("preset")))),
         "pattern": report.get("pattern"),
-        "sites": f"{len(report['sites'])} linears, {report.get('site_parameters', 0):,} weights; {len(report['skipped'])} linears stay dense",
+        "sites": f"{len(report['sites'])} linears, {report.get('site_parameters', 0):,} weights",
+        "stay dense": f"{len(report['skipped'])} linears",
         "non-zero in sites": f"{min(densities):.2%} to {max(densities):.2%}" if densities else None,
         "training tokens": f"{report['tokens']:,} in {len(curves)} steps" if curves else None,
         "calibration": f"{report['calibration_sequences']} sequences" if report.get("calibration_sequences") else None,

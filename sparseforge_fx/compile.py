@@ -1,12 +1,11 @@
 """Compile a repeated block once, not once per layer.
 
-``torch.compile`` of a whole exported graph takes time in proportion to its depth. Here the node ranges of repeated blocks
-(``model.layers.0`` ... ``model.layers.29``) are found, checked to be the same program, and outlined into one function
-``block(inputs, parameters, buffers)`` which every layer calls with its own tensors. Parameters are arguments, so the
-compiled code is guarded by shapes and not by identity, and serves every layer.
+``torch.compile`` of a whole exported graph takes time in proportion to its depth. Here the node ranges of repeated
+blocks (``model.layers.0`` ... ``model.layers.29``) are found, checked to be the same program, and outlined into one
+function ``block(inputs, parameters, buffers)`` which every layer calls with its own tensors. Parameters are arguments,
+so the compiled code is guarded by shapes and not by identity, and serves every layer.
 
-Why not ``torch.compiler.nested_compile_region`` inside one compiled whole: see the numbers in
-``compile_repeated_blocks``.
+MEASURED
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +34,10 @@ class _Block:
     """One contiguous range of nodes, as a function of what it reads."""
 
     path: str
-    start: int  # positions in the graph, both inclusive
-    end: int
-    nodes: tuple[Node, ...]  # what the function computes
-    hoisted: frozenset[Node]  # get_attr and size nodes in the range that stay outside, ahead of the call
+    span: range  # positions in the graph
+    nodes: tuple[Node, ...]  # what the function computes; the rest of the span moves ahead of the call
     inputs: tuple[Node, ...]  # in order of first use
-    outputs: tuple[Node, ...]  # read after the range
+    outputs: tuple[Node, ...]  # read after the span
     key: tuple  # equal keys <=> the same program
 
     @property
@@ -49,15 +46,22 @@ class _Block:
 
 
 class SharedBlock(nn.Module):
-    """The one function that all blocks of a class call. Holds no parameters, so ``state_dict`` does not see it."""
+    """The one function that all blocks of a kind call. Holds no parameters, so ``state_dict`` does not see it."""
 
-    def __init__(self, body: GraphModule, path: str, count: int, compile: bool, options: dict[str, Any]):
+    def __init__(self, body: GraphModule, blocks: list[_Block], compile: bool, options: dict[str, Any]):
         super().__init__()
-        self.body, self.path, self.count = body, path, count
-        # body.forward, and not body: every GraphModule's forward is a code object of its own with its own recompile limit
+        self.body, self.path, self.count = body, blocks[0].container, len(blocks)
+        # body.forward, and not body: its code object, which torch.compile counts recompiles by, is this block's own
         self.call: Callable = torch.compile(body.forward, **options) if compile else body.forward
+        self.carried = _carried(blocks) if compile else frozenset()
 
     def forward(self, *args: Any) -> Any:
+        if self.carried and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            # behind a frozen embedding the first block's input needs no gradient: not worth a compile of its own
+            args = tuple(
+                a.detach().requires_grad_() if i in self.carried and not a.requires_grad else a
+                for i, a in enumerate(args)
+            )
         return self.call(*args)
 
     def extra_repr(self) -> str:
@@ -71,36 +75,33 @@ def compile_repeated_blocks(module: GraphModule, *, compile: bool = True, **opti
         module: the flat module of ``torch.export.export(...).module()``, edited by passes or not. It is not changed.
         compile: False outlines only: the result runs eagerly and is bit-equal to ``module``.
         options: for ``torch.compile`` (``backend``, ``mode``, ``dynamic``, ...). With ``dynamic=None``, its default,
-            a second sequence length recompiles once, with that size symbolic.
+            a second sequence length recompiles once, with that size symbolic; so does a second batch size.
 
-    Returns a GraphModule with the same signature, hooks, names and the very same Parameters and buffers. What lies outside
-    the repeated blocks (embedding, masks, final norm, head) runs eagerly. Where nothing repeats, the whole graph is
-    compiled as one.
+    Returns a GraphModule with the same signature, hooks, names and the very same Parameters and buffers. What lies
+    outside the blocks (embedding, masks, final norm, head) runs eagerly. Where nothing repeats, the whole graph is
+    compiled as one. Compiled blocks differentiate once, as under any torch.compile. Calls without gradients compile anew.
     """
-    classes = _find(module)
-    call_of = {i: (k, block) for k, blocks in enumerate(classes) for block in blocks for i in (block.start,)}
+    kinds = _find(module)
+    starts = {block.span.start: (f"repeated_block_{k}", block) for k, blocks in enumerate(kinds) for block in blocks}
+    nodes = list(module.graph.nodes)
     graph = Graph(tracer_cls=module.graph._tracer_cls)
     graph._codegen = copy.copy(module.graph._codegen)  # the pytree signature
     env: dict[Node, Node] = {}
-    skip_until = -1
-    for i, node in enumerate(nodes := list(module.graph.nodes)):
-        if i <= skip_until:
-            continue
-        if i not in call_of:
-            env[node] = graph.node_copy(node, env.__getitem__)
-            continue
-        k, block = call_of[i]
-        skip_until = block.end
-        for early in nodes[block.start : block.end + 1]:
-            if early in block.hoisted:
-                env[early] = graph.node_copy(early, env.__getitem__)
-        _call(graph, f"repeated_block_{k}", block, env)
+    position = 0
+    while position < len(nodes):
+        target, block = starts.get(position, ("", None))
+        span = range(position, position + 1) if block is None else block.span
+        for node in nodes[span.start : span.stop]:
+            if block is None or node not in block.nodes:
+                env[node] = graph.node_copy(node, env.__getitem__)
+        if block is not None:
+            _call(graph, target, block, env)
+        position = span.stop
     twin = _twin(module)
-    for k, blocks in enumerate(classes):
-        container = blocks[0].container or "(root)"
-        twin.add_module(f"repeated_block_{k}", SharedBlock(_body(blocks[0], module), container, len(blocks), compile, options))
+    for k, blocks in enumerate(kinds):
+        twin.add_module(f"repeated_block_{k}", SharedBlock(_body(blocks[0], module), blocks, compile, options))
     twin.graph = graph
-    if compile and not classes:
+    if compile and not kinds:
         twin.compile(**options)
     return twin
 
@@ -112,86 +113,79 @@ def count_blocks(module: GraphModule) -> list[tuple[str, int]]:
 
 # -- finding ---------------------------------------------------------------------------------------------------------
 def _find(module: GraphModule) -> list[list[_Block]]:
-    """Classes of blocks that are the same program, outermost containers first; ranges never overlap.
+    """Kinds of blocks, each a list of ranges that are the same program; outermost containers first; no overlaps.
 
-    A block of a container that mostly repeats, but which is the only one of its kind (a first layer that also computes the
-    position bias, a dense layer before the experts), is a class of one: compiled too, still a fixed number of compiles.
+    A block that is the only one of its kind in a container that mostly repeats (a first layer that also computes the
+    position bias, a dense layer before the experts) is a kind of one: that is still a fixed number of compiles.
     """
     nodes = list(module.graph.nodes)
-    spans: dict[tuple[str, str], list[int]] = {}  # (key, path): a module called twice has one path and two keys
+    spans: dict[tuple[str, str], range] = {}  # by (key, path): a module called twice has one path and two keys
     for i, node in enumerate(nodes):
         if node.op == "call_function":
             for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
                 if _NUMBERED.search(path):
-                    spans.setdefault((key, path), [i, i])[1] = i
-    by_depth: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
-    for (_, path), (start, end) in spans.items():
-        if end - start + 1 >= MIN_NODES:
-            by_depth[path.count(".")].append((path, start, end))
+                    spans[key, path] = range(spans.get((key, path), range(i, i)).start, i + 1)
+    by_depth: dict[int, list[tuple[str, range]]] = defaultdict(list)
+    for (_, path), span in spans.items():
+        by_depth[path.count(".")].append((path, span))
 
-    taken = [False] * len(nodes)
+    taken: set[int] = set()
     found: list[list[_Block]] = []
-    for depth in sorted(by_depth):
+    for _, candidates in sorted(by_depth.items()):
         kinds: dict[tuple, list[_Block]] = defaultdict(list)
-        for path, start, end in by_depth[depth]:
-            if not any(taken[start : end + 1]) and (block := _as_function(path, nodes, start, end, module)):
+        for path, span in candidates:
+            if len(span) >= MIN_NODES and taken.isdisjoint(span) and (block := _as_function(path, span, nodes, module)):
                 kinds[block.key].append(block)
-        repeated = [blocks for blocks in kinds.values() if len(blocks) > 1]
-        members = [b.container for blocks in repeated for b in blocks]
-        alone = [blocks for blocks in kinds.values() if len(blocks) == 1]
-        loners = [blocks[0].container for blocks in alone]
-        mostly = {c for c in members if loners.count(c) <= members.count(c)}
-        for blocks in repeated + [blocks for blocks in alone if blocks[0].container in mostly]:
+        repeated = Counter(b.container for blocks in kinds.values() if len(blocks) > 1 for b in blocks)
+        single = Counter(blocks[0].container for blocks in kinds.values() if len(blocks) == 1)
+        for blocks in sorted(kinds.values(), key=len, reverse=True):
+            container = blocks[0].container
+            if len(blocks) == 1 and single[container] > repeated[container]:
+                continue
             kept = []
             for block in blocks:
-                if not any(taken[block.start : block.end + 1]):
-                    taken[block.start : block.end + 1] = [True] * (block.end + 1 - block.start)
+                if taken.isdisjoint(block.span):
+                    taken.update(block.span)
                     kept.append(block)
-            if kept:
-                found.append(kept)
-    return sorted(found, key=lambda blocks: blocks[0].start)
+            found += [kept] if kept else []
+    return sorted(found, key=lambda blocks: blocks[0].span.start)
 
 
-def _as_function(path: str, nodes: list[Node], start: int, end: int, module: GraphModule) -> _Block | None:
-    """The range as a function of outside values; None where it calls submodules or gives nothing."""
+def _as_function(path: str, span: range, nodes: list[Node], module: GraphModule) -> _Block | None:
+    """The range as a function of outside values; None where it calls submodules, is small, or gives nothing."""
     inside: dict[Node, int] = {}
-    hoisted = set()
-    for node in nodes[start : end + 1]:
+    for node in nodes[span.start : span.stop]:
+        # layers share sizes: the first to compute one must not differ by that, so sizes of outside values stay outside
         size = isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
         if node.op == "get_attr" or (size and not any(a in inside for a in node.all_input_nodes)):
-            hoisted.add(node)  # sizes are shared between layers: whoever comes first must not differ by computing them
-        elif node.op == "call_function":
-            inside[node] = len(inside)
-        else:
+            continue
+        if node.op != "call_function":
             return None
+        inside[node] = len(inside)
     inputs: dict[Node, int] = {}
 
     def name(arg: Node) -> tuple:
         if arg in inside:
             return ("node", inside[arg])
-        if (subgraph := _subgraph(arg, module)) is not None:
-            return ("subgraph", _subgraph_key(subgraph))
+        if (body := _subgraph(arg, module)) is not None:
+            return ("subgraph", _graph_key(body))
         return ("input", inputs.setdefault(arg, len(inputs)))
 
-    program = tuple((n.target, _args_key(n, name), _value_key(n.meta.get("val"))) for n in inside)
-    outputs = tuple(n for n in inside if any(user not in inside for user in n.users))
+    steps = [(_args_key(node, name), _value_key(node.meta.get("val"))) for node in inside]
+    outputs = tuple(node for node in inside if any(user not in inside for user in node.users))
     if len(inside) < MIN_NODES or not outputs:
         return None
-    signature = tuple(_input_key(n, module) for n in inputs)
-    # sizes are compared by where they occur: s72 in one block may be u3 in another
+    # sizes are compared by where they occur: what is s72 in one block may be u3 in another
     order: dict[str, str] = {}
-    text = _SYMBOL.sub(lambda m: order.setdefault(m[0], f"d{len(order)}"), repr((signature, [p[1:] for p in program])))
-    key = (tuple(p[0] for p in program), text, tuple(inside[n] for n in outputs))
-    return _Block(path, start, end, tuple(inside), frozenset(hoisted), tuple(inputs), outputs, key)
+    text = repr(([_input_key(node, module) for node in inputs], steps))
+    text = _SYMBOL.sub(lambda match: order.setdefault(match[0], f"size{len(order)}"), text)
+    key = (tuple(node.target for node in inside), text, tuple(inside[node] for node in outputs))
+    return _Block(path, span, tuple(inside), tuple(inputs), outputs, key)
 
 
-def _args_key(node: Node, name: Callable[[Node], tuple]) -> str:
-    """Arguments as text with nodes by number; repr tells 1 from 1.0 and True."""
-
-    def one(arg: Any) -> Any:
-        return name(arg) if isinstance(arg, Node) else arg
-
-    return repr((map_aggregate(node.args, one), sorted(map_aggregate(dict(node.kwargs), one).items())))
+def _args_key(node: Node, name: Callable[[Node], Any]) -> str:
+    """Arguments as text, with nodes by number; repr tells 1 from 1.0 and True."""
+    return repr(map_aggregate((node.args, node.kwargs), lambda arg: name(arg) if isinstance(arg, Node) else arg))
 
 
 def _value_key(value: Any) -> Any:
@@ -202,32 +196,32 @@ def _value_key(value: Any) -> Any:
     return (type(value).__name__, str(value))
 
 
+def _attribute(node: Node, module: GraphModule) -> Any:
+    return operator.attrgetter(str(node.target))(module) if node.op == "get_attr" else None
+
+
 def _input_key(node: Node, module: GraphModule) -> Any:
-    if node.op != "get_attr":
-        return _value_key(node.meta.get("val"))
-    value = operator.attrgetter(node.target)(module)
-    if not isinstance(value, Tensor):
-        return (node.target,)
-    return (type(value).__name__, _value_key(value), value.stride(), value.requires_grad)
+    value = _attribute(node, module)
+    if isinstance(value, Tensor):
+        return (type(value).__name__, _value_key(value), value.stride(), value.requires_grad)
+    return node.target if node.op == "get_attr" else _value_key(node.meta.get("val"))
 
 
 def _subgraph(node: Node, module: GraphModule) -> GraphModule | None:
-    """The body that a higher-order operator (no_grad, autocast, cond) in the block refers to."""
-    value = operator.attrgetter(node.target)(module) if node.op == "get_attr" else None  # type: ignore[arg-type]
+    """The body that a higher-order operator (no_grad, autocast, cond) refers to."""
+    value = _attribute(node, module)
     return value if isinstance(value, GraphModule) else None
 
 
-def _subgraph_key(body: GraphModule) -> tuple:
-    number = {n: i for i, n in enumerate(body.graph.nodes)}
-    return tuple(
-        (
-            n.op,
-            str(n.target) if n.op in ("call_function", "call_method", "call_module") else "",
-            _subgraph_key(sub) if (sub := _subgraph(n, body)) is not None else n.op == "get_attr" and n.target,
-            _args_key(n, lambda arg: ("node", number[arg])),
-        )
-        for n in body.graph.nodes
-    )
+def _graph_key(body: GraphModule) -> tuple:
+    number = {node: i for i, node in enumerate(body.graph.nodes)}
+
+    def what(node: Node) -> Any:
+        inner = _subgraph(node, body)
+        named = node.op not in ("placeholder", "output")
+        return _graph_key(inner) if inner is not None else str(node.target) if named else ""
+
+    return tuple((node.op, what(node), _args_key(node, number.__getitem__)) for node in body.graph.nodes)
 
 
 # -- outlining -------------------------------------------------------------------------------------------------------
@@ -248,18 +242,25 @@ def _body(block: _Block, module: GraphModule) -> GraphModule:
     return GraphModule(module, graph, "RepeatedBlock")
 
 
+def _carried(blocks: list[_Block]) -> frozenset[int]:
+    """Inputs that one block hands to the next: the residual stream. None where a block writes in place."""
+    results = {node for block in blocks for node in block.outputs if torch.is_tensor(node.meta.get("val"))}
+    carried = {i for b in blocks for i, n in enumerate(b.inputs) if n in results and n.meta["val"].is_floating_point()}
+    in_place = any(n.target._schema.is_mutable for n in blocks[0].nodes if isinstance(n.target, torch._ops.OpOverload))
+    return frozenset() if in_place else frozenset(carried)
+
+
 def _call(graph: Graph, target: str, block: _Block, env: dict[Node, Node]) -> None:
-    call = graph.create_node("call_module", target, tuple(env[n] for n in block.inputs), name=f"{target}_call")
-    call.meta["nn_module_stack"] = block.nodes[-1].meta.get("nn_module_stack")
+    call = graph.create_node("call_module", target, tuple(env[n] for n in block.inputs))
     for i, node in enumerate(block.outputs):
         env[node] = call if len(block.outputs) == 1 else graph.call_function(operator.getitem, (call, i))
         env[node].meta = copy.copy(node.meta)
 
 
 def _twin(module: GraphModule) -> GraphModule:
-    """A shallow copy: a graph, hooks and a list of children of its own; the children and root tensors are the same objects.
+    """A shallow copy: graph, hooks and list of children are its own; the children and the root's tensors are shared.
 
-    So ``module.to(...)``, ``load_state_dict`` and the like reach the twin as well, whichever of the two they are called on.
+    So ``to``, ``load_state_dict`` and the like reach both, whichever of the two they are called on.
     """
     twin = GraphModule.__new__(type(module))  # gives the instance a class, and so a ``forward``, of its own
     twin.__dict__ = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()}

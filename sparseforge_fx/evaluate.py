@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .data import TokenData, open_sources
+from sparseforge_fx.data import TokenData
+from sparseforge_fx.text import open_sources
+
 from .errors import SparseForgeError
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits alive at once: 64 MiB, whatever window and vocabulary

@@ -30,11 +30,14 @@ class Curvature:
     def __init__(self, beta: float):
         self.beta = beta
         self.values: dict[str, Tensor] = {}
+        self.average: Callable[[Tensor], Tensor] | None = None  # over processes, where there are several: all must choose alike
 
     @torch.no_grad()
     def fold(self, name: str, estimate: Tensor, dtype: torch.dtype | None = None) -> None:
         """Take one estimate in, kept in ``dtype`` (default: its own). Negative entries (Hutchinson's noise) count as zero."""
         dtype = dtype or estimate.dtype
+        if self.average is not None:
+            estimate = self.average(estimate)
         # clamp copies: what is kept is never the caller's tensor
         estimate = estimate.detach().clamp(min=0).to(torch.float32 if dtype == torch.float16 else dtype)
         if name in self.values:
@@ -63,13 +66,14 @@ def hutchinson_diagonal(
         loss: computes the scalar loss from ``weights`` (which require grad); called once, under math attention, as fused
             attention has no second derivative.
 
-    Returns tensors of the weights' shapes, unbiased, possibly negative. Each sample costs a backward through the backward.
+    Returns tensors of the weights' shapes, unbiased, possibly negative; weights that have no part in the loss are left out. Each
+    sample costs a backward through the backward.
     Source: Hutchinson's estimator as in arXiv 2605.06402, section 3.
     """
     names, tensors = list(weights), list(weights.values())
-    total = {n: torch.zeros_like(t, dtype=torch.float32) for n, t in weights.items()}
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         grads = torch.autograd.grad(loss(), tensors, create_graph=True, allow_unused=True)
+        total = {n: torch.zeros_like(g, dtype=torch.float32) for n, g in zip(names, grads, strict=True) if g is not None}
         for index in range(samples):
             signs = [
                 torch.randint(0, 2, t.shape, generator=generator, device=t.device).mul_(2).sub_(1).to(t.dtype) for t in tensors
@@ -79,7 +83,7 @@ def hutchinson_diagonal(
                 break
             products = torch.autograd.grad(inner, tensors, retain_graph=index + 1 < samples, allow_unused=True)
             for name, v, hv in zip(names, signs, products, strict=True):
-                if hv is not None:
+                if hv is not None and name in total:
                     total[name] += (v * hv).float() / samples
     return total
 

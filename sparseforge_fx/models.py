@@ -18,7 +18,7 @@ from sparseforge_fx.errors import SparseForgeError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HUB_TIMEOUT = 10.0  # seconds until the hub counts as not reachable
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Location(NamedTuple):
@@ -40,8 +40,8 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tupl
         dtype: ``bfloat16``, ``float16``, ``float32``. None: the checkpoint's own; bfloat16 for a GGUF file, whose
             weights are dequantised.
 
-    Raises SparseForgeError: nothing of that name, the hub is not reachable, not a model, weights missing from the checkpoint,
-    weights that stay quantised, no tokenizer. Code that comes with a checkpoint is never run.
+    Raises SparseForgeError: nothing of that name, the hub is not reachable, not a model, weights missing from the
+    checkpoint, weights that stay quantised, no tokenizer. Code that comes with a checkpoint is never run.
     """
     where = locate(name)
     wanted = _dtype(dtype)
@@ -53,12 +53,18 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tupl
         if hasattr(transformers, "GgufConfig"):  # before it came, every GGUF file was dequantised
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     elif getattr(config, "quantization_config", None) is not None:
-        raise SparseForgeError(f"the weights of {name} are quantised: give a checkpoint in bfloat16, float16 or float32")
+        raise SparseForgeError(
+            f"the weights of {name} are quantised: give a checkpoint in bfloat16, float16 or float32"
+        )
     with _explained(f"cannot load the model {name}"):
-        model, loading = _model_class(config).from_pretrained(where.name, output_loading_info=True, **options, **where.options)
+        model, loading = _model_class(config).from_pretrained(
+            where.name, output_loading_info=True, **options, **where.options
+        )
     absent = sorted(loading.get("missing_keys") or ())
     if absent:
-        raise SparseForgeError(f"the checkpoint {name} lacks {len(absent)} weights of its model, {absent[0]} the first of them")
+        raise SparseForgeError(
+            f"the checkpoint {name} lacks {len(absent)} weights of its model, {absent[0]} the first of them"
+        )
     if where.gguf and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now, and must be loaded as such
     return model.eval(), tokenizer
@@ -145,7 +151,9 @@ def locate(name: str | Path) -> Location:
     path = Path(text)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise SparseForgeError(f"{name} is a file but not a .gguf file: give a model folder, a hub id or a GGUF file")
+            raise SparseForgeError(
+                f"{name} is a file but not a .gguf file: give a model folder, a hub id or a GGUF file"
+            )
         return Location(str(path.resolve().parent), {"gguf_file": path.name})
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -161,21 +169,26 @@ def locate(name: str | Path) -> Location:
 
 
 def _ask_hub(name: str) -> dict[str, Any]:
-    """Options for a hub id: the cached files only if the hub does not answer. (from_pretrained alone would retry for half a minute.)"""
+    """Options for a hub id: cached files only, if the hub does not answer at once. (from_pretrained would retry.)"""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except GatedRepoError as error:
-        raise SparseForgeError(f"the model {name} is gated: ask for access on its hub page and log in with 'hf auth login'") from error
+        raise SparseForgeError(
+            f"the model {name} is gated: ask for access on its hub page and log in with 'hf auth login'"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise SparseForgeError(f"there is no folder {name} here and no model of that name on the hub (or it is private)") from error
+        raise SparseForgeError(
+            f"there is no folder {name} here and no model of that name on the hub (or it is private)"
+        ) from error
     except Exception as error:  # an open set of types: DNS, proxy, TLS, timeout, offline mode, server errors
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return {"local_files_only": True}
         raise SparseForgeError(
-            f"there is no folder {name} here, and the hub cannot be asked for it ({type(error).__name__}: {_one_line(error)})"
+            f"there is no folder {name} here, and the hub cannot be asked for it "
+            f"({type(error).__name__}: {_one_line(error)})"
         ) from error
     return {}
 
@@ -195,7 +208,7 @@ def _load_tokenizer(where: Location, config: Any) -> Any:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that wrote the checkpoint, if transformers has it; else the causal language model of the configuration."""
+    """The class that wrote the checkpoint, if transformers has it; else the configuration's causal language model."""
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, name, None)
         if found is not None:
@@ -217,7 +230,9 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except SparseForgeError:
         raise
-    except Exception as error:  # an open set of types: json, safetensors, gguf, tokenizers, validation of configurations
+    except (
+        Exception
+    ) as error:  # an open set of types: json, safetensors, gguf, tokenizers, validation of configurations
         raise SparseForgeError(f"{what}: {_one_line(error)}") from error
 
 

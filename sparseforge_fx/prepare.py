@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx import distill
-from sparseforge_fx.calibrate import call_signature
+from sparseforge_fx.calibrate import bind
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.compile import compile_repeated_blocks
 from sparseforge_fx.errors import SparseForgeError
@@ -42,7 +41,6 @@ class SparseModel(nn.Module):
         self.sites = list(sites)
         self.dense = program
         self.program, self.pass_records = run_passes(program, train_passes(sites, slorb_block=slorb_block))
-        self.config = config
         self.w_task, self.w_kl = w_task, w_kl
         self.causal = _is_causal_lm(program.source)
         self.method = SparseForge(config, self._masked_weights())
@@ -63,7 +61,7 @@ class SparseModel(nn.Module):
         return [MaskedWeight(s.fqn, tensor(s.fqn), tensor(mask_name(s.fqn)), s.reduction_dim) for s in eligible(self.sites)]
 
     def _insert_probes(self) -> None:
-        estimator = self.config.curvature
+        estimator = self.method.config.curvature
         probed, _ = run_passes(self.program, [lambda p: insert_hessian_hooks(p, estimator)])  # type: ignore[arg-type]
         module = probed.module()
         found = dict(module.named_parameters())
@@ -90,6 +88,33 @@ class SparseModel(nn.Module):
             if module is not None:
                 self._runners[name] = compile_repeated_blocks(module, **options)
 
+    #: what the Hugging Face Trainer asks of a model: the mean over micro-batches is its work, not the model's
+    accepts_loss_kwargs = False
+
+    @property
+    def config(self) -> Any:
+        """The source model's config, as the Trainer expects; None without one. The annealing's is ``method.config``."""
+        return getattr(self.dense.source, "config", None)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, but a tied tensor comes under its first name only: safetensors refuses shared memory."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name in self._aliases():
+            state.pop(prefix + name, None)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What :meth:`state_dict` gave; sets weights and masks. The rest of the annealing is in ``method.state()``."""
+        first = {name: state_dict[one] for name, one in self._aliases().items() if one in state_dict}
+        return super().load_state_dict({**first, **state_dict}, *args, **kwargs)
+
+    def _aliases(self) -> dict[str, str]:
+        """Further names of tied parameters -> the first name."""
+        first: dict[int, str] = {}
+        names = {name: first.setdefault(id(p), name) for name, p in self.named_parameters(remove_duplicate=False)}
+        return {name: one for name, one in names.items() if name != one}
+
     def train(self, mode: bool = True) -> SparseModel:
         self.training = mode  # exported graphs refuse .train(): they are traced in eval mode
         return self
@@ -99,6 +124,8 @@ class SparseModel(nn.Module):
         for name in ("probe", "teacher"):
             if self._hidden.get(name) is not None:
                 self._hidden[name]._apply(fn)
+        for held in (self.method.soft, self.method.curvature.values, self.method.compensation):
+            held.update({fqn: fn(value) for fqn, value in held.items()})
         masks = dict(self.graph.named_buffers())
         for w in self.method.weights:
             w.mask = masks[mask_name(w.fqn)]
@@ -106,6 +133,8 @@ class SparseModel(nn.Module):
             if self._hidden["probe"] is not None:
                 owner, _, leaf = mask_name(w.fqn).rpartition(".")
                 self._hidden["probe"].get_submodule(owner)._buffers[leaf] = w.mask
+                probe = self._hidden["probe"].get_parameter(probe_name(w.fqn))
+                probe.data = probe.data.new_zeros(()).expand(probe.shape)  # one element again
         return self
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -114,11 +143,19 @@ class SparseModel(nn.Module):
         inputs = [self._split(*as_call(batch))[:2] for batch in batches]
         merged = [args if args else kwargs for args, kwargs in inputs]
         dense = {w.fqn: w.weight.detach().clone() for w in self.method.weights}
-        raised = compensate(self.program, self.method.weights, merged, self.config.pattern)
+        try:
+            raised = compensate(self.program, self.method.weights, merged, self.method.config.pattern)
+        except Exception:
+            with torch.no_grad():
+                for w in self.method.weights:
+                    w.weight.copy_(dense[w.fqn])
+                    w.mask.fill_(1)
+            raise
         self.method.start_from(dense)
         return raised
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        kwargs |= {} if labels is None else {"labels": labels}
         call_args, call_kwargs, labels = self._split(args, kwargs)
         learning = self.training and torch.is_grad_enabled()
         probing = learning and self._hidden["probe"] is not None and self.method.wants_curvature(self.steps_done)
@@ -145,6 +182,10 @@ class SparseModel(nn.Module):
             w_task = self.w_task if fitting else 0.0
             target = labels if fitting else torch.full(rows, distill.IGNORE, device=student.device)
             assert target is not None
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.shape == rows and bool((mask == 0).any()):  # nothing is learnt from padding
+                student, target = student[mask != 0], target[mask != 0]
+                teacher = None if teacher is None else teacher[mask != 0]
             return distill.logits_loss(
                 student, teacher, target, w_task=w_task if teach else 1.0, w_kl=self.w_kl if teacher is not None else 0.0
             )
@@ -162,11 +203,11 @@ class SparseModel(nn.Module):
     def step(self) -> None:
         """Bring the masks to the next step; call it after ``optimizer.step()`` and before ``zero_grad()``."""
         if self.method.wants_curvature(self.steps_done):
-            if self.config.curvature == "squared_gradient":
+            if self.method.config.curvature == "squared_gradient":
                 for w in self.method.weights:
                     if w.weight.grad is not None:
                         self.method.curvature.fold(w.fqn, w.weight.grad.float().square(), w.mask.dtype)
-            elif self.config.curvature == "hutchinson":
+            elif self.method.config.curvature == "hutchinson":
                 self._hutchinson()
         self.method.after_step(self.steps_done)
         self.steps_done += 1
@@ -194,25 +235,14 @@ class SparseModel(nn.Module):
             self.method.curvature.fold(fqn, estimate, weights[fqn].dtype)
 
     def _split(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any], Tensor | None]:
-        """The captured graph's inputs out of a batch in any form, and the labels. What the graph does not take is left out."""
-        if args and isinstance(args[0], Mapping):
-            args, kwargs = (), {**args[0], **kwargs}
-        count, wanted = call_signature(self.dense.exported.call_spec.in_spec)
-        names = _positional_names(self.dense.source, max(count, len(args)))
-        given = dict(zip(names, args, strict=False)) | dict(kwargs)
-        labels = given.pop("labels", None)
-        captured = [*names[:count], *wanted]
-        missing = [n for n in captured if n not in given]
-        if missing:
-            raise SparseForgeError(f"the batch lacks {', '.join(missing)}, which the model was captured with")
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
-        if "attention_mask" not in captured and mask is not None and bool((mask == 0).any()):
-            raise SparseForgeError("the batch is padded but the model was captured without attention_mask: put one into example_inputs")
+        """The captured graph's inputs out of a batch in any form, and the labels."""
+        args, kwargs, given = bind(self.dense, args, kwargs)
+        labels, ids = given.get("labels"), given.get("input_ids")
         if labels is None and self.causal and isinstance(ids, Tensor):
-            labels = distill.shifted_labels(ids, mask)
+            labels = distill.shifted_labels(ids, given.get("attention_mask"))
         elif self.causal and isinstance(labels, Tensor):
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], distill.IGNORE)], 1)
-        return tuple(given[n] for n in names[:count]), {n: given[n] for n in wanted}, labels
+        return args, kwargs, labels
 
 
 def prepare(
@@ -277,15 +307,15 @@ def finalize(sparse: SparseModel) -> nn.Module:
     share gets its branch on the first.
     """
     sparse.method.fix()
-    hardened, records = run_passes(sparse.program, [lambda p: harden_masks(p, sparse.config.pattern)])
+    hardened, records = run_passes(sparse.program, [lambda p: harden_masks(p, sparse.method.config.pattern)])
     sparse.pass_records += records
     for hook in sparse._hooks:
         hook.remove()
     sparse._hidden.update(probe=None, teacher=None)
     sparse.program = hardened
     for site in eligible(sparse.sites):
-        if not check_pattern(hardened.tensor(site.fqn), sparse.config.pattern, site.reduction_dim):
-            raise AssertionError(f"{site.fqn} is not {sparse.config.pattern} after hardening")
+        if not check_pattern(hardened.tensor(site.fqn), sparse.method.config.pattern, site.reduction_dim):
+            raise AssertionError(f"{site.fqn} is not {sparse.method.config.pattern} after hardening")
     source = sparse.dense.source
     assert source is not None
     for site in eligible(sparse.sites):
@@ -311,17 +341,6 @@ class LowRankBranch(nn.Module):
     def add(owner: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Forward hook of the linear that owns a branch."""
         return output + owner.get_submodule("slorb")(args[0])
-
-
-def _positional_names(model: nn.Module | None, count: int) -> list[str]:
-    """Names of the first ``count`` positional inputs of a model's forward; *args have a number each."""
-    names: list[str] = []
-    for name, parameter in inspect.signature(model.forward).parameters.items() if model is not None else ():
-        if parameter.kind == parameter.VAR_POSITIONAL:
-            names += [f"{name}[{i}]" for i in range(count)]
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append(name)
-    return names[:count]
 
 
 def _are_logits(output: Any, value: Tensor) -> bool:

@@ -43,6 +43,10 @@ def _commit() -> str | None:
     """The commit of the checkout that this file runs from (``+`` appended if it has changes); None when installed."""
     here = Path(__file__).resolve().parent
     try:
+        # a virtual environment may lie inside somebody else's repository
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", Path(__file__).name], cwd=here, capture_output=True, timeout=10)
+        if tracked.returncode != 0:
+            return None
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -79,7 +83,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plot_curves(curves: Sequence[dict[str, float]], path: Path) -> None:
-    """Loss and KL; temperature, lambda and mask distance from binary; flip rate and density; against steps."""
+    """Loss and KL; temperature, lambda and mask distance from binary; flip rate and density; against steps. Nothing without steps."""
+    if not curves:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,11 +97,11 @@ def plot_curves(curves: Sequence[dict[str, float]], path: Path) -> None:
         (("temperature", "lambda", "mask_distance_from_binary"), ""),
         (("density", "flip_rate"), "share of weights"),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), constrained_layout=True)
-    for axis, (names, label) in zip(axes, panels, strict=True):
+    panels = tuple((known, label) for names, label in panels if (known := [n for n in names if n in curves[0]]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), constrained_layout=True, squeeze=False)
+    for axis, (names, label) in zip(axes[0], panels, strict=True):
         for name in names:
-            if name in curves[0]:
-                axis.plot(steps, [row[name] for row in curves], label=name.replace("_", " "))
+            axis.plot(steps, [row[name] for row in curves], label=name.replace("_", " "))
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sparseforge_fx.capture import capture
-from sparseforge_fx.data import as_batches
+from sparseforge_fx.batches import Batches, as_batches
+from sparseforge_fx.calibrate import bind
+from sparseforge_fx.capture import as_call, capture
+from sparseforge_fx.distill import main_output
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MaskedWeight
 from sparseforge_fx.methods.layerwise import compensate
@@ -26,7 +29,7 @@ from sparseforge_fx.pattern import Pattern, check_pattern, density
 from sparseforge_fx.prepare import SparseModel, check_sites, finalize
 from sparseforge_fx.program import Program
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
-from sparseforge_fx.train import train
+from sparseforge_fx.train import count_tokens, train
 
 METHODS = ("magnitude", "sparsegpt", "sparseforge")
 PRESETS: dict[str, Callable[..., SparseForgeConfig]] = {"tuned": tuned_preset, "paper": paper_preset}
@@ -102,21 +105,24 @@ def sparsify(
     if chosen != "magnitude" and data is None:
         raise SparseForgeError(f"method {chosen} needs data: pass text, tokens or batches, or data='self' for a language model")
     shape = Pattern.parse(pattern)
+    unknown = sorted(set(changes) - ({f.name for f in fields(SparseForgeConfig)} if chosen == "sparseforge" else set()))
+    if unknown:
+        raise SparseForgeError(f"method {chosen} has no option {', '.join(unknown)}")
     torch.manual_seed(seed)
     batches = None
     if chosen != "magnitude":
+        needed = calibration * length if chosen == "sparsegpt" else tokens or (steps or 60) * batch_size * length * accumulate
         if isinstance(data, str) and data == "self":
-            wanted = tokens or (steps or 60) * batch_size * length
-            data = draw_text(model, wanted, length=length, seed=seed)
-        needed = tokens or (steps or 60) * batch_size * length * accumulate
-        if chosen == "sparsegpt":
-            needed = calibration * length
+            _check_length(model, length)
+            data = draw_text(model, needed, length=length, seed=seed)
         batches = as_batches(data, tokenizer, batch_size=batch_size, length=length, seed=seed, limit_tokens=needed)
-        if example_inputs is None and not hasattr(model, "config"):
-            example_inputs = _without_labels(batches.batch(0))
+        if example_inputs is None:
+            example_inputs = _example(model, batches.batch(0))
     program = capture(model, example_inputs)
     sites = find_linears(program, shape, include, exclude)
     check_sites(program, sites)
+    if batches is not None:
+        _check_batch(program, batches.batch(0))
     report: dict[str, Any] = {
         "method": chosen,
         "pattern": str(shape),
@@ -127,11 +133,11 @@ def sparsify(
     }
     if chosen == "sparseforge":
         assert batches is not None
-        per_step = batch_size * length * accumulate
+        per_step = count_tokens(batches.batch(0)) * accumulate
         count = steps or (max(1, tokens // per_step) if tokens else 60)
         config = PRESETS[preset](count, shape, **changes)
         task = (0.3 if preset == "tuned" else 1.0) if w_task is None else w_task
-        calibrated = [batches.batch(i) for i in range(-(-calibration // batch_size))] if config.start == "obs" else None
+        calibrated = _first(batches, calibration) if config.start == "obs" else None
         report |= {"preset": preset, "config": config.describe(), "lr": lr, "w_task": task, "w_kl": w_kl, "slorb_block": slorb_block}
         report |= {"batch_size": batch_size, "length": length, "accumulate": accumulate}
         report["curves"] = _anneal(
@@ -141,10 +147,8 @@ def sparsify(
         )  # fmt: skip
         report["tokens"] = report["curves"][-1]["tokens"] if report["curves"] else 0
     else:
-        if changes:
-            raise SparseForgeError(f"method {chosen} has no option {', '.join(sorted(changes))}")
-        one_shot = None if batches is None else [batches.batch(i) for i in range(-(-calibration // batch_size))]
-        report["calibration_sequences"] = 0 if one_shot is None else len(one_shot) * batch_size
+        one_shot = None if batches is None else _first(batches, calibration)
+        report["calibration_sequences"] = sum(_rows(b) for b in one_shot or ())
         report["raised_damping"] = _prune_once(program, sites, shape, one_shot)
     report["density"] = {s.fqn: density(program.tensor(s.fqn)) for s in eligible(sites)}
     report["seconds"] = time.monotonic() - began
@@ -188,7 +192,8 @@ def _prune_once(program: Program, sites: list[LinearSite], pattern: Pattern, bat
     if batches is None:
         magnitude(weights, pattern)
     else:
-        raised = compensate(masked, weights, [_without_labels(b) for b in batches], pattern)
+        inputs = [bind(program, *as_call(b))[:2] for b in batches]
+        raised = compensate(masked, weights, [args or kwargs for args, kwargs in inputs], pattern)
     run_passes(masked, [lambda p: harden_masks(p, pattern)])
     assert all(check_pattern(w.weight, pattern, w.dim) for w in weights)
     return raised
@@ -206,20 +211,72 @@ def draw_text(model: nn.Module, tokens: int, *, length: int, seed: int = 0, batc
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     rows = []
-    for _ in range(-(-tokens // (batch * length))):
-        first = torch.full((batch, 1), start or 0, device=device)
-        text = model.generate(  # type: ignore[operator]
-            first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length, max_new_tokens=length,
-            pad_token_id=start or 0,
-        )  # fmt: skip
-        rows.append(text[:, 1:])
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # dropout would be in the text
+    try:
+        for _ in range(-(-tokens // (batch * length))):
+            first = torch.full((batch, 1), start or 0, device=device)
+            text = model.generate(  # type: ignore[operator]
+                first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length,
+                max_new_tokens=length, pad_token_id=start or 0,
+            )  # fmt: skip
+            rows.append(text[:, 1:])
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return torch.cat(rows)
 
 
-def _without_labels(batch: Any) -> Any:
-    return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else batch
+def _example(model: nn.Module, batch: Any) -> Any:
+    """What to capture with: a batch without its labels or targets; None where capture makes better ones from a config."""
+    if isinstance(batch, Mapping):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        return None if hasattr(model, "main_input_name") and set(inputs) == {model.main_input_name} else inputs
+    args, _ = as_call(batch)
+    if hasattr(model, "main_input_name"):
+        return args[:1]
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        return args
+    return args[: sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)]
+
+
+@torch.no_grad()
+def _check_batch(program: Program, batch: Any) -> None:
+    """One forward pass, so that data which does not fit is refused before a weight changes."""
+    args, kwargs, given = bind(program, *as_call(batch))
+    ids, model = given.get("input_ids"), program.source
+    if isinstance(ids, Tensor) and model is not None:
+        _check_length(model, ids.shape[-1])
+        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        if isinstance(table, nn.Embedding) and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
+            raise SparseForgeError(
+                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of {table.num_embeddings}: "
+                "use the model's own tokenizer"
+            )
+    try:
+        output = main_output(program.module()(*args, **kwargs))
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        shapes = ", ".join(f"{n} {list(v.shape)}" for n, v in given.items() if isinstance(v, Tensor))
+        raise SparseForgeError(f"the model cannot take the first batch of the data ({shapes}): {str(error).splitlines()[0]}") from error
+    if torch.isnan(output).any():
+        raise SparseForgeError("the dense model answers the first batch of the data with NaN: check its weights and the data")
+
+
+def _check_length(model: nn.Module, length: int) -> None:
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise SparseForgeError(f"sequences of {length} tokens are longer than the model's {limit} positions: pass length={limit}")
+
+
+def _first(batches: Batches, sequences: int) -> list[Any]:
+    """The first batches that hold so many sequences."""
+    chosen: list[Any] = []
+    while sum(_rows(b) for b in chosen) < sequences:
+        chosen.append(batches.batch(len(chosen)))
+    return chosen
 
 
 def _rows(batch: Any) -> int:
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
     return next(iter(values)).shape[0]

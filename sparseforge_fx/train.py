@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,11 +27,11 @@ class Batches(Protocol):
 
 
 class MasterWeights:
-    """float32 copies of half-precision parameters for the optimizer: an update of 1e-4 vanishes in a bfloat16 weight."""
+    """float32 copies of half-precision parameters for the optimizer: an update of 1e-5 vanishes in a bfloat16 weight."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
         self.parameters = list(parameters)
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        self.masters = [nn.Parameter(p.detach().float()) if p.dtype.itemsize < 4 else p for p in self.parameters]
 
     @torch.no_grad()
     def take_gradients(self) -> None:
@@ -91,6 +92,8 @@ def train(
     start, steps = 0, sparse.method.steps
     if state_path is not None and state_path.exists():
         start, curves = _restore(sparse, master, optimizer, load_state(state_path))
+    if accelerator.num_processes > 1:
+        sparse.method.curvature.average = partial(accelerator.reduce, reduction="mean")
     sparse.train()
     saved = time.monotonic()
     if compile is True:
@@ -111,7 +114,7 @@ def train(
                     raise SparseForgeError(f"the loss is {loss.total.item()} at step {step}: lower the learning rate ({lr:g}) or check the data")
                 (loss.total / accumulate).backward()
                 parts.append(loss)
-                tokens += _count(batch)
+                tokens += count_tokens(batch)
             if accelerator.num_processes > 1:
                 for p in master.parameters:
                     if p.grad is not None:
@@ -181,16 +184,16 @@ def _state(sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Op
 @torch.no_grad()
 def _restore(sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> tuple[int, list]:
     masks = {w.fqn: w for w in sparse.method.weights}
-    shapes_fit = [m.shape for m in state["masters"]] == [m.shape for m in master.masters]
+    shapes_fit = [m.shape for m in state.get("masters", ())] == [m.shape for m in master.masters]
     if not shapes_fit or set(masks) != set(state["masks"]):
         raise SparseForgeError("the saved training state belongs to another model or another set of sites; delete it to start anew")
+    sparse.method.load_state(state["method"])
     for mine, saved in zip(master.masters, state["masters"], strict=True):
         mine.copy_(saved)
     master.write_back()
     for fqn, saved in state["masks"].items():
         masks[fqn].mask.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
-    sparse.method.load_state(state["method"])
     sparse.steps_done = state["step"]
     return state["step"], list(state["curves"])
 
@@ -208,13 +211,13 @@ def _device(parameters: list[nn.Parameter]) -> torch.device:
 def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):  # a tokenizer's BatchEncoding, too
         return {k: _to(v, device) for k, v in batch.items()}
     return type(batch)(_to(v, device) for v in batch) if isinstance(batch, tuple | list) else batch
 
 
-def _count(batch: Any) -> int:
+def count_tokens(batch: Any) -> int:
     """Tokens of a batch of ids, else its samples."""
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
     first = next(v for v in values if isinstance(v, Tensor))
     return first.numel() if not first.is_floating_point() and first.dim() == 2 else first.shape[0]

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from sparseforge_fx import data
-from sparseforge_fx.data import TokenData, as_batches, load_text, tokenize
+from sparseforge_fx.batches import as_batches
+from sparseforge_fx.data import TokenData, tokenize
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.text import _shuffled, load_text
 
 
 def make_tokenizer(merges=(), eos="<eos>", unused=0, **options):
@@ -259,7 +260,7 @@ def test_shuffling_is_seeded_complete_and_even(three):
 
 def test_a_small_buffer_shuffles_near_and_loses_nothing():
     texts = [str(i) for i in range(100)]
-    mixed = list(data._shuffled(iter(texts), random.Random(0), 10))
+    mixed = list(_shuffled(iter(texts), random.Random(0), 10))
     assert sorted(mixed) == sorted(texts) and mixed != texts
     assert all(texts.index(text) <= place + 10 for place, text in enumerate(mixed))
 

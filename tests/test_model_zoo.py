@@ -5,23 +5,13 @@ One list. A model that cannot go that way stays in it with the sentence that its
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
-
-from sparseforge_fx.capture import capture, make_example_inputs
-from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.passes import find_linears, harden_masks, run_passes, train_passes
-from sparseforge_fx.passes.find_linears import eligible
-from sparseforge_fx.passes.insert_soft_masks import mask_name
-from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 
 SIZE = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

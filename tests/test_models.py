@@ -48,10 +48,14 @@ def test_the_checkpoint_decides_the_dtype_unless_told(folder, tmp_path):
 def test_the_class_that_wrote_the_checkpoint_loads_it(tmp_path):
     from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
 
-    bert = BertForMaskedLM(BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    bert = BertForMaskedLM(
+        BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
     models.save_model(bert, byte_tokenizer(), tmp_path / "bert")
     assert type(models.load_model(tmp_path / "bert")[0]) is BertForMaskedLM
-    vit = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32))
+    vit = ViTForImageClassification(
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
+    )
     models.save_model(vit, None, tmp_path / "vit")
     model, tokenizer = models.load_model(tmp_path / "vit")
     assert type(model) is ViTForImageClassification and tokenizer is None
@@ -80,16 +84,23 @@ def write_gguf(path, model):
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     vocabulary = sorted(byte_tokenizer().get_vocab(), key=byte_tokenizer().get_vocab().get)
+    vocabulary += ["zq"]  # transformers wants a merge
     vocabulary += [f"<unused{i}>" for i in range(config.vocab_size - len(vocabulary))]
     writer.add_token_list(vocabulary)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["z q"])
     writer.add_eos_token_id(256)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
     writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
     for i, layer in enumerate(model.model.layers):
@@ -218,7 +229,10 @@ def broken(tmp_path, folder, kind):
         if kind == "unknown type":
             config["model_type"] = "no_such_thing"
         if kind == "own code":
-            config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+            config |= {
+                "model_type": "mine",
+                "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+            }
             (here / "code.py").write_text("raise SystemExit('this must never run')")
         if kind == "quantised":
             config["quantization_config"] = {"quant_method": "awq", "bits": 4}

@@ -23,9 +23,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_llama(**changes) -> LlamaForCausalLM:
     """Two layers, 32 wide, tied embeddings; about 30,000 weights."""
     torch.manual_seed(0)
-    options = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "eos_token_id": 256}
+    options = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "eos_token_id": 256,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, "bos_token_id": None}
-    return LlamaForCausalLM(LlamaConfig(**options | heads | {"tie_word_embeddings": True, "pad_token_id": 256} | changes))
+    return LlamaForCausalLM(
+        LlamaConfig(**options | heads | {"tie_word_embeddings": True, "pad_token_id": 256} | changes)
+    )
 
 
 def write_checkpoint(folder: Path, **changes) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,5 +109,5 @@ def captured_once(monkeypatch, tiny):
         return programs.get(id(model)) or capture(model, example_inputs)
 
     for name in ("prepare", "sparsify"):  # the package's attributes of these names are the functions
-        monkeypatch.setattr(sys.modules[f"sparseforge_fx.{name}"], "capture", remembered)
+        monkeypatch.setattr(importlib.import_module(f"sparseforge_fx.{name}"), "capture", remembered)
     return reset

@@ -90,7 +90,7 @@ def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict:
         sparse(input_ids=ids)
         backward(sparse.last_loss)
 
-    every = sparse.config.probe_every
+    every = sparse.method.config.probe_every
     return {
         "dense": dense_step,
         "heating": lambda: masked(1 if every > 1 else 0),

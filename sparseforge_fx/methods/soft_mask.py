@@ -1,7 +1,8 @@
 """SparseForge (arXiv 2605.06402): soft masks driven by curvature, heated, then quenched to exact N:M.
 
     score   obd: s = h w^2 (cost of deletion) | ratio: s = |w| / sqrt(h + eps) | magnitude: s = |w|
-    gate    site: G = sigmoid((z - quantile(z, sparsity)) / T), z the scores standardised per weight (the paper's)
+    gate    site: G = sigmoid((z - quantile(z, sparsity)) / T), z the scores standardised per weight (the paper's), by half their
+            16-84 % range: a normal score's standard deviation, which h w^2, with its long tail, does not have
             pattern: G = sum_k softmax(-cost_k / T) pattern_k over the legal patterns of a group, cost_k the share of the
             group's score that pattern k deletes; every group keeps mass N, so soft meets hard by itself as T -> 0
     pull    G <- G - eta (m - top-N(G)): score structural hardening
@@ -165,7 +166,7 @@ class SparseForge:
             self._update(progress)
         for w in self.weights:
             if self.config.masked_decay:
-                w.weight.mul_(1 - self.config.masked_decay * (1 - w.mask))
+                w.weight.mul_(1 - self.config.masked_decay * (1 - w.mask.float()))
             if lam < 1:
                 soft = self.soft.setdefault(w.fqn, w.mask.clone())
                 w.mask.copy_(torch.lerp(hard_mask(soft, self.pattern, w.dim).to(soft.dtype), soft, lam))
@@ -251,9 +252,8 @@ class SparseForge:
         """G in [0, 1]; ``reached`` is the share of the final sparsity that the warm-up asks for."""
         pattern = self.pattern
         if self.config.gate == "site":
-            z = (score - score.mean()) / score.std().clamp(min=1e-30)
-            tau = _quantile(z, reached * (1 - pattern.density))
-            return torch.sigmoid((z - tau) / temperature)
+            low, tau, high = _quantiles(score, 0.16, reached * (1 - pattern.density), 0.84)
+            return torch.sigmoid((score - tau) / (temperature * ((high - low) / 2).clamp(min=1e-38)))
         grouped = to_groups(score, pattern, dim)
         share = grouped / grouped.mean(-1, keepdim=True).clamp(min=1e-38)
         legal = all_patterns(pattern, score.device)
@@ -303,9 +303,8 @@ def _sample(mask: Tensor, dim: int, pattern: Pattern) -> Tensor:
     return to_groups(rows[: max(1, SAMPLE // rows.shape[-1])], pattern).flatten(0, -2)
 
 
-def _quantile(values: Tensor, q: float) -> Tensor:
-    """q-quantile from an evenly spaced sample; deterministic."""
+def _quantiles(values: Tensor, *shares: float) -> list[Tensor]:
+    """Quantiles from an evenly spaced sample; deterministic. Share 0 is the smallest value."""
     flat = values.flatten()
-    sample = flat[:: max(1, flat.numel() // SAMPLE)]
-    k = min(sample.numel(), max(1, round(q * sample.numel())))
-    return sample.kthvalue(k).values if q > 0 else sample.min() - 1e3
+    ordered = flat[:: max(1, flat.numel() // SAMPLE)].sort().values
+    return [ordered[min(ordered.numel() - 1, round(q * (ordered.numel() - 1)))] for q in shares]

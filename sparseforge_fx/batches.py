@@ -1,0 +1,171 @@
+"""Whatever a user calls data, as batches by step number."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DistributedSampler, IterableDataset
+
+from sparseforge_fx.data import TokenData, tokenize
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.text import stable_hash
+
+
+# --------------------------------------------------------------------------------------------- batches by step number
+class Batches(Protocol):
+    """What a training loop draws from."""
+
+    def batch(self, step: int) -> Any:
+        """The batch of this step: a dict, tuple or tensor; the same one however often and in whatever order asked."""
+
+
+def as_batches(
+    data: Any,
+    tokenizer: Any = None,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    limit_tokens: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Batches:
+    """Whatever a user calls data, as an object with `.batch(step)`.
+
+    Args:
+        data: one of
+            - `TokenData` (keeps its own length);
+            - text: any `source` of `load_text`, for which `tokenizer`, `limit_tokens` and `cache_dir` serve;
+            - token ids: integer tensor or array [tokens], or [sequences, length], whose rows then are the sequences;
+            - batches: a DataLoader, or anything that can be iterated again and again, of dicts, tuples or tensors. They
+              are passed through as they are and cycled; `batch_size` and `length` do not apply. A jump to a later step
+              skips batches one by one (within one pass only, where `len` is known). A DataLoader that shuffles is
+              given its random numbers by `seed` and step, so that a resumed run sees what an unbroken one does.
+            A single dict of tensors is a single batch.
+
+    Raises:
+        SparseForgeError: text without tokenizer; a generator or another one-shot iterator; no data; anything unknown.
+    """
+    if isinstance(data, list) and data and isinstance(data[0], int):  # what `tokenizer.encode` returns
+        data = np.asarray(data)
+    if isinstance(data, torch.Tensor | np.ndarray):
+        rows = data.ndim == 2
+        data = TokenData(data.reshape(-1) if rows else data, data.shape[1] if rows else length)
+    elif _is_text(data):
+        if tokenizer is None:
+            raise SparseForgeError("text data needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
+        data = tokenize(data, tokenizer, length=length, seed=seed, limit_tokens=limit_tokens, cache_dir=cache_dir)
+    if isinstance(data, TokenData):
+        return _PackedBatches(data, batch_size, seed)
+    if isinstance(data, Mapping):
+        data = [data]
+    if not isinstance(data, Iterable):
+        raise SparseForgeError(
+            f"data of type {type(data).__name__} is not understood: "
+            "pass text, token ids, a DataLoader or a list of batches"
+        )
+    if isinstance(data, Iterator):
+        raise SparseForgeError(
+            f"a {type(data).__name__} can be read only once, so training could neither repeat nor resume: "
+            "pass list(...) of it, or a DataLoader"
+        )
+    return _CycledBatches(data, seed)
+
+
+def _is_text(data: Any) -> bool:
+    if isinstance(data, list | tuple):
+        return bool(data) and all(isinstance(entry, str | Path) for entry in data)
+    if hasattr(data, "column_names"):
+        columns = data.column_names or []
+        if "input_ids" in columns:
+            raise SparseForgeError(
+                "a data set that is tokenised already must come as a DataLoader, which knows its padding"
+            )
+        return True
+    return isinstance(data, str | Path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PackedBatches:
+    data: TokenData
+    batch_size: int
+    seed: int | None
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        return self.data.batch(step, self.batch_size, self.seed)
+
+
+class _CycledBatches:
+    """Passes over a re-iterable, one after another; keeps one iterator and restarts it only to go back."""
+
+    def __init__(self, loader: Iterable[Any], seed: int) -> None:
+        self._loader = loader
+        self._seed = seed
+        self._iterator: Iterator[Any] = iter(())
+        self._epoch, self._next = -1, 0  # the pass under way and the index of its next batch
+        self._size: int | None = None  # batches per pass, once known
+        if not isinstance(getattr(loader, "dataset", None), IterableDataset):  # those may announce any
+            with suppress(TypeError):
+                self._size = len(loader)  # type: ignore[arg-type]
+        if self._size == 0:
+            raise SparseForgeError("the data holds no batch: check the data set, batch_size and drop_last")
+        sampler = getattr(loader, "sampler", None)
+        self._samplers = [sampler, getattr(loader, "batch_sampler", None)]
+        found = [getattr(owner, "generator", None) for owner in (loader, *self._samplers)]
+        # The user's own seeds are kept aside before they are first overwritten.
+        self._generators = {id(g): (g, g.initial_seed()) for g in found if isinstance(g, torch.Generator)}
+
+    def batch(self, step: int) -> Any:
+        if step < 0:
+            raise SparseForgeError(f"batch {step} does not exist: steps count from 0")
+        while True:
+            # With the size known the pass is computed; until then everything belongs to the first one.
+            epoch, index = divmod(step, self._size) if self._size else (0, step)
+            if epoch != self._epoch or index < self._next:
+                self._begin(epoch)
+            try:
+                while self._next < index:
+                    self._fetch()
+                return self._fetch()
+            except StopIteration:
+                if self._size is not None or self._next == 0:
+                    raise SparseForgeError(
+                        f"the data ended after {self._next} batches where {self._size or 'some'} were expected: "
+                        "it must give the same number every time it is iterated"
+                    ) from None
+                self._size = self._next
+
+    def _begin(self, epoch: int) -> None:
+        for sampler in self._samplers:
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(epoch)
+        for generator, initial in self._generators.values():
+            generator.manual_seed(self._mix(initial, epoch))
+        with self._randomness(self._mix(epoch)):
+            self._iterator = iter(self._loader)
+        self._epoch, self._next = epoch, 0
+
+    def _fetch(self) -> Any:
+        with self._randomness(self._mix(self._epoch, self._next)):
+            batch = next(self._iterator)
+        self._next += 1
+        return batch
+
+    def _mix(self, *numbers: int) -> int:
+        return int(stable_hash(self._seed, *numbers)[:15], 16)
+
+    @contextmanager
+    def _randomness(self, seed: int) -> Iterator[None]:
+        """Samplers and data sets without a generator draw from torch's CPU generator: lent to them, then put back."""
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would also reset every GPU
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)

@@ -1,0 +1,301 @@
+"""Where text comes from: files, folders, hub data sets, lists; read, cut and mixed into one stream of documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import lzma
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparseforge_fx.errors import SparseForgeError
+
+TEXT_COLUMNS = ("text", "content", "passage", "document", "body", "article", "story", "review")
+EXTENSIONS = (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv", ".txt.gz", ".txt.xz", ".jsonl.gz", ".jsonl.xz")
+SHUFFLE_BUFFER = 50_000  # documents held for shuffling, shared by all sources: 150 MB of text at 3000 characters each
+STREAM_BUFFER = 10_000  # the same for what comes over the network, because the buffer is filled before the first batch
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:\S*)?")  # owner/name[:config][:split]
+
+
+
+
+# ----------------------------------------------------------------------------------------------- sources of documents
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One origin of documents. `read(text_column, stream)` starts again at the first document on every call;
+    `identity` says what the documents depend on, for cache names."""
+
+    name: str
+    identity: tuple[Any, ...]
+    read: Callable[[str | None, bool], Iterator[str]]
+
+
+def open_sources(source: Any) -> list[Source]:
+    """What `load_text` describes as `source`, as a list; a missing file or an unknown extension is found here."""
+    if isinstance(source, Path):
+        return [_open(str(source))]
+    if isinstance(source, str):
+        whole = os.path.exists(os.path.expanduser(source))  # a file's own name may have a comma
+        names = [name.strip() for name in source.split(",") if name.strip()]
+        return [_open(name) for name in ([source] if whole or not names else names)]
+    if hasattr(source, "column_names") and not isinstance(source, Mapping):  # datasets.Dataset or IterableDataset
+        # Without a fingerprint nothing says whether it is the data set of an earlier run: never reuse a cache file.
+        identity = ("dataset", getattr(source, "_fingerprint", None) or os.urandom(8))
+        return [Source("the data set", identity, lambda column, stream: _dataset_texts(source, column, "the data set"))]
+    if not isinstance(source, list | tuple) or not all(isinstance(entry, str | Path) for entry in source):
+        raise SparseForgeError(
+            f"text source of type {type(source).__name__} is not understood: pass a file, a folder, a hub id "
+            "'owner/name[:config][:split]', a datasets.Dataset, a list of those names, or a list of texts"
+        )
+    if not source:
+        raise SparseForgeError("the list of texts is empty: pass at least one text or file name")
+    names_source = [isinstance(entry, Path) or os.path.exists(entry) or _looks_like_source(entry) for entry in source]
+    if all(names_source):
+        return [_open(str(entry)) for entry in source]
+    if any(isinstance(entry, Path) or os.path.isfile(entry) for entry in source):
+        culprit = source[names_source.index(False)]
+        raise SparseForgeError(
+            f"the list mixes files with {culprit[:60]!r}, which is no file, folder or hub id: "
+            "pass either names only or texts only"
+        )
+    digest = stable_hash(*source)
+    return [Source("the list of texts", ("texts", digest), lambda column, stream: iter(source))]
+
+
+def load_text(
+    source: Any,
+    text_column: str | None = None,
+    limit: int | None = None,
+    *,
+    seed: int | None = None,
+    max_document_chars: int | None = None,
+    stream: bool = False,
+) -> Iterator[str]:
+    """Documents of `source`, one str each.
+
+    Args:
+        source: a hub id "owner/name[:config][:split]" (default split "train"; "id::test" is the default config); a file
+            .txt or .md (one document), .jsonl, .json, .parquet or .csv (one document per row; .txt and .jsonl also as
+            .gz or .xz); a folder, whose files are read in sorted order as one source (README.md is passed over); a
+            `datasets` object; several of these names, as a list or separated by commas; or a list of texts.
+        text_column: column of the rows; by default one of TEXT_COLUMNS, else the only column of text.
+        limit: stop after so many documents.
+        seed: shuffles every source through a buffer (exact up to SHUFFLE_BUFFER documents); None keeps file order.
+        max_document_chars: longer documents are cut, at the end of a paragraph, line or word where there is one, into
+            pieces of at most this many characters, which from then on count as documents. Nothing is lost:
+            the pieces of a document joined are the document. None leaves documents whole.
+        stream: read hub data sets over the network as far as needed, instead of downloading and keeping them.
+
+    Several sources take turns, one document each; a source that has ended leaves the rotation. So up to the end of the
+    shortest all have given equally many documents: with books beside reviews that is even only because books are cut.
+
+    Raises:
+        SparseForgeError: file missing or unreadable, unknown extension, hub not reachable, no text column.
+    """
+    if max_document_chars is not None and max_document_chars < 2:
+        raise SparseForgeError(f"max_document_chars is {max_document_chars}: use at least 2, or None to cut nothing")
+    sources = open_sources(source)  # here, not at the first document: a wrong name shows at the call
+
+    def documents() -> Iterator[str]:
+        streams = []
+        for number, opened in enumerate(sources):
+            texts = opened.read(text_column, stream)
+            if max_document_chars is not None:
+                texts = _cut(texts, max_document_chars)
+            if seed is not None:
+                held = STREAM_BUFFER if stream and opened.identity[0] == "hub" else SHUFFLE_BUFFER
+                texts = _shuffled(texts, random.Random(f"{seed}/{number}"), max(1000, held // len(sources)))
+            streams.append(texts)
+        while streams:
+            running = []
+            for texts in streams:
+                for text in itertools.islice(texts, 1):
+                    running.append(texts)
+                    yield text
+            streams = running
+
+    return itertools.islice(documents(), limit)
+
+
+def _open(name: str) -> Source:
+    path = Path(os.path.expanduser(name))
+    if name and path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _extension(p))
+        visible = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        files = [p for p in visible if p.name != "README.md"]  # a data set from the hub has a card: no data
+        if not files:
+            raise SparseForgeError(f"the folder {name} holds no text file: expected {', '.join(EXTENSIONS)}")
+    elif path.is_file():
+        files = [path]
+        if not _extension(path):
+            raise SparseForgeError(f"the extension of {name} is unknown: use one of {', '.join(EXTENSIONS)}")
+    elif _extension(path) or name.startswith(("/", "./", "../", "~")):
+        raise SparseForgeError(f"there is no file or folder {name}: check the path (working folder {os.getcwd()})")
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name.split(":")[0]):
+        return _hub_source(name)
+    else:
+        raise SparseForgeError(
+            f"{name[:80]!r} is neither a file, a folder nor a hub id 'owner/name[:config][:split]': "
+            "to give a text itself, pass it inside a list"
+        )
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+    def read(text_column: str | None, stream: bool) -> Iterator[str]:
+        return itertools.chain.from_iterable(_file_texts(p, text_column) for p in files)
+
+    return Source(name, ("files", *stats), read)
+
+
+def _hub_source(name: str) -> Source:
+    # Colons inside brackets belong to the split: "imdb:train[:10%]".
+    repository, *rest = re.split(r":(?![^\[]*\])", name)
+    if len(rest) > 2:
+        raise SparseForgeError(f"{name!r} has too many parts: a hub data set is 'owner/name[:config][:split]'")
+    if len(rest) == 1 and re.match(r"(train|test|valid|dev)", rest[0]):
+        rest = ["", rest[0]]
+    config, split = (*rest, "", "")[:2]
+    split = split or "train"
+
+    def read(text_column: str | None, stream: bool) -> Iterator[str]:
+        import datasets  # takes over a second to import: only those who need it pay
+
+        try:
+            # Slices of splits exist only for downloaded data sets.
+            rows = datasets.load_dataset(repository, config or None, split=split, streaming=stream and "[" not in split)
+        except Exception as error:  # an open set of types: network, hub, builder, missing config or split
+            raise SparseForgeError(
+                f"cannot load the hub data set {name!r} ({_first_line(error)}): check id, config, split and network; "
+                "there is no local file of that name"
+            ) from error
+        return _dataset_texts(rows, text_column, name)
+
+    return Source(name, ("hub", repository, config, split), read)
+
+
+def _extension(path: Path) -> str | None:
+    return next((e for e in EXTENSIONS if path.name.lower().endswith(e)), None)
+
+
+def _looks_like_source(entry: str) -> bool:
+    return not re.search(r"\s", entry) and bool(_extension(Path(entry)) or _HUB_ID.fullmatch(entry))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _reading(name: object) -> Iterator[None]:
+    try:
+        yield
+    except SparseForgeError:
+        raise
+    except Exception as error:  # an open set of types: text decoding, gzip, lzma, json, arrow, pandas, network
+        raise SparseForgeError(
+            f"cannot read {name} ({type(error).__name__}: {_first_line(error)}): "
+            "repair or remove it; text must be UTF-8"
+        ) from error
+
+
+def _file_texts(path: Path, text_column: str | None) -> Iterator[str]:
+    extension = _extension(path) or ""
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    opener = openers.get(path.suffix.lower(), open)
+    with _reading(path):
+        if extension.startswith((".txt", ".md")):
+            with opener(path, "rt", encoding="utf-8", newline="") as file:  # newline="": the bytes as they are
+                yield file.read()
+        elif extension.startswith(".jsonl"):
+            with opener(path, "rt", encoding="utf-8") as file:
+                yield from _row_texts((json.loads(line) for line in file if line.strip()), text_column, str(path))
+        else:
+            import datasets
+
+            pattern = glob.escape(str(path))  # `datasets` takes patterns; brackets in a name must not act as one
+            rows = datasets.load_dataset(extension[1:], data_files=pattern, split="train", streaming=True)
+            yield from _dataset_texts(rows, text_column, str(path))
+
+
+def _dataset_texts(rows: Any, text_column: str | None, name: str) -> Iterator[str]:
+    with _reading(name):
+        for first in itertools.islice(iter(rows), 1):
+            column = _text_column(first, text_column, name)
+            yield from _row_texts(rows.select_columns([column]), column, name)  # images and the like are never decoded
+
+
+def _row_texts(rows: Iterable[Any], text_column: str | None, name: str) -> Iterator[str]:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise SparseForgeError(
+                f"row {number} of {name} is a {type(row).__name__}: rows must be objects with a text column"
+            )
+        text_column = _text_column(row, text_column, name)
+        text = row[text_column]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise SparseForgeError(
+                f"column {text_column!r} of {name} holds {type(text).__name__} in row {number}: name a column of text "
+                f"with text_column (columns: {', '.join(map(str, row))})"
+            )
+        yield text
+
+
+def _text_column(row: Mapping[str, Any], wanted: str | None, name: str) -> str:
+    if wanted is None:
+        by_name = [c for known in TEXT_COLUMNS for c in row if str(c).lower() == known]
+        by_type = [c for c in row if isinstance(row[c], str)]
+        if by_name:
+            return by_name[0]
+        if len(by_type) == 1:
+            return by_type[0]
+    elif wanted in row:
+        return wanted
+    problem = "has no column of text that stands out" if wanted is None else f"has no column {wanted!r}"
+    raise SparseForgeError(
+        f"{name} {problem}: choose one of its columns with text_column: {', '.join(map(str, row)) or 'none'}"
+    )
+
+
+def _cut(texts: Iterable[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        start = 0
+        while len(text) - start > limit:
+            end = start + limit
+            # A blank or line break ends the piece before it, but a space begins the next word's token.
+            for mark, kept in (("\n\n", 2), ("\n", 1), (" ", 0)):
+                found = text.rfind(mark, start + limit // 2, end)
+                if found > start:
+                    end = found + kept
+                    break
+            yield text[start:end]
+            start = end
+        yield text[start:]
+
+
+def _shuffled(texts: Iterator[str], rng: random.Random, size: int) -> Iterator[str]:
+    buffer = list(itertools.islice(texts, size))
+    for text in texts:
+        place = rng.randrange(size)
+        yield buffer[place]
+        buffer[place] = text
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def stable_hash(*parts: Any) -> str:
+    """Short stable hash of the parts' reprs, for cache names and fingerprints."""
+    state = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        text = repr(part).encode("utf-8", "backslashreplace")
+        state.update(len(text).to_bytes(8, "little") + text)
+    return state.hexdigest()

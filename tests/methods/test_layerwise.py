@@ -1,0 +1,123 @@
+"""Layer-wise OBS over a graph against the same done by hand on the source model, layer after layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparseforge_fx.capture import capture
+from sparseforge_fx.methods.base import MaskedWeight
+from sparseforge_fx.methods.layerwise import compensate
+from sparseforge_fx.methods.obs import prune_obs
+from sparseforge_fx.passes import find_linears, run_passes, train_passes
+from sparseforge_fx.passes.insert_soft_masks import mask_name
+from sparseforge_fx.pattern import Pattern, hard_mask
+
+TWO_FOUR = Pattern(2, 4)
+
+
+def soft_masked(program):
+    sites = [s for s in find_linears(program) if s.reason is None]
+    masked, _ = run_passes(program, train_passes(find_linears(program)))
+    weights = [MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim) for s in sites]
+    return masked, weights
+
+
+def by_hand(model, order, batches, dim):
+    """prune_obs with the moments that hooks see, one layer after another; inputs shared by several layers once."""
+    masks = {}
+    with torch.no_grad():
+        for fqn in order:
+            rows = []
+            owner = model.get_submodule(fqn.rpartition(".")[0])
+            handle = owner.register_forward_hook(lambda module, args, out, rows=rows: rows.append(args[0].flatten(0, -2)))
+            for batch in batches:
+                model(**batch)
+            handle.remove()
+            x = torch.cat(rows)
+            value = model.get_parameter(fqn)
+            result = prune_obs(value if dim else value.t(), x.t() @ x / len(x), TWO_FOUR)
+            value.copy_(result.weight if dim else result.weight.t())
+            masks[fqn] = result.mask if dim else result.mask.t()
+    return masks
+
+
+@pytest.mark.parametrize(("name", "dim"), [("llama", 1), ("gpt2", 0), ("opt", 1)])
+def test_compensate_equals_the_same_by_hand(tiny, name, dim):
+    found = tiny(name)
+    batches = [found.batch(seed, rows=4, length=16) for seed in range(4)]
+    masked, weights = soft_masked(found.program)
+    raised = compensate(masked, weights, batches, TWO_FOUR)
+    got = {w.fqn: (w.weight.detach().clone(), w.mask.clone()) for w in weights}
+    found.reset()
+    # the order that the graph has; a layer that reads what another one read is not upset by that one's pruning
+    masks = by_hand(found.model, [w.fqn for w in weights], batches, dim)
+    for fqn, (weight, mask) in got.items():
+        assert torch.equal(mask.bool(), masks[fqn]), fqn
+        torch.testing.assert_close(weight, found.weights[fqn].detach(), rtol=1e-3, atol=1e-3, msg=fqn)
+        assert not weight[mask == 0].any()
+    assert raised == {}
+
+
+def output_error(found, batches, dense):
+    with torch.no_grad():
+        return sum((found.model(**b).logits - d).square().mean().item() for b, d in zip(batches, dense, strict=True))
+
+
+def test_layerwise_solution_beats_magnitude_on_the_output(tiny):
+    found = tiny("llama")
+    batches = [found.batch(seed, rows=8, length=16) for seed in range(4)]
+    with torch.no_grad():
+        dense = [found.model(**b).logits for b in batches]
+    masked, weights = soft_masked(found.program)
+    compensate(masked, weights, batches, TWO_FOUR)
+    layerwise = output_error(found, batches, dense)
+    found.reset()
+    with torch.no_grad():
+        for w in weights:
+            w.weight.mul_(hard_mask(w.weight.abs(), TWO_FOUR, w.dim))
+    assert layerwise < 0.9 * output_error(found, batches, dense)
+
+
+def test_masks_that_are_given_are_kept(tiny):
+    found = tiny("gpt2")
+    masked, weights = soft_masked(found.program)
+    generator = torch.Generator().manual_seed(0)
+    for w in weights:
+        w.mask.copy_(torch.rand(w.mask.shape, generator=generator))
+    wanted = {w.fqn: hard_mask(w.mask, TWO_FOUR, w.dim) for w in weights}
+    before = {w.fqn: w.weight.detach().clone() for w in weights}
+    compensate(masked, weights, [found.batch(rows=8)], TWO_FOUR, choose_masks=False)
+    for w in weights:
+        assert torch.equal(w.mask.bool(), wanted[w.fqn])
+        assert not w.weight[~wanted[w.fqn]].any()
+        assert not torch.allclose(w.weight[wanted[w.fqn]], before[w.fqn][wanted[w.fqn]])  # compensated
+
+
+def test_only_the_weights_that_are_asked_for(tiny):
+    found = tiny("llama")
+    masked, weights = soft_masked(found.program)
+    compensate(masked, weights[3:5], [found.batch()], TWO_FOUR)
+    for i, w in enumerate(weights):
+        assert torch.equal(w.weight, found.first[w.fqn]) == (i not in (3, 4))
+        assert (w.mask == 1).all() == (i not in (3, 4))
+
+
+def test_raised_damping_is_reported_by_name():
+    """One token: a Hessian of rank one, which no tiny damping makes definite."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16))
+    masked, weights = soft_masked(capture(model, torch.randn(2, 16)))
+    raised = compensate(masked, weights, [torch.randn(1, 16)], TWO_FOUR, damping=1e-13)
+    assert set(raised) == {"0.weight", "2.weight"} and all(d > 1e-13 for d in raised.values())
+    assert all(torch.isfinite(w.weight).all() for w in weights)
+
+
+def test_bfloat16_weights_hold_the_rounded_solution(tiny):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16))
+    x = torch.randn(64, 16).bfloat16()
+    first = model[0].weight.detach().bfloat16()
+    expected = prune_obs(first, x.float().t() @ x.float() / 64, TWO_FOUR)
+    masked, weights = soft_masked(capture(model.bfloat16(), x[:4]))
+    compensate(masked, weights, [x], TWO_FOUR)
+    assert weights[0].weight.dtype == weights[0].mask.dtype == torch.bfloat16
+    assert torch.equal(weights[0].weight, expected.weight.bfloat16())
+    assert torch.equal(weights[0].mask.bool(), expected.mask)

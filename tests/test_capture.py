@@ -1,0 +1,282 @@
+"""Any module, any form of inputs; what cannot be captured is explained by the line that is in the way."""
+
+import inspect
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import AutoConfig
+
+from sparseforge_fx.capture import as_call, capture, make_example_inputs
+from sparseforge_fx.errors import SparseForgeError
+
+SIZE = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def llama(**settings):
+    config = AutoConfig.for_model("llama", **SIZE | settings)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+class Affine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, *more, scale=1.0, shift=None):
+        y = sum((self.linear(m) for m in more), self.linear(x)) * scale
+        return y if shift is None else y + shift
+
+
+A, B, C = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [A, (A,), [A, B], (A, B, C), {"x": A}, {"x": A, "scale": B}, {"shift": B, "x": A}, {"x": A, "shift": None}],
+)
+def test_every_form_of_inputs(inputs):
+    model = Affine()
+    program = capture(model, inputs)
+    args, kwargs = as_call(inputs)
+    assert torch.equal(program.module()(*args, **kwargs), model(*args, **kwargs))
+    assert program.notes == ()
+    stretch = [torch.randn(4, 5, 8) if isinstance(a, torch.Tensor) else a for a in (*args, *kwargs.values())]
+    args, kwargs = stretch[: len(args)], dict(zip(kwargs, stretch[len(args) :], strict=True))
+    assert torch.equal(program.module()(*args, **kwargs), model(*args, **kwargs)), "batch and sequence are dynamic"
+
+
+def test_nested_inputs_and_outputs():
+    class Nested(nn.Module):
+        def forward(self, batch):
+            return {"sum": batch["x"] + batch["pair"][0], "pair": batch["pair"]}
+
+    batch = {"x": A, "pair": (B, C)}
+    out = capture(Nested(), (batch,)).module()(batch)
+    assert torch.equal(out["sum"], A + B) and torch.equal(out["pair"][1], C)
+
+
+def test_training_the_graph_trains_the_model():
+    model = Affine()
+    with torch.no_grad():  # whoever captures under no_grad gets a graph that trains
+        module = capture(model, A).module()
+    assert {id(p) for p in module.parameters()} == {id(p) for p in model.parameters()}
+    before = model(A).detach()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module(A).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model(A), before) and torch.equal(model(A), module(A))
+
+
+class TestHuggingFace:
+    def test_a_causal_model_without_inputs(self):
+        model = llama()
+        program = capture(model)
+        assert program.notes == ()
+        module = program.module()
+        for shape in ((2, 12), (1, 7), (3, 1), (1, 1), (4, 64)):
+            ids = torch.randint(0, 64, shape)
+            out = module(input_ids=ids)
+            assert type(out) is type(model(ids)) and torch.equal(out.logits, model(ids).logits), shape
+            assert out.past_key_values is None
+
+    def test_padding_masks_stay_dynamic(self):
+        model = llama()
+        inputs = make_example_inputs(model) | {"attention_mask": torch.ones(2, 12, dtype=torch.long)}
+        module = capture(model, inputs).module()
+        ids, mask = torch.randint(0, 64, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+        mask[0, :4] = 0
+        out = module(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(out, model(input_ids=ids, attention_mask=mask).logits)
+
+    def test_modes_and_settings_come_back(self):
+        model = llama(attention_dropout=0.5).train()
+        model.model.norm.eval()
+        assert model.config.use_cache
+        modes = {n: m.training for n, m in model.named_modules()}
+        capture(model)
+        assert {n: m.training for n, m in model.named_modules()} == modes and model.config.use_cache
+        with pytest.raises(SparseForgeError):
+            capture(model, {"input_ids": "text"})
+        assert {n: m.training for n, m in model.named_modules()} == modes and model.config.use_cache
+
+    def test_a_meta_model_is_captured_without_its_weights(self):
+        with torch.device("meta"):
+            model = llama(tie_word_embeddings=True)
+        program = capture(model)
+        assert program.op_counts()["aten.linear.default"] == 8
+        assert program.tensor("lm_head.weight") is model.model.embed_tokens.weight
+
+    def test_example_inputs_come_from_the_config(self):
+        model = llama(max_position_embeddings=8)
+        ids = make_example_inputs(model)["input_ids"]
+        assert ids.shape == (2, 8) and ids.max() < 64
+        vision = transformers.ViTModel(transformers.ViTConfig(**SIZE, image_size=(16, 8), patch_size=8)).bfloat16()
+        (pixels,) = make_example_inputs(vision).values()
+        assert pixels.shape == (2, 3, 16, 8) and pixels.dtype == torch.bfloat16
+        config = transformers.T5Config(vocab_size=64, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+        inputs = make_example_inputs(transformers.T5ForConditionalGeneration(config), batch=3, length=5)
+        assert {k: tuple(v.shape) for k, v in inputs.items()} == {"input_ids": (3, 5), "decoder_input_ids": (3, 4)}
+
+    def test_the_random_state_is_left_alone(self):
+        model = llama()
+        state = torch.get_rng_state()
+        capture(model)
+        assert torch.equal(torch.get_rng_state(), state)
+        first, second = (make_example_inputs(model)["input_ids"] for _ in range(2))
+        assert torch.equal(first, second)
+
+    def test_a_model_with_other_inputs_asks_for_them(self):
+        model = llama()
+        model.main_input_name = "input_features"
+        with pytest.raises(SparseForgeError, match=r"no rule .* LlamaForCausalLM .*'input_features'.* pass example_inputs"):
+            capture(model)
+
+
+class Recurrent(nn.Module):
+    """Unrolls over time."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.cell = nn.Embedding(16, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        h = torch.zeros(ids.shape[0], 8)
+        for t in range(ids.shape[1]):
+            h = torch.tanh(self.cell(h) + self.emb(ids[:, t]))
+        return h
+
+
+class NeedsInts(nn.Module):
+    """Refuses symbolic sizes in these dimensions."""
+
+    def __init__(self, *dims):
+        super().__init__()
+        self.linear, self.dims = nn.Linear(8, 8), dims
+
+    def forward(self, x):
+        for d in self.dims:
+            if type(x.shape[d]) is not int:
+                raise TypeError(f"dimension {d} must be an int")
+        return self.linear(x)
+
+
+class TestFixedDimensions:
+    def test_unrolling_over_time_fixes_the_sequence_and_says_so(self):
+        model, ids = Recurrent(), torch.randint(0, 16, (2, 5))
+        program = capture(model, ids)
+        assert program.notes == ("the sequence dimension of ids is fixed at 5 by the model",)
+        module = program.module()
+        other_batch = torch.randint(0, 16, (4, 5))
+        assert torch.equal(module(other_batch), model(other_batch))
+        with pytest.raises((RuntimeError, AssertionError), match=r"equal to 5, but got 6|size\(\)\[1\] == 5"):
+            module(torch.randint(0, 16, (2, 6)))
+
+    def test_what_needs_an_int_gets_one_and_it_is_noted(self):
+        model = NeedsInts(1)
+        program = capture(model, A)
+        wanted = "the sequence dimension had to be fixed at the example's size (dimension 1 must be an int)"
+        assert program.notes == (wanted,)
+        x = torch.randn(5, 3, 8)
+        assert torch.equal(program.module()(x), model(x)), "the batch stays dynamic"
+
+    def test_both_dimensions_fixed(self):
+        model = NeedsInts(0, 1)
+        program = capture(model, A)
+        wanted = "batch and sequence dimensions had to be fixed at the example's size (dimension 0 must be an int)"
+        assert program.notes == (wanted,)
+        assert torch.equal(program.module()(A), model(A))
+
+    def test_a_batch_that_the_model_fixes_is_noted(self):
+        class Tiled(nn.Module):
+            def forward(self, x):
+                return x + torch.ones(2, 1, 8)
+
+        assert capture(Tiled(), A).notes == ("the batch dimension of x is fixed at 2 by the model",)
+
+    def test_keyword_containers_are_captured_fixed(self):
+        class Open(nn.Module):
+            def forward(self, x, **extra):
+                return x + extra["y"]
+
+        program = capture(Open(), {"x": A, "y": B})
+        assert len(program.notes) == 1 and torch.equal(program.module()(x=A, y=B), A + B)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.linear(x)
+        if y.sum() > 0:  # the line to name
+            y = y + 1
+        return y
+
+
+class Numbers(Branches):
+    def forward(self, x):
+        return self.linear(x)[: int(x.sum().item())]  # the line to name
+
+
+class LeavesTorch(Branches):
+    def forward(self, x):
+        return self.linear(x) * math.sin(x.detach().numpy()[0, 0, 0])  # the line to name
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("kind", [Branches, Numbers, LeavesTorch])
+    def test_the_message_names_the_line_of_the_model(self, kind, capfd):
+        lines, start = inspect.getsourcelines(kind.forward)
+        line = start + next(i for i, text in enumerate(lines) if "the line to name" in text)
+        model = nn.Sequential(nn.Identity(), kind())
+        with pytest.raises(SparseForgeError) as caught:
+            capture(model, A.clone().requires_grad_(False))
+        message = str(caught.value)
+        assert f"torch.export cannot take Sequential at {__file__}:{line} (" in message and "\n" not in message
+        assert "rewrite that line without Python control flow on tensor values" in message and "sf.sparsify" in message
+        assert caught.value.__cause__ is not None
+        assert capfd.readouterr() == ("", ""), "torch's half-traced graphs are not printed"
+
+    def test_a_model_that_fails_by_itself_is_told_apart(self):
+        class Wrong(nn.Module):
+            def forward(self, x):
+                return F.linear(x, torch.zeros(3, 3))
+
+        with pytest.raises(SparseForgeError, match=r"Wrong itself fails .* at .*test_capture\.py:\d+ .*pass inputs"):
+            capture(Wrong(), A)
+
+    def test_inputs_that_do_not_fit_the_signature(self):
+        with pytest.raises(SparseForgeError, match=r"do not fit Affine\.forward: missing a required argument: 'x'"):
+            capture(Affine(), {"shift": A})
+        with pytest.raises(SparseForgeError, match="unexpected keyword argument 'z'"):
+            capture(Affine(), {"x": A, "z": A})
+
+    def test_what_is_no_model(self):
+        with pytest.raises(SparseForgeError, match=r"expected a torch\.nn\.Module, got str"):
+            capture("gpt2")
+        with pytest.raises(SparseForgeError, match="Affine is not a Hugging Face model: pass example_inputs"):
+            capture(Affine())
+
+    def test_failing_restores_modes(self):
+        model = Branches().train()
+        with pytest.raises(SparseForgeError):
+            capture(model, A)
+        assert model.training and model.linear.training
+
+
+def test_nothing_is_printed_or_warned(capfd):
+    model = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program = capture(model)
+        program.copy().validate()
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,89 @@
+"""Every example runs as its user runs it: a process of its own, from another folder, without arguments."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SAYS = {
+    "sparsify_huggingface_model.py": "14 linears are 2:4 after 256 tokens",
+    "sparsify_any_module.py": "vision transformer: 12 linears are 2:4",
+    "own_loop.py": "non-zeros in a group of four: at most 2",
+    "huggingface_trainer.py": "14 linears, 50% to 50% of their weights are zero",
+}
+
+
+def test_no_example_is_forgotten():
+    assert {p.name for p in EXAMPLES.glob("*.py")} == {*SAYS, "demo.py"}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_example_runs(name, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert SAYS[name] in done.stdout
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import demo
+
+    return demo
+
+
+def test_the_demo_holds_whole_documents_out(demo):
+    shared = "This sentence stands in two documents, one on either side of the border."
+    documents = [f"Document number {i} says something that no other document says." for i in range(20)]
+    documents[3] += " " + shared
+    documents[-1] += " " + shared
+    train, held = demo.split(documents, held_out=5)
+    assert held == documents[-5:]
+    assert train == [d for i, d in enumerate(documents[:15]) if i != 3]
+
+
+def test_the_demo_takes_articles_from_the_hub_where_it_answers(demo, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    class Hub:
+        def dataset_info(self, name, timeout):
+            assert name == "Salesforce/wikitext" and timeout <= 10
+
+    lines = [
+        " = One = \n",
+        "\n",
+        " First text . \n",
+        " = = Section = = \n",
+        " More text . \n",
+        " = Two = \n",
+        " Second text . \n",
+    ]
+    rows = {"train": {"text": lines}, "test": {"text": ["a", "b"]}}
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: rows)
+    text = demo.find_text()
+    assert [t.split("\n")[0] for t in text.train] == ["= One =", "= Two ="]
+    assert "More text" in text.train[0] and text.held_out == "a\n\nb"
+
+
+def test_the_demo_counts_exact_sites_in_plain_torch(demo):
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 2, bias=False), torch.nn.Linear(8, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 3]] * 2))
+        model[1].weight.copy_(torch.tensor([[1.0, 0, 2, 4, 0, 0, 0, 3]] * 2))
+    sites = [{"name": f"{i}.weight", "transposed": False} for i in range(2)]
+    assert demo.count_exact(model, sites) == 1
