@@ -89,7 +89,9 @@ def main() -> None:
 
     def measure(name: str, model: torch.nn.Module, tokens: int, seconds: float) -> float:
         result = perplexity(model, held_out, context=scale.context, max_windows=scale.windows)
-        rows.append({"method": name, "training_tokens": tokens, "seconds": seconds, **asdict(result)})
+        measured = asdict(result)
+        measured["evaluation_seconds"] = measured.pop("seconds")
+        rows.append({"method": name, "training_tokens": tokens, "seconds": seconds, **measured})
         say(f"{name}: perplexity {result.perplexity:.2f} on {result.tokens_scored:,} held-out tokens")
         return result.perplexity
 

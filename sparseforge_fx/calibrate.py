@@ -1,6 +1,7 @@
 """Walk a graph node by node with all calibration batches in step, stopping at every weight that is to be pruned.
 
-Each node is computed once per batch, and each layer sees inputs that the already pruned layers before it produced. What is
+Each node is computed once per batch, and each layer sees inputs that the already pruned layers before it produced.
+What is
 alive at one point of the graph is all the memory that it takes, whatever the depth.
 """
 
@@ -19,7 +20,8 @@ from sparseforge_fx.capture import as_call
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.program import Program
 
-#: called at the first use of a weight, before the node runs, with its name and [in, in] X^T X / tokens; may write the weight
+#: called at the first use of a weight, before the node runs, with its name and [in, in] X^T X / tokens; may write the
+#: weight
 Visit = Callable[[str, Tensor], None]
 
 
@@ -53,8 +55,11 @@ def layer_by_layer(
             if source not in moments:
                 moments[source] = _second_moment(run.env[source] for run in runs)
             visit(name, moments[source])
-        for run, feed in zip(runs, feeds, strict=True):
-            run.env[node] = next(feed) if node.op == "placeholder" else run.run_node(node)
+        for index, (run, feed) in enumerate(zip(runs, feeds, strict=True)):
+            try:
+                run.env[node] = next(feed) if node.op == "placeholder" else run.run_node(node)
+            except (AssertionError, IndexError) as error:  # a size or a token that the model does not take
+                raise SparseForgeError(f"calibration batch {index} does not fit the model: {error}") from error
         for dead in last.get(node, ()):
             moments.pop(dead, None)
             for run in runs:
@@ -90,11 +95,13 @@ def call_signature(in_spec: pytree.TreeSpec | None) -> tuple[int, list[str]]:
 def bind(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any], dict[str, Any]]:
     """What a captured program takes out of a batch: positional inputs, keyword inputs; and the whole batch by name.
 
-    Inputs find their places by the names of the model's forward, however they were given and however the model was captured; what the
-    program does not take is left out. Raises SparseForgeError if it lacks something, or if padding would be taken for text.
+    Inputs find their places by the names of the model's forward, however they were given and however the model was
+    captured; what the
+    program does not take is left out. Raises SparseForgeError if it lacks something, or if padding would be taken for
+    text.
     """
     if args and isinstance(args[0], Mapping):
-        args, kwargs = (), {**args[0], **kwargs}
+        args, kwargs = (), {**args[0], **kwargs}  # type: ignore[misc]
     count, wanted = call_signature(program.exported.call_spec.in_spec)
     names = _positional_names(program.source, max(count, len(args)))
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
@@ -104,7 +111,9 @@ def bind(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tupl
         raise SparseForgeError(f"the batch lacks {', '.join(missing)}, which the model was captured with")
     mask = given.get("attention_mask")
     if "attention_mask" not in captured and mask is not None and bool((mask == 0).any()):
-        raise SparseForgeError("the batch is padded but the model was captured without attention_mask: put one into example_inputs")
+        raise SparseForgeError(
+            "the batch is padded but the model was captured without attention_mask: put one into example_inputs"
+        )
     return tuple(given[n] for n in names[:count]), {n: given[n] for n in wanted}, given
 
 

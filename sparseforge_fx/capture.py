@@ -88,7 +88,9 @@ def make_example_inputs(model: nn.Module, batch: int = 2, length: int = 12) -> d
 @contextlib.contextmanager
 def _no_cache(model: nn.Module) -> Iterator[None]:
     """A key/value cache is state that a training graph must not return."""
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}  # parts may hold copies
+    configs: dict[int, Any] = {
+        id(c): c for c in (getattr(m, "config", None) for m in model.modules())
+    }  # parts may hold copies
     saved = [(c, c.use_cache) for c in configs.values() if getattr(c, "use_cache", None) is not None]
     for owner, _ in saved:
         owner.use_cache = False
@@ -145,13 +147,15 @@ def _dynamic(leaf: Any, dims: tuple[int, ...]) -> Any:
 
 
 def _specialised(exported: ExportedProgram, dims: tuple[int, ...]) -> Iterator[str]:
-    """Sizes that the trace pinned although they were asked to be dynamic: batches, and sequences of ids or vectors."""
+    """Sizes that the trace pinned although they were asked to be dynamic: every batch, and the sequence of ids."""
     by_name = {n.name: n for n in exported.graph.find_nodes(op="placeholder")}
     for name in exported.graph_signature.user_inputs:
         value = by_name[name].meta.get("val") if isinstance(name, str) and name in by_name else None
         if isinstance(value, Tensor):
-            sequence = value.dim() == (3 if value.is_floating_point() else 2)  # not [batch, features], not an image
-            for d, what in enumerate(("batch", "sequence") if sequence else ("batch",)):
+            ids = (
+                value.dim() == 2 and not value.is_floating_point()
+            )  # elsewhere dimension 1 may be channels or features
+            for d, what in enumerate(("batch", "sequence") if ids else ("batch",)):
                 if d in dims and d < value.dim() and is_concrete_int(value.shape[d]):
                     yield f"the {what} dimension of {name} is fixed at {int(value.shape[d])} by the model"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,18 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote; nothing in the file is executed. Raises SparseForgeError on any other file."""
+    """Read what :func:`save_state` wrote; nothing in the file is executed. Raises SparseForgeError on any other
+    file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise SparseForgeError(f"{path} is not a training state of sparseforge-fx ({type(error).__name__}); delete it to start anew") from error
+    except Exception as error:  # whatever a foreign file makes of the unpickler: there is no end to the list
+        raise SparseForgeError(
+            f"{path} is not a training state of sparseforge-fx ({type(error).__name__}); delete it to start anew"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise SparseForgeError(f"{path} is not a training state of sparseforge-fx; delete it to start anew")
     if state.get("version") != VERSION:
-        raise SparseForgeError(f"{path} has version {state.get('version')}, this release reads {VERSION}; delete it to start anew")
+        raise SparseForgeError(
+            f"{path} has version {state.get('version')}, this release reads {VERSION}; delete it to start anew"
+        )
     return state

@@ -527,7 +527,7 @@ def _summary(report: dict[str, Any]) -> Table:
         "method": " ".join(filter(None, (report["method"], report.get("preset")))),
         "pattern": report.get("pattern"),
         "sites": f"{len(report['sites'])} linears, {report.get('site_parameters', 0):,} weights",
-        "stay dense": f"{len(report['skipped'])} linears",
+        "stay dense": len(report["skipped"]),
         "non-zero in sites": f"{min(densities):.2%} to {max(densities):.2%}" if densities else None,
         "training tokens": f"{report['tokens']:,} in {len(curves)} steps" if curves else None,
         "calibration": f"{report['calibration_sequences']} sequences" if report.get("calibration_sequences") else None,

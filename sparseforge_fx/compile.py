@@ -79,7 +79,7 @@ def compile_repeated_blocks(module: GraphModule, *, compile: bool = True, **opti
 
     Returns a GraphModule with the same signature, hooks, names and the very same Parameters and buffers. What lies
     outside the blocks (embedding, masks, final norm, head) runs eagerly. Where nothing repeats, the whole graph is
-    compiled as one. Compiled blocks differentiate once, as under any torch.compile. Calls without gradients compile anew.
+    compiled as one. Compiled blocks differentiate once, as under any torch.compile; no-grad calls compile anew.
     """
     kinds = _find(module)
     starts = {block.span.start: (f"repeated_block_{k}", block) for k, blocks in enumerate(kinds) for block in blocks}
@@ -142,13 +142,12 @@ def _find(module: GraphModule) -> list[list[_Block]]:
             container = blocks[0].container
             if len(blocks) == 1 and single[container] > repeated[container]:
                 continue
-            kept = []
+            found.append([])
             for block in blocks:
                 if taken.isdisjoint(block.span):
                     taken.update(block.span)
-                    kept.append(block)
-            found += [kept] if kept else []
-    return sorted(found, key=lambda blocks: blocks[0].span.start)
+                    found[-1].append(block)
+    return sorted(filter(None, found), key=lambda blocks: blocks[0].span.start)
 
 
 def _as_function(path: str, span: range, nodes: list[Node], module: GraphModule) -> _Block | None:

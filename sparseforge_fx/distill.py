@@ -20,7 +20,8 @@ class Loss(NamedTuple):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """w_task * CE + w_kl * KL over rows, its gradient made chunk by chunk in the forward (as fused linear losses do)."""
+    """w_task * CE + w_kl * KL over rows, its gradient made chunk by chunk in the forward (as fused linear losses
+    do)."""
 
     @staticmethod
     def forward(ctx, student, teacher, labels, w_task, w_kl, chunk):
@@ -59,17 +60,25 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def logits_loss(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, *, w_task: float = 1.0, w_kl: float = 1.0, chunk_bytes: int = 1 << 27
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    *,
+    w_task: float = 1.0,
+    w_kl: float = 1.0,
+    chunk_bytes: int = 1 << 27,
 ) -> Loss:
     """w_task * cross-entropy(student, labels) + w_kl * KL(teacher || student), forward KL at temperature 1.
 
     Args:
         student, teacher: logits [..., vocab] of the same shape; teacher may be None if ``w_kl`` is 0.
-        labels: [...] class ids; -100 is not scored by the cross-entropy (mean over scored rows). The KL is the mean over
+        labels: [...] class ids; -100 is not scored by the cross-entropy (mean over scored rows). The KL is the mean
+            over
             all rows.
         chunk_bytes: float32 bytes of logits that are worked on at a time (default 128 MiB).
 
-    One extra tensor of the logits' size and dtype is kept for the backward: their gradient. Source: arXiv 2605.06402 (1.0/1.0 in
+    One extra tensor of the logits' size and dtype is kept for the backward: their gradient. Source: arXiv 2605.06402
+    (1.0/1.0 in
     the authors' release).
     """
     vocab = student.shape[-1]
@@ -79,7 +88,8 @@ def logits_loss(
 
 
 def shifted_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Next-token labels [batch, sequence] for causal logits: the last position and padding, left or right, are not scored."""
+    """Next-token labels [batch, sequence] for causal logits: the last position and padding, left or right, are not
+    scored."""
     labels = torch.full_like(input_ids, IGNORE)
     labels[:, :-1] = input_ids[:, 1:]
     if attention_mask is not None:
@@ -89,7 +99,8 @@ def shifted_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> T
 
 
 def relative_error(student: Any, teacher: Any) -> Tensor:
-    """||student - teacher||^2 / ||teacher||^2, the loss for outputs that are not logits (SquareHead's normalisation)."""
+    """||student - teacher||^2 / ||teacher||^2, the loss for outputs that are not logits (SquareHead's
+    normalisation)."""
     return (student.float() - teacher.float()).square().mean() / teacher.float().square().mean().clamp(min=1e-12)
 
 

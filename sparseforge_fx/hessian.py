@@ -24,17 +24,21 @@ ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 class Curvature:
     """h <- beta h + (1 - beta) h_hat for every weight; the first estimate is taken whole.
 
-    ``values[name]`` is [out, in] (or [in, 1]-broadcastable for ``activation``), of the weight's dtype (float32 for float16), >= 0.
+    ``values[name]`` is [out, in] (or [in, 1]-broadcastable for ``activation``), of the weight's dtype (float32 for
+    float16), >= 0.
     """
 
     def __init__(self, beta: float):
         self.beta = beta
         self.values: dict[str, Tensor] = {}
-        self.average: Callable[[Tensor], Tensor] | None = None  # over processes, where there are several: all must choose alike
+        self.average: Callable[[Tensor], Tensor] | None = (
+            None  # over processes, where there are several: all must choose alike
+        )
 
     @torch.no_grad()
     def fold(self, name: str, estimate: Tensor, dtype: torch.dtype | None = None) -> None:
-        """Take one estimate in, kept in ``dtype`` (default: its own). Negative entries (Hutchinson's noise) count as zero."""
+        """Take one estimate in, kept in ``dtype`` (default: its own). Negative entries (Hutchinson's noise) count
+        as zero."""
         dtype = dtype or estimate.dtype
         if self.average is not None:
             estimate = self.average(estimate)
@@ -47,7 +51,8 @@ class Curvature:
 
 
 def fold_on_backward(probes: Mapping[str, Tensor], curvature: Curvature) -> list:
-    """Let every probe hand its gradient to ``curvature`` as soon as it is complete and free it at once; returns the hooks."""
+    """Let every probe hand its gradient to ``curvature`` as soon as it is complete and free it at once; returns the
+    hooks."""
 
     def fold(probe: Tensor, name: str) -> None:
         assert probe.grad is not None
@@ -58,25 +63,34 @@ def fold_on_backward(probes: Mapping[str, Tensor], curvature: Curvature) -> list
 
 
 def hutchinson_diagonal(
-    loss: Callable[[], Tensor], weights: Mapping[str, Tensor], *, samples: int = 1, generator: torch.Generator | None = None
+    loss: Callable[[], Tensor],
+    weights: Mapping[str, Tensor],
+    *,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Diagonal of the loss's Hessian by weight: mean over ``samples`` of v * (H v), v in {-1, 1}.
 
     Args:
-        loss: computes the scalar loss from ``weights`` (which require grad); called once, under math attention, as fused
+        loss: computes the scalar loss from ``weights`` (which require grad); called once, under math attention, as
+            fused
             attention has no second derivative.
 
-    Returns tensors of the weights' shapes, unbiased, possibly negative; weights that have no part in the loss are left out. Each
+    Returns tensors of the weights' shapes, unbiased, possibly negative; weights that have no part in the loss are
+    left out. Each
     sample costs a backward through the backward.
     Source: Hutchinson's estimator as in arXiv 2605.06402, section 3.
     """
     names, tensors = list(weights), list(weights.values())
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         grads = torch.autograd.grad(loss(), tensors, create_graph=True, allow_unused=True)
-        total = {n: torch.zeros_like(g, dtype=torch.float32) for n, g in zip(names, grads, strict=True) if g is not None}
+        total = {
+            n: torch.zeros_like(g, dtype=torch.float32) for n, g in zip(names, grads, strict=True) if g is not None
+        }
         for index in range(samples):
             signs = [
-                torch.randint(0, 2, t.shape, generator=generator, device=t.device).mul_(2).sub_(1).to(t.dtype) for t in tensors
+                torch.randint(0, 2, t.shape, generator=generator, device=t.device).mul_(2).sub_(1).to(t.dtype)
+                for t in tensors
             ]
             inner = sum((g.float() * v.float()).sum() for g, v in zip(grads, signs, strict=True) if g is not None)
             if not isinstance(inner, Tensor) or not inner.requires_grad:  # a loss that is linear in the weights

@@ -15,7 +15,7 @@ from sparseforge_fx.compile import compile_repeated_blocks
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.hessian import fold_on_backward, hutchinson_diagonal
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.methods.layerwise import compensate
+from sparseforge_fx.methods.layerwise import compensate, undone_on_error
 from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, insert_hessian_hooks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -29,13 +29,21 @@ from sparseforge_fx.program import Program
 class SparseModel(nn.Module):
     """The soft-masked graph of a model, with its teacher and its method.
 
-    ``sparse(**batch)`` returns what the model returns; where the output holds logits it carries ``.loss``: in training the
+    ``sparse(**batch)`` returns what the model returns; where the output holds logits it carries ``.loss``: in
+    training the
     task loss plus the distillation from the dense teacher, in eval mode the task loss. After ``optimizer.step()`` call
     ``sparse.step()``; at the end :func:`finalize`. The parameters are the source model's own.
     """
 
     def __init__(
-        self, program: Program, sites: Sequence[LinearSite], config: SparseForgeConfig, *, w_task: float, w_kl: float, slorb_block: int | None = None
+        self,
+        program: Program,
+        sites: Sequence[LinearSite],
+        config: SparseForgeConfig,
+        *,
+        w_task: float,
+        w_kl: float,
+        slorb_block: int | None = None,
     ):
         super().__init__()
         self.sites = list(sites)
@@ -58,7 +66,9 @@ class SparseModel(nn.Module):
     # -- construction ------------------------------------------------------------------------------------------------
     def _masked_weights(self) -> list[MaskedWeight]:
         tensor = self.program.tensor
-        return [MaskedWeight(s.fqn, tensor(s.fqn), tensor(mask_name(s.fqn)), s.reduction_dim) for s in eligible(self.sites)]
+        return [
+            MaskedWeight(s.fqn, tensor(s.fqn), tensor(mask_name(s.fqn)), s.reduction_dim) for s in eligible(self.sites)
+        ]
 
     def _insert_probes(self) -> None:
         estimator = self.method.config.curvature
@@ -70,7 +80,8 @@ class SparseModel(nn.Module):
         self._hidden["probe"] = self._runners["probe"] = module
 
     def _freeze_teacher(self) -> nn.Module:
-        """The dense program over clones of what changes: parameters that require grad, and the sites. The rest is shared."""
+        """The dense program over clones of what changes: parameters that require grad, and the sites. The rest is
+        shared."""
         frozen = self.dense.copy()
         sites = {id(w.weight) for w in self.method.weights}
         clones: dict[int, Tensor] = {}
@@ -81,7 +92,8 @@ class SparseModel(nn.Module):
         return frozen.module()
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Run the graph (and its probed twin, and the teacher) under torch.compile, one repeated block compiled once."""
+        """Run the graph (and its probed twin, and the teacher) under torch.compile, one repeated block compiled
+        once."""
         del args
         for name in ("graph", "probe", "teacher"):
             module = self.graph if name == "graph" else self._hidden.get(name)
@@ -142,15 +154,8 @@ class SparseModel(nn.Module):
         """Set weights and masks to the layer-wise OBS solution on ``batches`` (what ``start="obs"`` starts from)."""
         inputs = [self._split(*as_call(batch))[:2] for batch in batches]
         merged = [args if args else kwargs for args, kwargs in inputs]
-        dense = {w.fqn: w.weight.detach().clone() for w in self.method.weights}
-        try:
+        with undone_on_error(self.method.weights) as dense:
             raised = compensate(self.program, self.method.weights, merged, self.method.config.pattern)
-        except Exception:
-            with torch.no_grad():
-                for w in self.method.weights:
-                    w.weight.copy_(dense[w.fqn])
-                    w.mask.fill_(1)
-            raise
         self.method.start_from(dense)
         return raised
 
@@ -166,10 +171,13 @@ class SparseModel(nn.Module):
             output["loss"] = self.last_loss.total
         return output
 
-    def loss(self, output: Any, args: tuple, kwargs: dict, labels: Tensor | None, *, teach: bool) -> distill.Loss | None:
+    def loss(
+        self, output: Any, args: tuple, kwargs: dict, labels: Tensor | None, *, teach: bool
+    ) -> distill.Loss | None:
         """The loss of one output: w_task * cross-entropy where there are labels + w_kl * distance from the teacher.
 
-        Logits of two classes or more: KL(teacher || student). Any other output: squared error relative to the teacher's.
+        Logits of two classes or more: KL(teacher || student). Any other output: squared error relative to the
+            teacher's.
         None if neither labels nor a teacher say anything about this output.
         """
         student = distill.main_output(output)
@@ -183,11 +191,17 @@ class SparseModel(nn.Module):
             target = labels if fitting else torch.full(rows, distill.IGNORE, device=student.device)
             assert target is not None
             mask = kwargs.get("attention_mask")
-            if isinstance(mask, Tensor) and mask.shape == rows and bool((mask == 0).any()):  # nothing is learnt from padding
+            if (
+                isinstance(mask, Tensor) and mask.shape == rows and bool((mask == 0).any())
+            ):  # nothing is learnt from padding
                 student, target = student[mask != 0], target[mask != 0]
                 teacher = None if teacher is None else teacher[mask != 0]
             return distill.logits_loss(
-                student, teacher, target, w_task=w_task if teach else 1.0, w_kl=self.w_kl if teacher is not None else 0.0
+                student,
+                teacher,
+                target,
+                w_task=w_task if teach else 1.0,
+                w_kl=self.w_kl if teacher is not None else 0.0,
             )
         if teacher is None:
             return None
@@ -213,7 +227,8 @@ class SparseModel(nn.Module):
         self.steps_done += 1
 
     def _hutchinson(self) -> None:
-        """Curvature of the loss at the effective weights W * e, through the dense graph: its ops differentiate twice."""
+        """Curvature of the loss at the effective weights W * e, through the dense graph: its ops differentiate
+        twice."""
         args, kwargs, labels = self._batch
         weights = {w.fqn: (self.program.tensor(w.fqn).detach() * w.mask).requires_grad_() for w in self.method.weights}
         module = self.dense.module()
@@ -271,14 +286,18 @@ def prepare(
     Raises SparseForgeError if nothing is eligible (with the reasons), or if weights are not finite.
     """
     if config is None:
-        raise SparseForgeError("prepare needs a config that knows the run's length: pass paper_preset(steps) or tuned_preset(steps)")
+        raise SparseForgeError(
+            "prepare needs a config that knows the run's length: pass paper_preset(steps) or tuned_preset(steps)"
+        )
     if isinstance(example_inputs, Mapping):
         example_inputs = {k: v for k, v in example_inputs.items() if k != "labels"}
     program = capture(model, example_inputs)
     sites = find_linears(program, config.pattern, include, exclude)
     check_sites(program, sites)
     if config.start == "obs" and calibration is None:
-        raise SparseForgeError("this preset starts from a layer-wise solution: pass calibration=[batches], or use paper_preset")
+        raise SparseForgeError(
+            "this preset starts from a layer-wise solution: pass calibration=[batches], or use paper_preset"
+        )
     sparse = SparseModel(program, sites, config, w_task=w_task, w_kl=w_kl, slorb_block=slorb_block)
     if calibration is not None and config.start == "obs":
         sparse.calibrate(calibration)
@@ -303,7 +322,8 @@ def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
 def finalize(sparse: SparseModel) -> nn.Module:
     """Fix the masks, fold them into the weights (exact N:M, in place) and return the source model object.
 
-    SLoRB branches become a child ``slorb`` of the module that owns the weight, added by a forward hook. A weight that two modules
+    SLoRB branches become a child ``slorb`` of the module that owns the weight, added by a forward hook. A weight that
+    two modules
     share gets its branch on the first.
     """
     sparse.method.fix()

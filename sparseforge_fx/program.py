@@ -111,7 +111,9 @@ class Program:
         before = {InputKind.PARAMETER} if kind == InputKind.PARAMETER else {InputKind.PARAMETER, InputKind.BUFFER}
         index = next((i for i, s in enumerate(specs) if s.kind not in before), len(specs))
         placeholders = self.graph.find_nodes(op="placeholder")
-        fake_mode = next((v.fake_mode for n in self.graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor)), None)
+        fake_mode = next(
+            (v.fake_mode for n in self.graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor)), None
+        )
         assert fake_mode is not None, "an exported graph carries fake values"
         anchor = placeholders[index] if index < len(placeholders) else _first_after(placeholders, self.graph)
         with self.graph.inserting_before(anchor):

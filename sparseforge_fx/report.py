@@ -44,11 +44,17 @@ def _commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
         # a virtual environment may lie inside somebody else's repository
-        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", Path(__file__).name], cwd=here, capture_output=True, timeout=10)
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name], cwd=here, capture_output=True, timeout=10
+        )
         if tracked.returncode != 0:
             return None
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return (commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")) or None
@@ -66,7 +72,14 @@ def describe_sites(sites: Sequence[LinearSite]) -> dict[str, Any]:
     chosen = [s for s in sites if s.reason is None]
     return {
         "sites": [
-            {"name": s.fqn, "out": s.out_features, "in": s.in_features, "transposed": s.transposed, "ties": list(s.ties), "uses": len(s.uses)}
+            {
+                "name": s.fqn,
+                "out": s.out_features,
+                "in": s.in_features,
+                "transposed": s.transposed,
+                "ties": list(s.ties),
+                "uses": len(s.uses),
+            }
             for s in chosen
         ],
         "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in sites if s.reason is not None],
@@ -83,7 +96,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plot_curves(curves: Sequence[dict[str, float]], path: Path) -> None:
-    """Loss and KL; temperature, lambda and mask distance from binary; flip rate and density; against steps. Nothing without steps."""
+    """Loss and KL; temperature, lambda and mask distance from binary; flip rate and density; against steps. Nothing
+    without steps."""
     if not curves:
         return
     import matplotlib
@@ -92,12 +106,12 @@ def plot_curves(curves: Sequence[dict[str, float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     steps = [row["step"] for row in curves]
-    panels = (
+    wanted = (
         (("loss", "task", "kl"), "nats per token"),
         (("temperature", "lambda", "mask_distance_from_binary"), ""),
         (("density", "flip_rate"), "share of weights"),
     )
-    panels = tuple((known, label) for names, label in panels if (known := [n for n in names if n in curves[0]]))
+    panels = tuple((known, label) for names, label in wanted if (known := [n for n in names if n in curves[0]]))
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), constrained_layout=True, squeeze=False)
     for axis, (names, label) in zip(axes[0], panels, strict=True):
         for name in names:

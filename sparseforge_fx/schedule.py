@@ -45,6 +45,7 @@ def learning_rate(progress: float, warmup: float, floor: float) -> float:
 def rescale_decay(decay: float, updates: int, reference_updates: int) -> float:
     """The per-update decay that forgets as much over ``updates`` as ``decay`` does over ``reference_updates``.
 
-    The authors' constants are per mask update of a 20,000-step run; a short run must travel the same way in fewer updates.
+    The authors' constants are per mask update of a 20,000-step run; a short run must travel the same way in fewer
+    updates.
     """
     return decay ** (reference_updates / max(1, updates))

@@ -19,7 +19,7 @@ from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.distill import main_output
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.methods.layerwise import compensate
+from sparseforge_fx.methods.layerwise import compensate, undone_on_error
 from sparseforge_fx.methods.one_shot import magnitude
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
@@ -84,17 +84,21 @@ def sparsify(
         preset: of sparseforge: ``tuned`` (ours) or ``paper`` (arXiv 2605.06402's constants); ``changes`` replace single
             fields of its SparseForgeConfig.
         pattern: N:M. include, exclude: globs over weight or module names.
-        steps, tokens: length of the run; one of them (default: 60 steps). ``batch_size`` sequences of ``length`` tokens per step,
+        steps, tokens: length of the run; one of them (default: 60 steps). ``batch_size`` sequences of ``length``
+            tokens per step,
             times ``accumulate``.
-        lr: peak learning rate. 5e-4 was best for SmolLM2-135M in runs of 60 steps; the authors take 1e-4 for 7B and 20,000 steps.
-        w_task, w_kl: weights of cross-entropy (default: 0.3 for ``tuned``, 1.0 for ``paper``) and of KL(teacher || student).
+        lr: peak learning rate. 5e-4 was best for SmolLM2-135M in runs of 60 steps; the authors take 1e-4 for 7B and
+            20,000 steps.
+        w_task, w_kl: weights of cross-entropy (default: 0.3 for ``tuned``, 1.0 for ``paper``) and of KL(teacher ||
+            student).
         slorb_block: width of the blocks of a SLoRB branch; None for none.
         calibration: sequences (of the training data) that the layer-wise start or ``sparsegpt`` sees.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         compile: True, False or "auto".
         resume_from: file of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
 
-    Returns SparsifyResult. Raises SparseForgeError, with the model as it was, on anything that is wrong before training starts.
+    Returns SparsifyResult. Raises SparseForgeError, with the model as it was, on anything that is wrong before
+    training starts.
     """
     began = time.monotonic()
     chosen = method or ("magnitude" if data is None else "sparseforge")
@@ -103,7 +107,9 @@ def sparsify(
     if preset not in PRESETS:
         raise SparseForgeError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     if chosen != "magnitude" and data is None:
-        raise SparseForgeError(f"method {chosen} needs data: pass text, tokens or batches, or data='self' for a language model")
+        raise SparseForgeError(
+            f"method {chosen} needs data: pass text, tokens or batches, or data='self' for a language model"
+        )
     shape = Pattern.parse(pattern)
     unknown = sorted(set(changes) - ({f.name for f in fields(SparseForgeConfig)} if chosen == "sparseforge" else set()))
     if unknown:
@@ -111,7 +117,11 @@ def sparsify(
     torch.manual_seed(seed)
     batches = None
     if chosen != "magnitude":
-        needed = calibration * length if chosen == "sparsegpt" else tokens or (steps or 60) * batch_size * length * accumulate
+        needed = (
+            calibration * length
+            if chosen == "sparsegpt"
+            else tokens or (steps or 60) * batch_size * length * accumulate
+        )
         if isinstance(data, str) and data == "self":
             _check_length(model, length)
             data = draw_text(model, needed, length=length, seed=seed)
@@ -138,13 +148,34 @@ def sparsify(
         config = PRESETS[preset](count, shape, **changes)
         task = (0.3 if preset == "tuned" else 1.0) if w_task is None else w_task
         calibrated = _first(batches, calibration) if config.start == "obs" else None
-        report |= {"preset": preset, "config": config.describe(), "lr": lr, "w_task": task, "w_kl": w_kl, "slorb_block": slorb_block}
+        report |= {
+            "preset": preset,
+            "config": config.describe(),
+            "lr": lr,
+            "w_task": task,
+            "w_kl": w_kl,
+            "slorb_block": slorb_block,
+        }
         report |= {"batch_size": batch_size, "length": length, "accumulate": accumulate}
         report["curves"] = _anneal(
-            program, sites, config, batches, calibrated, w_task=task, w_kl=w_kl, slorb_block=slorb_block, lr=lr, accumulate=accumulate,
-            state_path=Path(resume_from) if resume_from else None, save_seconds=save_seconds, compile=compile, accelerator=accelerator,
-            show_progress=show_progress, on_step=on_step, report=report,
-        )  # fmt: skip
+            program,
+            sites,
+            config,
+            batches,
+            calibrated,
+            w_task=task,
+            w_kl=w_kl,
+            slorb_block=slorb_block,
+            lr=lr,
+            accumulate=accumulate,
+            state_path=Path(resume_from) if resume_from else None,
+            save_seconds=save_seconds,
+            compile=compile,
+            accelerator=accelerator,
+            show_progress=show_progress,
+            on_step=on_step,
+            report=report,
+        )
         report["tokens"] = report["curves"][-1]["tokens"] if report["curves"] else 0
     else:
         one_shot = None if batches is None else _first(batches, calibration)
@@ -157,9 +188,19 @@ def sparsify(
 
 
 def _anneal(
-    program: Program, sites: list[LinearSite], config: SparseForgeConfig, batches, calibrated, *, report: dict, w_task: float, w_kl: float,
-    slorb_block: int | None, state_path: Path | None, **options: Any,
-) -> list[dict[str, float]]:  # fmt: skip
+    program: Program,
+    sites: list[LinearSite],
+    config: SparseForgeConfig,
+    batches,
+    calibrated,
+    *,
+    report: dict,
+    w_task: float,
+    w_kl: float,
+    slorb_block: int | None,
+    state_path: Path | None,
+    **options: Any,
+) -> list[dict[str, float]]:
     """Train the sites and every vector parameter (norms, biases); matrices that are not sites keep their values."""
     assert program.source is not None
     site_ids = {id(program.tensor(s.fqn)) for s in eligible(sites)}
@@ -179,7 +220,7 @@ def _anneal(
         finalize(sparse)
     finally:
         for p in program.source.parameters():
-            p.requires_grad_(wanted[id(p)])
+            p.requires_grad_(wanted.get(id(p), True))  # low-rank branches are new
             p.grad = None
     return curves
 
@@ -187,13 +228,17 @@ def _anneal(
 @torch.no_grad()
 def _prune_once(program: Program, sites: list[LinearSite], pattern: Pattern, batches: list | None) -> dict[str, float]:
     masked, _ = run_passes(program, train_passes(sites))
-    weights = [MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim) for s in eligible(sites)]
+    weights = [
+        MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim)
+        for s in eligible(sites)
+    ]
     raised: dict[str, float] = {}
     if batches is None:
         magnitude(weights, pattern)
     else:
         inputs = [bind(program, *as_call(b))[:2] for b in batches]
-        raised = compensate(masked, weights, [args or kwargs for args, kwargs in inputs], pattern)
+        with undone_on_error(weights):
+            raised = compensate(masked, weights, [args or kwargs for args, kwargs in inputs], pattern)
     run_passes(masked, [lambda p: harden_masks(p, pattern)])
     assert all(check_pattern(w.weight, pattern, w.dim) for w in weights)
     return raised
@@ -201,7 +246,8 @@ def _prune_once(program: Program, sites: list[LinearSite], pattern: Pattern, bat
 
 @torch.no_grad()
 def draw_text(model: nn.Module, tokens: int, *, length: int, seed: int = 0, batch: int = 16) -> Tensor:
-    """Token ids [n, length] sampled from a language model at temperature 1, from its own start token (data-free distillation)."""
+    """Token ids [n, length] sampled from a language model at temperature 1, from its own start token (data-free
+    distillation)."""
     config = getattr(model, "generation_config", None)
     if config is None or not hasattr(model, "generate"):
         raise SparseForgeError(f"{type(model).__name__} cannot generate text: pass data")
@@ -217,9 +263,16 @@ def draw_text(model: nn.Module, tokens: int, *, length: int, seed: int = 0, batc
         for _ in range(-(-tokens // (batch * length))):
             first = torch.full((batch, 1), start or 0, device=device)
             text = model.generate(  # type: ignore[operator]
-                first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=length,
-                max_new_tokens=length, pad_token_id=start or 0,
-            )  # fmt: skip
+                first,
+                attention_mask=torch.ones_like(first),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                min_new_tokens=length,
+                max_new_tokens=length,
+                pad_token_id=start or 0,
+            )
             rows.append(text[:, 1:])
     finally:
         for module, mode in modes:
@@ -228,7 +281,8 @@ def draw_text(model: nn.Module, tokens: int, *, length: int, seed: int = 0, batc
 
 
 def _example(model: nn.Module, batch: Any) -> Any:
-    """What to capture with: a batch without its labels or targets; None where capture makes better ones from a config."""
+    """What to capture with: a batch without its labels or targets; None where capture makes better ones from a
+    config."""
     if isinstance(batch, Mapping):
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         return None if hasattr(model, "main_input_name") and set(inputs) == {model.main_input_name} else inputs
@@ -248,25 +302,31 @@ def _check_batch(program: Program, batch: Any) -> None:
     ids, model = given.get("input_ids"), program.source
     if isinstance(ids, Tensor) and model is not None:
         _check_length(model, ids.shape[-1])
-        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
         if isinstance(table, nn.Embedding) and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
             raise SparseForgeError(
-                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of {table.num_embeddings}: "
-                "use the model's own tokenizer"
+                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of "
+                f"{table.num_embeddings}: use the model's own tokenizer"
             )
     try:
         output = main_output(program.module()(*args, **kwargs))
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+    except (RuntimeError, AssertionError, IndexError, TypeError, ValueError) as error:
         shapes = ", ".join(f"{n} {list(v.shape)}" for n, v in given.items() if isinstance(v, Tensor))
-        raise SparseForgeError(f"the model cannot take the first batch of the data ({shapes}): {str(error).splitlines()[0]}") from error
+        raise SparseForgeError(
+            f"the model cannot take the first batch of the data ({shapes}): {str(error).splitlines()[0]}"
+        ) from error
     if torch.isnan(output).any():
-        raise SparseForgeError("the dense model answers the first batch of the data with NaN: check its weights and the data")
+        raise SparseForgeError(
+            "the dense model answers the first batch of the data with NaN: check its weights and the data"
+        )
 
 
 def _check_length(model: nn.Module, length: int) -> None:
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < length:
-        raise SparseForgeError(f"sequences of {length} tokens are longer than the model's {limit} positions: pass length={limit}")
+        raise SparseForgeError(
+            f"sequences of {length} tokens are longer than the model's {limit} positions: pass length={limit}"
+        )
 
 
 def _first(batches: Batches, sequences: int) -> list[Any]:

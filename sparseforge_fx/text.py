@@ -26,8 +26,6 @@ STREAM_BUFFER = 10_000  # the same for what comes over the network, because the 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:\S*)?")  # owner/name[:config][:split]
 
 
-
-
 # ----------------------------------------------------------------------------------------------- sources of documents
 @dataclasses.dataclass(frozen=True)
 class Source:

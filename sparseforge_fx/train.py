@@ -27,7 +27,8 @@ class Batches(Protocol):
 
 
 class MasterWeights:
-    """float32 copies of half-precision parameters for the optimizer: an update of 1e-5 vanishes in a bfloat16 weight."""
+    """float32 copies of half-precision parameters for the optimizer: an update of 1e-5 vanishes in a bfloat16
+    weight."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
         self.parameters = list(parameters)
@@ -78,7 +79,8 @@ def train(
         lr: peak rate; linear warm-up over the share ``warmup`` of the run, cosine to ``lr_floor`` of the peak.
         clip: largest gradient norm over all parameters; 0 for none.
         accumulate: micro-batches per step.
-        state_path: the state is saved there every ``save_seconds`` and read from there if it exists: a killed run continues to
+        state_path: the state is saved there every ``save_seconds`` and read from there if it exists: a killed run
+            continues to
             the same bits on a CPU.
         compile: True, False, or "auto": where the run is long enough to win back what compiling costs.
 
@@ -108,10 +110,16 @@ def train(
             parts, tokens = [], 0
             for micro in range(accumulate):
                 index = (step * accumulate + micro) * accelerator.num_processes + accelerator.process_index
-                batch = _to(data.batch(index), accelerator.device if accelerator.num_processes > 1 else _device(master.parameters))
+                batch = _to(
+                    data.batch(index),
+                    accelerator.device if accelerator.num_processes > 1 else _device(master.parameters),
+                )
                 loss = _loss(sparse, batch)
                 if not torch.isfinite(loss.total):
-                    raise SparseForgeError(f"the loss is {loss.total.item()} at step {step}: lower the learning rate ({lr:g}) or check the data")
+                    raise SparseForgeError(
+                        f"the loss is {loss.total.item()} at step {step}: "
+                        f"lower the learning rate ({lr:g}) or check the data"
+                    )
                 (loss.total / accumulate).backward()
                 parts.append(loss)
                 tokens += count_tokens(batch)
@@ -122,7 +130,9 @@ def train(
             master.take_gradients()
             norm = torch.nn.utils.clip_grad_norm_(master.masters, clip if clip else float("inf"))
             if not torch.isfinite(norm):
-                raise SparseForgeError(f"the gradient is not finite at step {step}: lower the learning rate ({lr:g}) or check the data")
+                raise SparseForgeError(
+                    f"the gradient is not finite at step {step}: lower the learning rate ({lr:g}) or check the data"
+                )
             optimizer.step()
             sparse.step()  # before the masters are written back: a method may move weights, too
             master.write_back()
@@ -153,7 +163,8 @@ def train(
     return curves
 
 
-#: seen on two CPU cores in bf16: compiling saves a sixth of a step, and costs about this many seconds with one block compiled once
+#: seen on two CPU cores in bf16: compiling saves a sixth of a step, and costs about this many seconds with one block
+#: compiled once
 COMPILE_SAVES, COMPILE_SECONDS = 1 / 6, 60.0
 
 
@@ -163,14 +174,19 @@ def worth_compiling(step_seconds: float, steps_left: int) -> bool:
 
 
 def _loss(sparse: SparseModel, batch: Any):
-    sparse(**batch) if isinstance(batch, dict) else sparse(*(batch if isinstance(batch, tuple | list) else (batch,)))
+    try:
+        sparse(*(batch if isinstance(batch, tuple | list) else (batch,)))
+    except (AssertionError, IndexError) as error:  # a size or a token that the model does not take
+        raise SparseForgeError(f"the batch of step {sparse.steps_done} does not fit the model: {error}") from error
     loss = sparse.last_loss
     if loss is None:
         raise SparseForgeError("there is nothing to learn from: no labels, no logits and w_kl = 0")
     return loss
 
 
-def _state(sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, step: int, curves: list) -> dict[str, Any]:
+def _state(
+    sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, step: int, curves: list
+) -> dict[str, Any]:
     return {
         "step": step,
         "masters": [m.detach() for m in master.masters],
@@ -182,11 +198,15 @@ def _state(sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Op
 
 
 @torch.no_grad()
-def _restore(sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> tuple[int, list]:
+def _restore(
+    sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> tuple[int, list]:
     masks = {w.fqn: w for w in sparse.method.weights}
     shapes_fit = [m.shape for m in state.get("masters", ())] == [m.shape for m in master.masters]
     if not shapes_fit or set(masks) != set(state["masks"]):
-        raise SparseForgeError("the saved training state belongs to another model or another set of sites; delete it to start anew")
+        raise SparseForgeError(
+            "the saved training state belongs to another model or another set of sites; delete it to start anew"
+        )
     sparse.method.load_state(state["method"])
     for mine, saved in zip(master.masters, state["masters"], strict=True):
         mine.copy_(saved)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny_models import captured_once, tiny  # noqa: F401  (fixtures)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -9,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from sparseforge_fx.capture import capture
 
 torch.set_num_threads(1)
+settings.register_profile("repository", deadline=None, derandomize=True, database=None)  # the same cases everywhere
+settings.load_profile("repository")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The lock-step walk: inputs come from the pruned prefix, every node runs once per batch, nothing outlives its last use."""
+"""The lock-step walk: inputs come from the pruned prefix, every node runs once, nothing outlives its last use."""
 
 import gc
 from collections import Counter
@@ -36,7 +36,7 @@ def inputs_of(model, fqn, batches):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "mlp"])
 def test_moments_come_from_the_pruned_prefix(tiny, name):
-    """At every visit the source model, pruned so far, is run afresh with hooks: its inputs have these second moments."""
+    """At every visit the source model, pruned so far, runs afresh with hooks: its inputs have these moments."""
     found = tiny(name)
     batches = [found.batch(seed, rows=2) for seed in range(3)]
     module, weights = masked_module(found.program)
@@ -165,7 +165,9 @@ def test_batches_of_different_sizes_weigh_by_tokens():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     module, weights = masked_module(capture(model, torch.randn(3, 4)))
     found = []
-    layer_by_layer(module, weights, [torch.ones(1, 4), 3 * torch.ones(3, 4)], lambda fqn, moments: found.append(moments))
+    layer_by_layer(
+        module, weights, [torch.ones(1, 4), 3 * torch.ones(3, 4)], lambda fqn, moments: found.append(moments)
+    )
     torch.testing.assert_close(found[0], torch.full((4, 4), (1 + 3 * 9) / 4))
 
 

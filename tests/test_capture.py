@@ -136,7 +136,9 @@ class TestHuggingFace:
     def test_a_model_with_other_inputs_asks_for_them(self):
         model = llama()
         model.main_input_name = "input_features"
-        with pytest.raises(SparseForgeError, match=r"no rule .* LlamaForCausalLM .*'input_features'.* pass example_inputs"):
+        with pytest.raises(
+            SparseForgeError, match=r"no rule .* LlamaForCausalLM .*'input_features'.* pass example_inputs"
+        ):
             capture(model)
 
 

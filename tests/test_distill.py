@@ -94,7 +94,9 @@ def test_parts_are_for_the_curves_only():
 def test_equal_distributions_have_no_divergence_and_no_gradient():
     student, _, labels = example()
     student.requires_grad_()
-    loss = logits_loss(student, (student + 3).detach(), labels, w_task=0.0)  # logits know their distribution up to a constant
+    loss = logits_loss(
+        student, (student + 3).detach(), labels, w_task=0.0
+    )  # logits know their distribution up to a constant
     loss.total.backward()
     assert abs(loss.total.item()) < 1e-6
     assert student.grad.abs().max() < 1e-7

@@ -1,11 +1,13 @@
 """Every example runs as its user runs it: a process of its own, from another folder, without arguments."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_checkpoint import TEXT, tiny_llama, write_gguf
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SAYS = {
@@ -74,7 +76,7 @@ def test_the_demo_takes_articles_from_the_hub_where_it_answers(demo, monkeypatch
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: rows)
     text = demo.find_text()
-    assert [t.split("\n")[0] for t in text.train] == ["= One =", "= Two ="]
+    assert [t.splitlines()[0].strip() for t in text.train] == ["= One =", "= Two ="]
     assert "More text" in text.train[0] and text.held_out == "a\n\nb"
 
 
@@ -87,3 +89,23 @@ def test_the_demo_counts_exact_sites_in_plain_torch(demo):
         model[1].weight.copy_(torch.tensor([[1.0, 0, 2, 4, 0, 0, 0, 3]] * 2))
     sites = [{"name": f"{i}.weight", "transposed": False} for i in range(2)]
     assert demo.count_exact(model, sites) == 1
+
+
+def test_the_demo_from_end_to_end_on_a_tiny_model(demo, monkeypatch, tmp_path, capsys):
+    text = demo.Text("a test", [TEXT * 3] * 40, TEXT * 30)
+    tiny = demo.Scale(steps=10, batch_size=4, length=64, calibration=8, context=64, windows=8)
+    monkeypatch.setattr(demo, "find_text", lambda: text)
+    monkeypatch.setattr(demo, "find_model", lambda: write_gguf(tmp_path / "tiny.gguf", tiny_llama()))
+    monkeypatch.setattr(demo, "QUICK", tiny)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.argv", ["demo.py", "--quick"])
+    monkeypatch.chdir(tmp_path)
+    demo.main()
+    printed = capsys.readouterr().out
+    assert "14 of 14 linears in demo_out/ are exactly 2:4" in printed
+    files = {p.name for p in (tmp_path / "demo_out").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "report.json", "curves.png", "demo.json"} <= files
+    summary = json.loads((tmp_path / "demo_out" / "demo.json").read_text())
+    assert [r["method"] for r in summary["rows"]] == ["dense", "magnitude", "SparseForge"]
+    assert [r["training_tokens"] for r in summary["rows"]] == [0, 0, 2560]
+    assert all(r["tokens_scored"] == 8 * 63 for r in summary["rows"])

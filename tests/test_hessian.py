@@ -45,9 +45,14 @@ def test_hutchinson_is_unbiased_for_the_exact_diagonal():
 
 def test_hutchinson_is_exact_for_a_diagonal_hessian():
     """sum c w^4 / 12 has the Hessian diag(c w^2): one sample says it all."""
-    weights = {"u": torch.tensor([[1.0, -2.0], [3.0, 0.5]], requires_grad=True), "v": torch.tensor([2.0], requires_grad=True)}
+    weights = {
+        "u": torch.tensor([[1.0, -2.0], [3.0, 0.5]], requires_grad=True),
+        "v": torch.tensor([2.0], requires_grad=True),
+    }
     c = torch.tensor([[1.0, 2.0], [-1.0, 4.0]])
-    found = hutchinson_diagonal(lambda: (c * weights["u"] ** 4).sum() / 12 + 3 * weights["v"].square().sum() / 2, weights)
+    found = hutchinson_diagonal(
+        lambda: (c * weights["u"] ** 4).sum() / 12 + 3 * weights["v"].square().sum() / 2, weights
+    )
     torch.testing.assert_close(found["u"], torch.tensor([[1.0, 8.0], [-9.0, 1.0]]))
     torch.testing.assert_close(found["v"], torch.tensor([3.0]))
     assert weights["u"].grad is None
@@ -113,7 +118,7 @@ def curvature_of(tiny_model, estimator, batch, **options):
 
 
 def hooked(model, batch):
-    """The source model's own inputs and output gradients at every module with a 2-D weight, by weight name, token by token."""
+    """The source model's inputs and output gradients at every module with a 2-D weight, by its name, token by token."""
     inputs, grads, handles = {}, {}, []
     for name, module in model.named_modules():
         if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, torch.nn.Embedding):
@@ -198,7 +203,9 @@ def test_every_estimator_is_alive_and_leaves_nothing_behind(tiny, estimator):
     sparse, values = curvature_of(found, estimator, found.batch())
     assert all((v >= 0).all() and v.sum() > 0 for v in values.values())
     assert {id(p) for p in sparse.parameters()} == {id(p) for p in found.model.parameters()}  # no probe, no teacher
-    probes = [p for n, p in sparse._hidden["probe"].named_parameters() if "probe" in n] if sparse._hidden["probe"] else []
+    probes = (
+        [p for n, p in sparse._hidden["probe"].named_parameters() if "probe" in n] if sparse._hidden["probe"] else []
+    )
     assert len(probes) == (len(values) if estimator in ("gauss_newton", "activation") else 0)
     assert all(p.grad is None for p in probes)
     assert all(p.grad is None for p in sparse._hidden["teacher"].parameters())

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from tiny_checkpoint import byte_tokenizer, tiny_llama, write_checkpoint
+from tiny_checkpoint import byte_tokenizer, tiny_llama, write_checkpoint, write_gguf
 
 from sparseforge_fx import SparseForgeError, models
 
@@ -68,54 +68,6 @@ def test_a_skeleton_has_shapes_and_ties_but_no_weights(folder):
 
 
 # -- GGUF ------------------------------------------------------------------------------------------------------------
-def write_gguf(path, model):
-    """A small GGUF file of a tiny Llama, float32, with the byte vocabulary as GPT-2's."""
-    gguf = pytest.importorskip("gguf")
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    vocabulary = sorted(byte_tokenizer().get_vocab(), key=byte_tokenizer().get_vocab().get)
-    vocabulary += ["zq"]  # transformers wants a merge
-    vocabulary += [f"<unused{i}>" for i in range(config.vocab_size - len(vocabulary))]
-    writer.add_token_list(vocabulary)
-    writer.add_token_merges(["z q"])
-    writer.add_eos_token_id(256)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    names = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
-    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
-    for i, layer in enumerate(model.model.layers):
-        for name, short in names.items():
-            weight = layer.get_submodule(name).weight.detach()
-            count = heads.get(name.rpartition(".")[2])
-            if count:  # llama.cpp keeps rotary halves interleaved
-                weight = weight.reshape(count, 2, -1, config.hidden_size).transpose(1, 2).reshape(weight.shape)
-            writer.add_tensor(f"blk.{i}.{short}.weight", weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_a_gguf_file_loads_as_a_plain_model_that_can_be_saved(tmp_path):
     source = tiny_llama()
     write_gguf(tmp_path / "tiny.gguf", source)

@@ -42,7 +42,7 @@ def reference_mask(scores, pattern, dim):
     return mask.reshape(scores.movedim(dim, -1).shape).movedim(-1, dim)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scores_with_ties())
 def test_hard_mask_keeps_exactly_n_and_the_earlier_of_equals(case):
     pattern, scores, dim = case
@@ -62,7 +62,7 @@ def test_the_sort_and_the_comparison_agree_on_signed_zeros():
     assert hard_mask(scores.repeat(1, 2), Pattern(5, 16)).int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 1] + [0] * 7 + [1]]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.sampled_from(PATTERNS), st.lists(st.integers(1, 3), min_size=1, max_size=4), st.data())
 def test_groups_round_trip(pattern, shape, data):
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
@@ -75,7 +75,10 @@ def test_groups_round_trip(pattern, shape, data):
 
 def test_groups_are_consecutive_along_the_reduction_dimension():
     tensor = torch.arange(16).reshape(8, 2)
-    assert to_groups(tensor, TWO_FOUR, dim=0).tolist() == [[[0, 2, 4, 6], [8, 10, 12, 14]], [[1, 3, 5, 7], [9, 11, 13, 15]]]
+    assert to_groups(tensor, TWO_FOUR, dim=0).tolist() == [
+        [[0, 2, 4, 6], [8, 10, 12, 14]],
+        [[1, 3, 5, 7], [9, 11, 13, 15]],
+    ]
 
 
 def test_a_length_that_does_not_divide_is_refused():
@@ -90,7 +93,9 @@ def test_parse(text, expected):
     assert pattern.density == 0.5
 
 
-@pytest.mark.parametrize("text", ["", "2", "2:", ":4", "4:2", "4:4", "0:4", "-1:4", "2:4:8", "two:four", "²:4", None, Pattern(4, 2)])
+@pytest.mark.parametrize(
+    "text", ["", "2", "2:", ":4", "4:2", "4:4", "0:4", "-1:4", "2:4:8", "two:four", "²:4", None, Pattern(4, 2)]
+)
 def test_parse_refuses(text):
     with pytest.raises(SparseForgeError, match="N:M"):
         Pattern.parse(text)

@@ -125,7 +125,10 @@ def test_loss_is_task_and_divergence_in_the_given_weights(captured_once):
             w.weight.mul_(w.mask)
         student = found.model(**batch, labels=batch["input_ids"])
     kl = F.kl_div(
-        student.logits.log_softmax(-1).flatten(0, 1), teacher.log_softmax(-1).flatten(0, 1), log_target=True, reduction="batchmean"
+        student.logits.log_softmax(-1).flatten(0, 1),
+        teacher.log_softmax(-1).flatten(0, 1),
+        log_target=True,
+        reduction="batchmean",
     )
     assert kl > 0.1
     loss = sparse.train()(**batch).loss
@@ -157,7 +160,9 @@ def test_padding_with_a_captured_mask(tiny):
     expected = found.model(**batch, attention_mask=mask, labels=labels)
     output = sparse.train()(**batch, attention_mask=mask)
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sparse(batch["input_ids"], attention_mask=mask).loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        sparse(batch["input_ids"], attention_mask=mask).loss, expected.loss, rtol=1e-5, atol=1e-6
+    )
     with pytest.raises(SparseForgeError, match="attention_mask"):
         sparse(**batch)
 
@@ -241,7 +246,9 @@ def test_hutchinson_without_labels_sees_the_divergence():
     def divergence():
         return F.kl_div(model(x).logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
 
-    expected = hutchinson_diagonal(divergence, {"w": weight}, generator=torch.Generator().manual_seed(0))["w"].clamp(min=0)
+    expected = hutchinson_diagonal(divergence, {"w": weight}, generator=torch.Generator().manual_seed(0))["w"].clamp(
+        min=0
+    )
     assert expected.max() > 1e-3
     torch.testing.assert_close(sparse.method.curvature.values["body.0.weight"].float(), expected, rtol=1e-3, atol=1e-6)
 
@@ -314,7 +321,11 @@ def stored_bytes(sparse):
     method = sparse.method
     tensors = [*sparse.parameters(), *sparse.buffers(), *sparse.program.state.values(), *sparse.dense.state.values()]
     for module in (m for m in sparse._hidden.values() if m is not None):
-        tensors += [*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters() if p.grad is not None)]
+        tensors += [
+            *module.parameters(),
+            *module.buffers(),
+            *(p.grad for p in module.parameters() if p.grad is not None),
+        ]
     tensors += [*method.soft.values(), *method.curvature.values.values(), *method.compensation.values()]
     tensors += [t for w in method.weights for t in (w.weight, w.mask)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -327,7 +338,9 @@ def test_heating_adds_one_mask_and_one_curvature_per_weight(dtype, curvature):
     x = torch.randn(8, 64).to(dtype)
     before = sum(p.untyped_storage().nbytes() for p in model.parameters())
     weights = 2 * 64 * 256 * dtype.itemsize
-    sparse = sf.prepare(model, x, SparseForgeConfig(steps=20, curvature=curvature, heat_end=0.9, quench_end=0.95)).train()
+    sparse = sf.prepare(
+        model, x, SparseForgeConfig(steps=20, curvature=curvature, heat_end=0.9, quench_end=0.95)
+    ).train()
     optimizer = torch.optim.SGD(sparse.parameters(), lr=1e-3)
     for _ in range(5):
         sparse(x)
@@ -423,7 +436,7 @@ def test_obs_start_without_calibration(captured_once):
 
 
 def test_nothing_to_prune():
-    with pytest.raises(SparseForgeError, match="nothing to prune.*0.weight.*multiple of 4"):
+    with pytest.raises(SparseForgeError, match=r"nothing to prune.*0\.weight.*multiple of 4"):
         sf.prepare(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), torch.randn(2, 6), sf.paper_preset(10))
 
 
@@ -441,4 +454,6 @@ def test_weights_that_are_not_finite(captured_once, bad):
 def test_include_and_exclude(captured_once):
     found = captured_once("llama")
     sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), include=["*mlp*"], exclude=["*layers.0*"])
-    assert [w.fqn for w in sparse.method.weights] == [f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")]
+    assert [w.fqn for w in sparse.method.weights] == [
+        f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")
+    ]

@@ -28,7 +28,9 @@ def test_environment_names_what_a_number_depends_on():
 
 
 def git(folder, *arguments):
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], cwd=folder, check=True, capture_output=True
+    )
 
 
 def test_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
@@ -44,7 +46,9 @@ def test_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
     assert report.environment()["commit"] is None
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "the package itself")
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.strip()
     commit = report.environment()["commit"]
     assert len(commit) >= 7 and head.startswith(commit)
     (package / "report.py").write_text("y")

@@ -13,7 +13,9 @@ ordered = st.lists(share, min_size=2, max_size=2).map(sorted)
 
 
 def test_ramp_is_linear_between_its_ends():
-    assert [schedule.ramp(p, 0.2, 0.6) for p in (0.0, 0.2, 0.3, 0.4, 0.6, 1.0)] == pytest.approx([0, 0, 0.25, 0.5, 1, 1])
+    assert [schedule.ramp(p, 0.2, 0.6) for p in (0.0, 0.2, 0.3, 0.4, 0.6, 1.0)] == pytest.approx(
+        [0, 0, 0.25, 0.5, 1, 1]
+    )
 
 
 def test_ramp_without_width_jumps():
@@ -95,7 +97,7 @@ def test_learning_rate_without_warm_up_starts_at_the_peak():
 @given(progress=ordered, warmup=st.floats(0, 0.99), floor=share)
 def test_learning_rate_rises_then_falls_to_its_floor(progress, warmup, floor):
     early, late = (schedule.learning_rate(p, warmup, floor) for p in progress)
-    assert 0 <= min(early, late) and max(early, late) <= 1
+    assert min(early, late) >= 0 and max(early, late) <= 1
     if progress[1] <= warmup:
         assert early <= late
     if progress[0] >= warmup:

@@ -1,4 +1,4 @@
-"""The training loop: resuming to the same bits, refusing what is not finite, accumulation, masters, several processes."""
+"""The training loop: resuming to the same bits, refusing what is not finite, accumulation, masters, processes."""
 
 import json
 import os
@@ -99,7 +99,8 @@ torch.set_num_threads(1)
 found = tiny_models._captured("mlp").reset()
 sparse = found.sparse(DENSE)
 kill = lambda step, row: step == 8 and os.kill(os.getpid(), signal.SIGKILL)
-train(sparse, Batches(found), sparse.parameters(), lr=1e-2, state_path=Path(sys.argv[1]), save_seconds=0.0, on_step=kill, **QUIET)
+saved = {"state_path": Path(sys.argv[1]), "save_seconds": 0.0}
+train(sparse, Batches(found), sparse.parameters(), lr=1e-2, on_step=kill, **saved, **QUIET)
 """
 
 
@@ -107,7 +108,9 @@ def test_sigkill(tiny, tmp_path):
     """Another process is killed for good; this one ends its run."""
     path = tmp_path / "state.pt"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(path)], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     found = tiny("mlp")
     straight = found.sparse(DENSE)
@@ -117,7 +120,13 @@ def test_sigkill(tiny, tmp_path):
     sparse = found.sparse(DENSE)
     steps = []
     resumed = train(
-        sparse, Batches(found), sparse.parameters(), lr=1e-2, state_path=path, on_step=lambda step, row: steps.append(step), **QUIET
+        sparse,
+        Batches(found),
+        sparse.parameters(),
+        lr=1e-2,
+        state_path=path,
+        on_step=lambda step, row: steps.append(step),
+        **QUIET,
     )
     assert steps == [8, 9, 10, 11]
     assert losses(resumed) == losses(curves)
@@ -141,7 +150,10 @@ def test_a_state_that_does_not_fit_changes_nothing(tiny, tmp_path, what):
         found = tiny_models.Tiny(model, torch.randn(4, 8), None, {k: v.clone() for k, v in model.state_dict().items()})
         found.program = tiny_models.capture(model, found.example)
     elif what == "other steps":
-        config, message = SparseForgeConfig(steps=13, heat_end=0.3, quench_end=0.7, masked_decay=1e-3), "steps 12 instead of 13"
+        config, message = (
+            SparseForgeConfig(steps=13, heat_end=0.3, quench_end=0.7, masked_decay=1e-3),
+            "steps 12 instead of 13",
+        )
     elif what == "no state at all":
         path.write_text("hello")
         message = "not a training state"
@@ -180,7 +192,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
 
     with pytest.raises(SparseForgeError, match=r"loss is nan at step 5.*0\.01") as error:
         train(
-            sparse, Poisoned(found), sparse.parameters(), lr=1e-2, state_path=path, save_seconds=0.0, on_step=on_step, **QUIET
+            sparse,
+            Poisoned(found),
+            sparse.parameters(),
+            lr=1e-2,
+            state_path=path,
+            save_seconds=0.0,
+            on_step=on_step,
+            **QUIET,
         )
     assert "\n" not in str(error.value)
     assert len(seen) == 5
@@ -229,7 +248,9 @@ def test_accumulated_micro_batches_equal_one_large_batch(tiny):
                 assert row[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
             assert row["tokens"] == expected["tokens"]
         for k, v in weights.items():
-            torch.testing.assert_close(v, results[0][1][k], rtol=0, atol=2e-4)  # Adam turns rounding into lr-sized steps
+            torch.testing.assert_close(
+                v, results[0][1][k], rtol=0, atol=2e-4
+            )  # Adam turns rounding into lr-sized steps
     moved = max((v - found.first[k]).abs().max() for k, v in results[0][1].items())
     assert moved > 1.5e-3
 
@@ -353,8 +374,8 @@ def test_a_bfloat16_model_moves_as_a_float32_model_does():
             w.mask.fill_(0.7)  # something to learn
 
         class One:
-            def batch(self, step, x=x.to(dtype)):
-                return x
+            def batch(self, step, x=x, dtype=dtype):
+                return x.to(dtype)
 
         train(sparse, One(), [p for p in sparse.parameters() if p.dim() == 2], lr=5e-5, **QUIET)
         moved[dtype] = (model[2].weight.detach() - first).float().abs().mean().item()
@@ -391,7 +412,8 @@ sparse = found.sparse(RANKS_CONFIG)
 curves = train(sparse, Halves(found), sparse.parameters(), lr=1e-2, **QUIET)
 rank = torch.distributed.get_rank()
 masks = {w.fqn: w.mask for w in sparse.method.weights}
-torch.save({"weights": found.model.state_dict(), "masks": masks, "tokens": curves[-1]["tokens"]}, f"{sys.argv[1]}/{rank}.pt")
+result = {"weights": found.model.state_dict(), "masks": masks, "tokens": curves[-1]["tokens"]}
+torch.save(result, f"{sys.argv[1]}/{rank}.pt")
 torch.distributed.destroy_process_group()
 """
 RANKS_CONFIG = SparseForgeConfig(steps=6, heat_end=0.8, quench_end=1.0, gate="pattern", mask_rate=0.3)
@@ -407,8 +429,8 @@ class Halves(Batches):
 def test_two_processes_agree(tmp_path):
     """Gradients and curvature are averaged: both ranks hold the same weights and the same masks, bit for bit."""
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000),
+        "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000),
     }  # fmt: skip
     ranks = [
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Tiny models that many tests share: built and captured once per session, put back to their first weights for every test."""
+"""Tiny models that many tests share: built and captured once per session, as new for every test."""
 
 from __future__ import annotations
 
@@ -63,7 +63,13 @@ def build(name: str) -> nn.Module:
     import transformers as t
 
     common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    encoder = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 64, **common}
+    encoder = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 64,
+        **common,
+    }
     if name == "llama":
         config = t.LlamaConfig(
             **encoder | {"num_hidden_layers": 2}, num_key_value_heads=1, intermediate_size=64, initializer_range=0.2

@@ -63,8 +63,12 @@ def main(
 
     dense = {which: score(which) for which in texts}
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, limit_tokens=tokens, separator="\n\n")
+
     def on_step(step: int, row: dict) -> None:
-        print(json.dumps({k: row[k] for k in ("step", "loss", "task", "kl", "seconds", "mask_distance_from_binary")}), flush=True)
+        print(
+            json.dumps({k: row[k] for k in ("step", "loss", "task", "kl", "seconds", "mask_distance_from_binary")}),
+            flush=True,
+        )
 
     settings = json.loads(options)
     if method == "sparseforge":
@@ -87,7 +91,8 @@ def main(
         "context": 1024,
         "dense_perplexity": dense,
         "sparse_perplexity": sparse,
-        "report": {k: v for k, v in report.items() if k not in ("sites", "skipped", "passes")} | {"sites": len(report["sites"])},
+        "report": {k: v for k, v in report.items() if k not in ("sites", "skipped", "passes")}
+        | {"sites": len(report["sites"])},
     }
     write_json(out, record)
     (RESULTS / f"{name}.state").unlink(missing_ok=True)

@@ -44,7 +44,9 @@ def quality_table() -> str:
         "| method | training tokens | calibration sequences | test perplexity | validation | minutes | seeds | commit |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for (name, tokens), runs in sorted(groups.items(), key=lambda item: -mean(r["sparse_perplexity"]["test"] for r in item[1])):
+    for (name, tokens), runs in sorted(
+        groups.items(), key=lambda item: -mean(r["sparse_perplexity"]["test"] for r in item[1])
+    ):
         test = [r["sparse_perplexity"]["test"] for r in runs]
         valid = mean(r["sparse_perplexity"]["valid"] for r in runs)
         spread = f" ± {stdev(test):.2f}" if len(test) > 1 else ""
@@ -111,7 +113,11 @@ def main() -> None:
             raise SystemExit(f"README.md has no block <!-- table:{name} -->")
         text = block.sub(lambda m, table=table: m.group(1) + table + "\n" + m.group(2), text)
     if "--check" in sys.argv:
-        raise SystemExit(0 if text == readme.read_text() else "README.md is not what results/*.json say: run examples/benchmarks/tables.py")
+        raise SystemExit(
+            0
+            if text == readme.read_text()
+            else "README.md is not what results/*.json say: run examples/benchmarks/tables.py"
+        )
     readme.write_text(text)
     plot()
 

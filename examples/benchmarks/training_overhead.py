@@ -2,7 +2,8 @@
 
     python examples/benchmarks/training_overhead.py MODEL [--device cpu] [--batch-size 4] [--length 512] [--rounds 5]
 
-The kinds of step are interleaved in one process and their medians compared. Probe steps and mask updates are amortised over
+The kinds of step are interleaved in one process and their medians compared. Probe steps and mask updates are
+amortised over
 the periods that the paper's preset takes at 20,000 steps and at 150. No optimizer is in any of the steps: it would
 flatter the ratio. Curvature estimators are timed in the same rounds.
 """
@@ -134,7 +135,9 @@ def summarise(times: dict[str, list[float]]) -> dict:
     for steps in (150, 20_000):
         preset = paper_preset(steps)
         cost = median["heating"] + (median["probe"] - median["heating"]) / preset.probe_every
-        out[f"amortised_over_dense_at_{steps}_steps"] = (cost + median["mask_update"] / preset.update_every) / median["dense"]
+        out[f"amortised_over_dense_at_{steps}_steps"] = (cost + median["mask_update"] / preset.update_every) / median[
+            "dense"
+        ]
     return out
 
 
@@ -144,7 +147,11 @@ def extra_memory(sparse: SparseModel) -> dict[str, float]:
     mask = sum(w.mask.numel() * w.mask.element_size() for w in sparse.method.weights)
     curvature = sum(v.numel() * v.element_size() for v in sparse.method.curvature.values.values())
     soft = sum(v.numel() * v.element_size() for v in sparse.method.soft.values())
-    return {"mask_bytes_per_weight": mask / numel, "curvature_bytes_per_weight": curvature / numel, "other_bytes_per_weight": soft / numel}
+    return {
+        "mask_bytes_per_weight": mask / numel,
+        "curvature_bytes_per_weight": curvature / numel,
+        "other_bytes_per_weight": soft / numel,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What a method works on, and what the training loop asks of it. Methods know masks and weights, never architectures."""
+"""What a method works on, and what the training loop asks of it. Methods know masks and weights, never
+architectures."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +17,29 @@ from sparseforge_fx.pattern import Pattern, hard_mask
 from sparseforge_fx.program import Program
 
 
+@contextmanager
+def undone_on_error(weights: Sequence[MaskedWeight]) -> Iterator[dict[str, Tensor]]:
+    """Gives copies of the weights, and puts them back (with masks of one) if what follows fails half-way."""
+    dense = {w.fqn: w.weight.detach().clone() for w in weights}
+    try:
+        yield dense
+    except BaseException:
+        with torch.no_grad():
+            for w in weights:
+                w.weight.copy_(dense[w.fqn])
+                w.mask.fill_(1)
+        raise
+
+
 @torch.no_grad()
 def compensate(
-    program: Program, weights: Sequence[MaskedWeight], batches: Sequence[Any], pattern: Pattern, *, choose_masks: bool = True, damping: float = 0.01
+    program: Program,
+    weights: Sequence[MaskedWeight],
+    batches: Sequence[Any],
+    pattern: Pattern,
+    *,
+    choose_masks: bool = True,
+    damping: float = 0.01,
 ) -> dict[str, float]:
     """Prune every weight of ``program`` in graph order and let its survivors compensate; weights and masks are written.
 
@@ -26,7 +47,8 @@ def compensate(
         batches: calibration inputs, in any form that the captured model takes.
         choose_masks: False keeps the N largest entries of each group of the present masks.
 
-    Returns the dampings that had to be raised, by weight. Memory: what is alive at one point of the graph, for all batches, and one
+    Returns the dampings that had to be raised, by weight. Memory: what is alive at one point of the graph, for all
+    batches, and one
     [in, in] matrix.
     """
     by_name = {w.fqn: w for w in weights}

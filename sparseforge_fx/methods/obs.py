@@ -20,9 +20,16 @@ class ObsResult(NamedTuple):
 
 
 def prune_obs(
-    weight: Tensor, hessian: Tensor, pattern: Pattern, *, mask: Tensor | None = None, damping: float = 0.01, block: int = 128
+    weight: Tensor,
+    hessian: Tensor,
+    pattern: Pattern,
+    *,
+    mask: Tensor | None = None,
+    damping: float = 0.01,
+    block: int = 128,
 ) -> ObsResult:
-    """One left-to-right sweep of SparseGPT (algorithm 1), blocked so that each column is a rank-1 update of its block only.
+    """One left-to-right sweep of SparseGPT (algorithm 1), blocked so that each column is a rank-1 update of its block
+    only.
 
     Args:
         weight: [out, in]; groups of M run along ``in``.
@@ -35,7 +42,9 @@ def prune_obs(
     Raises SparseForgeError if the Hessian is not finite.
     """
     if not torch.isfinite(hessian).all():
-        raise SparseForgeError("the calibration inputs of a layer are not finite; check the model's weights and the data")
+        raise SparseForgeError(
+            "the calibration inputs of a layer are not finite; check the model's weights and the data"
+        )
     w = weight.detach().to(torch.float32, copy=True)
     factor, damping, dead = _inverse_factor(hessian.float(), damping)
     w[:, dead] = 0

@@ -1,12 +1,13 @@
 """SparseForge (arXiv 2605.06402): soft masks driven by curvature, heated, then quenched to exact N:M.
 
-    score   obd: s = h w^2 (cost of deletion) | ratio: s = |w| / sqrt(h + eps) | magnitude: s = |w|
-    gate    site: G = sigmoid((z - quantile(z, sparsity)) / T), z the scores standardised per weight (the paper's), by half their
-            16-84 % range: a normal score's standard deviation, which h w^2, with its long tail, does not have
-            pattern: G = sum_k softmax(-cost_k / T) pattern_k over the legal patterns of a group, cost_k the share of the
-            group's score that pattern k deletes; every group keeps mass N, so soft meets hard by itself as T -> 0
-    pull    G <- G - eta (m - top-N(G)): score structural hardening
-    mask    m <- clip((1 - a) m + a G, 0, 1) every K steps; in the graph e = lambda m + (1 - lambda) hard(m)
+score   obd: s = h w^2 (cost of deletion) | ratio: s = |w| / sqrt(h + eps) | magnitude: s = |w|
+gate    site: G = sigmoid((z - quantile(z, sparsity)) / T), z the scores standardised per weight (the paper's), by
+    half their
+        16-84 % range: a normal score's standard deviation, which h w^2, with its long tail, does not have
+        pattern: G = sum_k softmax(-cost_k / T) pattern_k over the legal patterns of a group, cost_k the share of the
+        group's score that pattern k deletes; every group keeps mass N, so soft meets hard by itself as T -> 0
+pull    G <- G - eta (m - top-N(G)): score structural hardening
+mask    m <- clip((1 - a) m + a G, 0, 1) every K steps; in the graph e = lambda m + (1 - lambda) hard(m)
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ class SparseForgeConfig:
 
     Attributes:
         steps: optimizer steps of the whole run.
-        start: ``dense``: masks of one, moved by scores. ``obs``: the masks of the layer-wise OBS solution (methods/layerwise.py);
-            the quench then leads from the dense weights to that solution: pruned weights fade with lambda while the survivors
+        start: ``dense``: masks of one, moved by scores. ``obs``: the masks of the layer-wise OBS solution
+            (methods/layerwise.py);
+            the quench then leads from the dense weights to that solution: pruned weights fade with lambda while the
+                survivors
             take their compensation over.
         softness_start: lambda at the first step.
-        heat_end, quench_end: lambda is 1 before the first, falls linearly, and is 0 after the second; then masks are fixed.
+        heat_end, quench_end: lambda is 1 before the first, falls linearly, and is 0 after the second; then masks are
+            fixed.
         sparsity_warmup: end of the linear warm-up of the target sparsity.
         mask_rate: a; score_noise_floor: eps of ``ratio``.
         structure: final eta * lambda_mid of the structural hardening, reached at ``quench_end`` (0 switches it off).
@@ -81,7 +85,9 @@ class SparseForgeConfig:
         if not 0 < self.mask_rate <= 1:
             raise SparseForgeError(f"mask_rate is {self.mask_rate}; take a share above 0 and up to 1")
         if self.start == "obs" and self.quench_end > 0 and not self.softness_start <= 0.95:
-            raise SparseForgeError(f"softness_start {self.softness_start} leaves masks of 1 and pruned ones alike; take at most 0.95")
+            raise SparseForgeError(
+                f"softness_start {self.softness_start} leaves masks of 1 and pruned ones alike; take at most 0.95"
+            )
         if not 0 <= self.heat_end <= self.quench_end <= 1:
             raise SparseForgeError(f"need 0 <= heat_end <= quench_end <= 1, got {self.heat_end} and {self.quench_end}")
 
@@ -93,10 +99,13 @@ class SparseForgeConfig:
 def paper_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -> SparseForgeConfig:
     """The authors' constants (DESIGN section 3), scaled to a run of ``steps``.
 
-    K = 30 of 20,000 steps; with fewer steps K shrinks (to 5 from 150 steps on, to 1 below 60) and the per-update rates (a = 0.1, gamma = 0.975, beta = 0.985) are
+    K = 30 of 20,000 steps; with fewer steps K shrinks (to 5 from 150 steps on, to 1 below 60) and the per-update
+    rates (a = 0.1, gamma = 0.975, beta = 0.985) are
     rescaled so that the run travels the same way in fewer updates. lambda falls from 10 % to 85 % of the run.
     """
-    every = max(1, round(30 * steps / REFERENCE_STEPS), min(5, steps // 30))  # below 5, mask updates would cost over a tenth of a step
+    every = max(
+        1, round(30 * steps / REFERENCE_STEPS), min(5, steps // 30)
+    )  # below 5, mask updates would cost over a tenth of a step
     updates = max(1, steps // every)
     keep = schedule.rescale_decay(0.9, updates, REFERENCE_UPDATES)
     # gamma^k = 1/2 after log(0.5)/log(0.975) = 27.4 updates of 667
@@ -115,7 +124,8 @@ def paper_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -
 def tuned_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -> SparseForgeConfig:
     """Ours: masks and compensation of the layer-wise OBS solution from the first step on, so that all of the run heals.
 
-    In runs of 30 and 60 steps nothing that delayed the hard masks did better; ``quench_end=0.4, softness_start=0.6`` lets the
+    In runs of 30 and 60 steps nothing that delayed the hard masks did better; ``quench_end=0.4, softness_start=0.6``
+    lets the
     pruned weights fade from the dense model instead.
     """
     base = SparseForgeConfig(steps=steps, pattern=pattern, start="obs", heat_end=0.0, quench_end=0.0)
@@ -138,7 +148,9 @@ class SparseForge:
         self._faded_to = 1.0
         self.compensation: dict[str, Tensor] = {}  # what the survivors have still to take over, per unit of lambda
         if config.start == "dense" and config.quench_end == 0:
-            raise SparseForgeError("quench_end 0 leaves no time to choose masks; start from obs or give the quench some steps")
+            raise SparseForgeError(
+                "quench_end 0 leaves no time to choose masks; start from obs or give the quench some steps"
+            )
 
     # -- the loop's side ---------------------------------------------------------------------------------------------
     def progress(self, step: int) -> float:
@@ -146,11 +158,17 @@ class SparseForge:
 
     def wants_curvature(self, step: int) -> bool:
         c = self.config
-        return c.start == "dense" and c.score != "magnitude" and self.progress(step) < c.quench_end and step % c.probe_every == 0
+        return (
+            c.start == "dense"
+            and c.score != "magnitude"
+            and self.progress(step) < c.quench_end
+            and step % c.probe_every == 0
+        )
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Mask update every K steps, then the effective masks of the next step; hard and final once the quench is over."""
+        """Mask update every K steps, then the effective masks of the next step; hard and final once the quench is
+        over."""
         self.step = step + 1
         progress = self.progress(self.step)
         if self._fixed:
@@ -177,7 +195,8 @@ class SparseForge:
 
     @torch.no_grad()
     def start_from(self, dense: dict[str, Tensor]) -> None:
-        """Weights and masks hold the OBS solution: go back to lambda = ``softness_start`` on the way to it from ``dense``."""
+        """Weights and masks hold the OBS solution: go back to lambda = ``softness_start`` on the way to it from
+        ``dense``."""
         lam = self.softness(0.0) if self.config.quench_end > 0 else 0.0
         if lam == 0:
             self.fix()
@@ -203,7 +222,9 @@ class SparseForge:
             self._fade(0.0)
         for w in self.weights:
             soft = self.soft.get(w.fqn, w.mask)
-            untouched = bool((soft == 1).all())  # fixed before the first mask update: do not keep the first N, but the largest
+            untouched = bool(
+                (soft == 1).all()
+            )  # fixed before the first mask update: do not keep the first N, but the largest
             w.mask.copy_(hard_mask(w.weight.abs() if untouched else soft, self.pattern, w.dim))
         self.soft.clear()
         self.compensation.clear()
@@ -260,13 +281,16 @@ class SparseForge:
         soft = ((share @ legal.t()) / temperature).softmax(-1) @ legal  # -cost_k and kept_k differ by a constant
         return from_groups(1 - reached * (1 - soft), dim)
 
-    # -- reports and resuming --------------------------------------------------------------------------------------------
+    # -- reports and resuming
+    # --------------------------------------------------------------------------------------------
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         c, progress = self.config, self.progress(self.step)
         sample = torch.cat([_sample(w.mask, w.dim, self.pattern).flatten() for w in self.weights]).float()
         return {
-            "temperature": schedule.temperature(progress, c.temperature_start, c.temperature_floor, c.temperature_half_life),
+            "temperature": schedule.temperature(
+                progress, c.temperature_start, c.temperature_floor, c.temperature_half_life
+            ),
             "lambda": 0.0 if self._fixed else self.softness(progress),
             "mask_distance_from_binary": distance_from_binary(sample),
             "flip_rate": 0.0 if self._fixed else self.flip_rate,
@@ -288,12 +312,17 @@ class SparseForge:
     def load_state(self, state: dict[str, Any]) -> None:
         mine, theirs = self.config.describe(), state["config"]
         if mine != theirs:
-            changed = ", ".join(f"{k} {theirs.get(k)} instead of {mine.get(k)}" for k in mine if mine[k] != theirs.get(k))
+            changed = ", ".join(
+                f"{k} {theirs.get(k)} instead of {mine.get(k)}" for k in mine if mine[k] != theirs.get(k)
+            )
             raise SparseForgeError(f"the saved training state was made with {changed}; delete it to start anew")
-        self.step, self._fixed, self.flip_rate, self._faded_to = (state[k] for k in ("step", "fixed", "flip_rate", "faded_to"))
+        self.step, self._fixed, self.flip_rate, self._faded_to = (
+            state[k] for k in ("step", "fixed", "flip_rate", "faded_to")
+        )
         devices = {w.fqn: w.mask.device for w in self.weights}
         self.soft, self.curvature.values, self.compensation = (
-            {fqn: value.to(devices[fqn]) for fqn, value in state[k].items()} for k in ("soft", "curvature", "compensation")
+            {fqn: value.to(devices[fqn]) for fqn, value in state[k].items()}
+            for k in ("soft", "curvature", "compensation")
         )
 
 

@@ -66,7 +66,9 @@ def test_the_probe_is_a_loop_over_tokens(dtype):
     for leading, transposed in itertools.product(LEADING, (False, True)):
         x, weight, b = make(dtype, leading, transposed, True)
         mask = torch.rand_like(weight).detach()
-        matrix = torch.zeros(weight.shape, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, requires_grad=True)
+        matrix = torch.zeros(
+            weight.shape, dtype=torch.bfloat16 if dtype == torch.float16 else dtype, requires_grad=True
+        )
         vector = torch.zeros(IN, requires_grad=True)
         y = OP(x, weight, mask, b, matrix, transposed)
         assert torch.equal(y, OP(x, weight, mask, b, None, transposed)), "a probe changes no value"

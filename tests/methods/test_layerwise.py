@@ -18,7 +18,9 @@ TWO_FOUR = Pattern(2, 4)
 def soft_masked(program):
     sites = [s for s in find_linears(program) if s.reason is None]
     masked, _ = run_passes(program, train_passes(find_linears(program)))
-    weights = [MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim) for s in sites]
+    weights = [
+        MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim) for s in sites
+    ]
     return masked, weights
 
 
@@ -29,7 +31,9 @@ def by_hand(model, order, batches, dim):
         for fqn in order:
             rows = []
             owner = model.get_submodule(fqn.rpartition(".")[0])
-            handle = owner.register_forward_hook(lambda module, args, out, rows=rows: rows.append(args[0].flatten(0, -2)))
+            handle = owner.register_forward_hook(
+                lambda module, args, out, rows=rows: rows.append(args[0].flatten(0, -2))
+            )
             for batch in batches:
                 model(**batch)
             handle.remove()

@@ -33,7 +33,7 @@ def output_error(weight, pruned, hessian):
 
 
 def sweep_by_least_squares(weight, hessian, pattern, mask=None):
-    """The definition: fix column by column; what lies to the right always minimises (w0 - c) H (w0 - c)^T given the left."""
+    """The definition: fix column by column; what lies right of it minimises (w0 - c) H (w0 - c)^T given the left."""
     w0, c = weight.double(), weight.double().clone()
     columns = w0.shape[1]
     keep = torch.zeros_like(w0, dtype=torch.bool) if mask is None else mask.clone()
@@ -134,7 +134,10 @@ def test_block_size_changes_nothing(block):
 def test_scale_of_the_hessian_changes_nothing():
     weight, hessian = layer()
     torch.testing.assert_close(
-        prune_obs(weight, hessian * 1000, TWO_FOUR).weight, prune_obs(weight, hessian, TWO_FOUR).weight, rtol=1e-3, atol=1e-4
+        prune_obs(weight, hessian * 1000, TWO_FOUR).weight,
+        prune_obs(weight, hessian, TWO_FOUR).weight,
+        rtol=1e-3,
+        atol=1e-4,
     )
 
 

@@ -17,7 +17,10 @@ def test_magnitude_by_hand():
 
 def test_magnitude_along_the_stored_reduction_dimension():
     value = torch.tensor([[0.1, -3.0, 2.0, -0.5]]).t()  # [in, out] of a Conv1D
-    weights = [MaskedWeight("w", value.clone(), torch.ones_like(value), 0), MaskedWeight("v", value.t(), torch.ones(1, 4), 1)]
+    weights = [
+        MaskedWeight("w", value.clone(), torch.ones_like(value), 0),
+        MaskedWeight("v", value.t(), torch.ones(1, 4), 1),
+    ]
     magnitude(weights, Pattern(1, 4))
     assert weights[0].mask.flatten().tolist() == [0, 1, 0, 0]
     assert weights[1].mask.tolist() == [[0, 1, 0, 0]]

@@ -277,7 +277,10 @@ def test_a_router_stays_dense_unless_named(x):
         return F.linear(x, m.w) * weight.sum(-1, keepdim=True) + chosen.sum()
 
     model = Model(route, router=parameter(4, 8), w=parameter(4, 8))
-    assert reasons(model, x) == {"router": "router (topk chooses by its output); include it by name to prune it", "w": None}
+    assert reasons(model, x) == {
+        "router": "router (topk chooses by its output); include it by name to prune it",
+        "w": None,
+    }
     assert reasons(model, x, include=["router"])["router"] is None
 
 

@@ -48,7 +48,9 @@ def test_one_mask_per_weight_under_its_first_name(masked):
     assert set(masks) == {mask_name(s) for s in SITES}
     for site in SITES:
         mask, weight = masks[mask_name(site)], masked.tensor(site)
-        assert mask.shape == weight.shape and mask.dtype == weight.dtype and (mask == 1).all() and not mask.requires_grad
+        assert (
+            mask.shape == weight.shape and mask.dtype == weight.dtype and (mask == 1).all() and not mask.requires_grad
+        )
     nodes = masked.graph.find_nodes(op="call_function", target=OP)
     assert len({n.args[2] for n in nodes if n.args[1].name == "p_twice_weight"}) == 1, "a tie shares its mask"
 

@@ -14,7 +14,16 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern, to_groups
 
-KINDS = ["linear", "linear without bias", "conv1d", "x @ W", "W @ x", "the last again", "its weight", "its weight turned"]
+KINDS = [
+    "linear",
+    "linear without bias",
+    "conv1d",
+    "x @ W",
+    "W @ x",
+    "the last again",
+    "its weight",
+    "its weight turned",
+]
 WIDTHS = [4, 6, 8, 12]
 
 
@@ -77,7 +86,7 @@ class Shared(nn.Module):
 step = st.tuples(st.sampled_from(KINDS), st.sampled_from(WIDTHS), st.booleans(), st.booleans())
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(step, min_size=1, max_size=5), st.sampled_from(WIDTHS), st.integers(0, 2**16))
 def test_random_graphs(steps, features, seed):
     torch.manual_seed(seed)
