@@ -60,6 +60,7 @@ def _rewrite(program: Program, node: Node, use: LinearUse, weight: Node, mask: N
             new = _call(node, aten.transpose.int, x, -2, -1)
             new = _call(node, OP, new, *args)
             new = _call(node, aten.transpose.int, new, -2, -1)
+            new = _call(node, aten.contiguous.default, new)  # a view may follow, as it may follow W @ x
         else:
             new = program.graph.call_function(OP, (x, *args))
             new.meta["val"] = node.meta["val"]

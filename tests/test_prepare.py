@@ -153,7 +153,7 @@ def test_padding_with_a_captured_mask(tiny):
     found = tiny("gpt2")
     batch = found.batch()
     example = dict(batch, attention_mask=torch.ones_like(batch["input_ids"]))
-    sparse = sf.prepare(found.model, example, sf.paper_preset(10), w_kl=0.0)
+    sparse = sf.prepare(found.model, example, sf.paper_preset(10))
     mask = torch.ones_like(batch["input_ids"])
     mask[0, 8:] = 0
     labels = batch["input_ids"].masked_fill(mask == 0, -100)
@@ -165,6 +165,16 @@ def test_padding_with_a_captured_mask(tiny):
     )
     with pytest.raises(SparseForgeError, match="attention_mask"):
         sparse(**batch)
+    with torch.no_grad():  # the divergence, too, is that of the text and not of the padding
+        teacher = found.model(**batch, attention_mask=mask).logits
+        for w in sparse.method.weights:
+            w.weight.mul_(0.5)
+        student = found.model(**batch, attention_mask=mask).logits
+    kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    expected = (kl * mask).sum() / mask.sum()
+    assert abs(kl.mean() / expected - 1) > 1e-3
+    sparse(**batch, attention_mask=mask)
+    torch.testing.assert_close(sparse.last_loss.kl, expected, rtol=1e-4, atol=1e-6)
 
 
 # -- models that are no language models ------------------------------------------------------------------------------

@@ -353,6 +353,34 @@ def test_wrong_data_leaves_the_model_alone(captured_once, what, method):
     assert all(p.requires_grad and p.grad is None for p in found.model.parameters())
 
 
+class Exponential(nn.Module):
+    def forward(self, x):
+        return x.exp()
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "sparseforge"])
+def test_a_failure_at_a_later_layer_gives_the_first_one_back(method):
+    """The second batch overflows between the layers, when the first layer is pruned already."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), Exponential(), nn.Linear(16, 16), nn.LayerNorm(16))
+    first = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(SparseForgeError, match="finite"):
+        sf.sparsify(model, [torch.randn(2, 16), 1000 * torch.randn(2, 16)], method=method, **SMALL)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), first, strict=True))
+
+
+def test_a_failure_in_training_leaves_no_gradients(captured_once):
+    """The second of two micro-batches is not a number: the gradients of the first are there by then."""
+    found = captured_once("mlp")
+    found.model[0].bias.requires_grad_(False)
+    data = [torch.randn(2, 16), torch.full((2, 16), float("nan"))]
+    with pytest.raises(SparseForgeError, match="loss is nan at step 0"):
+        sf.sparsify(found.model, data, preset="paper", **SMALL, accumulate=2)
+    assert untouched(found)
+    assert all(p.grad is None for p in found.model.parameters())
+    assert [p.requires_grad for p in found.model.parameters()] == [True, False, True, True, True, True]
+
+
 @pytest.mark.parametrize("method", ["sparsegpt", "sparseforge"])
 def test_methods_that_need_data(captured_once, method):
     found = captured_once("llama")

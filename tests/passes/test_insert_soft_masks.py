@@ -143,6 +143,7 @@ HOW = {
     "x @ W.permute": (lambda x, w, b: x @ w.permute(1, 0), False),
     "x @ W.t().t()": (lambda x, w, b: x @ w.t().t(), True),
     "W @ x": (lambda x, w, b: w @ x.mT, False),
+    "(W @ x).view": (lambda x, w, b: (w @ x.mT).view(-1, 3), False),
     "W.t() @ x": (lambda x, w, b: w.t() @ x.mT, True),
     "addmm": (lambda x, w, b: torch.addmm(b, x[0], w), True),
     "addmm(W.t())": (lambda x, w, b: torch.addmm(b, x[0], w.t()), False),

@@ -36,15 +36,15 @@ class RandomNet(nn.Module):
         width = features
         for kind, out, relu, residual in steps:
             last = self.layers[-1] if len(self.layers) else None
-            reuse = kind in KINDS[-3:] and last is not None and getattr(last, "weight", None) is not None
-            if reuse:
-                out_in = last.weight.shape if not isinstance(last, Conv1D) else last.weight.shape[::-1]
-                turned = kind == "its weight turned"
-                reuse = width == out_in[0 if turned else 1] and (kind != "the last again" or not turned)
-            if reuse and kind == "the last again":
+            weight = getattr(last, "weight", None)
+            in_out = isinstance(last, Conv1D) or getattr(last, "transposed", False)
+            if kind == "its weight turned":
+                in_out = not in_out
+            fits = weight is not None and weight.shape[0 if in_out else 1] == width
+            if fits and kind == "the last again":
                 layer = last
-            elif reuse:
-                layer = Shared(last.weight, transposed=isinstance(last, Conv1D) ^ (kind == "its weight turned"))
+            elif fits and kind in ("its weight", "its weight turned"):
+                layer = Shared(weight, transposed=in_out)
             elif kind == "conv1d":
                 layer = Conv1D(out, width)
                 nn.init.normal_(layer.weight)
@@ -71,7 +71,7 @@ class Matmul(nn.Module):
         self.w, self.left = nn.Parameter(torch.randn(*((out, features) if left else (features, out)))), left
 
     def forward(self, x):
-        return (self.w @ x.mT).mT if self.left else x @ self.w
+        return (self.w @ x.mT).mT.contiguous() if self.left else x @ self.w
 
 
 class Shared(nn.Module):
