@@ -15,12 +15,13 @@ from sparseforge_fx.errors import SparseForgeError
 if TYPE_CHECKING:
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
     from sparseforge_fx.models import load_model, save_model
-    from sparseforge_fx.prepare import SparseModel, finalize, prepare
+    from sparseforge_fx.prepare import finalize, prepare
+    from sparseforge_fx.sparse_model import SparseModel
     from sparseforge_fx.sparsify import SparsifyResult, sparsify
 
 _HOMES = {
     "SparseForgeConfig": "methods.soft_mask",
-    "SparseModel": "prepare",
+    "SparseModel": "sparse_model",
     "SparsifyResult": "sparsify",
     "finalize": "prepare",
     "load_model": "models",

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from sparseforge_fx.checkpoint import load_state, save_state
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.prepare import SparseModel
+from sparseforge_fx.sparse_model import SparseModel
 
 STATE = "sparseforge.pt"  # beside the Trainer's own files in checkpoint-N
 

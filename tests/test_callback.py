@@ -12,7 +12,7 @@ from sparseforge_fx.callback import STATE, SparseForgeCallback
 from sparseforge_fx.capture import capture
 from sparseforge_fx.passes import find_linears
 from sparseforge_fx.pattern import check_pattern
-from sparseforge_fx.prepare import SparseModel
+from sparseforge_fx.sparse_model import SparseModel
 
 STEPS = 4
 

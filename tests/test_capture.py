@@ -65,14 +65,27 @@ def test_nested_inputs_and_outputs():
 
 def test_training_the_graph_trains_the_model():
     model = Affine()
-    with torch.no_grad():  # whoever captures under no_grad gets a graph that trains
-        module = capture(model, A).module()
+    module = capture(model, A).module()
     assert {id(p) for p in module.parameters()} == {id(p) for p in model.parameters()}
     before = model(A).detach()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     module(A).square().sum().backward()
     optimizer.step()
     assert not torch.equal(model(A), before) and torch.equal(model(A), module(A))
+
+
+def test_the_callers_grad_mode_does_not_enter_the_graph():
+    class PartlyFrozen(Affine):
+        def forward(self, x):
+            with torch.no_grad():
+                x = torch.sin(self.linear(x))
+            return self.linear(x)
+
+    model = PartlyFrozen()
+    with torch.no_grad():
+        module = capture(model, A).module()
+    got, expected = (torch.autograd.grad(m(A).square().sum(), model.linear.weight) for m in (module, model))
+    assert torch.equal(got[0], expected[0])
 
 
 class TestHuggingFace:

@@ -12,6 +12,7 @@ from sparseforge_fx import checkpoint
 from sparseforge_fx.checkpoint import load_state, save_state
 from sparseforge_fx.errors import SparseForgeError
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 STATE = {
     "step": 7,
     "masters": [torch.arange(3.0), torch.ones(2, 2, dtype=torch.bfloat16)],

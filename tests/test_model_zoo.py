@@ -70,14 +70,18 @@ MODELS = [
     hf(LM, "mistral", HEADS | {"sliding_window": 8}),
     hf(LM, "gpt_neox", SIZE),
     hf(LM, "phi", SIZE),
+    hf(LM, "phi3", SIZE),
     hf(LM, "falcon", SIZE),
     hf(LM, "bloom", GPT),
     hf(LM, "gptj", GPT),
     hf(LM, "gpt_bigcode", GPT),
     hf(LM, "mpt", SIZE | {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}),
     hf(LM, "cohere", SIZE),
+    hf(LM, "granite", SIZE),
+    hf(LM, "olmo2", SIZE),
     # mixtures of experts
     hf(LM, "qwen3_moe", MOE),
+    hf(LM, "mixtral", MOE),
     hf(LM, "deepseek_v3", LATENT),
     hf(LM, "gpt_oss", MOE | {"sliding_window": 8}),
     # state spaces and recurrences
@@ -115,6 +119,10 @@ MODELS = [
     ),
     hf(LM, "reformer", SIZE | {"axial_pos_embds": False, "is_decoder": True}, dense="read by wrap_with_set_grad_enabled"),
     # cannot be captured
+    hf(
+        BASE, "longformer", SIZE | {"attention_window": 4},
+        error=r"torch.export cannot take LongformerModel at .*modeling_longformer.py:\d+ .*data-dependent",
+    ),
     hf(
         SEQ, "switch_transformers", SEQ2SEQ | {"num_experts": 2},
         error=r"torch.export cannot take Switch.* at .*modeling_switch_transformers.py:\d+ .*'NoneType' object",

@@ -55,12 +55,21 @@ def test_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
     assert report.environment()["commit"] == commit + "+"
 
 
-def test_peak_memory_is_that_of_the_process():
+def test_peak_memory_is_that_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = report.peak_memory_bytes()
     assert 50 << 20 < before < 1 << 40
     block = torch.ones(60 << 20)  # 240 MiB
     del block
     assert report.peak_memory_bytes() >= max(before, 240 << 20)
+
+
+def test_peak_memory_is_that_of_a_cuda_device_if_it_was_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    assert report.peak_memory_bytes() == 123
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)  # a model on the CPU of such a machine
+    assert report.peak_memory_bytes() > 50 << 20
 
 
 def test_sites_and_skipped_ones():

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sparseforge_fx.capture import capture
 from sparseforge_fx.passes import find_linears
-from sparseforge_fx.prepare import SparseModel
 from sparseforge_fx.program import Program
+from sparseforge_fx.sparse_model import SparseModel
 
 VOCABULARY = 97
 

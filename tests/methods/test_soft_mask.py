@@ -308,6 +308,8 @@ def test_flip_rate_counts_what_the_last_update_turned():
     weight.weight[0] = torch.tensor([1.0, 3.0, 2.0, 4.0])
     forge.after_step(1)
     assert forge.metrics()["flip_rate"] == 2 / 8
+    forge.fix()
+    assert forge.metrics()["flip_rate"] == 0
 
 
 def test_masked_decay_takes_from_masked_weights():

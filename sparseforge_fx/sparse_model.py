@@ -1,0 +1,272 @@
+"""A model whose forward is its soft-masked graph, with the dense teacher and the method that moves the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_fx import distill
+from sparseforge_fx.calibrate import bind
+from sparseforge_fx.capture import as_call
+from sparseforge_fx.compile import compile_repeated_blocks
+from sparseforge_fx.hessian import fold_on_backward, hutchinson_diagonal
+from sparseforge_fx.methods.base import MaskedWeight
+from sparseforge_fx.methods.layerwise import compensate, undone_on_error
+from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig
+from sparseforge_fx.passes import LinearSite, insert_hessian_hooks, run_passes, train_passes
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.insert_hessian_hooks import probe_name
+from sparseforge_fx.passes.insert_soft_masks import mask_name
+from sparseforge_fx.program import Program
+
+
+class SparseModel(nn.Module):
+    """The soft-masked graph of a model, with its teacher and its method.
+
+    ``sparse(**batch)`` returns what the model returns; where the output holds logits it carries ``.loss``: in
+    training the
+    task loss plus the distillation from the dense teacher, in eval mode the task loss. After ``optimizer.step()`` call
+    ``sparse.step()``; at the end :func:`finalize`. The parameters are the source model's own.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        sites: Sequence[LinearSite],
+        config: SparseForgeConfig,
+        *,
+        w_task: float,
+        w_kl: float,
+        slorb_block: int | None = None,
+    ):
+        super().__init__()
+        self.sites = list(sites)
+        self.dense = program
+        self.program, self.pass_records = run_passes(program, train_passes(sites, slorb_block=slorb_block))
+        self.w_task, self.w_kl = w_task, w_kl
+        self.causal = _is_causal_lm(program.source)
+        self.method = SparseForge(config, self._masked_weights())
+        self.steps_done = 0
+        self.last_loss: distill.Loss | None = None
+        self.graph = self.program.module()
+        # children that must not show in parameters(): probes would reach the user's optimizer, the teacher is frozen
+        self._hidden: dict[str, Any] = {"probe": None, "teacher": self._freeze_teacher() if w_kl else None}
+        self._runners: dict[str, Callable] = {"graph": self.graph}
+        self._hooks: list = []
+        self._compile: bool | dict = False
+        if config.score != "magnitude" and config.curvature in ("gauss_newton", "activation"):
+            self._insert_probes()
+
+    # -- construction ------------------------------------------------------------------------------------------------
+    def _masked_weights(self) -> list[MaskedWeight]:
+        tensor = self.program.tensor
+        return [
+            MaskedWeight(s.fqn, tensor(s.fqn), tensor(mask_name(s.fqn)), s.reduction_dim) for s in eligible(self.sites)
+        ]
+
+    def _insert_probes(self) -> None:
+        estimator = self.method.config.curvature
+        probed, _ = run_passes(self.program, [lambda p: insert_hessian_hooks(p, estimator)])  # type: ignore[arg-type]
+        module = probed.module()
+        found = dict(module.named_parameters())
+        probes = {w.fqn: found[probe_name(w.fqn)] for w in self.method.weights}
+        self._hooks = fold_on_backward(probes, self.method.curvature)
+        self._hidden["probe"] = self._runners["probe"] = module
+
+    def _freeze_teacher(self) -> nn.Module:
+        """The dense program over clones of what changes: parameters that require grad, and the sites. The rest is
+        shared."""
+        frozen = self.dense.copy()
+        sites = {id(w.weight) for w in self.method.weights}
+        clones: dict[int, Tensor] = {}
+        for fqn, value in list(frozen.state.items()):
+            if isinstance(value, nn.Parameter) and (value.requires_grad or id(value) in sites):  # ties stay ties
+                clone = clones.setdefault(id(value), nn.Parameter(value.detach().clone(), requires_grad=False))
+                frozen.state[fqn] = clone
+        return frozen.module()
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Run the graph (and its probed twin, and the teacher) under torch.compile, one repeated block compiled
+        once."""
+        del args
+        for name in ("graph", "probe", "teacher"):
+            module = self.graph if name == "graph" else self._hidden.get(name)
+            if module is not None:
+                self._runners[name] = compile_repeated_blocks(module, **options)
+
+    #: what the Hugging Face Trainer asks of a model: the mean over micro-batches is its work, not the model's
+    accepts_loss_kwargs = False
+
+    @property
+    def config(self) -> Any:
+        """The source model's config, as the Trainer expects; None without one. The annealing's is ``method.config``."""
+        return getattr(self.dense.source, "config", None)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, but a tied tensor comes under its first name only: safetensors refuses shared memory."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name in self._aliases():
+            state.pop(prefix + name, None)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What :meth:`state_dict` gave; sets weights and masks. The rest of the annealing is in ``method.state()``."""
+        first = {name: state_dict[one] for name, one in self._aliases().items() if one in state_dict}
+        return super().load_state_dict({**first, **state_dict}, *args, **kwargs)
+
+    def _aliases(self) -> dict[str, str]:
+        """Further names of tied parameters -> the first name."""
+        first: dict[int, str] = {}
+        names = {name: first.setdefault(id(p), name) for name, p in self.named_parameters(remove_duplicate=False)}
+        return {name: one for name, one in names.items() if name != one}
+
+    def train(self, mode: bool = True) -> SparseModel:
+        self.training = mode  # exported graphs refuse .train(): they are traced in eval mode
+        return self
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        for name in ("probe", "teacher"):
+            if self._hidden.get(name) is not None:
+                self._hidden[name]._apply(fn)
+        for held in (self.method.soft, self.method.curvature.values, self.method.compensation):
+            held.update({fqn: fn(value) for fqn, value in held.items()})
+        masks = dict(self.graph.named_buffers())
+        for w in self.method.weights:
+            w.mask = masks[mask_name(w.fqn)]
+            self.program.state[mask_name(w.fqn)] = w.mask
+            if self._hidden["probe"] is not None:
+                owner, _, leaf = mask_name(w.fqn).rpartition(".")
+                self._hidden["probe"].get_submodule(owner)._buffers[leaf] = w.mask
+                probe = self._hidden["probe"].get_parameter(probe_name(w.fqn))
+                probe.data = probe.data.new_zeros(()).expand(probe.shape)  # one element again
+        return self
+
+    # -- training ----------------------------------------------------------------------------------------------------
+    def calibrate(self, batches: Sequence[Any]) -> dict[str, float]:
+        """Set weights and masks to the layer-wise OBS solution on ``batches`` (what ``start="obs"`` starts from)."""
+        inputs = [self._split(*as_call(batch))[:2] for batch in batches]
+        merged = [args if args else kwargs for args, kwargs in inputs]
+        with undone_on_error(self.method.weights) as dense:
+            raised = compensate(self.program, self.method.weights, merged, self.method.config.pattern)
+        self.method.start_from(dense)
+        return raised
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        kwargs |= {} if labels is None else {"labels": labels}
+        call_args, call_kwargs, labels = self._split(args, kwargs)
+        learning = self.training and torch.is_grad_enabled()
+        probing = learning and self._hidden["probe"] is not None and self.method.wants_curvature(self.steps_done)
+        output = self._runners["probe" if probing else "graph"](*call_args, **call_kwargs)
+        self._batch = (call_args, call_kwargs, labels)
+        self.last_loss = self.loss(output, call_args, call_kwargs, labels, teach=learning)
+        if self.last_loss is not None and hasattr(output, "logits"):
+            output["loss"] = self.last_loss.total
+        return output
+
+    def loss(
+        self, output: Any, args: tuple, kwargs: dict, labels: Tensor | None, *, teach: bool
+    ) -> distill.Loss | None:
+        """The loss of one output: w_task * cross-entropy where there are labels + w_kl * distance from the teacher.
+
+        Logits of two classes or more: KL(teacher || student). Any other output: squared error relative to the
+            teacher's.
+        None if neither labels nor a teacher say anything about this output.
+        """
+        student = distill.main_output(output)
+        teacher = self._teach(args, kwargs) if teach and self._hidden["teacher"] is not None else None
+        if _are_logits(output, student):
+            rows = student.shape[:-1]
+            fitting = _are_classes(labels, student)
+            if not fitting and teacher is None:
+                return None
+            w_task = self.w_task if fitting else 0.0
+            target = labels if fitting else torch.full(rows, distill.IGNORE, device=student.device)
+            assert target is not None
+            mask = kwargs.get("attention_mask")
+            if (
+                isinstance(mask, Tensor) and mask.shape == rows and bool((mask == 0).any())
+            ):  # nothing is learnt from padding
+                student, target = student[mask != 0], target[mask != 0]
+                teacher = None if teacher is None else teacher[mask != 0]
+            return distill.logits_loss(
+                student,
+                teacher,
+                target,
+                w_task=w_task if teach else 1.0,
+                w_kl=self.w_kl if teacher is not None else 0.0,
+            )
+        if teacher is None:
+            return None
+        error = distill.relative_error(student, teacher)
+        return distill.Loss(self.w_kl * error, torch.zeros_like(error.detach()), error.detach())
+
+    @torch.no_grad()
+    def _teach(self, args: tuple, kwargs: dict) -> Tensor:
+        """What the dense model answers."""
+        run = self._runners.get("teacher", self._hidden["teacher"])
+        return distill.main_output(run(*args, **kwargs))
+
+    def step(self) -> None:
+        """Bring the masks to the next step; call it after ``optimizer.step()`` and before ``zero_grad()``."""
+        if self.method.wants_curvature(self.steps_done):
+            if self.method.config.curvature == "squared_gradient":
+                for w in self.method.weights:
+                    if w.weight.grad is not None:
+                        self.method.curvature.fold(w.fqn, w.weight.grad.float().square(), w.mask.dtype)
+            elif self.method.config.curvature == "hutchinson":
+                self._hutchinson()
+        self.method.after_step(self.steps_done)
+        self.steps_done += 1
+
+    def _hutchinson(self) -> None:
+        """Curvature of the loss at the effective weights W * e, through the dense graph: its ops differentiate
+        twice."""
+        args, kwargs, labels = self._batch
+        weights = {w.fqn: (self.program.tensor(w.fqn).detach() * w.mask).requires_grad_() for w in self.method.weights}
+        module = self.dense.module()
+        generator = torch.Generator(device=next(iter(weights.values())).device).manual_seed(self.steps_done)
+
+        def loss() -> Tensor:
+            output = torch.func.functional_call(module, weights, args, kwargs, tie_weights=True)
+            student = distill.main_output(output)
+            logits = student.float().flatten(0, -2)
+            if not _are_logits(output, student):
+                return distill.relative_error(student, self._teach(args, kwargs))
+            if labels is not None and _are_classes(labels, student):
+                return nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=distill.IGNORE)
+            # the chunked loss has no second derivative
+            teacher = self._teach(args, kwargs).float().flatten(0, -2).log_softmax(-1)
+            return nn.functional.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
+
+        for fqn, estimate in hutchinson_diagonal(loss, weights, generator=generator).items():
+            self.method.curvature.fold(fqn, estimate, weights[fqn].dtype)
+
+    def _split(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any], Tensor | None]:
+        """The captured graph's inputs out of a batch in any form, and the labels."""
+        args, kwargs, given = bind(self.dense, args, kwargs)
+        labels, ids = given.get("labels"), given.get("input_ids")
+        if labels is None and self.causal and isinstance(ids, Tensor):
+            labels = distill.shifted_labels(ids, given.get("attention_mask"))
+        elif self.causal and isinstance(labels, Tensor):
+            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], distill.IGNORE)], 1)
+        return args, kwargs, labels
+
+
+def _are_logits(output: Any, value: Tensor) -> bool:
+    """Scores of classes: one alone (a regression) has no distribution."""
+    return hasattr(output, "logits") and value.shape[-1] > 1
+
+
+def _are_classes(labels: Tensor | None, logits: Tensor) -> bool:
+    return labels is not None and labels.shape == logits.shape[:-1] and not labels.is_floating_point()
+
+
+def _is_causal_lm(model: nn.Module | None) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(can_generate is not None and can_generate() and not encoder_decoder)
