@@ -14,6 +14,7 @@ from tiny_checkpoint import write_checkpoint, write_text
 from typer.testing import CliRunner
 
 from sparseforge_fx import cli, models
+from sparseforge_fx.cli.sparsify import STATE, STATE_OF, parse_tokens
 from sparseforge_fx.errors import SparseForgeError
 
 SHORT = [
@@ -75,7 +76,7 @@ def test_help_does_not_wait_for_torch():
 def test_sparsify_writes_a_plain_checkpoint_a_report_and_curves(sparse):
     names = set(os.listdir(sparse))
     assert {"config.json", "model.safetensors", "tokenizer.json", "report.json", "curves.png"} <= names
-    assert cli.STATE not in names and cli.STATE_OF not in names
+    assert STATE not in names and STATE_OF not in names
     assert not [n for n in os.listdir(sparse.parent) if n.startswith(".")]  # nothing half-written beside it
     report = json.loads((sparse / "report.json").read_text())
     assert report["method"] == "sparseforge" and report["tokens"] == 96 and len(report["curves"]) == 3
@@ -170,13 +171,13 @@ def test_report_prints_the_summary(sparse):
     ("text", "count"), [("1", 1), ("500k", 500_000), ("20M", 20_000_000), ("1.5B", 1_500_000_000), (" 2m ", 2_000_000)]
 )
 def test_token_counts(text, count):
-    assert cli.parse_tokens(text) == count
+    assert parse_tokens(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "0", "20X", "M", "-5", "1e6", "1.5.2k", "٣x"])
 def test_bad_token_counts(text):
     with pytest.raises(SparseForgeError, match="not a number of tokens"):
-        cli.parse_tokens(text)
+        parse_tokens(text)
 
 
 # -- bad input: one sentence, exit code 2, nothing written -----------------------------------------------------------
@@ -311,13 +312,13 @@ def command(home, out):
 def test_a_killed_run_resumes_to_the_same_weights(home, stopped, sparse, tmp_path):
     out = shutil.copytree(stopped, tmp_path / "out")
     arguments = command(home, out)
-    assert sorted(os.listdir(out)) == [cli.STATE_OF, cli.STATE]
+    assert sorted(os.listdir(out)) == [STATE_OF, STATE]
     refused(home, out, *arguments, says="was not finished: give --resume")
     refused(home, out, *arguments, "--resume", "--lr", "1e-3", says="lr was 0.0005 and is now 0.001")
     elsewhere = ["other" if a == str(home / "dense") else a for a in arguments]
     refused(home, out, *elsewhere, "--resume", says="model was")
     ok(*arguments, "--resume")
-    assert cli.STATE not in os.listdir(out) and (out / "config.json").exists()
+    assert STATE not in os.listdir(out) and (out / "config.json").exists()
     report = json.loads((out / "report.json").read_text())
     assert [row["step"] for row in report["curves"]] == [1, 2, 3]
     unbroken, resumed = load_file(sparse / "model.safetensors"), load_file(out / "model.safetensors")
@@ -330,8 +331,8 @@ def test_a_training_state_of_another_model(home, stopped, tmp_path):
     out = shutil.copytree(stopped, tmp_path / "out")
     moved = write_checkpoint(tmp_path / "model", num_hidden_layers=1, hidden_size=16)
     arguments = [str(moved) if a == str(home / "dense") else a for a in command(home, out)]
-    started = json.loads((out / cli.STATE_OF).read_text()) | {"model": str(moved)}
-    (out / cli.STATE_OF).write_text(json.dumps(started))
+    started = json.loads((out / STATE_OF).read_text()) | {"model": str(moved)}
+    (out / STATE_OF).write_text(json.dumps(started))
     refused(home, out, *arguments, "--resume", says="belongs to another model")
 
 
@@ -339,7 +340,7 @@ def test_a_broken_training_state(home, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     arguments = ["sparsify", home / "dense", "--data", home / "train.txt", "-o", out, *SHORT]
-    (out / cli.STATE_OF).write_text("{")
+    (out / STATE_OF).write_text("{")
     refused(home, out, *arguments, "--resume", says="cannot be read")
 
 

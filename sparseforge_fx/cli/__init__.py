@@ -1,0 +1,14 @@
+"""The command line, a file per command. Commands import torch when they run, so that ``--help`` is quick.
+
+Bad input ends in one sentence on standard error and exit code 2, with nothing written.
+"""
+
+from sparseforge_fx.cli import evaluate, inspect, report, sparsify
+from sparseforge_fx.cli.app import app
+
+__all__ = ["app", "evaluate", "inspect", "main", "report", "sparsify"]
+
+
+def main() -> None:
+    """Entry point of ``sparseforge-fx``."""
+    app()

@@ -1,0 +1,3 @@
+from sparseforge_fx.cli import main
+
+main()

@@ -1,0 +1,268 @@
+"""``sparseforge-fx sparsify``: from a checkpoint to a sparse one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import typing
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparseforge_fx.cli.app import (
+    Exclude,
+    Include,
+    Model,
+    PatternOption,
+    command,
+    pick_device,
+    quiet,
+    stdout,
+)
+from sparseforge_fx.cli.report import summary
+from sparseforge_fx.errors import SparseForgeError
+
+STATE, STATE_OF = "training-state.pt", "training-state.json"  # what a run under way keeps in its output folder
+TRAINING_TEXT = (
+    "Training text: a hub id owner/name[:config][:split], a text, jsonl or parquet file, or a folder; "
+    "'self': drawn from the model."
+)
+OTHER_FIELD = "Any other field of SparseForgeConfig (repeatable)."
+
+
+class Compile(StrEnum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+@command
+def sparsify(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, report.json and curves.png.")],
+    data: Annotated[str | None, typer.Option(help=TRAINING_TEXT)] = None,
+    method: Annotated[str | None, typer.Option(help="sparseforge (default with data), sparsegpt, magnitude.")] = None,
+    preset: Annotated[str, typer.Option(help="Of sparseforge: tuned or paper.")] = "tuned",
+    tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 500k, 20M, 1.5B; default 60 steps.")] = None,
+    pattern: PatternOption = "2:4",
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
+    calibration: Annotated[int, typer.Option(min=1, help="Sequences for layer-wise pruning.")] = 64,
+    curvature: Annotated[str | None, typer.Option(help="The estimator, e.g. gauss_newton.")] = None,
+    change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help=OTHER_FIELD)] = [],  # noqa: B006
+    include: Include = [],  # noqa: B006
+    exclude: Exclude = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Of data order and sampling.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default the checkpoint's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one.")] = None,
+    compile: Annotated[Compile, typer.Option(help="torch.compile; auto: where the run is long.")] = Compile.auto,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, at the end.")] = False,
+    save_seconds: Annotated[float, typer.Option(min=0, help="Seconds between two saved training states.")] = 600.0,
+    log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate: tensorboard, wandb, ...")] = None,
+) -> None:
+    """Train a model to exact N:M sparsity, and write it as a plain Hugging Face checkpoint with a report."""
+    shape_of_run = {
+        "model": model,
+        "data": data,
+        "method": method,
+        "preset": preset,
+        "tokens": tokens,
+        "pattern": pattern,
+        "lr": lr,
+        "batch_size": batch_size,
+        "length": length,
+        "accumulate": accumulate,
+        "calibration": calibration,
+        "curvature": curvature,
+        "set": sorted(change),
+        "include": sorted(include),
+        "exclude": sorted(exclude),
+        "seed": seed,
+        "dtype": dtype,
+    }
+    count = None if tokens is None else parse_tokens(tokens)
+    if count is not None and count < batch_size * length * accumulate:
+        step = batch_size * length * accumulate
+        raise SparseForgeError(
+            f"--tokens {tokens} is less than one step of {step} tokens: raise it, or lower --batch-size or --length"
+        )
+
+    import torch
+
+    from sparseforge_fx import models
+    from sparseforge_fx.pattern import Pattern
+    from sparseforge_fx.report import plot_curves, write_json
+    from sparseforge_fx.sparsify import METHODS, PRESETS
+    from sparseforge_fx.sparsify import sparsify as run
+    from sparseforge_fx.text import open_sources
+
+    # everything that can be known to be wrong before a model is loaded
+    models.finish_replacement(output)
+    _check_run_folder(output, shape_of_run, resume=resume, overwrite=overwrite)
+    if method is not None and method not in METHODS:
+        raise SparseForgeError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if preset not in PRESETS:
+        raise SparseForgeError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    Pattern.parse(pattern)
+    changes = _changes(change) | ({"curvature": curvature} if curvature else {})
+    if data is not None and data != "self":
+        open_sources(data)
+    where = pick_device(device)
+
+    quiet()
+    loaded, tokenizer = models.load_model(model, dtype)
+    loaded.to(where)
+    state, started = output / STATE, output / STATE_OF
+    if overwrite:
+        state.unlink(missing_ok=True)
+        started.unlink(missing_ok=True)
+    tracker = _Tracker(log_with, output, shape_of_run)
+
+    def on_step(step: int, row: dict[str, float]) -> None:
+        if not started.exists():  # from the first step on, and not before, there is something to resume
+            write_json(started, shape_of_run)
+        tracker.log(row, step)
+
+    result = run(
+        loaded,
+        data,
+        method=method,
+        preset=preset,
+        pattern=pattern,
+        include=include,
+        exclude=exclude,
+        tokenizer=tokenizer,
+        tokens=count,
+        batch_size=batch_size,
+        length=length,
+        accumulate=accumulate,
+        lr=lr,
+        calibration=calibration,
+        seed=seed,
+        compile="auto" if compile is Compile.auto else compile is Compile.on,
+        resume_from=state,
+        save_seconds=save_seconds,
+        accelerator=tracker.accelerator,
+        on_step=on_step,
+        **changes,
+    )
+    tracker.end()
+    report = {"command": shape_of_run, **result.report}
+    with models.new_folder(output, overwrite=True) as folder:
+        models.write_checkpoint(result.model.cpu(), tokenizer, folder)
+        if report.get("curves"):
+            plot_curves(report["curves"], folder / "curves.png")
+        write_json(folder / "report.json", report)
+        if tracker.folder.exists():
+            shutil.copytree(tracker.folder, folder / tracker.folder.name)
+    console = stdout()
+    console.print(summary(report))
+    console.print(
+        f"wrote {output}; next: sparseforge-fx evaluate {output} --dense {model}", markup=False, highlight=False
+    )
+    torch.cuda.empty_cache()
+
+
+def parse_tokens(text: str) -> int:
+    """``20M`` -> 20000000; k, M and B (or G), any case. Raises SparseForgeError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbg]?)", text.strip(), re.IGNORECASE)
+    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+    count = round(float(match[1]) * scale[match[2].lower()]) if match else 0
+    if count < 1:
+        raise SparseForgeError(f"{text!r} is not a number of tokens: write for example 500k, 20M or 1.5B")
+    return count
+
+
+def _check_run_folder(output: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Is the output folder free, or the run in it this one?"""
+    from sparseforge_fx.models import check_output
+
+    if resume and overwrite:
+        raise SparseForgeError("--resume goes on with a run and --overwrite forgets it: give one of the two")
+    started = output / STATE_OF
+    if resume and started.is_file():
+        try:
+            before = json.loads(started.read_text())
+        except ValueError as error:
+            raise SparseForgeError(f"{started} cannot be read ({error}): start anew with --overwrite") from error
+        different = [k for k in wanted if before.get(k) != wanted[k]]
+        if different:
+            told = "; ".join(f"{k} was {before.get(k)!r} and is now {wanted[k]!r}" for k in different)
+            raise SparseForgeError(
+                f"the run in {output} is another one ({told}): repeat its options, or start anew with --overwrite"
+            )
+        return
+    if resume and (output / "config.json").exists():
+        raise SparseForgeError(f"the run in {output} is finished: there is nothing to resume")
+    if not overwrite and started.is_file():
+        raise SparseForgeError(
+            f"{output} holds a run that was not finished: give --resume to go on with it or --overwrite to start anew"
+        )
+    check_output(output, overwrite=overwrite)
+
+
+def _changes(assignments: list[str]) -> dict[str, Any]:
+    """``--set name=value`` as values of the types that SparseForgeConfig declares."""
+    from sparseforge_fx.methods.soft_mask import SparseForgeConfig
+
+    hints = typing.get_type_hints(SparseForgeConfig)
+    names = {f.name: f for f in dataclasses.fields(SparseForgeConfig) if f.name not in ("steps", "pattern")}
+    out: dict[str, Any] = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or name not in names:
+            raise SparseForgeError(f"--set {text}: write NAME=VALUE with one of {', '.join(names)}")
+        kind = hints[name]
+        choices = typing.get_args(kind)
+        try:
+            if kind is bool:
+                out[name] = {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+            elif kind in (int, float):
+                out[name] = kind(value)
+            elif choices and value not in choices:
+                raise ValueError(value)
+            else:
+                out[name] = value
+        except (ValueError, KeyError) as error:
+            expected = f"one of {', '.join(map(str, choices))}" if choices else f"a {getattr(kind, '__name__', kind)}"
+            raise SparseForgeError(f"--set {text}: the value must be {expected}") from error
+    return out
+
+
+class _Tracker:
+    """``accelerate``'s trackers, if one is asked for; their files go to ``logs`` in the output folder."""
+
+    def __init__(self, name: str | None, output: Path, run: dict[str, Any]):
+        self.folder = output / "logs"
+        self.accelerator: Any = None
+        if name is None:
+            return
+        from accelerate import Accelerator
+        from accelerate.tracking import get_available_trackers
+
+        available = [str(getattr(t, "value", t)) for t in get_available_trackers()]
+        if name not in available:
+            raise SparseForgeError(
+                f"the tracker {name} is not installed; installed are: {', '.join(available) or 'none'}"
+            )
+        self.accelerator = Accelerator(log_with=name, project_dir=str(self.folder))
+        self._run = {k: v if isinstance(v, int | float | str) else str(v) for k, v in run.items()}
+        self._open = False
+
+    def log(self, row: dict[str, float], step: int) -> None:
+        if self.accelerator is not None:
+            if not self._open:
+                self.accelerator.init_trackers("sparsify", config=self._run)
+                self._open = True
+            self.accelerator.log(row, step=step)
+
+    def end(self) -> None:
+        if self.accelerator is not None and self._open:
+            self.accelerator.end_training()
