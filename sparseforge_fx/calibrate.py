@@ -1,8 +1,7 @@
 """Walk a graph node by node with all calibration batches in step, stopping at every weight that is to be pruned.
 
 Each node is computed once per batch, and each layer sees inputs that the already pruned layers before it produced.
-What is
-alive at one point of the graph is all the memory that it takes, whatever the depth.
+What is alive at one point of the graph is all the memory that it takes, whatever the depth.
 """
 
 from __future__ import annotations
@@ -96,9 +95,8 @@ def bind(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tupl
     """What a captured program takes out of a batch: positional inputs, keyword inputs; and the whole batch by name.
 
     Inputs find their places by the names of the model's forward, however they were given and however the model was
-    captured; what the
-    program does not take is left out. Raises SparseForgeError if it lacks something, or if padding would be taken for
-    text.
+    captured; what the program does not take is left out. Raises SparseForgeError if it lacks something, or if padding
+    would be taken for text.
     """
     if args and isinstance(args[0], Mapping):
         args, kwargs = (), {**args[0], **kwargs}  # type: ignore[misc]

@@ -73,12 +73,10 @@ def hutchinson_diagonal(
 
     Args:
         loss: computes the scalar loss from ``weights`` (which require grad); called once, under math attention, as
-            fused
-            attention has no second derivative.
+            fused attention has no second derivative.
 
     Returns tensors of the weights' shapes, unbiased, possibly negative; weights that have no part in the loss are
-    left out. Each
-    sample costs a backward through the backward.
+    left out. Each sample costs a backward through the backward.
     Source: Hutchinson's estimator as in arXiv 2605.06402, section 3.
     """
     names, tensors = list(weights), list(weights.values())

@@ -82,8 +82,7 @@ def finalize(sparse: SparseModel) -> nn.Module:
     """Fix the masks, fold them into the weights (exact N:M, in place) and return the source model object.
 
     SLoRB branches become a child ``slorb`` of the module that owns the weight, added by a forward hook. A weight that
-    two modules
-    share gets its branch on the first.
+    two modules share gets its branch on the first.
     """
     sparse.method.fix()
     hardened, records = run_passes(sparse.program, [lambda p: harden_masks(p, sparse.method.config.pattern)])

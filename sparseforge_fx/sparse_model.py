@@ -27,9 +27,9 @@ class SparseModel(nn.Module):
     """The soft-masked graph of a model, with its teacher and its method.
 
     ``sparse(**batch)`` returns what the model returns; where the output holds logits it carries ``.loss``: in
-    training the
-    task loss plus the distillation from the dense teacher, in eval mode the task loss. After ``optimizer.step()`` call
-    ``sparse.step()``; at the end :func:`finalize`. The parameters are the source model's own.
+    training the task loss plus the distillation from the dense teacher, in eval mode the task loss. After
+    ``optimizer.step()`` call ``sparse.step()``; at the end :func:`finalize`. The parameters are the source model's
+    own.
     """
 
     def __init__(

@@ -86,8 +86,7 @@ def sparsify(
             fields of its SparseForgeConfig.
         pattern: N:M. include, exclude: globs over weight or module names.
         steps, tokens: length of the run; one of them (default: 60 steps). ``batch_size`` sequences of ``length``
-            tokens per step,
-            times ``accumulate``.
+            tokens per step, times ``accumulate``.
         lr: peak learning rate. 5e-4 was best for SmolLM2-135M in runs of 60 steps; the authors take 1e-4 for 7B and
             20,000 steps.
         w_task, w_kl: weights of cross-entropy (default: 0.3 for ``tuned``, 1.0 for ``paper``) and of KL(teacher ||

@@ -80,8 +80,7 @@ def train(
         clip: largest gradient norm over all parameters; 0 for none.
         accumulate: micro-batches per step.
         state_path: the state is saved there every ``save_seconds`` and read from there if it exists: a killed run
-            continues to
-            the same bits on a CPU.
+            continues to the same bits on a CPU.
         compile: True, False, or "auto": where the run is long enough to win back what compiling costs.
 
     Raises SparseForgeError at the first loss or gradient that is not finite; the last saved state is then untouched.

@@ -3,9 +3,8 @@
     python examples/benchmarks/training_overhead.py MODEL [--device cpu] [--batch-size 4] [--length 512] [--rounds 5]
 
 The kinds of step are interleaved in one process and their medians compared. Probe steps and mask updates are
-amortised over
-the periods that the paper's preset takes at 20,000 steps and at 150. No optimizer is in any of the steps: it would
-flatter the ratio. Curvature estimators are timed in the same rounds.
+amortised over the periods that the paper's preset takes at 20,000 steps and at 150. No optimizer is in any of the
+steps: it would flatter the ratio. Curvature estimators are timed in the same rounds.
 """
 
 from __future__ import annotations

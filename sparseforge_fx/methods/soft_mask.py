@@ -2,8 +2,7 @@
 
 score   obd: s = h w^2 (cost of deletion) | ratio: s = |w| / sqrt(h + eps) | magnitude: s = |w|
 gate    site: G = sigmoid((z - quantile(z, sparsity)) / T), z the scores standardised per weight (the paper's), by
-    half their
-        16-84 % range: a normal score's standard deviation, which h w^2, with its long tail, does not have
+        half their 16-84 % range: a normal score's standard deviation, which h w^2, with its long tail, does not have
         pattern: G = sum_k softmax(-cost_k / T) pattern_k over the legal patterns of a group, cost_k the share of the
         group's score that pattern k deletes; every group keeps mass N, so soft meets hard by itself as T -> 0
 pull    G <- G - eta (m - top-N(G)): score structural hardening
@@ -38,10 +37,8 @@ class SparseForgeConfig:
     Attributes:
         steps: optimizer steps of the whole run.
         start: ``dense``: masks of one, moved by scores. ``obs``: the masks of the layer-wise OBS solution
-            (methods/layerwise.py);
-            the quench then leads from the dense weights to that solution: pruned weights fade with lambda while the
-                survivors
-            take their compensation over.
+            (methods/layerwise.py); the quench then leads from the dense weights to that solution: pruned weights fade
+            with lambda while the survivors take their compensation over.
         softness_start: lambda at the first step.
         heat_end, quench_end: lambda is 1 before the first, falls linearly, and is 0 after the second; then masks are
             fixed.
@@ -100,8 +97,8 @@ def paper_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -
     """The authors' constants (DESIGN section 3), scaled to a run of ``steps``.
 
     K = 30 of 20,000 steps; with fewer steps K shrinks (to 5 from 150 steps on, to 1 below 60) and the per-update
-    rates (a = 0.1, gamma = 0.975, beta = 0.985) are
-    rescaled so that the run travels the same way in fewer updates. lambda falls from 10 % to 85 % of the run.
+    rates (a = 0.1, gamma = 0.975, beta = 0.985) are rescaled so that the run travels the same way in fewer updates.
+    lambda falls from 10 % to 85 % of the run.
     """
     every = max(
         1, round(30 * steps / REFERENCE_STEPS), min(5, steps // 30)
@@ -125,8 +122,7 @@ def tuned_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -
     """Ours: masks and compensation of the layer-wise OBS solution from the first step on, so that all of the run heals.
 
     In runs of 30 and 60 steps nothing that delayed the hard masks did better; ``quench_end=0.4, softness_start=0.6``
-    lets the
-    pruned weights fade from the dense model instead.
+    lets the pruned weights fade from the dense model instead.
     """
     base = SparseForgeConfig(steps=steps, pattern=pattern, start="obs", heat_end=0.0, quench_end=0.0)
     return replace(base, **changes)
@@ -235,7 +231,7 @@ class SparseForge:
     def fixed(self) -> bool:
         return self._fixed
 
-    # -- the mask update -----------------------------------------------------------------------------------------------
+    # -- the mask update ---------------------------------------------------------------------------------------------
     def _update(self, progress: float) -> None:
         c = self.config
         flips = total = 0
@@ -281,8 +277,7 @@ class SparseForge:
         soft = ((share @ legal.t()) / temperature).softmax(-1) @ legal  # -cost_k and kept_k differ by a constant
         return from_groups(1 - reached * (1 - soft), dim)
 
-    # -- reports and resuming
-    # --------------------------------------------------------------------------------------------
+    # -- reports and resuming ----------------------------------------------------------------------------------------
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         c, progress = self.config, self.progress(self.step)
