@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from sparseforge_fx.pattern import TWO_FOUR, Pattern
+from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
 from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
@@ -87,7 +87,7 @@ class LinearSite:
 
 def find_linears(
     program: Program,
-    pattern: Pattern = TWO_FOUR,
+    pattern: AnyPattern = TWO_FOUR,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> list[LinearSite]:
@@ -150,7 +150,7 @@ def eligible(sites: Sequence[LinearSite]) -> list[LinearSite]:
     return [s for s in sites if s.reason is None]
 
 
-def _refusal(site: LinearSite, others: set[str], pattern: Pattern) -> str | None:
+def _refusal(site: LinearSite, others: set[str], pattern: AnyPattern) -> str | None:
     """Why this weight cannot be pruned at all; None if it can."""
     readers = ", ".join(sorted(others))
     if len(site.shape) != 2:
@@ -163,8 +163,8 @@ def _refusal(site: LinearSite, others: set[str], pattern: Pattern) -> str | None
         return "used along both of its dimensions (W and W^T)"
     if not site.dtype.is_floating_point or site.dtype.itemsize < 2:
         return f"dtype {site.dtype} is not float16, bfloat16, float32 or float64"
-    if site.in_features % pattern.m:
-        return f"reduction dimension {site.in_features} is not a multiple of {pattern.m}"
+    if not pattern.fits(site.in_features):
+        return f"reduction dimension {site.in_features} is not a multiple of {pattern.m}"  # type: ignore[union-attr]
     return None
 
 

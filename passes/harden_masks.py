@@ -8,13 +8,13 @@ from torch.fx import Node
 
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.pattern import TWO_FOUR, Pattern, hard_mask
+from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, hard_mask
 from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
 
 
-def harden_masks(program: Program, pattern: Pattern = TWO_FOUR) -> PassResult:
+def harden_masks(program: Program, pattern: AnyPattern = TWO_FOUR) -> PassResult:
     """W <- W * top-N-of-M(mask) in place, -0.0 normalised; soft_masked_linear -> linear, or addmm/matmul if [in, out].
 
     The weights are written in place, so that the source model's own Parameters hold the result. Each weight is folded
@@ -30,7 +30,8 @@ def harden_masks(program: Program, pattern: Pattern = TWO_FOUR) -> PassResult:
         if weight not in folded:
             folded.add(weight)
             value = program.tensor(names[weight])
-            keep = hard_mask(program.tensor(names[mask]), pattern, dim=0 if transposed else 1)
+            soft = program.tensor(names[mask])
+            keep = hard_mask(soft, pattern, dim=0 if transposed else 1) & (soft != 0)
             with torch.no_grad():
                 value.copy_(torch.where(keep, value, torch.zeros_like(value)) + 0.0)  # + 0.0 turns -0.0 into 0.0
         spent |= dict.fromkeys(p for p in (mask, probe) if p is not None)

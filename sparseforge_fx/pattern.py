@@ -1,11 +1,12 @@
-"""N:M pattern mathematics in plain torch: the reference that every pass, method and kernel is checked against.
+"""Pattern mathematics in plain torch: the reference that every pass, method and kernel is checked against.
 
-A tensor is cut into groups of M consecutive elements along its reduction dimension; an N:M tensor keeps at most N
-non-zeros in every group. 2:4 is the pattern that sparse tensor cores run.
+N:M: a tensor is cut into groups of M consecutive elements along its reduction dimension and keeps at most N non-zeros
+in every group; 2:4 is the pattern that sparse tensor cores run. Unstructured: a share of the whole tensor is zero.
 """
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 from typing import NamedTuple
 
@@ -21,14 +22,6 @@ class Pattern(NamedTuple):
     n: int
     m: int
 
-    @classmethod
-    def parse(cls, text: str | Pattern) -> Pattern:
-        """``"2:4"`` -> ``Pattern(2, 4)``. Raises SparseForgeError unless 0 < n < m."""
-        head, _, tail = (part.strip() for part in str(text).partition(":"))
-        if not (head.isdecimal() and tail.isdecimal() and 0 < int(head) < int(tail)):
-            raise SparseForgeError(f"pattern '{text}' is not N:M with 0 < N < M; write for example '2:4'")
-        return cls(int(head), int(tail))
-
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
@@ -37,8 +30,49 @@ class Pattern(NamedTuple):
         """Share of weights that survive: N / M."""
         return self.n / self.m
 
+    def fits(self, length: int) -> bool:
+        """Can a reduction dimension of this length be cut into whole groups?"""
+        return length % self.m == 0
 
+
+class Unstructured(NamedTuple):
+    """Drop the share ``sparsity`` of each weight, wherever in it."""
+
+    sparsity: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.sparsity:.6g}%"
+
+    @property
+    def density(self) -> float:
+        """Share of weights that survive."""
+        return 1 - self.sparsity
+
+    def fits(self, length: int) -> bool:
+        """Any length can be pruned."""
+        return True
+
+
+AnyPattern = Pattern | Unstructured
 TWO_FOUR = Pattern(2, 4)
+
+
+def parse_pattern(text: str | AnyPattern) -> AnyPattern:
+    """``"2:4"`` -> ``Pattern(2, 4)``, ``"50%"`` -> ``Unstructured(0.5)``.
+
+    Raises SparseForgeError unless 0 < N < M, or 0 % < p < 100 %.
+    """
+    if isinstance(text, Unstructured) and 0 < text.sparsity < 1:
+        return text
+    share = re.fullmatch(r"(\d+(?:\.\d+)?) *%", str(text).strip())
+    if share and 0 < float(share[1]) < 100:
+        return Unstructured(float(share[1]) / 100)
+    head, _, tail = (part.strip() for part in str(text).partition(":"))
+    if not (head.isdecimal() and tail.isdecimal() and 0 < int(head) < int(tail)):
+        raise SparseForgeError(
+            f"pattern '{text}' is not N:M with 0 < N < M; write for example '2:4', or '50%' for unstructured zeros"
+        )
+    return Pattern(int(head), int(tail))
 
 
 def to_groups(tensor: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
@@ -58,11 +92,14 @@ def from_groups(groups: Tensor, dim: int = -1) -> Tensor:
     return groups.flatten(-2).movedim(-1, dim)
 
 
-def hard_mask(scores: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
+def hard_mask(scores: Tensor, pattern: AnyPattern, dim: int = -1) -> Tensor:
     """Boolean mask of the N largest scores in every group of M along ``dim``; the earlier element wins a tie.
 
     Exactly N of M are kept whatever the scores are (NaN excepted: it is refused upstream), on every device the same.
+    Unstructured: exactly the rounded share of the whole tensor, in memory order along ``dim``.
     """
+    if isinstance(pattern, Unstructured):
+        return _largest(scores.movedim(dim, -1), round(pattern.density * scores.numel())).movedim(-1, dim)
     grouped = to_groups(scores, pattern, dim)
     if pattern.m <= 8:
         # rank by comparison: a few elementwise ops over contiguous lanes, several times faster than a sort
@@ -79,6 +116,17 @@ def hard_mask(scores: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
     return from_groups(mask, dim)
 
 
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` largest of all; the earlier wins a tie."""
+    flat = scores.flatten()
+    if count < 1:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    above, level = flat > threshold, flat == threshold
+    room = count - above.sum()
+    return (above | (level & (level.cumsum(0) <= room))).view(scores.shape)
+
+
 def all_patterns(pattern: Pattern, device: torch.device | str = "cpu") -> Tensor:
     """Every legal mask of one group, [C(M, N), M] float32, in lexicographic order (six rows for 2:4)."""
     rows = list(combinations(range(pattern.m), pattern.n))
@@ -88,8 +136,11 @@ def all_patterns(pattern: Pattern, device: torch.device | str = "cpu") -> Tensor
     return out
 
 
-def check_pattern(weight: Tensor, pattern: Pattern, dim: int = -1) -> bool:
-    """True if every group of M along ``dim`` has at most N non-zeros."""
+def check_pattern(weight: Tensor, pattern: AnyPattern, dim: int = -1) -> bool:
+    """True if every group of M along ``dim`` has at most N non-zeros (unstructured: the tensor no more than its
+    share)."""
+    if isinstance(pattern, Unstructured):
+        return int(torch.count_nonzero(weight)) <= round(pattern.density * weight.numel())
     return bool(((to_groups(weight, pattern, dim) != 0).sum(-1) <= pattern.n).all())
 
 

@@ -25,7 +25,7 @@ from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tu
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
-from sparseforge_fx.pattern import Pattern, check_pattern, density
+from sparseforge_fx.pattern import AnyPattern, check_pattern, density, parse_pattern
 from sparseforge_fx.prepare import check_sites, finalize
 from sparseforge_fx.program import Program
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
@@ -50,7 +50,7 @@ def sparsify(
     *,
     method: str | None = None,
     preset: str = "tuned",
-    pattern: str | Pattern = "2:4",
+    pattern: str | AnyPattern = "2:4",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     tokenizer: Any = None,
@@ -110,7 +110,7 @@ def sparsify(
         raise SparseForgeError(
             f"method {chosen} needs data: pass text, tokens or batches, or data='self' for a language model"
         )
-    shape = Pattern.parse(pattern)
+    shape = parse_pattern(pattern)
     unknown = sorted(set(changes) - ({f.name for f in fields(SparseForgeConfig)} if chosen == "sparseforge" else set()))
     if unknown:
         raise SparseForgeError(f"method {chosen} has no option {', '.join(unknown)}")
@@ -226,7 +226,9 @@ def _anneal(
 
 
 @torch.no_grad()
-def _prune_once(program: Program, sites: list[LinearSite], pattern: Pattern, batches: list | None) -> dict[str, float]:
+def _prune_once(
+    program: Program, sites: list[LinearSite], pattern: AnyPattern, batches: list | None
+) -> dict[str, float]:
     masked, _ = run_passes(program, train_passes(sites))
     weights = [
         MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim)

@@ -9,12 +9,14 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.pattern import (
     TWO_FOUR,
     Pattern,
+    Unstructured,
     all_patterns,
     check_pattern,
     density,
     distance_from_binary,
     from_groups,
     hard_mask,
+    parse_pattern,
     to_groups,
 )
 
@@ -81,24 +83,71 @@ def test_groups_are_consecutive_along_the_reduction_dimension():
     ]
 
 
+@settings(max_examples=25)
+@given(scores_with_ties(), st.sampled_from([0.01, 0.25, 0.5, 0.8, 0.999]))
+def test_unstructured_keeps_its_share_of_the_tensor_and_the_earlier_of_equals(case, sparsity):
+    _, scores, dim = case
+    pattern = Unstructured(sparsity)
+    mask, count = hard_mask(scores, pattern, dim), round(pattern.density * scores.numel())
+    rows = scores.movedim(dim, -1).flatten().tolist()
+    expected = sorted(sorted(range(len(rows)), key=lambda i: (-rows[i], i))[:count])
+    assert mask.movedim(dim, -1).flatten().nonzero().flatten().tolist() == expected
+    assert torch.equal(hard_mask(mask.float(), pattern, dim), mask)
+    assert check_pattern(mask, pattern) and (
+        count == 0 or not check_pattern(mask, Unstructured(1 - (count - 1) / len(rows)))
+    )
+
+
 def test_a_length_that_does_not_divide_is_refused():
     with pytest.raises(SparseForgeError, match=r"dimension of 6 .* groups of 4"):
         to_groups(torch.zeros(2, 6), TWO_FOUR)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("2:4", TWO_FOUR), (" 1 : 2 ", Pattern(1, 2)), (TWO_FOUR, TWO_FOUR)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2:4", TWO_FOUR),
+        (" 1 : 2 ", Pattern(1, 2)),
+        (TWO_FOUR, TWO_FOUR),
+        ("50%", Unstructured(0.5)),
+        (" 50.0 %", Unstructured(0.5)),
+        (Unstructured(0.5), Unstructured(0.5)),
+    ],
+)
 def test_parse(text, expected):
-    pattern = Pattern.parse(text)
-    assert pattern == expected and Pattern.parse(str(pattern)) == pattern
+    pattern = parse_pattern(text)
+    assert pattern == expected and parse_pattern(str(pattern)) == pattern
     assert pattern.density == 0.5
+    assert pattern.fits(8) and pattern.fits(7) is isinstance(pattern, Unstructured)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "2:", ":4", "4:2", "4:4", "0:4", "-1:4", "2:4:8", "two:four", "²:4", None, Pattern(4, 2)]
+    "text",
+    [
+        "",
+        "2",
+        "2:",
+        ":4",
+        "4:2",
+        "4:4",
+        "0:4",
+        "-1:4",
+        "2:4:8",
+        "two:four",
+        "²:4",
+        None,
+        Pattern(4, 2),
+        "0%",
+        "100%",
+        "-5%",
+        "%",
+        "1e1%",
+        Unstructured(1.5),
+    ],
 )
 def test_parse_refuses(text):
     with pytest.raises(SparseForgeError, match="N:M"):
-        Pattern.parse(text)
+        parse_pattern(text)
 
 
 def test_all_patterns_of_two_four():

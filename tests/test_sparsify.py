@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.pattern import Pattern, check_pattern, hard_mask
+from sparseforge_fx.pattern import Pattern, check_pattern, hard_mask, parse_pattern
 from sparseforge_fx.sparsify import METHODS, PRESETS, draw_text
 
 TWO_FOUR = Pattern(2, 4)
@@ -91,9 +91,21 @@ def test_other_patterns(method, pattern):
     data = None if method == "magnitude" else [torch.randn(4, 16) for _ in range(2)]
     example = torch.randn(2, 16) if data is None else None
     sf.sparsify(model, data, method=method, pattern=pattern, example_inputs=example, **SMALL)
-    n, m = Pattern.parse(pattern)
+    n, m = parse_pattern(pattern)
     for layer in (model[0], model[2]):
         assert ((layer.weight.reshape(-1, m) != 0).sum(-1) == n).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unstructured(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(15, 24), nn.Tanh(), nn.Linear(24, 15), nn.LayerNorm(15))  # 15: no whole groups
+    data = None if method == "magnitude" else [torch.randn(4, 15) for _ in range(2)]
+    example = torch.randn(2, 15) if data is None else None
+    options = SMALL | ({"preset": "paper"} if method == "sparseforge" else {})
+    sf.sparsify(model, data, method=method, pattern="70%", example_inputs=example, **options)
+    for layer in (model[0], model[2]):
+        assert torch.count_nonzero(layer.weight) == round(0.3 * layer.weight.numel())
 
 
 def divergence(found, dense, batches):

@@ -43,11 +43,11 @@ def evaluate(
     """Perplexity, dense beside sparse, and whether every linear is exactly N:M."""
     from sparseforge_fx.evaluate import compare, perplexity, text_tokens
     from sparseforge_fx.models import load_model
-    from sparseforge_fx.pattern import Pattern
+    from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import environment, write_json
     from sparseforge_fx.text import open_sources
 
-    shape = Pattern.parse(pattern)
+    shape = parse_pattern(pattern)
     open_sources(data)
     where = pick_device(device)
     quiet()
@@ -113,7 +113,7 @@ def _check_linears(model: Any, pattern: Any) -> list[dict[str, Any]]:
             continue
         if site.fqn in program.state:
             weight = program.tensor(site.fqn)
-            fits = site.in_features % pattern.m == 0
+            fits = pattern.fits(site.in_features)
             exact = check_pattern(weight, pattern, site.reduction_dim) if fits else None
             rows.append({"name": site.fqn, "zeros": 1 - density(weight), "exact": exact, "reason": site.reason})
     return rows

@@ -36,10 +36,10 @@ def inspect(
     from sparseforge_fx.capture import capture
     from sparseforge_fx.models import load_model, load_skeleton
     from sparseforge_fx.passes import find_linears
-    from sparseforge_fx.pattern import Pattern
+    from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import describe_sites
 
-    shape = Pattern.parse(pattern)
+    shape = parse_pattern(pattern)
     quiet()
     loaded = load_skeleton(model) if meta else load_model(model)[0]
     program = capture(loaded)

@@ -97,7 +97,7 @@ def sparsify(
     import torch
 
     from sparseforge_fx import models
-    from sparseforge_fx.pattern import Pattern
+    from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import plot_curves, write_json
     from sparseforge_fx.sparsify import METHODS, PRESETS
     from sparseforge_fx.sparsify import sparsify as run
@@ -110,7 +110,7 @@ def sparsify(
         raise SparseForgeError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     if preset not in PRESETS:
         raise SparseForgeError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    Pattern.parse(pattern)
+    parse_pattern(pattern)
     changes = _changes(change) | ({"curvature": curvature} if curvature else {})
     if data is not None and data != "self":
         open_sources(data)

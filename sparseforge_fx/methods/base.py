@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sparseforge_fx.pattern import Pattern
+from sparseforge_fx.pattern import AnyPattern
 
 
 @dataclass
@@ -24,7 +24,7 @@ class MaskedWeight:
 class TrainedMethod(Protocol):
     """Decides masks while the weights train. Steps count from 0; ``after_step(k)`` follows optimizer step k."""
 
-    pattern: Pattern
+    pattern: AnyPattern
     steps: int
 
     def wants_curvature(self, step: int) -> bool:

@@ -13,7 +13,7 @@ from sparseforge_fx.calibrate import layer_by_layer
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.methods.base import MaskedWeight
 from sparseforge_fx.methods.obs import prune_obs
-from sparseforge_fx.pattern import Pattern, hard_mask
+from sparseforge_fx.pattern import AnyPattern, hard_mask
 from sparseforge_fx.program import Program
 
 
@@ -36,7 +36,7 @@ def compensate(
     program: Program,
     weights: Sequence[MaskedWeight],
     batches: Sequence[Any],
-    pattern: Pattern,
+    pattern: AnyPattern,
     *,
     choose_masks: bool = True,
     damping: float = 0.01,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.pattern import Pattern, hard_mask
+from sparseforge_fx.pattern import AnyPattern, Pattern, hard_mask
 
 
 class ObsResult(NamedTuple):
@@ -22,7 +22,7 @@ class ObsResult(NamedTuple):
 def prune_obs(
     weight: Tensor,
     hessian: Tensor,
-    pattern: Pattern,
+    pattern: AnyPattern,
     *,
     mask: Tensor | None = None,
     damping: float = 0.01,
@@ -34,7 +34,8 @@ def prune_obs(
     Args:
         weight: [out, in]; groups of M run along ``in``.
         hessian: [in, in], X^T X of the layer's inputs (any positive scale).
-        mask: given, it is kept; None: chosen every M columns as the N largest w^2 / [H^-1]_jj^2.
+        mask: given, it is kept; None: chosen every M columns (unstructured: every block) as the largest
+            w^2 / [H^-1]_jj^2.
         damping: share of the mean diagonal added to the diagonal; raised tenfold until the Cholesky factor exists.
         block: columns between two updates of the rest; a multiple of M is made of it.
 
@@ -50,7 +51,8 @@ def prune_obs(
     w[:, dead] = 0
     diag = factor.diagonal()
     columns = w.shape[1]
-    block = max(pattern.m, block // pattern.m * pattern.m)
+    group = pattern.m if isinstance(pattern, Pattern) else block
+    block = max(group, block // group * group)
     keep = torch.zeros_like(w, dtype=torch.bool) if mask is None else mask.bool()
     for start in range(0, columns, block):
         end = min(start + block, columns)
@@ -58,9 +60,9 @@ def prune_obs(
         # a contiguous [columns, out] copy: the sweep walks columns
         part, rows = w[:, start:end].t().contiguous(), factor[start:end, start:end]
         for j in range(end - start):
-            if mask is None and j % pattern.m == 0:
-                scores = part[j : j + pattern.m].t() ** 2 / diag[start + j : start + j + pattern.m] ** 2
-                keep[:, start + j : start + j + pattern.m] = hard_mask(scores, pattern)
+            if mask is None and j % group == 0:
+                scores = part[j : j + group].t() ** 2 / diag[start:end][j : j + group] ** 2
+                keep[:, start + j : start + j + group] = hard_mask(scores, pattern)
             kept = part[j] * keep[:, start + j]
             error = (part[j] - kept) / rows[j, j]
             part[j + 1 :] -= torch.outer(rows[j, j + 1 :], error)

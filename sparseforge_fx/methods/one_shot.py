@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.pattern import Pattern, hard_mask
+from sparseforge_fx.pattern import AnyPattern, hard_mask
 
 
 @torch.no_grad()
-def magnitude(weights: Sequence[MaskedWeight], pattern: Pattern) -> None:
+def magnitude(weights: Sequence[MaskedWeight], pattern: AnyPattern) -> None:
     """Keep the N largest |w| of every group of M: masks are written, weights are not."""
     for w in weights:
         w.mask.copy_(hard_mask(w.weight.abs(), pattern, w.dim))

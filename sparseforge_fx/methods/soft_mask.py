@@ -22,7 +22,16 @@ from sparseforge_fx import schedule
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.hessian import ESTIMATORS, Curvature, Estimator
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.pattern import Pattern, all_patterns, distance_from_binary, from_groups, hard_mask, to_groups
+from sparseforge_fx.pattern import (
+    TWO_FOUR,
+    AnyPattern,
+    Pattern,
+    all_patterns,
+    distance_from_binary,
+    from_groups,
+    hard_mask,
+    to_groups,
+)
 
 #: the authors' run on LLaMA-2-7B, to which their per-update constants belong
 REFERENCE_STEPS, REFERENCE_UPDATES = 20_000, 20_000 // 30
@@ -50,7 +59,7 @@ class SparseForgeConfig:
     """
 
     steps: int
-    pattern: Pattern = Pattern(2, 4)
+    pattern: AnyPattern = TWO_FOUR
     start: Literal["dense", "obs"] = "dense"
     curvature: Estimator = "gauss_newton"
     curvature_beta: float = 0.98
@@ -81,6 +90,11 @@ class SparseForgeConfig:
             raise SparseForgeError("probe_every and update_every count steps: give at least 1")
         if not 0 < self.mask_rate <= 1:
             raise SparseForgeError(f"mask_rate is {self.mask_rate}; take a share above 0 and up to 1")
+        if self.gate == "pattern" and not (isinstance(self.pattern, Pattern) and self.pattern.m <= 8):
+            raise SparseForgeError(
+                f"gate 'pattern' weighs every legal mask of a group, too many or none for {self.pattern}: "
+                "take gate 'site', or N:M with M up to 8"
+            )
         if self.start == "obs" and self.quench_end > 0 and not self.softness_start <= 0.95:
             raise SparseForgeError(
                 f"softness_start {self.softness_start} leaves masks of 1 and pruned ones alike; take at most 0.95"
@@ -93,7 +107,7 @@ class SparseForgeConfig:
         return asdict(self) | {"pattern": str(self.pattern)}
 
 
-def paper_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -> SparseForgeConfig:
+def paper_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> SparseForgeConfig:
     """The authors' constants (DESIGN section 3), scaled to a run of ``steps``.
 
     K = 30 of 20,000 steps; with fewer steps K shrinks (to 5 from 150 steps on, to 1 below 60) and the per-update
@@ -118,7 +132,7 @@ def paper_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -
     return replace(base, **changes)
 
 
-def tuned_preset(steps: int, pattern: Pattern = Pattern(2, 4), **changes: Any) -> SparseForgeConfig:
+def tuned_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> SparseForgeConfig:
     """Ours: masks and compensation of the layer-wise OBS solution from the first step on, so that all of the run heals.
 
     In runs of 30 and 60 steps nothing that delayed the hard masks did better; ``quench_end=0.4, softness_start=0.6``
@@ -271,6 +285,7 @@ class SparseForge:
         if self.config.gate == "site":
             low, tau, high = _quantiles(score, 0.16, reached * (1 - pattern.density), 0.84)
             return torch.sigmoid((score - tau) / (temperature * ((high - low) / 2).clamp(min=1e-38)))
+        assert isinstance(pattern, Pattern)
         grouped = to_groups(score, pattern, dim)
         share = grouped / grouped.mean(-1, keepdim=True).clamp(min=1e-38)
         legal = all_patterns(pattern, score.device)
@@ -321,10 +336,11 @@ class SparseForge:
         )
 
 
-def _sample(mask: Tensor, dim: int, pattern: Pattern) -> Tensor:
+def _sample(mask: Tensor, dim: int, pattern: AnyPattern) -> Tensor:
     """Whole groups from the first rows, [groups, M]: enough for a curve, too few to slow a step."""
     rows = mask.movedim(dim, -1)
-    return to_groups(rows[: max(1, SAMPLE // rows.shape[-1])], pattern).flatten(0, -2)
+    rows = rows[: max(1, SAMPLE // rows.shape[-1])]
+    return to_groups(rows, pattern).flatten(0, -2) if isinstance(pattern, Pattern) else rows
 
 
 def _quantiles(values: Tensor, *shares: float) -> list[Tensor]:

@@ -13,7 +13,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.hessian import ESTIMATORS
 from sparseforge_fx.methods.base import MaskedWeight
 from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig, paper_preset, tuned_preset
-from sparseforge_fx.pattern import Pattern, check_pattern, hard_mask
+from sparseforge_fx.pattern import Pattern, Unstructured, check_pattern, hard_mask
 
 TWO_FOUR = Pattern(2, 4)
 # magnitude needs no curvature; one update per step, no pull, no ramp of the sparsity
@@ -310,6 +310,12 @@ def test_flip_rate_counts_what_the_last_update_turned():
     assert forge.metrics()["flip_rate"] == 2 / 8
     forge.fix()
     assert forge.metrics()["flip_rate"] == 0
+
+
+@pytest.mark.parametrize("pattern", [Pattern(8, 16), Unstructured(0.5)])
+def test_too_many_patterns_for_a_gate_over_them(pattern):
+    with pytest.raises(SparseForgeError, match=f"gate 'pattern'.*{pattern}"):
+        SparseForgeConfig(steps=40, gate="pattern", pattern=pattern)
 
 
 def test_masked_decay_takes_from_masked_weights():
