@@ -14,7 +14,8 @@ from sparseforge_fx.capture import as_call
 from sparseforge_fx.compile import compile_repeated_blocks
 from sparseforge_fx.hessian import fold_on_backward, hutchinson_diagonal
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.methods.layerwise import compensate, undone_on_error
+from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.one_shot import sparsegpt
 from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig
 from sparseforge_fx.passes import LinearSite, insert_hessian_hooks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -147,14 +148,15 @@ class SparseModel(nn.Module):
         return self
 
     # -- training ----------------------------------------------------------------------------------------------------
-    def calibrate(self, batches: Sequence[Any]) -> dict[str, float]:
+    def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
         """Set weights and masks to the layer-wise OBS solution on ``batches`` (what ``start="obs"`` starts from)."""
         inputs = [self._split(*as_call(batch))[:2] for batch in batches]
         merged = [args if args else kwargs for args, kwargs in inputs]
-        with undone_on_error(self.method.weights) as dense:
-            raised = compensate(self.program, self.method.weights, merged, self.method.config.pattern)
+        weights = self.method.weights
+        with undone_on_error(weights) as dense:
+            notes = prune_layer_by_layer(self.program, weights, merged, sparsegpt(self.method.config.pattern))
         self.method.start_from(dense)
-        return raised
+        return notes
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         kwargs |= {} if labels is None else {"labels": labels}

@@ -19,8 +19,8 @@ from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.distill import main_output
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.methods.layerwise import compensate, undone_on_error
-from sparseforge_fx.methods.one_shot import magnitude
+from sparseforge_fx.methods.layerwise import Solve, prune_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.one_shot import magnitude, sparsegpt, wanda
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -32,7 +32,8 @@ from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.train import count_tokens, train
 
-METHODS = ("magnitude", "sparsegpt", "sparseforge")
+METHODS = ("magnitude", "wanda", "sparsegpt", "sparseforge")
+LAYERWISE: dict[str, Callable[[AnyPattern], Solve]] = {"wanda": wanda, "sparsegpt": sparsegpt}
 PRESETS: dict[str, Callable[..., SparseForgeConfig]] = {"tuned": tuned_preset, "paper": paper_preset}
 
 
@@ -81,7 +82,8 @@ def sparsify(
         data: training data: a hub id, a text / jsonl / parquet file, a folder of them, a list of strings (these need a
             ``tokenizer``), token ids [n] or [n, length], a DataLoader, or any list of batches. None: the weights alone
             decide (``magnitude``). ``"self"``: text drawn from the language model itself.
-        method: ``sparseforge`` (the default with data), ``sparsegpt`` (layer-wise, no training) or ``magnitude``.
+        method: ``sparseforge`` (the default with data), ``sparsegpt`` or ``wanda`` (layer-wise, no
+            training) or ``magnitude``.
         preset: of sparseforge: ``tuned`` (ours) or ``paper`` (arXiv 2605.06402's constants); ``changes`` replace single
             fields of its SparseForgeConfig.
         pattern: N:M. include, exclude: globs over weight or module names.
@@ -92,7 +94,7 @@ def sparsify(
         w_task, w_kl: weights of cross-entropy (default: 0.3 for ``tuned``, 1.0 for ``paper``) and of KL(teacher ||
             student).
         slorb_block: width of the blocks of a SLoRB branch; None for none.
-        calibration: sequences (of the training data) that the layer-wise start or ``sparsegpt`` sees.
+        calibration: sequences (of the training data) that the layer-wise start, ``wanda`` or ``sparsegpt`` sees.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         compile: True, False or "auto".
         resume_from: file of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
@@ -118,9 +120,7 @@ def sparsify(
     batches = None
     if chosen != "magnitude":
         needed = (
-            calibration * length
-            if chosen == "sparsegpt"
-            else tokens or (steps or 60) * batch_size * length * accumulate
+            calibration * length if chosen in LAYERWISE else tokens or (steps or 60) * batch_size * length * accumulate
         )
         if isinstance(data, str) and data == "self":
             _check_length(model, length)
@@ -180,7 +180,7 @@ def sparsify(
     else:
         one_shot = None if batches is None else _first(batches, calibration)
         report["calibration_sequences"] = sum(_rows(b) for b in one_shot or ())
-        report["raised_damping"] = _prune_once(program, sites, shape, one_shot)
+        report["layer_notes"] = _prune_once(program, sites, shape, chosen, one_shot)
     report["density"] = {s.fqn: density(program.tensor(s.fqn)) for s in eligible(sites)}
     report["seconds"] = time.monotonic() - began
     report["peak_memory_bytes"] = peak_memory_bytes()
@@ -211,7 +211,7 @@ def _anneal(
         sparse = SparseModel(program, sites, config, w_task=w_task, w_kl=w_kl, slorb_block=slorb_block)
         if calibrated is not None and not (state_path and state_path.exists()):
             clock = time.monotonic()
-            report["raised_damping"] = sparse.calibrate(calibrated)
+            report["layer_notes"] = sparse.calibrate(calibrated)
             report["calibration_sequences"] = sum(_rows(b) for b in calibrated)
             report["calibration_seconds"] = time.monotonic() - clock
         report["passes"] = [r._asdict() for r in sparse.pass_records]
@@ -227,23 +227,24 @@ def _anneal(
 
 @torch.no_grad()
 def _prune_once(
-    program: Program, sites: list[LinearSite], pattern: AnyPattern, batches: list | None
-) -> dict[str, float]:
+    program: Program, sites: list[LinearSite], pattern: AnyPattern, method: str, batches: list | None
+) -> dict[str, str]:
     masked, _ = run_passes(program, train_passes(sites))
     weights = [
         MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim)
         for s in eligible(sites)
     ]
-    raised: dict[str, float] = {}
+    notes: dict[str, str] = {}
     if batches is None:
         magnitude(weights, pattern)
     else:
         inputs = [bind(program, *as_call(b))[:2] for b in batches]
         with undone_on_error(weights):
-            raised = compensate(masked, weights, [args or kwargs for args, kwargs in inputs], pattern)
+            solve = LAYERWISE[method](pattern)
+            notes = prune_layer_by_layer(masked, weights, [args or kwargs for args, kwargs in inputs], solve)
     run_passes(masked, [lambda p: harden_masks(p, pattern)])
     assert all(check_pattern(w.weight, pattern, w.dim) for w in weights)
-    return raised
+    return notes
 
 
 @torch.no_grad()

@@ -45,7 +45,9 @@ def sparsify(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, report.json and curves.png.")],
     data: Annotated[str | None, typer.Option(help=TRAINING_TEXT)] = None,
-    method: Annotated[str | None, typer.Option(help="sparseforge (default with data), sparsegpt, magnitude.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="sparseforge (default with data), sparsegpt, wanda, magnitude.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="Of sparseforge: tuned or paper.")] = "tuned",
     tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 500k, 20M, 1.5B; default 60 steps.")] = None,
     pattern: PatternOption = "2:4",

@@ -1,10 +1,10 @@
-"""Layer-wise pruning by OBS: every weight is solved on inputs that the already pruned prefix produced (SparseGPT)."""
+"""Layer-wise pruning: every weight is solved on the inputs that the already pruned prefix of the model produces."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,19 @@ from torch import Tensor
 from sparseforge_fx.calibrate import layer_by_layer
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.methods.obs import prune_obs
-from sparseforge_fx.pattern import AnyPattern, hard_mask
 from sparseforge_fx.program import Program
+
+
+class LayerSolution(NamedTuple):
+    """Weight and mask [out, in] of one pruned layer, and what the report should say of it."""
+
+    weight: Tensor
+    mask: Tensor
+    note: str = ""
+
+
+#: weight [out, in], its present mask, and the second moments X^T X / tokens [in, in] of its inputs -> its solution
+Solve = Callable[[Tensor, Tensor, Tensor], LayerSolution]
 
 
 @contextmanager
@@ -32,39 +42,32 @@ def undone_on_error(weights: Sequence[MaskedWeight]) -> Iterator[dict[str, Tenso
 
 
 @torch.no_grad()
-def compensate(
-    program: Program,
-    weights: Sequence[MaskedWeight],
-    batches: Sequence[Any],
-    pattern: AnyPattern,
-    *,
-    choose_masks: bool = True,
-    damping: float = 0.01,
-) -> dict[str, float]:
-    """Prune every weight of ``program`` in graph order and let its survivors compensate; weights and masks are written.
+def prune_layer_by_layer(
+    program: Program, weights: Sequence[MaskedWeight], batches: Sequence[Any], solve: Solve
+) -> dict[str, str]:
+    """``solve`` every weight of ``program`` in graph order, each on what the pruned ones before it make of ``batches``.
 
     Args:
+        weights: those of the soft-masked program; their weights and masks are written.
         batches: calibration inputs, in any form that the captured model takes.
-        choose_masks: False keeps the N largest entries of each group of the present masks.
+        solve: the layer-wise method.
 
-    Returns the dampings that had to be raised, by weight. Memory: what is alive at one point of the graph, for all
-    batches, and one
+    Returns what the solver noted, by weight. Memory: what is alive at one point of the graph, for all batches, and one
     [in, in] matrix.
     """
     by_name = {w.fqn: w for w in weights}
-    raised: dict[str, float] = {}
+    notes: dict[str, str] = {}
 
     def visit(name: str, moments: Tensor) -> None:
         w = by_name[name]
         value, mask = (w.weight.t(), w.mask.t()) if w.dim == 0 else (w.weight, w.mask)
-        fixed = None if choose_masks else hard_mask(mask, pattern)
-        result = prune_obs(value, moments, pattern, mask=fixed, damping=damping)
+        result = solve(value, mask, moments)
         value.copy_(result.weight)
         mask.copy_(result.mask)
-        if result.damping > damping:
-            raised[name] = result.damping
+        if result.note:
+            notes[name] = result.note
 
     module = program.module()
     nodes = {n: (str(n.args[1].target), 0) for n in module.graph.find_nodes(op="call_function", target=OP)}
     layer_by_layer(module, {n: w for n, w in nodes.items() if w[0] in by_name}, batches, visit)
-    return raised
+    return notes

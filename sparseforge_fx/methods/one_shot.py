@@ -1,13 +1,16 @@
-"""Masks without training: magnitude. (Wanda and SparseGPT share methods/layerwise.py.)"""
+"""Masks without training: magnitude, Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.pattern import AnyPattern, hard_mask
+from sparseforge_fx.methods.layerwise import LayerSolution, Solve
+from sparseforge_fx.methods.obs import prune_obs
+from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
 
 
 @torch.no_grad()
@@ -15,3 +18,29 @@ def magnitude(weights: Sequence[MaskedWeight], pattern: AnyPattern) -> None:
     """Keep the N largest |w| of every group of M: masks are written, weights are not."""
     for w in weights:
         w.mask.copy_(hard_mask(w.weight.abs(), pattern, w.dim))
+
+
+def wanda(pattern: AnyPattern) -> Solve:
+    """Keep the largest |w_ij| ||x_j|| (eq. 1): of every group; unstructured, of every output row. Survivors stay as
+    they are."""
+
+    def solve(weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+        scores = weight.abs().float() * moments.diagonal().sqrt()
+        columns = weight.shape[1]
+        kept = Pattern(round(pattern.density * columns), columns) if isinstance(pattern, Unstructured) else pattern
+        chosen = hard_mask(scores, kept)
+        return LayerSolution(weight * chosen, chosen)
+
+    return solve
+
+
+def sparsegpt(pattern: AnyPattern, *, damping: float = 0.01, choose_masks: bool = True) -> Solve:
+    """Optimal Brain Surgeon (methods/obs.py). ``choose_masks=False`` keeps the largest entries of the present mask."""
+
+    def solve(weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+        fixed = None if choose_masks else hard_mask(mask, pattern)
+        result = prune_obs(weight, moments, pattern, mask=fixed, damping=damping)
+        note = f"damping raised to {result.damping:g}" if result.damping > damping else ""
+        return LayerSolution(result.weight, result.mask, note)
+
+    return solve

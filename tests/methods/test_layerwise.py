@@ -6,8 +6,9 @@ from torch import nn
 
 from sparseforge_fx.capture import capture
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.methods.layerwise import compensate
+from sparseforge_fx.methods.layerwise import prune_layer_by_layer
 from sparseforge_fx.methods.obs import prune_obs
+from sparseforge_fx.methods.one_shot import sparsegpt
 from sparseforge_fx.passes import find_linears, run_passes, train_passes
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import Pattern, hard_mask
@@ -46,11 +47,11 @@ def by_hand(model, order, batches, dim):
 
 
 @pytest.mark.parametrize(("name", "dim"), [("llama", 1), ("gpt2", 0), ("opt", 1)])
-def test_compensate_equals_the_same_by_hand(tiny, name, dim):
+def test_sparsegpt_equals_the_same_by_hand(tiny, name, dim):
     found = tiny(name)
     batches = [found.batch(seed, rows=4, length=16) for seed in range(4)]
     masked, weights = soft_masked(found.program)
-    raised = compensate(masked, weights, batches, TWO_FOUR)
+    notes = prune_layer_by_layer(masked, weights, batches, sparsegpt(TWO_FOUR))
     got = {w.fqn: (w.weight.detach().clone(), w.mask.clone()) for w in weights}
     found.reset()
     # the order that the graph has; a layer that reads what another one read is not upset by that one's pruning
@@ -59,7 +60,7 @@ def test_compensate_equals_the_same_by_hand(tiny, name, dim):
         assert torch.equal(mask.bool(), masks[fqn]), fqn
         torch.testing.assert_close(weight, found.weights[fqn].detach(), rtol=1e-3, atol=1e-3, msg=fqn)
         assert not weight[mask == 0].any()
-    assert raised == {}
+    assert notes == {}
 
 
 def output_error(found, batches, dense):
@@ -73,7 +74,7 @@ def test_layerwise_solution_beats_magnitude_on_the_output(tiny):
     with torch.no_grad():
         dense = [found.model(**b).logits for b in batches]
     masked, weights = soft_masked(found.program)
-    compensate(masked, weights, batches, TWO_FOUR)
+    prune_layer_by_layer(masked, weights, batches, sparsegpt(TWO_FOUR))
     layerwise = output_error(found, batches, dense)
     found.reset()
     with torch.no_grad():
@@ -90,7 +91,7 @@ def test_masks_that_are_given_are_kept(tiny):
         w.mask.copy_(torch.rand(w.mask.shape, generator=generator))
     wanted = {w.fqn: hard_mask(w.mask, TWO_FOUR, w.dim) for w in weights}
     before = {w.fqn: w.weight.detach().clone() for w in weights}
-    compensate(masked, weights, [found.batch(rows=8)], TWO_FOUR, choose_masks=False)
+    prune_layer_by_layer(masked, weights, [found.batch(rows=8)], sparsegpt(TWO_FOUR, choose_masks=False))
     for w in weights:
         assert torch.equal(w.mask.bool(), wanted[w.fqn])
         assert not w.weight[~wanted[w.fqn]].any()
@@ -100,7 +101,7 @@ def test_masks_that_are_given_are_kept(tiny):
 def test_only_the_weights_that_are_asked_for(tiny):
     found = tiny("llama")
     masked, weights = soft_masked(found.program)
-    compensate(masked, weights[3:5], [found.batch()], TWO_FOUR)
+    prune_layer_by_layer(masked, weights[3:5], [found.batch()], sparsegpt(TWO_FOUR))
     for i, w in enumerate(weights):
         assert torch.equal(w.weight, found.first[w.fqn]) == (i not in (3, 4))
         assert (w.mask == 1).all() == (i not in (3, 4))
@@ -110,8 +111,8 @@ def test_raised_damping_is_reported_by_name():
     """One token: a Hessian of rank one, which no tiny damping makes definite."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16))
     masked, weights = soft_masked(capture(model, torch.randn(2, 16)))
-    raised = compensate(masked, weights, [torch.randn(1, 16)], TWO_FOUR, damping=1e-13)
-    assert set(raised) == {"0.weight", "2.weight"} and all(d > 1e-13 for d in raised.values())
+    notes = prune_layer_by_layer(masked, weights, [torch.randn(1, 16)], sparsegpt(TWO_FOUR, damping=1e-13))
+    assert set(notes) == {"0.weight", "2.weight"} and all("damping raised to" in note for note in notes.values())
     assert all(torch.isfinite(w.weight).all() for w in weights)
 
 
@@ -121,7 +122,7 @@ def test_bfloat16_weights_hold_the_rounded_solution(tiny):
     first = model[0].weight.detach().bfloat16()
     expected = prune_obs(first, x.float().t() @ x.float() / 64, TWO_FOUR)
     masked, weights = soft_masked(capture(model.bfloat16(), x[:4]))
-    compensate(masked, weights, [x], TWO_FOUR)
+    prune_layer_by_layer(masked, weights, [x], sparsegpt(TWO_FOUR))
     assert weights[0].weight.dtype == weights[0].mask.dtype == torch.bfloat16
     assert torch.equal(weights[0].weight, expected.weight.bfloat16())
     assert torch.equal(weights[0].mask.bool(), expected.mask)
