@@ -26,6 +26,7 @@ from sparseforge_fx.cli.app import (
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.errors import SparseForgeError
 
+METHODS_HELP = "sparseforge (default with data), sparsegpt, wanda, magnitude."
 STATE, STATE_OF = "training-state.pt", "training-state.json"  # what a run under way keeps in its output folder
 TRAINING_TEXT = (
     "Training text: a hub id owner/name[:config][:split], a text, jsonl or parquet file, or a folder; "
@@ -45,9 +46,7 @@ def sparsify(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, report.json and curves.png.")],
     data: Annotated[str | None, typer.Option(help=TRAINING_TEXT)] = None,
-    method: Annotated[
-        str | None, typer.Option(help="sparseforge (default with data), sparsegpt, wanda, magnitude.")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help=METHODS_HELP)] = None,
     preset: Annotated[str, typer.Option(help="Of sparseforge: tuned or paper.")] = "tuned",
     tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 500k, 20M, 1.5B; default 60 steps.")] = None,
     pattern: PatternOption = "2:4",

@@ -56,7 +56,7 @@ def test_wanda_is_magnitude_where_all_inputs_weigh_the_same():
 
 def test_sparsegpt_keeps_the_share_of_an_unstructured_block():
     torch.manual_seed(0)
-    weight, x = torch.randn(32, 40), torch.randn(200, 40)
+    weight, x = torch.randn(32, 40), torch.randn(200, 40) @ torch.randn(40, 40)
     result = sparsegpt(Unstructured(0.6))(weight, torch.ones_like(weight), x.t() @ x)
     assert result.mask.sum() == round(0.4 * weight.numel())
     assert not result.weight[~result.mask].any()
