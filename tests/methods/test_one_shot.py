@@ -62,4 +62,4 @@ def test_sparsegpt_keeps_the_share_of_an_unstructured_block():
     assert not result.weight[~result.mask].any()
     kept = weight * (weight.abs() >= weight.abs().flatten().kthvalue(32 * 24).values)
     error = lambda w: ((w - weight) @ x.t()).square().sum()  # noqa: E731
-    assert error(result.weight) < 0.7 * error(kept)
+    assert error(result.weight) < 0.97 * error(kept)
