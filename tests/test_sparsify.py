@@ -106,7 +106,7 @@ def test_unstructured(method):
     sf.sparsify(model, data, method=method, pattern="70%", example_inputs=example, **options)
     for layer in (model[0], model[2]):
         rows, columns = layer.weight.shape
-        kept = rows * round(0.3 * columns) if method == "wanda" else round(0.3 * rows * columns)
+        kept = rows * int(0.3 * columns) if method == "wanda" else round(0.3 * rows * columns)
         assert torch.count_nonzero(layer.weight) == kept
 
 

@@ -27,7 +27,8 @@ def wanda(pattern: AnyPattern) -> Solve:
     def solve(weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         scores = weight.abs().float() * moments.diagonal().sqrt()
         columns = weight.shape[1]
-        kept = Pattern(round(pattern.density * columns), columns) if isinstance(pattern, Unstructured) else pattern
+        per_row = int(pattern.density * columns + 1e-6)  # rows together must not exceed the share of the tensor
+        kept = Pattern(per_row, columns) if isinstance(pattern, Unstructured) else pattern
         chosen = hard_mask(scores, kept)
         return LayerSolution(weight * chosen, chosen)
 
