@@ -38,7 +38,7 @@ def prepare(
         example_inputs: as for :func:`sparseforge_fx.capture.capture`; ``labels`` in it are left to the loss.
         config: what :func:`paper_preset` or :func:`tuned_preset` made; holds the number of steps.
         include, exclude: globs over weight or module names.
-        calibration: batches for a config with ``start="obs"``.
+        calibration: batches for a config with a layer-wise ``start``.
         w_task, w_kl: weights of cross-entropy and KL(teacher || student).
         slorb_block: width of SLoRB's blocks; None for no low-rank branch.
 
@@ -53,12 +53,12 @@ def prepare(
     program = capture(model, example_inputs)
     sites = find_linears(program, config.pattern, include, exclude)
     check_sites(program, sites)
-    if config.start == "obs" and calibration is None:
+    if config.start != "dense" and calibration is None:
         raise SparseForgeError(
             "this preset starts from a layer-wise solution: pass calibration=[batches], or use paper_preset"
         )
     sparse = SparseModel(program, sites, config, w_task=w_task, w_kl=w_kl, slorb_block=slorb_block)
-    if calibration is not None and config.start == "obs":
+    if calibration is not None and config.start != "dense":
         sparse.calibrate(calibration)
     if compile:
         sparse.compile()

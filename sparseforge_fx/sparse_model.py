@@ -15,7 +15,7 @@ from sparseforge_fx.compile import compile_repeated_blocks
 from sparseforge_fx.hessian import fold_on_backward, hutchinson_diagonal
 from sparseforge_fx.methods.base import MaskedWeight
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
-from sparseforge_fx.methods.one_shot import sparsegpt
+from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig
 from sparseforge_fx.passes import LinearSite, insert_hessian_hooks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -149,12 +149,13 @@ class SparseModel(nn.Module):
 
     # -- training ----------------------------------------------------------------------------------------------------
     def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
-        """Set weights and masks to the layer-wise OBS solution on ``batches`` (what ``start="obs"`` starts from)."""
+        """Set weights and masks to the layer-wise solution on ``batches`` that ``config.start`` names."""
         inputs = [self._split(*as_call(batch))[:2] for batch in batches]
         merged = [args if args else kwargs for args, kwargs in inputs]
         weights = self.method.weights
+        solve = LAYERWISE[self.method.config.start](self.method.config.pattern)
         with undone_on_error(weights) as dense:
-            notes = prune_layer_by_layer(self.program, weights, merged, sparsegpt(self.method.config.pattern))
+            notes = prune_layer_by_layer(self.program, weights, merged, solve)
         self.method.start_from(dense)
         return notes
 

@@ -19,8 +19,8 @@ from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.distill import main_output
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MaskedWeight
-from sparseforge_fx.methods.layerwise import Solve, prune_layer_by_layer, undone_on_error
-from sparseforge_fx.methods.one_shot import magnitude, sparsegpt, wanda
+from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -32,8 +32,7 @@ from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.train import count_tokens, train
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "sparseforge")
-LAYERWISE: dict[str, Callable[[AnyPattern], Solve]] = {"wanda": wanda, "sparsegpt": sparsegpt}
+METHODS = ("magnitude", *LAYERWISE, "sparseforge")
 PRESETS: dict[str, Callable[..., SparseForgeConfig]] = {"tuned": tuned_preset, "paper": paper_preset}
 
 
@@ -82,8 +81,8 @@ def sparsify(
         data: training data: a hub id, a text / jsonl / parquet file, a folder of them, a list of strings (these need a
             ``tokenizer``), token ids [n] or [n, length], a DataLoader, or any list of batches. None: the weights alone
             decide (``magnitude``). ``"self"``: text drawn from the language model itself.
-        method: ``sparseforge`` (the default with data), ``sparsegpt`` or ``wanda`` (layer-wise, no
-            training) or ``magnitude``.
+        method: ``sparseforge`` (the default with data), ``alps``, ``sparsegpt`` or ``wanda``
+            (layer-wise, no training) or ``magnitude``.
         preset: of sparseforge: ``tuned`` (ours) or ``paper`` (arXiv 2605.06402's constants); ``changes`` replace single
             fields of its SparseForgeConfig.
         pattern: N:M. include, exclude: globs over weight or module names.
@@ -94,7 +93,7 @@ def sparsify(
         w_task, w_kl: weights of cross-entropy (default: 0.3 for ``tuned``, 1.0 for ``paper``) and of KL(teacher ||
             student).
         slorb_block: width of the blocks of a SLoRB branch; None for none.
-        calibration: sequences (of the training data) that the layer-wise start, ``wanda`` or ``sparsegpt`` sees.
+        calibration: sequences (of the training data) that a layer-wise start or method sees.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         compile: True, False or "auto".
         resume_from: file of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
@@ -147,7 +146,7 @@ def sparsify(
         count = steps or (max(1, tokens // per_step) if tokens else 60)
         config = PRESETS[preset](count, shape, **changes)
         task = (0.3 if preset == "tuned" else 1.0) if w_task is None else w_task
-        calibrated = _first(batches, calibration) if config.start == "obs" else None
+        calibrated = _first(batches, calibration) if config.start != "dense" else None
         report |= {
             "preset": preset,
             "config": config.describe(),

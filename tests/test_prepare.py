@@ -64,7 +64,7 @@ def test_no_config():
 def test_obs_start_without_calibration(captured_once):
     found = captured_once("mlp")
     with pytest.raises(SparseForgeError, match="calibration"):
-        sf.prepare(found.model, found.example, sf.tuned_preset(10, start="obs"))
+        sf.prepare(found.model, found.example, sf.tuned_preset(10, start="sparsegpt"))
 
 
 def test_nothing_to_prune():

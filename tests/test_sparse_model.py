@@ -273,7 +273,7 @@ def test_teacher_stays_the_dense_model(captured_once):
     batch = found.batch()
     with torch.no_grad():
         dense = found.model(**batch).logits
-    config = sf.tuned_preset(8, start="obs", softness_start=0.6, quench_end=0.5)
+    config = sf.tuned_preset(8, start="sparsegpt", softness_start=0.6, quench_end=0.5)
     calibration = [found.batch(seed) for seed in range(2)]
     sparse = sf.prepare(found.model, found.example, config, include=["*layers*"], calibration=calibration)
     for step in range(8):

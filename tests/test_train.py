@@ -21,7 +21,7 @@ from sparseforge_fx.train import MasterWeights, train, worth_compiling
 
 QUIET = {"show_progress": False, "compile": False}
 DENSE = SparseForgeConfig(steps=12, heat_end=0.3, quench_end=0.7, masked_decay=1e-3)
-OBS = tuned_preset(12, start="obs", softness_start=0.6, heat_end=0.0, quench_end=0.5)
+OBS = tuned_preset(12, start="sparsegpt", softness_start=0.6, heat_end=0.0, quench_end=0.5)
 
 
 class Killed(BaseException):
@@ -61,7 +61,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tiny, tmp_path, name, config):
     def run(kill_after=None, **options):
         found.reset()
         sparse = found.sparse(config)
-        if config.start == "obs" and not path.exists():
+        if config.start != "dense" and not path.exists():
             sparse.calibrate([found.batch(seed) for seed in range(4)])
 
         def on_step(step, row):

@@ -26,7 +26,7 @@ from sparseforge_fx.cli.app import (
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.errors import SparseForgeError
 
-METHODS_HELP = "sparseforge (default with data), sparsegpt, wanda, magnitude."
+METHODS_HELP = "sparseforge (default with data), alps, sparsegpt, wanda, magnitude."
 STATE, STATE_OF = "training-state.pt", "training-state.json"  # what a run under way keeps in its output folder
 TRAINING_TEXT = (
     "Training text: a hub id owner/name[:config][:split], a text, jsonl or parquet file, or a folder; "

@@ -1,12 +1,13 @@
-"""Masks without training: magnitude, Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774)."""
+"""Masks without training: magnitude, Wanda (arXiv 2306.11695), SparseGPT (2301.00774), ALPS (2406.07831)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from sparseforge_fx.methods.alps import prune_alps
 from sparseforge_fx.methods.base import MaskedWeight
 from sparseforge_fx.methods.layerwise import LayerSolution, Solve
 from sparseforge_fx.methods.obs import prune_obs
@@ -45,3 +46,16 @@ def sparsegpt(pattern: AnyPattern, *, damping: float = 0.01, choose_masks: bool 
         return LayerSolution(result.weight, result.mask, note)
 
     return solve
+
+
+def alps(pattern: AnyPattern) -> Solve:
+    """Masks by ADMM over the whole layer, then least squares on them (methods/alps.py)."""
+
+    def solve(weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+        return LayerSolution(*prune_alps(weight, moments, pattern))
+
+    return solve
+
+
+#: layer-wise methods by the names that users type
+LAYERWISE: dict[str, Callable[[AnyPattern], Solve]] = {"wanda": wanda, "sparsegpt": sparsegpt, "alps": alps}

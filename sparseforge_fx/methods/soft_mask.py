@@ -45,9 +45,9 @@ class SparseForgeConfig:
 
     Attributes:
         steps: optimizer steps of the whole run.
-        start: ``dense``: masks of one, moved by scores. ``obs``: the masks of the layer-wise OBS solution
-            (methods/layerwise.py); the quench then leads from the dense weights to that solution: pruned weights fade
-            with lambda while the survivors take their compensation over.
+        start: ``dense``: masks of one, moved by scores. ``sparsegpt``, ``alps``: the masks of that layer-wise
+            solution; a quench then leads from the dense weights to it: pruned weights fade with lambda while the
+            survivors take their compensation over.
         softness_start: lambda at the first step.
         heat_end, quench_end: lambda is 1 before the first, falls linearly, and is 0 after the second; then masks are
             fixed.
@@ -60,7 +60,7 @@ class SparseForgeConfig:
 
     steps: int
     pattern: AnyPattern = TWO_FOUR
-    start: Literal["dense", "obs"] = "dense"
+    start: Literal["dense", "sparsegpt", "alps"] = "dense"
     curvature: Estimator = "gauss_newton"
     curvature_beta: float = 0.98
     probe_every: int = 1
@@ -82,7 +82,7 @@ class SparseForgeConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise SparseForgeError(f"steps is {self.steps}; a run needs at least one")
-        choices = {"curvature": ESTIMATORS, "start": ("dense", "obs"), "score": SCORES, "gate": GATES}
+        choices = {"curvature": ESTIMATORS, "start": ("dense", "sparsegpt", "alps"), "score": SCORES, "gate": GATES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise SparseForgeError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
@@ -95,7 +95,7 @@ class SparseForgeConfig:
                 f"gate 'pattern' weighs every legal mask of a group, too many or none for {self.pattern}: "
                 "take gate 'site', or N:M with M up to 8"
             )
-        if self.start == "obs" and self.quench_end > 0 and not self.softness_start <= 0.95:
+        if self.start != "dense" and self.quench_end > 0 and not self.softness_start <= 0.95:
             raise SparseForgeError(
                 f"softness_start {self.softness_start} leaves masks of 1 and pruned ones alike; take at most 0.95"
             )
@@ -133,12 +133,12 @@ def paper_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> 
 
 
 def tuned_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> SparseForgeConfig:
-    """Ours: masks and compensation of the layer-wise OBS solution from the first step on, so that all of the run heals.
+    """Ours: masks and survivors of the layer-wise ALPS solution from the first step on, so that all of the run heals.
 
     In runs of 30 and 60 steps nothing that delayed the hard masks did better; ``quench_end=0.4, softness_start=0.6``
     lets the pruned weights fade from the dense model instead.
     """
-    base = SparseForgeConfig(steps=steps, pattern=pattern, start="obs", heat_end=0.0, quench_end=0.0)
+    base = SparseForgeConfig(steps=steps, pattern=pattern, start="alps", heat_end=0.0, quench_end=0.0)
     return replace(base, **changes)
 
 
@@ -159,7 +159,7 @@ class SparseForge:
         self.compensation: dict[str, Tensor] = {}  # what the survivors have still to take over, per unit of lambda
         if config.start == "dense" and config.quench_end == 0:
             raise SparseForgeError(
-                "quench_end 0 leaves no time to choose masks; start from obs or give the quench some steps"
+                "quench_end 0 leaves no time to choose masks: start from alps or sparsegpt, or give the quench steps"
             )
 
     # -- the loop's side ---------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class SparseForge:
             self.fix()
             return
         lam = self.softness(progress)
-        if self.config.start == "obs":
+        if self.config.start != "dense":
             self._fade(lam)
             return
         if self.step % self.config.update_every == 0:
@@ -205,7 +205,7 @@ class SparseForge:
 
     @torch.no_grad()
     def start_from(self, dense: dict[str, Tensor]) -> None:
-        """Weights and masks hold the OBS solution: go back to lambda = ``softness_start`` on the way to it from
+        """Weights and masks hold a layer-wise solution: go back to lambda = ``softness_start`` on the way to it from
         ``dense``."""
         lam = self.softness(0.0) if self.config.quench_end > 0 else 0.0
         if lam == 0:

@@ -335,7 +335,7 @@ def obs_engine(steps=10, dtype=torch.float32, **changes):
     solution = ((dense + 0.5) * weight.mask).clone()
     weight.weight.copy_(solution)
     changes = {"softness_start": 0.6, "heat_end": 0.0, "quench_end": 0.5} | changes
-    forge = SparseForge(SparseForgeConfig(steps=steps, start="obs", **changes), [weight])
+    forge = SparseForge(SparseForgeConfig(steps=steps, start="sparsegpt", **changes), [weight])
     forge.start_from({"w": dense})
     return forge, weight, dense, solution
 
