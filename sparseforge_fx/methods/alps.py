@@ -22,9 +22,9 @@ def prune_alps(
     pattern: AnyPattern,
     *,
     damping: float = 0.01,
-    iterations: int = 40,
-    rho: float = 0.05,
-    growth: float = 1.15,
+    iterations: int = 30,
+    rho: float = 0.03,
+    growth: float = 1.12,
     refit_iterations: int = 20,
 ) -> tuple[Tensor, Tensor]:
     """Mask and survivors that keep the layer's outputs.
