@@ -28,8 +28,9 @@ class Curvature:
     float16), >= 0.
     """
 
-    def __init__(self, beta: float):
+    def __init__(self, beta: float, estimator: Estimator | None = "gauss_newton"):
         self.beta = beta
+        self.estimator = estimator  # None: nothing is ever estimated
         self.values: dict[str, Tensor] = {}
         self.average: Callable[[Tensor], Tensor] | None = (
             None  # over processes, where there are several: all must choose alike

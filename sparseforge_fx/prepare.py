@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparseforge_fx.capture import capture
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.soft_mask import SparseForgeConfig
+from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_low_rank import branch_names
@@ -22,7 +22,7 @@ from sparseforge_fx.sparse_model import SparseModel
 def prepare(
     model: nn.Module,
     example_inputs: Any = None,
-    config: SparseForgeConfig | None = None,
+    config: MethodConfig | None = None,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),

@@ -12,11 +12,11 @@ from sparseforge_fx import distill
 from sparseforge_fx.calibrate import bind
 from sparseforge_fx.capture import as_call
 from sparseforge_fx.compile import compile_repeated_blocks
-from sparseforge_fx.hessian import fold_on_backward, hutchinson_diagonal
-from sparseforge_fx.methods.base import MaskedWeight
+from sparseforge_fx.hessian import Curvature, fold_on_backward, hutchinson_diagonal
+from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE
-from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import LinearSite, insert_hessian_hooks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
@@ -37,7 +37,7 @@ class SparseModel(nn.Module):
         self,
         program: Program,
         sites: Sequence[LinearSite],
-        config: SparseForgeConfig,
+        config: MethodConfig,
         *,
         w_task: float,
         w_kl: float,
@@ -49,7 +49,7 @@ class SparseModel(nn.Module):
         self.program, self.pass_records = run_passes(program, train_passes(sites, slorb_block=slorb_block))
         self.w_task, self.w_kl = w_task, w_kl
         self.causal = _is_causal_lm(program.source)
-        self.method = SparseForge(config, self._masked_weights())
+        self.method = config.build(self._masked_weights())
         self.steps_done = 0
         self.last_loss: distill.Loss | None = None
         self.graph = self.program.module()
@@ -58,7 +58,9 @@ class SparseModel(nn.Module):
         self._runners: dict[str, Callable] = {"graph": self.graph}
         self._hooks: list = []
         self._compile: bool | dict = False
-        if config.score != "magnitude" and config.curvature in ("gauss_newton", "activation"):
+        self.curvature = self.method.curvature
+        self._estimator = None if self.curvature is None else self.curvature.estimator
+        if self._estimator in ("gauss_newton", "activation"):
             self._insert_probes()
 
     # -- construction ------------------------------------------------------------------------------------------------
@@ -69,12 +71,13 @@ class SparseModel(nn.Module):
         ]
 
     def _insert_probes(self) -> None:
-        estimator = self.method.config.curvature
+        estimator = self._estimator
         probed, _ = run_passes(self.program, [lambda p: insert_hessian_hooks(p, estimator)])  # type: ignore[arg-type]
         module = probed.module()
         found = dict(module.named_parameters())
         probes = {w.fqn: found[probe_name(w.fqn)] for w in self.method.weights}
-        self._hooks = fold_on_backward(probes, self.method.curvature)
+        assert self.curvature is not None
+        self._hooks = fold_on_backward(probes, self.curvature)
         self._hidden["probe"] = self._runners["probe"] = module
 
     def _freeze_teacher(self) -> nn.Module:
@@ -134,8 +137,7 @@ class SparseModel(nn.Module):
         for name in ("probe", "teacher"):
             if self._hidden.get(name) is not None:
                 self._hidden[name]._apply(fn)
-        for held in (self.method.soft, self.method.curvature.values, self.method.compensation):
-            held.update({fqn: fn(value) for fqn, value in held.items()})
+        self.method.move(fn)
         masks = dict(self.graph.named_buffers())
         for w in self.method.weights:
             w.mask = masks[mask_name(w.fqn)]
@@ -216,17 +218,17 @@ class SparseModel(nn.Module):
 
     def step(self) -> None:
         """Bring the masks to the next step; call it after ``optimizer.step()`` and before ``zero_grad()``."""
-        if self.method.wants_curvature(self.steps_done):
-            if self.method.config.curvature == "squared_gradient":
+        if self.curvature is not None and self.method.wants_curvature(self.steps_done):
+            if self._estimator == "squared_gradient":
                 for w in self.method.weights:
                     if w.weight.grad is not None:
-                        self.method.curvature.fold(w.fqn, w.weight.grad.float().square(), w.mask.dtype)
-            elif self.method.config.curvature == "hutchinson":
-                self._hutchinson()
+                        self.curvature.fold(w.fqn, w.weight.grad.float().square(), w.mask.dtype)
+            elif self._estimator == "hutchinson":
+                self._hutchinson(self.curvature)
         self.method.after_step(self.steps_done)
         self.steps_done += 1
 
-    def _hutchinson(self) -> None:
+    def _hutchinson(self, curvature: Curvature) -> None:
         """Curvature of the loss at the effective weights W * e, through the dense graph: its ops differentiate
         twice."""
         args, kwargs, labels = self._batch
@@ -247,7 +249,7 @@ class SparseModel(nn.Module):
             return nn.functional.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
 
         for fqn, estimate in hutchinson_diagonal(loss, weights, generator=generator).items():
-            self.method.curvature.fold(fqn, estimate, weights[fqn].dtype)
+            curvature.fold(fqn, estimate, weights[fqn].dtype)
 
     def _split(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any], Tensor | None]:
         """The captured graph's inputs out of a batch in any form, and the labels."""

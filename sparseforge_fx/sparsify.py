@@ -18,10 +18,10 @@ from sparseforge_fx.calibrate import bind
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.distill import main_output
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.base import MaskedWeight
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name

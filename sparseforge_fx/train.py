@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparseforge_fx import schedule
 from sparseforge_fx.checkpoint import load_state, save_state
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.base import MaskedWeight
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.sparse_model import SparseModel
 
 
@@ -88,12 +88,12 @@ def train(
     accelerator = accelerator or Accelerator()
     master = MasterWeights(parameters)
     master.serve(sparse.method.weights)
-    optimizer = torch.optim.AdamW(master.masters, lr=lr, betas=betas, weight_decay=weight_decay)
+    optimizer = sparse.method.optimizer(master.masters, lr=lr, betas=betas, weight_decay=weight_decay)
     curves: list[dict[str, float]] = []
     start, steps = 0, sparse.method.steps
     if state_path is not None and state_path.exists():
         start, curves = _restore(sparse, master, optimizer, load_state(state_path))
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and sparse.method.curvature is not None:
         sparse.method.curvature.average = partial(accelerator.reduce, reduction="mean")
     sparse.train()
     saved = time.monotonic()

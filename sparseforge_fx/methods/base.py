@@ -3,44 +3,146 @@ architectures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sparseforge_fx.pattern import AnyPattern
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.hessian import Curvature
+from sparseforge_fx.methods.one_shot import LAYERWISE
+from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, Pattern, distance_from_binary, hard_mask, to_groups
 
-
-@dataclass
-class MaskedWeight:
-    """One site's tensors: ``weight`` and ``mask`` are the program's own, written in place. Groups run along ``dim``."""
-
-    fqn: str
-    weight: Tensor
-    mask: Tensor
-    dim: int
+SAMPLE = 1 << 15  # mask entries of a weight that the curves are taken from
 
 
-class TrainedMethod(Protocol):
-    """Decides masks while the weights train. Steps count from 0; ``after_step(k)`` follows optimizer step k."""
+@dataclass(frozen=True)
+class MethodConfig(ABC):
+    """A trained method's constants; every method's config extends this one.
 
-    pattern: AnyPattern
+    Attributes:
+        steps: optimizer steps of the whole run.
+        pattern: what the weights must end in.
+        start: ``dense``, or the layer-wise method whose masks and survivors the run starts from.
+    """
+
     steps: int
+    pattern: AnyPattern = TWO_FOUR
+    start: Literal["dense", "wanda", "sparsegpt", "alps"] = "dense"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise SparseForgeError(f"steps is {self.steps}; a run needs at least one")
+        self.choose("start", ("dense", *LAYERWISE))
+
+    def choose(self, name: str, allowed: Sequence[str]) -> None:
+        """Raise a SparseForgeError unless the field has one of the allowed values."""
+        if getattr(self, name) not in allowed:
+            raise SparseForgeError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+    @abstractmethod
+    def build(self, weights: Sequence[MaskedWeight]) -> TrainedMethod:
+        """The method with these constants over these weights."""
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        return asdict(self) | {"pattern": str(self.pattern)}
+
+
+class TrainedMethod(ABC):
+    """Decides masks while a model trains. Steps count from 0; ``after_step(k)`` follows optimizer step k."""
+
+    #: what a resumed run needs beside the tensors of :meth:`held`: names of attributes with plain values
+    plain: tuple[str, ...] = ("step", "fixed", "flip_rate")
+
+    def __init__(self, config: MethodConfig, weights: Sequence[MaskedWeight]):
+        self.config: Any = config
+        self.pattern, self.steps = config.pattern, config.steps
+        self.weights = list(weights)
+        self.curvature: Curvature | None = None  # a method that wants probes has one
+        self.step = 0
+        self.fixed = False  # masks are hard and final
+        self.flip_rate = 0.0
+
+    def progress(self, step: int) -> float:
+        return step / self.steps
+
+    # -- what the loop calls -----------------------------------------------------------------------------------------
+    def start_from(self, dense: dict[str, Tensor]) -> None:
+        """Weights and masks hold the solution of ``config.start``; ``dense`` is what the weights were."""
+        del dense
 
     def wants_curvature(self, step: int) -> bool:
         """Must the backward of this step estimate curvature?"""
-        ...
+        del step
+        return False
 
+    def optimizer(self, parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        """What trains the weights; options are AdamW's ``lr``, ``betas`` and ``weight_decay``."""
+        return torch.optim.AdamW(parameters, **options)
+
+    @abstractmethod
     def after_step(self, step: int) -> None:
         """Bring the masks from step ``step`` to the next one."""
-        ...
 
+    @torch.no_grad()
+    def fix(self) -> None:
+        """Make the masks hard, for good."""
+        for w in self.weights:
+            # never moved: do not keep the first N, but the largest
+            scores = w.weight.abs() if bool((w.mask == 1).all()) else w.mask
+            w.mask.copy_(hard_mask(scores, self.pattern, w.dim))
+        self.fixed = True
+
+    @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """The current values of the curves: temperature, lambda, mask distance from binary, flip rate, density."""
-        ...
+        """The current values of the curves."""
+        sample = torch.cat([self.sample(w.mask, w.dim).flatten() for w in self.weights]).float()
+        return {
+            "mask_distance_from_binary": distance_from_binary(sample),
+            "flip_rate": 0.0 if self.fixed else self.flip_rate,
+            "density": sample.mean().item(),
+        }
+
+    def sample(self, mask: Tensor, dim: int) -> Tensor:
+        """Whole groups from the first rows, [groups, M]: enough for a curve, too few to slow a step."""
+        rows = mask.movedim(dim, -1)
+        rows = rows[: max(1, SAMPLE // rows.shape[-1])]
+        return to_groups(rows, self.pattern).flatten(0, -2) if isinstance(self.pattern, Pattern) else rows
+
+    # -- resuming ----------------------------------------------------------------------------------------------------
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors beside weights and masks, by kind and weight: they move with the model and are saved with it."""
+        return {} if self.curvature is None else {"curvature": self.curvature.values}
+
+    def move(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of device or dtype to what is held."""
+        for tensors in self.held().values():
+            tensors.update({fqn: change(value) for fqn, value in tensors.items()})
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside weights and masks: tensors and plain values only."""
-        ...
+        return {
+            "config": self.config.describe(),
+            "plain": {name: getattr(self, name) for name in self.plain},
+            "held": {kind: dict(tensors) for kind, tensors in self.held().items()},
+        }
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state(self, state: dict[str, Any]) -> None:
+        """What :meth:`state` gave. Raises SparseForgeError if it belongs to other constants."""
+        mine, theirs = self.config.describe(), state["config"]
+        if mine != theirs:
+            changed = ", ".join(
+                f"{k} {theirs.get(k)} instead of {mine.get(k)}" for k in mine if mine[k] != theirs.get(k)
+            )
+            raise SparseForgeError(f"the saved training state was made with {changed}; delete it to start anew")
+        for name in self.plain:
+            setattr(self, name, state["plain"][name])
+        devices = {w.fqn: w.mask.device for w in self.weights}
+        for kind, tensors in self.held().items():
+            tensors.clear()
+            tensors.update({fqn: value.to(devices[fqn]) for fqn, value in state["held"][kind].items()})

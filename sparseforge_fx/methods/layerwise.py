@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseforge_fx.calibrate import layer_by_layer
 from sparseforge_fx.kernels.soft_masked_linear import OP
-from sparseforge_fx.methods.base import MaskedWeight
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.program import Program
 
 

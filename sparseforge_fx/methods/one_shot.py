@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.methods.alps import prune_alps
-from sparseforge_fx.methods.base import MaskedWeight
 from sparseforge_fx.methods.layerwise import LayerSolution, Solve
 from sparseforge_fx.methods.obs import prune_obs
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
 
 

@@ -12,7 +12,7 @@ mask    m <- clip((1 - a) m + a G, 0, 1) every K steps; in the graph e = lambda 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,13 +21,13 @@ from torch import Tensor
 from sparseforge_fx import schedule
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.hessian import ESTIMATORS, Curvature, Estimator
-from sparseforge_fx.methods.base import MaskedWeight
+from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import (
     TWO_FOUR,
     AnyPattern,
     Pattern,
     all_patterns,
-    distance_from_binary,
     from_groups,
     hard_mask,
     to_groups,
@@ -36,15 +36,14 @@ from sparseforge_fx.pattern import (
 #: the authors' run on LLaMA-2-7B, to which their per-update constants belong
 REFERENCE_STEPS, REFERENCE_UPDATES = 20_000, 20_000 // 30
 SCORES, GATES = ("obd", "ratio", "magnitude"), ("site", "pattern")
-SAMPLE = 1 << 15  # scores from which a weight's quantile is taken; its error in rank is below 0.3 %
+SAMPLE = 1 << 15  # scores that a weight's quantiles are taken from; their error in rank is below 0.3 %
 
 
 @dataclass(frozen=True)
-class SparseForgeConfig:
+class SparseForgeConfig(MethodConfig):
     """Constants of the annealing; times are shares of the run, rates are per mask update.
 
     Attributes:
-        steps: optimizer steps of the whole run.
         start: ``dense``: masks of one, moved by scores. ``sparsegpt``, ``alps``: the masks of that layer-wise
             solution; a quench then leads from the dense weights to it: pruned weights fade with lambda while the
             survivors take their compensation over.
@@ -58,9 +57,6 @@ class SparseForgeConfig:
         masked_decay: extra decay of weights per step, proportional to 1 - m.
     """
 
-    steps: int
-    pattern: AnyPattern = TWO_FOUR
-    start: Literal["dense", "sparsegpt", "alps"] = "dense"
     curvature: Estimator = "gauss_newton"
     curvature_beta: float = 0.98
     probe_every: int = 1
@@ -80,12 +76,10 @@ class SparseForgeConfig:
     masked_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise SparseForgeError(f"steps is {self.steps}; a run needs at least one")
-        choices = {"curvature": ESTIMATORS, "start": ("dense", "sparsegpt", "alps"), "score": SCORES, "gate": GATES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise SparseForgeError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        super().__post_init__()
+        self.choose("curvature", ESTIMATORS)
+        self.choose("score", SCORES)
+        self.choose("gate", GATES)
         if self.probe_every < 1 or self.update_every < 1:
             raise SparseForgeError("probe_every and update_every count steps: give at least 1")
         if not 0 < self.mask_rate <= 1:
@@ -102,9 +96,8 @@ class SparseForgeConfig:
         if not 0 <= self.heat_end <= self.quench_end <= 1:
             raise SparseForgeError(f"need 0 <= heat_end <= quench_end <= 1, got {self.heat_end} and {self.quench_end}")
 
-    def describe(self) -> dict[str, Any]:
-        """For the report."""
-        return asdict(self) | {"pattern": str(self.pattern)}
+    def build(self, weights: Sequence[MaskedWeight]) -> SparseForge:
+        return SparseForge(self, weights)
 
 
 def paper_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> SparseForgeConfig:
@@ -142,20 +135,17 @@ def tuned_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> 
     return replace(base, **changes)
 
 
-class SparseForge:
+class SparseForge(TrainedMethod):
     """The state of the annealing over a set of masked weights; see the module's text."""
 
+    plain = (*TrainedMethod.plain, "faded_to")
+
     def __init__(self, config: SparseForgeConfig, weights: Sequence[MaskedWeight]):
-        self.config = config
-        self.pattern = config.pattern
-        self.steps = config.steps
-        self.weights = list(weights)
-        self.curvature = Curvature(config.curvature_beta)
+        super().__init__(config, weights)
+        scored = config.start == "dense" and config.score != "magnitude"
+        self.curvature: Curvature = Curvature(config.curvature_beta, config.curvature if scored else None)
         self.soft: dict[str, Tensor] = {}  # m, where the graph's mask is no longer m itself (during the quench)
-        self.step = 0
-        self.flip_rate = 0.0
-        self._fixed = False
-        self._faded_to = 1.0
+        self.faded_to = 1.0
         self.compensation: dict[str, Tensor] = {}  # what the survivors have still to take over, per unit of lambda
         if config.start == "dense" and config.quench_end == 0:
             raise SparseForgeError(
@@ -163,17 +153,10 @@ class SparseForge:
             )
 
     # -- the loop's side ---------------------------------------------------------------------------------------------
-    def progress(self, step: int) -> float:
-        return step / self.steps
-
     def wants_curvature(self, step: int) -> bool:
         c = self.config
-        return (
-            c.start == "dense"
-            and c.score != "magnitude"
-            and self.progress(step) < c.quench_end
-            and step % c.probe_every == 0
-        )
+        wanted = self.curvature.estimator is not None and self.progress(step) < c.quench_end
+        return wanted and step % c.probe_every == 0
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -181,7 +164,7 @@ class SparseForge:
         over."""
         self.step = step + 1
         progress = self.progress(self.step)
-        if self._fixed:
+        if self.fixed:
             return
         if progress >= self.config.quench_end:
             self.fix()
@@ -219,7 +202,7 @@ class SparseForge:
 
     def _fade(self, lam: float) -> None:
         """Survivors (mask 1) take their compensation over as the others' mask goes down to ``lam``."""
-        before, self._faded_to = self._faded_to, lam
+        before, self.faded_to = self.faded_to, lam
         for w in self.weights:
             if w.fqn in self.compensation:
                 w.weight.add_(self.compensation[w.fqn], alpha=before - lam)
@@ -231,19 +214,12 @@ class SparseForge:
         if self.compensation:
             self._fade(0.0)
         for w in self.weights:
-            soft = self.soft.get(w.fqn, w.mask)
-            untouched = bool(
-                (soft == 1).all()
-            )  # fixed before the first mask update: do not keep the first N, but the largest
-            w.mask.copy_(hard_mask(w.weight.abs() if untouched else soft, self.pattern, w.dim))
+            if w.fqn in self.soft:
+                w.mask.copy_(self.soft[w.fqn])
         self.soft.clear()
         self.compensation.clear()
         self.curvature.values.clear()
-        self._fixed = True
-
-    @property
-    def fixed(self) -> bool:
-        return self._fixed
+        super().fix()
 
     # -- the mask update ---------------------------------------------------------------------------------------------
     def _update(self, progress: float) -> None:
@@ -258,12 +234,12 @@ class SparseForge:
             mask = self.soft.get(w.fqn, w.mask)
             score = self.score(w)
             gate = self.gate(score, w.dim, heat, reached)
-            before = hard_mask(_sample(mask, w.dim, self.pattern), self.pattern)
+            before = hard_mask(self.sample(mask, w.dim), self.pattern)
             if eta:
                 # top-N(G) is top-N of the scores, which do not tie where the sigmoid saturates
                 gate.sub_(mask.float() - hard_mask(score, self.pattern, w.dim).float(), alpha=eta)
             mask.copy_(mask.float().lerp_(gate, c.mask_rate).clamp_(0, 1))
-            after = hard_mask(_sample(mask, w.dim, self.pattern), self.pattern)
+            after = hard_mask(self.sample(mask, w.dim), self.pattern)
             flips, total = flips + int((after != before).sum()), total + before.numel()
         self.flip_rate = flips / max(1, total)
 
@@ -293,54 +269,17 @@ class SparseForge:
         return from_groups(1 - reached * (1 - soft), dim)
 
     # -- reports and resuming ----------------------------------------------------------------------------------------
-    @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         c, progress = self.config, self.progress(self.step)
-        sample = torch.cat([_sample(w.mask, w.dim, self.pattern).flatten() for w in self.weights]).float()
+        heat = schedule.temperature(progress, c.temperature_start, c.temperature_floor, c.temperature_half_life)
         return {
-            "temperature": schedule.temperature(
-                progress, c.temperature_start, c.temperature_floor, c.temperature_half_life
-            ),
-            "lambda": 0.0 if self._fixed else self.softness(progress),
-            "mask_distance_from_binary": distance_from_binary(sample),
-            "flip_rate": 0.0 if self._fixed else self.flip_rate,
-            "density": sample.mean().item(),
+            "temperature": heat,
+            "lambda": 0.0 if self.fixed else self.softness(progress),
+            **super().metrics(),
         }
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "fixed": self._fixed,
-            "flip_rate": self.flip_rate,
-            "soft": dict(self.soft),
-            "curvature": dict(self.curvature.values),
-            "compensation": dict(self.compensation),
-            "faded_to": self._faded_to,
-            "config": self.config.describe(),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        mine, theirs = self.config.describe(), state["config"]
-        if mine != theirs:
-            changed = ", ".join(
-                f"{k} {theirs.get(k)} instead of {mine.get(k)}" for k in mine if mine[k] != theirs.get(k)
-            )
-            raise SparseForgeError(f"the saved training state was made with {changed}; delete it to start anew")
-        self.step, self._fixed, self.flip_rate, self._faded_to = (
-            state[k] for k in ("step", "fixed", "flip_rate", "faded_to")
-        )
-        devices = {w.fqn: w.mask.device for w in self.weights}
-        self.soft, self.curvature.values, self.compensation = (
-            {fqn: value.to(devices[fqn]) for fqn, value in state[k].items()}
-            for k in ("soft", "curvature", "compensation")
-        )
-
-
-def _sample(mask: Tensor, dim: int, pattern: AnyPattern) -> Tensor:
-    """Whole groups from the first rows, [groups, M]: enough for a curve, too few to slow a step."""
-    rows = mask.movedim(dim, -1)
-    rows = rows[: max(1, SAMPLE // rows.shape[-1])]
-    return to_groups(rows, pattern).flatten(0, -2) if isinstance(pattern, Pattern) else rows
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        return {**super().held(), "soft": self.soft, "compensation": self.compensation}
 
 
 def _quantiles(values: Tensor, *shares: float) -> list[Tensor]:

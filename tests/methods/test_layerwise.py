@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from sparseforge_fx.capture import capture
-from sparseforge_fx.methods.base import MaskedWeight
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.one_shot import sparsegpt
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import find_linears, run_passes, train_passes
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import Pattern, hard_mask

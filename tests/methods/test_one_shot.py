@@ -2,8 +2,8 @@
 
 import torch
 
-from sparseforge_fx.methods.base import MaskedWeight
 from sparseforge_fx.methods.one_shot import magnitude, sparsegpt, wanda
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, Unstructured
 
 
