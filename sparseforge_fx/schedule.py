@@ -34,6 +34,11 @@ def structure_strength(progress: float, start: float, end: float, final: float) 
     return final * ramp(progress, start, end)
 
 
+def cubic_ramp(progress: float, end: float) -> float:
+    """0 at the start, 1 from ``end`` on, fast at first: 1 - (1 - progress / end)^3 (arXiv 1710.01878, eq. 1)."""
+    return 1.0 - (1.0 - ramp(progress, 0.0, end)) ** 3
+
+
 def learning_rate(progress: float, warmup: float, floor: float) -> float:
     """Factor on the peak rate: linear warm-up over ``warmup`` (a share of the run), then a cosine down to ``floor``."""
     if progress < warmup:

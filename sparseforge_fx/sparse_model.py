@@ -164,7 +164,7 @@ class SparseModel(nn.Module):
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         kwargs |= {} if labels is None else {"labels": labels}
         call_args, call_kwargs, labels = self._split(args, kwargs)
-        learning = self.training and torch.is_grad_enabled()
+        learning = self.training and (torch.is_grad_enabled() or not self.method.config.by_gradient)
         probing = learning and self._hidden["probe"] is not None and self.method.wants_curvature(self.steps_done)
         output = self._runners["probe" if probing else "graph"](*call_args, **call_kwargs)
         self._batch = (call_args, call_kwargs, labels)

@@ -18,9 +18,10 @@ from sparseforge_fx.calibrate import bind
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.distill import main_output
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.methods.base import MethodConfig
+from sparseforge_fx.methods.catalog import find_method
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude
-from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -31,9 +32,6 @@ from sparseforge_fx.program import Program
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.train import count_tokens, train
-
-METHODS = ("magnitude", *LAYERWISE, "sparseforge")
-PRESETS: dict[str, Callable[..., SparseForgeConfig]] = {"tuned": tuned_preset, "paper": paper_preset}
 
 
 @dataclass
@@ -49,7 +47,7 @@ def sparsify(
     data: Any = None,
     *,
     method: str | None = None,
-    preset: str = "tuned",
+    preset: str | None = None,
     pattern: str | AnyPattern = "2:4",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -103,18 +101,15 @@ def sparsify(
     """
     began = time.monotonic()
     chosen = method or ("magnitude" if data is None else "sparseforge")
-    if chosen not in METHODS:
-        raise SparseForgeError(f"unknown method {chosen!r}; choose one of {', '.join(METHODS)}")
-    if preset not in PRESETS:
-        raise SparseForgeError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    preset, configure = find_method(chosen, preset)
     if chosen != "magnitude" and data is None:
         raise SparseForgeError(
             f"method {chosen} needs data: pass text, tokens or batches, or data='self' for a language model"
         )
     shape = parse_pattern(pattern)
-    unknown = sorted(set(changes) - ({f.name for f in fields(SparseForgeConfig)} if chosen == "sparseforge" else set()))
-    if unknown:
-        raise SparseForgeError(f"method {chosen} has no option {', '.join(unknown)}")
+    known = {f.name for f in fields(configure(1))} - {"steps", "pattern"} if configure is not None else set()
+    if set(changes) - known:
+        raise SparseForgeError(f"method {chosen} has no option {', '.join(sorted(set(changes) - known))}")
     torch.manual_seed(seed)
     batches = None
     if chosen != "magnitude":
@@ -140,11 +135,11 @@ def sparsify(
         **describe_sites(sites),
         **environment(),
     }
-    if chosen == "sparseforge":
+    if configure is not None:
         assert batches is not None
         per_step = count_tokens(batches.batch(0)) * accumulate
         count = steps or (max(1, tokens // per_step) if tokens else 60)
-        config = PRESETS[preset](count, shape, **changes)
+        config = configure(count, shape, **changes)
         task = (0.3 if preset == "tuned" else 1.0) if w_task is None else w_task
         calibrated = _first(batches, calibration) if config.start != "dense" else None
         report |= {
@@ -189,7 +184,7 @@ def sparsify(
 def _anneal(
     program: Program,
     sites: list[LinearSite],
-    config: SparseForgeConfig,
+    config: MethodConfig,
     batches,
     calibrated,
     *,
@@ -206,7 +201,8 @@ def _anneal(
     wanted = {id(p): p.requires_grad for p in program.source.parameters()}
     try:
         for p in program.source.parameters():
-            p.requires_grad_(p.is_floating_point() and (id(p) in site_ids or p.dim() < 2))
+            vector = p.is_floating_point() and p.dim() < 2
+            p.requires_grad_(id(p) in site_ids or (vector and config.trains_weights))
         sparse = SparseModel(program, sites, config, w_task=w_task, w_kl=w_kl, slorb_block=slorb_block)
         if calibrated is not None and not (state_path and state_path.exists()):
             clock = time.monotonic()
@@ -214,7 +210,8 @@ def _anneal(
             report["calibration_sequences"] = sum(_rows(b) for b in calibrated)
             report["calibration_seconds"] = time.monotonic() - clock
         report["passes"] = [r._asdict() for r in sparse.pass_records]
-        trained = [p for p in sparse.parameters() if p.requires_grad]
+        trained = [p for p in sparse.parameters() if p.requires_grad and config.trains_weights]
+        trained += sparse.method.parameters()
         curves = train(sparse, batches, trained, state_path=state_path, **options)
         finalize(sparse)
     finally:

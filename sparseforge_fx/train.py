@@ -89,6 +89,9 @@ def train(
     master = MasterWeights(parameters)
     master.serve(sparse.method.weights)
     optimizer = sparse.method.optimizer(master.masters, lr=lr, betas=betas, weight_decay=weight_decay)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # a method's own parameters may have a rate of their own
+    by_gradient = sparse.method.config.by_gradient
     curves: list[dict[str, float]] = []
     start, steps = 0, sparse.method.steps
     if state_path is not None and state_path.exists():
@@ -105,7 +108,7 @@ def train(
             began = time.monotonic()
             factor = schedule.learning_rate((step + 1) / (steps + 1), warmup, lr_floor)
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+                group["lr"] = group["initial_lr"] * factor
             parts, tokens = [], 0
             for micro in range(accumulate):
                 index = (step * accumulate + micro) * accelerator.num_processes + accelerator.process_index
@@ -113,13 +116,16 @@ def train(
                     data.batch(index),
                     accelerator.device if accelerator.num_processes > 1 else _device(master.parameters),
                 )
-                loss = _loss(sparse, batch)
+                with torch.set_grad_enabled(by_gradient):
+                    loss = _loss(sparse, batch)
                 if not torch.isfinite(loss.total):
                     raise SparseForgeError(
                         f"the loss is {loss.total.item()} at step {step}: "
                         f"lower the learning rate ({lr:g}) or check the data"
                     )
-                (loss.total / accumulate).backward()
+                if by_gradient:
+                    (loss.total / accumulate).backward()
+                sparse.method.observe(loss.total.detach(), partial(_total, sparse, batch))
                 parts.append(loss)
                 tokens += count_tokens(batch)
             if accelerator.num_processes > 1:
@@ -127,7 +133,7 @@ def train(
                     if p.grad is not None:
                         p.grad = accelerator.reduce(p.grad, reduction="mean")  # type: ignore[assignment]
             master.take_gradients()
-            norm = torch.nn.utils.clip_grad_norm_(master.masters, clip if clip else float("inf"))
+            norm = torch.nn.utils.clip_grad_norm_(master.masters, clip if clip and by_gradient else float("inf"))
             if not torch.isfinite(norm):
                 raise SparseForgeError(
                     f"the gradient is not finite at step {step}: lower the learning rate ({lr:g}) or check the data"
@@ -170,6 +176,10 @@ COMPILE_SAVES, COMPILE_SECONDS = 1 / 6, 60.0
 def worth_compiling(step_seconds: float, steps_left: int) -> bool:
     """Will compiling save more time over the rest of the run than it takes?"""
     return step_seconds * steps_left * COMPILE_SAVES > 2 * COMPILE_SECONDS
+
+
+def _total(sparse: SparseModel, batch: Any) -> Tensor:
+    return _loss(sparse, batch).total
 
 
 def _loss(sparse: SparseModel, batch: Any):

@@ -26,7 +26,10 @@ from sparseforge_fx.cli.app import (
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.errors import SparseForgeError
 
-METHODS_HELP = "sparseforge (default with data), alps, sparsegpt, wanda, magnitude."
+METHODS_HELP = (
+    "sparseforge (default with data), gmp, imp, sr-ste, ast, cast, maskllm, maskpro; "
+    "without training: alps, sparsegpt, wanda, magnitude."
+)
 STATE, STATE_OF = "training-state.pt", "training-state.json"  # what a run under way keeps in its output folder
 TRAINING_TEXT = (
     "Training text: a hub id owner/name[:config][:split], a text, jsonl or parquet file, or a folder; "
@@ -47,7 +50,7 @@ def sparsify(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, report.json and curves.png.")],
     data: Annotated[str | None, typer.Option(help=TRAINING_TEXT)] = None,
     method: Annotated[str | None, typer.Option(help=METHODS_HELP)] = None,
-    preset: Annotated[str, typer.Option(help="Of sparseforge: tuned or paper.")] = "tuned",
+    preset: Annotated[str | None, typer.Option(help="Of sparseforge: tuned (default) or paper.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 500k, 20M, 1.5B; default 60 steps.")] = None,
     pattern: PatternOption = "2:4",
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
@@ -98,19 +101,17 @@ def sparsify(
     import torch
 
     from sparseforge_fx import models
+    from sparseforge_fx.methods.catalog import find_method
     from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import plot_curves, write_json
-    from sparseforge_fx.sparsify import METHODS, PRESETS
     from sparseforge_fx.sparsify import sparsify as run
     from sparseforge_fx.text import open_sources
 
     # everything that can be known to be wrong before a model is loaded
     models.finish_replacement(output)
     _check_run_folder(output, shape_of_run, resume=resume, overwrite=overwrite)
-    if method is not None and method not in METHODS:
-        raise SparseForgeError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    if preset not in PRESETS:
-        raise SparseForgeError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    if method is not None:
+        find_method(method, preset)
     parse_pattern(pattern)
     changes = _changes(change) | ({"curvature": curvature} if curvature else {})
     if data is not None and data != "self":

@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class MethodConfig(ABC):
         pattern: what the weights must end in.
         start: ``dense``, or the layer-wise method whose masks and survivors the run starts from.
     """
+
+    trains_weights: ClassVar[bool] = True  # False: the model is frozen, the method's own parameters train
+    by_gradient: ClassVar[bool] = True  # False: no backward pass, ``observe`` is all
 
     steps: int
     pattern: AnyPattern = TWO_FOUR
@@ -60,8 +63,9 @@ class TrainedMethod(ABC):
     plain: tuple[str, ...] = ("step", "fixed", "flip_rate")
 
     def __init__(self, config: MethodConfig, weights: Sequence[MaskedWeight]):
-        self.config: Any = config
-        self.pattern, self.steps = config.pattern, config.steps
+        self.config: Any = config  # each method reads the fields of its own
+        self.pattern: Any = config.pattern
+        self.steps = config.steps
         self.weights = list(weights)
         self.curvature: Curvature | None = None  # a method that wants probes has one
         self.step = 0
@@ -84,6 +88,14 @@ class TrainedMethod(ABC):
     def optimizer(self, parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
         """What trains the weights; options are AdamW's ``lr``, ``betas`` and ``weight_decay``."""
         return torch.optim.AdamW(parameters, **options)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the method itself trains, beside or instead of the model."""
+        return []
+
+    def observe(self, loss: Tensor, again: Callable[[], Tensor]) -> None:
+        """Hear of the loss of a micro-batch; ``again`` gives that of the same one with the masks as they then are."""
+        del loss, again
 
     @abstractmethod
     def after_step(self, step: int) -> None:

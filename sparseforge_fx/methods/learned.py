@@ -1,0 +1,284 @@
+"""Masks learned as distributions over frozen weights: MaskLLM and MaskPro.
+
+MaskLLM (arXiv 2409.17481): one logit per legal pattern of a group; the forward pass sees the Gumbel-softmax mixture
+of the patterns, whose gradient (that of the masked weight, times the weight) trains the logits.
+MaskPro (arXiv 2506.12876): one logit per weight; N weights of a group are drawn without replacement, and the logits
+follow the policy gradient of the drawn mask's loss minus that of the first mask. No backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
+from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.pattern import Pattern, all_patterns, from_groups, hard_mask, to_groups
+
+
+class LearnedMasks(TrainedMethod):
+    """Frozen weights, a logit tensor [out, groups, ...] per weight, masks that are drawn anew for every step."""
+
+    def __init__(self, config: MethodConfig, weights: Sequence[MaskedWeight]):
+        super().__init__(config, weights)
+        self.generator = torch.Generator().manual_seed(config.steps)
+        self.logits: dict[str, nn.Parameter] = {}
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.logits.values())
+
+    @torch.no_grad()
+    def start_from(self, dense: dict[str, Tensor]) -> None:
+        """The start's masks are where learning begins; its weights are not taken over."""
+        for w in self.weights:
+            w.weight.copy_(dense[w.fqn])
+        self._begin()
+
+    def _first_mask(self, w: MaskedWeight) -> Tensor:
+        """Mask that learning begins at, [out, groups, M]: the start's, or that of magnitude."""
+        untouched = bool((w.mask == 1).all())
+        return to_groups(hard_mask(w.weight.abs() if untouched else w.mask, self.pattern, w.dim), self.pattern, w.dim)
+
+    def _uniform(self, like: Tensor) -> Tensor:
+        """Uniform noise in (0, 1) from the method's own generator: runs and resumed runs draw alike on any device."""
+        return torch.rand(like.shape, generator=self.generator).clamp_(1e-20).to(like.device)
+
+    def _begin(self) -> None:
+        raise NotImplementedError
+
+    def _draw(self) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        self.step = step + 1
+        if self.fixed:
+            return
+        if self.step >= self.steps:
+            self.fix()
+        else:
+            self._draw()
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "generator": self.generator.get_state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.generator.set_state(state["generator"])
+
+
+# -- MaskLLM -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class MaskLLMConfig(MethodConfig):
+    """Constants of MaskLLM (its table 7).
+
+    Attributes:
+        prior: strength of the first mask in the logits (alpha, eq. 10).
+        spread: standard deviation of the first logits.
+        temperature_start, temperature_end, scale_start, scale_end: of the Gumbel softmax, and of the logits in it;
+            both go linearly.
+        keep_large: factor on sum (w m)^2, which the loss rewards (eq. 8).
+        lr_scale: the logits' learning rate, as a multiple of the run's.
+    """
+
+    trains_weights: ClassVar[bool] = False
+
+    prior: float = 3.0
+    spread: float = 0.01
+    temperature_start: float = 4.0
+    temperature_end: float = 0.05
+    scale_start: float = 100.0
+    scale_end: float = 500.0
+    keep_large: float = 1e-5
+    lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.pattern, Pattern) or self.pattern.m > 8:
+            raise SparseForgeError(
+                f"maskllm has a logit for every legal mask of a group, too many or none for {self.pattern}: "
+                "take N:M with M up to 8, or maskpro"
+            )
+
+    def build(self, weights: Sequence[MaskedWeight]) -> MaskLLM:
+        return MaskLLM(self, weights)
+
+
+class MaskLLM(LearnedMasks):
+    """Logits over the legal patterns, trained through the Gumbel softmax."""
+
+    def __init__(self, config: MaskLLMConfig, weights: Sequence[MaskedWeight]):
+        super().__init__(config, weights)
+        self._noise: dict[str, Tensor] = {}
+        for w in weights:
+            w.weight.register_hook(lambda g, w=w, live=w.weight: self._learn(w, live, g))
+        self._begin()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        c = self.config
+        for w in self.weights:
+            first = self._first_mask(w).float()
+            legal = all_patterns(self.pattern, first.device)
+            logits = torch.randn(*first.shape[:-1], len(legal), generator=self.generator).to(first.device) * c.spread
+            likeness = (first @ legal.t()) / self.pattern.n * 2 - 1  # -1: disjoint, 1: the same
+            logits += c.prior * logits.std() * likeness
+            self.logits[w.fqn] = nn.Parameter(logits)
+        self._draw()
+
+    def optimizer(self, parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        return super().optimizer(parameters, **{**options, "lr": options["lr"] * self.config.lr_scale})
+
+    def _mix(self, w: MaskedWeight) -> Tensor:
+        """The soft mask that the present noise gives, differentiable in the logits; the weight's shape."""
+        c, progress = self.config, self.progress(self.step)
+        heat = c.temperature_start + (c.temperature_end - c.temperature_start) * progress
+        scale = c.scale_start + (c.scale_end - c.scale_start) * progress
+        share = ((scale * self.logits[w.fqn] + self._noise[w.fqn]) / heat).softmax(-1)
+        return from_groups(share @ all_patterns(self.pattern, share.device), w.dim)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        for w in self.weights:
+            self._noise[w.fqn] = -(-self._uniform(self.logits[w.fqn]).log()).log()
+            w.mask.copy_(self._mix(w))
+
+    def _learn(self, w: MaskedWeight, live: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient of the masked weight -> that of the logits; the weight itself learns nothing."""
+        if self.fixed:
+            return gradient
+        with torch.enable_grad():
+            mask = self._mix(w)
+        value = live.detach().float()
+        wanted = gradient.float() * value - 2 * self.config.keep_large * value.square() * mask.detach()
+        (mine,) = torch.autograd.grad(mask, self.logits[w.fqn], wanted)
+        logits = self.logits[w.fqn]
+        logits.grad = mine if logits.grad is None else logits.grad + mine
+        return torch.zeros_like(gradient)
+
+    @torch.no_grad()
+    def fix(self) -> None:
+        if self.fixed:
+            return
+        for w in self.weights:
+            best = all_patterns(self.pattern, w.mask.device)[self.logits[w.fqn].argmax(-1)]
+            w.mask.copy_(from_groups(best, w.dim))
+        self.fixed = True
+
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        return {**super().held(), "noise": self._noise}
+
+
+# -- MaskPro -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class MaskProConfig(MethodConfig):
+    """Constants of MaskPro.
+
+    Attributes:
+        certainty: the first mask's logits, the others' being 0.
+        memory: of the moving average of the loss residual.
+        logit_lr: learning rate of the plain gradient step; the run's own rate gives its course only.
+    """
+
+    trains_weights: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = False
+
+    certainty: float = 10.0
+    memory: float = 0.99
+    logit_lr: float = 50.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.pattern, Pattern) or self.pattern.n > 4:
+            raise SparseForgeError(
+                f"maskpro sums over the orders in which the kept weights of a group are drawn; {self.pattern} has too "
+                "many or no groups: take N:M with N up to 4"
+            )
+
+    def build(self, weights: Sequence[MaskedWeight]) -> MaskPro:
+        return MaskPro(self, weights)
+
+
+def log_probability(logits: Tensor, mask: Tensor, n: int) -> Tensor:
+    """Log-probability that N draws without replacement from softmax(logits) give just this mask, in any order.
+
+    Args:
+        logits: [..., M]; mask: [..., M] with N ones. Returns [...]; differentiable, exact (summed over the N! orders).
+    """
+    log_p = logits.log_softmax(-1)
+    chosen = log_p.gather(-1, mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :n])
+    orders = []
+    for order in permutations(range(n)):
+        total, gone = torch.zeros_like(chosen[..., 0]), torch.zeros_like(chosen[..., 0])
+        for k in order:
+            total = total + chosen[..., k] - torch.log1p(-gone.clamp(max=1 - 1e-7))
+            gone = gone + chosen[..., k].exp()
+        orders.append(total)
+    return torch.stack(orders, -1).logsumexp(-1)
+
+
+class MaskPro(LearnedMasks):
+    """Logits per weight, trained by the loss of drawn masks."""
+
+    plain = (*TrainedMethod.plain, "average")
+
+    def __init__(self, config: MaskProConfig, weights: Sequence[MaskedWeight]):
+        super().__init__(config, weights)
+        self.first: dict[str, Tensor] = {}
+        self.average = 0.0
+        self._begin()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        for w in self.weights:
+            self.first[w.fqn] = self._first_mask(w)
+            self.logits[w.fqn] = nn.Parameter(self.config.certainty * self.first[w.fqn].float())
+        for w in self.weights:  # the first step looks at the first mask itself
+            w.mask.copy_(from_groups(self.first[w.fqn], w.dim))
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        for w in self.weights:  # the N largest of logit + Gumbel noise are N draws without replacement
+            logits = self.logits[w.fqn]
+            drawn = hard_mask(logits - (-self._uniform(logits).log()).log(), self.pattern)
+            w.mask.copy_(from_groups(drawn, w.dim))
+
+    def optimizer(self, parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        del options  # plain gradient steps, at a rate of their own
+        return torch.optim.SGD(parameters, lr=self.config.logit_lr)
+
+    def observe(self, loss: Tensor, again: Callable[[], Tensor]) -> None:
+        """One term of the policy gradient: (loss - the first mask's loss - its average) d log P / d logits."""
+        drawn = {w.fqn: w.mask.clone() for w in self.weights}
+        with torch.no_grad():
+            for w in self.weights:
+                w.mask.copy_(from_groups(self.first[w.fqn], w.dim))
+            residual = float(loss) - float(again())
+            for w in self.weights:
+                w.mask.copy_(drawn[w.fqn])
+        self.average = self.config.memory * self.average + (1 - self.config.memory) * residual
+        for w in self.weights:
+            logits = self.logits[w.fqn]
+            mask = to_groups(drawn[w.fqn], self.pattern, w.dim)
+            with torch.enable_grad():
+                likely = log_probability(logits, mask, self.pattern.n).sum()
+            (mine,) = torch.autograd.grad(likely, logits)
+            mine = mine * (residual - self.average)
+            logits.grad = mine if logits.grad is None else logits.grad + mine
+
+    @torch.no_grad()
+    def fix(self) -> None:
+        if self.fixed:
+            return
+        for w in self.weights:
+            w.mask.copy_(from_groups(hard_mask(self.logits[w.fqn], self.pattern), w.dim))
+        self.fixed = True
+
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        return {**super().held(), "first": self.first}

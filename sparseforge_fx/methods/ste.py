@@ -1,0 +1,117 @@
+"""Masks by magnitude, weights by straight-through gradients, and a decay of what is masked: SR-STE and AST.
+
+m        top-N of |w| of every group, every ``update_every`` steps
+SR-STE   g <- g + lambda (1 - m) w, before the optimizer (arXiv 2102.04010, eq. 9)
+AST      the decay joins AdamW after the first moment (methods/optimizers.py), and lambda grows linearly over the
+         first quarter of the run (arXiv 2407.20584, eqs. 20-23)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_fx import schedule
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
+from sparseforge_fx.methods.optimizers import AnnealedDecayAdamW
+from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, hard_mask
+
+
+@dataclass(frozen=True)
+class StraightThroughConfig(MethodConfig):
+    """Constants of SR-STE and AST.
+
+    Attributes:
+        update_every: steps between two mask updates.
+        decay: lambda at its plateau.
+        decay_warmup: share of the run over which lambda grows from 0; 0: it is constant.
+        decay_joins: ``gradient`` (SR-STE) or ``update``, after the first moment (AST).
+    """
+
+    update_every: int = 10
+    decay: float = 2e-4
+    decay_warmup: float = 0.0
+    decay_joins: Literal["gradient", "update"] = "gradient"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.choose("decay_joins", ("gradient", "update"))
+        if self.update_every < 1:
+            raise SparseForgeError("update_every counts steps: give at least 1")
+
+    def build(self, weights: Sequence[MaskedWeight]) -> StraightThrough:
+        return StraightThrough(self, weights)
+
+
+def sr_ste_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> StraightThroughConfig:
+    """SR-STE with its authors' lambda, 2e-4."""
+    return replace(StraightThroughConfig(steps=steps, pattern=pattern), **changes)
+
+
+def ast_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> StraightThroughConfig:
+    """AST with the lambda of its GPT-2 runs, 1e-4 after a quarter of the run."""
+    base = StraightThroughConfig(steps=steps, pattern=pattern, decay=1e-4, decay_warmup=0.25, decay_joins="update")
+    return replace(base, **changes)
+
+
+class StraightThrough(TrainedMethod):
+    """The state of SR-STE and AST. ``initial_flip_rate``: share of the mask that differs from the first one."""
+
+    plain = (*TrainedMethod.plain, "initial_flip_rate")
+
+    def __init__(self, config: StraightThroughConfig, weights: Sequence[MaskedWeight]):
+        super().__init__(config, weights)
+        self.first: dict[str, Tensor] = {}  # the first masks, a sample of each
+        self.initial_flip_rate = 0.0
+        if config.start == "dense":
+            self._select()
+
+    def start_from(self, dense: dict[str, Tensor]) -> None:
+        self._select()
+
+    def decay(self) -> float:
+        """lambda at the present step."""
+        return self.config.decay * schedule.ramp(self.progress(self.step), 0.0, self.config.decay_warmup)
+
+    def optimizer(self, parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        if self.config.decay_joins == "update":
+            return AnnealedDecayAdamW(parameters, self.weights, self.decay, **options)
+        optimizer = super().optimizer(parameters, **options)
+        optimizer.register_step_pre_hook(lambda *_: self._decay_gradients())
+        return optimizer
+
+    @torch.no_grad()
+    def _decay_gradients(self) -> None:
+        for w in self.weights:
+            if w.weight.grad is not None:
+                w.weight.grad.addcmul_(1 - w.mask.to(w.weight.dtype), w.weight, value=self.decay())
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        self.step = step + 1
+        if not self.fixed and self.step % self.config.update_every == 0:
+            self._select()
+
+    @torch.no_grad()
+    def _select(self) -> None:
+        changed = initial = total = 0
+        for w in self.weights:
+            new = hard_mask(w.weight.abs(), self.pattern, w.dim)
+            sampled, before = self.sample(new, w.dim), self.sample(w.mask, w.dim).bool()
+            first = self.first.setdefault(w.fqn, sampled.clone())
+            changed, initial = changed + int((sampled != before).sum()), initial + int((sampled != first).sum())
+            total += sampled.numel()
+            w.mask.copy_(new)
+        self.flip_rate, self.initial_flip_rate = changed / max(1, total), initial / max(1, total)
+
+    def metrics(self) -> dict[str, float]:
+        return {"masked_decay": self.decay(), **super().metrics(), "initial_flip_rate": self.initial_flip_rate}
+
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        return {**super().held(), "first": self.first}
