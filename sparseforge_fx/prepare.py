@@ -87,9 +87,7 @@ def finalize(sparse: SparseModel) -> nn.Module:
     sparse.method.fix()
     hardened, records = run_passes(sparse.program, [lambda p: harden_masks(p, sparse.method.config.pattern)])
     sparse.pass_records += records
-    for hook in sparse._hooks:
-        hook.remove()
-    sparse._hidden.update(probe=None, teacher=None)
+    sparse.release()
     sparse.program = hardened
     for site in eligible(sparse.sites):
         if not check_pattern(hardened.tensor(site.fqn), sparse.method.config.pattern, site.reduction_dim):

@@ -149,6 +149,12 @@ class SparseModel(nn.Module):
                 probe.data = probe.data.new_zeros(()).expand(probe.shape)  # one element again
         return self
 
+    def release(self) -> None:
+        """Take the hooks off the model's weights, and let go of the teacher and the probed twin."""
+        for hook in (*self._hooks, *self.method.hooks):
+            hook.remove()
+        self._hidden.update(probe=None, teacher=None)
+
     # -- training ----------------------------------------------------------------------------------------------------
     def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
         """Set weights and masks to the layer-wise solution on ``batches`` that ``config.start`` names."""

@@ -199,6 +199,7 @@ def _anneal(
     assert program.source is not None
     site_ids = {id(program.tensor(s.fqn)) for s in eligible(sites)}
     wanted = {id(p): p.requires_grad for p in program.source.parameters()}
+    sparse: SparseModel | None = None
     try:
         for p in program.source.parameters():
             vector = p.is_floating_point() and p.dim() < 2
@@ -215,6 +216,8 @@ def _anneal(
         curves = train(sparse, batches, trained, state_path=state_path, **options)
         finalize(sparse)
     finally:
+        if sparse is not None:
+            sparse.release()
         for p in program.source.parameters():
             p.requires_grad_(wanted.get(id(p), True))  # low-rank branches are new
             p.grad = None

@@ -158,6 +158,7 @@ def test_modes_gradients_and_flags_come_back(captured_once, method):
     assert all(p.grad is None for p in model.parameters())
     assert model.config.use_cache == cache
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
     assert set(model.state_dict()) == set(found.first)
 
 
@@ -172,8 +173,8 @@ def test_equal_seeds_give_equal_models(captured_once):
     assert not all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
 
 
-@pytest.mark.parametrize("preset", TRAINED["sparseforge"])
-def test_resume_from_a_file(captured_once, tmp_path, preset):
+@pytest.mark.parametrize(("method", "preset"), [(m, p) for m, presets in TRAINED.items() for p in presets])
+def test_resume_from_a_file(captured_once, tmp_path, method, preset):
     def run(stop=None, **options):
         found = captured_once("mlp")
 
@@ -183,7 +184,13 @@ def test_resume_from_a_file(captured_once, tmp_path, preset):
 
         try:
             result = sf.sparsify(
-                found.model, data_for(found), preset=preset, on_step=on_step, **SMALL | {"steps": 9}, **options
+                found.model,
+                data_for(found),
+                method=method,
+                preset=preset,
+                on_step=on_step,
+                **SMALL | {"steps": 12},
+                **options,
             )
         except KeyboardInterrupt:
             return None
@@ -192,10 +199,10 @@ def test_resume_from_a_file(captured_once, tmp_path, preset):
 
     straight, curve = run()
     saved = {"resume_from": str(tmp_path / "state.pt"), "save_seconds": 0.0}
-    for stop in (2, 5):
+    for stop in (2, 10):
         assert run(stop, **saved) is None
     weights, resumed = run(**saved)
-    assert resumed == curve and len(curve) == 9
+    assert resumed == curve and len(curve) == 12
     assert all(torch.equal(a, b) for a, b in zip(weights, straight, strict=True))
 
 

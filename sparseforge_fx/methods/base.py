@@ -71,6 +71,7 @@ class TrainedMethod(ABC):
         self.step = 0
         self.fixed = False  # masks are hard and final
         self.flip_rate = 0.0
+        self.hooks: list[Any] = []  # on the model's weights; removed when the run is over
 
     def progress(self, step: int) -> float:
         return step / self.steps
@@ -144,6 +145,7 @@ class TrainedMethod(ABC):
             "held": {kind: dict(tensors) for kind, tensors in self.held().items()},
         }
 
+    @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
         """What :meth:`state` gave. Raises SparseForgeError if it belongs to other constants."""
         mine, theirs = self.config.describe(), state["config"]
@@ -156,5 +158,11 @@ class TrainedMethod(ABC):
             setattr(self, name, state["plain"][name])
         devices = {w.fqn: w.mask.device for w in self.weights}
         for kind, tensors in self.held().items():
-            tensors.clear()
-            tensors.update({fqn: value.to(devices[fqn]) for fqn, value in state["held"][kind].items()})
+            saved = state["held"][kind]
+            for fqn in set(tensors) - set(saved):
+                del tensors[fqn]
+            for fqn, value in saved.items():
+                if fqn in tensors:
+                    tensors[fqn].copy_(value)  # in place: an optimizer may read it
+                else:
+                    tensors[fqn] = value.to(devices[fqn], copy=True)

@@ -56,7 +56,7 @@ class Cast(TrainedMethod):
             rows, columns = w.weight.movedim(w.dim, -1).shape
             blocks = config.blocks if columns % (config.blocks * getattr(config.pattern, "m", 1)) == 0 else 1
             self.scales[w.fqn] = nn.Parameter(torch.ones(rows, blocks, device=w.weight.device))
-            w.weight.register_hook(lambda g, w=w, live=w.weight: self._learn(w, live, g))
+            self.hooks.append(w.weight.register_hook(lambda g, w=w, live=w.weight: self._learn(w, live, g)))
         self._choose()
 
     def parameters(self) -> list[nn.Parameter]:

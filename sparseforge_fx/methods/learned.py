@@ -117,7 +117,7 @@ class MaskLLM(LearnedMasks):
         super().__init__(config, weights)
         self._noise: dict[str, Tensor] = {}
         for w in weights:
-            w.weight.register_hook(lambda g, w=w, live=w.weight: self._learn(w, live, g))
+            self.hooks.append(w.weight.register_hook(lambda g, w=w, live=w.weight: self._learn(w, live, g)))
         self._begin()
 
     @torch.no_grad()
