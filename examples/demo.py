@@ -30,8 +30,8 @@ PROMPT = "The city lies on the river and"
 
 @dataclass(frozen=True)
 class Scale:
-    steps: int = 60
-    batch_size: int = 4
+    steps: int = 120
+    batch_size: int = 2
     length: int = 512
     calibration: int = 48  # sequences for the layer-wise start
     context: int = 1024
@@ -102,7 +102,7 @@ def main() -> None:
     del pruned
 
     def on_step(step: int, row: dict[str, float]) -> None:
-        if step % 10 == 0 or step + 1 == scale.steps:
+        if step % 20 == 0 or step + 1 == scale.steps:
             say(f"step {step + 1} of {scale.steps}: loss {row['loss']:.3f}, KL {row['kl']:.3f}, {row['seconds']:.1f} s")
 
     result = sf.sparsify(

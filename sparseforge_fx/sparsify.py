@@ -58,7 +58,7 @@ def sparsify(
     length: int = 512,
     accumulate: int = 1,
     lr: float = 5e-4,
-    w_task: float | None = None,
+    w_task: float = 1.0,
     w_kl: float = 1.0,
     slorb_block: int | None = None,
     calibration: int = 64,
@@ -79,17 +79,18 @@ def sparsify(
         data: training data: a hub id, a text / jsonl / parquet file, a folder of them, a list of strings (these need a
             ``tokenizer``), token ids [n] or [n, length], a DataLoader, or any list of batches. None: the weights alone
             decide (``magnitude``). ``"self"``: text drawn from the language model itself.
-        method: ``sparseforge`` (the default with data), ``alps``, ``sparsegpt`` or ``wanda``
-            (layer-wise, no training) or ``magnitude``.
-        preset: of sparseforge: ``tuned`` (ours) or ``paper`` (arXiv 2605.06402's constants); ``changes`` replace single
-            fields of its SparseForgeConfig.
-        pattern: N:M. include, exclude: globs over weight or module names.
+        method: trained with distillation: ``sparseforge`` (the default with data), ``gmp``, ``imp``, ``sr-ste``,
+            ``ast``, ``cast``, ``maskllm``, ``maskpro``; layer by layer without training: ``alps``, ``sparsegpt``,
+            ``wanda``; without data: ``magnitude``.
+        preset: of sparseforge: ``tuned`` (ours, the default) or ``paper`` (arXiv 2605.06402's constants).
+            ``changes`` replace single fields of the method's config.
+        pattern: ``"2:4"``, any N:M, or ``"50%"`` for zeros without a structure.
+        include, exclude: globs over weight or module names.
         steps, tokens: length of the run; one of them (default: 60 steps). ``batch_size`` sequences of ``length``
             tokens per step, times ``accumulate``.
         lr: peak learning rate. 5e-4 was best for SmolLM2-135M in runs of 60 steps; the authors take 1e-4 for 7B and
             20,000 steps.
-        w_task, w_kl: weights of cross-entropy (default: 0.3 for ``tuned``, 1.0 for ``paper``) and of KL(teacher ||
-            student).
+        w_task, w_kl: weights of cross-entropy and of KL(teacher || student).
         slorb_block: width of the blocks of a SLoRB branch; None for none.
         calibration: sequences (of the training data) that a layer-wise start or method sees.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
@@ -140,13 +141,12 @@ def sparsify(
         per_step = count_tokens(batches.batch(0)) * accumulate
         count = steps or (max(1, tokens // per_step) if tokens else 60)
         config = configure(count, shape, **changes)
-        task = (0.3 if preset == "tuned" else 1.0) if w_task is None else w_task
         calibrated = _first(batches, calibration) if config.start != "dense" else None
         report |= {
             "preset": preset,
             "config": config.describe(),
             "lr": lr,
-            "w_task": task,
+            "w_task": w_task,
             "w_kl": w_kl,
             "slorb_block": slorb_block,
         }
@@ -157,7 +157,7 @@ def sparsify(
             config,
             batches,
             calibrated,
-            w_task=task,
+            w_task=w_task,
             w_kl=w_kl,
             slorb_block=slorb_block,
             lr=lr,

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparseforge_fx as sf
 from sparseforge_fx.data import tokenize
 from sparseforge_fx.evaluate import perplexity
+from sparseforge_fx.methods.catalog import TRAINED
 from sparseforge_fx.report import write_json
 
 RESULTS = Path(__file__).parent / "results" / "quality"
@@ -35,20 +36,21 @@ def main(
     tokens: int = 122_880,
     seed: int = 0,
     lr: float = 5e-4,
-    batch_size: int = 4,
+    batch_size: int = 2,
     length: int = 512,
-    calibration: int = 64,
+    calibration: int = 128,
     windows: int = 16,
-    w_task: float | None = None,
+    w_task: float = 1.0,
     threads: int = 0,
     label: str = "",
     compile: str = "auto",
-    options: Annotated[str, typer.Option(help="json of further SparseForgeConfig fields")] = "{}",
+    options: Annotated[str, typer.Option(help="json of further fields of the method's config")] = "{}",
 ) -> None:
     """Run one (method, preset, seed, budget) and write results/quality/NAME.json."""
     if threads:
         torch.set_num_threads(threads)
-    name = label or f"{method}-{preset if method == 'sparseforge' else 'oneshot'}-{tokens}-seed{seed}"
+    kind = preset if method == "sparseforge" else "paper" if method in TRAINED else "oneshot"
+    name = label or f"{method}-{kind}-{tokens}-seed{seed}"
     out = RESULTS / f"{name}.json"
     if out.exists():
         print(f"{out} is there already")
@@ -66,13 +68,18 @@ def main(
 
     def on_step(step: int, row: dict) -> None:
         print(
-            json.dumps({k: row[k] for k in ("step", "loss", "task", "kl", "seconds", "mask_distance_from_binary")}),
+            json.dumps({k: row[k] for k in ("step", "loss", "task", "kl", "seconds", "flip_rate")}),
             flush=True,
         )
 
     settings = json.loads(options)
-    if method == "sparseforge":
-        settings |= {"preset": preset, "tokens": tokens, "w_task": w_task, "lr": lr}
+    if method in TRAINED:
+        settings |= {
+            "preset": preset if method == "sparseforge" else None,
+            "tokens": tokens,
+            "w_task": w_task,
+            "lr": lr,
+        }
         settings["resume_from"] = RESULTS / f"{name}.state"
     how: bool | str = {"on": True, "off": False}.get(compile, compile)
     result = sf.sparsify(

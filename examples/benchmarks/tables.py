@@ -93,7 +93,10 @@ def plot() -> None:
         return
     figure, axis = plt.subplots(figsize=(6.5, 4), constrained_layout=True)
     for name, points in sorted(series.items()):
-        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        tokens = sorted({t for t, _ in points})
+        seeds = [[p for t, p in points if t == budget] for budget in tokens]
+        (line,) = axis.plot(tokens, [mean(s) for s in seeds], marker="o", label=name)
+        axis.fill_between(tokens, [min(s) for s in seeds], [max(s) for s in seeds], color=line.get_color(), alpha=0.25)
     for run in runs:
         if not run["tokens"] and run["method"] != "magnitude":
             axis.axhline(run["sparse_perplexity"]["test"], ls=":", color="gray")
