@@ -113,6 +113,17 @@ def count_blocks(module: GraphModule) -> list[tuple[str, int]]:
     return [(blocks[0].container, len(blocks)) for blocks in _find(module)]
 
 
+def block_outputs(module: GraphModule) -> list[Node]:
+    """What each repeated block hands on: its first floating-point output of three dimensions, in graph order."""
+    blocks = sorted((b for kind in _find(module) for b in kind), key=lambda b: b.span.start)
+    handed = []
+    for block in blocks:
+        values = (n for n in block.outputs if torch.is_tensor(n.meta.get("val")))
+        hidden = [n for n in values if n.meta["val"].is_floating_point() and n.meta["val"].dim() >= 3]
+        handed += hidden[:1]
+    return handed
+
+
 # -- finding ---------------------------------------------------------------------------------------------------------
 def _find(module: GraphModule) -> list[list[_Block]]:
     """Kinds of blocks, each a list of ranges that are the same program; outermost containers first; no overlaps.

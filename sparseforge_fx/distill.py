@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.taps import Taps
+
 IGNORE = -100
+#: losses on intermediate values, and whether they look at attention: SquareHead (arXiv 2310.06927: squared error of the
+#: hidden states over the teacher's energy), TinyBERT (arXiv 1909.10351: squared errors of hidden states and attention
+#: scores), MobileBERT (arXiv 2004.02984: squared error of hidden states, KL of attention)
+FEATURES = {"squarehead": False, "tinybert": True, "mobilebert": True}
+DIVERGENCES = ("kl", "reverse_kl")
 
 
 class Loss(NamedTuple):
@@ -24,7 +32,7 @@ class _ChunkedLoss(torch.autograd.Function):
     do)."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, w_task, w_kl, chunk):
+    def forward(ctx, student, teacher, labels, w_task, w_kl, chunk, reverse):
         rows = student.shape[0]
         scored = (labels != IGNORE).sum().clamp(min=1)
         grad = torch.empty_like(student)
@@ -38,8 +46,14 @@ class _ChunkedLoss(torch.autograd.Function):
             if w_kl and teacher is not None:
                 log_q = F.log_softmax(teacher[part].float(), -1)
                 q = log_q.exp()
-                kl += (q * (log_q - log_p)).sum()
-                delta.add_(p - q, alpha=w_kl / rows)
+                if reverse:
+                    gap = log_p - log_q
+                    mean = (p * gap).sum(-1, keepdim=True)
+                    kl += mean.sum()
+                    delta.add_(p * (gap - mean), alpha=w_kl / rows)
+                else:
+                    kl += (q * (log_q - log_p)).sum()
+                    delta.add_(p - q, alpha=w_kl / rows)
             if w_task:
                 target = labels[part]
                 valid = target != IGNORE
@@ -56,7 +70,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, *_):
         (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None, None, None
+        return grad * grad_total.to(grad.dtype), None, None, None, None, None, None
 
 
 def logits_loss(
@@ -66,14 +80,17 @@ def logits_loss(
     *,
     w_task: float = 1.0,
     w_kl: float = 1.0,
+    divergence: str = "kl",
     chunk_bytes: int | None = None,
 ) -> Loss:
-    """w_task * cross-entropy(student, labels) + w_kl * KL(teacher || student), forward KL at temperature 1.
+    """w_task * cross-entropy(student, labels) + w_kl * divergence from the teacher, at temperature 1.
 
     Args:
         student, teacher: logits [..., vocab] of the same shape; teacher may be None if ``w_kl`` is 0.
         labels: [...] class ids; -100 is not scored by the cross-entropy (mean over scored rows). The KL is the mean
             over all rows.
+        divergence: ``kl``: KL(teacher || student); ``reverse_kl``: KL(student || teacher) (MiniLLM, arXiv 2306.08543,
+            at each token).
         chunk_bytes: float32 bytes of logits that are worked on at a time. Default: 1 MiB on a CPU, where the dozen
             temporaries of a chunk then stay in its cache (2.2 s against 4.8 s with 128 MiB, for 2048 x 49152 logits
             on one core), and 128 MiB elsewhere.
@@ -85,7 +102,9 @@ def logits_loss(
     chunk_bytes = chunk_bytes or (1 << 20 if student.device.type == "cpu" else 1 << 27)
     chunk = max(1, chunk_bytes // (4 * vocab))
     flat_teacher = None if teacher is None else teacher.reshape(-1, vocab)
-    return Loss(*_ChunkedLoss.apply(student.reshape(-1, vocab), flat_teacher, labels.reshape(-1), w_task, w_kl, chunk))
+    reverse = divergence == "reverse_kl"
+    flat = student.reshape(-1, vocab)
+    return Loss(*_ChunkedLoss.apply(flat, flat_teacher, labels.reshape(-1), w_task, w_kl, chunk, reverse))
 
 
 def shifted_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -97,6 +116,30 @@ def shifted_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> T
         labels.masked_fill_(attention_mask == 0, IGNORE)
         labels[:, :-1].masked_fill_(attention_mask[:, 1:] == 0, IGNORE)
     return labels
+
+
+def check_losses(divergence: str, features: str | None) -> None:
+    """Raise a SparseForgeError unless there are such losses."""
+    if divergence not in DIVERGENCES:
+        raise SparseForgeError(f"unknown divergence {divergence!r}; choose one of {', '.join(DIVERGENCES)}")
+    if features is not None and features not in FEATURES:
+        raise SparseForgeError(f"unknown features {features!r}; choose one of {', '.join(FEATURES)}")
+
+
+def feature_loss(kind: str, student: Taps, teacher: Taps) -> Tensor:
+    """Distance of intermediate values, summed over the layers (AST's table 5; sources in :data:`FEATURES`)."""
+    total = torch.zeros((), device=student.hidden[0].device)
+    for s, t in zip(student.hidden, teacher.hidden, strict=True):
+        error = (s.float() - t.float()).square().mean()
+        total = total + (error / (t.float().square().mean() + 2**-7) if kind == "squarehead" else error)
+    for s, t in zip(student.attention, teacher.attention, strict=True):
+        seen = torch.isfinite(t)
+        if kind == "tinybert":
+            total = total + torch.where(seen, s - t, 0.0).square().sum() / seen.expand_as(s).sum()
+        else:
+            p, log_q = t.softmax(-1), s.log_softmax(-1)
+            total = total + torch.where(seen, p * (t.log_softmax(-1) - log_q), 0.0).sum(-1).mean()
+    return total
 
 
 def relative_error(student: Any, teacher: Any) -> Tensor:

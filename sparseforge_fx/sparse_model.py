@@ -12,6 +12,7 @@ from sparseforge_fx import distill
 from sparseforge_fx.calibrate import bind
 from sparseforge_fx.capture import as_call
 from sparseforge_fx.compile import compile_repeated_blocks
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.hessian import Curvature, fold_on_backward, hutchinson_diagonal
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
@@ -22,6 +23,7 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.program import Program
+from sparseforge_fx.taps import Taps, tap
 
 
 class SparseModel(nn.Module):
@@ -41,13 +43,17 @@ class SparseModel(nn.Module):
         *,
         w_task: float,
         w_kl: float,
+        divergence: str = "kl",
+        features: str | None = None,
+        w_features: float = 1.0,
         slorb_block: int | None = None,
     ):
         super().__init__()
         self.sites = list(sites)
         self.dense = program
         self.program, self.pass_records = run_passes(program, train_passes(sites, slorb_block=slorb_block))
-        self.w_task, self.w_kl = w_task, w_kl
+        self.w_task, self.w_kl, self.divergence = w_task, w_kl, divergence
+        self.features, self.w_features = features, w_features
         self.causal = _is_causal_lm(program.source)
         self.method = config.build(self._masked_weights())
         self.steps_done = 0
@@ -55,6 +61,8 @@ class SparseModel(nn.Module):
         self.graph = self.program.module()
         # children that must not show in parameters(): probes would reach the user's optimizer, the teacher is frozen
         self._hidden: dict[str, Any] = {"probe": None, "teacher": self._freeze_teacher() if w_kl else None}
+        if features is not None:
+            self._tap(distill.FEATURES[features])
         self._runners: dict[str, Callable] = {"graph": self.graph}
         self._hooks: list = []
         self._compile: bool | dict = False
@@ -74,11 +82,21 @@ class SparseModel(nn.Module):
         estimator = self._estimator
         probed, _ = run_passes(self.program, [lambda p: insert_hessian_hooks(p, estimator)])  # type: ignore[arg-type]
         module = probed.module()
+        if self.features is not None:
+            module = tap(module, self._seen[0], attention=distill.FEATURES[self.features])
         found = dict(module.named_parameters())
         probes = {w.fqn: found[probe_name(w.fqn)] for w in self.method.weights}
         assert self.curvature is not None
         self._hooks = fold_on_backward(probes, self.curvature)
         self._hidden["probe"] = self._runners["probe"] = module
+
+    def _tap(self, attention: bool) -> None:
+        """Let student and teacher keep their intermediate values."""
+        self._seen = (Taps(), Taps())
+        self.graph = tap(self.graph, self._seen[0], attention=attention)
+        if self._hidden["teacher"] is None:
+            self._hidden["teacher"] = self._freeze_teacher()
+        self._hidden["teacher"] = tap(self._hidden["teacher"], self._seen[1], attention=attention)
 
     def _freeze_teacher(self) -> nn.Module:
         """The dense program over clones of what changes: parameters that require grad, and the sites. The rest is
@@ -96,6 +114,8 @@ class SparseModel(nn.Module):
         """Run the graph (and its probed twin, and the teacher) under torch.compile, one repeated block compiled
         once."""
         del args
+        if self.features is not None:
+            raise SparseForgeError("intermediate values cannot be kept under torch.compile: pass compile=False")
         for name in ("graph", "probe", "teacher"):
             module = self.graph if name == "graph" else self._hidden.get(name)
             if module is not None:
@@ -172,6 +192,8 @@ class SparseModel(nn.Module):
         call_args, call_kwargs, labels = self._split(args, kwargs)
         learning = self.training and (torch.is_grad_enabled() or not self.method.config.by_gradient)
         probing = learning and self._hidden["probe"] is not None and self.method.wants_curvature(self.steps_done)
+        if self.features is not None:
+            self._seen[0].clear()
         output = self._runners["probe" if probing else "graph"](*call_args, **call_kwargs)
         self._batch = (call_args, call_kwargs, labels)
         self.last_loss = self.loss(output, call_args, call_kwargs, labels, teach=learning)
@@ -204,21 +226,29 @@ class SparseModel(nn.Module):
             ):  # nothing is learnt from padding
                 student, target = student[mask != 0], target[mask != 0]
                 teacher = None if teacher is None else teacher[mask != 0]
-            return distill.logits_loss(
+            loss = distill.logits_loss(
                 student,
                 teacher,
                 target,
                 w_task=w_task if teach else 1.0,
                 w_kl=self.w_kl if teacher is not None else 0.0,
+                divergence=self.divergence,
             )
-        if teacher is None:
+        elif teacher is None:
             return None
-        error = distill.relative_error(student, teacher)
-        return distill.Loss(self.w_kl * error, torch.zeros_like(error.detach()), error.detach())
+        else:
+            error = distill.relative_error(student, teacher)
+            loss = distill.Loss(self.w_kl * error, torch.zeros_like(error.detach()), error.detach())
+        if teach and self.features is not None:
+            distance = distill.feature_loss(self.features, *self._seen)
+            loss = loss._replace(total=loss.total + self.w_features * distance)
+        return loss
 
     @torch.no_grad()
     def _teach(self, args: tuple, kwargs: dict) -> Tensor:
         """What the dense model answers."""
+        if self.features is not None:
+            self._seen[1].clear()
         run = self._runners.get("teacher", self._hidden["teacher"])
         return distill.main_output(run(*args, **kwargs))
 

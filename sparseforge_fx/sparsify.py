@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from sparseforge_fx.batches import Batches, as_batches
 from sparseforge_fx.calibrate import bind
 from sparseforge_fx.capture import as_call, capture
-from sparseforge_fx.distill import main_output
+from sparseforge_fx.distill import check_losses, main_output
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.catalog import find_method
-from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.layerwise import Solve, prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
@@ -60,6 +60,9 @@ def sparsify(
     lr: float = 5e-4,
     w_task: float = 1.0,
     w_kl: float = 1.0,
+    divergence: str = "kl",
+    features: str | None = None,
+    w_features: float = 1.0,
     slorb_block: int | None = None,
     calibration: int = 64,
     example_inputs: Any = None,
@@ -90,7 +93,10 @@ def sparsify(
             tokens per step, times ``accumulate``.
         lr: peak learning rate. 5e-4 was best for SmolLM2-135M in runs of 60 steps; the authors take 1e-4 for 7B and
             20,000 steps.
-        w_task, w_kl: weights of cross-entropy and of KL(teacher || student).
+        w_task, w_kl: weights of cross-entropy and of the divergence from the dense teacher.
+        divergence: ``kl`` (teacher || student) or ``reverse_kl``.
+        features, w_features: a loss on intermediate values beside it, and its weight: ``squarehead``, ``tinybert`` or
+            ``mobilebert``; the values are found in the graph.
         slorb_block: width of the blocks of a SLoRB branch; None for none.
         calibration: sequences (of the training data) that a layer-wise start or method sees.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
@@ -108,9 +114,14 @@ def sparsify(
             f"method {chosen} needs data: pass text, tokens or batches, or data='self' for a language model"
         )
     shape = parse_pattern(pattern)
-    known = {f.name for f in fields(configure(1))} - {"steps", "pattern"} if configure is not None else set()
+    check_losses(divergence, features)
+    if configure is not None:
+        known = {f.name for f in fields(configure(1))} - {"steps", "pattern"}
+    else:
+        known = set(inspect.signature(LAYERWISE[chosen]).parameters) - {"pattern"} if chosen in LAYERWISE else set()
     if set(changes) - known:
         raise SparseForgeError(f"method {chosen} has no option {', '.join(sorted(set(changes) - known))}")
+    solve = LAYERWISE[chosen](shape, **changes) if chosen in LAYERWISE else None
     torch.manual_seed(seed)
     batches = None
     if chosen != "magnitude":
@@ -141,13 +152,19 @@ def sparsify(
         per_step = count_tokens(batches.batch(0)) * accumulate
         count = steps or (max(1, tokens // per_step) if tokens else 60)
         config = configure(count, shape, **changes)
+        losses = {
+            "w_task": w_task,
+            "w_kl": w_kl,
+            "divergence": divergence,
+            "features": features,
+            "w_features": w_features,
+        }
         calibrated = _first(batches, calibration) if config.start != "dense" else None
         report |= {
             "preset": preset,
             "config": config.describe(),
             "lr": lr,
-            "w_task": w_task,
-            "w_kl": w_kl,
+            **losses,
             "slorb_block": slorb_block,
         }
         report |= {"batch_size": batch_size, "length": length, "accumulate": accumulate}
@@ -157,8 +174,13 @@ def sparsify(
             config,
             batches,
             calibrated,
-            w_task=w_task,
-            w_kl=w_kl,
+            losses={
+                "w_task": w_task,
+                "w_kl": w_kl,
+                "divergence": divergence,
+                "features": features,
+                "w_features": w_features,
+            },
             slorb_block=slorb_block,
             lr=lr,
             accumulate=accumulate,
@@ -173,8 +195,9 @@ def sparsify(
         report["tokens"] = report["curves"][-1]["tokens"] if report["curves"] else 0
     else:
         one_shot = None if batches is None else _first(batches, calibration)
+        report["options"] = changes
         report["calibration_sequences"] = sum(_rows(b) for b in one_shot or ())
-        report["layer_notes"] = _prune_once(program, sites, shape, chosen, one_shot)
+        report["layer_notes"] = _prune_once(program, sites, shape, solve, one_shot)
     report["density"] = {s.fqn: density(program.tensor(s.fqn)) for s in eligible(sites)}
     report["seconds"] = time.monotonic() - began
     report["peak_memory_bytes"] = peak_memory_bytes()
@@ -189,8 +212,7 @@ def _anneal(
     calibrated,
     *,
     report: dict,
-    w_task: float,
-    w_kl: float,
+    losses: dict[str, Any],
     slorb_block: int | None,
     state_path: Path | None,
     **options: Any,
@@ -204,7 +226,7 @@ def _anneal(
         for p in program.source.parameters():
             vector = p.is_floating_point() and p.dim() < 2
             p.requires_grad_(id(p) in site_ids or (vector and config.trains_weights))
-        sparse = SparseModel(program, sites, config, w_task=w_task, w_kl=w_kl, slorb_block=slorb_block)
+        sparse = SparseModel(program, sites, config, slorb_block=slorb_block, **losses)
         if calibrated is not None and not (state_path and state_path.exists()):
             clock = time.monotonic()
             report["layer_notes"] = sparse.calibrate(calibrated)
@@ -226,7 +248,7 @@ def _anneal(
 
 @torch.no_grad()
 def _prune_once(
-    program: Program, sites: list[LinearSite], pattern: AnyPattern, method: str, batches: list | None
+    program: Program, sites: list[LinearSite], pattern: AnyPattern, solve: Solve | None, batches: list | None
 ) -> dict[str, str]:
     masked, _ = run_passes(program, train_passes(sites))
     weights = [
@@ -234,12 +256,11 @@ def _prune_once(
         for s in eligible(sites)
     ]
     notes: dict[str, str] = {}
-    if batches is None:
+    if solve is None or batches is None:
         magnitude(weights, pattern)
     else:
         inputs = [bind(program, *as_call(b))[:2] for b in batches]
         with undone_on_error(weights):
-            solve = LAYERWISE[method](pattern)
             notes = prune_layer_by_layer(masked, weights, [args or kwargs for args, kwargs in inputs], solve)
     run_passes(masked, [lambda p: harden_masks(p, pattern)])
     assert all(check_pattern(w.weight, pattern, w.dim) for w in weights)

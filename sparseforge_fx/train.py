@@ -160,7 +160,12 @@ def train(
             bar.update(task, advance=1, rate=f"{tokens / seconds:,.0f} tokens/s", loss=f"loss {row['loss']:.3f}")
             if on_step is not None:
                 on_step(step, row)
-            if compile == "auto" and step == start + 1 and worth_compiling(seconds, steps - step - 1):
+            if (
+                compile == "auto"
+                and sparse.features is None
+                and step == start + 1
+                and worth_compiling(seconds, steps - step - 1)
+            ):
                 sparse.compile()
             if state_path is not None and accelerator.is_main_process and time.monotonic() - saved > save_seconds:
                 save_state(state_path, _state(sparse, master, optimizer, step + 1, curves))

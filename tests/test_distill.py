@@ -6,7 +6,17 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from sparseforge_fx.distill import logits_loss, main_output, relative_error, shifted_labels
+from sparseforge_fx.distill import (
+    FEATURES,
+    check_losses,
+    feature_loss,
+    logits_loss,
+    main_output,
+    relative_error,
+    shifted_labels,
+)
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.taps import Taps
 
 ROWS, VOCAB = (3, 5), 11
 # rounding of the gradient to its dtype; the arithmetic is float32 throughout
@@ -171,3 +181,60 @@ def test_main_output_finds_the_tensor_that_matters():
     assert main_output(a) is a
     assert main_output((None, a, b)) is a
     assert main_output({"hidden": a, "other": b}) is a
+
+
+# -- other losses ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rows_at_once", [1, 7, 100])
+def test_reverse_divergence(rows_at_once):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, VOCAB, requires_grad=True), torch.randn(5, VOCAB)
+    labels = torch.full((5,), -100)
+    loss = logits_loss(
+        student, teacher, labels, w_task=0.0, divergence="reverse_kl", chunk_bytes=rows_at_once * VOCAB * 4
+    )
+    loss.total.backward()
+    got, student.grad = student.grad, None
+    p = student.log_softmax(-1)
+    expected = (p.exp() * (p - teacher.log_softmax(-1))).sum(-1).mean()
+    expected.backward()
+    torch.testing.assert_close(loss.kl, expected.detach())
+    torch.testing.assert_close(got, student.grad, rtol=1e-4, atol=1e-6)
+
+
+def taps(hidden, attention=()):
+    made = Taps()
+    made.hidden, made.attention = list(hidden), list(attention)
+    return made
+
+
+def test_feature_losses_by_hand():
+    """Two layers: SquareHead is scale-free, the others are plain squared errors plus a distance of the attention."""
+    teacher = taps([torch.full((1, 2, 2), 2.0), torch.full((1, 2, 2), 4.0)])
+    student = taps([torch.full((1, 2, 2), 3.0), torch.full((1, 2, 2), 4.0)])
+    assert feature_loss("squarehead", student, teacher).item() == pytest.approx(1 / (4 + 2**-7))
+    causal = float("-inf")
+    teacher.attention = [torch.tensor([[[[1.0, causal], [0.0, 0.0]]]])]
+    student.attention = [torch.tensor([[[[3.0, causal], [0.0, 3.0]]]])]
+    assert feature_loss("tinybert", student, teacher).item() == pytest.approx(1 + (4 + 0 + 9) / 3)
+    q = torch.tensor([0.0, 3.0]).log_softmax(-1)
+    divergence = float((0.5 * (torch.tensor(0.5).log() - q)).sum())
+    assert feature_loss("mobilebert", student, teacher).item() == pytest.approx(1 + divergence / 2)
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+def test_feature_losses_vanish_where_student_and_teacher_agree(kind):
+    torch.manual_seed(0)
+    scores = torch.randn(1, 2, 3, 3).masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), float("-inf"))
+    one = taps([torch.randn(1, 3, 4)], [scores])
+    student = taps([one.hidden[0].clone().requires_grad_()], [scores.clone().requires_grad_()])
+    loss = feature_loss(kind, student, one)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    loss.backward()
+    assert torch.isfinite(student.hidden[0].grad).all()
+    assert kind == "squarehead" or torch.isfinite(student.attention[0].grad).all()
+
+
+@pytest.mark.parametrize(("divergence", "features"), [("KL", None), ("kl", "squarehed")])
+def test_losses_that_do_not_exist(divergence, features):
+    with pytest.raises(SparseForgeError, match="choose one of"):
+        check_losses(divergence, features)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import sparseforge_fx as sf
+from sparseforge_fx.distill import feature_loss
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.hessian import hutchinson_diagonal
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
@@ -405,3 +406,38 @@ def test_to_the_meta_device_and_names(captured_once):
     masks = {k for k in sparse.state_dict() if k.endswith("_mask")}
     assert masks == {f"graph.{fqn}_mask" for fqn in found.weights}
     assert len([p for p in sparse.parameters()]) == len(list(found.model.parameters()))
+
+
+# -- intermediate values ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("features", ["squarehead", "tinybert", "mobilebert"])
+def test_features_are_distilled_beside_the_logits(tiny, features):
+    found = tiny("llama")
+    plain, batch = found.sparse(sf.paper_preset(10)), found.batch()
+    sparse = found.sparse(sf.paper_preset(10), features=features, w_features=0.5)
+    equal = sparse.train()(**batch).loss
+    torch.testing.assert_close(equal, plain.train()(**batch).loss)  # the student is the teacher still
+    for model in (plain, sparse):
+        for w in model.method.weights:
+            w.mask.copy_(hard_mask(w.weight.abs(), TWO_FOUR, w.dim))
+    apart, without = sparse(**batch).loss, plain(**batch).loss
+    distance = feature_loss(features, *sparse._seen)
+    torch.testing.assert_close(apart, without + 0.5 * distance)
+    assert distance > 0.01
+    apart.backward()
+    assert all(torch.isfinite(w.weight.grad).all() and w.weight.grad.any() for w in sparse.method.weights)
+    assert len(sparse._seen[0].hidden) == len(sparse._seen[1].hidden) == 2  # of one pass
+
+
+def test_features_alone_need_a_teacher_too(tiny):
+    found = tiny("llama")
+    sparse = found.sparse(sf.paper_preset(10), w_task=0.0, w_kl=0.0, features="squarehead")
+    sparse.train()(**found.batch()).loss.backward()
+    with pytest.raises(SparseForgeError, match="compile=False"):
+        sparse.compile()
+
+
+def test_features_are_not_looked_at_in_eval_mode(tiny):
+    found = tiny("llama")
+    sparse = found.sparse(sf.paper_preset(10), features="tinybert").eval()
+    loss = sparse(**found.batch()).loss
+    torch.testing.assert_close(loss, found.sparse(sf.paper_preset(10)).eval()(**found.batch()).loss)

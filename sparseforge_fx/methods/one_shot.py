@@ -12,6 +12,7 @@ from sparseforge_fx.methods.layerwise import LayerSolution, Solve
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
+from sparseforge_fx.quantize import Grid
 
 
 @torch.no_grad()
@@ -36,26 +37,38 @@ def wanda(pattern: AnyPattern) -> Solve:
     return solve
 
 
-def sparsegpt(pattern: AnyPattern, *, damping: float = 0.01, choose_masks: bool = True) -> Solve:
-    """Optimal Brain Surgeon (methods/obs.py). ``choose_masks=False`` keeps the largest entries of the present mask."""
+def sparsegpt(
+    pattern: AnyPattern,
+    *,
+    damping: float = 0.01,
+    choose_masks: bool = True,
+    bits: int | None = None,
+    bits_group: int = 128,
+) -> Solve:
+    """Optimal Brain Surgeon (methods/obs.py).
+
+    ``choose_masks=False`` keeps the largest entries of the present mask. ``bits`` puts the survivors on an integer grid
+    in the same sweep, one scale per row and ``bits_group`` inputs.
+    """
+    grid = None if bits is None else Grid(bits, bits_group).check()
 
     def solve(weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         fixed = None if choose_masks else hard_mask(mask, pattern)
-        result = prune_obs(weight, moments, pattern, mask=fixed, damping=damping)
+        result = prune_obs(weight, moments, pattern, mask=fixed, damping=damping, grid=grid)
         note = f"damping raised to {result.damping:g}" if result.damping > damping else ""
         return LayerSolution(result.weight, result.mask, note)
 
     return solve
 
 
-def alps(pattern: AnyPattern) -> Solve:
+def alps(pattern: AnyPattern, *, damping: float = 0.01, iterations: int = 30) -> Solve:
     """Masks by ADMM over the whole layer, then least squares on them (methods/alps.py)."""
 
     def solve(weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
-        return LayerSolution(*prune_alps(weight, moments, pattern))
+        return LayerSolution(*prune_alps(weight, moments, pattern, damping=damping, iterations=iterations))
 
     return solve
 
 
 #: layer-wise methods by the names that users type
-LAYERWISE: dict[str, Callable[[AnyPattern], Solve]] = {"wanda": wanda, "sparsegpt": sparsegpt, "alps": alps}
+LAYERWISE: dict[str, Callable[..., Solve]] = {"wanda": wanda, "sparsegpt": sparsegpt, "alps": alps}
