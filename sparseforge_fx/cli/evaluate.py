@@ -35,6 +35,8 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: they do not overlap.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
+    tasks: Annotated[str, typer.Option(help="Zero-shot tasks of lm-eval, by commas; 'all': the seven of AST.")] = "",
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Documents per task: a fixed random subset.")] = None,
     pattern: PatternOption = "2:4",
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default the checkpoint's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default cuda where there is one.")] = None,
@@ -46,12 +48,16 @@ def evaluate(
     from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import environment, write_json
     from sparseforge_fx.text import open_sources
+    from sparseforge_fx.zero_shot import TASKS, check_tasks, zero_shot
 
     shape = parse_pattern(pattern)
     open_sources(data)
     where = pick_device(device)
     quiet()
     measured = {}
+    accuracy: dict[str, dict[str, dict[str, float]]] = {}
+    wanted = tuple(TASKS) if tasks == "all" else tuple(t.strip() for t in tasks.split(",") if t.strip())
+    check_tasks(wanted)
     text = None
     linears: list[dict[str, Any]] = []
     for role, name in (("dense", dense), ("model", model)):
@@ -77,6 +83,8 @@ def evaluate(
             batch_size=batch_size,
             progress=True,
         )
+        if wanted:
+            accuracy[role] = zero_shot(loaded, tokenizer, wanted, limit=task_limit)
         if role == "model":
             linears = _check_linears(loaded.cpu(), shape)
         del loaded
@@ -95,9 +103,29 @@ def evaluate(
         both = compare(measured["dense"], measured["model"])
         result |= {"ratio": both["ratio"], "nll_increase": both["nll_increase"]}
         console.print(f"perplexity x {both['ratio']:.3f} ({both['nll_increase']:+.4f} nats per token)", highlight=False)
+    if accuracy:
+        console.print(_accuracy_table(accuracy, names))
+        result["zero_shot"] = accuracy
     _print_linears(console, linears, shape)
     if json_file is not None:
         write_json(json_file, result)
+
+
+def _accuracy_table(accuracy: dict[str, dict[str, dict[str, float]]], names: dict[str, str | None]) -> Table:
+    """Tasks by models, with standard errors; length-normalised where the task has that."""
+    table = Table(title="zero-shot accuracy", title_justify="left")
+    table.add_column("task")
+    for role in accuracy:
+        table.add_column(str(names[role]), justify="right", overflow="fold")
+    table.add_column("documents", justify="right")
+    first = next(iter(accuracy.values()))
+    for task in first:
+        cells = []
+        for found in accuracy.values():
+            kind = "acc_norm" if "acc_norm" in found[task] else "acc"
+            cells.append(f"{found[task][kind]:.1%} ± {found[task][kind + '_stderr']:.1%}")
+        table.add_row(task, *cells, f"{first[task]['documents']:,}")
+    return table
 
 
 def _check_linears(model: Any, pattern: Any) -> list[dict[str, Any]]:
