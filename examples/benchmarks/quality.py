@@ -22,6 +22,7 @@ from sparseforge_fx.data import tokenize
 from sparseforge_fx.evaluate import perplexity
 from sparseforge_fx.methods.catalog import TRAINED
 from sparseforge_fx.report import write_json
+from sparseforge_fx.zero_shot import zero_shot
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 
@@ -43,6 +44,8 @@ def main(
     w_task: float = 1.0,
     threads: int = 0,
     label: str = "",
+    folder: Annotated[Path, typer.Option(help="where the json goes")] = RESULTS,
+    tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
     compile: str = "auto",
     options: Annotated[str, typer.Option(help="json of further fields of the method's config")] = "{}",
 ) -> None:
@@ -51,7 +54,7 @@ def main(
         torch.set_num_threads(threads)
     kind = preset if method == "sparseforge" else "paper" if method in TRAINED else "oneshot"
     name = label or f"{method}-{kind}-{tokens}-seed{seed}"
-    out = RESULTS / f"{name}.json"
+    out = folder / f"{name}.json"
     if out.exists():
         print(f"{out} is there already")
         return
@@ -80,7 +83,7 @@ def main(
             "w_task": w_task,
             "lr": lr,
         }
-        settings["resume_from"] = RESULTS / f"{name}.state"
+        settings["resume_from"] = folder / f"{name}.state"
     how: bool | str = {"on": True, "off": False}.get(compile, compile)
     result = sf.sparsify(
         net, corpus if method != "magnitude" else None, method=method, batch_size=batch_size, length=length, calibration=calibration, seed=seed,
@@ -89,7 +92,9 @@ def main(
     report = result.report
     report.pop("density")
     sparse = {which: score(which) for which in texts}
+    accuracy = zero_shot(net, tokenizer, limit=tasks) if tasks else None
     record = {
+        "label": name,
         "model": Path(model).name,
         "method": method,
         "tokens": report.get("tokens", 0),
@@ -98,11 +103,12 @@ def main(
         "context": 1024,
         "dense_perplexity": dense,
         "sparse_perplexity": sparse,
+        "zero_shot": accuracy,
         "report": {k: v for k, v in report.items() if k not in ("sites", "skipped", "passes")}
         | {"sites": len(report["sites"])},
     }
     write_json(out, record)
-    (RESULTS / f"{name}.state").unlink(missing_ok=True)
+    (folder / f"{name}.state").unlink(missing_ok=True)
     print(f"{name}: dense {dense}, sparse {sparse}, {report['seconds']:.0f} s")
 
 

@@ -1,0 +1,147 @@
+"""Every method at equal tokens: model x method x seed, learning rate chosen per method by the same small sweep.
+
+    python examples/benchmarks/leaderboard.py MODEL --data c4.jsonl --data reviews.jsonl.xz --data books.jsonl.xz \\
+        --valid valid.txt --test test.txt --tokens 122880 --seeds 3 --workers 2
+
+One run is one process of quality.py and one json in results/leaderboard/; a run that is there is not repeated, a run that
+was killed goes on. The sweep is a run of a quarter of the tokens with seed 0 for each rate; the rate with the lowest
+validation perplexity is taken. tables.py makes the table and the picture.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "leaderboard"
+ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "alps")
+#: name -> arguments of quality.py; sparsegpt+kd is the start that the field takes, a fixed mask, and our distillation
+TRAINED = {
+    "sparseforge-tuned": ("--method", "sparseforge", "--preset", "tuned"),
+    "sparseforge-paper": ("--method", "sparseforge", "--preset", "paper"),
+    "sparsegpt+kd": ("--method", "sparseforge", "--preset", "tuned", "--options", '{"start": "sparsegpt"}'),
+    "ast": ("--method", "ast"),
+    "sr-ste": ("--method", "sr-ste"),
+    "gmp": ("--method", "gmp"),
+    "imp": ("--method", "imp"),
+    "cast": ("--method", "cast"),
+    "maskllm": ("--method", "maskllm"),
+    "maskpro": ("--method", "maskpro"),
+}
+RATES = {"maskllm": (5e-4, 5e-3, 5e-2), "maskpro": (5e-4,)}  # of logits; maskpro's own rate does not follow --lr
+DEFAULT_RATES = (2e-4, 5e-4, 1e-3)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process of quality.py."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+
+def sweep(method: str, tokens: int) -> list[tuple[float, Run]]:
+    """The runs among which a method's learning rate is chosen."""
+    runs = []
+    for rate in RATES.get(method, DEFAULT_RATES):
+        options = ("--tokens", str(tokens // 4), "--seed", "0", "--lr", f"{rate:g}")
+        runs.append((rate, Run(f"sweep-{method}-{rate:g}-{tokens // 4}", (*TRAINED[method], *options))))
+    return runs
+
+
+def best_rate(method: str, tokens: int) -> float | None:
+    """The rate with the lowest validation perplexity; None while runs of the sweep are missing."""
+    runs = sweep(method, tokens)
+    if not all(run.file.exists() for _, run in runs):
+        return None
+    perplexity = {rate: json.loads(run.file.read_text())["sparse_perplexity"]["valid"] for rate, run in runs}
+    return min(perplexity, key=perplexity.__getitem__)
+
+
+def plan(methods: list[str], tokens: int, seeds: int) -> list[Run]:
+    """What can be started now, the first first."""
+    runs = []
+    for method in methods:
+        if method in ONE_SHOT:
+            count = 1 if method == "magnitude" else seeds
+            options = ("--method", method, "--tokens", str(tokens))
+            runs += [Run(f"{method}-0-seed{seed}", (*options, "--seed", str(seed))) for seed in range(count)]
+            continue
+        rate = best_rate(method, tokens)
+        if rate is None:
+            runs += [run for _, run in sweep(method, tokens)]
+            continue
+        for seed in range(seeds):
+            options = ("--tokens", str(tokens), "--seed", str(seed), "--lr", f"{rate:g}")
+            runs.append(Run(f"{method}-{tokens}-seed{seed}", (*TRAINED[method], *options)))
+    return [run for run in runs if not run.file.exists()]
+
+
+def main(
+    model: str,
+    data: Annotated[list[str], typer.Option(help="text source; several are mixed evenly by documents")],
+    valid: Annotated[Path, typer.Option(help="validation text, for choosing")],
+    test: Annotated[Path, typer.Option(help="test text, for quoting")],
+    methods: Annotated[str, typer.Option(help="by commas; default: all")] = ",".join((*ONE_SHOT, *TRAINED)),
+    tokens: int = 122_880,
+    seeds: int = 3,
+    tasks: Annotated[int, typer.Option(help="documents per zero-shot task; 0: no tasks")] = 100,
+    workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 1,
+) -> None:
+    """Run what is missing, until nothing is."""
+    chosen = [m.strip() for m in methods.split(",")]
+    unknown = [m for m in chosen if m not in (*ONE_SHOT, *TRAINED)]
+    if unknown:
+        sys.exit(f"no such method: {', '.join(unknown)}; there are {', '.join((*ONE_SHOT, *TRAINED))}")
+    common = [
+        model,
+        "--valid",
+        str(valid),
+        "--test",
+        str(test),
+        "--tasks",
+        str(tasks),
+        "--threads",
+        "1",
+        "--compile",
+        "off",
+    ]
+    for source in data:
+        common += ["--data", source]
+    running: dict[str, subprocess.Popen] = {}
+    failed: set[str] = set()
+    while True:
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                if process.returncode:
+                    failed.add(name)
+                    print(f"{name} failed with {process.returncode}: see {RESULTS / name}.log", flush=True)
+        waiting = [r for r in plan(chosen, tokens, seeds) if r.name not in running and r.name not in failed]
+        if not waiting and not running:
+            break
+        for run in waiting[: workers - len(running)]:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            print(f"{time.strftime('%H:%M')} {run.name}; {len(waiting)} to go", flush=True)
+            command = [sys.executable, str(HERE / "quality.py"), *common, *run.arguments]
+            command += ["--label", run.name, "--folder", str(RESULTS)]
+            with (RESULTS / f"{run.name}.log").open("w") as log:
+                running[run.name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        time.sleep(2)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

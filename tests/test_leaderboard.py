@@ -1,0 +1,52 @@
+"""What the leaderboard runs next: sweeps first, then seeds at the best rate, and nothing twice."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[1] / "examples" / "benchmarks" / "leaderboard.py"
+
+
+@pytest.fixture
+def board(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("leaderboard", FILE)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "leaderboard", module)
+    spec.loader.exec_module(module)
+    module.RESULTS = tmp_path
+    return module
+
+
+def finish(run, valid):
+    run.file.write_text(json.dumps({"sparse_perplexity": {"valid": valid, "test": 2 * valid}}))
+
+
+def test_a_sweep_comes_before_the_seeds_and_decides_their_rate(board):
+    first = board.plan(["ast"], 4096, 2)
+    assert [r.name for r in first] == [f"sweep-ast-{rate:g}-1024" for rate in board.DEFAULT_RATES]
+    assert all(r.arguments[r.arguments.index("--tokens") + 1] == "1024" for r in first)
+    finish(first[0], 30.0)
+    finish(first[1], 20.0)
+    assert [r.name for r in board.plan(["ast"], 4096, 2)] == [first[2].name]
+    finish(first[2], 25.0)
+    seeds = board.plan(["ast"], 4096, 2)
+    assert [r.name for r in seeds] == ["ast-4096-seed0", "ast-4096-seed1"]
+    assert all(r.arguments[r.arguments.index("--lr") + 1] == "0.0005" for r in seeds)
+    finish(seeds[0], 10.0)
+    assert board.plan(["ast"], 4096, 2) == seeds[1:]
+    finish(seeds[1], 10.0)
+    assert board.plan(["ast"], 4096, 2) == []
+
+
+def test_one_shot_methods_need_no_sweep_and_magnitude_one_seed(board):
+    names = [r.name for r in board.plan(["magnitude", "wanda"], 4096, 3)]
+    assert names == ["magnitude-0-seed0", "wanda-0-seed0", "wanda-0-seed1", "wanda-0-seed2"]
+
+
+def test_every_method_of_the_package_is_there(board):
+    from sparseforge_fx.methods.catalog import METHODS
+
+    named = {a[a.index("--method") + 1] for a in board.TRAINED.values()} | set(board.ONE_SHOT)
+    assert named == set(METHODS)
