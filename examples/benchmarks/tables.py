@@ -29,6 +29,13 @@ def label(run: dict) -> str:
     return f"sparseforge ({report['preset']} preset{changed})"
 
 
+def steps(report: dict) -> str:
+    """Optimizer steps and tokens of each."""
+    if not report.get("curves"):
+        return ""
+    return f"{len(report['curves'])} x {report['batch_size'] * report['length'] * report['accumulate']:,}"
+
+
 def quality_table() -> str:
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for run in read("quality"):
@@ -41,7 +48,7 @@ def quality_table() -> str:
         f"{first['model']}: WikiText-2 test perplexity, first {first['windows']} windows of {first['context']} tokens"
         f" (dense {first['dense_perplexity']['test']:.2f}); every linear except the head exactly 2:4; {device}.",
         "",
-        "| method | training tokens | calibration sequences | test perplexity | validation | minutes | seeds | commit |",
+        "| method | training tokens | steps x tokens | calibration sequences | test perplexity | validation | seeds | commit |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for (name, tokens), runs in sorted(
@@ -50,10 +57,9 @@ def quality_table() -> str:
         test = [r["sparse_perplexity"]["test"] for r in runs]
         valid = mean(r["sparse_perplexity"]["valid"] for r in runs)
         spread = f" ± {stdev(test):.2f}" if len(test) > 1 else ""
-        minutes = mean(r["report"]["seconds"] for r in runs) / 60
         report = runs[0]["report"]
         cells = (
-            name, f"{tokens:,}", str(report.get("calibration_sequences", 0)), f"{mean(test):.2f}{spread}", f"{valid:.2f}", f"{minutes:.0f}",
+            name, f"{tokens:,}", steps(report), str(report.get("calibration_sequences", 0)), f"{mean(test):.2f}{spread}", f"{valid:.2f}",
             str(len(runs)), report["commit"] or "",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
