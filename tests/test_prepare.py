@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny_models import own_loop
 from torch import nn
 
 import sparseforge_fx as sf
@@ -17,20 +18,6 @@ def dims(found):
     return {s.fqn: s.reduction_dim for s in found.sites if s.reason is None}
 
 
-def train(sparse, batches, lr=3e-3):
-    """The loop of the README."""
-    sparse.train()
-    optimizer = torch.optim.AdamW(sparse.parameters(), lr=lr)
-    losses = []
-    for batch in batches:
-        sparse(**batch).loss.backward()
-        optimizer.step()
-        sparse.step()
-        optimizer.zero_grad()
-        losses.append(sparse.last_loss.total.item())
-    return losses
-
-
 # -- the loop --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_own_loop_learns_and_ends_exact(captured_once, name):
@@ -38,7 +25,7 @@ def test_own_loop_learns_and_ends_exact(captured_once, name):
     config = sf.paper_preset(30)
     sparse = sf.prepare(found.model, found.example, config)
     batch = found.batch(rows=4)
-    losses = train(sparse, [batch] * 30)
+    losses = own_loop(sparse, [batch] * 30)
     assert losses[-1] < losses[0] - 0.3
     model = sf.finalize(sparse)
     assert model is found.model

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import own_loop
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -14,24 +15,6 @@ from sparseforge_fx.methods.soft_mask import SparseForgeConfig
 from sparseforge_fx.pattern import check_pattern, hard_mask
 
 TWO_FOUR = sf.SparseForgeConfig(steps=1).pattern
-
-
-def dims(found):
-    return {s.fqn: s.reduction_dim for s in found.sites if s.reason is None}
-
-
-def train(sparse, batches, lr=3e-3):
-    """The loop of the README."""
-    sparse.train()
-    optimizer = torch.optim.AdamW(sparse.parameters(), lr=lr)
-    losses = []
-    for batch in batches:
-        sparse(**batch).loss.backward()
-        optimizer.step()
-        sparse.step()
-        optimizer.zero_grad()
-        losses.append(sparse.last_loss.total.item())
-    return losses
 
 
 class Classifier(nn.Module):
@@ -278,7 +261,7 @@ def test_teacher_stays_the_dense_model(captured_once):
     calibration = [found.batch(seed) for seed in range(2)]
     sparse = sf.prepare(found.model, found.example, config, include=["*layers*"], calibration=calibration)
     for step in range(8):
-        train(sparse, [found.batch(step)])
+        own_loop(sparse, [found.batch(step)])
         torch.testing.assert_close(sparse._teach((), batch), dense, rtol=0, atol=0)
     assert not torch.equal(frozen, found.first["model.layers.0.mlp.up_proj.weight"])
     parameters = {p.data_ptr() for p in sparse.parameters() if p.requires_grad or p is frozen}

@@ -117,3 +117,17 @@ def captured_once(monkeypatch, tiny):
     for name in ("prepare", "sparsify"):  # the package's attributes of these names are the functions
         monkeypatch.setattr(importlib.import_module(f"sparseforge_fx.{name}"), "capture", remembered)
     return reset
+
+
+def own_loop(sparse, batches, lr=3e-3):
+    """The loop of the README."""
+    sparse.train()
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=lr)
+    losses = []
+    for batch in batches:
+        sparse(**batch).loss.backward()
+        optimizer.step()
+        sparse.step()
+        optimizer.zero_grad()
+        losses.append(sparse.last_loss.total.item())
+    return losses
