@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.distill import check_losses, main_output
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MethodConfig
-from sparseforge_fx.methods.catalog import find_method
+from sparseforge_fx.methods.catalog import find_method, find_options
 from sparseforge_fx.methods.layerwise import Solve, prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude
 from sparseforge_fx.methods.weights import MaskedWeight
@@ -115,12 +115,9 @@ def sparsify(
         )
     shape = parse_pattern(pattern)
     check_losses(divergence, features)
-    if configure is not None:
-        known = {f.name for f in fields(configure(1))} - {"steps", "pattern"}
-    else:
-        known = set(inspect.signature(LAYERWISE[chosen]).parameters) - {"pattern"} if chosen in LAYERWISE else set()
-    if set(changes) - known:
-        raise SparseForgeError(f"method {chosen} has no option {', '.join(sorted(set(changes) - known))}")
+    unknown = set(changes) - set(find_options(chosen, preset))
+    if unknown:
+        raise SparseForgeError(f"method {chosen} has no option {', '.join(sorted(unknown))}")
     solve = LAYERWISE[chosen](shape, **changes) if chosen in LAYERWISE else None
     torch.manual_seed(seed)
     batches = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -35,7 +34,7 @@ TRAINING_TEXT = (
     "Training text: a hub id owner/name[:config][:split], a text, jsonl or parquet file, or a folder; "
     "'self': drawn from the model."
 )
-OTHER_FIELD = "Any other field of SparseForgeConfig (repeatable)."
+OTHER_FIELD = "Any other option of the method (repeatable)."
 
 
 class Compile(StrEnum):
@@ -101,7 +100,7 @@ def sparsify(
     import torch
 
     from sparseforge_fx import models
-    from sparseforge_fx.methods.catalog import find_method
+    from sparseforge_fx.methods.catalog import find_options
     from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import plot_curves, write_json
     from sparseforge_fx.sparsify import sparsify as run
@@ -110,10 +109,9 @@ def sparsify(
     # everything that can be known to be wrong before a model is loaded
     models.finish_replacement(output)
     _check_run_folder(output, shape_of_run, resume=resume, overwrite=overwrite)
-    if method is not None:
-        find_method(method, preset)
+    options = find_options(method or ("magnitude" if data is None else "sparseforge"), preset)
     parse_pattern(pattern)
-    changes = _changes(change) | ({"curvature": curvature} if curvature else {})
+    changes = _changes(change, options) | ({"curvature": curvature} if curvature else {})
     if data is not None and data != "self":
         open_sources(data)
     where = pick_device(device)
@@ -210,30 +208,28 @@ def _check_run_folder(output: Path, wanted: dict[str, Any], *, resume: bool, ove
     check_output(output, overwrite=overwrite)
 
 
-def _changes(assignments: list[str]) -> dict[str, Any]:
-    """``--set name=value`` as values of the types that SparseForgeConfig declares."""
-    from sparseforge_fx.methods.soft_mask import SparseForgeConfig
-
-    hints = typing.get_type_hints(SparseForgeConfig)
-    names = {f.name: f for f in dataclasses.fields(SparseForgeConfig) if f.name not in ("steps", "pattern")}
+def _changes(assignments: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """``--set name=value`` as values of the types that the method declares."""
     out: dict[str, Any] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
-        if not equals or name not in names:
-            raise SparseForgeError(f"--set {text}: write NAME=VALUE with one of {', '.join(names)}")
-        kind = hints[name]
-        choices = typing.get_args(kind)
+        if not equals or name not in options:
+            raise SparseForgeError(f"--set {text}: write NAME=VALUE with one of {', '.join(options) or 'no option'}")
+        kinds = [k for k in typing.get_args(options[name]) or (options[name],) if k is not type(None)]
         try:
-            if kind is bool:
+            if kinds == [bool]:
                 out[name] = {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-            elif kind in (int, float):
-                out[name] = kind(value)
-            elif choices and value not in choices:
+            elif kinds in ([int], [float]):
+                out[name] = kinds[0](value)
+            elif value not in kinds:
                 raise ValueError(value)
             else:
                 out[name] = value
         except (ValueError, KeyError) as error:
-            expected = f"one of {', '.join(map(str, choices))}" if choices else f"a {getattr(kind, '__name__', kind)}"
+            single = kinds[0] if len(kinds) == 1 else None
+            expected = (
+                f"of type {single.__name__}" if isinstance(single, type) else f"one of {', '.join(map(str, kinds))}"
+            )
             raise SparseForgeError(f"--set {text}: the value must be {expected}") from error
     return out
 

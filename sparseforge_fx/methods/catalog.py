@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, get_type_hints
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MethodConfig
@@ -54,3 +54,14 @@ def find_method(name: str, preset: str | None = None) -> tuple[str | None, Prese
         return None, None
     chosen = preset or next(iter(presets))
     return chosen, presets[chosen]
+
+
+def find_options(name: str, preset: str | None = None) -> dict[str, Any]:
+    """What can be set of a method beside its pattern and its steps: option -> type."""
+    _, configure = find_method(name, preset)
+    if configure is not None:
+        config = type(configure(1))
+        hints = get_type_hints(config)
+        return {f.name: hints[f.name] for f in fields(config) if f.name not in ("steps", "pattern")}
+    hints = get_type_hints(LAYERWISE[name]) if name in LAYERWISE else {}
+    return {option: kind for option, kind in hints.items() if option not in ("pattern", "return")}

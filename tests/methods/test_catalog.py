@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.catalog import METHODS, TRAINED, find_method
+from sparseforge_fx.methods.catalog import METHODS, TRAINED, find_method, find_options
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern
 
@@ -32,6 +32,12 @@ def test_the_first_preset_is_the_default():
 def test_what_does_not_exist_is_refused_with_what_does(name, preset):
     with pytest.raises(SparseForgeError, match="choose one of"):
         find_method(name, preset)
+
+
+def test_options_are_what_sparsify_takes():
+    assert find_options("sparsegpt")["bits"] == int | None and find_options("gmp")["end"] is float
+    assert "score" in find_options("sparseforge") and "steps" not in find_options("sparseforge", "paper")
+    assert find_options("magnitude") == {}
 
 
 def test_no_method_has_two_names():
