@@ -56,7 +56,7 @@ def sweep(method: str, tokens: int) -> list[tuple[float, Run]]:
     """The runs among which a method's learning rate is chosen."""
     runs = []
     for rate in RATES.get(method, DEFAULT_RATES):
-        options = ("--tokens", str(tokens // 4), "--seed", "0", "--lr", f"{rate:g}")
+        options = ("--tokens", str(tokens // 4), "--seed", "0", "--lr", f"{rate:g}", "--tasks", "0")
         runs.append((rate, Run(f"sweep-{method}-{rate:g}-{tokens // 4}", (*TRAINED[method], *options))))
     return runs
 
