@@ -41,12 +41,12 @@ def test_a_sweep_comes_before_the_seeds_and_decides_their_rate(board):
 
 
 def test_one_shot_methods_need_no_sweep_and_magnitude_one_seed(board):
-    names = [r.name for r in board.plan(["magnitude", "wanda"], 4096, 3)]
-    assert names == ["magnitude-0-seed0", "wanda-0-seed0", "wanda-0-seed1", "wanda-0-seed2"]
+    names = [r.name for r in board.plan(["dense", "magnitude", "wanda"], 4096, 3)]
+    assert names == ["dense-0-seed0", "magnitude-0-seed0", "wanda-0-seed0", "wanda-0-seed1", "wanda-0-seed2"]
 
 
 def test_every_method_of_the_package_is_there(board):
     from sparseforge_fx.methods.catalog import METHODS
 
     named = {a[a.index("--method") + 1] for a in board.TRAINED.values()} | set(board.ONE_SHOT)
-    assert named == set(METHODS)
+    assert named == {*METHODS, "dense"}

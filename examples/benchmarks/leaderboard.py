@@ -22,7 +22,7 @@ import typer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "leaderboard"
-ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "alps")
+ONE_SHOT = ("dense", "magnitude", "wanda", "sparsegpt", "alps")
 #: name -> arguments of quality.py; sparsegpt+kd is the start that the field takes, a fixed mask, and our distillation
 TRAINED = {
     "sparseforge-tuned": ("--method", "sparseforge", "--preset", "tuned"),
@@ -75,7 +75,7 @@ def plan(methods: list[str], tokens: int, seeds: int) -> list[Run]:
     runs = []
     for method in methods:
         if method in ONE_SHOT:
-            count = 1 if method == "magnitude" else seeds
+            count = 1 if method in ("dense", "magnitude") else seeds
             options = ("--method", method, "--tokens", str(tokens))
             runs += [Run(f"{method}-0-seed{seed}", (*options, "--seed", str(seed))) for seed in range(count)]
             continue

@@ -21,7 +21,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.data import tokenize
 from sparseforge_fx.evaluate import perplexity
 from sparseforge_fx.methods.catalog import TRAINED
-from sparseforge_fx.report import write_json
+from sparseforge_fx.report import environment, write_json
 from sparseforge_fx.zero_shot import zero_shot
 
 RESULTS = Path(__file__).parent / "results" / "quality"
@@ -49,7 +49,7 @@ def main(
     compile: str = "auto",
     options: Annotated[str, typer.Option(help="json of further fields of the method's config")] = "{}",
 ) -> None:
-    """Run one (method, preset, seed, budget) and write results/quality/NAME.json."""
+    """Run one (method, preset, seed, budget), or "dense", and write results/quality/NAME.json."""
     if threads:
         torch.set_num_threads(threads)
     kind = preset if method == "sparseforge" else "paper" if method in TRAINED else "oneshot"
@@ -85,13 +85,16 @@ def main(
         }
         settings["resume_from"] = folder / f"{name}.state"
     how: bool | str = {"on": True, "off": False}.get(compile, compile)
-    result = sf.sparsify(
-        net, corpus if method != "magnitude" else None, method=method, batch_size=batch_size, length=length, calibration=calibration, seed=seed,
-        compile=how, show_progress=False, on_step=on_step, **settings,
-    )  # fmt: skip
-    report = result.report
-    report.pop("density")
-    sparse = {which: score(which) for which in texts}
+    if method == "dense":
+        report = {"sites": [], **environment()}
+        sparse = dense
+    else:
+        report = sf.sparsify(
+            net, corpus if method != "magnitude" else None, method=method, batch_size=batch_size, length=length, calibration=calibration,
+            seed=seed, compile=how, show_progress=False, on_step=on_step, **settings,
+        ).report  # fmt: skip
+        report.pop("density")
+        sparse = {which: score(which) for which in texts}
     accuracy = zero_shot(net, tokenizer, limit=tasks) if tasks else None
     record = {
         "label": name,
@@ -109,7 +112,7 @@ def main(
     }
     write_json(out, record)
     (folder / f"{name}.state").unlink(missing_ok=True)
-    print(f"{name}: dense {dense}, sparse {sparse}, {report['seconds']:.0f} s")
+    print(f"{name}: dense {dense}, sparse {sparse}")
 
 
 if __name__ == "__main__":
