@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, hard_mask
+from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, Unstructured, hard_mask
 from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
@@ -31,7 +31,9 @@ def harden_masks(program: Program, pattern: AnyPattern = TWO_FOUR) -> PassResult
             folded.add(weight)
             value = program.tensor(names[weight])
             soft = program.tensor(names[mask])
-            keep = hard_mask(soft, pattern, dim=0 if transposed else 1) & (soft != 0)
+            keep = hard_mask(soft, pattern, dim=0 if transposed else 1)
+            if isinstance(pattern, Unstructured):
+                keep &= soft != 0  # a mask that keeps less than its share (Wanda rounds each row) is not filled up
             with torch.no_grad():
                 value.copy_(torch.where(keep, value, torch.zeros_like(value)) + 0.0)  # + 0.0 turns -0.0 into 0.0
         spent |= dict.fromkeys(p for p in (mask, probe) if p is not None)
