@@ -105,11 +105,15 @@ def plot() -> None:
         axis.fill_between(tokens, [min(s) for s in seeds], [max(s) for s in seeds], color=line.get_color(), alpha=0.25)
     for run in runs:
         if not run["tokens"] and run["method"] != "magnitude":
-            axis.axhline(run["sparse_perplexity"]["test"], ls=":", color="gray")
-            axis.annotate(label(run), (axis.get_xlim()[0], run["sparse_perplexity"]["test"]), va="bottom", color="gray")
+            axis.axhline(run["sparse_perplexity"]["test"], ls=":", color="gray", label=f"{label(run)}, no training")
     axis.axhline(runs[0]["dense_perplexity"]["test"], ls="--", color="black", label="dense")
     axis.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="WikiText-2 test perplexity")
-    axis.legend(frameon=False)
+    budgets = sorted({t for points in series.values() for t, _ in points})
+    axis.set_xticks(budgets, [f"{t / 1000:,.0f}k" for t in budgets])
+    axis.set_yticks([20, 25, 30, 40, 50, 60, 80, 100], [20, 25, 30, 40, 50, 60, 80, 100])
+    axis.minorticks_off()
+    axis.set_ylim(top=1.3 * max(p for points in series.values() for _, p in points) + 40)
+    axis.legend(frameon=False, fontsize=8, loc="upper right")
     figure.savefig(RESULTS / "quality.png", dpi=130)
 
 
