@@ -99,7 +99,7 @@ def compile_repeated_blocks(module: GraphModule, *, compile: bool = True, **opti
         if block is not None:
             _call(graph, target, block, env)
         position = span.stop
-    twin = _twin(module)
+    twin = shallow_twin(module)
     for k, blocks in enumerate(kinds):
         twin.add_module(f"repeated_block_{k}", SharedBlock(_body(blocks[0], module), blocks, compile, options))
     twin.graph = graph
@@ -269,7 +269,7 @@ def _call(graph: Graph, target: str, block: _Block, env: dict[Node, Node]) -> No
         env[node].meta = copy.copy(node.meta)
 
 
-def _twin(module: GraphModule) -> GraphModule:
+def shallow_twin(module: GraphModule) -> GraphModule:
     """A shallow copy: graph, hooks and list of children are its own; the children and the root's tensors are shared.
 
     So ``to``, ``load_state_dict`` and the like reach both, whichever of the two they are called on.

@@ -65,7 +65,6 @@ class SparseModel(nn.Module):
             self._tap(distill.FEATURES[features])
         self._runners: dict[str, Callable] = {"graph": self.graph}
         self._hooks: list = []
-        self._compile: bool | dict = False
         self.curvature = self.method.curvature
         self._estimator = None if self.curvature is None else self.curvature.estimator
         if self._estimator in ("gauss_newton", "activation"):

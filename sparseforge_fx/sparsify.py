@@ -163,21 +163,17 @@ def sparsify(
             "lr": lr,
             **losses,
             "slorb_block": slorb_block,
+            "batch_size": batch_size,
+            "length": length,
+            "accumulate": accumulate,
         }
-        report |= {"batch_size": batch_size, "length": length, "accumulate": accumulate}
         report["curves"] = _anneal(
             program,
             sites,
             config,
             batches,
             calibrated,
-            losses={
-                "w_task": w_task,
-                "w_kl": w_kl,
-                "divergence": divergence,
-                "features": features,
-                "w_features": w_features,
-            },
+            losses=losses,
             slorb_block=slorb_block,
             lr=lr,
             accumulate=accumulate,

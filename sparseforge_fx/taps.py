@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from sparseforge_fx.compile import _twin, block_outputs
+from sparseforge_fx.compile import block_outputs, shallow_twin
 from sparseforge_fx.errors import SparseForgeError
 
 
@@ -66,7 +66,7 @@ def tap(module: GraphModule, taps: Taps, *, hidden: bool = True, attention: bool
 
     Raises SparseForgeError if the graph has no repeated blocks, or no attention, to tap.
     """
-    twin = _twin(module)
+    twin = shallow_twin(module)
     graph = torch.fx.Graph(tracer_cls=module.graph._tracer_cls)
     graph._codegen = module.graph._codegen
     wanted = set(block_outputs(module)) if hidden else set()

@@ -88,7 +88,7 @@ class TrainedMethod(ABC):
 
     def optimizer(self, parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
         """What trains the weights; options are AdamW's ``lr``, ``betas`` and ``weight_decay``."""
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # on a CPU a sixth of the plain one's time
+        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # one pass over the tensors
         return torch.optim.AdamW(parameters, fused=fused, **options)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -107,10 +107,13 @@ class TrainedMethod(ABC):
     def fix(self) -> None:
         """Make the masks hard, for good."""
         for w in self.weights:
-            # never moved: do not keep the first N, but the largest
-            scores = w.weight.abs() if bool((w.mask == 1).all()) else w.mask
-            w.mask.copy_(hard_mask(scores, self.pattern, w.dim))
+            w.mask.copy_(self.harden(w))
         self.fixed = True
+
+    def harden(self, w: MaskedWeight) -> Tensor:
+        """The hard mask nearest to the present one; where that never moved, not the first N but the largest."""
+        scores = w.weight.abs() if bool((w.mask == 1).all()) else w.mask
+        return hard_mask(scores, self.pattern, w.dim)
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:

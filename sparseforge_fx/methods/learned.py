@@ -8,6 +8,7 @@ follow the policy gradient of the drawn mask's loss minus that of the first mask
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -42,18 +43,31 @@ class LearnedMasks(TrainedMethod):
 
     def _first_mask(self, w: MaskedWeight) -> Tensor:
         """Mask that learning begins at, [out, groups, M]: the start's, or that of magnitude."""
-        untouched = bool((w.mask == 1).all())
-        return to_groups(hard_mask(w.weight.abs() if untouched else w.mask, self.pattern, w.dim), self.pattern, w.dim)
+        return to_groups(self.harden(w), self.pattern, w.dim)
 
     def _uniform(self, like: Tensor) -> Tensor:
         """Uniform noise in (0, 1) from the method's own generator: runs and resumed runs draw alike on any device."""
         return torch.rand(like.shape, generator=self.generator).clamp_(1e-20).to(like.device)
 
+    @abstractmethod
     def _begin(self) -> None:
-        raise NotImplementedError
+        """The first logits and masks, from the present masks."""
 
+    @abstractmethod
     def _draw(self) -> None:
-        raise NotImplementedError
+        """Masks for the next step."""
+
+    @abstractmethod
+    def _likeliest(self, w: MaskedWeight) -> Tensor:
+        """The mask that the logits prefer, [out, groups, M]."""
+
+    @torch.no_grad()
+    def fix(self) -> None:
+        if self.fixed:
+            return
+        for w in self.weights:
+            w.mask.copy_(from_groups(self._likeliest(w), w.dim))
+        self.fixed = True
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -162,14 +176,8 @@ class MaskLLM(LearnedMasks):
         logits.grad = mine if logits.grad is None else logits.grad + mine
         return torch.zeros_like(gradient)
 
-    @torch.no_grad()
-    def fix(self) -> None:
-        if self.fixed:
-            return
-        for w in self.weights:
-            best = all_patterns(self.pattern, w.mask.device)[self.logits[w.fqn].argmax(-1)]
-            w.mask.copy_(from_groups(best, w.dim))
-        self.fixed = True
+    def _likeliest(self, w: MaskedWeight) -> Tensor:
+        return all_patterns(self.pattern, w.mask.device)[self.logits[w.fqn].argmax(-1)]
 
     def held(self) -> dict[str, dict[str, Tensor]]:
         return {**super().held(), "noise": self._noise}
@@ -272,13 +280,8 @@ class MaskPro(LearnedMasks):
             mine = mine * (residual - self.average)
             logits.grad = mine if logits.grad is None else logits.grad + mine
 
-    @torch.no_grad()
-    def fix(self) -> None:
-        if self.fixed:
-            return
-        for w in self.weights:
-            w.mask.copy_(from_groups(hard_mask(self.logits[w.fqn], self.pattern), w.dim))
-        self.fixed = True
+    def _likeliest(self, w: MaskedWeight) -> Tensor:
+        return hard_mask(self.logits[w.fqn], self.pattern)
 
     def held(self) -> dict[str, dict[str, Tensor]]:
         return {**super().held(), "first": self.first}
