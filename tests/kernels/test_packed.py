@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.packed import Packed, check_packed, pack, unpack, unpack_mask
+from sparseforge_fx.pattern import TWO_FOUR, hard_mask
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def random_weight(shape, dtype, seed, drop=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(shape, generator=generator) * 20
+    dense = dense * hard_mask(dense.abs(), TWO_FOUR)
+    dense[torch.rand(shape, generator=generator) < drop] = 0
+    return dense.to(dtype)
+
+
+def bits(tensor):
+    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 12),
+    st.sampled_from(DTYPES),
+    st.integers(0, 1000),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_packing_is_exact(out, groups, dtype, seed, drop):
+    weight = random_weight((out, 4 * groups), dtype, seed, drop)
+    packed = check_packed(pack(weight))
+    back = unpack(packed)
+    assert back.dtype == dtype and back.shape == weight.shape == packed.shape
+    assert torch.equal(bits(back), bits(weight.float().add(0.0).to(dtype)))  # + 0.0 turns -0.0 into 0.0
+    again = pack(back)
+    assert torch.equal(bits(again.values), bits(packed.values)) and torch.equal(again.bitmask, packed.bitmask)
+
+
+def test_bits_and_values_stand_in_order():
+    weight = torch.tensor([[0, 5, 0, 7, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0]], dtype=torch.float32)
+    packed = pack(weight)
+    assert packed.bitmask.tolist() == [[0b0011_1010, 0b0101_0011]]
+    assert packed.values.tolist() == [[5, 7, 1, 2, 0, 0, 0, 9]]
+
+
+def test_minus_zero_is_zero_and_subnormals_stay():
+    tiny = torch.finfo(torch.bfloat16).smallest_normal / 4
+    packed = pack(torch.tensor([[-0.0, tiny, -0.0, -tiny]], dtype=torch.bfloat16))
+    assert packed.values.view(torch.int16).tolist()[0][:2] == [
+        torch.tensor(v, dtype=torch.bfloat16).view(torch.int16).item() for v in (tiny, -tiny)
+    ]
+    assert not (pack(torch.full((2, 8), -0.0)).values.view(torch.int32) != 0).any()
+
+
+@pytest.mark.parametrize("width", [4, 12, 20])
+def test_widths_that_are_not_whole_bytes_are_padded_with_zeros(width):
+    packed = check_packed(pack(random_weight((3, width), torch.bfloat16, 0)))
+    assert packed.values.shape == (3, (width + 4) // 2) and packed.bitmask.shape == (3, (width + 4) // 8)
+    assert not packed.values[:, width // 2 :].any()
+
+
+def test_nine_sixteenths_of_the_bytes():
+    weight = random_weight((32, 64), torch.bfloat16, 0)
+    assert pack(weight).nbytes / weight.nbytes == 9 / 16
+
+
+def test_experts_are_packed_row_by_row():
+    weight = random_weight((3, 5, 16), torch.bfloat16, 1)
+    assert torch.equal(unpack(pack(weight)), weight)
+    assert torch.equal(pack(weight).values[1], pack(weight[1]).values)
+
+
+def test_a_weight_that_is_not_sparse_is_refused():
+    with pytest.raises(SparseForgeError, match="more than two non-zeros"):
+        pack(torch.ones(2, 8))
+
+
+def test_empty_weights():
+    assert unpack(pack(torch.zeros(0, 8))).shape == (0, 8)
+
+
+def test_mask():
+    assert unpack_mask(torch.tensor([[0b1000_0001]], dtype=torch.uint8)).tolist() == [[True] + 6 * [False] + [True]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p._replace(bitmask=p.bitmask.to(torch.int8)), "uint8"),
+        (lambda p: p._replace(in_features=17), "do not belong to 17"),
+        (lambda p: p._replace(in_features=-8), "do not belong to -8"),
+        (lambda p: p._replace(values=p.values[:1]), "does not belong to values"),
+        (lambda p: p._replace(bitmask=p.bitmask ^ 1), "exactly two bits"),
+    ],
+)
+def test_damaged_data_is_refused(change, message):
+    packed = pack(random_weight((2, 16), torch.float32, 0))
+    with pytest.raises(SparseForgeError, match=message):
+        check_packed(Packed(*change(packed)))
