@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
+    from sparseforge_fx.methods.catalog import configure
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
     from sparseforge_fx.models import load_model, save_model
     from sparseforge_fx.prepare import finalize, prepare
@@ -23,6 +24,7 @@ _HOMES = {
     "SparseForgeConfig": "methods.soft_mask",
     "SparseModel": "sparse_model",
     "SparsifyResult": "sparsify",
+    "configure": "methods.catalog",
     "finalize": "prepare",
     "load_model": "models",
     "paper_preset": "methods.soft_mask",
@@ -37,6 +39,7 @@ __all__ = [
     "SparseForgeError",
     "SparseModel",
     "SparsifyResult",
+    "configure",
     "finalize",
     "load_model",
     "paper_preset",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.capture import capture
+from sparseforge_fx.distill import check_losses
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes
@@ -29,6 +30,9 @@ def prepare(
     calibration: Sequence[Any] | None = None,
     w_task: float = 1.0,
     w_kl: float = 1.0,
+    divergence: str = "kl",
+    features: str | None = None,
+    w_features: float = 1.0,
     slorb_block: int | None = None,
     compile: bool = False,
 ) -> SparseModel:
@@ -36,10 +40,10 @@ def prepare(
 
     Args:
         example_inputs: as for :func:`sparseforge_fx.capture.capture`; ``labels`` in it are left to the loss.
-        config: what :func:`paper_preset` or :func:`tuned_preset` made; holds the number of steps.
+        config: what :func:`configure`, :func:`paper_preset` or :func:`tuned_preset` made; holds the number of steps.
         include, exclude: globs over weight or module names.
         calibration: batches for a config with a layer-wise ``start``.
-        w_task, w_kl: weights of cross-entropy and KL(teacher || student).
+        w_task, w_kl, divergence, features, w_features: the loss, as for :func:`sparseforge_fx.sparsify`.
         slorb_block: width of SLoRB's blocks; None for no low-rank branch.
 
     Raises SparseForgeError if nothing is eligible (with the reasons), or if weights are not finite.
@@ -48,6 +52,9 @@ def prepare(
         raise SparseForgeError(
             "prepare needs a config that knows the run's length: pass paper_preset(steps) or tuned_preset(steps)"
         )
+    if not config.by_gradient:
+        raise SparseForgeError(f"{type(config).__name__} learns without gradients: run it with sparsify()")
+    check_losses(divergence, features)
     if isinstance(example_inputs, Mapping):
         example_inputs = {k: v for k, v in example_inputs.items() if k != "labels"}
     program = capture(model, example_inputs)
@@ -57,7 +64,10 @@ def prepare(
         raise SparseForgeError(
             "this preset starts from a layer-wise solution: pass calibration=[batches], or use paper_preset"
         )
-    sparse = SparseModel(program, sites, config, w_task=w_task, w_kl=w_kl, slorb_block=slorb_block)
+    sparse = SparseModel(
+        program, sites, config, w_task=w_task, w_kl=w_kl, divergence=divergence,
+        features=features, w_features=w_features, slorb_block=slorb_block,
+    )  # fmt: skip
     if calibration is not None and config.start != "dense":
         sparse.calibrate(calibration)
     if compile:

@@ -58,6 +58,7 @@ class SparseModel(nn.Module):
         self.method = config.build(self._masked_weights())
         self.steps_done = 0
         self.last_loss: distill.Loss | None = None
+        self._optimized = False
         self.graph = self.program.module()
         # children that must not show in parameters(): probes would reach the user's optimizer, the teacher is frozen
         self._hidden: dict[str, Any] = {"probe": None, "teacher": self._freeze_teacher() if w_kl else None}
@@ -251,8 +252,35 @@ class SparseModel(nn.Module):
         run = self._runners.get("teacher", self._hidden["teacher"])
         return distill.main_output(run(*args, **kwargs))
 
+    def optimizer(
+        self,
+        parameters: Sequence[nn.Parameter] | None = None,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+    ) -> torch.optim.Optimizer:
+        """The method's optimizer: AdamW, with the decay or the parameters that the method adds to it.
+
+        ``parameters``: default, everything that the method trains. With ``ast``, ``sr-ste``, ``cast`` and ``maskllm``
+        no other optimizer will do.
+        """
+        self._optimized = True
+        return self.method.optimizer(
+            self.trainable() if parameters is None else list(parameters), lr=lr, betas=betas, weight_decay=weight_decay
+        )
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The model's parameters that the method trains, then the method's own."""
+        config = self.method.config
+        return [p for p in self.parameters() if p.requires_grad and config.trains_weights] + self.method.parameters()
+
     def step(self) -> None:
         """Bring the masks to the next step; call it after ``optimizer.step()`` and before ``zero_grad()``."""
+        if self.method.config.own_optimizer and not self._optimized:
+            raise SparseForgeError(
+                f"part of {type(self.method).__name__} is in its optimizer: train with sparse.optimizer(lr=...)"
+            )
         if self.curvature is not None and self.method.wants_curvature(self.steps_done):
             if self._estimator == "squared_gradient":
                 for w in self.method.weights:

@@ -226,9 +226,7 @@ def _anneal(
             report["calibration_sequences"] = sum(_rows(b) for b in calibrated)
             report["calibration_seconds"] = time.monotonic() - clock
         report["passes"] = [r._asdict() for r in sparse.pass_records]
-        trained = [p for p in sparse.parameters() if p.requires_grad and config.trains_weights]
-        trained += sparse.method.parameters()
-        curves = train(sparse, batches, trained, state_path=state_path, **options)
+        curves = train(sparse, batches, sparse.trainable(), state_path=state_path, **options)
         finalize(sparse)
     finally:
         if sparse is not None:

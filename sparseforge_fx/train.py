@@ -88,7 +88,7 @@ def train(
     accelerator = accelerator or Accelerator()
     master = MasterWeights(parameters)
     master.serve(sparse.method.weights)
-    optimizer = sparse.method.optimizer(master.masters, lr=lr, betas=betas, weight_decay=weight_decay)
+    optimizer = sparse.optimizer(master.masters, lr=lr, betas=betas, weight_decay=weight_decay)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # a method's own parameters may have a rate of their own
     by_gradient = sparse.method.config.by_gradient
@@ -198,12 +198,18 @@ def _loss(sparse: SparseModel, batch: Any):
     return loss
 
 
+def _models(sparse: SparseModel, master: MasterWeights) -> list[nn.Parameter]:
+    """The masters of the model's parameters; the method's own are in its state."""
+    own = {id(p) for p in sparse.method.parameters()}
+    return [m for m, p in zip(master.masters, master.parameters, strict=True) if id(p) not in own]
+
+
 def _state(
     sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, step: int, curves: list
 ) -> dict[str, Any]:
     return {
         "step": step,
-        "masters": [m.detach() for m in master.masters],
+        "masters": [m.detach() for m in _models(sparse, master)],
         "masks": {w.fqn: w.mask for w in sparse.method.weights},
         "optimizer": optimizer.state_dict(),
         "method": sparse.method.state(),
@@ -216,13 +222,14 @@ def _restore(
     sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> tuple[int, list]:
     masks = {w.fqn: w for w in sparse.method.weights}
-    shapes_fit = [m.shape for m in state.get("masters", ())] == [m.shape for m in master.masters]
+    masters = _models(sparse, master)
+    shapes_fit = [m.shape for m in state.get("masters", ())] == [m.shape for m in masters]
     if not shapes_fit or set(masks) != set(state["masks"]):
         raise SparseForgeError(
             "the saved training state belongs to another model or another set of sites; delete it to start anew"
         )
     sparse.method.load_state(state["method"])
-    for mine, saved in zip(master.masters, state["masters"], strict=True):
+    for mine, saved in zip(masters, state["masters"], strict=True):
         mine.copy_(saved)
     master.write_back()
     for fqn, saved in state["masks"].items():

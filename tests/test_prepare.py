@@ -42,10 +42,94 @@ def test_own_loop_learns_and_ends_exact(captured_once, name):
     assert all(torch.equal(p, hardened[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("method", ["gmp", "imp", "sr-ste", "ast", "cast", "maskllm"])
+def test_own_loop_with_the_optimizer_of_a_method(captured_once, method):
+    found = captured_once("llama")
+    sparse = sf.prepare(found.model, found.example, sf.configure(method, steps=12, **START.get(method, {})))
+    optimizer = sparse.optimizer(lr=3e-3)
+    batch = found.batch(rows=4)
+    before = {n: p.detach().clone() for n, p in found.model.named_parameters()}
+    sparse.train()
+    for _ in range(12):
+        sparse(**batch).loss.backward()
+        optimizer.step()
+        sparse.step()
+        optimizer.zero_grad()
+    model = sf.finalize(sparse)
+    assert all(check_pattern(model.get_parameter(f), TWO_FOUR, d) for f, d in dims(found).items())
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p[p != 0], before[n][p != 0])}
+    assert not moved if method == "maskllm" else moved  # MaskLLM freezes the weights
+
+
+START = {"maskllm": {"start": "dense"}}
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "ast", "cast", "maskllm"])
+def test_another_optimizer_is_refused_where_it_would_leave_half_of_the_method_out(captured_once, method):
+    found = captured_once("mlp")
+    sparse = sf.prepare(found.model, found.example, sf.configure(method, steps=2, **START.get(method, {})))
+    sparse.train()(found.batch())
+    with pytest.raises(SparseForgeError, match=r"sparse\.optimizer\(lr"):
+        sparse.step()
+    sparse.release()
+
+
+@pytest.mark.parametrize("method", ["cast", "maskllm"])
+def test_what_a_method_trains_moves_with_the_model(captured_once, method):
+    sparse = sf.prepare(
+        nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 4)),
+        torch.randn(2, 16),
+        sf.configure(method, steps=2, **START.get(method, {})),
+    )
+    optimizer = sparse.optimizer(lr=1e-3)
+    sparse.double().train()
+    assert {p.dtype for p in sparse.method.parameters()} == {torch.float32}  # whatever the model's dtype is
+    assert {id(p) for p in sparse.method.parameters()} <= {id(p) for g in optimizer.param_groups for p in g["params"]}
+    sparse(torch.randn(3, 16).double())
+    sparse.last_loss.total.backward()
+    optimizer.step()
+    sparse.step()
+    sparse.release()
+
+
+def test_losses_are_those_of_sparsify(captured_once):
+    found = captured_once("llama")
+    config = sf.paper_preset(10)
+    plain = sf.prepare(found.model, found.example, config).train()(**found.batch()).loss
+    reverse = sf.prepare(found.model, found.example, config, divergence="reverse_kl").train()
+    reverse.method.weights[0].mask.mul_(0.5)
+    assert reverse(**found.batch()).loss != plain
+    features = sf.prepare(found.model, found.example, config, features="squarehead", w_features=2.0).train()
+    features.method.weights[0].mask.mul_(0.5)
+    assert features(**found.batch()).loss > plain
+    with pytest.raises(SparseForgeError, match="divergence"):
+        sf.prepare(found.model, found.example, config, divergence="js")
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 def test_no_config():
     with pytest.raises(SparseForgeError, match="paper_preset"):
         sf.prepare(nn.Linear(4, 4), torch.randn(2, 4))
+
+
+def test_maskpro_has_no_gradients_for_a_loop(captured_once):
+    found = captured_once("mlp")
+    with pytest.raises(SparseForgeError, match=r"sparsify\(\)"):
+        sf.prepare(found.model, found.example, sf.configure("maskpro", steps=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "sparsegpt"}, "does not train"),
+        ({"method": "ast", "gate": "site"}, "no option gate"),
+        ({"method": "ast", "preset": "tuned"}, "unknown preset"),
+        ({"method": "fst"}, "unknown method"),
+    ],
+)
+def test_configurations_that_do_not_exist(arguments, message):
+    with pytest.raises(SparseForgeError, match=message):
+        sf.configure(steps=2, **arguments)
 
 
 def test_obs_start_without_calibration(captured_once):

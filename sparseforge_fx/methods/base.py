@@ -32,6 +32,7 @@ class MethodConfig(ABC):
 
     trains_weights: ClassVar[bool] = True  # False: the model is frozen, the method's own parameters train
     by_gradient: ClassVar[bool] = True  # False: no backward pass, ``observe`` is all
+    own_optimizer: ClassVar[bool] = False  # True: part of the method is in the optimizer, no other will do
 
     steps: int
     pattern: AnyPattern = TWO_FOUR
@@ -99,9 +100,16 @@ class TrainedMethod(ABC):
         """Hear of the loss of a micro-batch; ``again`` gives that of the same one with the masks as they then are."""
         del loss, again
 
-    @abstractmethod
+    @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Bring the masks from step ``step`` to the next one."""
+        self.step = step + 1
+        if not self.fixed:
+            self.advance(self.progress(self.step))
+
+    @abstractmethod
+    def advance(self, progress: float) -> None:
+        """Masks for the next step; ``progress`` is the share of the run that is over."""
 
     @torch.no_grad()
     def fix(self) -> None:
@@ -139,14 +147,18 @@ class TrainedMethod(ABC):
     def move(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of device or dtype to what is held."""
         for tensors in self.held().values():
-            tensors.update({fqn: change(value) for fqn, value in tensors.items()})
+            for fqn, value in tensors.items():
+                if isinstance(value, nn.Parameter):
+                    value.data = change(value.data).to(value.dtype)  # in place: an optimizer may hold it
+                else:
+                    tensors[fqn] = change(value)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside weights and masks: tensors and plain values only."""
         return {
             "config": self.config.describe(),
             "plain": {name: getattr(self, name) for name in self.plain},
-            "held": {kind: dict(tensors) for kind, tensors in self.held().items()},
+            "held": {kind: {fqn: t.detach() for fqn, t in tensors.items()} for kind, tensors in self.held().items()},
         }
 
     @torch.no_grad()

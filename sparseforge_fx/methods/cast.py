@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class CastConfig(MethodConfig):
             independent of it.
         blocks: scales per output row.
     """
+
+    own_optimizer: ClassVar[bool] = True
 
     update_every: int = 10
     l1: float = 4e-7
@@ -72,6 +74,7 @@ class Cast(TrainedMethod):
         scale = self.scales[w.fqn]
         g = gradient.movedim(w.dim, -1).float()
         product = (g * live.detach().movedim(w.dim, -1)).view(*scale.shape, -1).sum(-1)
+        product = product.to(scale.dtype)
         scale.grad = product if scale.grad is None else scale.grad + product
         return (g * self._spread(w)).to(gradient.dtype).movedim(-1, w.dim)
 
@@ -80,12 +83,8 @@ class Cast(TrainedMethod):
         scale = self.scales[w.fqn].detach()
         return scale.repeat_interleave(w.weight.shape[w.dim] // scale.shape[1], 1)
 
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        self.step = step + 1
-        if self.fixed:
-            return
-        if self.step >= self.steps:
+    def advance(self, progress: float) -> None:
+        if progress >= 1:
             self.fix()
             return
         if self.step % self.config.update_every == 0:
@@ -124,4 +123,4 @@ class Cast(TrainedMethod):
         return {"candidates": small / max(1e-30, large), "flip_rate": self.flip_rate, "density": share}
 
     def held(self) -> dict[str, dict[str, Tensor]]:
-        return {**super().held(), "kept": self.kept}
+        return {**super().held(), "kept": self.kept, "scales": dict(self.scales)}

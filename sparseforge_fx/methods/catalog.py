@@ -14,7 +14,7 @@ from sparseforge_fx.methods.learned import MaskLLMConfig, MaskProConfig
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.soft_mask import paper_preset, tuned_preset
 from sparseforge_fx.methods.ste import ast_preset, sr_ste_preset
-from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
+from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, parse_pattern
 
 Preset = Callable[..., MethodConfig]  # (steps, pattern, **changes of single fields)
 
@@ -54,6 +54,22 @@ def find_method(name: str, preset: str | None = None) -> tuple[str | None, Prese
         return None, None
     chosen = preset or next(iter(presets))
     return chosen, presets[chosen]
+
+
+def configure(
+    method: str, steps: int, *, preset: str | None = None, pattern: str | AnyPattern = "2:4", **changes: Any
+) -> MethodConfig:
+    """The constants of a trained method over a run of ``steps``, for :func:`sparseforge_fx.prepare`.
+
+    Raises SparseForgeError for a method without training, an unknown preset, or a field that the method has not.
+    """
+    _, make = find_method(method, preset)
+    if make is None:
+        raise SparseForgeError(f"{method} does not train: call sparsify(model, data, method={method!r})")
+    unknown = set(changes) - set(find_options(method, preset))
+    if unknown:
+        raise SparseForgeError(f"method {method} has no option {', '.join(sorted(unknown))}")
+    return make(steps, parse_pattern(pattern), **changes)
 
 
 def find_options(name: str, preset: str | None = None) -> dict[str, Any]:

@@ -60,12 +60,7 @@ class Gradual(TrainedMethod):
         left = self.pattern.density ** (done / c.rounds)
         return (1 - left) / (1 - self.pattern.density)
 
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        self.step = step + 1
-        progress = self.progress(self.step)
-        if self.fixed:
-            return
+    def advance(self, progress: float) -> None:
         if progress >= self.config.end:
             self.fix()
         elif self.config.ramp == "rounds" or self.step % self.config.update_every == 0:

@@ -69,15 +69,14 @@ class LearnedMasks(TrainedMethod):
             w.mask.copy_(from_groups(self._likeliest(w), w.dim))
         self.fixed = True
 
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        self.step = step + 1
-        if self.fixed:
-            return
-        if self.step >= self.steps:
+    def advance(self, progress: float) -> None:
+        if progress >= 1:
             self.fix()
         else:
             self._draw()
+
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        return {**super().held(), "logits": dict(self.logits)}
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "generator": self.generator.get_state()}
@@ -102,6 +101,7 @@ class MaskLLMConfig(MethodConfig):
     """
 
     trains_weights: ClassVar[bool] = False
+    own_optimizer: ClassVar[bool] = True
 
     prior: float = 3.0
     spread: float = 0.01
@@ -130,6 +130,7 @@ class MaskLLM(LearnedMasks):
     def __init__(self, config: MaskLLMConfig, weights: Sequence[MaskedWeight]):
         super().__init__(config, weights)
         self._noise: dict[str, Tensor] = {}
+        self._rewarded: set[str] = set()  # weights whose size is in this step's gradient already
         for w in weights:
             self.hooks.append(w.weight.register_hook(lambda g, w=w, live=w.weight: self._learn(w, live, g)))
         self._begin()
@@ -154,11 +155,12 @@ class MaskLLM(LearnedMasks):
         c, progress = self.config, self.progress(self.step)
         heat = c.temperature_start + (c.temperature_end - c.temperature_start) * progress
         scale = c.scale_start + (c.scale_end - c.scale_start) * progress
-        share = ((scale * self.logits[w.fqn] + self._noise[w.fqn]) / heat).softmax(-1)
+        share = ((scale * self.logits[w.fqn] + self._noise[w.fqn].float()) / heat).softmax(-1)
         return from_groups(share @ all_patterns(self.pattern, share.device), w.dim)
 
     @torch.no_grad()
     def _draw(self) -> None:
+        self._rewarded.clear()
         for w in self.weights:
             self._noise[w.fqn] = -(-self._uniform(self.logits[w.fqn]).log()).log()
             w.mask.copy_(self._mix(w))
@@ -170,7 +172,10 @@ class MaskLLM(LearnedMasks):
         with torch.enable_grad():
             mask = self._mix(w)
         value = live.detach().float()
-        wanted = gradient.float() * value - 2 * self.config.keep_large * value.square() * mask.detach()
+        wanted = gradient.float() * value
+        if w.fqn not in self._rewarded:  # once per step, whatever the number of micro-batches
+            self._rewarded.add(w.fqn)
+            wanted -= 2 * self.config.keep_large * value.square() * mask.detach()
         (mine,) = torch.autograd.grad(mask, self.logits[w.fqn], wanted)
         logits = self.logits[w.fqn]
         logits.grad = mine if logits.grad is None else logits.grad + mine
@@ -196,6 +201,7 @@ class MaskProConfig(MethodConfig):
 
     trains_weights: ClassVar[bool] = False
     by_gradient: ClassVar[bool] = False
+    own_optimizer: ClassVar[bool] = True
 
     certainty: float = 10.0
     memory: float = 0.99

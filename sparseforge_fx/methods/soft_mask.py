@@ -158,14 +158,9 @@ class SparseForge(TrainedMethod):
         wanted = self.curvature.estimator is not None and self.progress(step) < c.quench_end
         return wanted and step % c.probe_every == 0
 
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def advance(self, progress: float) -> None:
         """Mask update every K steps, then the effective masks of the next step; hard and final once the quench is
         over."""
-        self.step = step + 1
-        progress = self.progress(self.step)
-        if self.fixed:
-            return
         if progress >= self.config.quench_end:
             self.fix()
             return
@@ -273,7 +268,7 @@ class SparseForge(TrainedMethod):
         c, progress = self.config, self.progress(self.step)
         heat = schedule.temperature(progress, c.temperature_start, c.temperature_floor, c.temperature_half_life)
         return {
-            "temperature": heat,
+            "temperature": 0.0 if self.fixed else heat,
             "lambda": 0.0 if self.fixed else self.softness(progress),
             **super().metrics(),
         }

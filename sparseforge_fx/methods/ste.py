@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class StraightThroughConfig(MethodConfig):
         decay_warmup: share of the run over which lambda grows from 0; 0: it is constant.
         decay_joins: ``gradient`` (SR-STE) or ``update``, after the first moment (AST).
     """
+
+    own_optimizer: ClassVar[bool] = True
 
     update_every: int = 10
     decay: float = 2e-4
@@ -92,10 +94,8 @@ class StraightThrough(TrainedMethod):
             if w.weight.grad is not None:
                 w.weight.grad.addcmul_(1 - w.mask.to(w.weight.dtype), w.weight, value=self.decay())
 
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        self.step = step + 1
-        if not self.fixed and self.step % self.config.update_every == 0:
+    def advance(self, progress: float) -> None:
+        if self.step % self.config.update_every == 0:
             self._select()
 
     @torch.no_grad()
