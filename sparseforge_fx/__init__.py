@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
     from sparseforge_fx.models import load_model, save_model
     from sparseforge_fx.prepare import finalize, prepare
+    from sparseforge_fx.quantize import quantize
     from sparseforge_fx.sparse_model import SparseModel
     from sparseforge_fx.sparsify import SparsifyResult, sparsify
 
@@ -29,6 +30,7 @@ _HOMES = {
     "load_model": "models",
     "paper_preset": "methods.soft_mask",
     "prepare": "prepare",
+    "quantize": "quantize",
     "save_model": "models",
     "sparsify": "sparsify",
     "tuned_preset": "methods.soft_mask",
@@ -44,6 +46,7 @@ __all__ = [
     "load_model",
     "paper_preset",
     "prepare",
+    "quantize",
     "save_model",
     "sparsify",
     "tuned_preset",

@@ -1,57 +1,77 @@
-"""Symmetric integer grids for weights: zero is on the grid, so that quantising a sparse weight keeps its zeros."""
+"""Weight quantisation after sparsity, by torchao's symmetric integer grids: zero is on them, so the pattern stays."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from sparseforge_fx.errors import SparseForgeError
-
-SHRINK = torch.linspace(1.0, 0.6, 9)  # shares of the largest |w| that the scale search tries
-
-
-class Grid(NamedTuple):
-    """Signed integers of ``bits`` times one scale per output row and ``group`` consecutive inputs."""
-
-    bits: int
-    group: int = 128
-
-    @property
-    def largest(self) -> int:
-        """Largest integer on the grid; its negative is the smallest."""
-        return 2 ** (self.bits - 1) - 1
-
-    def check(self) -> Grid:
-        """Itself. Raises SparseForgeError where such a grid makes no sense."""
-        if not 2 <= self.bits <= 8 or self.group < 1:
-            raise SparseForgeError(f"cannot quantise to {self.bits} bits in groups of {self.group}: take 2 to 8 bits")
-        return self
-
-
-def find_scales(weight: Tensor, grid: Grid) -> Tensor:
-    """The scale [out] that quantises ``weight`` [out, columns] with the least squared error, of a few tried."""
-    peak = weight.abs().amax(1)
-    best, least = torch.ones_like(peak), torch.full_like(peak, float("inf"))
-    for shrink in SHRINK.tolist():
-        scale = (peak * shrink / grid.largest).clamp(min=torch.finfo(torch.float32).tiny)
-        error = (round_to_grid(weight, scale[:, None], grid) - weight).square().sum(1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
-
-
-def round_to_grid(values: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """The nearest grid points; zero stays exactly zero."""
-    return (values / scale).round_().clamp_(-grid.largest, grid.largest) * scale
+from sparseforge_fx.pattern import AnyPattern, check_pattern, parse_pattern
 
 
 @torch.no_grad()
-def quantize_weight(weight: Tensor, grid: Grid, dim: int = -1) -> Tensor:
-    """Every group of ``weight`` along ``dim`` on a grid of its own, in the weight's dtype (round to nearest).
+def quantize(
+    model: nn.Module, bits: int = 8, group: int | None = None, *, pattern: str | AnyPattern = "2:4"
+) -> dict[str, Any]:
+    """Give every sparse nn.Linear of ``model`` integer weights, in place, and show that its zeros are still zeros.
 
-    The last group may be shorter. Zeros stay zeros, so any sparsity pattern is kept.
+    Args:
+        bits: 8 or 4.
+        group: inputs that share a scale; default: 8 bits one scale per output, 4 bits 32 inputs. A layer whose width
+            is no multiple of it gets one scale per output.
+        pattern: what makes a weight sparse; linears that do not fit it keep their dtype.
+
+    Returns ``{"bits", "quantized": {name: group or None}, "skipped": {name: reason}}``. The weights become torchao
+    tensors of int8 storage (4-bit ones too, unpacked) that compute in the model's dtype.
+    Raises SparseForgeError if torchao is not installed, for other bits, or if no linear is sparse.
     """
-    rows = weight.movedim(dim, -1).float()
-    parts = [round_to_grid(part, find_scales(part, grid)[:, None], grid) for part in rows.split(grid.group, -1)]
-    return torch.cat(parts, -1).movedim(-1, dim).to(weight.dtype)
+    if bits not in (4, 8):
+        raise SparseForgeError(f"cannot quantise to {bits} bits: choose 8 or 4")
+    if group is not None and group < 1:
+        raise SparseForgeError(f"a group of {group} inputs makes no sense: give at least 1, or None")
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerAxis, PerGroup
+    except ImportError as error:
+        raise SparseForgeError(
+            "quantisation needs torchao: pip install 'sparseforge-fx[quantize]', or torchao itself"
+        ) from error
+    shape = parse_pattern(pattern)
+    width = group or (32 if bits == 4 else None)
+    quantized: dict[str, int | None] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        reason = _why_not(module, shape)
+        if reason is not None:
+            if reason:
+                skipped[name] = reason
+            continue
+        fits = width is not None and module.in_features % width == 0  # type: ignore[operator]
+        granularity = PerGroup(width) if fits else PerAxis(0)
+        zeros = module.weight == 0
+        config = IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity, scale_dtype=torch.float32
+        )
+        quantize_(module, config, filter_fn=lambda m, _, this=module: m is this)
+        if module.weight.dequantize()[zeros].any():  # type: ignore[operator]
+            raise AssertionError(f"{name}: torchao moved a zero")
+        quantized[name] = width if fits else None
+    if not quantized:
+        raise SparseForgeError(f"no nn.Linear of the model is {shape} sparse: run sparsify first")
+    return {"bits": bits, "quantized": quantized, "skipped": skipped}
+
+
+def _why_not(module: nn.Module, pattern: AnyPattern) -> str | None:
+    """None: quantise it. Otherwise why not; empty for what is no linear at all."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or isinstance(module, nn.Embedding):
+        return ""
+    if not isinstance(module, nn.Linear):
+        return f"torchao quantises nn.Linear, not {type(module).__name__}"
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return "it is quantised already"
+    if not pattern.fits(module.in_features) or not check_pattern(weight, pattern):
+        return f"it is not {pattern} sparse"
+    return None

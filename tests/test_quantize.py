@@ -1,72 +1,87 @@
-"""Integer grids: zero stays zero, the error is that of the nearest point, and a scale is searched."""
+"""Quantisation after sparsity: the zeros stay, the values are near, and what is not sparse is left alone."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.pattern import Pattern, check_pattern, hard_mask
-from sparseforge_fx.quantize import Grid, find_scales, quantize_weight, round_to_grid
+from sparseforge_fx.pattern import Pattern, hard_mask
+
+pytest.importorskip("torchao")
+TWO_FOUR = Pattern(2, 4)
 
 
-@settings(max_examples=30, deadline=None)
+def sparse_linear(out, width, dtype=torch.float32, seed=0, spread=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(width, out, dtype=dtype)
+    weight = torch.randn(out, width, generator=generator) * torch.exp(spread * torch.randn(out, 1, generator=generator))
+    linear.weight.data = (weight * hard_mask(weight.abs(), TWO_FOUR)).to(dtype)
+    return linear
+
+
+@settings(max_examples=25, deadline=None)
 @given(
-    st.integers(2, 8),
+    st.integers(1, 8),
     st.integers(1, 40),
-    st.integers(1, 5),
-    st.integers(1, 50),
-    st.sampled_from([0, 1]),
+    st.sampled_from([4, 8]),
+    st.sampled_from([None, 4, 32]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0.0, 4.0]),
     st.integers(0, 99),
 )
-def test_few_levels_and_exact_zeros(bits, group, rows, columns, dim, seed):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator) * (torch.rand(rows, columns, generator=generator) > 0.5)
-    got = quantize_weight(weight if dim else weight.t().contiguous(), Grid(bits, group), dim)
-    got = got if dim else got.t()
-    assert (got[weight == 0] == 0).all() and torch.isfinite(got).all()
-    for row in got:
-        for part in row.split(group):
-            assert len(part.unique()) <= 2**bits - 1
+def test_zeros_stay_zeros_and_values_are_near(out, groups, bits, group, dtype, spread, seed):
+    model = nn.Sequential(sparse_linear(out, 4 * groups, dtype, seed, spread))
+    before = model[0].weight.detach().float()
+    report = sf.quantize(model, bits, group)
+    after = model[0].weight.dequantize().float()
+    assert (after[before == 0] == 0).all()
+    width = report["quantized"]["0"] or 4 * groups
+    peak = before.abs().unflatten(1, (-1, width)).amax(-1, keepdim=True)
+    step = (peak / (2 ** (bits - 1) - 1)).expand(-1, -1, width).flatten(1)
+    assert ((after - before).abs() <= 0.51 * step + before.abs() * torch.finfo(dtype).eps).all()
 
 
-def test_by_hand():
-    grid = Grid(3)  # -3 .. 3
-    assert grid.largest == 3
-    got = round_to_grid(torch.tensor([0.9, -2.6, 7.0, 0.0, 0.4]), torch.tensor(1.0), grid)
-    assert got.tolist() == [1, -3, 3, 0, 0]
+def test_a_language_model_still_computes(captured_once):
+    found = captured_once("llama")
+    model = type(found.model)(found.model.config).eval()
+    sf.sparsify(model, method="magnitude")
+    batch = found.batch()
+    want = model(**batch).logits
+    report = sf.quantize(model, 8)
+    assert len(report["quantized"]) == 14 and set(report["skipped"]) == {"lm_head"}
+    got = model(**batch).logits
+    assert (got - want).norm() < 0.02 * want.norm() and not torch.equal(got, want)
+    with pytest.raises(SparseForgeError, match="is 2:4 sparse"):
+        sf.quantize(model, 8)  # once is enough
 
 
-def test_the_scale_beats_that_of_the_largest_weight():
-    torch.manual_seed(0)
-    weight, grid = torch.randn(64, 128), Grid(4)
-    found = find_scales(weight, grid)[:, None]
-    absmax = weight.abs().amax(1, keepdim=True) / grid.largest
-    error = lambda scale: (round_to_grid(weight, scale, grid) - weight).square().sum()  # noqa: E731
-    assert error(found) < 0.9 * error(absmax)
+def test_what_is_dense_or_no_linear_is_left_alone():
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(sparse_linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.LayerNorm(6), Conv1D(4, 6))
+    dense = model[1].weight.detach().clone()
+    report = sf.quantize(model)
+    assert report["quantized"] == {"0": None}
+    assert report["skipped"] == {
+        "1": "it is not 2:4 sparse",
+        "2": "it is not 2:4 sparse",
+        "4": "torchao quantises nn.Linear, not Conv1D",
+    }
+    assert torch.equal(model[1].weight, dense)
 
 
-def test_the_error_is_within_half_a_step():
-    torch.manual_seed(0)
-    weight = torch.randn(8, 64)
-    got = quantize_weight(weight, Grid(8, 64))
-    step = weight.abs().amax(1, keepdim=True) / 127
-    inside = (got - weight).abs() <= 0.5 * step + 1e-6
-    assert inside.float().mean() > 0.99  # the others are cut off by the search
-
-
-def test_a_sparse_weight_keeps_its_pattern_and_dtype():
-    weight = torch.randn(8, 64).bfloat16()
-    weight = weight * hard_mask(weight.abs(), Pattern(2, 4))
-    got = quantize_weight(weight, Grid(4, 32))
-    assert got.dtype == torch.bfloat16 and check_pattern(got, Pattern(2, 4)) and torch.count_nonzero(got)
-
-
-def test_zeros_alone():
-    assert not quantize_weight(torch.zeros(2, 8), Grid(4, 4)).any()
-
-
-@pytest.mark.parametrize("grid", [Grid(1), Grid(9), Grid(4, 0)])
-def test_grids_that_make_no_sense(grid):
-    with pytest.raises(SparseForgeError, match="2 to 8 bits"):
-        grid.check()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 3}, "choose 8 or 4"),
+        ({"group": 0}, "at least 1"),
+        ({"pattern": "4:2"}, "not N:M"),
+        ({}, "is 2:4 sparse"),
+    ],
+)
+def test_what_is_refused(options, message):
+    with pytest.raises(SparseForgeError, match=message):
+        sf.quantize(nn.Sequential(nn.Linear(8, 8)), **options)

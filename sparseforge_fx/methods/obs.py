@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.grid import Grid, find_scales, round_to_grid
 from sparseforge_fx.pattern import AnyPattern, Pattern, hard_mask
-from sparseforge_fx.quantize import Grid, find_scales, round_to_grid
 
 
 class ObsResult(NamedTuple):

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sparseforge_fx.grid import Grid
 from sparseforge_fx.methods.alps import prune_alps
 from sparseforge_fx.methods.layerwise import LayerSolution, Solve
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
-from sparseforge_fx.quantize import Grid
 
 
 @torch.no_grad()
