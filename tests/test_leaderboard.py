@@ -45,6 +45,27 @@ def test_one_shot_methods_need_no_sweep_and_magnitude_one_seed(board):
     assert names == ["dense-0-seed0", "magnitude-0-seed0", "wanda-0-seed0", "wanda-0-seed1", "wanda-0-seed2"]
 
 
+def test_variants_wait_for_the_rate_of_their_method(board):
+    assert board.ablations(4096) == []
+    for k, (_, run) in enumerate(board.sweep("sparseforge-paper", 4096)):
+        finish(run, 30.0 - k)
+    runs = board.ablations(4096)
+    assert {r.name for r in runs} == {
+        f"ablation-{n}-2048" for n, (m, _) in board.ABLATIONS.items() if m == "sparseforge-paper"
+    }
+    assert all(r.arguments[r.arguments.index("--lr") + 1] == "0.001" for r in runs)
+    finish(runs[0], 10.0)
+    assert board.ablations(4096) == runs[1:]
+
+
+def test_variants_are_options_of_their_method(board):
+    from sparseforge_fx.methods.catalog import configure
+
+    for method, changes in board.ABLATIONS.values():
+        given = dict(zip(changes[::2], changes[1::2], strict=True))
+        configure("sparseforge", 10, preset=method.split("-")[1], **json.loads(given.get("--options", "{}")))
+
+
 def test_every_method_of_the_package_is_there(board):
     from sparseforge_fx.methods.catalog import METHODS
 

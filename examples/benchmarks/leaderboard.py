@@ -5,7 +5,8 @@
 
 One run is one process of quality.py and one json in results/leaderboard/; a run that is there is not repeated, a run that
 was killed goes on. The sweep is a run of a quarter of the tokens with seed 0 for each rate; the rate with the lowest
-validation perplexity is taken. tables.py makes the table and the picture.
+validation perplexity is taken. ``--ablations`` runs variants of sparseforge at half of the tokens and its preset's rate.
+tables.py makes the tables and the picture.
 """
 
 from __future__ import annotations
@@ -38,6 +39,22 @@ TRAINED = {
 }
 RATES = {"maskllm": (5e-4, 5e-3, 5e-2), "maskpro": (5e-4,)}  # of logits; maskpro's own rate does not follow --lr
 DEFAULT_RATES = (2e-4, 5e-4, 1e-3)
+#: variant -> the method whose rate it takes, and what is different about it
+ABLATIONS = {
+    "paper": ("sparseforge-paper", ()),
+    "paper-magnitude-score": ("sparseforge-paper", ("--options", '{"score": "magnitude"}')),
+    "paper-ratio-score": ("sparseforge-paper", ("--options", '{"score": "ratio"}')),
+    "paper-pattern-gate": ("sparseforge-paper", ("--options", '{"gate": "pattern"}')),
+    "paper-no-structure": ("sparseforge-paper", ("--options", '{"structure": 0.0}')),
+    "paper-no-distillation": ("sparseforge-paper", ("--w-kl", "0")),
+    "paper-hutchinson": ("sparseforge-paper", ("--options", '{"curvature": "hutchinson"}')),
+    "paper-squared-gradient": ("sparseforge-paper", ("--options", '{"curvature": "squared_gradient"}')),
+    "paper-activation": ("sparseforge-paper", ("--options", '{"curvature": "activation"}')),
+    "fixed-wanda-mask": ("sparseforge-tuned", ("--options", '{"start": "wanda"}')),
+    "tuned": ("sparseforge-tuned", ()),
+    "tuned-no-distillation": ("sparseforge-tuned", ("--w-kl", "0")),
+    "tuned-fading": ("sparseforge-tuned", ("--options", '{"quench_end": 0.4, "softness_start": 0.6}')),
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,17 @@ def plan(methods: list[str], tokens: int, seeds: int) -> list[Run]:
     return [run for run in runs if not run.file.exists()]
 
 
+def ablations(tokens: int) -> list[Run]:
+    """The variants that can be started now: those whose method has its rate."""
+    runs = []
+    for name, (method, changes) in ABLATIONS.items():
+        rate = best_rate(method, tokens)
+        if rate is not None:
+            options = ("--tokens", str(tokens // 2), "--seed", "0", "--lr", f"{rate:g}", "--tasks", "0")
+            runs.append(Run(f"ablation-{name}-{tokens // 2}", (*TRAINED[method], *changes, *options)))
+    return [run for run in runs if not run.file.exists()]
+
+
 def main(
     model: str,
     data: Annotated[list[str], typer.Option(help="text source; several are mixed evenly by documents")],
@@ -98,6 +126,7 @@ def main(
     tokens: int = 122_880,
     seeds: int = 3,
     tasks: Annotated[int, typer.Option(help="documents per zero-shot task; 0: no tasks")] = 100,
+    variants: Annotated[bool, typer.Option("--ablations", help="also run the variants of sparseforge")] = False,
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 1,
 ) -> None:
     """Run what is missing, until nothing is."""
@@ -129,7 +158,8 @@ def main(
                 if process.returncode:
                     failed.add(name)
                     print(f"{name} failed with {process.returncode}: see {RESULTS / name}.log", flush=True)
-        waiting = [r for r in plan(chosen, tokens, seeds) if r.name not in running and r.name not in failed]
+        todo = plan(chosen, tokens, seeds) + (ablations(tokens) if variants else [])
+        waiting = [r for r in todo if r.name not in running and r.name not in failed]
         if not waiting and not running:
             break
         for run in waiting[: workers - len(running)]:

@@ -9,6 +9,7 @@ The sources are mixed evenly by documents (books cut into pieces of 3,000 charac
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Annotated
@@ -42,10 +43,12 @@ def main(
     calibration: int = 128,
     windows: int = 16,
     w_task: float = 1.0,
+    w_kl: float = 1.0,
     threads: int = 0,
     label: str = "",
     folder: Annotated[Path, typer.Option(help="where the json goes")] = RESULTS,
     tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
+    quantize: Annotated[str, typer.Option(help="bits by commas: score the sparse model so quantised, too")] = "",
     compile: str = "auto",
     options: Annotated[str, typer.Option(help="json of further fields of the method's config")] = "{}",
 ) -> None:
@@ -81,6 +84,7 @@ def main(
             "preset": preset if method == "sparseforge" else None,
             "tokens": tokens,
             "w_task": w_task,
+            "w_kl": w_kl,
             "lr": lr,
         }
         settings["resume_from"] = folder / f"{name}.state"
@@ -96,6 +100,12 @@ def main(
         report.pop("density")
         sparse = {which: score(which) for which in texts}
     accuracy = zero_shot(net, tokenizer, limit=tasks) if tasks else None
+    quantized = {}
+    for bits in filter(None, quantize.split(",")):
+        whole, net = net, copy.deepcopy(net)  # score() reads net
+        sf.quantize(net, int(bits))
+        quantized[bits] = {which: score(which) for which in texts}
+        net = whole
     record = {
         "label": name,
         "model": Path(model).name,
@@ -107,6 +117,7 @@ def main(
         "dense_perplexity": dense,
         "sparse_perplexity": sparse,
         "zero_shot": accuracy,
+        "quantized_perplexity": quantized,
         "report": {k: v for k, v in report.items() if k not in ("sites", "skipped", "passes")}
         | {"sites": len(report["sites"])},
     }

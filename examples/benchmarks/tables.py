@@ -1,4 +1,4 @@
-"""Write the measured tables into README.md, and the curve's picture, from results/*.json. Nothing is typed by hand.
+"""Write the measured tables into README.md from results/*.json. Nothing is typed by hand; plots.py draws the pictures.
 
 python examples/benchmarks/tables.py [--check]     (--check: fail if README.md is not what the files say)
 """
@@ -10,7 +10,7 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -83,44 +83,97 @@ def overhead_table() -> str:
     return "\n".join(lines) if runs else "_no runs yet_"
 
 
-def plot() -> None:
-    """Perplexity against training tokens, one line per method."""
-    import matplotlib
+def leaderboard_runs() -> tuple[list[dict], dict[str, dict], list[dict]]:
+    """The runs at full length; of each method the best of its sweep; the variants."""
+    full, sweeps, variants = [], defaultdict(list), []
+    for run in read("leaderboard"):
+        kind = run["label"].split("-")[0]
+        if kind == "sweep":
+            sweeps[re.sub(r"^sweep-|-[\d.]+(e-?\d+)?-\d+$", "", run["label"])].append(run)
+        elif kind == "ablation":
+            variants.append(run)
+        else:
+            full.append(run)
+    best = {m: min(runs, key=lambda r: r["sparse_perplexity"]["valid"]) for m, runs in sweeps.items()}
+    return full, best, variants
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    runs = read("quality")
-    for run in runs:
-        if run["tokens"]:
-            series[label(run)].append((run["tokens"], run["sparse_perplexity"]["test"]))
-    if not series:
-        return
-    figure, axis = plt.subplots(figsize=(6.5, 4), constrained_layout=True)
-    for name, points in sorted(series.items()):
-        tokens = sorted({t for t, _ in points})
-        seeds = [[p for t, p in points if t == budget] for budget in tokens]
-        (line,) = axis.plot(tokens, [mean(s) for s in seeds], marker="o", label=name)
-        axis.fill_between(tokens, [min(s) for s in seeds], [max(s) for s in seeds], color=line.get_color(), alpha=0.25)
-    for run in runs:
-        if not run["tokens"] and run["method"] != "magnitude":
-            axis.axhline(run["sparse_perplexity"]["test"], ls=":", color="gray", label=f"{label(run)}, no training")
-    axis.axhline(runs[0]["dense_perplexity"]["test"], ls="--", color="black", label="dense")
-    axis.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="WikiText-2 test perplexity")
-    budgets = sorted({t for points in series.values() for t, _ in points})
-    axis.set_xticks(budgets, [f"{t / 1000:,.0f}k" for t in budgets])
-    axis.set_yticks([20, 25, 30, 40, 50, 60, 80, 100], [20, 25, 30, 40, 50, 60, 80, 100])
-    axis.minorticks_off()
-    axis.set_ylim(top=1.3 * max(p for points in series.values() for _, p in points) + 40)
-    axis.legend(frameon=False, fontsize=8, loc="upper right")
-    figure.savefig(RESULTS / "quality.png", dpi=130)
+def leaderboard_table() -> str:
+    full, best, _ = leaderboard_runs()
+    if not full:
+        return "_no runs yet_"
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for run in full:
+        groups[re.sub(r"-\d+-seed\d+$", "", run["label"]), run["tokens"]].append(run)
+    for method, run in best.items():
+        groups[method, run["tokens"]].append(run)
+    first = full[0]
+    tasks = list(next(r["zero_shot"] for r in full if r["zero_shot"]))
+    documents = next(iter(next(r["zero_shot"] for r in full if r["zero_shot"]).values()))["documents"]
+    lines = [
+        f"{first['model']}, WikiText-2 test perplexity over the first {first['windows']} windows of {first['context']} tokens;"
+        f" zero-shot accuracy in % over {documents} documents of each task (length-normalised where lm-eval has it), ± one"
+        f" standard error of the mean over the tasks; {first['report']['device']}.",
+        "",
+        "| method | tokens | lr | perplexity | validation | seeds | zero-shot mean | " + " | ".join(tasks) + " |",
+        "|---|---:|---:|---:|---:|---:|---:|" + "---:|" * len(tasks),
+    ]
+    order = sorted(
+        groups.items(), key=lambda item: (item[0][1], -mean(r["sparse_perplexity"]["test"] for r in item[1]))
+    )
+    for (method, tokens), runs in order:
+        test = [r["sparse_perplexity"]["test"] for r in runs]
+        cells = [
+            method, f"{tokens:,}", f"{runs[0]['report'].get('lr', 0):g}" if tokens else "",
+            f"{mean(test):.2f}" + (f" ± {stdev(test):.2f}" if len(test) > 1 else ""),
+            f"{mean(r['sparse_perplexity']['valid'] for r in runs):.2f}", str(len(runs)),
+        ]  # fmt: skip
+        scored = [r["zero_shot"] for r in runs if r["zero_shot"]]
+        if scored:
+            share = {t: mean(z[t].get("acc_norm", z[t]["acc"]) for z in scored) for t in tasks}
+            errors = [scored[0][t].get("acc_norm_stderr", scored[0][t]["acc_stderr"]) for t in tasks]
+            error = sum(e * e for e in errors) ** 0.5 / len(tasks)  # seeds answer the same documents
+            cells += [f"{100 * mean(share.values()):.1f} ± {100 * error:.1f}"]
+            cells += [f"{100 * share[t]:.0f}" for t in tasks]
+        else:
+            cells += [""] * (1 + len(tasks))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ablation_table() -> str:
+    _, _, variants = leaderboard_runs()
+    if not variants:
+        return "_no runs yet_"
+    lines = [
+        "| variant | tokens | perplexity | validation | median step | mask flips, last update |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for run in sorted(variants, key=lambda r: (r["label"].split("-")[1], r["sparse_perplexity"]["test"])):
+        curves = run["report"]["curves"]
+        flips = [row["flip_rate"] for row in curves if row["flip_rate"]]
+        cells = (
+            re.sub(r"^ablation-|-\d+$", "", run["label"]), f"{run['tokens']:,}", f"{run['sparse_perplexity']['test']:.2f}",
+            f"{run['sparse_perplexity']['valid']:.2f}", f"{median(row['seconds'] for row in curves):.1f} s",
+            f"{100 * flips[-1]:.2f} %" if flips else "",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "quality": quality_table,
+    "leaderboard": leaderboard_table,
+    "ablations": ablation_table,
+    "overhead": overhead_table,
+}
 
 
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, table in (("quality", quality_table()), ("overhead", overhead_table())):
+    for name, make in TABLES.items():
+        table = make()
         block = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)", re.DOTALL)
         if not block.search(text):
             raise SystemExit(f"README.md has no block <!-- table:{name} -->")
@@ -132,7 +185,6 @@ def main() -> None:
             else "README.md is not what results/*.json say: run examples/benchmarks/tables.py"
         )
     readme.write_text(text)
-    plot()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""Draw results/perplexity.png: perplexity against training tokens, one line per method, a band over seeds.
+
+python examples/benchmarks/plots.py
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import mean
+
+import matplotlib
+from tables import RESULTS, label, leaderboard_runs, read
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+YTICKS = [20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 3000]
+
+
+def name(run: dict) -> str:
+    config = run["report"].get("config", {})
+    if run["method"] == "sparseforge" and run["report"]["preset"] == "tuned" and config["start"] != "alps":
+        return f"{config['start']} mask, distilled"
+    return label(run)
+
+
+def main() -> None:
+    full, best, variants = leaderboard_runs()
+    runs = full + list(best.values()) + [r for r in variants if r["label"].split("-")[1:-1] in (["paper"], ["tuned"])]
+    known = {(name(r), r["tokens"]) for r in runs}
+    runs += [r for r in read("quality") if (name(r), r["tokens"]) not in known]
+    series: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        series[name(run)][run["tokens"]].append(run["sparse_perplexity"]["test"])
+    figure, axis = plt.subplots(figsize=(7.5, 5), constrained_layout=True)
+    trained = {k: v for k, v in series.items() if any(v)}
+    for method in sorted(trained, key=lambda m: -mean(trained[m][max(trained[m])])):
+        budgets = sorted(trained[method])
+        seeds = [trained[method][b] for b in budgets]
+        (line,) = axis.plot(budgets, [mean(s) for s in seeds], marker="o", label=method)
+        axis.fill_between(budgets, [min(s) for s in seeds], [max(s) for s in seeds], color=line.get_color(), alpha=0.25)
+    for method, points in series.items():
+        if 0 in points and method not in ("dense", "magnitude"):
+            axis.axhline(mean(points[0]), ls=":", color="gray", lw=1)
+            axis.annotate(f"{method}, no training", (1.0, mean(points[0])), xycoords=("axes fraction", "data"),
+                          ha="right", va="bottom", fontsize=7, color="gray")  # fmt: skip
+    axis.axhline(runs[0]["dense_perplexity"]["test"], ls="--", color="black", label="dense")
+    axis.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="WikiText-2 test perplexity")
+    budgets = sorted({b for points in trained.values() for b in points})
+    axis.set_xticks(budgets, [f"{b / 1000:,.0f}k" for b in budgets])
+    low, high = axis.get_ylim()
+    ticks = [t for t in YTICKS if low <= t <= high]
+    axis.set_yticks(ticks, ticks)
+    axis.minorticks_off()
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(RESULTS / "perplexity.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
