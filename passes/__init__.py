@@ -15,6 +15,7 @@ from sparseforge_fx.passes.harden_masks import harden_masks
 from sparseforge_fx.passes.insert_hessian_hooks import insert_hessian_hooks
 from sparseforge_fx.passes.insert_low_rank import insert_low_rank
 from sparseforge_fx.passes.insert_soft_masks import insert_soft_masks
+from sparseforge_fx.passes.merge_parallel_linears import merge_parallel_linears
 
 
 def train_passes(sites: Sequence[LinearSite], *, slorb_block: int | None = None) -> list[Pass]:
@@ -35,6 +36,7 @@ __all__ = [
     "insert_hessian_hooks",
     "insert_low_rank",
     "insert_soft_masks",
+    "merge_parallel_linears",
     "run_passes",
     "train_passes",
 ]

@@ -1,0 +1,63 @@
+"""What passes that replace a linear by another operator share: its operands in any orientation, and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sparseforge_fx.passes.find_linears import LINEAR_OPS, MOVES, LinearUse, _name
+from sparseforge_fx.program import Program
+
+aten = torch.ops.aten
+
+#: (input [..., in], bias or None) -> arguments of the operator that computes [..., out]
+Arguments = Callable[[Node, Any], tuple]
+
+
+def rewrite_use(program: Program, use: LinearUse, target: Callable, arguments: Arguments) -> Node:
+    """Put ``target`` in the place of one linear node, whatever its orientation; returns the new node."""
+    node = next(n for n in program.graph.nodes if n.name == use.node)
+    assert callable(node.target)
+    x_arg, w_arg, _ = LINEAR_OPS[node.target]
+    x = node.args[w_arg if use.left else x_arg]
+    bias = None
+    if node.target == aten.linear.default and len(node.args) > 2:
+        bias = node.args[2]
+    elif node.target == aten.addmm.default:
+        bias = node.args[0]
+    with program.graph.inserting_before(node):
+        if use.left and x.meta["val"].dim() > 1:  # type: ignore[union-attr]  # W @ x = (x^T W^T)^T
+            turned = call_like(node, aten.transpose.int, x, -2, -1)
+            new = call_like(node, target, *arguments(turned, bias))
+            last = call_like(node, aten.transpose.int, new, -2, -1)
+            last = call_like(node, aten.contiguous.default, last)  # a view may follow, as it may follow W @ x
+        else:
+            new = last = program.graph.call_function(target, arguments(x, bias))  # type: ignore[arg-type]
+            new.meta["val"] = node.meta["val"]
+    program.replace(node, last)
+    return new
+
+
+def call_like(like: Node, target: Callable, *args: Any) -> Node:
+    """A node with the module stack of ``like`` and the fake value of its own."""
+    node = like.graph.call_function(target, args)
+    node.meta = {**like.meta, "val": target(*_values(args))}
+    return node
+
+
+def _values(args: Any) -> Any:
+    if isinstance(args, list | tuple):
+        return type(args)(_values(a) for a in args)
+    return args.meta["val"] if isinstance(args, Node) else args
+
+
+def drop_dead_moves(program: Program, weight: Node) -> None:
+    """Erase the transposes of a weight that only replaced nodes read."""
+    for user in list(weight.users):
+        if _name(user) in MOVES:
+            drop_dead_moves(program, user)
+            if not user.users:
+                program.graph.erase_node(user)

@@ -1,0 +1,119 @@
+"""Linears of one input become one: the same bits out, fewer operators, and nothing else touched."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sparseforge_fx.capture import capture
+from sparseforge_fx.passes import find_linears, merge_parallel_linears, run_passes
+from sparseforge_fx.passes.merge_parallel_linears import merged_name
+
+
+class Attention(nn.Module):
+    """q, k, v of one input, a gate and an up of another, and a weight that two nodes read."""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, n, bias=bias) for n in (8, 4, 4))
+        self.gate, self.up = nn.Linear(8, 12), nn.Linear(8, 12, bias=False)
+        self.down = nn.Linear(12, 8)
+        self.shared = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        y = x + q * torch.cat([k, v], -1)
+        y = self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
+        return self.norm(self.shared(y) + self.shared(torch.relu(y)))
+
+
+def merged(net, x, sites=None):
+    program = capture(net, x)
+    sites = find_linears(program) if sites is None else sites
+    return program, *run_passes(program, [lambda p: merge_parallel_linears(p, sites)])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_linear_instead_of_three(bias):
+    net, x = Attention(bias), torch.randn(3, 5, 8)
+    before = copy.deepcopy(net.state_dict())
+    program, after, (record,) = merged(net, torch.randn(2, 4, 8))
+    assert record.modified == 3 and record.name == "<lambda>"
+    changed = {"aten.linear.default": -2, "aten.split_with_sizes.default": 1, "<built-in function getitem>": 3}
+    assert record.op_changes == changed
+    weight = after.tensor("q_k_v.weight")
+    assert torch.equal(weight, torch.cat([net.q.weight, net.k.weight, net.v.weight]))
+    assert ("q_k_v.bias" in after.state) == bias
+    assert not {"q.weight", "k.weight", "v.weight", "q.bias"} & set(after.state)
+    assert {"gate.weight", "up.weight", "shared.weight"} <= set(after.state)  # a bias and none: left alone
+    torch.testing.assert_close(after.module()(x), net(x), rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert program.op_counts()["aten.linear.default"] == 8  # the program given is as it was
+
+
+def test_once_more_changes_nothing():
+    net, x = Attention(), torch.randn(2, 4, 8)
+    _, after, _ = merged(net, x)
+    again, (record,) = run_passes(after, [lambda p: merge_parallel_linears(p, find_linears(p))])
+    assert record.modified == 0 and record.op_changes == {}
+    assert [str(n) for n in again.graph.nodes] == [str(n) for n in after.graph.nodes]
+
+
+def test_only_sites_are_merged():
+    net, x = Attention(), torch.randn(2, 4, 8)
+    program = capture(net, x)
+    sites = find_linears(program, exclude=["k"])
+    after, (record,) = run_passes(program, [lambda p: merge_parallel_linears(p, sites)])
+    assert record.modified == 2 and "q_v.weight" in after.state and "k.weight" in after.state
+    torch.testing.assert_close(after.module()(x), net(x), rtol=1e-6, atol=1e-6)
+    untouched, (record,) = run_passes(program, [lambda p: merge_parallel_linears(p, [])])
+    assert record.modified == 0
+    assert [n.name for n in untouched.graph.nodes] == [n.name for n in program.graph.nodes]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        self.c.bias = self.a.bias
+        self.out = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.out(self.a(x) * self.b(x) + self.c(x))
+
+
+def test_tied_weights_stay_alone_and_a_shared_bias_stays():
+    net, x = Tied(), torch.randn(2, 4, 8)
+    _, after, (record,) = merged(net, x)
+    assert record.modified == 0
+    torch.testing.assert_close(after.module()(x), net(x))
+
+
+def test_the_merged_program_trains_and_saves(tmp_path):
+    net, x = Attention(bias=True), torch.randn(2, 4, 8)
+    _, after, _ = merged(net, x)
+    module = after.module()
+    module(x).square().sum().backward()
+    assert module.get_parameter("q_k_v.weight").grad.shape == (16, 8)
+    torch.export.save(after.exported, tmp_path / "m.pt2")
+    again = torch.export.load(tmp_path / "m.pt2").module()
+    assert torch.equal(again(x), module(x))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_language_models(tiny, name):
+    found = tiny(name)
+    after, (record,) = run_passes(found.program, [lambda p: merge_parallel_linears(p, found.sites)])
+    layers = 2 if name == "llama" else 1
+    assert record.modified == layers * (5 if name == "llama" else 3)
+    batch = found.batch(rows=3, length=7)
+    torch.testing.assert_close(after.module()(**batch).logits, found.model(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_names():
+    assert merged_name(["a.0.q_proj", "a.0.k_proj"]) == "a.0.q_proj_k_proj"
+    assert merged_name(["gate", "up"]) == "gate_up"
+    assert merged_name(["a.b.c", "a.d"]) == "a.b_c_d"
