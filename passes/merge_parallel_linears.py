@@ -8,7 +8,6 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
-from os.path import commonprefix
 
 import torch
 from torch.export.graph_signature import InputKind
@@ -36,7 +35,7 @@ def merge_parallel_linears(program: Program, sites: Sequence[LinearSite]) -> Pas
     for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight, bias = (*node.args, None)[:3]
         if weights.get(weight) in alone and (bias is None or bias in biases):
-            value = program.tensor(weights[weight])
+            value = program.tensor(weights[weight])  # type: ignore[index]
             groups[x, value.dtype, value.device, bias is None].append(node)
     modified = 0
     for nodes in groups.values():
@@ -71,6 +70,8 @@ def _merge(program: Program, nodes: list[Node], fqns: list[str]) -> None:
 
 def merged_name(modules: Sequence[str]) -> str:
     """``a.q_proj, a.k_proj`` -> ``a.q_proj_k_proj``: the common parent, and the rest of each name."""
-    parent = commonprefix([m.split(".") for m in modules])
-    rest = [".".join(m.split(".")[len(parent) :]) for m in modules]
-    return ".".join([*parent, "_".join(r.replace(".", "_") for r in rest)])
+    parts = [m.split(".") for m in modules]
+    shared = 0
+    while len({tuple(p[: shared + 1]) for p in parts}) == 1:
+        shared += 1
+    return ".".join([*parts[0][:shared], "_".join("_".join(p[shared:]) for p in parts)])
