@@ -34,13 +34,14 @@ def merge_parallel_linears(program: Program, sites: Sequence[LinearSite]) -> Pas
     groups: dict[tuple, list[Node]] = defaultdict(list)
     for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight, bias = (*node.args, None)[:3]
-        if weights.get(weight) in alone and (bias is None or bias in biases):
-            value = program.tensor(weights[weight])  # type: ignore[index]
+        fqn = weights.get(weight, "")  # type: ignore[arg-type]
+        if fqn in alone and (bias is None or bias in biases):
+            value = program.tensor(fqn)
             groups[x, value.dtype, value.device, bias is None].append(node)
     modified = 0
     for nodes in groups.values():
         if len(nodes) > 1:
-            _merge(program, nodes, [weights[n.args[1]] for n in nodes])
+            _merge(program, nodes, [weights[n.args[1]] for n in nodes])  # type: ignore[index]
             modified += len(nodes)
     return PassResult(program, modified)
 
@@ -48,7 +49,7 @@ def merge_parallel_linears(program: Program, sites: Sequence[LinearSite]) -> Pas
 def _merge(program: Program, nodes: list[Node], fqns: list[str]) -> None:
     first = nodes[0]
     weights = [program.tensor(fqn) for fqn in fqns]
-    name = merged_name([fqn.rpartition(".")[0] for fqn in fqns])
+    name = merged_name([fqn.removesuffix(".weight") for fqn in fqns])
     grad = any(w.requires_grad for w in weights)
     merged = [program.add_parameter(f"{name}.weight", torch.cat([w.detach() for w in weights]), requires_grad=grad)]
     spent = [n.args[1] for n in nodes]

@@ -117,3 +117,4 @@ def test_names():
     assert merged_name(["a.0.q_proj", "a.0.k_proj"]) == "a.0.q_proj_k_proj"
     assert merged_name(["gate", "up"]) == "gate_up"
     assert merged_name(["a.b.c", "a.d"]) == "a.b_c_d"
+    assert merged_name(["a.b", "a.b.c"]) == "a.b._c"
