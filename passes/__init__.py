@@ -1,20 +1,25 @@
 """Graph edits, and nothing else. Each pass is one file with one function ``(program, ...) -> PassResult``.
 
-The order of the training passes, with the reason for each one's place, is the list below; the lowering passes will
-stand beside it in a list of their own.
+The two orders, with the reason for each pass's place, are the lists below: into the trainable program, and into the
+deployed one. ``merge_parallel_linears`` comes before the second: the cost gate has to see the shapes that it makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from torch import Tensor
+
+from sparseforge_fx.kernels.packed import Packed
 from sparseforge_fx.passes.base import Pass, PassRecord, PassResult, run_passes
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
+from sparseforge_fx.passes.fuse_epilogues import fuse_epilogues
 from sparseforge_fx.passes.harden_masks import harden_masks
 from sparseforge_fx.passes.insert_hessian_hooks import insert_hessian_hooks
 from sparseforge_fx.passes.insert_low_rank import insert_low_rank
 from sparseforge_fx.passes.insert_soft_masks import insert_soft_masks
+from sparseforge_fx.passes.lower_sparse_linears import lower_sparse_linears
 from sparseforge_fx.passes.merge_parallel_linears import merge_parallel_linears
 
 
@@ -26,16 +31,29 @@ def train_passes(sites: Sequence[LinearSite], *, slorb_block: int | None = None)
     return passes  # insert_hessian_hooks runs on a copy of this result: the graph of the probe steps
 
 
+def deploy_passes(
+    sites: Sequence[LinearSite], *, layout: str, convert: Callable[[Packed], tuple[Tensor, Tensor]]
+) -> list[Pass]:
+    """The passes from a program with exactly 2:4 weights to packed operators; ``sites`` are chosen after merging."""
+    return [
+        partial(lower_sparse_linears, sites=sites, layout=layout, convert=convert),
+        fuse_epilogues,  # looks for the operator that the pass before puts in
+    ]
+
+
 __all__ = [
     "LinearSite",
     "Pass",
     "PassRecord",
     "PassResult",
+    "deploy_passes",
     "find_linears",
+    "fuse_epilogues",
     "harden_masks",
     "insert_hessian_hooks",
     "insert_low_rank",
     "insert_soft_masks",
+    "lower_sparse_linears",
     "merge_parallel_linears",
     "run_passes",
     "train_passes",

@@ -1,0 +1,72 @@
+"""Sites whose weight is exactly 2:4 -> sparseforge::sparse_linear over the packed weight; the dense weight goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.export.graph_signature import InputKind
+
+from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.passes.base import PassResult
+from sparseforge_fx.passes.find_linears import LinearSite, eligible
+from sparseforge_fx.passes.rewrite import drop_dead_moves, rewrite_use
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern
+from sparseforge_fx.program import Program
+
+
+def as_rows(packed: Packed) -> tuple[Tensor, Tensor]:
+    """The layout ``rows``: what is on disk."""
+    return packed.values, packed.bitmask
+
+
+def keep_dense(program: Program, sites: Sequence[LinearSite]) -> list[LinearSite]:
+    """The sites, in place, with a reason on those whose weight is not exactly 2:4 or cannot be read."""
+    for site in eligible(sites):
+        value = program.tensor(site.fqn)
+        if value.is_meta:
+            site.reason = "on the meta device"
+        elif not check_pattern(value, TWO_FOUR, site.reduction_dim):
+            site.reason = "not 2:4: a group of four has more than two non-zeros"
+        elif value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            site.reason = f"no kernel for {value.dtype}"
+    return list(sites)
+
+
+def lower_sparse_linears(
+    program: Program,
+    sites: Sequence[LinearSite],
+    *,
+    layout: str = "rows",
+    convert: Callable[[Packed], tuple[Tensor, Tensor]] = as_rows,
+) -> PassResult:
+    """Pack the weight of every eligible site and let each of its uses call the sparse operator.
+
+    The packed tensors are buffers ``<weight>_values`` and ``<weight>_meta`` in the layout that ``convert`` gives; a
+    weight with several uses or names is packed once, and its dense parameter leaves the program. ``sites`` must come
+    from :func:`find_linears` on this program, or on the one that it is a copy of.
+
+    Raises SparseForgeError if the weight of an eligible site is not 2:4 (see :func:`keep_dense`).
+    """
+    placeholders = {fqn: node for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
+    modified = 0
+    for site in eligible(sites):
+        if site.fqn not in placeholders:  # lowered already
+            continue
+        weight = program.tensor(site.fqn).detach()
+        values, meta = convert(pack(weight.t() if site.transposed else weight))
+        packed = (
+            program.add_buffer(f"{site.fqn}_values", values),
+            program.add_buffer(f"{site.fqn}_meta", meta),
+            layout,
+            site.in_features,
+        )
+        for use in site.uses:
+            rewrite_use(program, use, OP, lambda x, bias, packed=packed: (x, *packed, bias, "none"))
+            modified += 1
+        for fqn in (site.fqn, *site.ties):
+            drop_dead_moves(program, placeholders[fqn])
+            program.drop(placeholders[fqn])
+    return PassResult(program, modified)

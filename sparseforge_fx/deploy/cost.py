@@ -1,0 +1,199 @@
+"""The cost gate: each weight shape timed dense and sparse on the machine that will run it; sparse stays where it wins."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.pattern import TWO_FOUR, hard_mask
+from sparseforge_fx.report import environment, write_json
+
+NOISE = 0.03  # a ratio within 3 % of one is neither a gain nor a loss
+ROTATED_BYTES = 256 << 20  # weights are rotated over so much memory: in a model each is cold when its turn comes
+TABLE_VERSION = 1
+
+
+class Shape(NamedTuple):
+    """What a measurement depends on beside the machine."""
+
+    out_features: int
+    in_features: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.out_features}x{self.in_features} {self.dtype}"
+
+
+class Timing(NamedTuple):
+    """One row: medians in microseconds with their quartiles; ``ratio`` is dense over sparse."""
+
+    shape: Shape
+    tokens: int
+    dense_us: float
+    dense_quartiles: tuple[float, float]
+    sparse_us: float
+    sparse_quartiles: tuple[float, float]
+
+    @property
+    def ratio(self) -> float:
+        return self.dense_us / self.sparse_us
+
+    def describe(self) -> dict[str, Any]:
+        """For the report and for files; ``weight_gb_per_s`` counts the bytes of the packed weight."""
+        out, width, dtype = self.shape
+        size = out * width * getattr(torch, dtype).itemsize
+        packed = size / 2 + out * width / 8
+        return {
+            "out": out,
+            "in": width,
+            "dtype": dtype,
+            "tokens": self.tokens,
+            "dense_us": self.dense_us,
+            "dense_quartiles": list(self.dense_quartiles),
+            "sparse_us": self.sparse_us,
+            "sparse_quartiles": list(self.sparse_quartiles),
+            "ratio": self.ratio,
+            "dense_gb_per_s": size / self.dense_us / 1e3,
+            "sparse_gb_per_s": packed / self.sparse_us / 1e3,
+        }
+
+
+Table = dict[Shape, dict[int, Timing]]
+Convert = Callable[[Packed], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def measure(
+    shape: Shape,
+    tokens: Sequence[int],
+    device: torch.device,
+    layout: str,
+    convert: Convert,
+    *,
+    rounds: int = 15,
+    seconds: float = 0.02,
+) -> dict[int, Timing]:
+    """Time ``F.linear`` and the sparse operator, interleaved, each sample at least ``seconds`` long.
+
+    Weights are random 2:4 ones, rotated beyond the caches.
+    """
+    out, width, dtype = shape.out_features, shape.in_features, getattr(torch, shape.dtype)
+    generator = torch.Generator(device=device).manual_seed(0)
+    weight = torch.randn(out, width, generator=generator, device=device)
+    weight = (weight * hard_mask(weight.abs(), TWO_FOUR)).to(dtype)
+    values, meta = convert(pack(weight))
+    copies = max(2, -(-ROTATED_BYTES // weight.nbytes))
+    dense_copies = [weight.clone() for _ in range(copies)]
+    sparse_copies = [(values.clone(), meta.clone()) for _ in range(-(-ROTATED_BYTES // (values.nbytes + meta.nbytes)))]
+    found = {}
+    for count in tokens:
+        x = torch.randn(count, width, generator=generator, device=device).to(dtype)
+        runs = (
+            _Rotation(dense_copies, lambda w, x=x: F.linear(x, w), device),
+            _Rotation(sparse_copies, lambda p, x=x: OP(x, *p, layout, width, None, "none"), device),
+        )
+        repeats = [run.calibrate(seconds) for run in runs]
+        samples: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            for run, repeat, sample in zip(runs, repeats, samples, strict=True):
+                sample.append(run.time(repeat))
+        (dense, dense_q), (sparse, sparse_q) = (_summary(s) for s in samples)
+        found[count] = Timing(shape, count, dense, dense_q, sparse, sparse_q)
+    return found
+
+
+class _Rotation:
+    """One call after the other, each with the next copy of the weight."""
+
+    def __init__(self, copies: Sequence[Any], call: Callable[[Any], Any], device: torch.device):
+        self.copies, self.call, self.device, self.next = copies, call, device, 0
+
+    def time(self, repeats: int) -> float:
+        """Microseconds of one call."""
+        self._wait()
+        clock = time.perf_counter()
+        for _ in range(repeats):
+            self.call(self.copies[self.next])
+            self.next = (self.next + 1) % len(self.copies)
+        self._wait()
+        return (time.perf_counter() - clock) / repeats * 1e6
+
+    def calibrate(self, seconds: float) -> int:
+        """Warm up; calls that make a sample long enough."""
+        self.time(2)
+        return max(1, round(seconds * 1e6 / self.time(3)))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _summary(sample: list[float]) -> tuple[float, tuple[float, float]]:
+    low, middle, high = statistics.quantiles(sample, n=4) if len(sample) > 1 else sample * 3
+    return middle, (low, high)
+
+
+def verdict(timings: dict[int, Timing], tokens: Sequence[int]) -> str | None:
+    """None where sparse wins: faster at one of the token counts, slower at none. Otherwise the reason to stay dense."""
+    missing = [t for t in tokens if t not in timings]
+    if missing:
+        return f"not measured at {', '.join(map(str, missing))} tokens"
+    ratios = {t: timings[t].ratio for t in tokens}
+    worst = min(ratios, key=ratios.__getitem__)
+    best = max(ratios, key=ratios.__getitem__)
+    if ratios[worst] < 1 - NOISE:
+        return f"slower than dense at {worst} tokens ({ratios[worst]:.2f}x)"
+    if ratios[best] <= 1 + NOISE:
+        return f"no faster than dense (at best {ratios[best]:.2f}x, at {best} tokens)"
+    return None
+
+
+# -- tables in files ---------------------------------------------------------------------------------------------------
+def save_table(table: Table, path: str | Path) -> None:
+    """Write the measurements, with the machine that they belong to."""
+    rows = [timing.describe() for by_tokens in table.values() for timing in by_tokens.values()]
+    write_json(Path(path), {"version": TABLE_VERSION, "rows": rows, **environment()})
+
+
+def load_table(path: str | Path) -> Table:
+    """What :func:`save_table` wrote. Raises SparseForgeError for a file that is something else."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if content["version"] != TABLE_VERSION:
+            raise SparseForgeError(f"{path} is a cost table of version {content['version']}: measure again")
+        return as_table(
+            Timing(
+                Shape(row["out"], row["in"], row["dtype"]),
+                row["tokens"],
+                float(row["dense_us"]),
+                tuple(row["dense_quartiles"]),
+                float(row["sparse_us"]),
+                tuple(row["sparse_quartiles"]),
+            )
+            for row in content["rows"]
+        )
+    except SparseForgeError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SparseForgeError(f"{path} is not a cost table: {type(error).__name__} {error}") from error
+
+
+def as_table(timings: Iterable[Timing]) -> Table:
+    """Timings by shape and tokens."""
+    table: Table = {}
+    for timing in timings:
+        if not (timing.dense_us > 0 and timing.sparse_us > 0 and timing.tokens > 0):
+            raise SparseForgeError(f"a cost table has a time or a token count that is not positive: {timing}")
+        table.setdefault(timing.shape, {})[timing.tokens] = timing
+    return table

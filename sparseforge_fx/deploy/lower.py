@@ -1,0 +1,129 @@
+"""``lower``: a 2:4 model as a graph over packed weights, sparse where that was measured to be faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from sparseforge_fx.capture import capture
+from sparseforge_fx.deploy import cost
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.packed import Packed
+from sparseforge_fx.passes import LinearSite, deploy_passes, find_linears, merge_parallel_linears, run_passes
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.lower_sparse_linears import as_rows, keep_dense
+from sparseforge_fx.program import Program
+from sparseforge_fx.report import environment
+
+
+class Target(NamedTuple):
+    """The packed layout of a device."""
+
+    layout: str
+    convert: Callable[[Packed], tuple[Tensor, Tensor]]
+
+
+TARGETS = {"cpu": Target("rows", as_rows)}
+
+
+def find_target(name: str, device: torch.device) -> Target:
+    """The target of that name; ``auto``: that of the device which the weights are on."""
+    if name not in ("auto", *TARGETS):
+        raise SparseForgeError(f"unknown target {name!r}; choose auto, {', '.join(TARGETS)}")
+    kind = device.type if name == "auto" else name
+    if kind not in TARGETS:
+        raise SparseForgeError(f"there are no sparse kernels for {kind}; move the model to one of {', '.join(TARGETS)}")
+    if kind != device.type:
+        raise SparseForgeError(f"the model is on {device.type} and the target is {kind}: move the model first")
+    return TARGETS[kind]
+
+
+def lower(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    target: str = "auto",
+    batch: Sequence[int] = (1, 8, 64, 2048),
+    table: str | Path | cost.Table | None = None,
+    gate: bool = True,
+) -> GraphModule:
+    """The graph of ``model`` with every 2:4 linear that gains from it over its packed weight.
+
+    q/k/v and gate/up become one linear each; bias, activation and silu-mul move into the sparse operator. The model
+    given is left as it is.
+
+    Args:
+        example_inputs: as for :func:`sparseforge_fx.capture.capture`.
+        target: ``auto`` (the device of the weights) or ``cpu``.
+        batch: token counts (batch x sequence) that matter. A weight is sparse if that was measured to be faster at one
+            of them by more than 3 %, and slower at none; decoding alone: ``batch=[1, 8]``.
+        table: measurements to decide by (a file, or ``result.report["table"]``'s source), instead of measuring.
+        gate: False packs every 2:4 weight, whatever its speed.
+
+    Returns a GraphModule that is called as the model is; ``.report`` has sites, skipped linears with reasons, the cost
+    table, and bytes of the linears before and after. Raises SparseForgeError if no weight is 2:4.
+    """
+    if not batch or min(batch) < 1:
+        raise SparseForgeError(f"batch is {list(batch)}: give token counts of at least 1")
+    known = cost.load_table(table) if isinstance(table, str | Path) else table
+    program = capture(model, example_inputs)
+    sites = sparse_sites(program)
+    if not eligible(sites):
+        reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
+        raise SparseForgeError(f"nothing to lower: {reasons}; run sparsify first")
+    dense_bytes = {s.fqn: s.numel * s.dtype.itemsize for s in eligible(sites)}
+    chosen = find_target(target, program.tensor(eligible(sites)[0].fqn).device)
+    program, records = run_passes(program, [partial(merge_parallel_linears, sites=sites)])
+    sites = sparse_sites(program)
+    timings = decide(program, sites, chosen, batch, known) if gate else {}
+    program, more = run_passes(program, deploy_passes(sites, layout=chosen.layout, convert=chosen.convert))
+    module = program.module()
+    packed = {s.fqn: _packed_bytes(program, s) for s in eligible(sites)}
+    stayed = sum(s.numel * s.dtype.itemsize for s in sites if s.reason and s.reason.startswith("gate: "))
+    module.report = {  # type: ignore[assignment]
+        "sites": [
+            {"name": s.fqn, "out": s.out_features, "in": s.in_features, "bytes": packed[s.fqn]} for s in eligible(sites)
+        ],
+        "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in sites if s.reason],
+        "table": [t.describe() for by_tokens in timings.values() for t in by_tokens.values()],
+        "batch": list(batch),
+        "dense_bytes": sum(dense_bytes.values()),
+        "lowered_bytes": sum(packed.values()) + stayed,
+        "passes": [r._asdict() for r in (*records, *more)],
+        **environment(),
+    }
+    return module
+
+
+def sparse_sites(program: Program) -> list[LinearSite]:
+    """Every linear, the eligible ones being those whose weight is exactly 2:4, trained or frozen, head or not."""
+    return keep_dense(program, find_linears(program, include=["*"]))
+
+
+def decide(
+    program: Program, sites: Sequence[LinearSite], target: Target, batch: Sequence[int], known: cost.Table | None
+) -> cost.Table:
+    """Give a reason to the eligible sites that are better dense; the timings that say so."""
+    timings: cost.Table = {}
+    for site in eligible(sites):
+        shape = cost.Shape(site.out_features, site.in_features, str(site.dtype).removeprefix("torch."))
+        if shape not in timings:
+            device = program.tensor(site.fqn).device
+            timings[shape] = (
+                cost.measure(shape, batch, device, target.layout, target.convert)
+                if known is None
+                else known.get(shape, {})
+            )
+        against = cost.verdict(timings[shape], batch)
+        site.reason = against and f"gate: {against}"
+    return timings
+
+
+def _packed_bytes(program: Program, site: LinearSite) -> int:
+    return program.tensor(f"{site.fqn}_values").nbytes + program.tensor(f"{site.fqn}_meta").nbytes
