@@ -66,10 +66,11 @@ def pack(weight: Tensor) -> Packed:
 
 def unpack(packed: Packed) -> Tensor:
     """The dense weight [..., out, in], bit for bit what was packed (-0.0 excepted)."""
-    kept = unpack_mask(packed.bitmask)
-    values = _as_integers(packed.values)
-    dense = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
-    dense[kept] = values.flatten()
+    kept = unpack_mask(packed.bitmask).unflatten(-1, (-1, 4))
+    first, second = _as_integers(packed.values).unflatten(-1, (-1, 2)).split(1, -1)
+    # no boolean indexing: its shape depends on data, which would stop a graph and wait for a GPU
+    is_first = kept.cumsum(-1, dtype=torch.uint8) == 1
+    dense = torch.where(kept, torch.where(is_first, first, second), 0).flatten(-2)
     return dense[..., : packed.in_features].contiguous().view(packed.values.dtype)
 
 

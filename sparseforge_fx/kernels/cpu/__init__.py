@@ -1,0 +1,123 @@
+"""The C++ kernels for CPUs: built on first use, kept in a cache folder, chosen at run time for the machine's
+instruction set.
+
+Without a C++ compiler everything still works, in plain torch; one warning says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+
+from sparseforge_fx.errors import SparseForgeError
+
+ISA_VARIABLE = "SPARSEFORGE_CPU_ISA"
+_SOURCES = ("rows_linear.cpp", "primitives.h", "tile.h", "finish.h", "amx.h")
+_LOCK = threading.Lock()
+
+# Beyond so many rows of x, expanding the weight for torch's dense product wins
+MAX_ROWS = {torch.bfloat16: 128, torch.float32: 128}
+
+
+def available() -> bool:
+    """Whether the C++ kernels are there; the first call builds them (20 s) or, if that fails, warns."""
+    with _LOCK:
+        return _load()
+
+
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """What the built library can run on this machine, slowest first: ``portable``, ``avx2``, ``avx512``,
+    ``avx512_bf16``, ``amx``. Each one uses those before it where it has nothing better."""
+    return tuple(torch.ops.sparseforge_cpu.instruction_sets()) if available() else ()
+
+
+@functools.cache
+def instruction_set() -> str:
+    """The one in use: the best, or the environment variable SPARSEFORGE_CPU_ISA (read once).
+
+    Raises SparseForgeError if the variable names one that this machine does not have.
+    """
+    known = instruction_sets()
+    wanted = os.environ.get(ISA_VARIABLE) or known[-1]
+    if wanted not in known:
+        raise SparseForgeError(f"{ISA_VARIABLE}={wanted} is not one of this machine's {', '.join(known)}")
+    return wanted
+
+
+def rows_linear(x, values, bitmask, in_features, bias=None, activation="none", isa=None):
+    """act(x W^T + b) by the C++ kernel; call only if :func:`available`.
+
+    Args:
+        x: [rows, in], bfloat16 or float32; values, bitmask, in_features: a 2-D ``Packed`` of the same dtype.
+        isa: one of :func:`instruction_sets`; None for the one in use.
+
+    Sums are float32. Every output is summed by one thread in an order that depends on the number of rows only: the
+    same bits on every run and for any number of threads.
+    """
+    isa = instruction_set() if isa is None else isa
+    return torch.ops.sparseforge_cpu.rows_linear(x, values, bitmask, in_features, bias, activation, isa)
+
+
+def rows_dense(values, bitmask, in_features):
+    """The dense weight [out, in] of a 2-D ``Packed`` of a 2- or 4-byte dtype; call only if :func:`available`."""
+    return torch.ops.sparseforge_cpu.rows_dense(values, bitmask, in_features)
+
+
+@functools.cache
+def _load() -> bool:
+    try:
+        library = _folder() / f"{_name()}.so"
+        if library.exists():
+            torch.ops.load_library(library)
+        else:
+            _build(library)
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(f"packed linears run in plain torch on this CPU: no C++ kernel ({reason})", stacklevel=4)
+        return False
+    return True
+
+
+def _name() -> str:
+    """Differs for different sources and torch versions: an old library is never taken for a new one."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(torch.__version__.encode())
+    for source in _SOURCES:
+        digest.update((here / source).read_bytes())
+    return f"sparseforge_cpu_{digest.hexdigest()[:16]}"
+
+
+def _folder() -> Path:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return Path(root) / "sparseforge_fx"
+
+
+def _build(library: Path) -> None:
+    """Compile into a folder of our own, load, then move into the cache: another process never sees half a file."""
+    from torch.utils.cpp_extension import load
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="build-", dir=library.parent)
+    flags = ["-O3", "-std=c++20", "-Wno-psabi"]
+    if torch.backends.openmp.is_available():
+        flags.append("-fopenmp")
+    try:
+        load(
+            library.stem,
+            [str(Path(__file__).with_name("rows_linear.cpp"))],
+            extra_cflags=flags,
+            build_directory=folder,
+            is_python_module=False,
+        )
+        os.replace(Path(folder) / library.name, library)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

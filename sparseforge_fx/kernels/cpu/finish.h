@@ -1,0 +1,71 @@
+// Bias, activation and rounding of one tile of sums. Included into each namespace of primitives.h; plain loops over
+// sixteen lanes that the compiler vectorises for the namespace's target.
+
+INLINE float exp_of(float x) {  // to 2 ulp of float32 between -87 and 88, clamped outside
+  x = std::min(std::max(x, -87.f), 88.f);
+  const float shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to the nearest integer
+  const float n = shifted - 12582912.f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.f / 5040;
+  p = p * r + 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+
+INLINE float silu_of(float x) { return x / (1.f + exp_of(-x)); }
+
+INLINE float gelu_tanh_of(float x) {  // 0.5 (1 + tanh u) = sigmoid(2 u)
+  return x / (1.f + exp_of(-1.5957691216f * (x + 0.044715f * x * x * x)));
+}
+
+INLINE float gelu_of(float x) {  // erf by Abramowitz and Stegun 7.1.26, 1.5e-7 absolute
+  const float a = std::fabs(x) * 0.70710678f;
+  const float t = 1.f / (1.f + 0.3275911f * a);
+  float p = 1.061405429f;
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const float half_tail = 0.5f * p * t * exp_of(-a * a);  // 0.5 erfc(a)
+  return x > 0 ? x - x * half_tail : x * half_tail;
+}
+
+template <class S>
+TARGET void finish(Activation activation, const float* sums, const float* gated, const S* bias, const S* gated_bias,
+                   int64_t count, S* out) {
+  alignas(64) float y[16];
+  for (int i = 0; i < 16; ++i) y[i] = sums[i];
+  if (bias)
+    for (int i = 0; i < count; ++i) y[i] += widen(bias[i]);
+  switch (activation) {
+    case Activation::none:
+      break;
+    case Activation::relu:
+      for (int i = 0; i < 16; ++i) y[i] = y[i] < 0 ? 0.f : y[i];  // NaN stays NaN
+      break;
+    case Activation::gelu:
+      for (int i = 0; i < 16; ++i) y[i] = gelu_of(y[i]);
+      break;
+    case Activation::gelu_tanh:
+      for (int i = 0; i < 16; ++i) y[i] = gelu_tanh_of(y[i]);
+      break;
+    case Activation::silu:
+      for (int i = 0; i < 16; ++i) y[i] = silu_of(y[i]);
+      break;
+    case Activation::silu_mul:
+      for (int i = 0; i < 16; ++i) y[i] = silu_of(y[i]);
+      for (int i = 0; i < count; ++i) y[i] *= gated_bias ? gated[i] + widen(gated_bias[i]) : gated[i];
+      break;
+  }
+  alignas(64) S rounded[16];
+  for (int i = 0; i < 16; ++i) round_to(rounded[i], y[i]);
+  std::memcpy(out, rounded, count * sizeof(S));
+}

@@ -1,0 +1,226 @@
+"""``sparseforge::sparse_linear``: a linear whose 2:4 weight stays packed.
+
+A plain operator: it exports, compiles with any batch size in one graph, and trains what lies around it (gradients to x
+and bias, none to the packed weight). What runs is chosen by device and by the weight's layout: see ``KERNELS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.packed import Packed, unpack
+
+aten = torch.ops.aten
+
+
+def _silu_mul(y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _silu_mul_backward(grad: Tensor, y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, -1)
+    return torch.cat([aten.silu_backward(grad * up, gate), grad * F.silu(gate)], -1)
+
+
+class Activation(NamedTuple):
+    """An activation on the outputs, and its backward: (gradient, value before the activation) -> gradient."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS = {
+    "none": Activation(lambda y: y, lambda grad, y: grad),
+    "relu": Activation(F.relu, lambda grad, y: aten.threshold_backward(grad, y, 0)),
+    "gelu": Activation(F.gelu, lambda grad, y: aten.gelu_backward(grad, y)),
+    "gelu_tanh": Activation(
+        lambda y: F.gelu(y, approximate="tanh"), lambda grad, y: aten.gelu_backward(grad, y, approximate="tanh")
+    ),
+    "silu": Activation(F.silu, lambda grad, y: aten.silu_backward(grad, y)),
+    "silu_mul": Activation(_silu_mul, _silu_mul_backward),
+}
+
+
+def reference(x: Tensor, packed: Packed, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """The operator in plain torch, any floating dtype: unpack, ``F.linear``, activation in x's dtype.
+
+    Every kernel is tested against this one function.
+    """
+    return ACTIVATIONS[activation].forward(F.linear(x, unpack(packed), bias))
+
+
+class Kernel(NamedTuple):
+    """How one device works with one layout.
+
+    Attributes:
+        dense: (values, meta, in_features) -> weight [out, in].
+        linear: (x [rows, in], values, meta, in_features, bias, activation) -> [rows, out], or None where ``dense``
+            followed by ``F.linear`` serves better.
+    """
+
+    dense: Callable[[Tensor, Tensor, int], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor, int, Tensor | None, str], Tensor | None]
+
+
+def _unpack_rows(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
+    return unpack(Packed(values, bitmask, in_features))
+
+
+def _rows_dense_on_cpu(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
+    fast = values.element_size() in (2, 4) and cpu.available()
+    return (cpu.rows_dense if fast else _unpack_rows)(values, bitmask, in_features)
+
+
+def _rows_linear_on_cpu(
+    x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None, activation: str
+) -> Tensor | None:
+    if x.dtype not in cpu.MAX_ROWS or x.shape[0] > cpu.MAX_ROWS[x.dtype] or not cpu.available():
+        return None
+    return cpu.rows_linear(x, values, bitmask, in_features, bias, activation)
+
+
+# (device type, layout); a device without an entry of its own unpacks "rows" in plain torch
+KERNELS: dict[tuple[str, str], Kernel] = {
+    ("cpu", "rows"): Kernel(_rows_dense_on_cpu, _rows_linear_on_cpu),
+}
+_ANY_DEVICE = {"rows": Kernel(_unpack_rows, lambda *_: None)}
+
+
+def _kernel(device: torch.device, layout: str) -> Kernel:
+    found = KERNELS.get((device.type, layout)) or _ANY_DEVICE.get(layout)
+    if found is None:
+        raise SparseForgeError(f"no kernel for a packed weight of layout '{layout}' on {device.type}: repack it")
+    return found
+
+
+_ARGUMENTS = "Tensor values, Tensor meta, str layout, int in_features"
+torch.library.define(
+    "sparseforge::sparse_linear",
+    f"(Tensor x, {_ARGUMENTS}, Tensor? bias=None, str activation='none') -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "sparseforge::dense_weight", f"({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+OP = torch.ops.sparseforge.sparse_linear.default
+DENSE_OP = torch.ops.sparseforge.dense_weight.default
+
+
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    layout: str,
+    in_features: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """act(x W^T + bias), W [out, in] packed.
+
+    Args:
+        x: [..., in], of the dtype of ``values``; any strides, any number of rows, zero too.
+        values, meta, layout: the packed weight. "rows" is the format on disk: ``Packed.values`` and ``Packed.bitmask``.
+        in_features: ``in``. Places of a packed weight beyond it are never multiplied with x.
+        bias: [out] in x's dtype, or None.
+        activation: "none", "relu", "gelu", "gelu_tanh", "silu", or "silu_mul": silu of the first half of the outputs
+            times the second half, [..., out / 2].
+
+    Sums are float32 or better and rounded once, after the activation (plain torch also rounds before it). A row of x
+    that holds inf or NaN spoils its own outputs only; whether a pruned place makes NaN of them (0 * inf, as in a dense
+    weight) or is passed over is left to the kernel. Gradients go to x and bias; ``values`` is frozen. Under autocast
+    everything is computed in its dtype, as a linear is.
+
+    Raises SparseForgeError if shapes, dtypes or devices do not fit, or the layout or activation is unknown.
+    """
+    return OP(x, values, meta, layout, in_features, bias, activation)
+
+
+def _check(x: Tensor, values: Tensor, meta: Tensor, in_features: int, bias: Tensor | None, activation: str) -> int:
+    """The width of the output."""
+    out_features = values.shape[0]
+    if activation not in ACTIVATIONS:
+        raise SparseForgeError(f"activation '{activation}' is not one of {', '.join(ACTIVATIONS)}")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise SparseForgeError(f"x of shape {list(x.shape)} does not end in the packed weight's {in_features} inputs")
+    if not x.is_floating_point() or x.dtype != values.dtype:
+        raise SparseForgeError(f"x is {x.dtype} but the packed weight is {values.dtype}: cast one of them")
+    if x.device != values.device or meta.device != values.device:
+        raise SparseForgeError(f"x is on {x.device}, the packed weight on {values.device} and {meta.device}: move one")
+    if bias is not None and (bias.shape != (out_features,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise SparseForgeError(f"the bias must be [{out_features}] {x.dtype} on {x.device}, as x and the weight are")
+    if activation == "silu_mul":
+        if out_features % 2:
+            raise SparseForgeError(f"silu_mul halves the outputs, but this weight has {out_features} of them")
+        return out_features // 2
+    return out_features
+
+
+@torch.library.impl("sparseforge::sparse_linear", "CompositeExplicitAutograd")
+def _linear(x, values, meta, layout, in_features, bias=None, activation="none"):
+    width = _check(x, values, meta, in_features, bias, activation)
+    kernel = _kernel(x.device, layout)
+    rows = x.reshape(-1, in_features)
+    y = kernel.linear(rows, values, meta, in_features, bias, activation)
+    if y is None:
+        y = ACTIVATIONS[activation].forward(F.linear(rows, kernel.dense(values, meta, in_features), bias))
+    return y.view(*x.shape[:-1], width)
+
+
+@torch.library.impl("sparseforge::dense_weight", "CompositeExplicitAutograd")
+def _dense(values, meta, layout, in_features):
+    return _kernel(values.device, layout).dense(values, meta, in_features)
+
+
+@torch.library.register_fake("sparseforge::sparse_linear")
+def _fake_linear(x, values, meta, layout, in_features, bias=None, activation="none"):
+    return x.new_empty(*x.shape[:-1], _check(x, values, meta, in_features, bias, activation))
+
+
+@torch.library.register_fake("sparseforge::dense_weight")
+def _fake_dense(values, meta, layout, in_features):
+    return values.new_empty(values.shape[0], in_features)
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, meta, layout, in_features, bias, activation = inputs
+    needed = activation != "none"  # to compute the value before the activation once more: cheaper than keeping it
+    ctx.save_for_backward(x if needed else None, values, meta, bias if needed else None)
+    ctx.options = layout, in_features, activation
+
+
+def _backward(ctx, grad):
+    x, values, meta, bias = ctx.saved_tensors
+    layout, in_features, activation = ctx.options
+    if activation != "none":
+        grad = ACTIVATIONS[activation].backward(grad, OP(x, values, meta, layout, in_features, bias, "none"))
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ DENSE_OP(values.detach(), meta, layout, in_features)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad.sum_to_size(grad.shape[-1])
+    return grad_x, None, None, None, None, grad_bias, None
+
+
+torch.library.register_autograd("sparseforge::sparse_linear", _backward, setup_context=_setup_context)
+
+
+def _under_autocast(device: str) -> Callable[..., Tensor]:
+    def linear(x, values, meta, layout, in_features, bias=None, activation="none"):
+        dtype = torch.get_autocast_dtype(device)
+        x, values, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, values, bias))
+        with torch.autocast(device, enabled=False):
+            return OP(x, values, meta, layout, in_features, bias, activation)
+
+    return linear
+
+
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    torch.library.impl("sparseforge::sparse_linear", _key, _under_autocast(_device))
