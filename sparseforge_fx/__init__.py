@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
+    from sparseforge_fx.deploy.lower import lower
+    from sparseforge_fx.deploy.modules import lower_modules
     from sparseforge_fx.methods.catalog import configure
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
     from sparseforge_fx.models import load_model, save_model
@@ -28,6 +30,8 @@ _HOMES = {
     "configure": "methods.catalog",
     "finalize": "prepare",
     "load_model": "models",
+    "lower": "deploy.lower",
+    "lower_modules": "deploy.modules",
     "paper_preset": "methods.soft_mask",
     "prepare": "prepare",
     "quantize": "quantize",
@@ -44,6 +48,8 @@ __all__ = [
     "configure",
     "finalize",
     "load_model",
+    "lower",
+    "lower_modules",
     "paper_preset",
     "prepare",
     "quantize",

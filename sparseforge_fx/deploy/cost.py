@@ -1,4 +1,4 @@
-"""The cost gate: each weight shape timed dense and sparse on the machine that will run it; sparse stays where it wins."""
+"""The cost gate: weight shapes timed dense and sparse on the machine that will run them; sparse stays where it wins."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseforge_fx.deploy.targets import Target
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.kernels.packed import pack
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 from sparseforge_fx.report import environment, write_json
@@ -31,8 +33,9 @@ class Shape(NamedTuple):
     in_features: int
     dtype: str
 
-    def __str__(self) -> str:
-        return f"{self.out_features}x{self.in_features} {self.dtype}"
+    @classmethod
+    def of(cls, out_features: int, in_features: int, dtype: torch.dtype) -> Shape:
+        return cls(out_features, in_features, str(dtype).removeprefix("torch."))
 
 
 class Timing(NamedTuple):
@@ -70,7 +73,23 @@ class Timing(NamedTuple):
 
 
 Table = dict[Shape, dict[int, Timing]]
-Convert = Callable[[Packed], tuple[Tensor, Tensor]]
+
+
+def check_request(batch: Sequence[int], table: str | Path | Table | None) -> Table | None:
+    """The table, read if it is a file. Raises SparseForgeError if ``batch`` is not a list of token counts."""
+    if not batch or min(batch) < 1:
+        raise SparseForgeError(f"batch is {list(batch)}: give token counts of at least 1")
+    return load_table(table) if isinstance(table, str | Path) else table
+
+
+def timings(
+    shapes: Iterable[Shape], tokens: Sequence[int], device: torch.device, target: Target, known: Table | None
+) -> Table:
+    """What the table knows of these shapes or, without a table, what is measured now."""
+    return {
+        shape: measure(shape, tokens, device, target) if known is None else known.get(shape, {})
+        for shape in dict.fromkeys(shapes)
+    }
 
 
 @torch.no_grad()
@@ -78,8 +97,7 @@ def measure(
     shape: Shape,
     tokens: Sequence[int],
     device: torch.device,
-    layout: str,
-    convert: Convert,
+    target: Target,
     *,
     rounds: int = 15,
     seconds: float = 0.02,
@@ -92,7 +110,7 @@ def measure(
     generator = torch.Generator(device=device).manual_seed(0)
     weight = torch.randn(out, width, generator=generator, device=device)
     weight = (weight * hard_mask(weight.abs(), TWO_FOUR)).to(dtype)
-    values, meta = convert(pack(weight))
+    values, meta = target.convert(pack(weight))
     copies = max(2, -(-ROTATED_BYTES // weight.nbytes))
     dense_copies = [weight.clone() for _ in range(copies)]
     sparse_copies = [(values.clone(), meta.clone()) for _ in range(-(-ROTATED_BYTES // (values.nbytes + meta.nbytes)))]
@@ -100,8 +118,8 @@ def measure(
     for count in tokens:
         x = torch.randn(count, width, generator=generator, device=device).to(dtype)
         runs = (
-            _Rotation(dense_copies, lambda w, x=x: F.linear(x, w), device),
-            _Rotation(sparse_copies, lambda p, x=x: OP(x, *p, layout, width, None, "none"), device),
+            _Rotation(dense_copies, partial(F.linear, x), device),
+            _Rotation(sparse_copies, partial(_sparse, x, target.layout), device),
         )
         repeats = [run.calibrate(seconds) for run in runs]
         samples: tuple[list[float], list[float]] = ([], [])
@@ -111,6 +129,10 @@ def measure(
         (dense, dense_q), (sparse, sparse_q) = (_summary(s) for s in samples)
         found[count] = Timing(shape, count, dense, dense_q, sparse, sparse_q)
     return found
+
+
+def _sparse(x: Tensor, layout: str, packed: tuple[Tensor, Tensor]) -> Tensor:
+    return OP(x, *packed, layout, x.shape[-1], None, "none")
 
 
 class _Rotation:

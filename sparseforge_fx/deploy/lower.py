@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from sparseforge_fx.capture import capture
 from sparseforge_fx.deploy import cost
+from sparseforge_fx.deploy.targets import find_target
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import Packed
 from sparseforge_fx.passes import LinearSite, deploy_passes, find_linears, merge_parallel_linears, run_passes
 from sparseforge_fx.passes.find_linears import eligible
-from sparseforge_fx.passes.lower_sparse_linears import as_rows, keep_dense
+from sparseforge_fx.passes.lower_sparse_linears import keep_dense
 from sparseforge_fx.program import Program
 from sparseforge_fx.report import environment
-
-
-class Target(NamedTuple):
-    """The packed layout of a device."""
-
-    layout: str
-    convert: Callable[[Packed], tuple[Tensor, Tensor]]
-
-
-TARGETS = {"cpu": Target("rows", as_rows)}
-
-
-def find_target(name: str, device: torch.device) -> Target:
-    """The target of that name; ``auto``: that of the device which the weights are on."""
-    if name not in ("auto", *TARGETS):
-        raise SparseForgeError(f"unknown target {name!r}; choose auto, {', '.join(TARGETS)}")
-    kind = device.type if name == "auto" else name
-    if kind not in TARGETS:
-        raise SparseForgeError(f"there are no sparse kernels for {kind}; move the model to one of {', '.join(TARGETS)}")
-    if kind != device.type:
-        raise SparseForgeError(f"the model is on {device.type} and the target is {kind}: move the model first")
-    return TARGETS[kind]
 
 
 def lower(
@@ -63,25 +40,28 @@ def lower(
         target: ``auto`` (the device of the weights) or ``cpu``.
         batch: token counts (batch x sequence) that matter. A weight is sparse if that was measured to be faster at one
             of them by more than 3 %, and slower at none; decoding alone: ``batch=[1, 8]``.
-        table: measurements to decide by (a file, or ``result.report["table"]``'s source), instead of measuring.
+        table: measurements to decide by instead of measuring (what :func:`sparseforge_fx.deploy.cost.save_table`
+            wrote); a shape that is not in it stays dense.
         gate: False packs every 2:4 weight, whatever its speed.
 
     Returns a GraphModule that is called as the model is; ``.report`` has sites, skipped linears with reasons, the cost
     table, and bytes of the linears before and after. Raises SparseForgeError if no weight is 2:4.
     """
-    if not batch or min(batch) < 1:
-        raise SparseForgeError(f"batch is {list(batch)}: give token counts of at least 1")
-    known = cost.load_table(table) if isinstance(table, str | Path) else table
+    known = cost.check_request(batch, table)
     program = capture(model, example_inputs)
     sites = sparse_sites(program)
     if not eligible(sites):
         reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
         raise SparseForgeError(f"nothing to lower: {reasons}; run sparsify first")
     dense_bytes = {s.fqn: s.numel * s.dtype.itemsize for s in eligible(sites)}
-    chosen = find_target(target, program.tensor(eligible(sites)[0].fqn).device)
+    device = program.tensor(eligible(sites)[0].fqn).device
+    chosen = find_target(target, device)
     program, records = run_passes(program, [partial(merge_parallel_linears, sites=sites)])
     sites = sparse_sites(program)
-    timings = decide(program, sites, chosen, batch, known) if gate else {}
+    timings: cost.Table = {}
+    if gate:
+        timings = cost.timings(map(_shape, eligible(sites)), batch, device, chosen, known)
+        apply_gate(sites, timings, batch)
     program, more = run_passes(program, deploy_passes(sites, layout=chosen.layout, convert=chosen.convert))
     module = program.module()
     packed = {s.fqn: _packed_bytes(program, s) for s in eligible(sites)}
@@ -106,23 +86,15 @@ def sparse_sites(program: Program) -> list[LinearSite]:
     return keep_dense(program, find_linears(program, include=["*"]))
 
 
-def decide(
-    program: Program, sites: Sequence[LinearSite], target: Target, batch: Sequence[int], known: cost.Table | None
-) -> cost.Table:
-    """Give a reason to the eligible sites that are better dense; the timings that say so."""
-    timings: cost.Table = {}
+def apply_gate(sites: Sequence[LinearSite], timings: cost.Table, batch: Sequence[int]) -> None:
+    """Give a reason to the eligible sites that are better dense."""
     for site in eligible(sites):
-        shape = cost.Shape(site.out_features, site.in_features, str(site.dtype).removeprefix("torch."))
-        if shape not in timings:
-            device = program.tensor(site.fqn).device
-            timings[shape] = (
-                cost.measure(shape, batch, device, target.layout, target.convert)
-                if known is None
-                else known.get(shape, {})
-            )
-        against = cost.verdict(timings[shape], batch)
+        against = cost.verdict(timings[_shape(site)], batch)
         site.reason = against and f"gate: {against}"
-    return timings
+
+
+def _shape(site: LinearSite) -> cost.Shape:
+    return cost.Shape.of(site.out_features, site.in_features, site.dtype)
 
 
 def _packed_bytes(program: Program, site: LinearSite) -> int:

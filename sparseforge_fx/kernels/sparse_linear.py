@@ -107,9 +107,7 @@ torch.library.define(
     f"(Tensor x, {_ARGUMENTS}, Tensor? bias=None, str activation='none') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.define(
-    "sparseforge::dense_weight", f"({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+torch.library.define("sparseforge::dense_weight", f"({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 OP = torch.ops.sparseforge.sparse_linear.default
 DENSE_OP = torch.ops.sparseforge.dense_weight.default
 

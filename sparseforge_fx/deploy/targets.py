@@ -1,0 +1,35 @@
+"""Which packed layout a device's kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.packed import Packed
+from sparseforge_fx.passes.lower_sparse_linears import as_rows
+
+
+class Target(NamedTuple):
+    """The packed layout of a device."""
+
+    layout: str
+    convert: Callable[[Packed], tuple[Tensor, Tensor]]
+
+
+TARGETS = {"cpu": Target("rows", as_rows)}
+
+
+def find_target(name: str, device: torch.device) -> Target:
+    """The target of that name; ``auto``: that of the device which the weights are on."""
+    if name not in ("auto", *TARGETS):
+        raise SparseForgeError(f"unknown target {name!r}; choose auto, {', '.join(TARGETS)}")
+    kind = device.type if name == "auto" else name
+    if kind not in TARGETS:
+        raise SparseForgeError(f"there are no sparse kernels for {kind}; move the model to one of {', '.join(TARGETS)}")
+    if kind != device.type:
+        raise SparseForgeError(f"the model is on {device.type} and the target is {kind}: move the model first")
+    return TARGETS[kind]

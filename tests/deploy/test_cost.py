@@ -1,0 +1,96 @@
+"""The gate: what it measures, what it decides, and the tables that it keeps."""
+
+import json
+
+import pytest
+import torch
+
+from sparseforge_fx.deploy import cost
+from sparseforge_fx.deploy.targets import find_target
+from sparseforge_fx.errors import SparseForgeError
+
+CPU = torch.device("cpu")
+SHAPE = cost.Shape(16, 32, "float32")
+
+
+def timing(tokens, ratio, shape=SHAPE):
+    return cost.Timing(shape, tokens, 10.0 * ratio, (9.0 * ratio, 11.0 * ratio), 10.0, (9.0, 11.0))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "reason"),
+    [
+        ({1: 1.5, 8: 1.2}, None),
+        ({1: 1.5, 8: 0.98}, None),  # within the noise
+        ({1: 1.5, 8: 0.9}, "slower than dense at 8 tokens (0.90x)"),
+        ({1: 1.02, 8: 0.99}, "no faster than dense (at best 1.02x, at 1 tokens)"),
+        ({1: 1.5}, "not measured at 8 tokens"),
+    ],
+)
+def test_verdict(ratios, reason):
+    assert cost.verdict({t: timing(t, r) for t, r in ratios.items()}, [1, 8]) == reason
+
+
+def test_only_the_token_counts_asked_for_matter():
+    assert cost.verdict({t: timing(t, r) for t, r in {1: 1.5, 2048: 0.5}.items()}, [1]) is None
+
+
+def test_measuring_a_tiny_shape():
+    found = cost.measure(SHAPE, [1, 3], CPU, find_target("cpu", CPU), rounds=3, seconds=1e-4)
+    assert set(found) == {1, 3}
+    for row in found.values():
+        low, high = row.sparse_quartiles
+        assert 0 < low <= row.sparse_us <= high and row.dense_us > 0
+        described = row.describe()
+        assert described["ratio"] == row.dense_us / row.sparse_us
+        assert described["sparse_gb_per_s"] * row.sparse_us * 1e3 == pytest.approx(16 * 32 * (2 + 1 / 8))
+
+
+def test_each_shape_is_measured_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cost, "measure", lambda shape, *_: seen.append(shape) or {1: timing(1, 2.0)})
+    assert set(cost.timings([SHAPE, SHAPE], [1], CPU, find_target("cpu", CPU), None)) == {SHAPE}
+    assert seen == [SHAPE]
+
+
+def test_a_table_goes_through_a_file_and_needs_no_measuring(tmp_path, monkeypatch):
+    table = cost.as_table([timing(1, 1.5), timing(8, 1.1), timing(1, 0.9, SHAPE._replace(dtype="bfloat16"))])
+    cost.save_table(table, tmp_path / "table.json")
+    assert cost.load_table(tmp_path / "table.json") == table
+    assert "device" in json.loads((tmp_path / "table.json").read_text())
+    monkeypatch.setattr(cost, "measure", None)
+    other = SHAPE._replace(out_features=17)
+    found = cost.timings([SHAPE, other], [1], CPU, find_target("cpu", CPU), table)
+    assert found[SHAPE] == table[SHAPE]
+    assert cost.verdict(found[other], [1]) == "not measured at 1 tokens"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"version": 99, "rows": []}', '{"version": 1}', '{"version": 1, "rows": [{"out": 1}]}',
+     '{"version": 1, "rows": [{"out": 1, "in": 4, "dtype": "float32", "tokens": 1, "dense_us": 0, "sparse_us": 1,'
+     ' "dense_quartiles": [0, 0], "sparse_quartiles": [1, 1]}]}'],
+)  # fmt: skip
+def test_files_that_are_no_table(tmp_path, text):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(SparseForgeError, match="cost table"):
+        cost.load_table(path)
+    with pytest.raises(SparseForgeError, match="not a cost table"):
+        cost.load_table(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("batch", [[], [0], [4, -1]])
+def test_token_counts_that_make_no_sense(batch):
+    with pytest.raises(SparseForgeError, match="token counts"):
+        cost.check_request(batch, None)
+
+
+def test_targets():
+    assert find_target("auto", CPU) == find_target("cpu", CPU)
+    with pytest.raises(SparseForgeError, match="unknown target"):
+        find_target("tpu", CPU)
+    with pytest.raises(SparseForgeError, match="no sparse kernels for meta"):
+        find_target("auto", torch.device("meta"))
+    with pytest.raises(SparseForgeError, match="move the model"):
+        find_target("cpu", torch.device("cuda"))

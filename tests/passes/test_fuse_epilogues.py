@@ -1,0 +1,116 @@
+"""Activations move into the sparse operator where it alone feeds them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparseforge_fx as sf
+from sparseforge_fx.capture import capture
+from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.passes import (
+    deploy_passes,
+    find_linears,
+    fuse_epilogues,
+    merge_parallel_linears,
+    run_passes,
+)
+from sparseforge_fx.passes.lower_sparse_linears import as_rows
+
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+class Net(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.up, self.down, self.activation = nn.Linear(8, 12), nn.Linear(12, 8, bias=False), activation
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(self.down(self.activation(self.up(x))))
+
+
+class Gated(Net):
+    def __init__(self, turned=False, other=None):
+        super().__init__(F.silu)
+        self.gate, self.turned, self.other = nn.Linear(8, 12), turned, other
+
+    def forward(self, x):
+        gate, up = F.silu(self.gate(x)), self.up(x)
+        y = up * gate if self.turned else gate * up
+        y = y + up if self.other == "up" else y + gate if self.other == "silu" else y
+        return self.norm(self.down(y))
+
+
+def lower(net, x):
+    torch.manual_seed(0)
+    sf.sparsify(net.eval(), example_inputs=x)
+    program = capture(net, x)
+    program, _ = run_passes(program, [lambda p: merge_parallel_linears(p, find_linears(p))])
+    return run_passes(program, deploy_passes(find_linears(program), layout="rows", convert=as_rows))
+
+
+def names(program):
+    return sorted(n.args[6] for n in program.graph.find_nodes(op="call_function", target=OP))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_one_operator_less(name):
+    net, x = Net(ACTIVATIONS[name]), torch.randn(2, 5, 8)
+    program, records = lower(net, x)
+    assert records[-1].modified == 1 and list(records[-1].op_changes.values()) == [-1]
+    assert names(program) == sorted([name, "none"])
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)
+    again, (record,) = run_passes(program, [fuse_epilogues])
+    assert record.modified == 0 and [str(n) for n in again.graph.nodes] == [str(n) for n in program.graph.nodes]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_silu_mul(turned):
+    net, x = Gated(turned), torch.randn(2, 5, 8)
+    program, records = lower(net, x)
+    assert records[-1].modified == 1 and names(program) == ["none", "silu_mul"]
+    assert records[-1].op_changes == {
+        "<built-in function getitem>": -2,
+        "aten.mul.Tensor": -1,
+        "aten.silu.default": -1,
+        "aten.split_with_sizes.default": -1,
+    }
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", ["up", "silu"])
+def test_values_that_something_else_reads_are_left_alone(other):
+    net, x = Gated(other=other), torch.randn(2, 5, 8)
+    program, records = lower(net, x)
+    assert records[-1].modified == 0 and names(program) == ["none", "none"]
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_output_of_the_program_keeps_its_value():
+    class Both(Net):
+        def forward(self, x):
+            y = self.up(x)
+            return self.norm(self.down(torch.relu(y))), y * 2
+
+    net, x = Both(torch.relu), torch.randn(2, 5, 8)
+    program, records = lower(net, x)
+    assert records[-1].modified == 0
+    for got, want in zip(program.module()(x), net(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_llama_and_opt(captured_once):
+    for name, expected in (("llama", ["none"] * 6 + ["silu_mul"] * 2), ("opt", ["none"] * 3 + ["relu"])):
+        found = captured_once(name)
+        sf.sparsify(found.model)
+        program, _ = run_passes(found.program, [lambda p: merge_parallel_linears(p, find_linears(p))])
+        program, _ = run_passes(program, deploy_passes(find_linears(program), layout="rows", convert=as_rows))
+        assert names(program) == expected
+        batch = found.batch(rows=3, length=7)
+        torch.testing.assert_close(program.module()(**batch).logits, found.model(**batch).logits, rtol=1e-4, atol=1e-5)
