@@ -60,7 +60,7 @@ def lower(
     sites = sparse_sites(program)
     timings: cost.Table = {}
     if gate:
-        timings = cost.timings(map(_shape, eligible(sites)), batch, device, chosen, known)
+        timings = cost.timings(map(shape_of, eligible(sites)), batch, device, chosen, known)
         apply_gate(sites, timings, batch)
     program, more = run_passes(program, deploy_passes(sites, layout=chosen.layout, convert=chosen.convert))
     module = program.module()
@@ -89,11 +89,12 @@ def sparse_sites(program: Program) -> list[LinearSite]:
 def apply_gate(sites: Sequence[LinearSite], timings: cost.Table, batch: Sequence[int]) -> None:
     """Give a reason to the eligible sites that are better dense."""
     for site in eligible(sites):
-        against = cost.verdict(timings[_shape(site)], batch)
+        against = cost.verdict(timings[shape_of(site)], batch)
         site.reason = against and f"gate: {against}"
 
 
-def _shape(site: LinearSite) -> cost.Shape:
+def shape_of(site: LinearSite) -> cost.Shape:
+    """What the site's cost depends on."""
     return cost.Shape.of(site.out_features, site.in_features, site.dtype)
 
 

@@ -1,0 +1,124 @@
+"""``torch.compile(model, backend="sparseforge")``: the deployment passes on Dynamo's graphs, the rest to Inductor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+from sparseforge_fx.deploy import cost
+from sparseforge_fx.deploy.frame import Frame
+from sparseforge_fx.deploy.lower import apply_gate, shape_of, sparse_sites
+from sparseforge_fx.deploy.targets import TARGETS
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.passes import deploy_passes, merge_parallel_linears, run_passes
+from sparseforge_fx.passes.find_linears import eligible
+
+log = logging.getLogger(__name__)
+OPTIONS = ("batch", "table", "gate")
+_measured: dict[tuple, cost.Table] = {}  # a model breaks into many graphs of the same shapes
+
+
+def sparseforge(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any] | None = None) -> Callable:
+    """Compile one graph of a model whose weights are 2:4.
+
+    Options (of ``torch.compile``): ``batch``, ``table`` and ``gate``, as for :func:`sparseforge_fx.lower`.
+    The dense weights stay in memory beside the packed ones (:func:`sparseforge_fx.lower_modules` frees them); one that
+    changes is packed anew when the graph next runs. Weights that are being trained stay dense, and a graph without a
+    weight that gains goes to Inductor as it is.
+    """
+    given = dict(options or {})
+    if unknown := set(given) - set(OPTIONS):
+        raise SparseForgeError(f"backend sparseforge has no option {', '.join(sorted(unknown))}; {', '.join(OPTIONS)}")
+    lowered = _lower(module, inputs, given)
+    return _compile(module, inputs) if lowered is None else _Lowered(module, inputs, given, lowered)
+
+
+def _compile(module: GraphModule, inputs: Sequence[Any]) -> Callable:
+    return compile_fx(module, inputs)  # type: ignore[return-value,arg-type]  # anything but a file was asked for
+
+
+class _Lowered:
+    """A compiled graph and the packed weights that it is called with.
+
+    Dynamo gives one graph to all layers of the same code, whose weights are inputs: the packed ones belong to the
+    weights that come with a call, not to the graph.
+    """
+
+    def __init__(self, module: GraphModule, inputs: Sequence[Any], options: dict[str, Any], lowered: Frame):
+        self.module, self.options, self.added = module, options, list(lowered.added)
+        self.weights = [i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)]
+        self.packed: dict[tuple, tuple[list[Tensor], list[Tensor] | None]] = {}
+        # fake ones, of static shape: real ones, which Dynamo knows no source of, could get symbols for sizes
+        self.run = _compile(lowered.module(), [*inputs, *(node.meta["val"] for node in lowered.added.values())])
+        self._remember(inputs, lowered)
+        self.dense: Callable | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        key = self._key(inputs)
+        extra = self.packed[key][1] if key in self.packed else self._pack(inputs)
+        if extra is not None:
+            return self.run(*inputs, *extra)
+        if self.dense is None:
+            self.dense = _compile(self.module, inputs)
+        return self.dense(*inputs)
+
+    def _key(self, inputs: Sequence[Any]) -> tuple:
+        return tuple((id(inputs[i]), inputs[i]._version) for i in self.weights)
+
+    def _pack(self, inputs: Sequence[Any]) -> list[Tensor] | None:
+        """The packed tensors of these weights; None if they do not fit the graph (not 2:4, say)."""
+        lowered = _lower(self.module, inputs, self.options)
+        return self._remember(inputs, lowered if lowered is not None and list(lowered.added) == self.added else None)
+
+    def _remember(self, inputs: Sequence[Any], lowered: Frame | None) -> list[Tensor] | None:
+        extra = None if lowered is None else lowered.extra_inputs()
+        for tensor in extra or ():
+            torch._dynamo.mark_static_address(tensor)
+        weights = [inputs[i] for i in self.weights]  # kept, so that their ids stay theirs
+        ids = [id(w) for w in weights]
+        self.packed = {k: v for k, v in self.packed.items() if [i for i, _ in k] != ids}  # older versions of the same
+        self.packed[self._key(inputs)] = (weights, extra)
+        return extra
+
+
+def _lower(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Frame | None:
+    """The graph with packed operators; None if nothing in it gains."""
+    try:
+        frame = Frame.from_dynamo(module, inputs)
+    except Exception as error:  # whatever torch raises on code that it compiles, but cannot trace to aten
+        log.warning("a graph stays dense: it could not be lowered to aten (%s)", error)
+        return None
+    sites = [s for s in eligible(sparse_sites(frame)) if not _trains(frame.tensor(s.fqn))]
+    devices = {frame.tensor(s.fqn).device for s in sites}
+    if len(devices) != 1 or (device := devices.pop()).type not in TARGETS:
+        return None
+    target = TARGETS[device.type]
+    merged, _ = run_passes(frame, [partial(merge_parallel_linears, sites=sites)])
+    chosen = [s for s in sparse_sites(merged) if not _trains(merged.tensor(s.fqn))]
+    if options.get("gate", True):
+        batch = tuple(options.get("batch", (1, 8, 64, 2048)))
+        known = cost.check_request(batch, options.get("table"))
+        shapes = [shape_of(s) for s in eligible(chosen)]
+        if known is None:
+            known = _measured.setdefault((device, batch), {})
+            new = [s for s in shapes if s not in known]
+            known |= cost.timings(new, batch, device, target, None)
+        apply_gate(chosen, cost.timings(shapes, batch, device, target, known), batch)
+    if not eligible(chosen):
+        return None
+    lowered, records = run_passes(merged, deploy_passes(chosen, layout=target.layout, convert=target.convert))
+    log.info("%d linears run packed: %s", len(eligible(chosen)), [r.op_changes for r in records])
+    assert isinstance(lowered, Frame)
+    return lowered
+
+
+def _trains(weight: Tensor) -> bool:
+    """Would a packed copy keep a gradient from it?"""
+    return weight.requires_grad and torch.is_grad_enabled()
