@@ -2,10 +2,9 @@
 
     python examples/benchmarks/cpu_kernels.py [--label NAME] [--seconds-per-case 0.6] [--shapes 4096x4096,...]
 
-Dense and sparse calls alternate in one process. Every call takes another copy of its weight, and the copies together
-are several times the last-level cache that one core can hope for, except that of the small model's shapes: their
-layers stay in the cache in use as here. ``isa_dense`` is a dense loop of the kernel's own kind for one row of x; it
-tells what the format gains apart from what torch's dense kernel loses.
+Dense and sparse calls alternate in one process. Every call takes another copy of its weight, so that weights come
+from memory (at most 64 copies: the small model's stay in the last-level cache, as they do in use). ``sparse`` is the
+operator, ``sparse_kernel`` the C++ call inside it: the difference is what Python costs in eager mode.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def main(
 
 
 def weights(out: int, in_features: int, dtype: torch.dtype, rotate_bytes: int) -> tuple[list, list[Packed]]:
-    """Copies of one 2:4 weight, dense and packed. At most 64: more would measure page faults of small ones."""
+    """Copies of one 2:4 weight, dense and packed."""
     weight = torch.randn(out, in_features)
     weight = (weight * hard_mask(weight.abs(), TWO_FOUR)).to(dtype)
     first = pack(weight)
