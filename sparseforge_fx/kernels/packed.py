@@ -85,6 +85,15 @@ def check_packed(packed: Packed) -> Packed:
 
     Raises SparseForgeError that says which of shape, dtype, or bitmask is wrong.
     """
+    bitmask = check_shapes(packed).bitmask
+    counts = unpack_mask(bitmask).view(*bitmask.shape[:-1], -1, 4).sum(-1)
+    if (counts != 2).any():
+        raise SparseForgeError("a group of four in the bitmask has not exactly two bits set: the data is damaged")
+    return packed
+
+
+def check_shapes(packed: Packed) -> Packed:
+    """``packed`` itself, if shapes and dtypes fit each other; reads no data."""
     values, bitmask, in_features = packed
     padded = in_features + -in_features % 8
     if bitmask.dtype != torch.uint8:
@@ -95,9 +104,6 @@ def check_packed(packed: Packed) -> Packed:
         raise SparseForgeError(
             f"a bitmask of shape {tuple(bitmask.shape)} does not belong to values {tuple(values.shape)}"
         )
-    counts = unpack_mask(bitmask).view(*bitmask.shape[:-1], -1, 4).sum(-1)
-    if (counts != 2).any():
-        raise SparseForgeError("a group of four in the bitmask has not exactly two bits set: the data is damaged")
     return packed
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu
-from sparseforge_fx.kernels.packed import Packed, unpack
+from sparseforge_fx.kernels.packed import Packed, check_shapes, unpack
 
 aten = torch.ops.aten
 
@@ -71,12 +71,14 @@ class Kernel(NamedTuple):
 
 
 def _unpack_rows(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
-    return unpack(Packed(values, bitmask, in_features))
+    return unpack(check_shapes(Packed(values, bitmask, in_features)))
 
 
 def _rows_dense_on_cpu(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     fast = values.element_size() in (2, 4) and cpu.available()
-    return (cpu.rows_dense if fast else _unpack_rows)(values, bitmask, in_features)
+    if not fast:
+        return _unpack_rows(values, bitmask, in_features)
+    return cpu.rows_dense(*check_shapes(Packed(values, bitmask, in_features)))
 
 
 def _rows_linear_on_cpu(
@@ -84,6 +86,7 @@ def _rows_linear_on_cpu(
 ) -> Tensor | None:
     if x.dtype not in cpu.MAX_ROWS or x.shape[0] > cpu.MAX_ROWS[x.dtype] or not cpu.available():
         return None
+    check_shapes(Packed(values, bitmask, in_features))
     return cpu.rows_linear(x, values, bitmask, in_features, bias, activation)
 
 

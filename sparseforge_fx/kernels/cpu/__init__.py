@@ -24,7 +24,7 @@ _SOURCES = ("rows_linear.cpp", "primitives.h", "tile.h", "finish.h", "amx.h")
 _LOCK = threading.Lock()
 
 # Beyond so many rows of x, expanding the weight for torch's dense product wins
-MAX_ROWS = {torch.bfloat16: 128, torch.float32: 128}
+MAX_ROWS = {torch.bfloat16: 128, torch.float32: 64}
 
 
 def available() -> bool:

@@ -110,9 +110,7 @@ TARGET void tile_of(const Job& job, const bf16* x, int64_t columns, int64_t firs
     const int64_t to = std::min<int64_t>(k + kChunk, job.x_stride);
     for (int r = 0; r < 16; ++r) {
       const int64_t row = std::min(first + r, last);
-      const bf16* values = static_cast<const bf16*>(job.values) + row * (job.padded / 2);
-      const uint8_t* mask = job.mask + row * (job.padded / 8);
-      expand_row(values, mask, k, to, job.padded, w + r * kChunk);
+      expand_row(job, row, k, to, avx512_bf16::Soon<bf16>(job, row, to, row + 16), w + r * kChunk);
     }
     fence();
     multiply<GROUPS>(w, x + k / kStep * kTileElems, group_stride, (to - k) / kStep);

@@ -16,7 +16,8 @@ namespace sparseforge {
 constexpr int64_t kTileRows = 16;    // weight rows (outputs) per task: one tile register, one cache line of float32
 constexpr int64_t kMaxColumns = 64;  // rows of x per pass over a tile; beyond, the packed rows come from the cache
 constexpr int64_t kChunk = 512;      // inputs that are expanded at a time
-constexpr int64_t kAhead = 1024;     // bytes of values that are prefetched
+constexpr int64_t kAhead = 1024;     // bytes from the values in use to those that are prefetched
+constexpr int64_t kMaskAhead = 128;  // the same of the bitmask
 constexpr int64_t kAmxColumns = 4;   // tile registers pay from so many rows of x
 
 enum class Activation { none, relu, gelu, gelu_tanh, silu, silu_mul };
@@ -249,7 +250,9 @@ at::Tensor rows_dense(const at::Tensor& values, const at::Tensor& mask, int64_t 
 }  // namespace sparseforge
 
 TORCH_LIBRARY(sparseforge_cpu, m) {
-  m.def("rows_linear(Tensor x, Tensor values, Tensor bitmask, int in_features, Tensor? bias, str activation, str isa) -> Tensor");
+  m.def(
+      "rows_linear(Tensor x, Tensor values, Tensor bitmask, int in_features, Tensor? bias, str activation, str isa)"
+      " -> Tensor");
   m.def("rows_dense(Tensor values, Tensor bitmask, int in_features) -> Tensor");
   m.def("instruction_sets() -> str[]", &sparseforge::instruction_sets);
 }

@@ -1,9 +1,9 @@
 // Dot products of sixteen weight rows with up to kMaxColumns rows of x. Included into each namespace of primitives.h.
 //
-// Each output is summed by one thread in one order that depends on the number of rows of x alone: same bits on every run.
+// Each output is summed by one thread in one order that depends on the number of rows of x alone: the same bits always.
 
-// Sub-block i takes rows i, 4 + i, 8 + i, 12 + i: four streams that go on through the whole tile, so that the hardware
-// (and the prefetches below, which run past the end of a row on purpose) always fetch what is needed next.
+// Sub-block i takes rows i, 4 + i, 8 + i, 12 + i: four streams that go on through the whole tile, so that hardware and
+// software prefetches, which run past the end of a row on purpose, fetch what is needed next.
 struct Rows {
   const uint8_t* mask[4];
   int64_t row[4];
@@ -44,6 +44,7 @@ TARGET void tile_one(const Job& job, const Elem* x, int64_t first, int64_t last,
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
         PREFETCH(values[r] + k / 2 + kAhead / sizeof(V));
+        PREFETCH(rows.mask[r] + k / 8 + kMaskAhead);
         acc[r] = dot_kept(acc[r], values[r] + k / 2, rows.mask[r] + k / 8, x + k);
       }
     }
@@ -57,15 +58,34 @@ TARGET void tile_one(const Job& job, const Elem* x, int64_t first, int64_t last,
   }
 }
 
+// What is read after place `to` of a row, to be fetched in time: the products between two expansions are too long for
+// the hardware to look across.
 template <class V>
-TARGET void expand_row(const V* values, const uint8_t* mask, int64_t from, int64_t to, int64_t padded, Elem* out) {
-  const int64_t whole = std::min(to, padded / kLanes * kLanes);
+struct Soon {
+  const V* values;
+  const uint8_t* mask;
+
+  Soon(const Job& job, int64_t row, int64_t to, int64_t next_row) {
+    const int64_t from = to == job.x_stride ? 0 : to;
+    if (from == 0) row = next_row;
+    values = static_cast<const V*>(job.values) + row * (job.padded / 2) + from / 2;
+    mask = job.mask + row * (job.padded / 8) + from / 8;
+  }
+};
+
+// Places `from` to `to` of a row into scratch.
+template <class V>
+TARGET void expand_row(const Job& job, int64_t row, int64_t from, int64_t to, Soon<V> soon, Elem* out) {
+  const V* values = static_cast<const V*>(job.values) + row * (job.padded / 2);
+  const uint8_t* mask = job.mask + row * (job.padded / 8);
+  const int64_t whole = std::min(to, job.padded / kLanes * kLanes);
+  PREFETCH(soon.mask);
   for (int64_t k = from; k < whole; k += kLanes) {
-    PREFETCH(values + k / 2 + kAhead / sizeof(V));
+    PREFETCH(soon.values + (k - from) / 2);
     store(out + k - from, expand(values + k / 2, mask + k / 8));
   }
   if (whole < to) {
-    const Tail<V> tail(values, mask, whole, padded);
+    const Tail<V> tail(values, mask, whole, job.padded);
     store(out + whole - from, expand(tail.values, tail.mask));
   }
 }
@@ -108,8 +128,8 @@ TARGET void tile_many(const Job& job, const Elem* x, int64_t columns, int64_t fi
     for (int64_t k = 0; k < length; k += kChunk) {
       const int64_t to = std::min(k + kChunk, length);
       for (int r = 0; r < 4; ++r) {
-        const V* values = static_cast<const V*>(job.values) + rows.row[r] * (job.padded / 2);
-        expand_row(values, rows.mask[r], k, to, job.padded, w + r * kChunk);
+        const Soon<V> soon(job, rows.row[r], to, rows.row[r] + (i < 3 ? 1 : 13));
+        expand_row(job, rows.row[r], k, to, soon, w + r * kChunk);
       }
       int64_t m = 0;
       for (; m + kColumns <= columns; m += kColumns)
