@@ -1,0 +1,140 @@
+"""Tokens per second of greedy generation, a 2:4 model dense beside packed; one json.
+
+    python examples/benchmarks/decode.py MODEL [--batch 1 --batch 8] [--compile]
+
+MODEL is a folder, a hub id, or one of the shapes below with random weights. Weights are made 2:4 by magnitude (speed does not depend on
+how). Contenders: ``dense`` (the masked dense model), ``modules`` (lower_modules), with --compile also those two under
+torch.compile and ``backend`` (torch.compile, backend="sparseforge"). They generate in turn; medians and quartiles.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PreTrainedModel
+
+import sparseforge_fx as sf
+from sparseforge_fx.report import environment, write_json
+
+RESULTS = Path(__file__).parent / "results" / "decode"
+#: published shapes, so that no network is needed
+SHAPES = {
+    "opt-125m": OPTConfig(),
+    "opt-1.3b": OPTConfig(hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32),
+    "opt-6.7b": OPTConfig(hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32),
+}
+
+
+def main(
+    model: str,
+    batch: Annotated[list[int], typer.Option(help="sequences that are generated together")] = [1, 8],  # noqa: B006
+    prompt: int = 32,
+    tokens: int = 32,
+    rounds: int = 5,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    threads: int = 0,
+    compile: bool = False,
+    label: str = "",
+) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    dense = load(model, getattr(torch, dtype)).to(device).eval().requires_grad_(False)
+    sf.sparsify(dense)
+    modules = copy.deepcopy(dense)
+    report = sf.lower_modules(modules, batch=batch)
+    contenders = {"dense": dense, "modules": modules}
+    if compile:
+        for name, source, backend in (
+            ("dense, compiled", dense, "inductor"),
+            ("modules, compiled", modules, "inductor"),
+            ("backend", dense, "sparseforge"),
+        ):
+            contenders[name] = copy.deepcopy(source)
+            options = {"options": {"batch": batch}} if backend == "sparseforge" else {}
+            contenders[name].forward = torch.compile(contenders[name].forward, backend=backend, **options)
+    results = {str(rows): compare(contenders, rows, prompt, tokens, rounds) for rows in batch}
+    record = {
+        "model": Path(model).name,
+        "dtype": dtype,
+        "prompt": prompt,
+        "tokens": tokens,
+        "rounds": rounds,
+        "batches": results,
+        "gate": report["table"],
+        "sites": len(report["sites"]),
+        "kept_dense": [s for s in report["skipped"] if s["reason"].startswith("gate")],
+        "site_bytes": {"dense": report["dense_bytes"], "lowered": report["lowered_bytes"]},
+        **environment(),
+    }
+    threads = torch.get_num_threads()
+    write_json(RESULTS / f"{label or f'{Path(model).name}-{dtype}-{device}-{threads}threads'}.json", record)
+    for rows, found in results.items():
+        print(rows, {name: (round(f["tokens_per_second"], 1), round(f["ratio"], 3)) for name, f in found.items()})
+
+
+def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with its weights, or one of SHAPES with random ones."""
+    if name not in SHAPES:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name].to_dict()), dtype=dtype)
+
+
+@torch.no_grad()
+def compare(contenders: dict[str, Any], rows: int, prompt: int, tokens: int, rounds: int) -> dict[str, dict]:
+    """Tokens per second of each, over those of ``dense``; whether greedy text and first logits agree with its."""
+    reference = contenders["dense"]
+    ids = torch.randint(10, reference.config.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(reference.device)
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+
+    def generate(name: str) -> torch.Tensor:
+        cache = {"cache_implementation": "static", "disable_compile": True} if name not in ("dense", "modules") else {}
+        return contenders[name].generate(ids, **options, **cache)
+
+    texts = {name: generate(name) for name in contenders}
+    logits = {name: model(ids).logits.float() for name, model in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name in contenders:
+            _wait(ids)
+            clock = time.perf_counter()
+            generate(name)
+            _wait(ids)
+            times[name].append(time.perf_counter() - clock)
+    out = {}
+    for name, seconds in times.items():
+        base = times[name if name == "dense" or name == "modules" else "dense, compiled"]
+        base = times["dense"] if name == "modules" else base
+        error = (logits[name] - logits["dense"]).norm() / logits["dense"].norm()
+        low, middle, high = statistics.quantiles(seconds, n=4)
+        out[name] = {
+            "tokens_per_second": rows * tokens / middle,
+            "quartiles": [rows * tokens / high, rows * tokens / low],
+            "ratio": statistics.median(base) / middle,
+            "logits_relative_error": float(error),
+            "same_greedy_text": bool(torch.equal(texts[name], texts["dense"])),
+        }
+    return out
+
+
+def _wait(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    typer.run(main)
