@@ -27,7 +27,7 @@ class SparseLinear(nn.Module):
     """
 
     values: Tensor
-    meta: Tensor
+    where: Tensor  # the packed weight's metadata; torch.export cannot take a buffer that is called ``meta``
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, target: Target):
         super().__init__()
@@ -35,15 +35,15 @@ class SparseLinear(nn.Module):
         self.layout = target.layout
         values, meta = target.convert(pack(weight))
         self.register_buffer("values", values)
-        self.register_buffer("meta", meta)
+        self.register_buffer("where", meta)
         self.bias = bias
 
     @property
     def weight(self) -> Tensor:
-        return DENSE_OP(self.values, self.meta, self.layout, self.in_features)
+        return DENSE_OP(self.values, self.where, self.layout, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return OP(x, self.values, self.meta, self.layout, self.in_features, self.bias, "none")
+        return OP(x, self.values, self.where, self.layout, self.in_features, self.bias, "none")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.layout}"
@@ -86,7 +86,7 @@ def lower_modules(
         sparse = SparseLinear(weight, module.bias, chosen).train(module.training)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, sparse)
-        size = sparse.values.nbytes + sparse.meta.nbytes
+        size = sparse.values.nbytes + sparse.where.nbytes
         lowered.append({"name": name, "out": sparse.out_features, "in": sparse.in_features, "bytes": size})
         after += size
     return {

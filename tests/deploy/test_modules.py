@@ -37,7 +37,7 @@ def test_the_dense_weight_is_there_to_look_at(captured_once):
     model, dense = sparse_copy(found)
     sf.lower_modules(model, gate=False)
     assert torch.equal(model[0].weight, dense[0].weight) and model[0].bias is not None
-    assert {"0.values", "0.meta", "0.bias"} <= set(model.state_dict())
+    assert {"0.values", "0.where", "0.bias"} <= set(model.state_dict())
     assert not {"0.weight"} & set(model.state_dict())
 
 
@@ -49,6 +49,14 @@ def test_gradients_reach_what_is_around(captured_once):
     (got,) = torch.autograd.grad(model(x).square().sum(), x)
     (want,) = torch.autograd.grad(dense(x).square().sum(), x)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_export(captured_once):
+    found = captured_once("mlp")
+    model, dense = sparse_copy(found)
+    sf.lower_modules(model, gate=False)
+    program = torch.export.export(model, (found.batch(),))
+    torch.testing.assert_close(program.module()(found.batch()), dense(found.batch()), rtol=1e-4, atol=1e-5)
 
 
 def test_the_gate(captured_once):
