@@ -161,11 +161,56 @@ def ablation_table() -> str:
     return "\n".join(lines)
 
 
+def kernel_table() -> str:
+    runs = [run for run in read("kernels") if "instruction_set" in run]
+    if not runs:
+        return "_no runs yet_"
+    lines = []
+    for run in runs:
+        rows = sorted({case["rows"] for case in run["cases"]})
+        lines += [
+            f"{run['device']} ({run['instruction_set']}), load average {run['load_average'][0]} at the end, commit {run['commit']};"
+            f" weights rotated over {run['rotated_bytes_of_dense_weights'] / 1e6:.0f} MB.",
+            "",
+            "| weight | dtype | threads | " + " | ".join(f"M = {m}" for m in rows) + " |",
+            "|---|---|---:|" + "---:|" * len(rows),
+        ]
+        groups: dict[tuple, dict[int, float]] = defaultdict(dict)
+        for case in run["cases"]:
+            key = f"{case['out']}x{case['in']}", case["dtype"], case["threads"]
+            groups[key][case["rows"]] = case["median_of_ratios"]
+        for (shape, dtype, threads), found in groups.items():
+            lines.append(f"| {shape} | {dtype} | {threads} | " + " | ".join(f"{found[m]:.2f}x" for m in rows) + " |")
+    return "\n".join(lines)
+
+
+def decode_table() -> str:
+    runs = read("decode")
+    lines = [
+        "| model | dtype, device, threads | batch | contender | tokens/s | over dense | greedy text as dense | linears packed | their bytes |",
+        "|---|---|---:|---|---:|---:|---|---:|---:|",
+    ]
+    for run in runs:
+        for batch, found in run["batches"].items():
+            for name, result in found.items():
+                packed = name != "dense" and not name.startswith("dense,")
+                low, high = result["quartiles"]
+                lines.append(
+                    f"| {run['model']} | {run['dtype']}, {run['device']}, {run['threads']} | {batch} | {name} | {result['tokens_per_second']:.1f}"
+                    f" ({low:.1f} to {high:.1f}) | {result['ratio']:.2f}x | {'yes' if result['same_greedy_text'] else 'no'}"
+                    f" | {run['sites'] if packed else ''}"
+                    f" | {run['site_bytes']['lowered'] / run['site_bytes']['dense'] if packed else 1:.2f}x |"
+                )
+    return "\n".join(lines) if runs else "_no runs yet_"
+
+
 TABLES = {
     "quality": quality_table,
     "leaderboard": leaderboard_table,
     "ablations": ablation_table,
     "overhead": overhead_table,
+    "kernels": kernel_table,
+    "decode": decode_table,
 }
 
 
