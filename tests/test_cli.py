@@ -126,6 +126,26 @@ def test_overwrite_replaces_the_folder(home, tmp_path):
     assert not (out / "old").exists() and (out / "config.json").exists()
 
 
+def test_lower_measures_and_decides_again_from_its_table(home, tmp_path, monkeypatch):
+    from sparseforge_fx.deploy import cost
+
+    def measure(shape, tokens, *_):
+        ratio = 2.0 if shape.out_features > shape.in_features else 0.5
+        return {t: cost.Timing(shape, t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}
+
+    monkeypatch.setattr(cost, "measure", measure)
+    ok("sparsify", home / "dense", "--method", "magnitude", "-o", tmp_path / "sparse")
+    first = ok("lower", tmp_path / "sparse", "--batch", "1", "--device", "cpu", "-o", tmp_path / "table.json")
+    assert "2 packed" in first and "gate: slower than dense at 1 tokens (0.50x)" in " ".join(first.split())
+    monkeypatch.setattr(cost, "measure", None)
+    again = ok("lower", tmp_path / "sparse", "--batch", "1", "--device", "cpu", "--table", tmp_path / "table.json")
+    assert again == first.replace(f"wrote {tmp_path / 'table.json'}\n", "")
+    bad = run("lower", tmp_path / "sparse", "--batch", "0", "-o", tmp_path / "none.json")
+    assert bad.exit_code == 2 and "token counts" in bad.stderr and not (tmp_path / "none.json").exists()
+    bad = run("lower", home / "dense", "--batch", "1", "--device", "cpu", "-o", tmp_path / "none.json")
+    assert bad.exit_code == 2 and "nothing to lower" in bad.stderr and not (tmp_path / "none.json").exists()
+
+
 def test_inspect_needs_no_weights_and_sums_up_the_layers(home, tmp_path):
     config = json.loads((home / "dense" / "config.json").read_text()) | {"num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -194,21 +194,23 @@ def load_table(path: str | Path) -> Table:
         content = json.loads(Path(path).read_text())
         if content["version"] != TABLE_VERSION:
             raise SparseForgeError(f"{path} is a cost table of version {content['version']}: measure again")
-        return as_table(
-            Timing(
-                Shape(row["out"], row["in"], row["dtype"]),
-                row["tokens"],
-                float(row["dense_us"]),
-                tuple(row["dense_quartiles"]),
-                float(row["sparse_us"]),
-                tuple(row["sparse_quartiles"]),
-            )
-            for row in content["rows"]
-        )
+        return as_table(map(read_row, content["rows"]))
     except SparseForgeError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SparseForgeError(f"{path} is not a cost table: {type(error).__name__} {error}") from error
+
+
+def read_row(row: dict[str, Any]) -> Timing:
+    """What :meth:`Timing.describe` gave."""
+    return Timing(
+        Shape(row["out"], row["in"], row["dtype"]),
+        row["tokens"],
+        float(row["dense_us"]),
+        tuple(row["dense_quartiles"]),
+        float(row["sparse_us"]),
+        tuple(row["sparse_quartiles"]),
+    )
 
 
 def as_table(timings: Iterable[Timing]) -> Table:

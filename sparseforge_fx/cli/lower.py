@@ -1,0 +1,60 @@
+"""``sparseforge-fx lower``: which linears of a 2:4 model run faster packed on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from sparseforge_fx.cli.app import Model, command, grouped, pick_device, quiet, readable_bytes, stdout
+
+
+@command
+def lower(
+    model: Model,
+    batch: Annotated[list[int], typer.Option(help="Token counts (batch x sequence) that matter.")] = [1, 8],  # noqa: B006
+    target: Annotated[str, typer.Option(help="auto, or the device whose kernels are meant.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    table: Annotated[
+        Path | None, typer.Option(help="Decide by a table that --output wrote, without measuring.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the measured table there (json).")
+    ] = None,
+) -> None:
+    """Time every 2:4 linear dense and packed, and say which would run packed, which dense, and why."""
+    from sparseforge_fx.deploy import cost
+    from sparseforge_fx.deploy.lower import lower as lower_model
+    from sparseforge_fx.models import load_model
+
+    quiet()
+    cost.check_request(batch, table)
+    if output is not None and output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder: name a file")
+    loaded = load_model(model, dtype=dtype)[0].to(pick_device(device))
+    report = lower_model(loaded, target=target, batch=batch, table=table).report
+    assert isinstance(report, dict)
+    console = stdout()
+    timings = Table(title="microseconds, dense and packed", title_justify="left")
+    for name in ("out x in", "dtype", "tokens", "dense", "packed", "dense over packed"):
+        timings.add_column(name, justify="right")
+    for row in report["table"]:
+        times = f"{row['dense_us']:.1f}", f"{row['sparse_us']:.1f}", f"{row['ratio']:.2f}x"
+        timings.add_row(f"{row['out']} x {row['in']}", row["dtype"], str(row["tokens"]), *times)
+    console.print(timings)
+    for title, rows in (("packed", report["sites"]), ("dense", report["skipped"])):
+        chosen = Table(title=f"{len(rows)} {title}", title_justify="left")
+        for name in ("weights", "count", "reason" if title == "dense" else "out x in"):
+            chosen.add_column(name, justify="right" if name == "count" else "left", overflow="fold")
+        why = (lambda r: (r["reason"],)) if title == "dense" else (lambda r: (f"{r['out']} x {r['in']}",))
+        for (name, reason), group in grouped(rows, why).items():
+            chosen.add_row(name, str(len(group)), reason)
+        console.print(chosen)
+    before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
+    console.print(f"2:4 linears: {before} dense, {after} lowered", highlight=False)
+    if output is not None:
+        cost.save_table(cost.as_table(cost.read_row(row) for row in report["table"]), output)
+        console.print(f"wrote {output}", markup=False)
