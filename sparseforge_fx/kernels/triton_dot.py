@@ -1,0 +1,127 @@
+"""Five and more rows of x times a 2:4 weight in planes, on tensor cores: weights are expanded in registers.
+
+Rows of the weight are the rows of the matrix instruction, so that few rows of x waste little. The order of a sum's terms is
+free: with ``PAIRS`` places 0, 1 and places 2, 3 of the groups make one product each, because the warp-group instruction
+wants two neighbours a register; without, x is read in its own order.
+"""
+
+import triton
+import triton.language as tl
+
+from sparseforge_fx.kernels.words import activate, expand, place_bits
+
+
+@triton.jit
+def _tile(
+    x_ptr, values_ptr, meta_ptr, row, line, start, stop, words, width,
+    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PAIRS: tl.constexpr, TAIL: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Sums over words start to stop: weight rows ``row`` [BN] with rows ``line`` [BM] of x, float32 [BN, BM]."""
+    acc = tl.zeros((BN, BM), tl.float32)
+    row = row.to(tl.int64)[:, None]
+    line = line.to(tl.int64)[None, :]
+    for begin in range(start, stop, BW):
+        word = (begin + tl.arange(0, BW))[None, :]
+        inside = word < stop
+        if TAIL:
+            meta = tl.load(meta_ptr + row * words + word, mask=inside, other=0)
+        else:
+            meta = tl.load(meta_ptr + row * words + word)
+        low, high = place_bits(meta)
+        for p in tl.static_range(8):
+            at = row * (8 * words) + p * words + word
+            if TAIL:
+                pairs = tl.load(values_ptr + at, mask=inside, other=0)
+            else:
+                pairs = tl.load(values_ptr + at)
+            w0, w1, w2, w3 = expand(pairs, meta, low, high, p, DTYPE, ASM)
+            first = 4 * (p * words + begin)
+            last = tl.minimum(4 * (p * words + stop), width)
+            if PAIRS:
+                i = tl.arange(0, 2 * BW)
+                k = (first + 4 * (i // 2) + i % 2)[:, None]
+                acc = tl.dot(tl.join(w0, w1).reshape(BN, 2 * BW), _load_x(x_ptr, line, k, width, last, TAIL), acc)
+                acc = tl.dot(tl.join(w2, w3).reshape(BN, 2 * BW), _load_x(x_ptr, line, k + 2, width, last, TAIL), acc)
+            else:
+                k = (first + tl.arange(0, 4 * BW))[:, None]
+                w = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BN, 4 * BW)
+                acc = tl.dot(w, _load_x(x_ptr, line, k, width, last, TAIL), acc)
+    return acc
+
+
+@triton.jit
+def _load_x(x_ptr, line, k, width, last, TAIL: tl.constexpr):
+    if TAIL:
+        return tl.load(x_ptr + line * width + k, mask=k < last, other=0)
+    else:
+        return tl.load(x_ptr + line * width + k)
+
+
+@triton.jit
+def dot(
+    x_ptr, values_ptr, meta_ptr, bias_ptr, y_ptr, m, n, word_units, x_units,
+    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PAIRS: tl.constexpr, UNIT: tl.constexpr, TAIL: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """y [m, n], or with SPLIT > 1 float32 sums [SPLIT, m, outputs] without epilogue, outputs = n or 2 n if gated.
+
+    ``word_units * UNIT`` is the number of words in a plane, ``8 * x_units`` the width of x.
+    """
+    words = word_units * UNIT
+    width = x_units * 8
+    GATED: tl.constexpr = ACTIVATION == "silu_mul"
+    outputs = 2 * n if GATED else n
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    line = tl.program_id(2) * BM + tl.arange(0, BM)
+    safe_line = tl.minimum(line, m - 1)
+    part = tl.cdiv(tl.cdiv(words, BW), SPLIT) * BW
+    start = tl.program_id(1) * part
+    stop = tl.minimum(start + part, words)
+    if SPLIT > 1:
+        limit = outputs
+    else:
+        limit = n
+    safe = tl.minimum(row, limit - 1)
+    y = _tile(
+        x_ptr, values_ptr, meta_ptr, safe, safe_line, start, stop, words, width, BM, BN, BW, PAIRS, TAIL, DTYPE, ASM
+    )
+    inside = (row < limit)[:, None] & (line < m)[None, :]
+    at = line.to(tl.int64)[None, :] * limit + row[:, None]
+    if SPLIT > 1:
+        tl.store(y_ptr + tl.program_id(1).to(tl.int64) * m * outputs + at, y, mask=inside)
+    else:
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + safe).to(tl.float32)[:, None]
+        y = activate(y, ACTIVATION)
+        if GATED:
+            up = _tile(
+                x_ptr, values_ptr, meta_ptr, n + safe, safe_line, start, stop, words, width,
+                BM, BN, BW, PAIRS, TAIL, DTYPE, ASM,
+            )  # fmt: skip
+            if HAS_BIAS:
+                up += tl.load(bias_ptr + n + safe).to(tl.float32)[:, None]
+            y *= up
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def expand_weight(
+    values_ptr, meta_ptr, w_ptr, n, word_units, in_features,
+    BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The dense weight [n, in_features], for products large enough that the dense GEMM's speed decides."""
+    words = word_units * UNIT
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    word = (tl.program_id(1) * BW + tl.arange(0, BW))[None, :]
+    row = row.to(tl.int64)[:, None]
+    inside = (row < n) & (word < words)
+    meta = tl.load(meta_ptr + row * words + word, mask=inside, other=0)
+    low, high = place_bits(meta)
+    for p in tl.static_range(8):
+        pairs = tl.load(values_ptr + row * (8 * words) + p * words + word, mask=inside, other=0)
+        w0, w1, w2, w3 = expand(pairs, meta, low, high, p, DTYPE, ASM)
+        w = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BN, 4 * BW)
+        i = tl.program_id(1) * 4 * BW + tl.arange(0, 4 * BW)[None, :]
+        k = p * 4 * words + i
+        tl.store(w_ptr + row * in_features + k, w, mask=(row < n) & (i < 4 * words) & (k < in_features))
