@@ -19,8 +19,8 @@ def _tile(
 ):  # fmt: skip
     """Sums over words start to stop: weight rows ``row`` [BN] with rows ``line`` [BM] of x, float32 [BN, BM]."""
     acc = tl.zeros((BN, BM), tl.float32)
-    row = row.to(tl.int64)[:, None]
-    line = line.to(tl.int64)[None, :]
+    row = row[:, None]
+    line = line[None, :]
     for begin in range(start, stop, BW):
         word = (begin + tl.arange(0, BW))[None, :]
         inside = word < stop
@@ -41,13 +41,22 @@ def _tile(
             if PAIRS:
                 i = tl.arange(0, 2 * BW)
                 k = (first + 4 * (i // 2) + i % 2)[:, None]
-                acc = tl.dot(tl.join(w0, w1).reshape(BN, 2 * BW), _load_x(x_ptr, line, k, width, last, TAIL), acc)
-                acc = tl.dot(tl.join(w2, w3).reshape(BN, 2 * BW), _load_x(x_ptr, line, k + 2, width, last, TAIL), acc)
+                left, right = tl.join(w0, w1).reshape(BN, 2 * BW), tl.join(w2, w3).reshape(BN, 2 * BW)
+                acc = _multiply(left, _load_x(x_ptr, line, k, width, last, TAIL), acc, ASM)
+                acc = _multiply(right, _load_x(x_ptr, line, k + 2, width, last, TAIL), acc, ASM)
             else:
                 k = (first + tl.arange(0, 4 * BW))[:, None]
                 w = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BN, 4 * BW)
-                acc = tl.dot(w, _load_x(x_ptr, line, k, width, last, TAIL), acc)
+                acc = _multiply(w, _load_x(x_ptr, line, k, width, last, TAIL), acc, ASM)
     return acc
+
+
+@triton.jit
+def _multiply(w, x, acc, ASM: tl.constexpr):
+    if ASM:
+        return tl.dot(w, x, acc)
+    else:  # the interpreter multiplies bfloat16 as integers
+        return tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
 
 
 @triton.jit
@@ -62,7 +71,7 @@ def _load_x(x_ptr, line, k, width, last, TAIL: tl.constexpr):
 def dot(
     x_ptr, values_ptr, meta_ptr, bias_ptr, y_ptr, m, n, word_units, x_units,
     BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PAIRS: tl.constexpr, UNIT: tl.constexpr, TAIL: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y [m, n], or with SPLIT > 1 float32 sums [SPLIT, m, outputs] without epilogue, outputs = n or 2 n if gated.
 
@@ -70,6 +79,7 @@ def dot(
     """
     words = word_units * UNIT
     width = x_units * 8
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     GATED: tl.constexpr = ACTIVATION == "silu_mul"
     outputs = 2 * n if GATED else n
     row = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -108,10 +118,11 @@ def dot(
 @triton.jit
 def expand_weight(
     values_ptr, meta_ptr, w_ptr, n, word_units, in_features,
-    BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The dense weight [n, in_features], for products large enough that the dense GEMM's speed decides."""
     words = word_units * UNIT
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     word = (tl.program_id(1) * BW + tl.arange(0, BW))[None, :]
     row = row.to(tl.int64)[:, None]

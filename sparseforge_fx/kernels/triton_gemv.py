@@ -19,7 +19,7 @@ def _add(acc, pairs, x, meta, P: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.cons
 
 @triton.jit
 def _dot_rows(
-    x_ptr, values_ptr, meta_ptr, row, start, stop, words, x_stride, groups,
+    x_ptr, values_ptr, meta_ptr, row, start, stop, words, groups,
     ROWS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, TAIL: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,7 @@ def _dot_rows(
     acc1 = tl.zeros((BN, BW), tl.float32)
     acc2 = tl.zeros((BN, BW), tl.float32)
     acc3 = tl.zeros((BN, BW), tl.float32)
-    row = row.to(tl.int64)[:, None]
+    row = row[:, None]
     for begin in range(start, stop, BW):
         word = (begin + tl.arange(0, BW))[None, :]
         inside = word < stop
@@ -47,13 +47,13 @@ def _dot_rows(
             x = _load_x(x_ptr, group, groups, inside, TAIL)
             acc0 = _add(acc0, pairs, x, meta, p, DTYPE, ASM)
             if ROWS > 1:
-                x = _load_x(x_ptr + x_stride, group, groups, inside, TAIL)
+                x = _load_x(x_ptr + groups, group, groups, inside, TAIL)
                 acc1 = _add(acc1, pairs, x, meta, p, DTYPE, ASM)
             if ROWS > 2:
-                x = _load_x(x_ptr + 2 * x_stride, group, groups, inside, TAIL)
+                x = _load_x(x_ptr + 2 * groups, group, groups, inside, TAIL)
                 acc2 = _add(acc2, pairs, x, meta, p, DTYPE, ASM)
             if ROWS > 3:
-                x = _load_x(x_ptr + 3 * x_stride, group, groups, inside, TAIL)
+                x = _load_x(x_ptr + 3 * groups, group, groups, inside, TAIL)
                 acc3 = _add(acc3, pairs, x, meta, p, DTYPE, ASM)
     return tl.sum(acc0, 1), tl.sum(acc1, 1), tl.sum(acc2, 1), tl.sum(acc3, 1)
 
@@ -83,7 +83,7 @@ def _store(y_ptr, bias_ptr, y, up, row, n, HAS_BIAS: tl.constexpr, ACTIVATION: t
 def gemv(
     x_ptr, values_ptr, meta_ptr, bias_ptr, y_ptr, n, word_units, x_units,
     ROWS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr, TAIL: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y [ROWS, n], or with SPLIT > 1 float32 sums [SPLIT, ROWS, outputs] without epilogue, outputs = n or 2 n if gated.
 
@@ -93,6 +93,7 @@ def gemv(
     words = word_units * UNIT
     groups = x_units * 2
     row = tl.program_id(0) * BN + tl.arange(0, BN)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     x_ptr = x_ptr.to(tl.pointer_type(tl.int64))
     GATED: tl.constexpr = ACTIVATION == "silu_mul"
     outputs = 2 * n if GATED else n
@@ -105,7 +106,7 @@ def gemv(
         limit = n
     safe = tl.minimum(row, limit - 1)
     a0, a1, a2, a3 = _dot_rows(
-        x_ptr, values_ptr, meta_ptr, safe, start, stop, words, groups, groups, ROWS, BN, BW, TAIL, DTYPE, ASM
+        x_ptr, values_ptr, meta_ptr, safe, start, stop, words, groups, ROWS, BN, BW, TAIL, DTYPE, ASM
     )
     if SPLIT > 1:
         y_ptr += tl.program_id(1) * ROWS * outputs
@@ -121,7 +122,7 @@ def gemv(
         b0, b1, b2, b3 = a0, a1, a2, a3
         if GATED:
             b0, b1, b2, b3 = _dot_rows(
-                x_ptr, values_ptr, meta_ptr, n + safe, start, stop, words, groups, groups,
+                x_ptr, values_ptr, meta_ptr, n + safe, start, stop, words, groups,
                 ROWS, BN, BW, TAIL, DTYPE, ASM,
             )  # fmt: skip
         _store(y_ptr, bias_ptr, a0, b0, row, n, HAS_BIAS, ACTIVATION)

@@ -46,17 +46,22 @@ def expand(pairs, meta, low, high, P: tl.constexpr, DTYPE: tl.constexpr, ASM: tl
             "{ .reg .b32 a, b; prmt.b32 a, $4, 0, $5; prmt.b32 b, $4, 0, $6; mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; }",
             "=h,=h,=h,=h,r,r,r",
             [pairs, pick_low, pick_high],
-            dtype=(DTYPE, DTYPE, DTYPE, DTYPE),
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=True,
             pack=1,
         )
     else:
         first, second = pair_places(meta, P)
-        w0 = _at(pairs, first, second, 0).to(DTYPE, bitcast=True)
-        w1 = _at(pairs, first, second, 1).to(DTYPE, bitcast=True)
-        w2 = _at(pairs, first, second, 2).to(DTYPE, bitcast=True)
-        w3 = _at(pairs, first, second, 3).to(DTYPE, bitcast=True)
-    return w0, w1, w2, w3
+        w0 = _at(pairs, first, second, 0)
+        w1 = _at(pairs, first, second, 1)
+        w2 = _at(pairs, first, second, 2)
+        w3 = _at(pairs, first, second, 3)
+    return (
+        w0.to(DTYPE, bitcast=True),
+        w1.to(DTYPE, bitcast=True),
+        w2.to(DTYPE, bitcast=True),
+        w3.to(DTYPE, bitcast=True),
+    )
 
 
 @triton.jit
