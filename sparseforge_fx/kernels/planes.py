@@ -36,16 +36,16 @@ def to_planes(packed: Packed) -> tuple[Tensor, Tensor]:
     if values.element_size() not in (2, 4):
         raise SparseForgeError(f"the plane layout takes 16- and 32-bit weights, not {values.dtype}: convert the weight")
     out, words = values.shape[0], -(-in_features // 32)
-    groups = PLANES * words
-    kept = unpack_mask(bitmask).view(out, -1, 4)
+    present = 2 * bitmask.shape[1]
+    kept = unpack_mask(bitmask).view(out, present, 4)
     place = torch.arange(4, device=kept.device, dtype=torch.int32)
     first = torch.where(kept, place, 4).amin(-1)
     second = torch.where(kept, place, -1).amax(-1)
-    pairs = values.contiguous().view(out, -1, 2)
+    pairs = values.contiguous().view(out, present, 2)
     swap = first == 2
     first, second = torch.where(swap, second, first), torch.where(swap, first, second)
     pairs = torch.where(swap[..., None], pairs.flip(-1), pairs)
-    pad = groups - first.shape[1]
+    pad = PLANES * words - present
     pairs = torch.nn.functional.pad(pairs, (0, 0, 0, pad))
     first, second = (torch.nn.functional.pad(t, (0, pad)).view(out, PLANES, words) for t in (first, second))
     second = torch.where(second == first, 1, second)  # padding: a legal pattern
@@ -67,10 +67,10 @@ def from_planes(values: Tensor, meta: Tensor, in_features: int, dtype: torch.dty
     out = values.shape[0]
     groups = (in_features + -in_features % 8) // 4
     first, second = places(meta)
-    pairs = values.contiguous().view(dtype).view(out, -1, 2)[:, :groups]
+    pairs = values.contiguous().view(dtype).view(out, PLANES * meta.shape[1], 2)[:, :groups]
     first, second = first[:, :groups], second[:, :groups]
     pairs = torch.where((first > second)[..., None], pairs.flip(-1), pairs)
-    bits = (1 << first | 1 << second).view(out, -1, 2)
+    bits = (1 << first | 1 << second).view(out, groups // 2, 2)
     bitmask = (bits[..., 0] | bits[..., 1] << 4).to(torch.uint8)
     return Packed(pairs.reshape(out, 2 * groups), bitmask, in_features)
 
@@ -78,7 +78,7 @@ def from_planes(values: Tensor, meta: Tensor, in_features: int, dtype: torch.dty
 def planes_to_dense(values: Tensor, meta: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """The dense weight [out, in] in plain torch ops: the reference of every kernel on this layout."""
     out = values.shape[0]
-    pairs = values.contiguous().view(dtype).view(out, -1, 2)
+    pairs = values.contiguous().view(dtype).view(out, PLANES * meta.shape[1], 2)
     index = torch.stack(places(meta), -1).long()
     groups = torch.zeros(*pairs.shape[:2], 4, dtype=dtype, device=values.device).scatter_(-1, index, pairs)
     return groups.flatten(1)[:, :in_features].contiguous()

@@ -89,21 +89,18 @@ def _gemv_shapes() -> list[Tile]:
 
 
 def _dot_shapes(capability: int, lines: int) -> list[Tile]:
-    lines = min(lines, 64)
     # sixteen weight rows a warp: otherwise two warps expand the same weights
-    small = [
-        Tile(32, 32, 2, 2, lines=lines),
-        Tile(32, 16, 2, 3, lines=lines),
-        Tile(64, 16, 4, 2, lines=lines),
-        Tile(64, 32, 4, 2, lines=lines),
-        Tile(16, 32, 1, 2, lines=lines),
-    ]
-    if capability // 10 != 9:
-        return [t for t in small if lines < 64 or t.words == 16]
-    # four warps on Hopper are a warp group: its instruction takes pairs from registers
-    hopper = [Tile(64, 32, 4, 2, lines=lines, pairs=True), Tile(64, 16, 4, 2, lines=lines, pairs=True)]
-    two_warps = [t for t in small if t.warps < 4]
-    return two_warps + hopper if lines < 64 else [hopper[1], *(t for t in two_warps if t.words == 16)]
+    two_warps = [Tile(32, 32, 2, 2), Tile(32, 16, 2, 3), Tile(16, 32, 1, 2)]
+    four_warps = [Tile(64, 16, 4, 2), Tile(64, 32, 4, 2)]
+    if capability // 10 == 8:  # two registers too many
+        two_warps, four_warps = two_warps[1:], four_warps[:1]
+    if capability // 10 == 9:  # four warps are a warp group: its instruction takes pairs from registers
+        four_warps = [t._replace(pairs=True) for t in four_warps]
+    if lines <= 32:
+        return [t._replace(lines=lines) for t in (*two_warps, *four_warps)]
+    # two warps would share 64 rows of x and expand twice; 32 rows read the weight again, from L2
+    wide = [t._replace(lines=64) for t in four_warps if t.words == 16]
+    return wide + [t._replace(lines=32) for t in (*two_warps, *four_warps) if t.words == 16]
 
 
 def shared_bytes(tile: Tile, capability: int) -> int:
