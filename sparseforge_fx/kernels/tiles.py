@@ -63,7 +63,7 @@ def legal_tiles(capability: int, rows: int, words: int, lines: int) -> list[Tile
 
     ``capability``: 80, 90, 120, ... Every one fits into shared memory and was compiled offline without spills.
     """
-    shapes = _gemv_shapes() if lines <= GEMV_ROWS else _dot_shapes(capability, lines)
+    shapes = _gemv_shapes(lines) if lines <= GEMV_ROWS else _dot_shapes(capability, lines)
     wide = max(32, 1 << max(words - 1, 0).bit_length())
     fitting = [t for t in shapes if t.words <= wide and shared_bytes(t, capability) <= _shared_limit(capability)]
     tiles = []
@@ -76,10 +76,11 @@ def legal_tiles(capability: int, rows: int, words: int, lines: int) -> list[Tile
     return sorted(tiles, key=lambda t: (-(-rows // t.rows) * t.split < 132, t.split))
 
 
-def _gemv_shapes() -> list[Tile]:
+def _gemv_shapes(lines: int) -> list[Tile]:
+    twice = [Tile(16, 128, 8)] if lines <= 2 else []  # two weight rows a thread; with more lines registers spill
     return [
         Tile(8, 128, 8),
-        Tile(16, 128, 8),
+        *twice,
         Tile(4, 128, 4),
         Tile(1, 512, 4),
         Tile(16, 64, 8),
