@@ -50,7 +50,9 @@ def main(
     minutes: float = 8.0,
     rounds: int = 7,
     shapes: str = ",".join(SHAPES),
-    compiled: Annotated[bool, typer.Option(help="also time torch.compile(mode='max-autotune') of the dense linear")] = False,
+    compiled: Annotated[
+        bool, typer.Option(help="also time torch.compile(mode='max-autotune') of the dense linear")
+    ] = False,
     tune_tiles: Annotated[bool, typer.Option("--tune/--no-tune", help="search tiles before timing")] = True,
     dry: Annotated[bool, typer.Option(help="tiny shapes on the CPU, nothing written")] = False,
     label: str = "",

@@ -50,7 +50,9 @@ def planes_linear(
     if x.shape[-1] != in_features:
         raise SparseForgeError(f"x has {x.shape[-1]} inputs and the packed weight {in_features}: they must be equal")
     if 2 * x.element_size() != values.element_size() or not x.is_floating_point():
-        raise SparseForgeError(f"x is {x.dtype} and the packed words are {values.dtype}: convert x to the weight's dtype")
+        raise SparseForgeError(
+            f"x is {x.dtype} and the packed words are {values.dtype}: convert x to the weight's dtype"
+        )
     if activation not in ACTIVATIONS:
         raise SparseForgeError(f"unknown activation {activation!r}: choose from {', '.join(ACTIVATIONS)}")
     if activation == "silu_mul" and values.shape[0] % 2:
@@ -103,9 +105,7 @@ def _asm(device_type: str) -> bool:
     return device_type == "cuda" and torch.version.hip is None and not _interpreted()
 
 
-def launch(
-    lines: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str, tile: Tile
-) -> Tensor:
+def launch(lines: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str, tile: Tile) -> Tensor:
     """One product by the kernel and the tile given: ``lines`` [m, in] with m at most 128, else as planes_linear."""
     from sparseforge_fx.kernels.triton_dot import dot
     from sparseforge_fx.kernels.triton_gemv import gemv, reduce_splits
@@ -131,20 +131,20 @@ def launch(
         "num_stages": tile.stages,
     }
     y = lines.new_empty(m, outputs)
-    target = y if tile.split == 1 else lines.new_empty(tile.split, m, rows, dtype=torch.float32)
+    parts = tile.split > 1 or (tile.lines > 0 and outputs < rows)
+    target = lines.new_empty(tile.split, m, rows, dtype=torch.float32) if parts else y
     there = y if bias is None else bias  # a pointer that is never read
-    programs = -(-(outputs if tile.split == 1 else rows) // tile.rows)
     if tile.lines:
-        grid = (programs, tile.split, -(-m // tile.lines))
+        grid = (-(-rows // tile.rows), tile.split, -(-m // tile.lines))
         _kernel(dot)[grid](
-            lines, values, meta, there, target, m, outputs, words // unit, width // 8,
-            BM=tile.lines, PAIRS=tile.pairs, **fixed,
+            lines, values, meta, there, target, m, rows, words // unit, width // 8,
+            BM=tile.lines, PAIRS=tile.pairs, PARTS=parts, **fixed,
         )  # fmt: skip
     else:
-        _kernel(gemv)[(programs, tile.split)](
+        _kernel(gemv)[(-(-(rows if parts else outputs) // tile.rows), tile.split)](
             lines, values, meta, there, target, outputs, words // unit, width // 8, ROWS=bucket(m), **fixed
         )
-    if tile.split > 1:
+    if parts:
         _kernel(reduce_splits)[(-(-outputs // 256), m)](
             target, there, y, m, outputs,
             SPLIT=tile.split, BLOCK=256, HAS_BIAS=bias is not None, ACTIVATION=activation,

@@ -105,12 +105,12 @@ def _dot_shapes(capability: int, lines: int) -> list[Tile]:
 
 
 def shared_bytes(tile: Tile, capability: int) -> int:
-    """Shared memory of one program: the stages' pairs, metadata and x. The GEMV only exchanges sums: none to speak of."""
+    """Shared memory of one program, at most: the stages' pairs, metadata and x, and 8 KiB to exchange results."""
     if not tile.lines:
-        return 1024
+        return 8192
     weight, x = 9 * 4 * tile.rows * tile.words, 8 * 8 * tile.lines * tile.words
     group = int(capability // 10 == 9 and tile.warps == 4)  # the warp-group instruction reads x from one buffer more
-    return (tile.stages - 1) * (weight + x) + group * x
+    return (tile.stages - 1) * (weight + x) + group * x + 8192
 
 
 def _shared_limit(capability: int) -> int:

@@ -71,48 +71,33 @@ def _load_x(x_ptr, line, k, width, last, TAIL: tl.constexpr):
 def dot(
     x_ptr, values_ptr, meta_ptr, bias_ptr, y_ptr, m, n, word_units, x_units,
     BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PAIRS: tl.constexpr, UNIT: tl.constexpr, TAIL: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
+    SPLIT: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y [m, n], or with SPLIT > 1 float32 sums [SPLIT, m, outputs] without epilogue, outputs = n or 2 n if gated.
+    """y [m, n], or with PARTS float32 sums [SPLIT, m, n] without epilogue, for ``reduce_splits``.
 
-    ``word_units * UNIT`` is the number of words in a plane, ``8 * x_units`` the width of x.
+    A gated activation needs PARTS: two tiles of sums in one program spill registers. ``word_units * UNIT`` is the
+    number of words in a plane, ``8 * x_units`` the width of x.
     """
     words = word_units * UNIT
     width = x_units * 8
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    GATED: tl.constexpr = ACTIVATION == "silu_mul"
-    outputs = 2 * n if GATED else n
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     line = tl.program_id(2) * BM + tl.arange(0, BM)
-    safe_line = tl.minimum(line, m - 1)
+    safe, safe_line = tl.minimum(row, n - 1), tl.minimum(line, m - 1)
     part = tl.cdiv(tl.cdiv(words, BW), SPLIT) * BW
     start = tl.program_id(1) * part
     stop = tl.minimum(start + part, words)
-    if SPLIT > 1:
-        limit = outputs
-    else:
-        limit = n
-    safe = tl.minimum(row, limit - 1)
     y = _tile(
         x_ptr, values_ptr, meta_ptr, safe, safe_line, start, stop, words, width, BM, BN, BW, PAIRS, TAIL, DTYPE, ASM
     )
-    inside = (row < limit)[:, None] & (line < m)[None, :]
-    at = line.to(tl.int64)[None, :] * limit + row[:, None]
-    if SPLIT > 1:
-        tl.store(y_ptr + tl.program_id(1).to(tl.int64) * m * outputs + at, y, mask=inside)
+    inside = (row < n)[:, None] & (line < m)[None, :]
+    at = line.to(tl.int64)[None, :] * n + row[:, None]
+    if PARTS:
+        tl.store(y_ptr + tl.program_id(1).to(tl.int64) * m * n + at, y, mask=inside)
     else:
         if HAS_BIAS:
             y += tl.load(bias_ptr + safe).to(tl.float32)[:, None]
-        y = activate(y, ACTIVATION)
-        if GATED:
-            up = _tile(
-                x_ptr, values_ptr, meta_ptr, n + safe, safe_line, start, stop, words, width,
-                BM, BN, BW, PAIRS, TAIL, DTYPE, ASM,
-            )  # fmt: skip
-            if HAS_BIAS:
-                up += tl.load(bias_ptr + n + safe).to(tl.float32)[:, None]
-            y *= up
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + at, activate(y, ACTIVATION).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -12,9 +12,8 @@ from sparseforge_fx.kernels.words import activate, high_half, low_half, select
 @triton.jit
 def _add(acc, pairs, x, meta, P: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
     chosen = select(x, meta, P, ASM)
-    acc += low_half(pairs, DTYPE) * low_half(chosen, DTYPE)  # two statements: two fused multiply-adds
-    acc += high_half(pairs, DTYPE) * high_half(chosen, DTYPE)
-    return acc
+    acc = tl.fma(low_half(pairs, DTYPE), low_half(chosen, DTYPE), acc)
+    return tl.fma(high_half(pairs, DTYPE), high_half(chosen, DTYPE), acc)
 
 
 @triton.jit

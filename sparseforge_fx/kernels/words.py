@@ -102,7 +102,7 @@ def _at(pairs, first, second, PLACE: tl.constexpr):
 @triton.jit
 def low_half(words, DTYPE: tl.constexpr):
     """The low 16 bits of each word, a number of DTYPE, in float32."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return (words << 16).to(tl.float32, bitcast=True)
     else:
         return words.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
@@ -111,7 +111,7 @@ def low_half(words, DTYPE: tl.constexpr):
 @triton.jit
 def high_half(words, DTYPE: tl.constexpr):
     """The high 16 bits of each word, a number of DTYPE, in float32."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return (words & -65536).to(tl.float32, bitcast=True)
     else:
         return (words >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)

@@ -45,9 +45,7 @@ def test_every_number_of_rows(m):
 
 
 @pytest.mark.parametrize("tile", [GEMV, DOT, DOT._replace(pairs=True)])
-@pytest.mark.parametrize(
-    ("out", "width"), [(16, 256), (1, 4), (3, 30), (17, 260), (5, 688)]
-)
+@pytest.mark.parametrize(("out", "width"), [(16, 256), (1, 4), (3, 30), (17, 260), (5, 688)])
 def test_every_width_and_tail(out, width, tile):
     m = 3 if not tile.lines else 5
     weight, x, _, values, meta = case(out, width, m, torch.bfloat16, width)

@@ -75,4 +75,6 @@ def tile_constants(tile, *, rows=1, tail=False, split=1, activation="none", bias
         "ACTIVATION": activation,
         "ASM": True,
     }
-    return shared | ({"BM": tile.lines, "PAIRS": tile.pairs} if tile.lines else {"ROWS": rows})
+    return shared | (
+        {"BM": tile.lines, "PAIRS": tile.pairs, "PARTS": activation == "silu_mul"} if tile.lines else {"ROWS": rows}
+    )

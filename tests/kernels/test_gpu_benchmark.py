@@ -58,7 +58,12 @@ def test_the_budget_stops_it_and_what_there_is_is_written(bench, monkeypatch):
     monkeypatch.setattr(bench, "ROWS", (1, 200))
     bench.main(minutes=1.0, shapes="tiny", rounds=1)
     written = json.loads((bench.RESULTS / "cuda-a-gpu.json").read_text())
-    assert written["complete"] and [(r["out"], r["m"]) for r in written["rows"]] == [(32, 1), (32, 200), (48, 1), (48, 200)]
+    assert written["complete"] and [(r["out"], r["m"]) for r in written["rows"]] == [
+        (32, 1),
+        (32, 200),
+        (48, 1),
+        (48, 200),
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -113,7 +113,20 @@ def test_a_choice_is_kept_and_one_that_is_no_longer_legal_is_not(tmp_path, monke
 
 
 def test_buckets():
-    assert [bucket(m) for m in (1, 2, 3, 4, 5, 8, 9, 17, 33, 64, 65, 128)] == [1, 2, 3, 4, 8, 8, 16, 32, 64, 64, 128, 128]
+    assert [bucket(m) for m in (1, 2, 3, 4, 5, 8, 9, 17, 33, 64, 65, 128)] == [
+        1,
+        2,
+        3,
+        4,
+        8,
+        8,
+        16,
+        32,
+        64,
+        64,
+        128,
+        128,
+    ]
 
 
 def test_only_a_gpu_is_tuned():

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from sparseforge_fx.kernels import words  # noqa: E402
+from sparseforge_fx.kernels import words
 
 PATTERNS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (3, 2)]  # places of the pair as stored: the last one is swapped
 
