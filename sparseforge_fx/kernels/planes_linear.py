@@ -1,8 +1,8 @@
 """``sparseforge::planes_linear``: act(x W^T + b) for a 2:4 weight in the GPU's plane layout.
 
-At most 4 rows of x: GEMV. At most 128: tensor cores. More, or float32: the weight is expanded and the dense GEMM runs.
-On a CPU the same kernels run in Triton's interpreter if TRITON_INTERPRET=1 was set before Triton was imported, and plain
-torch otherwise. Registered through ``torch.library.triton_op``: torch.compile sees the kernels.
+At most 4 rows of x: GEMV. At most 128: tensor cores. More, or float32: the weight is expanded and the dense GEMM
+runs. On a CPU the same kernels run in Triton's interpreter if TRITON_INTERPRET=1 was set before Triton was
+imported, and plain torch otherwise. Registered through ``torch.library.triton_op``: torch.compile sees the kernels.
 """
 
 from __future__ import annotations

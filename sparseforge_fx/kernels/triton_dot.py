@@ -1,8 +1,8 @@
 """Five and more rows of x times a 2:4 weight in planes, on tensor cores: weights are expanded in registers.
 
-Rows of the weight are the rows of the matrix instruction, so that few rows of x waste little. The order of a sum's terms is
-free: with ``PAIRS`` places 0, 1 and places 2, 3 of the groups make one product each, because the warp-group instruction
-wants two neighbours a register; without, x is read in its own order.
+Rows of the weight are the rows of the matrix instruction, so that few rows of x waste little. The order of a sum's
+terms is free: with ``PAIRS`` places 0, 1 and places 2, 3 of the groups make one product each, because the warp-group
+instruction wants two neighbours a register; without, x is read in its own order.
 """
 
 import triton
@@ -31,10 +31,7 @@ def _tile(
         low, high = place_bits(meta)
         for p in tl.static_range(8):
             at = row * (8 * words) + p * words + word
-            if TAIL:
-                pairs = tl.load(values_ptr + at, mask=inside, other=0)
-            else:
-                pairs = tl.load(values_ptr + at)
+            pairs = tl.load(values_ptr + at, mask=inside, other=0) if TAIL else tl.load(values_ptr + at)
             w0, w1, w2, w3 = expand(pairs, meta, low, high, p, DTYPE, ASM)
             first = 4 * (p * words + begin)
             last = tl.minimum(4 * (p * words + stop), width)

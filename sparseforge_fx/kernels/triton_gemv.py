@@ -39,10 +39,7 @@ def _dot_rows(
             # one address for every row of the tile, or the layout of x would not be that of the pairs
             group = p * words + word + 0 * row
             at = row * (8 * words) + group
-            if TAIL:
-                pairs = tl.load(values_ptr + at, mask=inside, other=0)
-            else:
-                pairs = tl.load(values_ptr + at)
+            pairs = tl.load(values_ptr + at, mask=inside, other=0) if TAIL else tl.load(values_ptr + at)
             x = _load_x(x_ptr, group, groups, inside, TAIL)
             acc0 = _add(acc0, pairs, x, meta, p, DTYPE, ASM)
             if ROWS > 1:
@@ -99,10 +96,7 @@ def gemv(
     part = tl.cdiv(tl.cdiv(words, BW), SPLIT) * BW
     start = tl.program_id(1) * part
     stop = tl.minimum(start + part, words)
-    if SPLIT > 1:
-        limit = outputs
-    else:
-        limit = n
+    limit = outputs if SPLIT > 1 else n
     safe = tl.minimum(row, limit - 1)
     a0, a1, a2, a3 = _dot_rows(
         x_ptr, values_ptr, meta_ptr, safe, start, stop, words, groups, ROWS, BN, BW, TAIL, DTYPE, ASM

@@ -43,7 +43,8 @@ def expand(pairs, meta, low, high, P: tl.constexpr, DTYPE: tl.constexpr, ASM: tl
         pick_low = ((low >> SHIFT) & MASK) * LOW + LOW_BASE
         pick_high = ((high >> SHIFT) & MASK) * HIGH + HIGH_BASE
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; prmt.b32 a, $4, 0, $5; prmt.b32 b, $4, 0, $6; mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; }",
+            "{ .reg .b32 a, b; prmt.b32 a, $4, 0, $5; prmt.b32 b, $4, 0, $6; "
+            "mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; }",
             "=h,=h,=h,=h,r,r,r",
             [pairs, pick_low, pick_high],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
@@ -69,10 +70,7 @@ def select(inputs, meta, P: tl.constexpr, ASM: tl.constexpr):
     """The two inputs that belong to each pair of plane P, as words like the pairs. ``inputs``: int64, one a group."""
     if ASM:
         SHIFT: tl.constexpr = 16 * (P // 4) + 2 * (P % 4) - 1
-        if SHIFT >= 0:
-            fields = (meta >> SHIFT) & 0x0606
-        else:
-            fields = (meta << 1) & 0x0606
+        fields = ((meta >> SHIFT) if SHIFT >= 0 else (meta << 1)) & 0x0606
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, $3;",
             "=r,r,r,r",

@@ -45,7 +45,7 @@ def test_every_number_of_rows(m):
 
 
 @pytest.mark.parametrize("tile", [GEMV, DOT, DOT._replace(pairs=True)])
-@pytest.mark.parametrize(("out", "width"), [(16, 256), (1, 4), (3, 30), (17, 260), (5, 688)])
+@pytest.mark.parametrize(("out", "width"), [(16, 256), (1, 4), (3, 30), (17, 260)])
 def test_every_width_and_tail(out, width, tile):
     m = 3 if not tile.lines else 5
     weight, x, _, values, meta = case(out, width, m, torch.bfloat16, width)
@@ -53,15 +53,21 @@ def test_every_width_and_tail(out, width, tile):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("tile", [Tile(32, 8, 1), DOT._replace(rows=32)])
-def test_every_activation_with_and_without_split_sums(tile, split, activation):
+@pytest.mark.parametrize("tile", [Tile(16, 4, 1), Tile(32, 4, 1, lines=16)])
+def test_every_activation(tile, activation):
     m = 2 if not tile.lines else 6
-    weight, x, bias, values, meta = case(36, 300, m, torch.bfloat16)  # 10 words: the third split has none
-    tile = tile._replace(split=split)
+    weight, x, bias, values, meta = case(26, 100, m, torch.bfloat16)
+    assert_close(launch(x, values, meta, bias, activation, tile), weight, x, bias, activation)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu_mul"])
+@pytest.mark.parametrize("tile", [Tile(32, 4, 1, split=3), Tile(32, 4, 1, lines=16, split=3)])
+def test_split_sums_give_the_same_bits_again(tile, activation):
+    m = 2 if not tile.lines else 6
+    weight, x, bias, values, meta = case(26, 200, m, torch.bfloat16)  # 7 words: the third split has none
     y = launch(x, values, meta, bias, activation, tile)
     assert_close(y, weight, x, bias, activation)
-    assert torch.equal(y, launch(x, values, meta, bias, activation, tile))  # the same bits
+    assert torch.equal(y, launch(x, values, meta, bias, activation, tile))
 
 
 def test_padding_reads_no_input():
@@ -80,7 +86,7 @@ def test_the_expanded_weight_is_exact(dtype):
 
 
 def test_nan_and_leading_dimensions():
-    weight, x, bias, values, meta = case(8, 64, 6, torch.bfloat16)
+    _, x, bias, values, meta = case(8, 64, 6, torch.bfloat16)
     x[5, 3] = float("nan")
     y = planes_linear(x.view(2, 3, 64), values, meta, 64, bias, "relu")
     assert y.shape == (2, 3, 8) and torch.isnan(y[1, 2]).any() and not torch.isnan(y[0]).any()
