@@ -117,13 +117,14 @@ def launch(lines: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, act
     width = lines.shape[1]
     outputs = rows // 2 if activation == "silu_mul" else rows
     unit = next(u for u in (4, 2, 1) if words % u == 0)
+    parts = tile.split > 1 or (tile.lines > 0 and outputs < rows)
     fixed: dict[str, Any] = {
         "BN": tile.rows,
         "BW": tile.words,
         "UNIT": unit,
         # without tails nothing is masked: every word and every input is there
         "TAIL": bool(words % tile.words or width != 32 * words),
-        "SPLIT": tile.split,
+        "PARTS": parts,
         "HAS_BIAS": bias is not None,
         "ACTIVATION": activation,
         "ASM": _asm(lines.device.type),
@@ -131,14 +132,13 @@ def launch(lines: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, act
         "num_stages": tile.stages,
     }
     y = lines.new_empty(m, outputs)
-    parts = tile.split > 1 or (tile.lines > 0 and outputs < rows)
     target = lines.new_empty(tile.split, m, rows, dtype=torch.float32) if parts else y
     there = y if bias is None else bias  # a pointer that is never read
     if tile.lines:
         grid = (-(-rows // tile.rows), tile.split, -(-m // tile.lines))
         _kernel(dot)[grid](
             lines, values, meta, there, target, m, rows, words // unit, width // 8,
-            BM=tile.lines, PAIRS=tile.pairs, PARTS=parts, **fixed,
+            BM=tile.lines, PAIRS=tile.pairs, **fixed,
         )  # fmt: skip
     else:
         _kernel(gemv)[(-(-(rows if parts else outputs) // tile.rows), tile.split)](
@@ -157,13 +157,14 @@ def expand_planes(values: Tensor, meta: Tensor, in_features: int, dtype: torch.d
     from sparseforge_fx.kernels.triton_dot import expand_weight
 
     rows, _, words = values.shape
-    dense = torch.empty(rows, in_features, dtype=dtype, device=values.device)
+    width = in_features + -in_features % 8  # rows that start at 16 bytes are written 16 bytes at a time
+    dense = torch.empty(rows, width, dtype=dtype, device=values.device)
     unit = next(u for u in (4, 2, 1) if words % u == 0)
     _kernel(expand_weight)[(-(-rows // 16), -(-words // 32))](
-        values, meta, dense, rows, words // unit, in_features,
+        values, meta, dense, rows, words // unit, width // 8,
         BN=16, BW=32, UNIT=unit, ASM=_asm(values.device.type), num_warps=4,
     )  # fmt: skip
-    return dense
+    return dense[:, :in_features]
 
 
 def tune(values: Tensor, meta: Tensor, in_features: int, dtype: torch.dtype, m: int, activation: str = "none") -> Tile:
@@ -175,7 +176,7 @@ def tune(values: Tensor, meta: Tensor, in_features: int, dtype: torch.dtype, m: 
 
     if values.device.type != "cuda" or m > DECODE_ROWS or dtype not in HALF_TYPES:
         raise SparseForgeError("only 16-bit weights on a CUDA device with at most 128 rows of x have tiles to tune")
-    copies = max(2, (1 << 28) // values.nbytes)
+    copies = max(2, min(64, (1 << 28) // values.nbytes))
     weights = [(values.clone(), meta.clone()) for _ in range(copies)]
     lines = torch.randn(m, in_features, device=values.device, dtype=dtype)
     outputs = values.shape[0] // 2 if activation == "silu_mul" else values.shape[0]

@@ -68,9 +68,9 @@ def _load_x(x_ptr, line, k, width, last, TAIL: tl.constexpr):
 def dot(
     x_ptr, values_ptr, meta_ptr, bias_ptr, y_ptr, m, n, word_units, x_units,
     BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PAIRS: tl.constexpr, UNIT: tl.constexpr, TAIL: tl.constexpr,
-    SPLIT: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y [m, n], or with PARTS float32 sums [SPLIT, m, n] without epilogue, for ``reduce_splits``.
+    """y [m, n], or with PARTS float32 sums [splits, m, n] without epilogue, for ``reduce_splits``.
 
     A gated activation needs PARTS: two tiles of sums in one program spill registers. ``word_units * UNIT`` is the
     number of words in a plane, ``8 * x_units`` the width of x.
@@ -81,7 +81,7 @@ def dot(
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     line = tl.program_id(2) * BM + tl.arange(0, BM)
     safe, safe_line = tl.minimum(row, n - 1), tl.minimum(line, m - 1)
-    part = tl.cdiv(tl.cdiv(words, BW), SPLIT) * BW
+    part = tl.cdiv(tl.cdiv(words, BW), tl.num_programs(1)) * BW
     start = tl.program_id(1) * part
     stop = tl.minimum(start + part, words)
     y = _tile(
@@ -99,12 +99,13 @@ def dot(
 
 @triton.jit
 def expand_weight(
-    values_ptr, meta_ptr, w_ptr, n, word_units, in_features,
+    values_ptr, meta_ptr, w_ptr, n, word_units, x_units,
     BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The dense weight [n, in_features], for products large enough that the dense GEMM's speed decides."""
+    """The dense weight [n, 8 * x_units], for products large enough that the dense GEMM's speed decides."""
     words = word_units * UNIT
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    width = x_units * 8
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     word = (tl.program_id(1) * BW + tl.arange(0, BW))[None, :]
     row = row.to(tl.int64)[:, None]
@@ -117,4 +118,4 @@ def expand_weight(
         w = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BN, 4 * BW)
         i = tl.program_id(1) * 4 * BW + tl.arange(0, 4 * BW)[None, :]
         k = p * 4 * words + i
-        tl.store(w_ptr + row * in_features + k, w, mask=(row < n) & (i < 4 * words) & (k < in_features))
+        tl.store(w_ptr + row * width + k, w, mask=(row < n) & (i < 4 * words) & (k < width))

@@ -79,9 +79,9 @@ def _store(y_ptr, bias_ptr, y, up, row, n, HAS_BIAS: tl.constexpr, ACTIVATION: t
 def gemv(
     x_ptr, values_ptr, meta_ptr, bias_ptr, y_ptr, n, word_units, x_units,
     ROWS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr, TAIL: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y [ROWS, n], or with SPLIT > 1 float32 sums [SPLIT, ROWS, outputs] without epilogue, outputs = n or 2 n if gated.
+    """y [ROWS, n], or with PARTS float32 sums [splits, ROWS, outputs] without epilogue, outputs = n or 2 n if gated.
 
     ``word_units * UNIT`` is the number of words in a plane, ``8 * x_units`` the width of x: factors that Triton's
     alignment analysis can see, and 16-byte loads depend on them.
@@ -93,15 +93,15 @@ def gemv(
     x_ptr = x_ptr.to(tl.pointer_type(tl.int64))
     GATED: tl.constexpr = ACTIVATION == "silu_mul"
     outputs = 2 * n if GATED else n
-    part = tl.cdiv(tl.cdiv(words, BW), SPLIT) * BW
+    part = tl.cdiv(tl.cdiv(words, BW), tl.num_programs(1)) * BW
     start = tl.program_id(1) * part
     stop = tl.minimum(start + part, words)
-    limit = outputs if SPLIT > 1 else n
+    limit = outputs if PARTS else n
     safe = tl.minimum(row, limit - 1)
     a0, a1, a2, a3 = _dot_rows(
         x_ptr, values_ptr, meta_ptr, safe, start, stop, words, groups, ROWS, BN, BW, TAIL, DTYPE, ASM
     )
-    if SPLIT > 1:
+    if PARTS:
         y_ptr += tl.program_id(1) * ROWS * outputs
         inside = row < outputs
         tl.store(y_ptr + row, a0, mask=inside)

@@ -63,18 +63,16 @@ def _run(tool, *arguments):
     return subprocess.run([str(TOOLS / tool), *map(str, arguments)], capture_output=True, text=True, check=True).stdout
 
 
-def tile_constants(tile, *, rows=1, tail=False, split=1, activation="none", bias=False):
+def tile_constants(tile, *, rows=1, tail=False, activation="none", bias=False):
     """The constexpr arguments of ``gemv`` or ``dot`` for a tile, as ``planes_linear.launch`` gives them."""
     shared = {
         "BN": tile.rows,
         "BW": tile.words,
         "UNIT": 4,
         "TAIL": tail,
-        "SPLIT": split,
+        "PARTS": bool(tile.lines) and activation == "silu_mul",
         "HAS_BIAS": bias,
         "ACTIVATION": activation,
         "ASM": True,
     }
-    return shared | (
-        {"BM": tile.lines, "PAIRS": tile.pairs, "PARTS": activation == "silu_mul"} if tile.lines else {"ROWS": rows}
-    )
+    return shared | ({"BM": tile.lines, "PAIRS": tile.pairs} if tile.lines else {"ROWS": rows})

@@ -63,9 +63,8 @@ def test_dot(capability):
     assert sass["LOP3"] + sass["SHF"] + sass["PRMT"] <= 7 * groups
 
 
-@pytest.mark.parametrize("lines", [16, 64])
-def test_dot_with_warp_groups(lines):
-    tile = first_tile(90, lines, pairs=True, words=16)
+def test_dot_with_warp_groups():
+    tile = first_tile(90, 64, pairs=True, words=16)
     built = compile_kernel(dot, tile_constants(tile), 90, tile.warps, tile.stages)
     groups = check(built, tile, 90)
     assert built.conversions <= 1
@@ -73,16 +72,13 @@ def test_dot_with_warp_groups(lines):
     assert built.sass["PRMT"] <= 2 * groups + 24
 
 
-def test_tails_bias_and_gates_compile_too():
+def test_tails_and_gates_sums_and_expansion_compile_too():
     capability = 90
     tile = first_tile(capability, 1)
     gated = tile_constants(tile, tail=True, activation="silu_mul", bias=True)
     check(compile_kernel(gemv, gated, capability, tile.warps), tile, capability)
-    tile = first_tile(capability, 16)
-    constants = tile_constants(tile, tail=True, activation="gelu", bias=True)
-    check(compile_kernel(dot, constants, capability, tile.warps, tile.stages), tile, capability)
     constants = {"SPLIT": 4, "BLOCK": 256, "HAS_BIAS": True, "ACTIVATION": "gelu"}
     assert compile_kernel(reduce_splits, constants, capability, 4).stack == 0
     constants = {"BN": 16, "BW": 32, "UNIT": 4, "ASM": True}
     built = compile_kernel(expand_weight, constants, capability, 4)
-    assert built.stack == 0 and built.conversions == 0 and built.sass["STG.E.128"] > 0
+    assert built.stack == 0 and built.sass["STG.E.128"] == built.sass["STG"] > 0
