@@ -104,7 +104,10 @@ class Site:
         self.blobs = []
         self.why_no_blob = cusparselt.why_not(weight)
         if self.why_no_blob is None:
-            self.blobs = [cusparselt.compress(w) for w in self.dense]
+            try:
+                self.blobs = [cusparselt.compress(w) for w in self.dense]
+            except RuntimeError as failure:
+                self.why_no_blob = str(failure)[:300]
         self.out, self.width = out, width
 
     @property
@@ -114,7 +117,7 @@ class Site:
 
 def candidates(site: Site, m: int, compiled: bool) -> dict[str, list[Call]]:
     """By name: one call per copy of the weight. ``dense`` is what the others are compared with."""
-    width, dtype = site.width, site.weight.dtype
+    width = site.width
     calls: dict[str, list[Call]] = {"dense": [partial(F.linear, weight=w) for w in site.dense]}
     if compiled:
         fast = torch.compile(F.linear, mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -124,11 +127,15 @@ def candidates(site: Site, m: int, compiled: bool) -> dict[str, list[Call]]:
     if m <= DECODE_ROWS:
         calls["decompress"] = [partial(_decompressed, values=v, meta=w, width=width) for v, w in site.planes]
     if site.blobs:
-        algorithm = cusparselt.search(site.blobs[0], site.out, width, m, dtype)
-        calls["cusparselt"] = [partial(cusparselt.linear, blob=b, algorithm=algorithm) for b in site.blobs]
-        if algorithm != 0:
-            calls["cusparselt_default"] = [partial(cusparselt.linear, blob=b) for b in site.blobs]
+        calls["cusparselt_default"] = [partial(cusparselt.linear, blob=b) for b in site.blobs]
+        searched = partial(_searched, out=site.out, width=width)
+        calls["cusparselt"] = [partial(searched, blob=b) for b in site.blobs]
     return calls
+
+
+def _searched(x: torch.Tensor, blob: torch.Tensor, out: int, width: int) -> torch.Tensor:
+    algorithm = cusparselt.search(blob, out, width, len(x), x.dtype)  # in the first call, which is not timed
+    return cusparselt.linear(x, blob, algorithm)
 
 
 def _positional(linear: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -148,7 +155,10 @@ def measure(site: Site, m: int, rounds: int, compiled: bool, tune_tiles: bool) -
         row["no_cusparselt"] = site.why_no_blob
     if tune_tiles and m <= DECODE_ROWS:
         clock = time.perf_counter()
-        row["tile"] = list(tune(*site.planes[0], site.width, x.dtype, m))
+        try:
+            row["tile"] = list(tune(*site.planes[0], site.width, x.dtype, m))
+        except Exception as failure:  # the first legal tile is timed then
+            row["tune_failed"] = f"{type(failure).__name__}: {str(failure)[:300]}"
         row["tune_seconds"] = time.perf_counter() - clock
         row["bucket"] = bucket(m)
     runs: dict[str, Callable[[], float]] = {}
