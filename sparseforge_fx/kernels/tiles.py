@@ -61,7 +61,7 @@ def bucket(m: int) -> int:
 def legal_tiles(capability: int, rows: int, words: int, lines: int) -> list[Tile]:
     """Tiles for a weight of ``rows`` rows and ``words`` words a plane, ``lines`` from :func:`bucket`; best guess first.
 
-    ``capability``: 80, 90, 120, ... Every one fits into shared memory and was compiled offline without spills.
+    ``capability``: 80, 90, 120, ... Every one fits into shared memory; offline (Triton 3.6) none of those compiled spilled a register.
     """
     shapes = _gemv_shapes(lines) if lines <= GEMV_ROWS else _dot_shapes(capability, lines)
     wide = max(32, 1 << max(words - 1, 0).bit_length())
@@ -77,7 +77,7 @@ def legal_tiles(capability: int, rows: int, words: int, lines: int) -> list[Tile
 
 
 def _gemv_shapes(lines: int) -> list[Tile]:
-    twice = [Tile(16, 128, 8)] if lines <= 2 else []  # two weight rows a thread; with more lines registers spill
+    twice = [Tile(16, 128, 8)] if lines == 1 else []  # two weight rows a thread; with more lines registers spill
     return [
         Tile(8, 128, 8),
         *twice,
