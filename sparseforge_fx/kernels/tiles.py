@@ -61,7 +61,8 @@ def bucket(m: int) -> int:
 def legal_tiles(capability: int, rows: int, words: int, lines: int) -> list[Tile]:
     """Tiles for a weight of ``rows`` rows and ``words`` words a plane, ``lines`` from :func:`bucket`; best guess first.
 
-    ``capability``: 80, 90, 120, ... Every one fits into shared memory; offline (Triton 3.6) none of those compiled spilled a register.
+    ``capability``: 80, 90, 120, ... Every one fits into shared memory; of those compiled offline (Triton 3.6) none
+    spilled a register.
     """
     shapes = _gemv_shapes(lines) if lines <= GEMV_ROWS else _dot_shapes(capability, lines)
     wide = max(32, 1 << max(words - 1, 0).bit_length())
