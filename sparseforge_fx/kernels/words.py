@@ -1,0 +1,129 @@
+"""Device functions on words of the plane layout: what the Triton kernels share.
+
+``ASM`` chooses between PTX byte permutes and the same index mathematics in plain Triton, which Triton's interpreter
+(no inline assembly) and other vendors' GPUs run. Three multiplications turn metadata fields into the selector of a byte
+permute; the constants were found by exhaustive search and are checked in ``tests/kernels/test_triton_bits.py``.
+"""
+
+import triton
+import triton.language as tl
+
+# selector of a half of a group = (two bits, 8 apart, times the factor) + base, modulo 2^16
+LOW_FACTOR = tl.constexpr(0xDE34)
+LOW_BASE = tl.constexpr(0x3210)
+HIGH_FACTOR = tl.constexpr(0x2234)
+HIGH_BASE = tl.constexpr(0x1032)
+SELECT_FACTOR = tl.constexpr(0x11)
+SELECT_BASE = tl.constexpr(0x1010)
+BYTES_02 = tl.constexpr(0x00FF00FF)
+BYTES_13 = tl.constexpr(-0x00FF0100)  # 0xFF00FF00 as int32
+
+
+@triton.jit
+def place_bits(meta):
+    """Two words that hold, 8 bits apart, whether places 0, 1 (first word) and 2, 3 (second) of a group are empty."""
+    right = (meta >> 1) & 0x7FFFFFFF
+    left7 = meta << 7
+    empty1 = right & ~((meta << 8) ^ left7)  # the second survivor stands at 2 or 3, the first not at 1
+    full3 = left7 | (meta & right)
+    low = (meta & BYTES_02) | (empty1 & BYTES_13)
+    high = ((meta >> 8) & BYTES_02) | (~full3 & BYTES_13)
+    return low, high
+
+
+@triton.jit
+def expand(pairs, meta, low, high, P: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The four weights of each group of plane P, zeros included: four tensors of ``pairs``' shape."""
+    if ASM:
+        # bits of an even plane stand where the factor wants them; of the odd plane beside it, two further left
+        SHIFT: tl.constexpr = 16 * (P // 4) + 4 * ((P % 4) // 2)
+        MASK: tl.constexpr = 0x0101 << (2 * (P % 2))
+        LOW: tl.constexpr = LOW_FACTOR >> (2 * (P % 2))
+        HIGH: tl.constexpr = HIGH_FACTOR >> (2 * (P % 2))
+        pick_low = ((low >> SHIFT) & MASK) * LOW + LOW_BASE
+        pick_high = ((high >> SHIFT) & MASK) * HIGH + HIGH_BASE
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; prmt.b32 a, $4, 0, $5; prmt.b32 b, $4, 0, $6; "
+            "mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; }",
+            "=h,=h,=h,=h,r,r,r",
+            [pairs, pick_low, pick_high],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        first, second = pair_places(meta, P)
+        w0 = _at(pairs, first, second, 0)
+        w1 = _at(pairs, first, second, 1)
+        w2 = _at(pairs, first, second, 2)
+        w3 = _at(pairs, first, second, 3)
+    return (
+        w0.to(DTYPE, bitcast=True),
+        w1.to(DTYPE, bitcast=True),
+        w2.to(DTYPE, bitcast=True),
+        w3.to(DTYPE, bitcast=True),
+    )
+
+
+@triton.jit
+def select(inputs, meta, P: tl.constexpr, ASM: tl.constexpr):
+    """The two inputs that belong to each pair of plane P, as words like the pairs. ``inputs``: int64, one a group."""
+    if ASM:
+        SHIFT: tl.constexpr = 16 * (P // 4) + 2 * (P % 4) - 1
+        fields = ((meta >> SHIFT) if SHIFT >= 0 else (meta << 1)) & 0x0606
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [inputs.to(tl.int32), (inputs >> 32).to(tl.int32), fields * SELECT_FACTOR + SELECT_BASE],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        first, second = pair_places(meta, P)
+        low = (inputs >> (16 * first).to(tl.int64)) & 0xFFFF
+        high = (inputs >> (16 * second).to(tl.int64)) & 0xFFFF
+        return (low | (high << 16)).to(tl.int32)
+
+
+@triton.jit
+def pair_places(meta, P: tl.constexpr):
+    fields = meta >> (16 * (P // 4) + 2 * (P % 4))
+    return fields & 3, (fields >> 8) & 3
+
+
+@triton.jit
+def _at(pairs, first, second, PLACE: tl.constexpr):
+    return tl.where(first == PLACE, pairs, tl.where(second == PLACE, pairs >> 16, 0)).to(tl.int16)
+
+
+@triton.jit
+def low_half(words, DTYPE: tl.constexpr):
+    """The low 16 bits of each word, a number of DTYPE, in float32."""
+    if tl.bfloat16 == DTYPE:
+        return (words << 16).to(tl.float32, bitcast=True)
+    else:
+        return words.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def high_half(words, DTYPE: tl.constexpr):
+    """The high 16 bits of each word, a number of DTYPE, in float32."""
+    if tl.bfloat16 == DTYPE:
+        return (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        return (words >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr):
+    """y in float32 through the activation; the tanh of gelu_tanh is written as a sigmoid, which is the same number."""
+    if ACTIVATION == "relu":
+        y = tl.where(y < 0, 0.0, y)  # not maximum: NaN must stay
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    elif ACTIVATION == "silu" or ACTIVATION == "silu_mul":
+        y = y * tl.sigmoid(y)
+    return y
