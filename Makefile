@@ -49,7 +49,10 @@ ifeq ($(GPU),)
 	@echo "make gpu-suite needs a CUDA device and nvidia-smi finds none; the CPU's tests are 'make test'" >&2; exit 1
 else
 	$(BIN)/python -m pytest -q -m gpu || [ $$? -eq 5 ]  # 5: no test has that mark
+	$(BIN)/python examples/benchmarks/gpu_kernels.py --minutes 4
 	$(BIN)/python examples/demo.py --prepare build/demo
+	$(BIN)/python examples/benchmarks/decode.py build/demo/model --device cuda --compile
+	$(BIN)/python examples/benchmarks/decode.py opt-6.7b --device cuda --rounds 3
 	$(BIN)/python examples/benchmarks/training_overhead.py build/demo/model --device cuda --compile
 endif
 

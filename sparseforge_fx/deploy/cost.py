@@ -116,6 +116,7 @@ def measure(
     sparse_copies = [(values.clone(), meta.clone()) for _ in range(-(-ROTATED_BYTES // (values.nbytes + meta.nbytes)))]
     found = {}
     for count in tokens:
+        target.tune(values, meta, width, count)
         x = torch.randn(count, width, generator=generator, device=device).to(dtype)
         runs = (
             _Rotation(dense_copies, partial(F.linear, x), device),

@@ -10,17 +10,24 @@ from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import Packed
+from sparseforge_fx.kernels.planes_linear import as_planes, tune_planes
 from sparseforge_fx.passes.lower_sparse_linears import as_rows
 
 
 class Target(NamedTuple):
-    """The packed layout of a device."""
+    """The packed layout of a device.
+
+    Attributes:
+        convert: a packed weight -> (values, meta) in this layout.
+        tune: (values, meta, in_features, rows of x): search the kernel's configuration before it is timed.
+    """
 
     layout: str
     convert: Callable[[Packed], tuple[Tensor, Tensor]]
+    tune: Callable[[Tensor, Tensor, int, int], object] = lambda *_: None
 
 
-TARGETS = {"cpu": Target("rows", as_rows)}
+TARGETS = {"cpu": Target("rows", as_rows), "cuda": Target("planes", as_planes, tune_planes)}
 
 
 def find_target(name: str, device: torch.device) -> Target:

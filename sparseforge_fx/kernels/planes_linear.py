@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.planes import HALF_TYPES, check_planes, planes_to_dense
+from sparseforge_fx.kernels.packed import Packed
+from sparseforge_fx.kernels.planes import HALF_TYPES, check_planes, planes_to_dense, to_planes
 from sparseforge_fx.kernels.tiles import DECODE_ROWS, Tile, bucket, capability_of, legal_tiles, pick, remember
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -79,6 +80,31 @@ def _planes_linear(
         tile = pick(x.device, outputs, values.shape[2], bucket(m), x.dtype)
         y = launch(lines, values, meta, bias, activation, tile)
     return y.view(*x.shape[:-1], outputs)
+
+
+def as_planes(packed: Packed) -> tuple[Tensor, Tensor]:
+    """The layout ``planes`` of :func:`~sparseforge_fx.kernels.sparse_linear.sparse_linear`: pairs in the weight's own
+    dtype, [out, 8, 2 W], and metadata."""
+    words, meta = to_planes(packed)
+    return words.view(packed.values.dtype), meta
+
+
+def as_words(values: Tensor) -> Tensor:
+    """Pairs in the weight's dtype as the integers that the kernels read."""
+    return values.view(torch.int32 if values.element_size() == 2 else torch.int64)
+
+
+def planes_dense(values: Tensor, meta: Tensor, in_features: int) -> Tensor:
+    """The dense weight [out, in] of a weight from :func:`as_planes`."""
+    expand = expand_planes if values.is_cuda and values.dtype in HALF_TYPES else planes_to_dense
+    return expand(as_words(values), meta, in_features, values.dtype)
+
+
+def planes_product(
+    x: Tensor, values: Tensor, meta: Tensor, in_features: int, bias: Tensor | None, activation: str
+) -> Tensor:
+    """:func:`planes_linear` of a weight from :func:`as_planes`."""
+    return planes_linear(x, as_words(values), meta, in_features, bias, activation)
 
 
 def _dense(lines: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -195,6 +221,12 @@ def tune(values: Tensor, meta: Tensor, in_features: int, dtype: torch.dtype, m: 
         raise SparseForgeError(f"no tile runs {tuple(values.shape)} words on {values.device}: keep this weight dense")
     remember(values.device, outputs, values.shape[2], bucket(m), dtype, best[1])
     return best[1]
+
+
+def tune_planes(values: Tensor, meta: Tensor, in_features: int, m: int) -> None:
+    """:func:`tune` of a weight from :func:`as_planes`, where there is anything to tune."""
+    if m <= DECODE_ROWS and values.dtype in HALF_TYPES:
+        tune(as_words(values), meta, in_features, values.dtype, m)
 
 
 def _kernel(kernel: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.packed import Packed, check_shapes, unpack
+from sparseforge_fx.kernels.planes_linear import planes_dense, planes_product
 
 aten = torch.ops.aten
 
@@ -94,7 +95,7 @@ def _rows_linear_on_cpu(
 KERNELS: dict[tuple[str, str], Kernel] = {
     ("cpu", "rows"): Kernel(_rows_dense_on_cpu, _rows_linear_on_cpu),
 }
-_ANY_DEVICE = {"rows": Kernel(_unpack_rows, lambda *_: None)}
+_ANY_DEVICE = {"rows": Kernel(_unpack_rows, lambda *_: None), "planes": Kernel(planes_dense, planes_product)}
 
 
 def _kernel(device: torch.device, layout: str) -> Kernel:
