@@ -18,9 +18,18 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.capture import capture, make_example_inputs
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.passes import find_linears, harden_masks, run_passes, train_passes
+from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.passes import (
+    deploy_passes,
+    find_linears,
+    harden_masks,
+    merge_parallel_linears,
+    run_passes,
+    train_passes,
+)
 from sparseforge_fx.passes.find_linears import LINEAR_OPS, eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
+from sparseforge_fx.passes.lower_sparse_linears import as_rows, keep_dense
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask, to_groups
 
 SIZE = {
@@ -197,3 +206,11 @@ def test_model(entry: Entry):
     assert len({sum(count[str(op)] for op in LINEAR_OPS) for count in counts}) == 1, (
         "plain linears are back, all of them"
     )
+
+    # lowered: the same over packed weights
+    chosen = keep_dense(program, find_linears(program))
+    merged, _ = run_passes(program, [lambda p: merge_parallel_linears(p, chosen)])
+    chosen = keep_dense(merged, find_linears(merged))
+    lowered, _ = run_passes(merged, deploy_passes(chosen, layout="rows", convert=as_rows))
+    assert lowered.op_counts()[str(OP)] == sum(len(s.uses) for s in eligible(chosen)) > 0
+    check(step(lowered.module(), batch, []), expected, exact=False)
