@@ -147,9 +147,11 @@ def test_many_threads_at_once():
 def fresh():
     for cached in (cpu._load, cpu.instruction_sets, cpu.instruction_set):
         cached.cache_clear()
+    torch.ops.sparseforge_cpu.use("", 0, 0)
     yield
     for cached in (cpu._load, cpu.instruction_sets, cpu.instruction_set):
         cached.cache_clear()
+    torch.ops.sparseforge_cpu.use("", 0, 0)
 
 
 def test_without_a_compiler_it_is_plain_torch_and_one_warning(fresh, monkeypatch, tmp_path):
