@@ -28,7 +28,7 @@ MAX_ROWS = {torch.bfloat16: 128, torch.float32: 64}
 
 
 def available() -> bool:
-    """Whether the C++ kernels are there; the first call builds them (20 s) or, if that fails, warns."""
+    """Whether the C++ kernels are there; the first call builds them (half a minute) or, if that fails, warns."""
     with _LOCK:
         return _load()
 

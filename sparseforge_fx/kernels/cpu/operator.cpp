@@ -91,7 +91,12 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& values, const at::Tenso
     return linear_operator().redispatch(kPython, x, values, meta, layout, in_features, bias, activation);
   if (x.numel() / in_features <= max_rows(x.scalar_type()))
     return rows_linear(x, values, meta, in_features, bias, *act, static_cast<Isa>(isa_in_use.load()));
-  return activate(at::linear(x, rows_dense(values, meta, in_features), bias), *act);
+  // as rows: at::linear of three dimensions may take another path, with other bits
+  const auto rows = x.reshape({-1, in_features});
+  const auto y = activate(at::linear(rows, rows_dense(values, meta, in_features), bias), *act);
+  auto sizes = x.sizes().vec();
+  sizes.back() = y.size(1);
+  return y.view(sizes);
 }
 
 at::Tensor dense(const at::Tensor& values, const at::Tensor& meta, c10::string_view layout, int64_t in_features) {
