@@ -1,7 +1,8 @@
 """``sparseforge::sparse_linear``: a linear whose 2:4 weight stays packed.
 
 A plain operator: it exports, compiles with any batch size in one graph, and trains what lies around it (gradients to x
-and bias, none to the packed weight). What runs is chosen by device and by the weight's layout: see ``KERNELS``.
+and bias, none to the packed weight). What runs is chosen by device and by the weight's layout: see ``KERNELS``. Once
+the C++ library for CPUs is in use, usual calls on packed rows skip this file: ``cpu/operator.cpp`` does the same.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = grad @ DENSE_OP(values.detach(), meta, layout, in_features)
-    if ctx.needs_input_grad[5]:
+    if ctx.needs_input_grad[5:6] == (True,):  # the dispatcher drops trailing arguments that equal their defaults
         grad_bias = grad.sum_to_size(grad.shape[-1])
     return grad_x, None, None, None, None, grad_bias, None
 

@@ -15,7 +15,7 @@ from sparse_cases import assert_correct, random_linear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.packed import unpack
-from sparseforge_fx.kernels.sparse_linear import ACTIVATIONS, sparse_linear
+from sparseforge_fx.kernels.sparse_linear import ACTIVATIONS, DENSE_OP, KERNELS, OP, Kernel, sparse_linear
 
 ISAS = cpu.instruction_sets()
 DTYPES = [torch.bfloat16, torch.float32]
@@ -147,9 +147,11 @@ def test_many_threads_at_once():
 def fresh():
     for cached in (cpu._load, cpu.instruction_sets, cpu.instruction_set):
         cached.cache_clear()
+    torch.ops.sparseforge_cpu.use("", 0, 0)
     yield
     for cached in (cpu._load, cpu.instruction_sets, cpu.instruction_set):
         cached.cache_clear()
+    torch.ops.sparseforge_cpu.use("", 0, 0)
 
 
 def test_without_a_compiler_it_is_plain_torch_and_one_warning(fresh, monkeypatch, tmp_path):
@@ -164,6 +166,74 @@ def test_without_a_compiler_it_is_plain_torch_and_one_warning(fresh, monkeypatch
         warnings.simplefilter("error")
         sparse_linear(x, packed.values, packed.bitmask, "rows", 36)
     assert cpu.instruction_sets() == () and not list((tmp_path / "sparseforge_fx").iterdir())
+
+
+@pytest.fixture
+def only_python():
+    """The operator as it is without its C++ half."""
+    cpu.instruction_set()
+    torch.ops.sparseforge_cpu.use("", 0, 0)
+    yield
+    cpu.instruction_set.cache_clear()
+    cpu.instruction_set()
+
+
+CALLS = [
+    (dtype, leading, has_bias, activation)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+    for leading in ((), (1,), (2, 3), (0,), (2, 0, 3), (65,), (129,), (5, 30))
+    for has_bias, activation in zip((False, True) * 3, ACTIVATIONS, strict=True)
+]
+
+
+def outputs():
+    results = []
+    for dtype, leading, has_bias, activation in CALLS:
+        packed, bias = random_linear(22, 44, dtype)
+        x = torch.randn(*leading, 88, generator=torch.Generator().manual_seed(1)).to(dtype)[..., ::2]
+        with torch.no_grad():
+            results.append(OP(x, *packed[:2], "rows", 44, bias if has_bias else None, activation))
+        results.append(DENSE_OP(*packed[:2], "rows", 44))
+    return results
+
+
+def test_both_halves_of_the_operator_give_the_same_bits(only_python):
+    expected = outputs()
+    cpu.instruction_set.cache_clear()
+    cpu.instruction_set()
+    for a, b in zip(outputs(), expected, strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+
+
+def test_usual_calls_never_reach_python(monkeypatch):
+    def reached(*_):
+        raise AssertionError
+
+    monkeypatch.setitem(KERNELS, ("cpu", "rows"), Kernel(reached, reached))
+    for dtype, rows in itertools.product((torch.bfloat16, torch.float32, torch.float16), (0, 1, 200)):
+        packed, bias = random_linear(8, 36, dtype)
+        x = torch.randn(rows, 1, 36).to(dtype)
+        for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+            with mode:
+                sparse_linear(x, *packed[:2], "rows", 36, bias, "silu_mul")
+        with torch.no_grad():
+            assert not sparse_linear(x.requires_grad_(), *packed[:2], "rows", 36).requires_grad
+        with pytest.raises(AssertionError):
+            sparse_linear(x.double(), packed.values.double(), packed.bitmask, "rows", 36)
+
+
+def test_other_layouts_and_wrong_input_reach_python(monkeypatch):
+    packed, bias = random_linear(8, 36, torch.float32)
+    kernel = Kernel(lambda values, *_: values + 1, lambda x, *_: x.new_full((x.shape[0], 8), 7))
+    monkeypatch.setitem(KERNELS, ("cpu", "planes"), kernel)
+    x = torch.randn(2, 3, 36)
+    for inputs in (x, x.clone().requires_grad_()):
+        assert torch.equal(OP(inputs, *packed[:2], "planes", 36, bias), torch.full((2, 3, 8), 7.0))
+        for wrong in ((inputs[..., :35], "rows"), (inputs, "columns")):
+            for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+                with mode, pytest.raises(SparseForgeError):
+                    OP(wrong[0], *packed[:2], wrong[1], 36, bias)
+    assert torch.equal(DENSE_OP(*packed[:2], "planes", 36), packed.values + 1)
 
 
 def test_the_environment_chooses_the_instruction_set(fresh, monkeypatch):

@@ -81,6 +81,15 @@ def test_gradients_are_those_of_the_dense_linear(dtype, activation):
         torch.testing.assert_close(a, b, rtol=rounding, atol=rounding * b.abs().max().item())
 
 
+def test_gradients_without_a_bias():
+    packed, _ = random_linear(16, 36, torch.float32)
+    x = torch.randn(4, 36).requires_grad_()
+    for arguments in ((), (None,), (None, "silu")):
+        y = OP(x, *packed[:2], "rows", 36, *arguments)
+        expected = reference(x, packed, *arguments)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
 def test_lora_beside_a_packed_weight_learns():
     packed, bias = random_linear(16, 32, torch.float32)
     a, b = torch.randn(4, 32).requires_grad_(), torch.zeros(16, 4, requires_grad=True)

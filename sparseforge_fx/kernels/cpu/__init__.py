@@ -20,7 +20,7 @@ import torch
 from sparseforge_fx.errors import SparseForgeError
 
 ISA_VARIABLE = "SPARSEFORGE_CPU_ISA"
-_SOURCES = ("rows_linear.cpp", "primitives.h", "tile.h", "finish.h", "amx.h")
+_SOURCES = ("operator.cpp", "rows_linear.cpp", "rows_linear.h", "primitives.h", "tile.h", "finish.h", "amx.h")
 _LOCK = threading.Lock()
 
 # Beyond so many rows of x, expanding the weight for torch's dense product wins
@@ -28,7 +28,7 @@ MAX_ROWS = {torch.bfloat16: 128, torch.float32: 64}
 
 
 def available() -> bool:
-    """Whether the C++ kernels are there; the first call builds them (20 s) or, if that fails, warns."""
+    """Whether the C++ kernels are there; the first call builds them (half a minute) or, if that fails, warns."""
     with _LOCK:
         return _load()
 
@@ -42,7 +42,8 @@ def instruction_sets() -> tuple[str, ...]:
 
 @functools.cache
 def instruction_set() -> str:
-    """The one in use: the best, or the environment variable SPARSEFORGE_CPU_ISA (read once).
+    """The one in use: the best, or the environment variable SPARSEFORGE_CPU_ISA (read once). From the first call on,
+    ``sparseforge::sparse_linear`` of packed rows runs in C++ alone.
 
     Raises SparseForgeError if the variable names one that this machine does not have.
     """
@@ -50,6 +51,7 @@ def instruction_set() -> str:
     wanted = os.environ.get(ISA_VARIABLE) or known[-1]
     if wanted not in known:
         raise SparseForgeError(f"{ISA_VARIABLE}={wanted} is not one of this machine's {', '.join(known)}")
+    torch.ops.sparseforge_cpu.use(wanted, MAX_ROWS[torch.bfloat16], MAX_ROWS[torch.float32])
     return wanted
 
 
@@ -57,7 +59,7 @@ def rows_linear(x, values, bitmask, in_features, bias=None, activation="none", i
     """act(x W^T + b) by the C++ kernel; call only if :func:`available`.
 
     Args:
-        x: [rows, in], bfloat16 or float32; values, bitmask, in_features: a 2-D ``Packed`` of the same dtype.
+        x: [..., in], bfloat16 or float32; values, bitmask, in_features: a 2-D ``Packed`` of the same dtype.
         isa: one of :func:`instruction_sets`; None for the one in use.
 
     Sums are float32. Every output is summed by one thread in an order that depends on the number of rows only: the
@@ -113,7 +115,7 @@ def _build(library: Path) -> None:
     try:
         load(
             library.stem,
-            [str(Path(__file__).with_name("rows_linear.cpp"))],
+            [str(Path(__file__).with_name(source)) for source in _SOURCES if source.endswith(".cpp")],
             extra_cflags=flags,
             build_directory=folder,
             is_python_module=False,

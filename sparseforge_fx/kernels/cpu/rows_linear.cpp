@@ -2,8 +2,9 @@
 //
 // The instruction set is chosen at run time; one library serves every x86-64 machine, and the portable code any other.
 
+#include "rows_linear.h"
+
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -20,8 +21,6 @@ constexpr int64_t kAhead = 1024;     // bytes from the values in use to those th
 constexpr int64_t kMaskAhead = 128;  // the same of the bitmask
 constexpr int64_t kAmxColumns = 4;   // tile registers pay from so many rows of x
 
-enum class Activation { none, relu, gelu, gelu_tanh, silu, silu_mul };
-
 struct Job {
   const void* values;   // [out, padded / 2]
   const uint8_t* mask;  // [out, padded / 8]
@@ -37,7 +36,6 @@ struct Job {
 namespace sparseforge {
 namespace {
 
-enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
 const std::vector<std::string> kIsaNames = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 bool supported(Isa isa) {
@@ -69,19 +67,6 @@ std::vector<std::string> instruction_sets() {
   for (size_t i = 0; i < kIsaNames.size(); ++i)
     if (supported(static_cast<Isa>(i))) names.push_back(kIsaNames[i]);
   return names;
-}
-
-Isa isa_named(const std::string& name) {
-  for (size_t i = kIsaNames.size(); i-- > 0;)
-    if ((name.empty() || name == kIsaNames[i]) && supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
-  TORCH_CHECK(false, "this machine has no instruction set '", name, "'");
-}
-
-Activation activation_named(const std::string& name) {
-  static const std::vector<std::string> names = {"none", "relu", "gelu", "gelu_tanh", "silu", "silu_mul"};
-  for (size_t i = 0; i < names.size(); ++i)
-    if (names[i] == name) return static_cast<Activation>(i);
-  TORCH_CHECK(false, "unknown activation '", name, "'");
 }
 
 // One instruction set's functions for weights of type S.
@@ -178,27 +163,52 @@ void run(const S* x, int64_t columns, int64_t in, const S* values, const uint8_t
   });
 }
 
-at::Tensor rows_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
-                       const std::optional<at::Tensor>& bias, c10::string_view activation, c10::string_view isa) {
-  const Activation act = activation_named(std::string(activation));
+}  // namespace
+
+Isa isa_named(std::string_view name) {
+  for (size_t i = kIsaNames.size(); i-- > 0;)
+    if ((name.empty() || name == kIsaNames[i]) && supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
+  TORCH_CHECK(false, "this machine has no instruction set '", name, "'");
+}
+
+std::optional<Activation> activation_named(std::string_view name) {
+  static constexpr std::string_view names[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "silu_mul"};
+  for (size_t i = 0; i < std::size(names); ++i)
+    if (names[i] == name) return static_cast<Activation>(i);
+  return std::nullopt;
+}
+
+bool is_packed(const at::Tensor& values, const at::Tensor& mask, int64_t in_features) {
   const int64_t padded = (in_features + 7) / 8 * 8;
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == in_features && values.dim() == 2 && mask.dim() == 2, "wrong shapes");
-  TORCH_CHECK(values.size(1) * 2 == padded && mask.size(1) * 8 == padded && mask.size(0) == values.size(0) &&
-              mask.scalar_type() == at::kByte && values.scalar_type() == x.scalar_type(), "not a packed weight");
+  return in_features > 0 && values.dim() == 2 && mask.dim() == 2 && values.size(1) * 2 == padded &&
+         mask.size(1) * 8 == padded && mask.size(0) == values.size(0) && mask.scalar_type() == at::kByte;
+}
+
+bool fits(const at::Tensor& x, const at::Tensor& values, int64_t in_features, const std::optional<at::Tensor>& bias,
+          Activation activation) {
   const int64_t out_features = values.size(0);
-  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == x.scalar_type()),
-              "wrong bias");
-  const bool gated = act == Activation::silu_mul;
-  TORCH_CHECK(!gated || out_features % 2 == 0, "silu_mul needs an even number of outputs");
+  const auto same = [&](const at::Tensor& t) { return t.is_cpu() && t.scalar_type() == values.scalar_type(); };
+  return x.dim() > 0 && x.size(-1) == in_features && same(x) &&
+         (!bias || (bias->dim() == 1 && bias->size(0) == out_features && same(*bias))) &&
+         (activation != Activation::silu_mul || out_features % 2 == 0);
+}
+
+at::Tensor rows_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
+                       const std::optional<at::Tensor>& bias, Activation act, Isa isa) {
+  TORCH_CHECK(is_packed(values, mask, in_features), "not a packed weight");
+  TORCH_CHECK(fits(x, values, in_features, bias, act), "x, bias or activation does not fit the packed weight");
+  const int64_t out_features = values.size(0);
   const at::Tensor xc = x.contiguous(), vc = values.contiguous(), mc = mask.contiguous();
   const at::Tensor bc = bias ? bias->contiguous() : at::Tensor();
-  at::Tensor y = at::empty({x.size(0), gated ? out_features / 2 : out_features}, x.options());
+  auto sizes = x.sizes().vec();
+  sizes.back() = act == Activation::silu_mul ? out_features / 2 : out_features;
+  at::Tensor y = at::empty(sizes, x.options());
   if (y.numel() == 0) return y;
   const auto call = [&](auto zero) {
     using S = decltype(zero);
-    run<S>(static_cast<const S*>(xc.const_data_ptr()), x.size(0), in_features,
+    run<S>(static_cast<const S*>(xc.const_data_ptr()), x.numel() / in_features, in_features,
            static_cast<const S*>(vc.const_data_ptr()), mc.const_data_ptr<uint8_t>(), out_features,
-           bias ? static_cast<const S*>(bc.const_data_ptr()) : nullptr, act, isa_named(std::string(isa)),
+           bias ? static_cast<const S*>(bc.const_data_ptr()) : nullptr, act, isa,
            static_cast<S*>(y.mutable_data_ptr()));
   };
   if (x.scalar_type() == at::kBFloat16) {
@@ -210,7 +220,8 @@ at::Tensor rows_linear(const at::Tensor& x, const at::Tensor& values, const at::
   return y;
 }
 
-// The dense weight [out, in]. Moves bits: any type of two or four bytes.
+namespace {
+
 template <class T>
 void expand_all(const T* values, const uint8_t* mask, int64_t out_features, int64_t in, T* dense) {
   const int64_t padded = (in + 7) / 8 * 8;
@@ -228,10 +239,10 @@ void expand_all(const T* values, const uint8_t* mask, int64_t out_features, int6
   });
 }
 
+}  // namespace
+
 at::Tensor rows_dense(const at::Tensor& values, const at::Tensor& mask, int64_t in_features) {
-  const int64_t padded = (in_features + 7) / 8 * 8;
-  TORCH_CHECK(values.dim() == 2 && mask.dim() == 2 && values.size(1) * 2 == padded && mask.size(1) * 8 == padded &&
-              mask.size(0) == values.size(0) && mask.scalar_type() == at::kByte, "not a packed weight");
+  TORCH_CHECK(is_packed(values, mask, in_features), "not a packed weight");
   const at::Tensor vc = values.contiguous(), mc = mask.contiguous();
   at::Tensor dense = at::empty({values.size(0), in_features}, values.options());
   const auto* bits = mc.const_data_ptr<uint8_t>();
@@ -246,6 +257,16 @@ at::Tensor rows_dense(const at::Tensor& values, const at::Tensor& mask, int64_t 
   return dense;
 }
 
+namespace {
+
+at::Tensor rows_linear_named(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask,
+                             int64_t in_features, const std::optional<at::Tensor>& bias, c10::string_view activation,
+                             c10::string_view isa) {
+  const auto act = activation_named(activation);
+  TORCH_CHECK(act, "unknown activation '", activation, "'");
+  return rows_linear(x, values, mask, in_features, bias, *act, isa_named(isa));
+}
+
 }  // namespace
 }  // namespace sparseforge
 
@@ -258,6 +279,6 @@ TORCH_LIBRARY(sparseforge_cpu, m) {
 }
 
 TORCH_LIBRARY_IMPL(sparseforge_cpu, CPU, m) {
-  m.impl("rows_linear", &sparseforge::rows_linear);
+  m.impl("rows_linear", &sparseforge::rows_linear_named);
   m.impl("rows_dense", &sparseforge::rows_dense);
 }

@@ -1,0 +1,34 @@
+// The kernels on packed rows, for whoever calls them from C++.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+namespace sparseforge {
+
+enum class Activation { none, relu, gelu, gelu_tanh, silu, silu_mul };
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
+
+std::optional<Activation> activation_named(std::string_view name);
+
+// The best one if `name` is empty; throws if this machine does not have it.
+Isa isa_named(std::string_view name);
+
+// Whether this is a 2-D weight [out, in_features] as packed.py writes it. Reads no data: a damaged bitmask gives wrong
+// numbers, but no access outside the tensors.
+bool is_packed(const at::Tensor& values, const at::Tensor& mask, int64_t in_features);
+
+// What the kernels ask of x, bias and activation, besides a packed weight.
+bool fits(const at::Tensor& x, const at::Tensor& values, int64_t in_features, const std::optional<at::Tensor>& bias,
+          Activation activation);
+
+// act(x W^T + bias): [..., in_features] -> [..., out], or [..., out / 2] with silu_mul. bfloat16 or float32.
+at::Tensor rows_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
+                       const std::optional<at::Tensor>& bias, Activation activation, Isa isa);
+
+// The dense weight [out, in_features]. Moves bits: any type of two or four bytes.
+at::Tensor rows_dense(const at::Tensor& values, const at::Tensor& mask, int64_t in_features);
+
+}  // namespace sparseforge
