@@ -174,7 +174,7 @@ def _linear(x, values, meta, layout, in_features, bias=None, activation="none"):
     y = kernel.linear(rows, values, meta, in_features, bias, activation)
     if y is None:
         y = ACTIVATIONS[activation].forward(F.linear(rows, kernel.dense(values, meta, in_features), bias))
-    return y.view(*x.shape[:-1], width)
+    return aten._unsafe_view(y, [*x.shape[:-1], width])  # no view: autograd forbids writing into one of an operator's
 
 
 @torch.library.impl("sparseforge::dense_weight", "CompositeExplicitAutograd")

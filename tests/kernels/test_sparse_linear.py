@@ -50,6 +50,20 @@ def test_strides():
         assert torch.equal(apply(x, packed, bias), apply(x.contiguous(), packed, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(20,), (3, 20), (2, 3, 20), (2, 100, 20)])
+def test_outputs_can_be_written_into(dtype, shape):
+    packed, bias = random_linear(12, 20, dtype)
+    for needs in (False, True):
+        x = torch.randn(shape).to(dtype).requires_grad_(needs)
+        y = apply(x, packed, bias)
+        before = y.detach().clone()
+        y += 1
+        assert torch.equal(y, before + 1)
+        if needs:
+            y.sum().backward()
+
+
 def test_more_rows_than_the_kernel_takes_go_through_the_dense_weight():
     for dtype, limit in cpu.MAX_ROWS.items():
         packed, bias = random_linear(10, 36, dtype)

@@ -9,6 +9,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
@@ -96,7 +97,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& values, const at::Tenso
   const auto y = activate(at::linear(rows, rows_dense(values, meta, in_features), bias), *act);
   auto sizes = x.sizes().vec();
   sizes.back() = y.size(1);
-  return y.view(sizes);
+  return at::_unsafe_view(y, sizes);  // no view: autograd forbids writing into one of an operator's
 }
 
 at::Tensor dense(const at::Tensor& values, const at::Tensor& meta, c10::string_view layout, int64_t in_features) {
