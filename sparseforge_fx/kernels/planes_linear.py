@@ -7,7 +7,6 @@ imported, and plain torch otherwise. Registered through ``torch.library.triton_o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -17,18 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.packed import Packed
 from sparseforge_fx.kernels.planes import HALF_TYPES, check_planes, planes_to_dense, to_planes
 from sparseforge_fx.kernels.tiles import DECODE_ROWS, Tile, bucket, capability_of, legal_tiles, pick, remember
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-    "silu_mul": lambda y: F.silu(y[..., : y.shape[-1] // 2]) * y[..., y.shape[-1] // 2 :],
-}
 
 
 def planes_linear(
@@ -108,7 +99,7 @@ def planes_product(
 
 
 def _dense(lines: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](F.linear(lines, weight, None if bias is None else bias.to(lines.dtype)))
+    return ACTIVATIONS[activation].forward(F.linear(lines, weight, None if bias is None else bias.to(lines.dtype)))
 
 
 def _kernels_run(x: Tensor) -> bool:

@@ -16,39 +16,11 @@ from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.packed import Packed, check_shapes, unpack
 from sparseforge_fx.kernels.planes_linear import planes_dense, planes_product
 
 aten = torch.ops.aten
-
-
-def _silu_mul(y: Tensor) -> Tensor:
-    gate, up = y.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def _silu_mul_backward(grad: Tensor, y: Tensor) -> Tensor:
-    gate, up = y.chunk(2, -1)
-    return torch.cat([aten.silu_backward(grad * up, gate), grad * F.silu(gate)], -1)
-
-
-class Activation(NamedTuple):
-    """An activation on the outputs, and its backward: (gradient, value before the activation) -> gradient."""
-
-    forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
-
-ACTIVATIONS = {
-    "none": Activation(lambda y: y, lambda grad, y: grad),
-    "relu": Activation(F.relu, lambda grad, y: aten.threshold_backward(grad, y, 0)),
-    "gelu": Activation(F.gelu, lambda grad, y: aten.gelu_backward(grad, y)),
-    "gelu_tanh": Activation(
-        lambda y: F.gelu(y, approximate="tanh"), lambda grad, y: aten.gelu_backward(grad, y, approximate="tanh")
-    ),
-    "silu": Activation(F.silu, lambda grad, y: aten.silu_backward(grad, y)),
-    "silu_mul": Activation(_silu_mul, _silu_mul_backward),
-}
 
 
 def reference(x: Tensor, packed: Packed, bias: Tensor | None = None, activation: str = "none") -> Tensor:

@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.packed import pack
 from sparseforge_fx.kernels.planes import to_planes
-from sparseforge_fx.kernels.planes_linear import ACTIVATIONS, expand_planes, launch, planes_linear
+from sparseforge_fx.kernels.planes_linear import expand_planes, launch, planes_linear
 from sparseforge_fx.kernels.tiles import Tile
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
@@ -28,7 +29,7 @@ def case(out, width, m, dtype, seed=0):
 def assert_close(y, weight, x, bias, activation="none"):
     """Rounding of the result, and of K float32 sums; a product of two rounded halves may lose twice."""
     double = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    expected = ACTIVATIONS[activation](double)
+    expected = ACTIVATIONS[activation].forward(double)
     size = F.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
     if activation == "silu_mul":
         half = size.shape[-1] // 2

@@ -14,8 +14,9 @@ from sparse_cases import assert_correct, random_linear
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.packed import unpack
-from sparseforge_fx.kernels.sparse_linear import ACTIVATIONS, DENSE_OP, KERNELS, OP, Kernel, sparse_linear
+from sparseforge_fx.kernels.sparse_linear import DENSE_OP, KERNELS, OP, Kernel, sparse_linear
 
 ISAS = cpu.instruction_sets()
 DTYPES = [torch.bfloat16, torch.float32]

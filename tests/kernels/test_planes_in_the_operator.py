@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from sparse_cases import assert_correct, random_linear
 
 from sparseforge_fx.kernels import cusparselt
+from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.packed import unpack
 from sparseforge_fx.kernels.planes_linear import as_planes
-from sparseforge_fx.kernels.sparse_linear import ACTIVATIONS, DENSE_OP, OP, sparse_linear
+from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP, sparse_linear
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]

@@ -10,8 +10,9 @@ from sparse_cases import assert_correct, random_linear
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.packed import pack, unpack
-from sparseforge_fx.kernels.sparse_linear import ACTIVATIONS, DENSE_OP, OP, reference, sparse_linear
+from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP, reference, sparse_linear
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
 
