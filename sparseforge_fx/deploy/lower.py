@@ -45,7 +45,8 @@ def lower(
         gate: False packs every 2:4 weight, whatever its speed.
 
     Returns a GraphModule that is called as the model is; ``.report`` has sites, skipped linears with reasons, the cost
-    table, and bytes of the linears before and after. Raises SparseForgeError if no weight is 2:4.
+    table, bytes of the linears before and after, and ``scratch_bytes``: the largest packed weight in dense form, which
+    prefill expands one at a time. Raises SparseForgeError if no weight is 2:4.
     """
     known = cost.check_request(batch, table)
     program = capture(model, example_inputs)
@@ -75,6 +76,7 @@ def lower(
         "batch": list(batch),
         "dense_bytes": sum(dense_bytes.values()),
         "lowered_bytes": sum(packed.values()) + stayed,
+        "scratch_bytes": max((s.numel * s.dtype.itemsize for s in eligible(sites)), default=0),
         "passes": [r._asdict() for r in (*records, *more)],
         **environment(),
     }

@@ -73,7 +73,7 @@ def lower_modules(
     chosen = find_target(target, device)
     shapes = {name: cost.Shape.of(weight.shape[0], weight.shape[1], weight.dtype) for name, weight in weights.items()}
     timings = cost.timings(shapes.values(), batch, device, chosen, known) if gate else {}
-    before = after = 0
+    before = after = scratch = 0
     lowered = []
     for name, module in sites.items():
         weight = weights.pop(name)
@@ -87,6 +87,7 @@ def lower_modules(
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, sparse)
         size = sparse.values.nbytes + sparse.where.nbytes
+        scratch = max(scratch, weight.nbytes)
         lowered.append({"name": name, "out": sparse.out_features, "in": sparse.in_features, "bytes": size})
         after += size
     return {
@@ -96,6 +97,7 @@ def lower_modules(
         "batch": list(batch),
         "dense_bytes": before,
         "lowered_bytes": after,
+        "scratch_bytes": scratch,
         **environment(),
     }
 

@@ -32,6 +32,7 @@ def test_every_site_of_a_llama(sparse_llama):
     )  # fmt: skip
     assert {s["name"] for s in report["skipped"]} == {"lm_head.weight", "model.embed_tokens.weight"}
     assert report["lowered_bytes"] <= 0.6 * report["dense_bytes"]
+    assert report["scratch_bytes"] == 128 * 32 * 4  # gate/up: the largest
     assert json.loads(json.dumps(report)) == report
     for rows, length in ((1, 1), (3, 9)):
         batch = found.batch(rows=rows, length=length)

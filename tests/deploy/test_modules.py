@@ -26,6 +26,7 @@ def test_generate_gives_the_same_tokens(captured_once, name, count):
     assert len(report["sites"]) == count == sum(isinstance(m, SparseLinear) for m in model.modules())
     assert [s["name"] for s in report["skipped"]] == ["lm_head"]
     assert report["lowered_bytes"] <= 0.6 * report["dense_bytes"]
+    assert report["scratch_bytes"] == max(s["out"] * s["in"] * 4 for s in report["sites"])
     batch = found.batch()
     torch.testing.assert_close(model(**batch).logits, dense(**batch).logits, rtol=1e-4, atol=1e-5)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
