@@ -15,11 +15,11 @@
 namespace sparseforge {
 
 constexpr int64_t kTileRows = 16;    // weight rows (outputs) per task: one tile register, one cache line of float32
-constexpr int64_t kMaxColumns = 64;  // rows of x per pass over a tile; beyond, the packed rows come from the cache
+constexpr int64_t kMaxColumns = 64;  // rows of x per pass over the weight
+constexpr int64_t kMinColumns = 32;  // the same where rows of x are long: fewer would not pay for expanding again
 constexpr int64_t kChunk = 512;      // inputs that are expanded at a time
 constexpr int64_t kAhead = 1024;     // bytes from the values in use to those that are prefetched
 constexpr int64_t kMaskAhead = 128;  // the same of the bitmask
-constexpr int64_t kMinColumns = 32;  // the same for long rows of x: fewer would not pay for expanding again
 constexpr int64_t kPassBytes = 1 << 20;  // of x per pass, to stay in the second-level cache
 constexpr int64_t kAmxColumns = 2;   // tile registers pay from so many rows of x
 
@@ -151,11 +151,12 @@ void run(const S* x, int64_t columns, int64_t in, const S* values, const uint8_t
     if (kernel.needs_tiles) registers.emplace();
 #endif
     alignas(64) float sums[kMaxColumns * kTileRows], second[kMaxColumns * kTileRows];
-    for (int64_t t = from; t < to; ++t) {
-      const int64_t first = t * kTileRows, count = std::min(kTileRows, width - first);
-      for (int64_t m = 0; m < columns; m += pass) {
-        const int64_t part = std::min(pass, columns - m);
-        const char* rows = static_cast<const char*>(prepared) + m * stride * kernel.elem_bytes;
+    // passes outside: their x stays in the cache for all tiles, and reading the packed weight again costs less
+    for (int64_t m = 0; m < columns; m += pass) {
+      const int64_t part = std::min(pass, columns - m);
+      const char* rows = static_cast<const char*>(prepared) + m * stride * kernel.elem_bytes;
+      for (int64_t t = from; t < to; ++t) {
+        const int64_t first = t * kTileRows, count = std::min(kTileRows, width - first);
         kernel.tile(job, rows, part, first, width - 1, sums);
         if (gated) kernel.tile(job, rows, part, width + first, 2 * width - 1, second);
         for (int64_t i = 0; i < part; ++i)
