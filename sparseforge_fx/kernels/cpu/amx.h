@@ -1,4 +1,4 @@
-// Tile matrix multiply of bfloat16: sixteen weight rows, expanded a chunk at a time, against 16 to 64 rows of x that
+// Tile matrix multiply of bfloat16: sixteen weight rows, expanded a step at a time, against 16 to 64 rows of x that
 // were packed once per call (pairs of inputs side by side, as TDPBF16PS reads its second operand).
 #pragma once
 
@@ -11,7 +11,6 @@
 namespace sparseforge::amx {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,amx-tile,amx-bf16")))
 
-using avx512_bf16::expand_row;
 constexpr int64_t kStep = 32;                  // inputs per tile multiply
 constexpr int64_t kTileElems = 16 * kStep;     // 1 KiB
 
@@ -43,77 +42,105 @@ inline void pack_x(const bf16* x, int64_t columns, int64_t in, int64_t steps, in
   const int64_t first = group * 16, count = std::min<int64_t>(16, columns - first);
   for (int64_t m = 0; m < count; ++m) {
     const bf16* row = x + (first + m) * in;
-    for (int64_t k = 0; k < in; ++k) out[k / 2 * 32 + m * 2 + k % 2] = row[k];
+    for (int64_t k = 0; k < in / 2; ++k) std::memcpy(out + k * 32 + m * 2, row + k * 2, 2 * sizeof(bf16));
+    if (in % 2) out[in / 2 * 32 + m * 2] = row[in - 1];
   }
 }
 
-// GROUPS groups of sixteen rows of x. Four accumulators whatever GROUPS is: one multiply takes 52 cycles, but a new
-// one can start every 16. With one or two groups they take turns along the inputs.
+// Sixteen weight rows, read side by side. A step of them is expanded while the tile unit works on an earlier one, and
+// memory is asked for what comes kAhead bytes later, evenly over time: expanding a long piece first leaves memory idle
+// during its products.
+struct Block {
+  static constexpr int64_t kAhead = 512, kMaskAhead = 64;  // bytes
+  const char* values[16];  // of rows of padded / 2 bfloat16: as many bytes as `padded`
+  const uint8_t* mask[16];
+  int64_t row_bytes, mask_bytes;
+
+  Block(const Job& job, int64_t first, int64_t last) : row_bytes(job.padded), mask_bytes(job.padded / 8) {
+    for (int r = 0; r < 16; ++r) {
+      const int64_t row = std::min(first + r, last);  // beyond the last row: repeat it, the result is not stored
+      values[r] = static_cast<const char*>(job.values) + row * row_bytes;
+      mask[r] = job.mask + row * mask_bytes;
+    }
+  }
+
+  INLINE void prefetch(int64_t step) const {
+    if (step % 2 == 0) {  // a cache line of values is two steps, one of bitmask sixteen
+      const int64_t at = step * 32 + kAhead, beyond = at < row_bytes ? 0 : 15 * row_bytes;  // in the next block
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) PREFETCH(values[r] + at + beyond);
+    }
+    if (step % 16 == 0) {
+      const int64_t at = step * 4 + kMaskAhead, beyond = at < mask_bytes ? 0 : 15 * mask_bytes;
+      for (int r = 0; r < 16; ++r) PREFETCH(mask[r] + at + beyond);
+    }
+  }
+
+  INLINE void expand(int64_t step, bf16 (*out)[kStep]) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) {
+      const auto* v = reinterpret_cast<const bf16*>(values[r] + step * 32);
+      avx512_bf16::store(out[r], avx512_bf16::expand(v, mask[r] + step * 4));
+    }
+  }
+
+  TARGET void expand_tail(int64_t padded, bf16 (*out)[kStep]) const {
+    for (int r = 0; r < 16; ++r) {
+      const auto* v = reinterpret_cast<const bf16*>(values[r]);
+      const avx512_bf16::Tail<bf16> tail(v, mask[r], padded / kStep * kStep, padded);
+      avx512_bf16::store(out[r], avx512_bf16::expand(tail.values, tail.mask));
+    }
+  }
+};
+
+// GROUPS groups of sixteen rows of x, an accumulator for each; with one group, two take turns along the inputs, because
+// a multiply takes 52 cycles, but a new one can start every 16.
 template <int GROUPS>
-TARGET void multiply(const bf16* w, const bf16* x, int64_t group_stride, int64_t steps) {
+INLINE void multiply(const bf16* w, const bf16* x, int64_t group_stride, bool odd) {
   static_assert(GROUPS >= 1 && GROUPS <= 4);
-  for (int64_t s = 0; s < steps; s += (GROUPS == 1 ? 4 : GROUPS == 2 ? 2 : 1)) {
-    const bf16* b = x + s * kTileElems;
-    _tile_loadd(4, w + s * kStep, 2 * kChunk);
-    _tile_loadd(6, b, 64);
+  _tile_loadd(4, w, 64);
+  _tile_loadd(6, x, 64);
+  if (GROUPS == 1 && odd) {
+    _tile_dpbf16ps(1, 4, 6);
+  } else {
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (GROUPS == 1) {
-      if (s + 1 < steps) {
-        _tile_loadd(5, w + (s + 1) * kStep, 2 * kChunk);
-        _tile_loadd(7, b + kTileElems, 64);
-        _tile_dpbf16ps(1, 5, 7);
-      }
-      if (s + 2 < steps) {
-        _tile_loadd(4, w + (s + 2) * kStep, 2 * kChunk);
-        _tile_loadd(6, b + 2 * kTileElems, 64);
-        _tile_dpbf16ps(2, 4, 6);
-      }
-      if (s + 3 < steps) {
-        _tile_loadd(5, w + (s + 3) * kStep, 2 * kChunk);
-        _tile_loadd(7, b + 3 * kTileElems, 64);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    } else {
-      _tile_loadd(7, b + group_stride, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (GROUPS == 2) {
-      if (s + 1 < steps) {
-        _tile_loadd(5, w + (s + 1) * kStep, 2 * kChunk);
-        _tile_loadd(6, b + kTileElems, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(7, b + kTileElems + group_stride, 64);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    if constexpr (GROUPS >= 3) {
-      _tile_loadd(6, b + 2 * group_stride, 64);
-      _tile_dpbf16ps(2, 4, 6);
-    }
-    if constexpr (GROUPS == 4) {
-      _tile_loadd(7, b + 3 * group_stride, 64);
-      _tile_dpbf16ps(3, 4, 7);
-    }
+  }
+  if constexpr (GROUPS >= 2) {
+    _tile_loadd(7, x + group_stride, 64);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if constexpr (GROUPS >= 3) {
+    _tile_loadd(6, x + 2 * group_stride, 64);
+    _tile_dpbf16ps(2, 4, 6);
+  }
+  if constexpr (GROUPS == 4) {
+    _tile_loadd(7, x + 3 * group_stride, 64);
+    _tile_dpbf16ps(3, 4, 7);
   }
 }
 
 template <int GROUPS>
 TARGET void tile_of(const Job& job, const bf16* x, int64_t columns, int64_t first, int64_t last, float* out) {
-  alignas(64) bf16 w[16 * kChunk];
+  constexpr int64_t kRing = 4, kLag = 2;  // a tile load right behind the stores of the same memory waits for them
+  alignas(64) bf16 w[kRing][16][kStep];
   alignas(64) float sums[4][16][16];  // [accumulator][weight row][row of x]
-  const int64_t steps = job.x_stride / kStep, group_stride = steps * kTileElems;
+  const int64_t steps = job.x_stride / kStep, whole = job.padded / kStep, group_stride = steps * kTileElems;
+  const Block block(job, first, last);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t k = 0; k < job.x_stride; k += kChunk) {
-    const int64_t to = std::min<int64_t>(k + kChunk, job.x_stride);
-    for (int r = 0; r < 16; ++r) {
-      const int64_t row = std::min(first + r, last);
-      expand_row(job, row, k, to, avx512_bf16::Soon<bf16>(job, row, to, row + 16), w + r * kChunk);
+  for (int64_t s = 0; s < steps + kLag; ++s) {
+    if (s < whole) {
+      block.prefetch(s);
+      block.expand(s, w[s % kRing]);
+    } else if (s < steps) {
+      block.expand_tail(job.padded, w[s % kRing]);
     }
     fence();
-    multiply<GROUPS>(w, x + k / kStep * kTileElems, group_stride, (to - k) / kStep);
+    if (s >= kLag)
+      multiply<GROUPS>(w[(s - kLag) % kRing][0], x + (s - kLag) * kTileElems, group_stride, (s - kLag) % 2 != 0);
+    fence();
   }
   _tile_stored(0, sums[0], 64);
   _tile_stored(1, sums[1], 64);
@@ -122,15 +149,8 @@ TARGET void tile_of(const Job& job, const bf16* x, int64_t columns, int64_t firs
   fence();
   for (int64_t m = 0; m < columns; ++m) {
     const int64_t g = m / 16, j = m % 16;
-    for (int r = 0; r < 16; ++r) {
-      if constexpr (GROUPS == 1) {
-        out[m * 16 + r] = (sums[0][r][j] + sums[1][r][j]) + (sums[2][r][j] + sums[3][r][j]);
-      } else if constexpr (GROUPS == 2) {
-        out[m * 16 + r] = sums[g][r][j] + sums[g + 2][r][j];
-      } else {
-        out[m * 16 + r] = sums[g][r][j];
-      }
-    }
+    for (int r = 0; r < 16; ++r)
+      out[m * 16 + r] = GROUPS == 1 ? sums[0][r][j] + sums[1][r][j] : sums[g][r][j];
   }
 }
 

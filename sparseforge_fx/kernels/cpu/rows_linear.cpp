@@ -15,11 +15,13 @@
 namespace sparseforge {
 
 constexpr int64_t kTileRows = 16;    // weight rows (outputs) per task: one tile register, one cache line of float32
-constexpr int64_t kMaxColumns = 64;  // rows of x per pass over a tile; beyond, the packed rows come from the cache
+constexpr int64_t kMaxColumns = 64;  // rows of x per pass over the weight
+constexpr int64_t kMinColumns = 32;  // the same where rows of x are long: fewer would not pay for expanding again
 constexpr int64_t kChunk = 512;      // inputs that are expanded at a time
 constexpr int64_t kAhead = 1024;     // bytes from the values in use to those that are prefetched
 constexpr int64_t kMaskAhead = 128;  // the same of the bitmask
-constexpr int64_t kAmxColumns = 4;   // tile registers pay from so many rows of x
+constexpr int64_t kPassBytes = 1 << 20;  // of x per pass, to stay in the second-level cache
+constexpr int64_t kAmxColumns = 2;   // tile registers pay from so many rows of x
 
 struct Job {
   const void* values;   // [out, padded / 2]
@@ -141,6 +143,7 @@ void run(const S* x, int64_t columns, int64_t in, const S* values, const uint8_t
   }
 
   const int64_t tiles = (width + kTileRows - 1) / kTileRows;
+  const int64_t pass = std::clamp(kPassBytes / (stride * kernel.elem_bytes) / 16 * 16, kMinColumns, kMaxColumns);
   const int64_t work = kTileRows * padded * (1 + columns / 4) * (gated ? 2 : 1);
   at::parallel_for(0, tiles, std::max<int64_t>(1, 131072 / std::max<int64_t>(1, work)), [&](int64_t from, int64_t to) {
 #ifdef SPARSEFORGE_X86
@@ -148,11 +151,12 @@ void run(const S* x, int64_t columns, int64_t in, const S* values, const uint8_t
     if (kernel.needs_tiles) registers.emplace();
 #endif
     alignas(64) float sums[kMaxColumns * kTileRows], second[kMaxColumns * kTileRows];
-    for (int64_t t = from; t < to; ++t) {
-      const int64_t first = t * kTileRows, count = std::min(kTileRows, width - first);
-      for (int64_t m = 0; m < columns; m += kMaxColumns) {
-        const int64_t part = std::min(kMaxColumns, columns - m);
-        const char* rows = static_cast<const char*>(prepared) + m * stride * kernel.elem_bytes;
+    // passes outside: their x stays in the cache for all tiles, and reading the packed weight again costs less
+    for (int64_t m = 0; m < columns; m += pass) {
+      const int64_t part = std::min(pass, columns - m);
+      const char* rows = static_cast<const char*>(prepared) + m * stride * kernel.elem_bytes;
+      for (int64_t t = from; t < to; ++t) {
+        const int64_t first = t * kTileRows, count = std::min(kTileRows, width - first);
         kernel.tile(job, rows, part, first, width - 1, sums);
         if (gated) kernel.tile(job, rows, part, width + first, 2 * width - 1, second);
         for (int64_t i = 0; i < part; ++i)
