@@ -26,7 +26,7 @@ ifeq ($(GPU),)
 		$$($(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_WHEELS)/torch/', timeout=5)" 2>/dev/null \
 		&& echo --extra-index-url $(CPU_WHEELS))
 else
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -q 'torch>=2.11'
 endif
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test,lint,eval,quantize]'

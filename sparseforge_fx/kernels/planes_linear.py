@@ -189,11 +189,11 @@ def tune(values: Tensor, meta: Tensor, in_features: int, dtype: torch.dtype, m: 
 
     Each is timed on copies of the weight that together exceed any L2 cache: a cached weight would flatter small tiles.
     """
+    if values.device.type != "cuda" or m > DECODE_ROWS or dtype not in HALF_TYPES:
+        raise SparseForgeError("only 16-bit weights on a CUDA device with at most 128 rows of x have tiles to tune")
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench_cudagraph
 
-    if values.device.type != "cuda" or m > DECODE_ROWS or dtype not in HALF_TYPES:
-        raise SparseForgeError("only 16-bit weights on a CUDA device with at most 128 rows of x have tiles to tune")
     copies = max(2, min(64, (1 << 28) // values.nbytes))
     weights = [(values.clone(), meta.clone()) for _ in range(copies)]
     lines = torch.randn(m, in_features, device=values.device, dtype=dtype)
