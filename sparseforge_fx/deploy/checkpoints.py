@@ -143,7 +143,9 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str,
         "dense_bytes": sum(p.shape.numel() * p.values.element_size() for p in found.values()),
         "packed_bytes": sum(p.nbytes for p in found.values()),
     }
-    return state, Header(modules), report
+    header = Header(modules)
+    state[header.sentinel] = torch.empty(0, dtype=torch.uint8)
+    return state, header, report
 
 
 def _add_digests(folder: Path) -> None:

@@ -72,6 +72,12 @@ class Header(NamedTuple):
         files = {} if self.files is None else {"files": self.files}
         return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "pattern": "2:4", "modules": modules, **files}
 
+    @property
+    def sentinel(self) -> str:
+        """An empty tensor that stands where a dense weight would. A loader that does not know our quant_method stops at
+        its shape; without it, transformers goes on with random weights for those that it misses."""
+        return f"{min(self.modules)}.weight"
+
     @classmethod
     def from_json(cls, raw: Any) -> Header:
         """Raises SparseForgeError that names the entry which is wrong."""
@@ -185,12 +191,12 @@ def check_files(header: Header, files: Sequence[str | Path]) -> dict[str, Stored
                 f"tensor {_short(name)} is {found.dtype} {_short(list(found.shape))}, but the header "
                 f"wants {dtype} {list(shape)}: the checkpoint is damaged"
             )
-    for name in stored:
+    for name, info in stored.items():
         if name.endswith((f".{VALUES}", f".{BITMASK}")) and name not in expected:
             raise SparseForgeError(
                 f"tensor {_short(name)} belongs to no packed module of the header: the checkpoint is damaged"
             )
-        if name.endswith(".weight") and name.removesuffix(".weight") in header.modules:
+        if name.endswith(".weight") and name.removesuffix(".weight") in header.modules and info.shape != (0,):
             raise SparseForgeError(f"tensor {_short(name)} is there packed and dense: the checkpoint is damaged")
     return stored
 

@@ -6,6 +6,7 @@ weights are read, so that a packed weight is never dense.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,9 @@ class PackedQuantizer(HfQuantizer):
         here = _Names(model)
         for name, site in header.modules.items():
             replace(model, here.module(name), _empty(name, here.find(name), site))
+        stored.pop(header.sentinel, None)
+        expected = re.escape(header.sentinel.removeprefix(here.prefix))  # not to be reported as unexpected
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), expected}
         held = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         found = {here.tensor(name, held): info for name, info in stored.items()}
         for name, info in found.items():
@@ -194,6 +198,6 @@ def _check_names(model: Any, held: Any, found: Any) -> None:
         )
     ties = model.all_tied_weights_keys
     groups = [{a, b} for a, b in ties.items()]
-    for name in sorted(held - found):
+    for name in sorted(held - found - set(model._keys_to_ignore_on_save or ())):
         if not any(name in group and group & found for group in groups):
             raise SparseForgeError(f"tensor '{name}' of the model is missing from the checkpoint: copy it anew")
