@@ -52,6 +52,8 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tupl
         options["dtype"] = wanted or torch.bfloat16
         if hasattr(transformers, "GgufConfig"):  # before it came, every GGUF file was dequantised
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    elif _is_packed(config):
+        raise SparseForgeError(f"the weights of {name} are packed: load it with sf.load, or see sf.unpack_checkpoint")
     elif getattr(config, "quantization_config", None) is not None:
         raise SparseForgeError(
             f"the weights of {name} are quantised: give a checkpoint in bfloat16, float16 or float32"
@@ -195,16 +197,24 @@ def _ask_hub(name: str) -> dict[str, Any]:
 
 # -- loading ---------------------------------------------------------------------------------------------------------
 def load_config(where: Location) -> Any:
+    """The configuration of a model."""
     with explained(f"cannot read the configuration of {where.name}"):
         return transformers.AutoConfig.from_pretrained(where.name, trust_remote_code=False, **where.options)
 
 
 def load_tokenizer(where: Location, config: Any) -> Any:
+    """The tokenizer, or None for a model without a vocabulary."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not getattr(text, "vocab_size", None):
         return None
     with explained(f"the model {where.name} has no tokenizer that can be loaded"):
         return transformers.AutoTokenizer.from_pretrained(where.name, trust_remote_code=False, **where.options)
+
+
+def _is_packed(config: Any) -> bool:
+    """Did ``save_packed`` write it?"""
+    found = getattr(config, "quantization_config", None)
+    return isinstance(found, dict) and found.get("quant_method") == "sparseforge"
 
 
 def model_class(config: Any) -> Any:
@@ -226,6 +236,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside into a SparseForgeError: ``what``, and the reason in one line."""
     try:
         yield
     except SparseForgeError:

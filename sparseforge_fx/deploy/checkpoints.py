@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.deploy.modules import find_sparse, weight_of
-from sparseforge_fx.deploy.packed_files import BITMASK, VALUES, Header, Site, check_folder, digests
+from sparseforge_fx.deploy.packed_files import BITMASK, INDEX, VALUES, Header, Site, check_folder, digests
 from sparseforge_fx.deploy.quantizer import PackedConfig, packed_linears
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import Packed, pack
@@ -63,7 +63,7 @@ def save_packed(
                 model.config.quantization_config = before
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        _add_digests(partial)
+        _complete(partial, model)
     return report
 
 
@@ -148,12 +148,20 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str,
     return state, header, report
 
 
-def _add_digests(folder: Path) -> None:
-    """Checksums of the weight files into the header, which was written before them."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
+def _complete(folder: Path, model: Any) -> None:
+    """What ``save_pretrained`` does not know: checksums for the header, and how many weights are in packed ones."""
+    config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["files"] = digests(folder.glob("*.safetensors"))
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_json(folder / "config.json", config)
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text())
+        packed = sum(m.out_features * m.in_features for m in packed_linears(model).values())
+        index["metadata"]["total_parameters"] = model.num_parameters() + packed
+        _write_json(folder / INDEX, index)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _download(where: Any) -> Path:

@@ -43,6 +43,7 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.transposed = transposed
         self.layout = "rows"
+        self.loading = False  # while it is, models that initialise their linears' weights get a shape and no data
         self.register_buffer("values", packed.values)
         self.register_buffer("where", packed.bitmask)
         self.bias = bias
@@ -51,6 +52,8 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        if self.loading:
+            return torch.empty(self.out_features, self.in_features, dtype=self.values.dtype, device="meta")
         return DENSE_OP(self.values, self.where, self.layout, self.in_features)
 
     def packed(self) -> Packed:

@@ -121,7 +121,7 @@ def _site(name: str, entry: Any) -> Site:
         raise SparseForgeError(
             f"module {_short(name)} has dtype {_short(entry['dtype'])}, not one of {', '.join(DTYPES.values())}"
         )
-    return Site(*shape, entry["dtype"])
+    return Site(shape[0], shape[1], entry["dtype"])
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """Loads packed linears, and writes them again in ``save_pretrained``."""
 
+    quantization_config: PackedConfig
+
     def __init__(self, quantization_config: Any, **options: Any):
         super().__init__(quantization_config, **options)
         if not self.pre_quantized:
@@ -97,6 +99,7 @@ class PackedQuantizer(HfQuantizer):
                 check_packed(module.packed())
             except SparseForgeError as error:
                 raise SparseForgeError(f"'{name}': {error}; copy the checkpoint anew") from error
+            module.loading = False
             change_to_device(module)
         model._weight_conversions = []  # save_pretrained would apply the inverse of ours to every name
         return model
@@ -161,7 +164,9 @@ def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:
         values = torch.empty(site.out_features, site.padded // 2, dtype=weight.dtype)
         bitmask = torch.empty(site.out_features, site.padded // 8, dtype=torch.uint8)
     packed = Packed(values, bitmask, site.in_features)
-    return SparseLinear(packed, module.bias, transposed=isinstance(module, Conv1D))  # type: ignore[arg-type]
+    sparse = SparseLinear(packed, module.bias, transposed=isinstance(module, Conv1D))  # type: ignore[arg-type]
+    sparse.loading = True
+    return sparse
 
 
 class _Names:
