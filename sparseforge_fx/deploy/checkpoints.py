@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparseforge_fx.deploy.modules import find_sparse, weight_of
 from sparseforge_fx.deploy.packed_files import BITMASK, INDEX, VALUES, Header, Site, check_folder, digests
@@ -96,8 +97,13 @@ def load(
     if device is not None or device_map is not None:
         options["device_map"] = {"": device} if device_map is None else device_map
     with explained(f"cannot load the packed model {folder}"):
-        model = model_class(config).from_pretrained(path, config=config, use_safetensors=True, **options)
-    return model.eval(), tokenizer
+        model, info = _model_class(config, folder).from_pretrained(
+            path, config=config, use_safetensors=True, output_loading_info=True, **options
+        )
+        model.eval()
+    if absent := sorted(info.get("missing_keys") or ()):
+        raise SparseForgeError(f"tensor '{absent[0]}' of the model is missing from {folder}: copy the checkpoint anew")
+    return model, tokenizer
 
 
 def unpack_checkpoint(packed: str | Path, dense: str | Path, *, overwrite: bool = False) -> None:
@@ -162,6 +168,14 @@ def _complete(folder: Path, model: Any) -> None:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _model_class(config: Any, folder: str | Path) -> Any:
+    """A model class and nothing else of transformers, whatever config.json names."""
+    found = model_class(config)
+    if found is not AutoModelForCausalLM and not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise SparseForgeError(f"config.json of {folder} names {found}, which is no model: it is damaged")
+    return found
 
 
 def _download(where: Any) -> Path:

@@ -1,6 +1,6 @@
 """Packed checkpoints as files: the header in config.json, the names of tensors, and checks of what nobody vouches for.
 
-Nothing here builds a model or reads more of a tensor than its bytes for a checksum: what a file claims is compared with
+Nothing here builds a model or interprets a weight: what a file claims is compared with
 its size and with the header before anything is allocated for it.
 """
 
@@ -126,7 +126,9 @@ def _site(name: str, entry: Any) -> Site:
 
 # -- files -----------------------------------------------------------------------------------------------------------
 def check_folder(folder: Path) -> tuple[dict[str, Any], Header]:
-    """config.json and header of a packed checkpoint all of whose files fit each other; no weight is loaded.
+    """config.json and header of a packed checkpoint all of whose files fit each other; reads no weights.
+
+    Checksums are left to the quantizer, which also serves ``from_pretrained`` and needs to read the files only once.
 
     Raises SparseForgeError that names the file, tensor or entry which does not.
     """
@@ -136,12 +138,13 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], Header]:
     header = Header.from_json(config["quantization_config"])
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
-        stored = check_files(header, [single])
+        stored = check_files(header, [single], checksums=False)
     elif index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise SparseForgeError(f"{index} has no weight_map: copy the checkpoint anew")
-        stored = check_files(header, [_shard(folder, name) for name in sorted({*map(str, weight_map.values())})])
+        shards = [_shard(folder, name) for name in sorted({*map(str, weight_map.values())})]
+        stored = check_files(header, shards, checksums=False)
         actual = {name: info.file for name, info in stored.items()}
         if wrong := {k for k, _ in actual.items() ^ weight_map.items()}:
             raise SparseForgeError(
@@ -157,10 +160,10 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], Header]:
     return config, header
 
 
-def check_files(header: Header, files: Sequence[str | Path]) -> dict[str, Stored]:
+def check_files(header: Header, files: Sequence[str | Path], *, checksums: bool = True) -> dict[str, Stored]:
     """The tensors in ``files`` by name: those of the packed modules are there, as the header has them, and each once.
 
-    Raises SparseForgeError otherwise, or if a file's bytes do not have the header's checksum.
+    Raises SparseForgeError otherwise or, with ``checksums``, if a file's bytes do not have that of the header.
     """
     paths = [Path(os.path.abspath(f)) for f in files]
     stored: dict[str, Stored] = {}
@@ -178,7 +181,7 @@ def check_files(header: Header, files: Sequence[str | Path]) -> dict[str, Stored
             raise SparseForgeError(
                 f"the weight files are not those of the header: {_short(min(wrong))} is in one of the two only"
             )
-        for path in paths:
+        for path in paths if checksums else ():
             if sha256(path) != header.files[path.name]:
                 raise SparseForgeError(f"{path} is not what was written (its SHA-256 differs): copy it anew")
     expected = {f"{n}.{suffix}": info for n, site in header.modules.items() for suffix, info in site.tensors().items()}

@@ -124,7 +124,7 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # what stands around packed weights and adapters beside them; they are frozen
 
     @property
     def is_compileable(self) -> bool:

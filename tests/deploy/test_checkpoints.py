@@ -274,6 +274,10 @@ SINGLE = {  # damage to a folder of one weight file: what the sentence says
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "no json object"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither"),
     "too many layers": (lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=10**9)), "layers"),
+    "other class": (lambda f: edit_json(f / "config.json", lambda c: c.update(architectures=["Trainer"])), "which is no model"),
+    "class of no sense": (lambda f: edit_json(f / "config.json", lambda c: c.update(architectures=[3])), "cannot"),
+    "unknown class": (lambda f: edit_json(f / "config.json", lambda c: c.update(architectures=["Foo"])) or
+                      weights(f, lambda t: t.pop("model.norm.weight")), "'model.norm.weight' of the model is missing"),
     "absurd width": (lambda f: edit_json(f / "config.json", lambda c: c.update(intermediate_size=1 << 40)), "damaged"),
     "absurd vocabulary": (lambda f: edit_json(f / "config.json", lambda c: c.update(vocab_size=1 << 40)), "the model wants"),
 }  # fmt: skip

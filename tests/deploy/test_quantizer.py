@@ -69,6 +69,14 @@ def test_written_again(folder, tmp_path):
         torch.testing.assert_close(again(IDS).logits, logits, rtol=1e-4, atol=1e-5)
 
 
+def test_packed_again(folder, tmp_path):
+    model, tokenizer = sf.load(folder)
+    sf.save_packed(model, tokenizer, tmp_path / "again")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes()
+    assert torch.equal(model(IDS).logits, sf.load(tmp_path / "again")[0](IDS).logits)
+
+
 def test_a_loader_that_does_not_know_the_method_stops(folder, monkeypatch):
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD)
     with pytest.raises(RuntimeError, match="mismatch"):  # and does not run with random weights
