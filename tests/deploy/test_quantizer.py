@@ -124,3 +124,14 @@ def test_layouts_and_the_way_back(name):
         dense = module.to_dense()
         assert isinstance(dense, Conv1D if name == "gpt2" else torch.nn.Linear) and isinstance(module, SparseLinear)
         assert torch.equal(dense.weight, model.get_submodule(path).weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"device_map": "auto"}])
+def test_on_a_gpu(folder, options):
+    model, _ = sf.load(folder, dtype="bfloat16", **options)
+    assert {m.layout for m in packed_linears(model).values()} == {"planes"}
+    want = sparse_model("llama", torch.bfloat16).cuda()
+    torch.testing.assert_close(model(IDS.cuda()).logits, want(IDS.cuda()).logits, rtol=0.05, atol=0.05)
+    assert model.generate(IDS.cuda(), **GREEDY).shape == (1, IDS.shape[1] + 8)
