@@ -69,8 +69,16 @@ class PackedQuantizer(HfQuantizer):
         header = self.quantization_config.header
         stored = check_files(header, options.get("checkpoint_files") or ())
         here = _Names(model)
-        for name, site in header.modules.items():
-            replace(model, here.module(name), _empty(name, here.find(name), site))
+        same_class = type(model).__name__ in (model.config.architectures or ())  # another may well drop or add a head
+        places = {name: here.module(name) for name in header.modules}
+        absent = sorted(name for name, place in places.items() if place is None)
+        if absent and (same_class or len(absent) == len(places)):
+            raise SparseForgeError(
+                f"packed module '{absent[0][:120]}' is not in this model: load it with the class that wrote it"
+            )
+        for name, place in places.items():
+            if place is not None:
+                replace(model, place, _empty(name, here.modules[place], header.modules[name]))
         stored.pop(header.sentinel, None)
         expected = re.escape(header.sentinel.removeprefix(here.prefix))  # not to be reported as unexpected
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), expected}
@@ -82,7 +90,7 @@ class PackedQuantizer(HfQuantizer):
                     f"tensor '{name}' has shape {list(info.shape)} and the model wants {list(held[name])}: "
                     "config.json and weights do not belong together"
                 )
-        if type(model).__name__ in (model.config.architectures or ()):  # another class may well drop or add a head
+        if same_class:
             _check_names(model, held.keys(), found.keys())
         size = sum(b.nbytes for _, b in model.named_non_persistent_buffers())
         if size > MOST_BUFFER_BYTES:
@@ -176,16 +184,9 @@ class _Names:
         self.modules = dict(model.named_modules())
         self.prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
 
-    def module(self, name: str) -> str:
-        for candidate in (name, name.removeprefix(self.prefix), self.prefix + name):
-            if candidate in self.modules:
-                return candidate
-        raise SparseForgeError(
-            f"packed module '{name[:120]}' is not in this model: load it with the class that wrote it"
-        )
-
-    def find(self, name: str) -> nn.Module:
-        return self.modules[self.module(name)]
+    def module(self, name: str) -> str | None:
+        candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
+        return next((c for c in candidates if c in self.modules), None)
 
     def tensor(self, name: str, held: Any) -> str:
         for suffix, buffer in ((VALUES, "values"), (BITMASK, "where")):

@@ -50,6 +50,25 @@ def test_the_inner_model(folder):
     torch.testing.assert_close(inner(IDS).last_hidden_state, want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_with_another_head(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 97,
+    }
+    model = BertForMaskedLM(BertConfig(**size))
+    sf.sparsify(model, example_inputs={"input_ids": IDS})
+    model.cls.predictions.transform.dense.weight.data[:, ::2] = 0  # belongs to the head: the other model has none
+    sf.save_packed(model, None, tmp_path / "p")
+    other = BertForSequenceClassification.from_pretrained(tmp_path / "p")
+    inner = packed_linears(other)
+    assert len(inner) == 6 and all(torch.equal(m.weight, model.get_submodule(n).weight) for n, m in inner.items())
+
+
 def test_another_dtype(folder):
     want = sparse_model("llama").to(torch.bfloat16)
     got = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).dequantize()
