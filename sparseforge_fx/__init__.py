@@ -10,9 +10,11 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from sparseforge_fx import transformers_hook
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
+    from sparseforge_fx.deploy.checkpoints import load, pack_checkpoint, save_packed, unpack_checkpoint
     from sparseforge_fx.deploy.lower import lower
     from sparseforge_fx.deploy.modules import lower_modules
     from sparseforge_fx.methods.catalog import configure
@@ -29,15 +31,19 @@ _HOMES = {
     "SparsifyResult": "sparsify",
     "configure": "methods.catalog",
     "finalize": "prepare",
+    "load": "deploy.checkpoints",
     "load_model": "models",
     "lower": "deploy.lower",
     "lower_modules": "deploy.modules",
+    "pack_checkpoint": "deploy.checkpoints",
     "paper_preset": "methods.soft_mask",
     "prepare": "prepare",
     "quantize": "quantize",
     "save_model": "models",
+    "save_packed": "deploy.checkpoints",
     "sparsify": "sparsify",
     "tuned_preset": "methods.soft_mask",
+    "unpack_checkpoint": "deploy.checkpoints",
 }
 
 __all__ = [
@@ -47,15 +53,19 @@ __all__ = [
     "SparsifyResult",
     "configure",
     "finalize",
+    "load",
     "load_model",
     "lower",
     "lower_modules",
+    "pack_checkpoint",
     "paper_preset",
     "prepare",
     "quantize",
     "save_model",
+    "save_packed",
     "sparsify",
     "tuned_preset",
+    "unpack_checkpoint",
 ]
 
 
@@ -81,3 +91,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+transformers_hook.install()

@@ -45,19 +45,21 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tupl
     """
     where = locate(name)
     wanted = _dtype(dtype)
-    config = _load_config(where)
-    tokenizer = _load_tokenizer(where, config)
+    config = load_config(where)
+    tokenizer = load_tokenizer(where, config)
     options: dict[str, Any] = {"dtype": wanted or "auto", "config": config}
     if where.gguf:
         options["dtype"] = wanted or torch.bfloat16
         if hasattr(transformers, "GgufConfig"):  # before it came, every GGUF file was dequantised
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    elif _is_packed(config):
+        raise SparseForgeError(f"the weights of {name} are packed: load it with sf.load, or see sf.unpack_checkpoint")
     elif getattr(config, "quantization_config", None) is not None:
         raise SparseForgeError(
             f"the weights of {name} are quantised: give a checkpoint in bfloat16, float16 or float32"
         )
-    with _explained(f"cannot load the model {name}"):
-        model, loading = _model_class(config).from_pretrained(
+    with explained(f"cannot load the model {name}"):
+        model, loading = model_class(config).from_pretrained(
             where.name, output_loading_info=True, **options, **where.options
         )
     absent = sorted(loading.get("missing_keys") or ())
@@ -73,9 +75,9 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tupl
 def load_skeleton(name: str | Path) -> nn.Module:
     """The model without weights, on the meta device: shapes and graph only, whatever its size."""
     where = locate(name)
-    config = _load_config(where)
-    cls = _model_class(config)
-    with _explained(f"cannot build the model of {name}"), torch.device("meta"):
+    config = load_config(where)
+    cls = model_class(config)
+    with explained(f"cannot build the model of {name}"), torch.device("meta"):
         model = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
     return model.eval()
 
@@ -194,20 +196,28 @@ def _ask_hub(name: str) -> dict[str, Any]:
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
-def _load_config(where: Location) -> Any:
-    with _explained(f"cannot read the configuration of {where.name}"):
+def load_config(where: Location) -> Any:
+    """The configuration of a model."""
+    with explained(f"cannot read the configuration of {where.name}"):
         return transformers.AutoConfig.from_pretrained(where.name, trust_remote_code=False, **where.options)
 
 
-def _load_tokenizer(where: Location, config: Any) -> Any:
+def load_tokenizer(where: Location, config: Any) -> Any:
+    """The tokenizer, or None for a model without a vocabulary."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not getattr(text, "vocab_size", None):
         return None
-    with _explained(f"the model {where.name} has no tokenizer that can be loaded"):
+    with explained(f"the model {where.name} has no tokenizer that can be loaded"):
         return transformers.AutoTokenizer.from_pretrained(where.name, trust_remote_code=False, **where.options)
 
 
-def _model_class(config: Any) -> Any:
+def _is_packed(config: Any) -> bool:
+    """Did ``save_packed`` write it?"""
+    found = getattr(config, "quantization_config", None)
+    return isinstance(found, dict) and found.get("quant_method") == "sparseforge"
+
+
+def model_class(config: Any) -> Any:
     """The class that wrote the checkpoint, if transformers has it; else the configuration's causal language model."""
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, name, None)
@@ -225,7 +235,8 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside into a SparseForgeError: ``what``, and the reason in one line."""
     try:
         yield
     except SparseForgeError:

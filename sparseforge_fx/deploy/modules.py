@@ -14,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from sparseforge_fx.deploy import cost
 from sparseforge_fx.deploy.targets import Target, find_target
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import pack
+from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.kernels.planes import from_planes
+from sparseforge_fx.kernels.planes_linear import as_words
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.report import environment
@@ -24,23 +26,59 @@ class SparseLinear(nn.Module):
     """y = x W^T + b with W [out, in] packed 2:4 and frozen; ``bias`` trains, and gradients reach x.
 
     ``weight`` unpacks: it is there for code that looks at a linear's weight, not for arithmetic.
+
+    Args:
+        packed: the weight, in the format on disk; tensors may be on the meta device.
+        target: whose layout it gets; None leaves it as it is on disk ("rows").
+        transposed: it stands for a Conv1D, which keeps W as [in, out].
     """
 
     values: Tensor
     where: Tensor  # the packed weight's metadata; torch.export cannot take a buffer that is called ``meta``
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, target: Target):
+    def __init__(
+        self, packed: Packed, bias: nn.Parameter | None, target: Target | None = None, *, transposed: bool = False
+    ):
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.layout = target.layout
-        values, meta = target.convert(pack(weight))
-        self.register_buffer("values", values)
-        self.register_buffer("where", meta)
+        self.out_features, self.in_features = packed.shape
+        self.transposed = transposed
+        self.layout = "rows"
+        self.loading = False  # while it is, models that initialise their linears' weights get a shape and no data
+        self.register_buffer("values", packed.values)
+        self.register_buffer("where", packed.bitmask)
         self.bias = bias
+        if target is not None:
+            self.change_layout(target)
 
     @property
     def weight(self) -> Tensor:
+        if self.loading:
+            return torch.empty(self.out_features, self.in_features, dtype=self.values.dtype, device="meta")
         return DENSE_OP(self.values, self.where, self.layout, self.in_features)
+
+    def packed(self) -> Packed:
+        """The weight in the format on disk, bit for bit what it was made of."""
+        if self.layout == "planes":
+            words = as_words(self.values)
+            return from_planes(words, self.where, self.in_features, self.values.dtype)
+        return Packed(self.values, self.where, self.in_features)
+
+    def change_layout(self, target: Target) -> None:
+        """Repack, in place, for the kernels of ``target``."""
+        if target.layout != self.layout:
+            self.values, self.where = target.convert(self.packed())
+            self.layout = target.layout
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """The nn.Linear or Conv1D that this stands for."""
+        out, width = self.out_features, self.in_features
+        with torch.device("meta"):
+            dense = Conv1D(out, width) if self.transposed else nn.Linear(width, out, self.bias is not None)
+        weight = self.weight.t().contiguous() if self.transposed else self.weight
+        dense.weight = nn.Parameter(weight)
+        dense.bias = self.bias  # type: ignore[assignment]
+        return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return OP(x, self.values, self.where, self.layout, self.in_features, self.bias, "none")
@@ -64,11 +102,11 @@ def lower_modules(
     skipped modules with reasons, the cost table, bytes before and after. Raises SparseForgeError if no weight is 2:4.
     """
     known = cost.check_request(batch, table)
-    sites, skipped = _find(model)
+    sites, skipped = find_sparse(model)
     if not sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
         raise SparseForgeError(f"nothing to lower: {reasons or 'the model has no linear layer'}; run sparsify first")
-    weights = {name: _weight(module) for name, module in sites.items()}
+    weights = {name: weight_of(module) for name, module in sites.items()}
     device = next(iter(weights.values())).device
     chosen = find_target(target, device)
     shapes = {name: cost.Shape.of(weight.shape[0], weight.shape[1], weight.dtype) for name, weight in weights.items()}
@@ -83,9 +121,9 @@ def lower_modules(
             skipped[name] = f"gate: {against}"
             after += weight.nbytes
             continue
-        sparse = SparseLinear(weight, module.bias, chosen).train(module.training)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, sparse)
+        transposed = isinstance(module, Conv1D)
+        sparse = SparseLinear(pack(weight), module.bias, chosen, transposed=transposed).train(module.training)
+        replace(model, name, sparse)
         size = sparse.values.nbytes + sparse.where.nbytes
         scratch = max(scratch, weight.nbytes)
         lowered.append({"name": name, "out": sparse.out_features, "in": sparse.in_features, "bytes": size})
@@ -102,14 +140,21 @@ def lower_modules(
     }
 
 
-def _weight(module: nn.Module) -> Tensor:
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of that name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def weight_of(module: nn.Module) -> Tensor:
     """[out, in]"""
     weight = module.weight.detach()  # type: ignore[union-attr,operator]
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def _find(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-    """Modules that can be lowered by name; the other linears with a reason."""
+def find_sparse(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+    """Modules whose weight is exactly 2:4, by name; the other linears with a reason."""
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     sites, skipped = {}, {}
     for name, module in model.named_modules():
@@ -120,13 +165,15 @@ def _find(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             skipped["(the model itself)"] = "it cannot be replaced in itself: wrap it in a module"
         elif type(module) not in (nn.Linear, Conv1D) or type(weight) is not nn.Parameter:
             skipped[name] = f"{type(module).__name__} with a weight of type {type(weight).__name__}"
+        elif names[id(module)] > 1:
+            skipped[name] = "it stands at several places of the model"
         elif owners[id(weight)] > 1:
             skipped[name] = "its weight belongs to another module, too"
         elif module._forward_hooks or module._forward_pre_hooks:
             skipped[name] = "it has forward hooks"
         elif weight.is_meta or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             skipped[name] = f"no kernel for {weight.dtype} on {weight.device.type}"
-        elif not TWO_FOUR.fits(_weight(module).shape[1]) or not check_pattern(_weight(module), TWO_FOUR):
+        elif not TWO_FOUR.fits(weight_of(module).shape[1]) or not check_pattern(weight_of(module), TWO_FOUR):
             skipped[name] = "not 2:4: a group of four has more than two non-zeros"
         else:
             sites[name] = module
