@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from torch.fx import GraphModule
 
 from sparseforge_fx.deploy import cost
 from sparseforge_fx.deploy.frame import Frame
-from sparseforge_fx.deploy.lower import apply_gate, shape_of, sparse_sites
+from sparseforge_fx.deploy.lower import lower_program, sparse_sites
 from sparseforge_fx.deploy.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.passes import deploy_passes, merge_parallel_linears, run_passes
+from sparseforge_fx.passes import LinearSite
 from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.program import Program
 
 log = logging.getLogger(__name__)
 OPTIONS = ("batch", "table", "gate")
@@ -95,28 +95,30 @@ def _lower(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) 
     except Exception as error:  # whatever torch raises on code that it compiles, but cannot trace to aten
         log.warning("a graph stays dense: it could not be lowered to aten (%s)", error)
         return None
-    sites = [s for s in eligible(sparse_sites(frame)) if not _trains(frame.tensor(s.fqn))]
-    devices = {frame.tensor(s.fqn).device for s in sites}
+    devices = {frame.tensor(s.fqn).device for s in eligible(_frozen_sites(frame))}
     if len(devices) != 1 or (device := devices.pop()).type not in TARGETS:
         return None
+    batch = tuple(options.get("batch", (1, 8, 64, 2048)))
+    known = cost.check_request(batch, options.get("table"))
     target = TARGETS[device.type]
-    merged, _ = run_passes(frame, [partial(merge_parallel_linears, sites=sites)])
-    chosen = [s for s in sparse_sites(merged) if not _trains(merged.tensor(s.fqn))]
-    if options.get("gate", True):
-        batch = tuple(options.get("batch", (1, 8, 64, 2048)))
-        known = cost.check_request(batch, options.get("table"))
-        shapes = [shape_of(s) for s in eligible(chosen)]
-        if known is None:
-            known = _measured.setdefault((device, batch), {})
-            new = [s for s in shapes if s not in known]
-            known |= cost.timings(new, batch, device, target, None)
-        apply_gate(chosen, cost.timings(shapes, batch, device, target, known), batch)
-    if not eligible(chosen):
+
+    def measure(shapes: list[cost.Shape]) -> cost.Table:
+        if known is not None:
+            return cost.timings(shapes, batch, device, target, known)
+        table = _measured.setdefault((device, batch), {})
+        table |= cost.timings([s for s in shapes if s not in table], batch, device, target, None)
+        return cost.timings(shapes, batch, device, target, table)
+
+    done = lower_program(frame, _frozen_sites, target, batch, measure if options.get("gate", True) else None)
+    if not (packed := eligible(done.sites)):
         return None
-    lowered, records = run_passes(merged, deploy_passes(chosen, layout=target.layout, convert=target.convert))
-    log.info("%d linears run packed: %s", len(eligible(chosen)), [r.op_changes for r in records])
-    assert isinstance(lowered, Frame)
-    return lowered
+    log.info("%d linears run packed: %s", len(packed), [r.op_changes for r in done.records])
+    assert isinstance(done.program, Frame)
+    return done.program
+
+
+def _frozen_sites(program: Program) -> list[LinearSite]:
+    return [s for s in sparse_sites(program) if not _trains(program.tensor(s.fqn))]
 
 
 def _trains(weight: Tensor) -> bool:

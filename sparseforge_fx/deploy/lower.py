@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.fx import GraphModule
 
 from sparseforge_fx.capture import capture
 from sparseforge_fx.deploy import cost
-from sparseforge_fx.deploy.targets import find_target
+from sparseforge_fx.deploy.targets import Target, find_target
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.passes import LinearSite, deploy_passes, find_linears, merge_parallel_linears, run_passes
+from sparseforge_fx.passes import (
+    LinearSite,
+    PassRecord,
+    deploy_passes,
+    find_linears,
+    merge_parallel_linears,
+    run_passes,
+)
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.lower_sparse_linears import keep_dense
 from sparseforge_fx.program import Program
@@ -37,7 +44,7 @@ def lower(
 
     Args:
         example_inputs: as for :func:`sparseforge_fx.capture.capture`.
-        target: ``auto`` (the device of the weights) or ``cpu``.
+        target: ``cpu``, ``cuda`` or ``auto`` (the device of the weights).
         batch: token counts (batch x sequence) that matter. A weight is sparse if that was measured to be faster at one
             of them by more than 3 %, and slower at none; decoding alone: ``batch=[1, 8]``.
         table: measurements to decide by instead of measuring (what :func:`sparseforge_fx.deploy.cost.save_table`
@@ -57,13 +64,14 @@ def lower(
     dense_bytes = {s.fqn: s.numel * s.dtype.itemsize for s in eligible(sites)}
     device = program.tensor(eligible(sites)[0].fqn).device
     chosen = find_target(target, device)
-    program, records = run_passes(program, [partial(merge_parallel_linears, sites=sites)])
-    sites = sparse_sites(program)
-    timings: cost.Table = {}
-    if gate:
-        timings = cost.timings(map(shape_of, eligible(sites)), batch, device, chosen, known)
-        apply_gate(sites, timings, batch)
-    program, more = run_passes(program, deploy_passes(sites, layout=chosen.layout, convert=chosen.convert))
+    done = lower_program(
+        program,
+        sparse_sites,
+        chosen,
+        batch,
+        partial(cost.timings, tokens=batch, device=device, target=chosen, known=known) if gate else None,
+    )
+    program, sites = done.program, done.sites
     module = program.module()
     packed = {s.fqn: _packed_bytes(program, s) for s in eligible(sites)}
     stayed = sum(s.numel * s.dtype.itemsize for s in sites if s.reason and s.reason.startswith("gate: "))
@@ -72,27 +80,49 @@ def lower(
             {"name": s.fqn, "out": s.out_features, "in": s.in_features, "bytes": packed[s.fqn]} for s in eligible(sites)
         ],
         "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in sites if s.reason],
-        "table": [t.describe() for by_tokens in timings.values() for t in by_tokens.values()],
+        "table": [t.describe() for by_tokens in done.timings.values() for t in by_tokens.values()],
         "batch": list(batch),
         "dense_bytes": sum(dense_bytes.values()),
         "lowered_bytes": sum(packed.values()) + stayed,
         "scratch_bytes": max((s.numel * s.dtype.itemsize for s in eligible(sites)), default=0),
-        "passes": [r._asdict() for r in (*records, *more)],
+        "passes": [r._asdict() for r in done.records],
         **environment(),
     }
     return module
 
 
+class Lowered(NamedTuple):
+    """What :func:`lower_program` did: the linears of the merged graph, the times that decided, a record per pass."""
+
+    program: Program
+    sites: list[LinearSite]
+    timings: cost.Table
+    records: list[PassRecord]
+
+
+def lower_program(
+    program: Program,
+    find: Callable[[Program], list[LinearSite]],
+    target: Target,
+    batch: Sequence[int],
+    measure: Callable[[list[cost.Shape]], cost.Table] | None,
+) -> Lowered:
+    """Merge the linears that ``find`` gives, pack those that ``measure`` shows to gain (all without it), fuse."""
+    program, merging = run_passes(program, [partial(merge_parallel_linears, sites=find(program))])
+    sites = find(program)  # again: it is the merged weights that are timed and packed
+    timings: cost.Table = {}
+    if measure is not None:
+        timings = measure([shape_of(s) for s in eligible(sites)])
+        for site in eligible(sites):
+            against = cost.verdict(timings[shape_of(site)], batch)
+            site.reason = against and f"gate: {against}"
+    program, packing = run_passes(program, deploy_passes(sites, layout=target.layout, convert=target.convert))
+    return Lowered(program, sites, timings, [*merging, *packing])
+
+
 def sparse_sites(program: Program) -> list[LinearSite]:
     """Every linear, the eligible ones being those whose weight is exactly 2:4, trained or frozen, head or not."""
     return keep_dense(program, find_linears(program, include=["*"]))
-
-
-def apply_gate(sites: Sequence[LinearSite], timings: cost.Table, batch: Sequence[int]) -> None:
-    """Give a reason to the eligible sites that are better dense."""
-    for site in eligible(sites):
-        against = cost.verdict(timings[shape_of(site)], batch)
-        site.reason = against and f"gate: {against}"
 
 
 def shape_of(site: LinearSite) -> cost.Shape:

@@ -8,7 +8,7 @@ instruction wants two neighbours a register; without, x is read in its own order
 import triton
 import triton.language as tl
 
-from sparseforge_fx.kernels.words import activate, expand, place_bits
+from sparseforge_fx.kernels.words import activate, expand, load, place_bits
 
 
 @triton.jit
@@ -24,14 +24,11 @@ def _tile(
     for begin in range(start, stop, BW):
         word = (begin + tl.arange(0, BW))[None, :]
         inside = word < stop
-        if TAIL:
-            meta = tl.load(meta_ptr + row * words + word, mask=inside, other=0)
-        else:
-            meta = tl.load(meta_ptr + row * words + word)
+        meta = load(meta_ptr + row * words + word, inside, TAIL)
         low, high = place_bits(meta)
         for p in tl.static_range(8):
             at = row * (8 * words) + p * words + word
-            pairs = tl.load(values_ptr + at, mask=inside, other=0) if TAIL else tl.load(values_ptr + at)
+            pairs = load(values_ptr + at, inside, TAIL)
             w0, w1, w2, w3 = expand(pairs, meta, low, high, p, DTYPE, ASM)
             first = 4 * (p * words + begin)
             last = tl.minimum(4 * (p * words + stop), width)
@@ -58,10 +55,7 @@ def _multiply(w, x, acc, ASM: tl.constexpr):
 
 @triton.jit
 def _load_x(x_ptr, line, k, width, last, TAIL: tl.constexpr):
-    if TAIL:
-        return tl.load(x_ptr + line * width + k, mask=k < last, other=0)
-    else:
-        return tl.load(x_ptr + line * width + k)
+    return load(x_ptr + line * width + k, k < last, TAIL)
 
 
 @triton.jit

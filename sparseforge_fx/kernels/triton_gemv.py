@@ -6,7 +6,7 @@ Each pair of survivors picks its two inputs by a byte permute; products are summ
 import triton
 import triton.language as tl
 
-from sparseforge_fx.kernels.words import activate, high_half, low_half, select
+from sparseforge_fx.kernels.words import activate, high_half, load, low_half, select
 
 
 @triton.jit
@@ -31,15 +31,12 @@ def _dot_rows(
     for begin in range(start, stop, BW):
         word = (begin + tl.arange(0, BW))[None, :]
         inside = word < stop
-        if TAIL:
-            meta = tl.load(meta_ptr + row * words + word, mask=inside, other=0)
-        else:
-            meta = tl.load(meta_ptr + row * words + word)
+        meta = load(meta_ptr + row * words + word, inside, TAIL)
         for p in tl.static_range(8):
             # one address for every row of the tile, or the layout of x would not be that of the pairs
             group = p * words + word + 0 * row
             at = row * (8 * words) + group
-            pairs = tl.load(values_ptr + at, mask=inside, other=0) if TAIL else tl.load(values_ptr + at)
+            pairs = load(values_ptr + at, inside, TAIL)
             x = _load_x(x_ptr, group, groups, inside, TAIL)
             acc0 = _add(acc0, pairs, x, meta, p, DTYPE, ASM)
             if ROWS > 1:
@@ -56,10 +53,7 @@ def _dot_rows(
 
 @triton.jit
 def _load_x(x_ptr, group, groups, inside, TAIL: tl.constexpr):
-    if TAIL:
-        return tl.load(x_ptr + group, mask=inside & (group < groups), other=0)
-    else:
-        return tl.load(x_ptr + group)
+    return load(x_ptr + group, inside & (group < groups), TAIL)
 
 
 @triton.jit

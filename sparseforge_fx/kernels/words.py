@@ -20,6 +20,15 @@ BYTES_13 = tl.constexpr(-0x00FF0100)  # 0xFF00FF00 as int32
 
 
 @triton.jit
+def load(pointers, inside, TAIL: tl.constexpr):
+    """What the pointers show; where a tile reaches beyond the weight (TAIL), zeros outside."""
+    if TAIL:
+        return tl.load(pointers, mask=inside, other=0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
 def place_bits(meta):
     """Two words that hold, 8 bits apart, whether places 0, 1 (first word) and 2, 3 (second) of a group are empty."""
     right = (meta >> 1) & 0x7FFFFFFF
