@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseforge_fx.kernels.packed import Packed
 from sparseforge_fx.passes.base import Pass, PassRecord, PassResult, run_passes
+from sparseforge_fx.passes.expand_sparse_linears import expand_sparse_linears
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.fuse_epilogues import fuse_epilogues
 from sparseforge_fx.passes.harden_masks import harden_masks
@@ -32,13 +33,17 @@ def train_passes(sites: Sequence[LinearSite], *, slorb_block: int | None = None)
 
 
 def deploy_passes(
-    sites: Sequence[LinearSite], *, layout: str, convert: Callable[[Packed], tuple[Tensor, Tensor]]
+    sites: Sequence[LinearSite],
+    *,
+    layout: str,
+    convert: Callable[[Packed], tuple[Tensor, Tensor]],
+    fuse: bool = True,
 ) -> list[Pass]:
     """The passes from a program with exactly 2:4 weights to packed operators; ``sites`` are chosen after merging."""
-    return [
-        partial(lower_sparse_linears, sites=sites, layout=layout, convert=convert),
-        fuse_epilogues,  # looks for the operator that the pass before puts in
-    ]
+    passes: list[Pass] = [partial(lower_sparse_linears, sites=sites, layout=layout, convert=convert)]
+    if fuse:
+        passes.append(fuse_epilogues)  # looks for the operator that the pass before puts in
+    return passes  # for a graph without our operators: no fusing, expand_sparse_linears instead
 
 
 __all__ = [
@@ -47,6 +52,7 @@ __all__ = [
     "PassRecord",
     "PassResult",
     "deploy_passes",
+    "expand_sparse_linears",
     "find_linears",
     "fuse_epilogues",
     "harden_masks",

@@ -9,10 +9,10 @@ from torch.fx import Node
 
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
+from sparseforge_fx.passes.rewrite import sparse_use
 from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
-ACTIVATION = 6  # its place among the operator's arguments
 
 
 def fuse_epilogues(program: Program) -> PassResult:
@@ -22,7 +22,8 @@ def fuse_epilogues(program: Program) -> PassResult:
     """
     modified = 0
     for node in program.graph.find_nodes(op="call_function", target=OP):
-        if node.args[ACTIVATION] != "none" or len(node.users) != 1:
+        use = sparse_use(node)
+        if use.activation != "none" or len(node.users) != 1:
             continue
         user = next(iter(node.users))
         name = _activation(user)
@@ -31,7 +32,7 @@ def fuse_epilogues(program: Program) -> PassResult:
         if name is None:
             continue
         with program.graph.inserting_before(user):
-            fused = program.graph.call_function(OP, (*node.args[:ACTIVATION], name))
+            fused = program.graph.call_function(OP, use._replace(activation=name))
         fused.meta = {**node.meta, "val": user.meta["val"]}
         program.replace(user, fused)
         program.graph.eliminate_dead_code()

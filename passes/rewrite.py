@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -15,6 +15,23 @@ aten = torch.ops.aten
 
 #: (input [..., in], bias or None) -> arguments of the operator that computes [..., out]
 Arguments = Callable[[Node, Any], tuple]
+
+
+class SparseUse(NamedTuple):
+    """The arguments of one ``sparse_linear`` in a graph."""
+
+    x: Node
+    values: Node
+    meta: Node
+    layout: str
+    in_features: int
+    bias: Node | None
+    activation: str
+
+
+def sparse_use(node: Node) -> SparseUse:
+    """A captured node leaves out last arguments that equal their defaults."""
+    return SparseUse(*node.args, *(None, "none")[len(node.args) - 5 :])  # type: ignore[arg-type]
 
 
 def rewrite_use(program: Program, use: LinearUse, target: Callable, arguments: Arguments) -> Node:

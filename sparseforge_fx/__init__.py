@@ -15,6 +15,9 @@ from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
     from sparseforge_fx.deploy.checkpoints import load, pack_checkpoint, save_packed, unpack_checkpoint
+    from sparseforge_fx.deploy.export import export
+    from sparseforge_fx.deploy.generation import export_generator
+    from sparseforge_fx.deploy.generator import Generator, load_generator
     from sparseforge_fx.deploy.lower import lower
     from sparseforge_fx.deploy.modules import lower_modules
     from sparseforge_fx.methods.catalog import configure
@@ -30,8 +33,12 @@ _HOMES = {
     "SparseModel": "sparse_model",
     "SparsifyResult": "sparsify",
     "configure": "methods.catalog",
+    "Generator": "deploy.generator",
+    "export": "deploy.export",
+    "export_generator": "deploy.generation",
     "finalize": "prepare",
     "load": "deploy.checkpoints",
+    "load_generator": "deploy.generator",
     "load_model": "models",
     "lower": "deploy.lower",
     "lower_modules": "deploy.modules",
@@ -47,13 +54,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "Generator",
     "SparseForgeConfig",
     "SparseForgeError",
     "SparseModel",
     "SparsifyResult",
     "configure",
+    "export",
+    "export_generator",
     "finalize",
     "load",
+    "load_generator",
     "load_model",
     "lower",
     "lower_modules",

@@ -52,7 +52,7 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tupl
         options["dtype"] = wanted or torch.bfloat16
         if hasattr(transformers, "GgufConfig"):  # before it came, every GGUF file was dequantised
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    elif _is_packed(config):
+    elif is_packed(config):
         raise SparseForgeError(f"the weights of {name} are packed: load it with sf.load, or see sf.unpack_checkpoint")
     elif getattr(config, "quantization_config", None) is not None:
         raise SparseForgeError(
@@ -211,7 +211,7 @@ def load_tokenizer(where: Location, config: Any) -> Any:
         return transformers.AutoTokenizer.from_pretrained(where.name, trust_remote_code=False, **where.options)
 
 
-def _is_packed(config: Any) -> bool:
+def is_packed(config: Any) -> bool:
     """Did ``save_packed`` write it?"""
     found = getattr(config, "quantization_config", None)
     return isinstance(found, dict) and found.get("quant_method") == "sparseforge"

@@ -56,6 +56,12 @@ class Program:
             return None
         return next(s for s in self.signature.input_specs if getattr(s.arg, "name", None) == node.name)
 
+    def name_of(self, placeholder: Node) -> str:
+        """The fully qualified name of the parameter, buffer or constant that a placeholder stands for."""
+        spec = self.spec_of(placeholder)
+        assert spec is not None and spec.target is not None, f"{placeholder} is not a lifted tensor"
+        return spec.target
+
     def lifted(self, *kinds: InputKind) -> Iterator[tuple[Node, str, Tensor]]:
         """(placeholder, fully qualified name, tensor) of every lifted input of these kinds, in graph order."""
         specs = {s.arg.name: s for s in self.signature.input_specs if isinstance(s.arg, TensorArgument)}

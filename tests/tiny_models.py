@@ -57,7 +57,8 @@ class Tiny:
 
 
 def build(name: str) -> nn.Module:
-    """``llama``, ``gpt2`` (Conv1D), ``opt``, ``bert`` (no language model) or ``mlp`` (no Hugging Face model)."""
+    """``llama``, ``gpt2`` (Conv1D), ``opt``, ``mistral``, ``qwen3``, ``gemma3``, ``bert`` and ``vit`` (no language
+    models) or ``mlp`` (no Hugging Face model)."""
     if name == "mlp":
         return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 8))
     import transformers as t
@@ -81,6 +82,18 @@ def build(name: str) -> nn.Module:
         )
     if name == "opt":
         return t.OPTForCausalLM(t.OPTConfig(**encoder, ffn_dim=64, word_embed_proj_dim=32, init_std=0.2))
+    if name in ("mistral", "qwen3", "gemma3"):
+        kind = {"mistral": "Mistral", "qwen3": "Qwen3", "gemma3": "Gemma3Text"}[name]
+        options = {"num_key_value_heads": 1, "intermediate_size": 64, "head_dim": 16, "initializer_range": 0.2}
+        options |= {} if name == "qwen3" else {"sliding_window": 6}
+        config = getattr(t, f"{kind}Config")(**encoder | {"num_hidden_layers": 2}, **options)
+        return getattr(t, "Gemma3ForCausalLM" if name == "gemma3" else f"{kind}ForCausalLM")(config)
+    if name == "vit":
+        config = t.ViTConfig(
+            image_size=8, patch_size=4, hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+            intermediate_size=64, initializer_range=0.2,
+        )  # fmt: skip
+        return t.ViTModel(config)
     assert name == "bert"
     return t.BertModel(t.BertConfig(**encoder, intermediate_size=64, initializer_range=0.2))
 
@@ -90,7 +103,9 @@ def _captured(name: str) -> Tiny:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build(name).eval()
-        example = torch.randn(4, 16) if name == "mlp" else {"input_ids": torch.randint(3, VOCABULARY, (2, 12))}
+        shapes = {"mlp": (4, 16), "vit": (2, 3, 8, 8)}
+        ids = {"input_ids": torch.randint(3, VOCABULARY, (2, 12))}
+        example = torch.randn(shapes[name]) if name in shapes else ids
         program = capture(model, example)
     return Tiny(model, example, program, {k: v.clone() for k, v in model.state_dict().items()})
 
@@ -103,7 +118,7 @@ def tiny() -> Callable[[str], Tiny]:
 
 @pytest.fixture
 def captured_once(monkeypatch, tiny):
-    """``tiny`` again, whose models sparsify and prepare take as they were captured before."""
+    """``tiny`` again, whose models sparsify, prepare and export take as they were captured before."""
     programs: dict[int, Program] = {}
 
     def reset(name: str) -> Tiny:
@@ -114,7 +129,7 @@ def captured_once(monkeypatch, tiny):
     def remembered(model, example_inputs=None):
         return programs.get(id(model)) or capture(model, example_inputs)
 
-    for name in ("prepare", "sparsify"):  # the package's attributes of these names are the functions
+    for name in ("prepare", "sparsify", "deploy.export"):  # the package's attributes of these names are the functions
         monkeypatch.setattr(importlib.import_module(f"sparseforge_fx.{name}"), "capture", remembered)
     return reset
 

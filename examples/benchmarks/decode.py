@@ -4,14 +4,13 @@
 
 MODEL is a folder, a hub id, or one of the shapes below with random weights. Weights are made 2:4 by magnitude (speed does not depend on
 how). Contenders: ``dense`` (the masked dense model), ``modules`` (lower_modules), with --compile also those two under
-torch.compile and ``backend`` (torch.compile, backend="sparseforge"). They generate in turn; medians and quartiles.
+torch.compile and ``backend`` (torch.compile, backend="sparseforge"). They generate in turn, eager ones and
+compiled ones; medians and quartiles.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 import sparseforge_fx as sf
+from sparseforge_fx.deploy.throughput import compare, random_prompts, with_transformers
 from sparseforge_fx.report import environment, write_json
 
 RESULTS = Path(__file__).parent / "results" / "decode"
@@ -59,7 +59,7 @@ def main(
             contenders[name] = copy.deepcopy(source)
             options = {"options": {"batch": batch}} if backend == "sparseforge" else {}
             contenders[name].forward = torch.compile(contenders[name].forward, backend=backend, **options)
-    results = {str(rows): compare(contenders, rows, prompt, tokens, rounds) for rows in batch}
+    results = {str(rows): measure(contenders, rows, prompt, tokens, rounds) for rows in batch}
     record = {
         "model": Path(model).name,
         "dtype": dtype,
@@ -87,53 +87,20 @@ def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name].to_dict()), dtype=dtype)
 
 
-@torch.no_grad()
-def compare(contenders: dict[str, Any], rows: int, prompt: int, tokens: int, rounds: int) -> dict[str, dict]:
-    """Tokens per second of each, over those of ``dense``; whether greedy text and first logits agree with its."""
-    reference = contenders["dense"]
-    ids = torch.randint(10, reference.config.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(reference.device)
-    options = {
-        "attention_mask": torch.ones_like(ids),
-        "max_new_tokens": tokens,
-        "min_new_tokens": tokens,
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
-
-    def generate(name: str) -> torch.Tensor:
-        cache = {"cache_implementation": "static", "disable_compile": True} if name not in ("dense", "modules") else {}
-        return contenders[name].generate(ids, **options, **cache)
-
-    texts = {name: generate(name) for name in contenders}
-    logits = {name: model(ids).logits.float() for name, model in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name in contenders:
-            _wait(ids)
-            clock = time.perf_counter()
-            generate(name)
-            _wait(ids)
-            times[name].append(time.perf_counter() - clock)
-    out = {}
-    for name, seconds in times.items():
-        base = times[name if name == "dense" or name == "modules" else "dense, compiled"]
-        base = times["dense"] if name == "modules" else base
-        error = (logits[name] - logits["dense"]).norm() / logits["dense"].norm()
-        low, middle, high = statistics.quantiles(seconds, n=4)
-        out[name] = {
-            "tokens_per_second": rows * tokens / middle,
-            "quartiles": [rows * tokens / high, rows * tokens / low],
-            "ratio": statistics.median(base) / middle,
-            "logits_relative_error": float(error),
-            "same_greedy_text": bool(torch.equal(texts[name], texts["dense"])),
-        }
-    return out
-
-
-def _wait(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
+def measure(contenders: dict[str, Any], rows: int, prompt: int, tokens: int, rounds: int) -> dict[str, dict]:
+    """Tokens per second of each beside ``dense``, compiled ones beside "dense, compiled"; how far the logits are off."""
+    dense = contenders["dense"]
+    ids = random_prompts(rows, prompt, dense.config.vocab_size, dense.device)
+    eager = {n: with_transformers(m) for n, m in contenders.items() if n in ("dense", "modules")}
+    found = compare(eager, ids, tokens, rounds)
+    compiled = {n: with_transformers(m, static=True) for n, m in contenders.items() if n not in eager}
+    if compiled:
+        found |= compare(compiled, ids, tokens, rounds)
+    with torch.no_grad():
+        logits = {name: model(ids).logits.float() for name, model in contenders.items()}
+    for name, row in found.items():
+        row["logits_relative_error"] = float((logits[name] - logits["dense"]).norm() / logits["dense"].norm())
+    return found
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from sparseforge_fx.deploy import cost
 from sparseforge_fx.deploy.frame import Frame
-from sparseforge_fx.deploy.lower import lower_program, sparse_sites
+from sparseforge_fx.deploy.lower import pack_linears, sparse_sites
 from sparseforge_fx.deploy.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.passes import LinearSite
@@ -109,7 +109,7 @@ def _lower(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) 
         table |= cost.timings([s for s in shapes if s not in table], batch, device, target, None)
         return cost.timings(shapes, batch, device, target, table)
 
-    done = lower_program(frame, _frozen_sites, target, batch, measure if options.get("gate", True) else None)
+    done = pack_linears(frame, _frozen_sites, target, batch, measure if options.get("gate", True) else None)
     if not (packed := eligible(done.sites)):
         return None
     log.info("%d linears run packed: %s", len(packed), [r.op_changes for r in done.records])

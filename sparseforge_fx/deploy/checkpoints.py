@@ -18,6 +18,7 @@ from sparseforge_fx.kernels.packed import Packed, pack
 from sparseforge_fx.models import (
     DTYPES,
     explained,
+    is_packed,
     load_config,
     load_model,
     load_tokenizer,
@@ -104,6 +105,13 @@ def load(
     if absent := sorted(info.get("missing_keys") or ()):
         raise SparseForgeError(f"tensor '{absent[0]}' of the model is missing from {folder}: copy the checkpoint anew")
     return model, tokenizer
+
+
+def load_any(name: str | Path, dtype: str | torch.dtype | None = None) -> tuple[nn.Module, Any]:
+    """:func:`load` of a packed checkpoint, :func:`sparseforge_fx.load_model` of any other."""
+    where = locate(name)
+    packed = not where.gguf and is_packed(load_config(where))
+    return load(name, dtype=dtype) if packed else load_model(name, dtype)
 
 
 def unpack_checkpoint(packed: str | Path, dense: str | Path, *, overwrite: bool = False) -> None:

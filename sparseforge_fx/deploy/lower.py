@@ -14,16 +14,19 @@ from sparseforge_fx.capture import capture
 from sparseforge_fx.deploy import cost
 from sparseforge_fx.deploy.targets import Target, find_target
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import (
     LinearSite,
     PassRecord,
     deploy_passes,
+    expand_sparse_linears,
     find_linears,
     merge_parallel_linears,
     run_passes,
 )
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.lower_sparse_linears import keep_dense
+from sparseforge_fx.passes.rewrite import sparse_use
 from sparseforge_fx.program import Program
 from sparseforge_fx.report import environment
 
@@ -55,44 +58,78 @@ def lower(
     table, bytes of the linears before and after, and ``scratch_bytes``: the largest packed weight in dense form, which
     prefill expands one at a time. Raises SparseForgeError if no weight is 2:4.
     """
-    known = cost.check_request(batch, table)
-    program = capture(model, example_inputs)
-    sites = sparse_sites(program)
-    if not eligible(sites):
-        reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
-        raise SparseForgeError(f"nothing to lower: {reasons}; run sparsify first")
-    dense_bytes = {s.fqn: s.numel * s.dtype.itemsize for s in eligible(sites)}
-    device = program.tensor(eligible(sites)[0].fqn).device
-    chosen = find_target(target, device)
-    done = lower_program(
-        program,
-        sparse_sites,
-        chosen,
-        batch,
-        partial(cost.timings, tokens=batch, device=device, target=chosen, known=known) if gate else None,
-    )
-    program, sites = done.program, done.sites
+    program, report = lower_captured(capture(model, example_inputs), target=target, batch=batch, table=table, gate=gate)
     module = program.module()
-    packed = {s.fqn: _packed_bytes(program, s) for s in eligible(sites)}
-    stayed = sum(s.numel * s.dtype.itemsize for s in sites if s.reason and s.reason.startswith("gate: "))
-    module.report = {  # type: ignore[assignment]
-        "sites": [
-            {"name": s.fqn, "out": s.out_features, "in": s.in_features, "bytes": packed[s.fqn]} for s in eligible(sites)
-        ],
-        "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in sites if s.reason],
-        "table": [t.describe() for by_tokens in done.timings.values() for t in by_tokens.values()],
-        "batch": list(batch),
-        "dense_bytes": sum(dense_bytes.values()),
-        "lowered_bytes": sum(packed.values()) + stayed,
-        "scratch_bytes": max((s.numel * s.dtype.itemsize for s in eligible(sites)), default=0),
-        "passes": [r._asdict() for r in done.records],
-        **environment(),
-    }
+    module.report = report  # type: ignore[assignment]
     return module
 
 
+def lower_captured(
+    program: Program,
+    *,
+    target: str = "auto",
+    batch: Sequence[int] = (1, 8, 64, 2048),
+    table: str | Path | cost.Table | None = None,
+    gate: bool = True,
+    portable: bool = False,
+) -> tuple[Program, dict[str, Any]]:
+    """:func:`lower` from a captured program to a program and the report. Linears that are packed already stay so.
+
+    Args:
+        portable: packed weights are expanded by plain aten operators, which is never faster: nothing is timed, and
+            every 2:4 weight is packed.
+    """
+    known = cost.check_request(batch, table)
+    sites = sparse_sites(program)
+    before = packed_weights(program)
+    if not eligible(sites) and not before:
+        reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
+        raise SparseForgeError(f"nothing to lower: {reasons}; run sparsify first")
+    device = (program.tensor(eligible(sites)[0].fqn) if eligible(sites) else next(iter(program.state.values()))).device
+    chosen = find_target(target, device)
+    dense_bytes = sum(s.numel * s.dtype.itemsize for s in eligible(sites)) + sum(w["dense"] for w in before.values())
+    measure = partial(cost.timings, tokens=batch, device=device, target=chosen, known=known)
+    done = pack_linears(program, sparse_sites, chosen, batch, measure if gate and not portable else None, not portable)
+    program, records, packed = done.program, done.records, packed_weights(done.program)
+    if portable:
+        program, expanding = run_passes(program, [expand_sparse_linears])
+        records += expanding
+    stayed = sum(s.numel * s.dtype.itemsize for s in done.sites if s.reason and s.reason.startswith("gate: "))
+    return program, {
+        "sites": [{"name": name, "out": w["out"], "in": w["in"], "bytes": w["bytes"]} for name, w in packed.items()],
+        "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in done.sites if s.reason],
+        "table": [t.describe() for by_tokens in done.timings.values() for t in by_tokens.values()],
+        "batch": list(batch),
+        "dense_bytes": dense_bytes,
+        "lowered_bytes": sum(w["bytes"] for w in packed.values()) + stayed,
+        "scratch_bytes": max((w["dense"] for w in packed.values()), default=0),
+        "passes": [r._asdict() for r in records],
+        **environment(),
+    }
+
+
+def packed_weights(program: Program) -> dict[str, dict[str, int]]:
+    """Outputs, inputs and bytes (packed, dense) of each packed weight of the graph, by the name of the weight."""
+    found = {}
+    for node in program.graph.find_nodes(op="call_function", target=OP):
+        use = sparse_use(node)
+        values, meta = program.name_of(use.values), program.name_of(use.meta)
+        tensor = program.tensor(values)
+        # of lower_sparse_linears, or a buffer of SparseLinear
+        name = (
+            values.removesuffix("_values") if values.endswith("_values") else f"{values.removesuffix('values')}weight"
+        )
+        found[name] = {
+            "out": tensor.shape[0],
+            "in": use.in_features,
+            "bytes": tensor.nbytes + program.tensor(meta).nbytes,
+            "dense": tensor.shape[0] * use.in_features * tensor.element_size(),
+        }
+    return found
+
+
 class Lowered(NamedTuple):
-    """What :func:`lower_program` did: the linears of the merged graph, the times that decided, a record per pass."""
+    """What :func:`pack_linears` did: the linears of the merged graph, the times that decided, a record per pass."""
 
     program: Program
     sites: list[LinearSite]
@@ -100,23 +137,26 @@ class Lowered(NamedTuple):
     records: list[PassRecord]
 
 
-def lower_program(
+def pack_linears(
     program: Program,
     find: Callable[[Program], list[LinearSite]],
     target: Target,
     batch: Sequence[int],
     measure: Callable[[list[cost.Shape]], cost.Table] | None,
+    fuse: bool = True,
 ) -> Lowered:
     """Merge the linears that ``find`` gives, pack those that ``measure`` shows to gain (all without it), fuse."""
     program, merging = run_passes(program, [partial(merge_parallel_linears, sites=find(program))])
     sites = find(program)  # again: it is the merged weights that are timed and packed
     timings: cost.Table = {}
     if measure is not None:
-        timings = measure([shape_of(s) for s in eligible(sites)])
+        timings = measure([_shape_of(s) for s in eligible(sites)])
         for site in eligible(sites):
-            against = cost.verdict(timings[shape_of(site)], batch)
+            against = cost.verdict(timings[_shape_of(site)], batch)
             site.reason = against and f"gate: {against}"
-    program, packing = run_passes(program, deploy_passes(sites, layout=target.layout, convert=target.convert))
+    program, packing = run_passes(
+        program, deploy_passes(sites, layout=target.layout, convert=target.convert, fuse=fuse)
+    )
     return Lowered(program, sites, timings, [*merging, *packing])
 
 
@@ -125,10 +165,6 @@ def sparse_sites(program: Program) -> list[LinearSite]:
     return keep_dense(program, find_linears(program, include=["*"]))
 
 
-def shape_of(site: LinearSite) -> cost.Shape:
+def _shape_of(site: LinearSite) -> cost.Shape:
     """What the site's cost depends on."""
     return cost.Shape.of(site.out_features, site.in_features, site.dtype)
-
-
-def _packed_bytes(program: Program, site: LinearSite) -> int:
-    return program.tensor(f"{site.fqn}_values").nbytes + program.tensor(f"{site.fqn}_meta").nbytes

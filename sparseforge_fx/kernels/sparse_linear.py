@@ -58,7 +58,7 @@ def _rows_dense_on_cpu(values: Tensor, bitmask: Tensor, in_features: int) -> Ten
 def _rows_linear_on_cpu(
     x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None, activation: str
 ) -> Tensor | None:
-    if x.dtype not in cpu.MAX_ROWS or x.shape[0] > cpu.MAX_ROWS[x.dtype] or not cpu.available():
+    if x.shape[0] > cpu.max_rows(x.dtype):
         return None
     check_shapes(Packed(values, bitmask, in_features))
     return cpu.rows_linear(x, values, bitmask, in_features, bias, activation)

@@ -148,11 +148,11 @@ def test_many_threads_at_once():
 def fresh():
     for cached in (cpu._load, cpu.instruction_sets, cpu.instruction_set):
         cached.cache_clear()
-    torch.ops.sparseforge_cpu.use("", 0, 0)
+    torch.ops.sparseforge_cpu.use("")
     yield
     for cached in (cpu._load, cpu.instruction_sets, cpu.instruction_set):
         cached.cache_clear()
-    torch.ops.sparseforge_cpu.use("", 0, 0)
+    torch.ops.sparseforge_cpu.use("")
 
 
 def test_without_a_compiler_it_is_plain_torch_and_one_warning(fresh, monkeypatch, tmp_path):
@@ -173,7 +173,7 @@ def test_without_a_compiler_it_is_plain_torch_and_one_warning(fresh, monkeypatch
 def only_python():
     """The operator as it is without its C++ half."""
     cpu.instruction_set()
-    torch.ops.sparseforge_cpu.use("", 0, 0)
+    torch.ops.sparseforge_cpu.use("")
     yield
     cpu.instruction_set.cache_clear()
     cpu.instruction_set()

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import shutil
+import subprocess
 import tempfile
 import threading
 import warnings
@@ -20,11 +21,18 @@ import torch
 from sparseforge_fx.errors import SparseForgeError
 
 ISA_VARIABLE = "SPARSEFORGE_CPU_ISA"
-_SOURCES = ("operator.cpp", "rows_linear.cpp", "rows_linear.h", "primitives.h", "tile.h", "finish.h", "amx.h")
+_SOURCES = (
+    "rows_linear.cpp",
+    "sparse_linear.cpp",
+    "operator.cpp",
+    "aoti.cpp",
+    "rows_linear.h",
+    "primitives.h",
+    "tile.h",
+    "finish.h",
+    "amx.h",
+)
 _LOCK = threading.Lock()
-
-# Beyond so many rows of x, expanding the weight for torch's dense product wins
-MAX_ROWS = {torch.bfloat16: 128, torch.float32: 64}
 
 
 def available() -> bool:
@@ -51,8 +59,23 @@ def instruction_set() -> str:
     wanted = os.environ.get(ISA_VARIABLE) or known[-1]
     if wanted not in known:
         raise SparseForgeError(f"{ISA_VARIABLE}={wanted} is not one of this machine's {', '.join(known)}")
-    torch.ops.sparseforge_cpu.use(wanted, MAX_ROWS[torch.bfloat16], MAX_ROWS[torch.float32])
+    torch.ops.sparseforge_cpu.use(wanted)
     return wanted
+
+
+def max_rows(dtype: torch.dtype) -> int:
+    """So many rows of x are served by :func:`rows_linear`; for more, the weight is better expanded. -1: no kernel."""
+    return torch.ops.sparseforge_cpu.max_rows(dtype) if available() else -1
+
+
+def archive() -> Path:
+    """The same kernels as a static library, for other libraries to be linked with.
+
+    Raises SparseForgeError without a C++ compiler.
+    """
+    if not available():
+        raise SparseForgeError("the CPU kernels could not be built: install a C++ compiler (g++ or clang++)")
+    return _folder() / f"lib{_name()}.a"
 
 
 def rows_linear(x, values, bitmask, in_features, bias=None, activation="none", isa=None):
@@ -78,11 +101,11 @@ def rows_dense(values, bitmask, in_features):
 def _load() -> bool:
     try:
         library = _folder() / f"{_name()}.so"
-        if library.exists():
+        if library.exists() and library.with_name(f"lib{library.stem}.a").exists():
             torch.ops.load_library(library)
         else:
             _build(library)
-    except (RuntimeError, OSError, ImportError) as error:
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         warnings.warn(f"packed linears run in plain torch on this CPU: no C++ kernel ({reason})", stacklevel=4)
         return False
@@ -120,6 +143,9 @@ def _build(library: Path) -> None:
             build_directory=folder,
             is_python_module=False,
         )
+        objects = [str(path) for path in sorted(Path(folder).glob("*.o"))]
+        subprocess.run(["ar", "rcsD", f"{folder}/lib.a", *objects], check=True, capture_output=True)
+        os.replace(f"{folder}/lib.a", library.with_name(f"lib{library.stem}.a"))
         os.replace(Path(folder) / library.name, library)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

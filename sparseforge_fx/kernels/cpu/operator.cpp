@@ -9,11 +9,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/_unsafe_view.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/silu.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -28,17 +23,8 @@ using Dense = at::Tensor(const at::Tensor&, const at::Tensor&, c10::string_view,
 
 // What Python chose for this process (see cpu/__init__.py); until then every call goes there.
 std::atomic<int> isa_in_use{-1};
-std::atomic<int64_t> max_rows_bfloat16{0}, max_rows_float32{0};
 
-void use(c10::string_view isa, int64_t bfloat16_rows, int64_t float32_rows) {
-  max_rows_bfloat16 = bfloat16_rows;
-  max_rows_float32 = float32_rows;
-  isa_in_use = isa.empty() ? -1 : static_cast<int>(isa_named(isa));
-}
-
-int64_t max_rows(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? max_rows_bfloat16.load() : dtype == at::kFloat ? max_rows_float32.load() : -1;
-}
+void use(c10::string_view isa) { isa_in_use = isa.empty() ? -1 : static_cast<int>(isa_named(isa)); }
 
 const auto& linear_operator() {
   static const auto op =
@@ -64,40 +50,13 @@ bool serves(const at::Tensor& values, const at::Tensor& meta, c10::string_view l
          (values.element_size() == 2 || values.element_size() == 4) && is_packed(values, meta, in_features);
 }
 
-at::Tensor activate(const at::Tensor& y, Activation activation) {
-  switch (activation) {
-    case Activation::none:
-      return y;
-    case Activation::relu:
-      return at::relu(y);
-    case Activation::gelu:
-      return at::gelu(y);
-    case Activation::gelu_tanh:
-      return at::gelu(y, "tanh");
-    case Activation::silu:
-      return at::silu(y);
-    case Activation::silu_mul: {
-      const auto halves = y.chunk(2, -1);
-      return at::silu(halves[0]).mul(halves[1]);
-    }
-  }
-  TORCH_INTERNAL_ASSERT(false, "not an activation");
-}
-
 at::Tensor linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& meta, c10::string_view layout,
                   int64_t in_features, const OptionalTensor& bias, c10::string_view activation) {
   const auto act = activation_named(activation);
   if (!act || !serves(values, meta, layout, in_features) || !x.is_floating_point() ||
       !fits(x, values, in_features, bias, *act))
     return linear_operator().redispatch(kPython, x, values, meta, layout, in_features, bias, activation);
-  if (x.numel() / in_features <= max_rows(x.scalar_type()))
-    return rows_linear(x, values, meta, in_features, bias, *act, static_cast<Isa>(isa_in_use.load()));
-  // as rows: at::linear of three dimensions may take another path, with other bits
-  const auto rows = x.reshape({-1, in_features});
-  const auto y = activate(at::linear(rows, rows_dense(values, meta, in_features), bias), *act);
-  auto sizes = x.sizes().vec();
-  sizes.back() = y.size(1);
-  return at::_unsafe_view(y, sizes);  // no view: autograd forbids writing into one of an operator's
+  return sparse_linear(x, values, meta, in_features, bias, *act, static_cast<Isa>(isa_in_use.load()));
 }
 
 at::Tensor dense(const at::Tensor& values, const at::Tensor& meta, c10::string_view layout, int64_t in_features) {
@@ -119,11 +78,30 @@ at::Tensor linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const 
   return linear_operator().redispatch(below, x, values, meta, layout, in_features, bias, activation);
 }
 
+at::Tensor rows_linear_named(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask,
+                             int64_t in_features, const OptionalTensor& bias, c10::string_view activation,
+                             c10::string_view isa) {
+  const auto act = activation_named(activation);
+  TORCH_CHECK(act, "unknown activation '", activation, "'");
+  return rows_linear(x, values, mask, in_features, bias, *act, isa_named(isa));
+}
+
 }  // namespace
 }  // namespace sparseforge
 
-TORCH_LIBRARY_FRAGMENT(sparseforge_cpu, m) {
-  m.def("use(str isa, int bfloat16_rows, int float32_rows) -> ()", &sparseforge::use);
+TORCH_LIBRARY(sparseforge_cpu, m) {
+  m.def(
+      "rows_linear(Tensor x, Tensor values, Tensor bitmask, int in_features, Tensor? bias, str activation, str isa)"
+      " -> Tensor");
+  m.def("rows_dense(Tensor values, Tensor bitmask, int in_features) -> Tensor");
+  m.def("instruction_sets() -> str[]", &sparseforge::instruction_sets);
+  m.def("max_rows(ScalarType dtype) -> int", &sparseforge::max_rows);
+  m.def("use(str isa) -> ()", &sparseforge::use);
+}
+
+TORCH_LIBRARY_IMPL(sparseforge_cpu, CPU, m) {
+  m.impl("rows_linear", &sparseforge::rows_linear_named);
+  m.impl("rows_dense", &sparseforge::rows_dense);
 }
 
 TORCH_LIBRARY_IMPL(sparseforge, CPU, m) {

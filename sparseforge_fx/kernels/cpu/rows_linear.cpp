@@ -1,4 +1,4 @@
-// sparseforge_cpu::rows_linear: y = act(x W^T + b), W as packed.py writes it (values and bitmask, row by row).
+// y = act(x W^T + b), W as packed.py writes it (values and bitmask, row by row).
 //
 // The instruction set is chosen at run time; one library serves every x86-64 machine, and the portable code any other.
 
@@ -6,7 +6,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <optional>
 #include <string>
@@ -62,13 +61,6 @@ bool supported(Isa isa) {
   }
 #endif
   return isa == Isa::portable;
-}
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (size_t i = 0; i < kIsaNames.size(); ++i)
-    if (supported(static_cast<Isa>(i))) names.push_back(kIsaNames[i]);
-  return names;
 }
 
 // One instruction set's functions for weights of type S.
@@ -169,6 +161,13 @@ void run(const S* x, int64_t columns, int64_t in, const S* values, const uint8_t
 
 }  // namespace
 
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (size_t i = 0; i < kIsaNames.size(); ++i)
+    if (supported(static_cast<Isa>(i))) names.push_back(kIsaNames[i]);
+  return names;
+}
+
 Isa isa_named(std::string_view name) {
   for (size_t i = kIsaNames.size(); i-- > 0;)
     if ((name.empty() || name == kIsaNames[i]) && supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
@@ -261,28 +260,4 @@ at::Tensor rows_dense(const at::Tensor& values, const at::Tensor& mask, int64_t 
   return dense;
 }
 
-namespace {
-
-at::Tensor rows_linear_named(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask,
-                             int64_t in_features, const std::optional<at::Tensor>& bias, c10::string_view activation,
-                             c10::string_view isa) {
-  const auto act = activation_named(activation);
-  TORCH_CHECK(act, "unknown activation '", activation, "'");
-  return rows_linear(x, values, mask, in_features, bias, *act, isa_named(isa));
-}
-
-}  // namespace
 }  // namespace sparseforge
-
-TORCH_LIBRARY(sparseforge_cpu, m) {
-  m.def(
-      "rows_linear(Tensor x, Tensor values, Tensor bitmask, int in_features, Tensor? bias, str activation, str isa)"
-      " -> Tensor");
-  m.def("rows_dense(Tensor values, Tensor bitmask, int in_features) -> Tensor");
-  m.def("instruction_sets() -> str[]", &sparseforge::instruction_sets);
-}
-
-TORCH_LIBRARY_IMPL(sparseforge_cpu, CPU, m) {
-  m.impl("rows_linear", &sparseforge::rows_linear_named);
-  m.impl("rows_dense", &sparseforge::rows_dense);
-}

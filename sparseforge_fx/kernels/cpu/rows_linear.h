@@ -4,7 +4,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
+#include <vector>
 
 namespace sparseforge {
 
@@ -15,6 +17,9 @@ std::optional<Activation> activation_named(std::string_view name);
 
 // The best one if `name` is empty; throws if this machine does not have it.
 Isa isa_named(std::string_view name);
+
+// What this machine has, slowest first.
+std::vector<std::string> instruction_sets();
 
 // Whether this is a 2-D weight [out, in_features] as packed.py writes it. Reads no data: a damaged bitmask gives wrong
 // numbers, but no access outside the tensors.
@@ -30,5 +35,13 @@ at::Tensor rows_linear(const at::Tensor& x, const at::Tensor& values, const at::
 
 // The dense weight [out, in_features]. Moves bits: any type of two or four bytes.
 at::Tensor rows_dense(const at::Tensor& values, const at::Tensor& mask, int64_t in_features);
+
+// Beyond so many rows of x, expanding the weight for torch's dense product is faster than rows_linear (measured with
+// AMX and two threads); -1 for types that it does not take.
+int64_t max_rows(at::ScalarType dtype);
+
+// rows_linear, or rows_dense and a dense product: what is faster for so many rows. Any type that rows_dense takes.
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
+                         const std::optional<at::Tensor>& bias, Activation activation, Isa isa);
 
 }  // namespace sparseforge

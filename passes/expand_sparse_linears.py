@@ -1,0 +1,60 @@
+"""sparseforge::sparse_linear -> plain aten operators over the same packed tensors: the graph runs without this package.
+
+For the size of the file and for machines that have torch alone, not for speed: the weight is expanded in every call.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sparseforge_fx.kernels.packed import Packed, unpack
+from sparseforge_fx.kernels.planes import from_planes
+from sparseforge_fx.kernels.planes_linear import as_words
+from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.passes.base import PassResult
+from sparseforge_fx.passes.rewrite import aten, call_like, sparse_use
+from sparseforge_fx.program import Program
+
+
+def expand_sparse_linears(program: Program) -> PassResult:
+    """Let ``aten.linear`` read the expanded weight wherever the sparse operator stands without an activation.
+
+    Those with an activation are left alone: expand before :func:`fuse_epilogues`, or instead of it.
+    """
+    modified = 0
+    for node in program.graph.find_nodes(op="call_function", target=OP):
+        use = sparse_use(node)
+        if use.activation != "none":
+            continue
+        with program.graph.inserting_before(node):
+            traced = _trace(use.values, use.meta, use.layout, use.in_features)
+            weight = _insert(traced, node, use.values, use.meta)
+            linear = call_like(node, aten.linear.default, use.x, weight, use.bias)
+        program.replace(node, linear)
+        modified += 1
+    return PassResult(program, modified)
+
+
+def _trace(values: Node, meta: Node, layout: str, in_features: int) -> GraphModule:
+    def dense(values: Tensor, meta: Tensor) -> Tensor:
+        if layout == "planes":
+            return unpack(from_planes(as_words(values), meta, in_features, values.dtype))
+        return unpack(Packed(values, meta, in_features))
+
+    fakes = values.meta["val"], meta.meta["val"]
+    with fakes[0].fake_mode:
+        return make_fx(dense)(*fakes)
+
+
+def _insert(traced: GraphModule, like: Node, *inputs: Node) -> Node:
+    """Copy the traced graph before the insertion point; returns the node of its result."""
+    nodes = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "output":
+            return nodes[node.args[0]]
+        if node.op != "placeholder":
+            nodes[node] = like.graph.node_copy(node, nodes.__getitem__)
+            nodes[node].meta = {**like.meta, "val": node.meta["val"]}
+    raise AssertionError("a graph has an output")

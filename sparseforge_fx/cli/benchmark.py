@@ -1,0 +1,66 @@
+"""``sparseforge-fx benchmark``: what packing gains a 2:4 language model on this machine, in tokens per second."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sparseforge_fx.cli.app import Model, command, pick_device, quiet, readable_bytes, stdout
+
+
+@command
+def benchmark(
+    model: Model,
+    batch: Annotated[list[int], typer.Option(help="Sequences that are generated together (repeatable).")] = [1, 8],  # noqa: B006
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens that are generated.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Dense and packed take turns so often.")] = 5,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result there (json).")] = None,
+) -> None:
+    """Generate with MODEL dense and packed in turn."""
+    from sparseforge_fx.deploy.modules import lower_modules
+    from sparseforge_fx.deploy.throughput import compare, random_prompts, with_transformers
+    from sparseforge_fx.errors import SparseForgeError
+    from sparseforge_fx.models import load_model
+    from sparseforge_fx.report import environment, write_json
+
+    quiet()
+    if min(*batch, prompt, tokens, rounds) < 1:
+        raise SparseForgeError("batch, prompt, tokens and rounds are at least 1")
+    dense: Any = load_model(model, dtype=dtype)[0].to(pick_device(device)).eval()
+    if not getattr(dense, "can_generate", lambda: False)():
+        raise SparseForgeError(f"{model} is no language model that generates text")
+    packed = copy.deepcopy(dense)
+    report = lower_modules(packed, batch=batch)
+    contenders = {"dense": with_transformers(dense), "packed": with_transformers(packed)}
+    table = Table(title=f"{len(report['sites'])} of {_count(report)} 2:4 linears packed", title_justify="left")
+    for name in ("batch", "model", "tokens/s", "quartiles", "over dense", "same text"):
+        table.add_column(name, justify="right")
+    results = {}
+    for rows in batch:
+        ids = random_prompts(rows, prompt, dense.config.get_text_config().vocab_size, dense.device)
+        results[str(rows)] = compare(contenders, ids, tokens, rounds)
+        for name, found in results[str(rows)].items():
+            low, high = found["quartiles"]
+            same = "yes" if found["same_greedy_text"] else "no"
+            speed = f"{found['tokens_per_second']:.1f}"
+            table.add_row(str(rows), name, speed, f"{low:.1f} to {high:.1f}", f"{found['ratio']:.2f}x", same)
+    console = stdout()
+    console.print(table)
+    before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
+    console.print(f"2:4 linears: {before} dense, {after} lowered", highlight=False)
+    if output is not None:
+        write_json(
+            output, {"model": model, "dtype": dtype, "batches": results, "gate": report["table"], **environment()}
+        )
+        console.print(f"wrote {output}", markup=False)
+
+
+def _count(report: dict) -> int:
+    return len(report["sites"]) + sum(s["reason"].startswith("gate") for s in report["skipped"])

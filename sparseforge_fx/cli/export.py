@@ -1,0 +1,66 @@
+"""``sparseforge-fx export``: a 2:4 model as a file or folder that others run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparseforge_fx.cli.app import Model, command, pick_device, quiet, readable_bytes, stdout
+
+FORMATS = ("pt2", "aoti", "safetensors")
+
+
+@command
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file (.pt2) or, for safetensors, the folder.")],
+    format: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)}.")] = "pt2",
+    generator: Annotated[
+        bool, typer.Option("--generator", help="Prompt and next-token graphs with a key/value cache, for `generate`.")
+    ] = False,
+    max_length: Annotated[int, typer.Option(help="Tokens that the cache of a generator holds.")] = 1024,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="pt2 of plain aten operators: torch alone runs it.")
+    ] = False,
+    batch: Annotated[list[int], typer.Option(help="Token counts (batch x sequence) that matter.")] = [1, 8],  # noqa: B006
+    gate: Annotated[bool, typer.Option(help="Pack only what was measured to be faster here.")] = True,
+    table: Annotated[Path | None, typer.Option(help="Decide by a table that `lower -o` wrote.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
+) -> None:
+    """Write MODEL, which is 2:4, as an ExportedProgram, an AOTInductor package, or a packed checkpoint."""
+    from sparseforge_fx.deploy.checkpoints import load_any, save_packed
+    from sparseforge_fx.deploy.export import check_path
+    from sparseforge_fx.deploy.export import export as export_model
+    from sparseforge_fx.deploy.generation import export_generator
+    from sparseforge_fx.errors import SparseForgeError
+
+    quiet()
+    if format not in FORMATS:
+        raise SparseForgeError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
+    if format == "safetensors":
+        if generator or portable:
+            raise SparseForgeError("--generator and --portable are for graphs; a packed checkpoint has none")
+        loaded, tokenizer = load_any(model, dtype=dtype)
+        report = save_packed(loaded, tokenizer, output)
+        size = sum(f.stat().st_size for f in output.iterdir())
+    else:
+        if generator and portable:
+            raise SparseForgeError("--generator needs this package's operators: leave --portable out")
+        check_path(output)
+        loaded, tokenizer = load_any(model, dtype=dtype)
+        moved: Any = loaded.to(pick_device(device))
+        options: dict[str, Any] = {"format": format, "batch": batch, "gate": gate, "table": table}
+        if generator:
+            report = export_generator(moved, output, tokenizer, max_length=max_length, **options)
+        else:
+            report = export_model(moved, output, portable=portable, **options)
+        size = report["file_bytes"]
+    console = stdout()
+    before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
+    console.print(f"{len(report['sites'])} packed linears: {before} dense, {after} now", highlight=False)
+    for note in report.get("notes", ()):
+        console.print(f"note: {note}", highlight=False, markup=False)
+    console.print(f"wrote {output}, {readable_bytes(size)}", markup=False, highlight=False)

@@ -1,0 +1,75 @@
+"""Programs compiled by AOTInductor, with this package's CPU kernels linked into the library that comes out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import config
+from torch.export.pt2_archive._package import package_pt2
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.program import Program
+
+# the function of kernels/cpu/aoti.cpp
+_SHIM = """AOTITorchError aoti_torch_cpu_sparse_linear(
+    AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features,
+    AtenTensorHandle* bias, const char* activation, AtenTensorHandle* result)"""
+
+
+def package(
+    programs: dict[str, Program], file: Path, extra_files: dict[str, str] | None = None, **options: Any
+) -> None:
+    """Compile each program and write them to one package under these names; ``options`` are Inductor's.
+
+    Raises SparseForgeError where the device has no kernels that run without Python, or no C++ compiler is there.
+    """
+    files: dict[str, list] = {}
+    with kernels_linked(*programs.values()):
+        for name, program in programs.items():
+            args, kwargs = program.exported.example_inputs  # type: ignore[misc]
+            made = torch._inductor.aot_compile(
+                program.exported.module(check_guards=False),  # type: ignore[arg-type]
+                args,
+                kwargs,
+                options={"aot_inductor.package": True, **options},
+            )
+            assert isinstance(made, list)
+            # without the sources: they are not needed, and name folders of this machine
+            files[name] = [f for f in made if not str(f).endswith(".cpp")]
+    package_pt2(str(file), aoti_files=files, extra_files=extra_files)  # type: ignore[arg-type]
+
+
+@contextmanager
+def kernels_linked(*programs: Program) -> Iterator[None]:
+    """Within it, Inductor calls the C function for the sparse operator and links the library that has it."""
+    devices = {n.meta["val"].device.type for p in programs for n in p.graph.find_nodes(op="call_function", target=OP)}
+    if devices - {"cpu"}:
+        raise SparseForgeError(
+            f"packages of aoti have sparse kernels for the CPU only, not for {', '.join(sorted(devices))}: use pt2"
+        )
+    library = cpu.archive() if devices else None
+    before = os.environ.get("LIBRARY_PATH")
+    patches: dict[str, Any] = {}
+    if library is not None:
+        # the linker searches the folders of this variable; Inductor has no setting for one
+        os.environ["LIBRARY_PATH"] = os.pathsep.join([str(library.parent), *filter(None, [before])])
+        patches = {
+            "aot_inductor.custom_ops_to_c_shims": {OP: [_SHIM]},
+            "aot_inductor.custom_op_libs": [library.stem.removeprefix("lib")],
+        }
+    try:
+        with config.patch(patches):
+            yield
+    finally:
+        if library is not None:
+            if before is None:
+                del os.environ["LIBRARY_PATH"]
+            else:
+                os.environ["LIBRARY_PATH"] = before

@@ -1,0 +1,27 @@
+// What a package of AOTInductor calls: sparseforge::sparse_linear on packed rows, without Python and without the
+// dispatcher. Linked into the package's own library (see deploy/aoti.py).
+
+#include "rows_linear.h"
+
+#include <torch/csrc/inductor/aoti_torch/utils.h>
+
+#include <cstdlib>
+
+extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_cpu_sparse_linear(
+    AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features,
+    AtenTensorHandle* bias, const char* activation, AtenTensorHandle* result) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    using namespace sparseforge;
+    using torch::aot_inductor::tensor_handle_to_tensor_pointer;
+    static const Isa isa = [] {
+      const char* wanted = std::getenv("SPARSEFORGE_CPU_ISA");
+      return isa_named(wanted ? wanted : "");
+    }();
+    const auto act = activation_named(activation);
+    TORCH_CHECK(act && std::string_view(layout) == "rows", "no CPU kernel for ", activation, " on ", layout);
+    const std::optional<at::Tensor> b = bias ? std::optional(*tensor_handle_to_tensor_pointer(*bias)) : std::nullopt;
+    *result = torch::aot_inductor::new_tensor_handle(
+        sparse_linear(*tensor_handle_to_tensor_pointer(x), *tensor_handle_to_tensor_pointer(values),
+                      *tensor_handle_to_tensor_pointer(meta), in_features, b, *act, isa));
+  });
+}

@@ -1,0 +1,237 @@
+"""export_generator, load_generator: tokens equal to generate(), one copy of the weights, and errors in one sentence."""
+
+import json
+import shutil
+import zipfile
+
+import fresh
+import pytest
+import torch
+import transformers
+from tiny_models import build
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import sparseforge_fx as sf
+from sparseforge_fx.deploy.generation import SPEC_FILE
+from sparseforge_fx.errors import SparseForgeError
+
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """exported(name, format): (model, path, report), each made once."""
+    made = {}
+
+    def make(name, format="pt2"):
+        if (name, format) not in made:
+            torch.manual_seed(0)
+            model = build(name).eval()
+            sf.sparsify(model)
+            model.generation_config.eos_token_id = None
+            path = tmp_path_factory.mktemp("generator") / "g.pt2"
+            report = sf.export_generator(model, path, tokenizer(), format=format, max_length=LENGTH, gate=False)
+            made[name, format] = model, path, report
+        return made[name, format]
+
+    return make
+
+
+def tokenizer():
+    words = ["<pad>", "<s>", "</s>", *(chr(97 + i) for i in range(26))]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+
+
+def prompts(rows=2, length=7, padded=3):
+    ids = torch.randint(3, 50, (rows, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :padded] = 0
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mistral", "qwen3", "gemma3"])
+def test_greedy_tokens_are_those_of_generate(exported, name):
+    model, path, report = exported(name)
+    ids, mask = prompts()
+    generator = sf.load_generator(path)
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    assert torch.equal(generator.generate(ids, mask, max_new_tokens=20), want)
+    one = ids[1:, :1]  # no prefill
+    want = model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=20, do_sample=False)
+    assert torch.equal(generator.generate(one, max_new_tokens=20), want)
+    assert report["sites"] and report["file_bytes"] == path.stat().st_size
+
+
+def test_one_copy_of_the_weights(exported):
+    model, path, report = exported("llama")
+    generator = sf.load_generator(path)
+    first, second = generator._prefill.state_dict(), generator._decode.state_dict()
+    assert first.keys() == second.keys() and all(first[n].data_ptr() == second[n].data_ptr() for n in first)
+    with zipfile.ZipFile(path) as archive:
+        stored = sum(i.file_size for i in archive.infolist() if "/data/weights/weight_" in i.filename)
+    embedding = model.lm_head.weight.nbytes + model.model.embed_tokens.weight.nbytes
+    assert stored < report["lowered_bytes"] + embedding + 3000  # norms, and a few bytes for every stand-in
+
+
+def test_compiled_graphs(exported, tmp_path):
+    model, path, _ = exported("llama", "aoti")
+    ids, mask = prompts()
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    generator = sf.load_generator(path)
+    assert torch.equal(generator.generate(ids, mask, max_new_tokens=20), want)
+    one = ids[1:, :1]
+    want = model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=20, do_sample=False)
+    assert torch.equal(generator.generate(one, max_new_tokens=20), want)
+    with zipfile.ZipFile(path) as archive:
+        libraries = [archive.read(n) for n in archive.namelist() if n.endswith(".so")]
+        stored = [i.filename for i in archive.infolist() if "/data/weights/weight_" in i.filename]
+    assert len(libraries) == 2 and all(b"aoti_torch_cpu_sparse_linear" in library for library in libraries)
+    packed_and_plain = {p.data_ptr() for p in model.parameters()}
+    assert len(stored) <= len(packed_and_plain) + 16  # not twice
+
+
+def test_text_in_a_fresh_process(exported):
+    model, path, _ = exported("llama")
+    code = "import sparseforge_fx as sf; print(sf.load_generator(sys.argv[1]).text(['a b c', 'd'], max_new_tokens=5))"
+    ids = torch.tensor([[3, 4, 5], [0, 0, 6]])
+    want = model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=5, do_sample=False)[:, 3:]
+    assert fresh.run(code, path).strip() == str(tokenizer().batch_decode(want, skip_special_tokens=True))
+
+
+def test_sampling(exported):
+    generator = sf.load_generator(exported("llama")[1])
+    ids, mask = prompts()
+    draw = lambda **options: generator.generate(ids, mask, max_new_tokens=12, do_sample=True, **options)  # noqa: E731
+    assert torch.equal(draw(seed=3), draw(seed=3)) and not torch.equal(draw(seed=3), draw(seed=4))
+    greedy = generator.generate(ids, mask, max_new_tokens=12)
+    assert torch.equal(draw(top_k=1), greedy) and torch.equal(draw(top_p=1e-6), greedy)
+    assert torch.equal(draw(temperature=1e-4, seed=0), greedy)
+
+
+def test_the_first_sampled_token_follows_the_distribution(exported):
+    model, path, _ = exported("llama")
+    ids = prompts(rows=1, padded=0)[0]
+    many = ids.expand(4000, -1)
+    drawn = sf.load_generator(path).generate(many, max_new_tokens=1, do_sample=True, seed=0)[:, -1]
+    want = model(ids).logits[0, -1].softmax(-1)
+    got = drawn.bincount(minlength=want.numel()) / 4000
+    assert (got - want).abs().max() < 5 * (0.25 / 4000) ** 0.5
+
+
+def test_sequences_end(exported):
+    model, path, _ = exported("llama")
+    generator = sf.load_generator(path)
+    ids, mask = prompts(rows=3, padded=0)
+    free = generator.generate(ids, max_new_tokens=12)
+    generator.eos = [int(free[0, 9])]  # the third new token of the first row
+    model.generation_config.eos_token_id = generator.eos
+    try:
+        want = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    finally:
+        model.generation_config.eos_token_id = None
+    got = generator.generate(ids, max_new_tokens=12)
+    assert torch.equal(got, want) and (got[0, 10:] == generator.pad).all()
+
+
+def test_a_second_export_gives_the_same_bytes(exported, tmp_path):
+    model, path, _ = exported("llama")
+    sf.export_generator(model, tmp_path / "other.pt2", tokenizer(), max_length=LENGTH, gate=False)
+    assert (tmp_path / "other.pt2").read_bytes() == path.read_bytes()
+
+
+def test_the_model_is_left_alone(exported):
+    model, _, _ = exported("llama")
+    assert model.config.use_cache and not hasattr(model, "key_cache_0")
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": LENGTH}, "do not fit a cache of 40"),
+        (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": 0}, "do not fit"),
+        (torch.ones(1, 4), {}, "int64 ids"),
+        (torch.ones(1, 0, dtype=torch.long), {}, "int64 ids"),
+        (
+            torch.ones(1, 4, dtype=torch.long),
+            {"max_new_tokens": 4, "do_sample": True, "temperature": -1.0},
+            "temperature",
+        ),
+    ],
+)
+def test_what_the_runner_refuses(exported, ids, options, message):
+    generator = sf.load_generator(exported("llama")[1])
+    with pytest.raises(SparseForgeError, match=message):
+        generator.generate(ids, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"max_length": 65}, "more than the 64 positions"),
+        ("llama", {"max_length": 1}, "room for a prompt"),
+        ("llama", {"format": "gguf"}, "unknown format"),
+        ("bert", {}, "no causal language model"),
+        ("mlp", {}, "no causal language model"),
+    ],
+)
+def test_what_is_not_exported(name, options, message, tmp_path):
+    with pytest.raises(SparseForgeError, match=message):
+        sf.export_generator(build(name), tmp_path / "g.pt2", **{"max_length": 16, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_space_model_is_refused(tmp_path):
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with pytest.raises(SparseForgeError, match="does not keep keys and values in a static cache"):
+        sf.export_generator(transformers.MambaForCausalLM(config), tmp_path / "g.pt2", max_length=16)
+
+
+def rewritten(path, target, change):
+    """The archive with the bytes of each file changed by ``change(name, bytes)``; None drops it."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            data = change(name, old.read(name))
+            if data is not None:
+                new.writestr(name, data)
+
+
+def with_spec(**fields):
+    return lambda name, data: json.dumps({**json.loads(data), **fields}).encode() if name.endswith(SPEC_FILE) else data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_spec(version=99), "version 99"),
+        (with_spec(version=None), "version None"),
+        (lambda name, data: None if name.endswith(SPEC_FILE) else data, "not a file of sf.export_generator"),
+        (lambda name, data: b"{" if name.endswith(SPEC_FILE) else data, "not a file of sf.export_generator"),
+        (lambda name, data: b"[]" if name.endswith(SPEC_FILE) else data, "version None"),
+        (lambda name, data: None if name.endswith("models/decode.json") else data, "cannot be loaded"),
+        (lambda name, data: data[:-9] if name.endswith("models/prefill.json") else data, "cannot be loaded"),
+        (lambda name, data: data[:-2] if name.endswith("weight_0") else data, "cannot be loaded"),
+    ],
+)
+def test_damaged_files(exported, tmp_path, change, message):
+    rewritten(exported("llama")[1], tmp_path / "bad.pt2", change)
+    with pytest.raises(SparseForgeError, match=message):
+        sf.load_generator(tmp_path / "bad.pt2")
+
+
+def test_truncated_and_absent_files(exported, tmp_path):
+    shutil.copy(exported("llama")[1], tmp_path / "bad.pt2")
+    data = (tmp_path / "bad.pt2").read_bytes()
+    (tmp_path / "bad.pt2").write_bytes(data[: len(data) // 2])
+    with pytest.raises(SparseForgeError, match="damaged"):
+        sf.load_generator(tmp_path / "bad.pt2")
+    with pytest.raises(SparseForgeError, match="is not there"):
+        sf.load_generator(tmp_path / "none.pt2")
+
+
+def test_without_a_tokenizer(exported, tmp_path):
+    rewritten(exported("llama")[1], tmp_path / "g.pt2", lambda n, data: None if "/extra/tokenizer" in n else data)
+    with pytest.raises(SparseForgeError, match="no tokenizer"):
+        sf.load_generator(tmp_path / "g.pt2").text("a b")
