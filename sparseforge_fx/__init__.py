@@ -15,6 +15,7 @@ from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
     from sparseforge_fx.deploy.checkpoints import load, pack_checkpoint, save_packed, unpack_checkpoint
+    from sparseforge_fx.deploy.lora import merge_lora
     from sparseforge_fx.deploy.lower import lower
     from sparseforge_fx.deploy.modules import lower_modules
     from sparseforge_fx.methods.catalog import configure
@@ -35,6 +36,7 @@ _HOMES = {
     "load_model": "models",
     "lower": "deploy.lower",
     "lower_modules": "deploy.modules",
+    "merge_lora": "deploy.lora",
     "pack_checkpoint": "deploy.checkpoints",
     "paper_preset": "methods.soft_mask",
     "prepare": "prepare",
@@ -57,6 +59,7 @@ __all__ = [
     "load_model",
     "lower",
     "lower_modules",
+    "merge_lora",
     "pack_checkpoint",
     "paper_preset",
     "prepare",
