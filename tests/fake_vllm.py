@@ -3,7 +3,10 @@
 ``vllm.distributed.RANK`` and ``SIZE`` say which rank of how many a layer belongs to.
 """
 
+import sys
 from pathlib import Path
+
+import pytest
 
 FILES = {
     "__init__.py": "",
@@ -158,3 +161,18 @@ def write(folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return folder
+
+
+def forget():
+    for name in list(sys.modules):
+        if name.split(".")[0] == "vllm" or name == "sparseforge_fx.deploy.vllm_linear":
+            del sys.modules[name]
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """A folder with a package ``vllm`` that imports find."""
+    monkeypatch.syspath_prepend(write(tmp_path))
+    forget()
+    yield tmp_path
+    forget()

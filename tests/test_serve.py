@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -118,6 +119,17 @@ def test_bad_models(refuse, folder, tmp_path):
     refuse("copy it anew", damaged)
     (tmp_path / "at@home").symlink_to(folder)
     refuse("rename the folder", tmp_path / "at@home")
+
+
+def test_damage_that_only_loading_finds(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("uvicorn.Server.run", lambda self: pytest.fail("the server started"))
+    shutil.copytree(folder, tmp_path / "p")
+    weights = tmp_path / "p" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    result = CliRunner().invoke(cli.app, ["serve", str(tmp_path / "p"), "--port", str(free_port())])
+    assert result.exit_code == 2 and "SHA-256 differs" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_bad_addresses(refuse, folder):

@@ -1,4 +1,7 @@
-"""``sparseforge-fx serve``: transformers' own OpenAI-compatible server, in a process that knows packed checkpoints."""
+"""``sparseforge-fx serve``: transformers' own OpenAI-compatible server, in a process that knows packed checkpoints.
+
+It does because sparseforge_fx is imported (see ``transformers_hook``); nothing of the server is ours.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,6 @@ def serve(
     _check_model(model)
     _check_address(host, port)
     from transformers.cli.transformers import app as transformers_app
-
-    import sparseforge_fx.deploy.quantizer  # noqa: F401  (the server loads the model: it must know the quantizer)
 
     transformers_app(["serve", model, "--host", host, "--port", str(port), *context.args], prog_name="transformers")
 

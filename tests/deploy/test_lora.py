@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
+from adapted_models import TARGET, adapted, layers, lowered
 from packed_models import IDS, sparse_model
-from test_lora_layer import TARGET, adapted, layers, lowered
 from tiny_checkpoint import byte_tokenizer
 from torch import nn
 from transformers.pytorch_utils import Conv1D

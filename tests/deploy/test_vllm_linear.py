@@ -2,12 +2,11 @@
 
 import importlib
 import json
-import sys
 
-import fake_vllm
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_vllm import vllm  # noqa: F401  (a fixture)
 from packed_models import pack_to, sparse_model
 from safetensors.torch import load_file
 
@@ -19,23 +18,8 @@ MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 SHARDS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate_proj": 0, "up_proj": 1}
 
 
-def forget():
-    for name in list(sys.modules):
-        if name.split(".")[0] == "vllm" or name == "sparseforge_fx.deploy.vllm_linear":
-            del sys.modules[name]
-
-
 @pytest.fixture
-def vllm(tmp_path, monkeypatch):
-    """A folder with a package ``vllm`` that imports find."""
-    monkeypatch.syspath_prepend(fake_vllm.write(tmp_path))
-    forget()
-    yield tmp_path
-    forget()
-
-
-@pytest.fixture
-def linear(vllm):
+def linear(vllm):  # noqa: F811
     return importlib.import_module("sparseforge_fx.deploy.vllm_linear")
 
 

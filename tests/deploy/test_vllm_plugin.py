@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_vllm_linear import vllm  # noqa: F401  (a fixture)
+from fake_vllm import vllm  # noqa: F401  (a fixture)
 
 from sparseforge_fx.deploy.packed_files import METHOD
 from sparseforge_fx.deploy.vllm_plugin import register
