@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparseforge_fx.deploy.export import export
     from sparseforge_fx.deploy.generation import export_generator
     from sparseforge_fx.deploy.generator import Generator, load_generator
+    from sparseforge_fx.deploy.lora import merge_lora
     from sparseforge_fx.deploy.lower import lower
     from sparseforge_fx.deploy.modules import lower_modules
     from sparseforge_fx.methods.catalog import configure
@@ -42,6 +43,7 @@ _HOMES = {
     "load_model": "models",
     "lower": "deploy.lower",
     "lower_modules": "deploy.modules",
+    "merge_lora": "deploy.lora",
     "pack_checkpoint": "deploy.checkpoints",
     "paper_preset": "methods.soft_mask",
     "prepare": "prepare",
@@ -68,6 +70,7 @@ __all__ = [
     "load_model",
     "lower",
     "lower_modules",
+    "merge_lora",
     "pack_checkpoint",
     "paper_preset",
     "prepare",

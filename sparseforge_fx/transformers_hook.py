@@ -1,8 +1,8 @@
-"""``import sparseforge_fx`` lets transformers load packed checkpoints, without importing transformers.
+"""``import sparseforge_fx`` lets transformers load packed checkpoints and PEFT adapt them, without importing either.
 
 transformers has no entry points for quantizers, and one that does not know the ``quant_method`` of a checkpoint goes on
-with random weights in the place of packed ones. So the quantizer is registered right after the module with
-transformers' tables is imported, whoever does that and whenever.
+with random weights in the place of packed ones. PEFT has none for layer types, and refuses those that it does not know.
+So ours are registered right after the module with their tables is imported, whoever does that and whenever.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from typing import Any
 
 TABLES = "transformers.quantizers.auto"
 QUANTIZER = "sparseforge_fx.deploy.quantizer"
+OURS = {TABLES: QUANTIZER, "peft.tuners.lora": "sparseforge_fx.deploy.lora_layer"}  # after which module comes which
 
 
-class _AfterTables(MetaPathFinder):
+class _After(MetaPathFinder):
     """Leaves the import of one module to the other finders, and imports ours after it."""
 
+    def __init__(self, theirs: str):
+        self.theirs = theirs
+
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != TABLES:
+        if name != self.theirs:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -33,15 +37,17 @@ class _AfterTables(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(QUANTIZER)
+            importlib.import_module(OURS[name])
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def install() -> None:
-    """Register the quantizer: now, if transformers is there, else when it comes."""
-    if TABLES in sys.modules:
-        importlib.import_module(QUANTIZER)
-    elif not any(isinstance(finder, _AfterTables) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterTables())
+    """Register ours: now, if the module of theirs is there, else when it comes."""
+    waiting = {finder.theirs for finder in sys.meta_path if isinstance(finder, _After)}
+    for theirs, ours in OURS.items():
+        if theirs in sys.modules:
+            importlib.import_module(ours)
+        elif theirs not in waiting:
+            sys.meta_path.insert(0, _After(theirs))

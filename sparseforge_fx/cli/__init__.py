@@ -3,10 +3,22 @@
 Bad input ends in one sentence on standard error and exit code 2, with nothing written.
 """
 
-from sparseforge_fx.cli import benchmark, evaluate, export, generate, inspect, lower, report, sparsify
+from sparseforge_fx.cli import benchmark, evaluate, export, generate, inspect, lower, report, serve, sparsify
 from sparseforge_fx.cli.app import app
 
-__all__ = ["app", "benchmark", "evaluate", "export", "generate", "inspect", "lower", "main", "report", "sparsify"]
+__all__ = [
+    "app",
+    "benchmark",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "lower",
+    "main",
+    "report",
+    "serve",
+    "sparsify",
+]
 
 
 def main() -> None:

@@ -31,7 +31,12 @@ Exclude = Annotated[list[str], typer.Option("--exclude", help="Keep what matches
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command whose expected errors become one line on standard error."""
+    """Register a guarded command."""
+    return app.command()(guard(function))
+
+
+def guard(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose expected errors become one line on standard error."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -45,7 +50,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from error
 
-    return app.command()(guarded)
+    return guarded
 
 
 def pick_device(name: str | None) -> Any:

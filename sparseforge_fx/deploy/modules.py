@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy import cost
-from sparseforge_fx.deploy.targets import Target, find_target
+from sparseforge_fx.deploy.targets import TARGETS, Target, find_target
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import Packed, pack
 from sparseforge_fx.kernels.planes import from_planes
@@ -68,6 +68,19 @@ class SparseLinear(nn.Module):
         if target.layout != self.layout:
             self.values, self.where = target.convert(self.packed())
             self.layout = target.layout
+
+    @torch.no_grad()
+    def replace_weight(self, weight: Tensor) -> None:
+        """Pack ``weight`` [out, in], exactly 2:4, in the place of the one that is here, in its layout and dtype."""
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            raise SparseForgeError(
+                f"a weight of shape {list(weight.shape)} cannot replace one of {[self.out_features, self.in_features]}"
+            )
+        layout = next((t for t in TARGETS.values() if t.layout == self.layout), None)
+        packed = pack(weight.to(self.values.dtype))
+        self.values, self.where, self.layout = packed.values, packed.bitmask, "rows"
+        if layout is not None:
+            self.change_layout(layout)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:

@@ -1,0 +1,84 @@
+"""``sparseforge-fx serve``: transformers' own OpenAI-compatible server, in a process that knows packed checkpoints.
+
+It does because sparseforge_fx is imported (see ``transformers_hook``); nothing of the server is ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparseforge_fx.cli.app import app, guard
+from sparseforge_fx.errors import SparseForgeError
+
+NEEDS = ("fastapi", "uvicorn", "openai", "pydantic")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@guard
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face folder, packed or not, or a hub id.", show_default=False)
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
+) -> None:
+    """Serve a model over HTTP (OpenAI's API); further options are those of "transformers serve", as they are there.
+
+    Clients name the model as it is named here. Ends at Ctrl-C.
+    """
+    if absent := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
+        raise SparseForgeError(f"serving needs {', '.join(absent)}: pip install 'sparseforge-fx[serve]'")
+    _check_model(model)
+    _check_address(host, port)
+    from transformers.cli.transformers import app as transformers_app
+
+    transformers_app(["serve", model, "--host", host, "--port", str(port), *context.args], prog_name="transformers")
+
+
+def _check_model(model: str) -> None:
+    """Raise SparseForgeError for what the server would only find out while it starts, or at the first request."""
+    from sparseforge_fx.deploy.packed_files import METHOD, check_folder
+    from sparseforge_fx.models import load_config, load_tokenizer, locate
+
+    where = locate(model)
+    if where.gguf:
+        raise SparseForgeError(f"{model} is a GGUF file, no packed checkpoint: give a Hugging Face folder or a hub id")
+    if "@" in model:  # transformers' server takes what comes after it for a revision
+        raise SparseForgeError(f"the server cannot load {model}, whose name has an '@': rename the folder")
+    config = load_config(where)
+    method: Any = getattr(config, "quantization_config", None)
+    method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
+    if method == METHOD and Path(where.name).is_dir():
+        check_folder(Path(where.name))
+    tokenizer = load_tokenizer(where, config)
+    if tokenizer is None:
+        raise SparseForgeError(f"{model} is no language model: it has no vocabulary")
+    if not tokenizer.chat_template:
+        print(f"note: {model} has no chat template: ask /v1/completions, not /v1/chat/completions", file=sys.stderr)
+
+
+def _check_address(host: str, port: int) -> None:
+    if not 0 < port < 65536:
+        raise SparseForgeError(f"there is no port {port}: name one from 1 to 65535")
+    failed: list[OSError] = []
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise SparseForgeError(f"{host} is no address of this machine ({error}): name another --host") from error
+    for family, kind, protocol, _, address in places:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:  # localhost may have an IPv6 address that this machine cannot use
+            failed.append(error)
+    if len(failed) == len(places) or any(error.errno == errno.EADDRINUSE for error in failed):
+        raise SparseForgeError(f"cannot listen at {host}:{port} ({failed[0]}): name another --host or --port")
