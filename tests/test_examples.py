@@ -14,6 +14,7 @@ SAYS = {
     "sparsify_huggingface_model.py": "14 linears are 2:4 after 256 tokens",
     "sparsify_any_module.py": "vision transformer: 12 linears are 2:4",
     "own_loop.py": "non-zeros in a group of four: at most 2",
+    "export_and_generate.py": "greedy text is the same",
     "lower_and_generate.py": "14 packed linears; greedy text is the same",
     "huggingface_trainer.py": "14 linears, 50% to 50% of their weights are zero",
     "lora.py": "packed again: 14 linears",

@@ -1,6 +1,7 @@
-"""Write the measured tables into README.md from results/*.json. Nothing is typed by hand; plots.py draws the pictures.
+"""Write the measured tables into README.md and docs/ from results/*.json. Nothing is typed by hand; plots.py draws the
+pictures.
 
-python examples/benchmarks/tables.py [--check]     (--check: fail if README.md is not what the files say)
+python examples/benchmarks/tables.py [--check]     (--check: fail if a page is not what the files say)
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ def ablation_table() -> str:
     return "\n".join(lines)
 
 
-def kernel_table() -> str:
+def kernel_table(large_only: bool = False) -> str:
+    """Every shape and number of threads, or the shapes of 7B models at the most threads."""
     runs = [run for run in read("kernels") if "instruction_set" in run]
     if not runs:
         return "_no runs yet_"
@@ -179,7 +181,10 @@ def kernel_table() -> str:
         for case in run["cases"]:
             key = f"{case['out']}x{case['in']}", case["dtype"], case["threads"]
             groups[key][case["rows"]] = case["median_of_ratios"]
+        most = max(threads for _, _, threads in groups)
         for (shape, dtype, threads), found in groups.items():
+            if large_only and (threads < most or min(map(int, shape.split("x"))) < 4096):
+                continue
             lines.append(f"| {shape} | {dtype} | {threads} | " + " | ".join(f"{found[m]:.2f}x" for m in rows) + " |")
     return "\n".join(lines)
 
@@ -204,32 +209,65 @@ def decode_table() -> str:
     return "\n".join(lines) if runs else "_no runs yet_"
 
 
+def formats_table() -> str:
+    runs = read("formats")
+    if not runs:
+        return "_no runs yet_"
+    lines = []
+    for run in runs:
+        batches = list(next(iter(run["formats"].values()))["tokens_per_second"])
+        lines += [
+            f"{run['model']}, {run['dtype']}, {run['device']}, {run['threads']} threads; {run['sites']['packed']} packed linears; commit {run['commit']}.",
+            "",
+            "| format | bytes | loads in | peak memory | logits off by | greedy text as dense | "
+            + " | ".join(f"tokens/s, batch {b}" for b in batches) + " |",
+            "|---|---:|---:|---:|---:|---|" + "---:|" * len(batches),
+        ]  # fmt: skip
+        for name, row in run["formats"].items():
+            error = row.get("logits_relative_error")
+            speeds = [
+                f"{row['tokens_per_second'][b]:.1f} ({row['ratio'][b]:.2f}x)" if row["cache"] else "no cache"
+                for b in batches
+            ]
+            cells = (
+                name, f"{row['file_bytes'] / 1e6:.0f} MB", f"{row['load_seconds']:.1f} s", f"{row['peak_bytes'] / 1e6:.0f} MB",
+                "" if error is None else f"{error:.0e}", "yes" if row["same_greedy_text"] else "no", *speeds,
+            )  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 TABLES = {
     "quality": quality_table,
     "leaderboard": leaderboard_table,
     "ablations": ablation_table,
     "overhead": overhead_table,
-    "kernels": kernel_table,
+    "kernels": lambda: kernel_table(large_only=True),
+    "all-kernels": kernel_table,
     "decode": decode_table,
+    "formats": formats_table,
 }
+PAGES = ("README.md", "docs/measurements.md")
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, make in TABLES.items():
-        table = make()
-        block = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)", re.DOTALL)
-        if not block.search(text):
-            raise SystemExit(f"README.md has no block <!-- table:{name} -->")
-        text = block.sub(lambda m, table=table: m.group(1) + table + "\n" + m.group(2), text)
-    if "--check" in sys.argv:
-        raise SystemExit(
-            0
-            if text == readme.read_text()
-            else "README.md is not what results/*.json say: run examples/benchmarks/tables.py"
-        )
-    readme.write_text(text)
+    stale = [page for page in PAGES if not update(ROOT / page, write="--check" not in sys.argv)]
+    if stale and "--check" in sys.argv:
+        raise SystemExit(f"{', '.join(stale)} not what results/*.json say: run examples/benchmarks/tables.py")
+
+
+def update(page: Path, write: bool) -> bool:
+    """Fill the blocks of a page; was it up to date?"""
+    before = page.read_text()
+
+    def filled(match: re.Match) -> str:
+        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- /table -->"
+
+    after = re.sub(r"<!-- table:([\w-]+) -->\n.*?<!-- /table -->", filled, before, flags=re.DOTALL)
+    if write:
+        page.write_text(after)
+    return after == before
 
 
 if __name__ == "__main__":

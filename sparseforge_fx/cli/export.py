@@ -59,7 +59,8 @@ def export(
             report = export_model(moved, output, portable=portable, **options)
         size = report["file_bytes"]
     console = stdout()
-    before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
+    after = readable_bytes(report["packed_bytes" if format == "safetensors" else "lowered_bytes"])
+    before = readable_bytes(report["dense_bytes"])
     console.print(f"{len(report['sites'])} packed linears: {before} dense, {after} now", highlight=False)
     for note in report.get("notes", ()):
         console.print(f"note: {note}", highlight=False, markup=False)

@@ -37,7 +37,7 @@ class SparseLoraLinear(Linear):
         known = super().lora_variants
         return {k: known[k] for k in ((), ("use_dora",), ("alora_invocation_tokens",)) if k in known}
 
-    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **options: Any) -> None:
+    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **options: Any) -> None:  # type: ignore[override]
         if config.init_lora_weights not in INITS:
             raise SparseForgeError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the base weight, and packed ones are frozen: "
@@ -46,7 +46,7 @@ class SparseLoraLinear(Linear):
         if self.get_base_layer().transposed:
             config.fan_in_fan_out = True  # what PEFT writes for a dense Conv1D, on which the adapter then loads, too
         self.fan_in_fan_out = False  # whatever it stands for, a packed weight is [out, in], and so is its update
-        super().update_layer(adapter_name, *args, config=config, **options)
+        super().update_layer(adapter_name, *args, config=config, **options)  # type: ignore[misc]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise SparseForgeError(
@@ -86,7 +86,7 @@ def _register_all_linear() -> None:
             }
         return found
 
-    tuners_utils._maybe_include_all_linear_layers = with_packed
+    tuners_utils._maybe_include_all_linear_layers = with_packed  # type: ignore[assignment]
 
 
 _register(LoraConfig)
