@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
 from transformers import (
     AutoTokenizer,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 import sparseforge_fx.kernels.sparse_linear  # noqa: F401  (its operator stands in the graphs)
+from sparseforge_fx.deploy.export import FORMATS
 from sparseforge_fx.deploy.generation import GENERATOR_VERSION, SPEC_FILE, TOKENIZER_FOLDER
 from sparseforge_fx.errors import SparseForgeError
 
@@ -129,7 +131,9 @@ class Generator:
 
 
 def load_generator(path: str | Path) -> Generator:
-    """Load a file of :func:`sparseforge_fx.export_generator`; of the format ``aoti``, code of the file is run.
+    """Load a file of :func:`sparseforge_fx.export_generator`.
+
+    Only from people you trust: the format ``aoti`` is compiled code, and torch may unpickle parts of either format.
 
     Raises SparseForgeError naming the file if it is not such a file, damaged, or of a later version.
     """
@@ -142,6 +146,7 @@ def load_generator(path: str | Path) -> Generator:
         contents = load_pt2(str(path), load_weights_from_disk=compiled)
         if not compiled:
             first, second = (contents.exported_programs[name] for name in ("prefill", "decode"))
+            _check_cache(first, spec)
             second.state_dict.update(first.state_dict)  # it was written with stand-ins
             prefill: Callable = first.module(check_guards=False)
             decode: Callable = second.module(check_guards=False)
@@ -152,6 +157,15 @@ def load_generator(path: str | Path) -> Generator:
             f"{path} cannot be loaded: {str(error).splitlines()[0][:200]}; export it anew"
         ) from error
     return Generator(prefill, decode, spec, _tokenizer(contents.extra_files))
+
+
+def _check_cache(program: ExportedProgram, spec: dict[str, Any]) -> None:
+    """Raise unless the graph was made for a cache of these shapes: it is allocated before the graph runs."""
+    names = set(program.graph_signature.user_inputs)
+    values = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder") if n.name in names]
+    expected = [shape for pair in spec["cache"] for shape in pair]
+    if [list(map(int, v.shape[1:])) for v in values if v.dim() == 4] != expected:
+        raise ValueError("the graph was made for another cache")
 
 
 def _read_spec(path: Path) -> dict[str, Any]:
@@ -167,7 +181,33 @@ def _read_spec(path: Path) -> dict[str, Any]:
         raise SparseForgeError(
             f"{path} is of version {version} of its format and this package reads {GENERATOR_VERSION}: export it anew"
         )
+    if not _fits(spec):
+        raise SparseForgeError(f"{path} describes its cache or tokens wrongly ({SPEC_FILE}): export it anew")
     return spec
+
+
+def _fits(spec: dict[str, Any]) -> bool:
+    """Are the fields of the right types and sizes? The graph's own sizes are checked when it runs."""
+    length, cache = spec.get("max_length"), spec.get("cache")
+    return (
+        _count(length)
+        and isinstance(cache, list)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(_shape(s, length) for s in pair) for pair in cache)
+        and spec.get("format") in FORMATS
+        and spec.get("dtype") in ("bfloat16", "float16", "float32")
+        and spec.get("device") in ("cpu", "cuda")
+        and isinstance(spec.get("eos_token_id"), list)
+        and all(type(token) is int for token in [*spec["eos_token_id"], spec.get("pad_token_id") or 0])
+    )
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 24
+
+
+def _shape(value: Any, length: Any) -> bool:
+    heads_length_width = isinstance(value, list) and len(value) == 3 and all(map(_count, value))
+    return heads_length_width and value[1] == length
 
 
 def _tokenizer(files: dict[str, Any]) -> PreTrainedTokenizerBase | None:
