@@ -10,63 +10,86 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.find_linears import LinearSite, eligible
-from sparseforge_fx.passes.rewrite import call_like
+from sparseforge_fx.passes.rewrite import call_like, sparse_use
 from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
 
 
 def merge_parallel_linears(program: Program, sites: Sequence[LinearSite]) -> PassResult:
-    """Merge the sites among the ``aten.linear`` nodes that read the same value, where all have a bias or none has.
+    """Merge the sites among the ``aten.linear`` nodes that read the same value, where all have a bias or none has, and
+    likewise ``sparse_linear`` nodes: packed rows follow one another as dense ones do.
 
-    A weight with several uses or names stays alone: merged, it would be stored twice. The merged weight is a new
-    parameter, rows in graph order, each bit as it was; ``modified`` counts the linears that went into merged ones.
-    ``sites`` must come from :func:`find_linears` on this program, or on the one that it is a copy of.
+    A weight with several uses or names stays alone: merged, it would be stored twice. The merged tensors are new, rows
+    in graph order, each bit as it was; ``modified`` counts the linears that went into merged ones. ``sites`` must come
+    from :func:`find_linears` on this program, or on the one that it is a copy of.
     """
-    weights = {node: fqn for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
-    biases = {node: value for node, _, value in program.lifted(InputKind.PARAMETER, InputKind.BUFFER)}
+    lifted = {n: name for n, name, _ in program.lifted(InputKind.PARAMETER, InputKind.BUFFER)}
     alone = {s.fqn for s in eligible(sites) if len(s.uses) == 1 and not s.ties}
-    groups: dict[tuple, list[Node]] = defaultdict(list)
+    groups: dict[tuple, list[tuple[Node, list[Node]]]] = defaultdict(list)
     for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight, bias = (*node.args, None)[:3]
-        fqn = weights.get(weight, "")  # type: ignore[arg-type]
-        if fqn in alone and (bias is None or bias in biases):
-            value = program.tensor(fqn)
-            groups[x, value.dtype, value.device, bias is None].append(node)
+        if lifted.get(weight) in alone and (bias is None or bias in lifted):  # type: ignore[arg-type]
+            value = weight.meta["val"]  # type: ignore[union-attr]
+            rows = [weight] if bias is None else [weight, bias]
+            groups[x, value.dtype, value.device, bias is None].append((node, rows))  # type: ignore[arg-type]
+    for node in program.graph.find_nodes(op="call_function", target=OP):
+        use = sparse_use(node)
+        rows = [use.values, use.meta] if use.bias is None else [use.values, use.meta, use.bias]
+        if use.activation == "none" and all(n in lifted for n in rows) and len(use.values.users) == 1:
+            value = use.values.meta["val"]
+            key = use.x, value.dtype, value.device, use.bias is None, use.layout, use.in_features
+            groups[key].append((node, rows))
     modified = 0
-    for nodes in groups.values():
-        if len(nodes) > 1:
-            _merge(program, nodes, [weights[n.args[1]] for n in nodes])  # type: ignore[index]
-            modified += len(nodes)
+    for group in groups.values():
+        if len(group) > 1:
+            _merge(program, [node for node, _ in group], [[lifted[n] for n in rows] for _, rows in group])
+            modified += len(group)
     return PassResult(program, modified)
 
 
-def _merge(program: Program, nodes: list[Node], fqns: list[str]) -> None:
+def _merge(program: Program, nodes: list[Node], names: list[list[str]]) -> None:
+    """``names``: of each node the tensors that have a row for each output, in the order of its arguments."""
     first = nodes[0]
-    weights = [program.tensor(fqn) for fqn in fqns]
-    name = merged_name([fqn.removesuffix(".weight") for fqn in fqns])
-    grad = any(w.requires_grad for w in weights)
-    merged = [program.add_parameter(f"{name}.weight", torch.cat([w.detach() for w in weights]), requires_grad=grad)]
-    spent = [n.args[1] for n in nodes]
-    if len(first.args) > 2:
-        old = {node: value for node, _, value in program.lifted(InputKind.PARAMETER, InputKind.BUFFER)}
-        bias = torch.cat([old[n.args[2]].detach() for n in nodes])  # type: ignore[index]
-        merged.append(program.add_parameter(f"{name}.bias", bias, requires_grad=grad))
-        spent += [n.args[2] for n in nodes]
+    spent = {fqn: node for node, fqn, _ in program.lifted(InputKind.PARAMETER, InputKind.BUFFER)}
+    old = [[program.tensor(fqn) for fqn in row] for row in names]
+    module = merged_name([_module_of(row[0]) for row in names])
+    merged = []
+    for fqns, tensors in zip(zip(*names, strict=True), zip(*old, strict=True), strict=True):
+        name = f"{module}.{fqns[0].removeprefix(_module_of(fqns[0])).lstrip('.') or 'weight'}"
+        together = torch.cat([t.detach() for t in tensors])
+        if isinstance(tensors[0], nn.Parameter):
+            grad = any(t.requires_grad for row in old for t in row)
+            merged.append(program.add_parameter(name, together, requires_grad=grad))
+        else:
+            merged.append(program.add_buffer(name, together))
     with program.graph.inserting_before(first):
-        wide = call_like(first, aten.linear.default, first.args[0], *merged)
-        parts = call_like(first, aten.split_with_sizes.default, wide, [len(w) for w in weights], -1)
+        if first.target == OP:
+            use = sparse_use(first)
+            bias = merged[2] if len(merged) > 2 else None
+            wide = call_like(first, OP, *use._replace(values=merged[0], meta=merged[1], bias=bias))
+        else:
+            wide = call_like(first, aten.linear.default, first.args[0], *merged)
+        parts = call_like(first, aten.split_with_sizes.default, wide, [len(row[0]) for row in old], -1)
         outputs = [call_like(node, operator.getitem, parts, index) for index, node in enumerate(nodes)]
     for node, output in zip(nodes, outputs, strict=True):
         program.replace(node, output)
-    for placeholder in dict.fromkeys(spent):
-        if not placeholder.users:  # type: ignore[union-attr]  # another linear may read the same bias
-            program.drop(placeholder)  # type: ignore[arg-type]
+    for fqn in dict.fromkeys(fqn for row in names for fqn in row):
+        if not spent[fqn].users:  # another linear may read the same bias
+            program.drop(spent[fqn])
+
+
+def _module_of(fqn: str) -> str:
+    """``a.q_proj.weight``, ``a.q_proj.values`` -> ``a.q_proj``; a tensor of another name stands for itself."""
+    parent, _, leaf = fqn.rpartition(".")
+    return parent if leaf in ("weight", "values", "where", "bias") else fqn
 
 
 def merged_name(modules: Sequence[str]) -> str:

@@ -103,9 +103,9 @@ def _writers(model: Any, tokenizer: Any, folder: Path, batch: list[int], length:
 
         return write
 
-    def generator(format: str) -> Callable[[Path], Path]:
+    def generator(**options: Any) -> Callable[[Path], Path]:
         def write(path: Path) -> Path:
-            sf.export_generator(model, path.with_suffix(".pt2"), batch=batch, format=format, max_length=length)
+            sf.export_generator(model, path.with_suffix(".pt2"), batch=batch, max_length=length, **options)
             return path.with_suffix(".pt2")
 
         return write
@@ -117,8 +117,10 @@ def _writers(model: Any, tokenizer: Any, folder: Path, batch: list[int], length:
         "pt2": graph(),
         "pt2-portable": graph(portable=True),
         "aoti": graph(format="aoti"),
-        "generator-pt2": generator("pt2"),
-        "generator-aoti": generator("aoti"),
+        "generator-pt2": generator(),
+        "generator-aoti": generator(format="aoti"),
+        # the same compiler and cache without sparse kernels: nothing is in the table, so that all stays dense
+        "generator-aoti-dense": generator(format="aoti", table={}),
     }
 
 

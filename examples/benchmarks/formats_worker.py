@@ -4,7 +4,6 @@ formats_worker.py KIND PATH REQUEST RESULT; REQUEST is a .pt file of the prompts
 """
 
 import json
-import resource
 import sys
 import time
 
@@ -57,6 +56,7 @@ def loaders():
         "aoti": package,
         "generator-pt2": generator,
         "generator-aoti": generator,
+        "generator-aoti-dense": generator,
     }
 
 
@@ -94,7 +94,7 @@ def main():
     text = generate(ids, asked["text_tokens"])
     speeds = {}
     for rows in asked["batch"]:
-        prompts, tokens = ids.expand(rows, -1), asked["tokens"] if cached else 4
+        prompts, tokens = ids.repeat(rows, 1), asked["tokens"] if cached else 4
         generate(prompts, 2)
         seconds = []
         for _ in range(asked["rounds"] if cached else 1):
@@ -109,7 +109,9 @@ def main():
 
 
 def _peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes; of this process alone (ru_maxrss starts at what its parent had)."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

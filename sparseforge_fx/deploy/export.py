@@ -45,7 +45,8 @@ def export(
             operator: ``import sparseforge_fx.kernels.sparse_linear`` before loading. ``aoti``: compiled by AOTInductor
             for this machine's kind of processor, ``torch._inductor.aoti_load_package(path)``, or C++ (see
             examples/cpp): the sparse kernels are inside, Python and this package are not needed, the torch version
-            that it was compiled with is.
+            that it was compiled with is. It takes contiguous inputs and does not look (AOTI_RUNTIME_CHECK_INPUTS=1
+            in the environment lets it).
         portable: ``pt2`` of plain aten operators: torch alone runs it. The file is as small, but weights are
             expanded in every call.
         target, batch, table, gate: as for :func:`sparseforge_fx.lower`. Linears that are packed already

@@ -97,7 +97,7 @@ class Generator:
         cache = [
             [torch.zeros(rows, *shape, dtype=dtype, device=device) for shape in pair] for pair in self._spec["cache"]
         ]
-        ids = input_ids.to(device)
+        ids = input_ids.to(device).contiguous()  # compiled graphs trust the strides that they were made with
         mask = torch.zeros(rows, self.max_length, dtype=torch.long, device=device)
         mask[:, :length] = 1 if attention_mask is None else attention_mask
         start = torch.zeros(1, dtype=torch.long, device=device)

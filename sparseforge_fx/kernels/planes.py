@@ -86,8 +86,7 @@ def planes_to_dense(values: Tensor, meta: Tensor, in_features: int, dtype: torch
 
 def places(meta: Tensor) -> tuple[Tensor, Tensor]:
     """Where the first and the second survivor of each pair stand in their group: two int32 [out, 8 W]."""
-    shifts = torch.tensor([_shift(p) for p in range(PLANES)], device=meta.device, dtype=torch.int32)[:, None]
-    fields = meta[:, None, :] >> shifts
+    fields = torch.stack([meta >> _shift(p) for p in range(PLANES)], dim=1)
     return (fields & 3).flatten(1), (fields >> 8 & 3).flatten(1)
 
 

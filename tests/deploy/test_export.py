@@ -104,9 +104,12 @@ def test_packed_linears_stay_packed(sparse, tmp_path):
     model.load_state_dict(found.model.state_dict())
     sf.lower_modules(model, gate=False)
     report = sf.export(model, tmp_path / "m.pt2", found.example)
-    assert len(report["sites"]) == 14 and report["sites"][0]["name"] == "model.layers.0.self_attn.q_proj.weight"
+    assert len(report["sites"]) == 8  # merged as dense ones are
+    assert report["sites"][0]["name"] == "model.layers.0.self_attn.q_proj_k_proj_v_proj.weight"
     assert 0.5 < report["lowered_bytes"] / report["dense_bytes"] < 0.6
-    torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(**batch)["logits"], want)
+    torch.testing.assert_close(
+        torch.export.load(tmp_path / "m.pt2").module()(**batch)["logits"], want, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_gate_decides_here_too(sparse, tmp_path):

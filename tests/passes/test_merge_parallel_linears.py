@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import sparseforge_fx as sf
 from sparseforge_fx.capture import capture
 from sparseforge_fx.passes import find_linears, merge_parallel_linears, run_passes
 from sparseforge_fx.passes.merge_parallel_linears import merged_name
@@ -118,3 +119,21 @@ def test_names():
     assert merged_name(["gate", "up"]) == "gate_up"
     assert merged_name(["a.b.c", "a.d"]) == "a.b_c_d"
     assert merged_name(["a.b", "a.b.c"]) == "a.b._c"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_linears_merge_too(bias):
+    net = Attention(bias)
+    sf.sparsify(net, example_inputs=torch.randn(2, 4, 8))
+    sf.lower_modules(net, gate=False)
+    x = torch.randn(3, 5, 8)
+    program, after, (record,) = merged(net, torch.randn(2, 4, 8))
+    sparse = "sparseforge.sparse_linear.default"
+    assert record.modified == 3 and record.op_changes[sparse] == -2
+    assert torch.equal(after.tensor("q_k_v.values"), torch.cat([net.q.values, net.k.values, net.v.values]))
+    assert torch.equal(after.tensor("q_k_v.where"), torch.cat([net.q.where, net.k.where, net.v.where]))
+    assert ("q_k_v.bias" in after.state) == bias and "q.values" not in after.state
+    assert {"gate.values", "up.values", "shared.values"} <= set(after.state)  # a bias and none; used twice
+    torch.testing.assert_close(after.module()(x), net(x), rtol=1e-6, atol=1e-6)
+    _, (record,) = run_passes(after, [lambda p: merge_parallel_linears(p, find_linears(p))])
+    assert record.modified == 0 and program.op_counts()[sparse] == 8
