@@ -61,9 +61,10 @@ def _merge(program: Program, nodes: list[Node], names: list[list[str]]) -> None:
     spent = {fqn: node for node, fqn, _ in program.lifted(InputKind.PARAMETER, InputKind.BUFFER)}
     old = [[program.tensor(fqn) for fqn in row] for row in names]
     module = merged_name([_module_of(row[0]) for row in names])
+    leaves = [*(n.rpartition(".")[2] for n in names[0][:2]), "bias"] if first.target == OP else ["weight", "bias"]
     merged = []
-    for fqns, tensors in zip(zip(*names, strict=True), zip(*old, strict=True), strict=True):
-        name = f"{module}.{fqns[0].removeprefix(_module_of(fqns[0])).lstrip('.') or 'weight'}"
+    for leaf, tensors in zip(leaves, zip(*old, strict=True), strict=False):  # a bias or none
+        name = f"{module}.{leaf}"
         together = torch.cat([t.detach() for t in tensors])
         if isinstance(tensors[0], nn.Parameter):
             grad = any(t.requires_grad for row in old for t in row)
