@@ -118,7 +118,7 @@ def tiny() -> Callable[[str], Tiny]:
 
 @pytest.fixture
 def captured_once(monkeypatch, tiny):
-    """``tiny`` again, whose models sparsify and prepare take as they were captured before."""
+    """``tiny`` again, whose models sparsify, prepare and export take as they were captured before."""
     programs: dict[int, Program] = {}
 
     def reset(name: str) -> Tiny:
@@ -129,7 +129,7 @@ def captured_once(monkeypatch, tiny):
     def remembered(model, example_inputs=None):
         return programs.get(id(model)) or capture(model, example_inputs)
 
-    for name in ("prepare", "sparsify"):  # the package's attributes of these names are the functions
+    for name in ("prepare", "sparsify", "deploy.export"):  # the package's attributes of these names are the functions
         monkeypatch.setattr(importlib.import_module(f"sparseforge_fx.{name}"), "capture", remembered)
     return reset
 

@@ -124,10 +124,9 @@ class Step(nn.Module):
                 )
         except Exception as error:  # an open set: whatever the model makes of a cache that is not its own
             raise _no_static_cache(model) from error
-        layers = [layer for layer in cache.layers if layer.is_initialized]
-        if not layers or any(type(layer) is not StaticLayer for layer in layers):
+        if not cache.layers or not all(layer.is_initialized for layer in cache.layers):
             raise _no_static_cache(model)
-        self.cache = [(layer.keys, layer.values) for layer in layers]
+        self.cache = [(layer.keys, layer.values) for layer in cache.layers]
         self.max_length = max_length
 
     def example(self, length: int) -> dict[str, Any]:
@@ -207,8 +206,9 @@ def _tokenizer_files(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str
         return {}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {
-            f"{TOKENIZER_FOLDER}{file.name}": file.read_text(encoding="utf-8")
-            for file in sorted(Path(folder).iterdir())
-            if file.is_file()
-        }
+        files = [file for file in sorted(Path(folder).iterdir()) if file.suffix in (".json", ".txt", ".jinja")]
+        if "tokenizer.json" not in {file.name for file in files}:
+            raise SparseForgeError(
+                f"{type(tokenizer).__name__} writes no tokenizer.json: give a fast tokenizer, or None"
+            )
+        return {f"{TOKENIZER_FOLDER}{file.name}": file.read_text(encoding="utf-8") for file in files}

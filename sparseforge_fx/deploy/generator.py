@@ -45,29 +45,10 @@ class Generator:
         self.eos: list[int] = spec["eos_token_id"]
         self.pad: int = spec["pad_token_id"] if spec["pad_token_id"] is not None else next(iter(self.eos), 0)
 
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 64,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-    ) -> Tensor:
-        """Prompts [batch, length], padded on the left where ``attention_mask`` is 0 -> [batch, length + new tokens].
-
-        Greedy, or with ``do_sample`` drawn from the distribution at ``temperature``, of its ``top_k`` likeliest tokens
-        (0: all) and the likeliest that make up ``top_p``. A sequence that has ended is filled up with padding; the
-        longest one decides. Raises SparseForgeError if prompt and answer do not fit the cache.
-        """
-        new = list(self.stream(
-            input_ids, attention_mask, max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature,
-            top_k=top_k, top_p=top_p, seed=seed,
-        ))  # fmt: skip
-        return torch.cat([input_ids, *(t[:, None] for t in new)], dim=1)
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Prompts [batch, length] -> [batch, length + new tokens]: :meth:`stream`, whose options it takes, at once."""
+        new = [token[:, None].to(input_ids.device) for token in self.stream(input_ids, attention_mask, **options)]
+        return torch.cat([input_ids, *new], dim=1)
 
     @torch.no_grad()
     def stream(
@@ -82,9 +63,17 @@ class Generator:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> Iterator[Tensor]:
-        """:meth:`generate`, token by token: yields [batch] ids as they are made."""
+        """Yield the tokens [batch] that go on from prompts [batch, length], as they are made.
+
+        Greedy, or with ``do_sample`` drawn from the distribution at ``temperature``, of its ``top_k`` likeliest tokens
+        (0: all) and the likeliest that make up ``top_p``. Prompts are padded on the left, where ``attention_mask`` is
+        0. A sequence that has ended is filled up with padding; the longest one decides. Raises SparseForgeError if
+        prompt and answer do not fit the cache.
+        """
         if input_ids.dim() != 2 or input_ids.dtype != torch.long or 0 in input_ids.shape:
             raise SparseForgeError(f"prompts are int64 ids [batch, length], not {input_ids.dtype} {[*input_ids.shape]}")
+        if attention_mask is not None and (attention_mask.shape != input_ids.shape or not attention_mask[:, -1].all()):
+            raise SparseForgeError("attention_mask has the shape of the prompts and is 1 at their end: pad on the left")
         rows, length = input_ids.shape
         if length + max_new_tokens > self.max_length or max_new_tokens < 1:
             raise SparseForgeError(
@@ -118,7 +107,7 @@ class Generator:
             logits = self._decode(input_ids=token[:, None], mask=mask, start=start, cache=cache)
 
     def text(self, prompt: str | list[str], **options: Any) -> list[str]:
-        """The continuation of each prompt, by the tokenizer of the file; options as for :meth:`generate`."""
+        """The continuation of each prompt, by the tokenizer of the file; options as for :meth:`stream`."""
         if self.tokenizer is None:
             raise SparseForgeError("the file has no tokenizer: export it with one, or use generate() on token ids")
         self.tokenizer.padding_side = "left"

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import fresh
 import pytest
@@ -139,6 +140,24 @@ def test_a_second_export_gives_the_same_bytes(exported, tmp_path):
     model, path, _ = exported("llama")
     sf.export_generator(model, tmp_path / "other.pt2", tokenizer(), max_length=LENGTH, gate=False)
     assert (tmp_path / "other.pt2").read_bytes() == path.read_bytes()
+
+
+def test_a_mask_that_is_not_left_padding_is_refused(exported):
+    generator = sf.load_generator(exported("llama")[1])
+    ids, mask = prompts()
+    for wrong in (mask.flip(1), mask[:, 1:]):
+        with pytest.raises(SparseForgeError, match="pad on the left"):
+            generator.generate(ids, wrong, max_new_tokens=4)
+
+
+def test_a_tokenizer_that_writes_no_tokenizer_json_is_refused(exported, tmp_path):
+    class Slow:
+        def save_pretrained(self, folder):
+            Path(folder, "tokenizer.model").write_bytes(b"\xff\x00")
+
+    with pytest.raises(SparseForgeError, match="Slow writes no tokenizer"):
+        sf.export_generator(exported("llama")[0], tmp_path / "g.pt2", Slow(), max_length=16, gate=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_model_is_left_alone(exported):
