@@ -167,6 +167,8 @@ def main(
             print(f"{time.strftime('%H:%M')} {run.name}; {len(waiting)} to go", flush=True)
             command = [sys.executable, str(HERE / "quality.py"), *common, *run.arguments]
             command += ["--label", run.name, "--folder", str(RESULTS)]
+            if (dense := RESULTS / "dense-0-seed0.json").exists():
+                command += ["--dense-from", str(dense)]
             with (RESULTS / f"{run.name}.log").open("w") as log:
                 running[run.name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         time.sleep(2)

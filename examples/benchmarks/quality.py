@@ -51,6 +51,7 @@ def main(
     quantize: Annotated[str, typer.Option(help="bits by commas: score the sparse model so quantised, too")] = "",
     compile: str = "auto",
     options: Annotated[str, typer.Option(help="json of further fields of the method's config")] = "{}",
+    dense_from: Annotated[Path | None, typer.Option(help="record of a run, for the dense model's perplexity")] = None,
 ) -> None:
     """Run one (method, preset, seed, budget), or "dense", and write results/quality/NAME.json."""
     if threads:
@@ -69,7 +70,10 @@ def main(
     def score(which: str) -> float:
         return perplexity(net, ids[which], context=1024, max_windows=windows).perplexity
 
-    dense = {which: score(which) for which in texts}
+    if dense_from is not None and (known := json.loads(dense_from.read_text()))["windows"] == windows:
+        dense = known["dense_perplexity"]
+    else:
+        dense = {which: score(which) for which in texts}
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, limit_tokens=tokens, separator="\n\n")
 
     def on_step(step: int, row: dict) -> None:
