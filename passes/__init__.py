@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Tensor
-
-from sparseforge_fx.kernels.packed import Packed
+from sparseforge_fx.kernels.layouts import ROWS, Layout
 from sparseforge_fx.passes.base import Pass, PassRecord, PassResult, run_passes
 from sparseforge_fx.passes.expand_sparse_linears import expand_sparse_linears
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
@@ -33,14 +31,10 @@ def train_passes(sites: Sequence[LinearSite], *, slorb_block: int | None = None)
 
 
 def deploy_passes(
-    sites: Sequence[LinearSite],
-    *,
-    layout: str,
-    convert: Callable[[Packed], tuple[Tensor, Tensor]],
-    fuse: bool = True,
+    sites: Sequence[LinearSite], layout_of: Callable[[LinearSite], Layout] = lambda _: ROWS, *, fuse: bool = True
 ) -> list[Pass]:
     """The passes from a program with exactly 2:4 weights to packed operators; ``sites`` are chosen after merging."""
-    passes: list[Pass] = [partial(lower_sparse_linears, sites=sites, layout=layout, convert=convert)]
+    passes: list[Pass] = [partial(lower_sparse_linears, sites=sites, layout_of=layout_of)]
     if fuse:
         passes.append(fuse_epilogues)  # looks for the operator that the pass before puts in
     return passes  # for a graph without our operators: no fusing, expand_sparse_linears instead

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sparseforge_fx.kernels.packed import Packed, unpack
-from sparseforge_fx.kernels.planes import from_planes
-from sparseforge_fx.kernels.planes_linear import as_words
+from sparseforge_fx.kernels.layouts import LAYOUTS
+from sparseforge_fx.kernels.packed import unpack
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.rewrite import aten, call_like, sparse_use
@@ -39,9 +38,7 @@ def expand_sparse_linears(program: Program) -> PassResult:
 
 def _trace(values: Node, meta: Node, layout: str, in_features: int) -> GraphModule:
     def dense(values: Tensor, meta: Tensor) -> Tensor:
-        if layout == "planes":
-            return unpack(from_planes(as_words(values), meta, in_features, values.dtype))
-        return unpack(Packed(values, meta, in_features))
+        return unpack(LAYOUTS[layout].restore(values, meta, in_features))
 
     fakes = values.meta["val"], meta.meta["val"]
     with fakes[0].fake_mode:

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 from torch.export.graph_signature import InputKind
 
-from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.kernels.layouts import ROWS, Layout
+from sparseforge_fx.kernels.packed import pack
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.find_linears import LinearSite, eligible
 from sparseforge_fx.passes.rewrite import drop_dead_moves, rewrite_use
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.program import Program
-
-
-def as_rows(packed: Packed) -> tuple[Tensor, Tensor]:
-    """The layout ``rows``: what is on disk."""
-    return packed.values, packed.bitmask
 
 
 def keep_dense(program: Program, sites: Sequence[LinearSite]) -> list[LinearSite]:
@@ -36,15 +31,11 @@ def keep_dense(program: Program, sites: Sequence[LinearSite]) -> list[LinearSite
 
 
 def lower_sparse_linears(
-    program: Program,
-    sites: Sequence[LinearSite],
-    *,
-    layout: str = "rows",
-    convert: Callable[[Packed], tuple[Tensor, Tensor]] = as_rows,
+    program: Program, sites: Sequence[LinearSite], layout_of: Callable[[LinearSite], Layout] = lambda _: ROWS
 ) -> PassResult:
     """Pack the weight of every eligible site and let each of its uses call the sparse operator.
 
-    The packed tensors are buffers ``<weight>_values`` and ``<weight>_meta`` in the layout that ``convert`` gives; a
+    The packed tensors are buffers ``<weight>_values`` and ``<weight>_meta`` in the layout that the site gets; a
     weight with several uses or names is packed once, and its dense parameter leaves the program. ``sites`` must come
     from :func:`find_linears` on this program, or on the one that it is a copy of.
 
@@ -56,11 +47,12 @@ def lower_sparse_linears(
         if site.fqn not in placeholders:  # lowered already
             continue
         weight = program.tensor(site.fqn).detach()
-        values, meta = convert(pack(weight.t() if site.transposed else weight))
+        layout = layout_of(site)
+        values, meta = layout.convert(pack(weight.t() if site.transposed else weight))
         packed = (
             program.add_buffer(f"{site.fqn}_values", values),
             program.add_buffer(f"{site.fqn}_meta", meta),
-            layout,
+            layout.name,
             site.in_features,
         )
         for use in site.uses:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from sparseforge_fx.kernels.layouts import LAYOUTS
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.find_linears import LinearSite, eligible
@@ -25,7 +26,7 @@ aten = torch.ops.aten
 
 def merge_parallel_linears(program: Program, sites: Sequence[LinearSite]) -> PassResult:
     """Merge the sites among the ``aten.linear`` nodes that read the same value, where all have a bias or none has, and
-    likewise ``sparse_linear`` nodes: packed rows follow one another as dense ones do.
+    likewise ``sparse_linear`` nodes of a layout whose rows follow one another as dense ones do.
 
     A weight with several uses or names stays alone: merged, it would be stored twice. The merged tensors are new, rows
     in graph order, each bit as it was; ``modified`` counts the linears that went into merged ones. ``sites`` must come
@@ -43,7 +44,8 @@ def merge_parallel_linears(program: Program, sites: Sequence[LinearSite]) -> Pas
     for node in program.graph.find_nodes(op="call_function", target=OP):
         use = sparse_use(node)
         rows = [use.values, use.meta] if use.bias is None else [use.values, use.meta, use.bias]
-        if use.activation == "none" and all(n in lifted for n in rows) and len(use.values.users) == 1:
+        alike = use.activation == "none" and LAYOUTS[use.layout].by_rows
+        if alike and all(n in lifted for n in rows) and len(use.values.users) == 1:
             value = use.values.meta["val"]
             key = use.x, value.dtype, value.device, use.bias is None, use.layout, use.in_features
             groups[key].append((node, rows))

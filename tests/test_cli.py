@@ -131,7 +131,7 @@ def test_lower_measures_and_decides_again_from_its_table(home, tmp_path, monkeyp
 
     def measure(shape, tokens, *_):
         ratio = 2.0 if shape.out_features > shape.in_features else 0.5
-        return {t: cost.Timing(shape, t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}
+        return {"rows": {t: cost.Timing(shape, "rows", t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}}
 
     monkeypatch.setattr(cost, "measure", measure)
     ok("sparsify", home / "dense", "--method", "magnitude", "-o", tmp_path / "sparse")

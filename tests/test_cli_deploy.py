@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def always_faster(monkeypatch):
     def measure(shape, tokens, *_):
-        return {t: cost.Timing(shape, t, 20.0, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}
+        return {"rows": {t: cost.Timing(shape, "rows", t, 20.0, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}}
 
     monkeypatch.setattr(cost, "measure", measure)
 

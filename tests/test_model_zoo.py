@@ -29,7 +29,7 @@ from sparseforge_fx.passes import (
 )
 from sparseforge_fx.passes.find_linears import LINEAR_OPS, eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
-from sparseforge_fx.passes.lower_sparse_linears import as_rows, keep_dense
+from sparseforge_fx.passes.lower_sparse_linears import keep_dense
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask, to_groups
 
 SIZE = {
@@ -211,6 +211,6 @@ def test_model(entry: Entry):
     chosen = keep_dense(program, find_linears(program))
     merged, _ = run_passes(program, [lambda p: merge_parallel_linears(p, chosen)])
     chosen = keep_dense(merged, find_linears(merged))
-    lowered, _ = run_passes(merged, deploy_passes(chosen, layout="rows", convert=as_rows))
+    lowered, _ = run_passes(merged, deploy_passes(chosen))
     assert lowered.op_counts()[str(OP)] == sum(len(s.uses) for s in eligible(chosen)) > 0
     check(step(lowered.module(), batch, []), expected, exact=False)

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from torch.sparse import to_sparse_semi_structured
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cusparselt
@@ -102,12 +103,18 @@ class Site:
         self.dense = [weight.clone() for _ in range(copies)]
         self.planes = [(values.clone(), meta.clone()) for _ in range(copies)]
         self.blobs = []
-        self.why_no_blob = cusparselt.why_not(weight)
+        self.why_no_blob = cusparselt.why_not(out, width, weight.dtype, device)
         if self.why_no_blob is None:
             try:
-                self.blobs = [cusparselt.compress(w) for w in self.dense]
+                self.blobs = [cusparselt.as_blob(pack(w))[0] for w in self.dense]
             except RuntimeError as failure:
                 self.why_no_blob = str(failure)[:300]
+        self.tensors = []
+        self.why_no_tensor = None
+        try:  # PyTorch's own class for such weights: it refuses some sides, devices and versions
+            self.tensors = [to_sparse_semi_structured(w) for w in self.dense]
+        except (RuntimeError, NotImplementedError) as failure:
+            self.why_no_tensor = str(failure)[:300]
         self.out, self.width = out, width
 
     @property
@@ -128,13 +135,15 @@ def candidates(site: Site, m: int, compiled: bool) -> dict[str, list[Call]]:
         calls["decompress"] = [partial(_decompressed, values=v, meta=w, width=width) for v, w in site.planes]
     if site.blobs:
         calls["cusparselt_default"] = [partial(cusparselt.linear, blob=b) for b in site.blobs]
-        searched = partial(_searched, out=site.out, width=width)
+        searched = partial(_searched, width=width)
         calls["cusparselt"] = [partial(searched, blob=b) for b in site.blobs]
+    if site.tensors:
+        calls["torch_semi_structured"] = [partial(F.linear, weight=w) for w in site.tensors]
     return calls
 
 
-def _searched(x: torch.Tensor, blob: torch.Tensor, out: int, width: int) -> torch.Tensor:
-    algorithm = cusparselt.search(blob, out, width, len(x), x.dtype)  # in the first call, which is not timed
+def _searched(x: torch.Tensor, blob: torch.Tensor, width: int) -> torch.Tensor:
+    algorithm = cusparselt.search(blob, width, len(x))  # in the first call, which is not timed
     return cusparselt.linear(x, blob, algorithm)
 
 
@@ -153,6 +162,8 @@ def measure(site: Site, m: int, rounds: int, compiled: bool, tune_tiles: bool) -
     row: dict[str, Any] = {"out": site.out, "in": site.width, "m": m, "copies": len(site.dense), "results": {}}
     if site.why_no_blob is not None:
         row["no_cusparselt"] = site.why_no_blob
+    if site.why_no_tensor is not None:
+        row["no_torch_semi_structured"] = site.why_no_tensor
     if tune_tiles and m <= DECODE_ROWS:
         clock = time.perf_counter()
         try:

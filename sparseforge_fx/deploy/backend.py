@@ -100,16 +100,16 @@ def _lower(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) 
         return None
     batch = tuple(options.get("batch", (1, 8, 64, 2048)))
     known = cost.check_request(batch, options.get("table"))
-    target = TARGETS[device.type]
+    layouts = TARGETS[device.type]
 
     def measure(shapes: list[cost.Shape]) -> cost.Table:
         if known is not None:
-            return cost.timings(shapes, batch, device, target, known)
+            return cost.timings(shapes, batch, device, layouts, known)
         table = _measured.setdefault((device, batch), {})
-        table |= cost.timings([s for s in shapes if s not in table], batch, device, target, None)
-        return cost.timings(shapes, batch, device, target, table)
+        table |= cost.timings([s for s in shapes if s not in table], batch, device, layouts, None)
+        return cost.timings(shapes, batch, device, layouts, table)
 
-    done = pack_linears(frame, _frozen_sites, target, batch, measure if options.get("gate", True) else None)
+    done = pack_linears(frame, _frozen_sites, layouts, batch, measure if options.get("gate", True) else None)
     if not (packed := eligible(done.sites)):
         return None
     log.info("%d linears run packed: %s", len(packed), [r.op_changes for r in done.records])

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseforge_fx.deploy.targets import Target
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import Layout
 from sparseforge_fx.kernels.packed import pack
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
@@ -23,7 +23,7 @@ from sparseforge_fx.report import environment, write_json
 
 NOISE = 0.03  # a ratio within 3 % of one is neither a gain nor a loss
 ROTATED_BYTES = 256 << 20  # weights are rotated over so much memory: in a model each is cold when its turn comes
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 
 
 class Shape(NamedTuple):
@@ -42,6 +42,7 @@ class Timing(NamedTuple):
     """One row: medians in microseconds with their quartiles; ``ratio`` is dense over sparse."""
 
     shape: Shape
+    layout: str
     tokens: int
     dense_us: float
     dense_quartiles: tuple[float, float]
@@ -61,6 +62,7 @@ class Timing(NamedTuple):
             "out": out,
             "in": width,
             "dtype": dtype,
+            "layout": self.layout,
             "tokens": self.tokens,
             "dense_us": self.dense_us,
             "dense_quartiles": list(self.dense_quartiles),
@@ -72,7 +74,9 @@ class Timing(NamedTuple):
         }
 
 
-Table = dict[Shape, dict[int, Timing]]
+#: by tokens, by layout
+Timings = dict[str, dict[int, Timing]]
+Table = dict[Shape, Timings]
 
 
 def check_request(batch: Sequence[int], table: str | Path | Table | None) -> Table | None:
@@ -83,11 +87,15 @@ def check_request(batch: Sequence[int], table: str | Path | Table | None) -> Tab
 
 
 def timings(
-    shapes: Iterable[Shape], tokens: Sequence[int], device: torch.device, target: Target, known: Table | None
+    shapes: Iterable[Shape],
+    tokens: Sequence[int],
+    device: torch.device,
+    layouts: Sequence[Layout],
+    known: Table | None,
 ) -> Table:
     """What the table knows of these shapes or, without a table, what is measured now."""
     return {
-        shape: measure(shape, tokens, device, target) if known is None else known.get(shape, {})
+        shape: measure(shape, tokens, device, layouts) if known is None else known.get(shape, {})
         for shape in dict.fromkeys(shapes)
     }
 
@@ -97,12 +105,13 @@ def measure(
     shape: Shape,
     tokens: Sequence[int],
     device: torch.device,
-    target: Target,
+    layouts: Sequence[Layout],
     *,
     rounds: int = 15,
     seconds: float = 0.02,
-) -> dict[int, Timing]:
-    """Time ``F.linear`` and the sparse operator, interleaved, each sample at least ``seconds`` long.
+) -> Timings:
+    """Time ``F.linear`` and the sparse operator in every layout that takes the shape, interleaved, each sample at least
+    ``seconds`` long.
 
     Weights are random 2:4 ones, rotated beyond the caches.
     """
@@ -110,25 +119,25 @@ def measure(
     generator = torch.Generator(device=device).manual_seed(0)
     weight = torch.randn(out, width, generator=generator, device=device)
     weight = (weight * hard_mask(weight.abs(), TWO_FOUR)).to(dtype)
-    values, meta = target.convert(pack(weight))
-    copies = max(2, -(-ROTATED_BYTES // weight.nbytes))
-    dense_copies = [weight.clone() for _ in range(copies)]
-    sparse_copies = [(values.clone(), meta.clone()) for _ in range(-(-ROTATED_BYTES // (values.nbytes + meta.nbytes)))]
-    found = {}
+    usable = [layout for layout in layouts if layout.refuses(out, width, dtype, device) is None]
+    packed = [layout.convert(pack(weight)) for layout in usable]
+    dense_copies = [weight.clone() for _ in range(max(2, -(-ROTATED_BYTES // weight.nbytes)))]
+    copies = [[(v.clone(), m.clone()) for _ in range(-(-ROTATED_BYTES // (v.nbytes + m.nbytes)))] for v, m in packed]
+    found: Timings = {layout.name: {} for layout in usable}
     for count in tokens:
-        target.tune(values, meta, width, count)
         x = torch.randn(count, width, generator=generator, device=device).to(dtype)
-        runs = (
-            _Rotation(dense_copies, partial(F.linear, x), device),
-            _Rotation(sparse_copies, partial(_sparse, x, target.layout), device),
-        )
+        runs = [_Rotation(dense_copies, partial(F.linear, x), device)]
+        for layout, (values, meta), each in zip(usable, packed, copies, strict=True):
+            layout.tune(values, meta, width, count)
+            runs.append(_Rotation(each, partial(_sparse, x, layout.name), device))
         repeats = [run.calibrate(seconds) for run in runs]
-        samples: tuple[list[float], list[float]] = ([], [])
+        samples: list[list[float]] = [[] for _ in runs]
         for _ in range(rounds):
             for run, repeat, sample in zip(runs, repeats, samples, strict=True):
                 sample.append(run.time(repeat))
-        (dense, dense_q), (sparse, sparse_q) = (_summary(s) for s in samples)
-        found[count] = Timing(shape, count, dense, dense_q, sparse, sparse_q)
+        dense, *sparse = (_summary(s) for s in samples)
+        for layout, summary in zip(usable, sparse, strict=True):
+            found[layout.name][count] = Timing(shape, layout.name, count, *dense, *summary)
     return found
 
 
@@ -182,11 +191,31 @@ def verdict(timings: dict[int, Timing], tokens: Sequence[int]) -> str | None:
     return None
 
 
+def choose(
+    timings: Timings, layouts: Sequence[Layout], tokens: Sequence[int]
+) -> tuple[Layout, None] | tuple[None, str]:
+    """The layout that gains most over all token counts (geometric mean) among those that :func:`verdict` lets pass;
+    without one, the reasons to stay dense."""
+    known = [layout for layout in layouts if layout.name in timings] or layouts[:1]
+    reasons = {layout.name: verdict(timings.get(layout.name, {}), tokens) for layout in known}
+    passing = [layout for layout in known if reasons[layout.name] is None]
+    if passing:
+        gains = {o.name: statistics.geometric_mean(timings[o.name][t].ratio for t in tokens) for o in passing}
+        return max(passing, key=lambda layout: gains[layout.name]), None
+    said = reasons.items()
+    return None, "; ".join(f"{name}: {reason}" for name, reason in said) if len(said) > 1 else str(reasons.popitem()[1])
+
+
+def describe(table: Table) -> list[dict[str, Any]]:
+    """The rows of a table."""
+    rows = [t for by_layout in table.values() for by_tokens in by_layout.values() for t in by_tokens.values()]
+    return [timing.describe() for timing in rows]
+
+
 # -- tables in files ---------------------------------------------------------------------------------------------------
 def save_table(table: Table, path: str | Path) -> None:
     """Write the measurements, with the machine that they belong to."""
-    rows = [timing.describe() for by_tokens in table.values() for timing in by_tokens.values()]
-    write_json(Path(path), {"version": TABLE_VERSION, "rows": rows, **environment()})
+    write_json(Path(path), {"version": TABLE_VERSION, "rows": describe(table), **environment()})
 
 
 def load_table(path: str | Path) -> Table:
@@ -206,6 +235,7 @@ def read_row(row: dict[str, Any]) -> Timing:
     """What :meth:`Timing.describe` gave."""
     return Timing(
         Shape(row["out"], row["in"], row["dtype"]),
+        row["layout"],
         row["tokens"],
         float(row["dense_us"]),
         tuple(row["dense_quartiles"]),
@@ -215,10 +245,10 @@ def read_row(row: dict[str, Any]) -> Timing:
 
 
 def as_table(timings: Iterable[Timing]) -> Table:
-    """Timings by shape and tokens."""
+    """Timings by shape, layout and tokens."""
     table: Table = {}
     for timing in timings:
         if not (timing.dense_us > 0 and timing.sparse_us > 0 and timing.tokens > 0):
             raise SparseForgeError(f"a cost table has a time or a token count that is not positive: {timing}")
-        table.setdefault(timing.shape, {})[timing.tokens] = timing
+        table.setdefault(timing.shape, {}).setdefault(timing.layout, {})[timing.tokens] = timing
     return table

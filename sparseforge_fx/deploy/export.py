@@ -62,7 +62,8 @@ def export(
     if portable and format != "pt2":
         raise SparseForgeError("portable is for the format pt2: a package of aoti needs no sparseforge_fx anyway")
     captured = capture(model, example_inputs)
-    program, report = lower_captured(captured, target=target, batch=batch, table=table, gate=gate, portable=portable)
+    options: dict[str, Any] = {"target": target, "batch": batch, "table": table, "gate": gate, "durable": True}
+    program, report = lower_captured(captured, portable=portable, **options)
     plain_outputs(program.exported)
     if format == "aoti":
         replace_file(path, lambda file: package({"model": program}, file))

@@ -65,7 +65,7 @@ def export_generator(
     if limit and max_length > limit:
         raise SparseForgeError(f"max_length {max_length} is more than the {limit} positions of the model")
     step = Step(model, max_length)
-    options: dict[str, Any] = {"target": target, "batch": batch, "table": table, "gate": gate}
+    options: dict[str, Any] = {"target": target, "batch": batch, "table": table, "gate": gate, "durable": True}
     prefill, report = lower_captured(capture(step, step.example(length=3)), **options)
     known = cost.as_table(cost.read_row(row) for row in report["table"]) if gate else None
     decode, _ = lower_captured(capture(step, step.example(length=1)), **{**options, "table": known})

@@ -12,8 +12,9 @@ from torch.fx import GraphModule
 
 from sparseforge_fx.capture import capture
 from sparseforge_fx.deploy import cost
-from sparseforge_fx.deploy.targets import Target, find_target
+from sparseforge_fx.deploy.targets import find_target
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import LAYOUTS, Layout
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import (
     LinearSite,
@@ -49,7 +50,8 @@ def lower(
         example_inputs: as for :func:`sparseforge_fx.capture.capture`.
         target: ``cpu``, ``cuda`` or ``auto`` (the device of the weights).
         batch: token counts (batch x sequence) that matter. A weight is sparse if that was measured to be faster at one
-            of them by more than 3 %, and slower at none; decoding alone: ``batch=[1, 8]``.
+            of them by more than 3 %, and slower at none; decoding alone: ``batch=[1, 8]``. Where a device has several
+            packed layouts, each weight gets the one that gains most.
         table: measurements to decide by instead of measuring (what :func:`sparseforge_fx.deploy.cost.save_table`
             wrote); a shape that is not in it stays dense.
         gate: False packs every 2:4 weight, whatever its speed.
@@ -72,12 +74,14 @@ def lower_captured(
     table: str | Path | cost.Table | None = None,
     gate: bool = True,
     portable: bool = False,
+    durable: bool = False,
 ) -> tuple[Program, dict[str, Any]]:
     """:func:`lower` from a captured program to a program and the report. Linears that are packed already stay so.
 
     Args:
         portable: packed weights are expanded by plain aten operators, which is never faster: nothing is timed, and
             every 2:4 weight is packed.
+        durable: the program goes to a file: only layouts that later versions of the libraries read, too.
     """
     known = cost.check_request(batch, table)
     sites = sparse_sites(program)
@@ -86,19 +90,22 @@ def lower_captured(
         reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
         raise SparseForgeError(f"nothing to lower: {reasons}; run sparsify first")
     device = (program.tensor(eligible(sites)[0].fqn) if eligible(sites) else next(iter(program.state.values()))).device
-    chosen = find_target(target, device)
+    layouts = [layout for layout in find_target(target, device) if layout.durable or not durable]
+    for name, weight in before.items():
+        if durable and not LAYOUTS[weight["layout"]].durable:
+            raise SparseForgeError(f"no file may hold the layout {weight['layout']} of {name}: export the dense model")
     dense_bytes = sum(s.numel * s.dtype.itemsize for s in eligible(sites)) + sum(w["dense"] for w in before.values())
-    measure = partial(cost.timings, tokens=batch, device=device, target=chosen, known=known)
-    done = pack_linears(program, sparse_sites, chosen, batch, measure if gate and not portable else None, not portable)
+    measure = partial(cost.timings, tokens=batch, device=device, layouts=layouts, known=known)
+    done = pack_linears(program, sparse_sites, layouts, batch, measure if gate and not portable else None, not portable)
     program, records, packed = done.program, done.records, packed_weights(done.program)
     if portable:
         program, expanding = run_passes(program, [expand_sparse_linears])
         records += expanding
     stayed = sum(s.numel * s.dtype.itemsize for s in done.sites if s.reason and s.reason.startswith("gate: "))
     return program, {
-        "sites": [{"name": name, "out": w["out"], "in": w["in"], "bytes": w["bytes"]} for name, w in packed.items()],
+        "sites": [{"name": name, **{k: w[k] for k in ("out", "in", "layout", "bytes")}} for name, w in packed.items()],
         "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in done.sites if s.reason],
-        "table": [t.describe() for by_tokens in done.timings.values() for t in by_tokens.values()],
+        "table": cost.describe(done.timings),
         "batch": list(batch),
         "dense_bytes": dense_bytes,
         "lowered_bytes": sum(w["bytes"] for w in packed.values()) + stayed,
@@ -108,8 +115,8 @@ def lower_captured(
     }
 
 
-def packed_weights(program: Program) -> dict[str, dict[str, int]]:
-    """Outputs, inputs and bytes (packed, dense) of each packed weight of the graph, by the name of the weight."""
+def packed_weights(program: Program) -> dict[str, dict[str, Any]]:
+    """Outputs, inputs, layout and bytes (packed, dense) of each packed weight of the graph, by the weight's name."""
     found = {}
     for node in program.graph.find_nodes(op="call_function", target=OP):
         use = sparse_use(node)
@@ -122,6 +129,7 @@ def packed_weights(program: Program) -> dict[str, dict[str, int]]:
         found[name] = {
             "out": tensor.shape[0],
             "in": use.in_features,
+            "layout": use.layout,
             "bytes": tensor.nbytes + program.tensor(meta).nbytes,
             "dense": tensor.shape[0] * use.in_features * tensor.element_size(),
         }
@@ -140,23 +148,27 @@ class Lowered(NamedTuple):
 def pack_linears(
     program: Program,
     find: Callable[[Program], list[LinearSite]],
-    target: Target,
+    layouts: Sequence[Layout],
     batch: Sequence[int],
     measure: Callable[[list[cost.Shape]], cost.Table] | None,
     fuse: bool = True,
 ) -> Lowered:
-    """Merge the linears that ``find`` gives, pack those that ``measure`` shows to gain (all without it), fuse."""
+    """Merge the linears that ``find`` gives, pack those that ``measure`` shows to gain, in the layout that gains most
+    (all, in the first layout, without it), fuse."""
     program, merging = run_passes(program, [partial(merge_parallel_linears, sites=find(program))])
     sites = find(program)  # again: it is the merged weights that are timed and packed
     timings: cost.Table = {}
+    chosen: dict[str, Layout] = {}
     if measure is not None:
         timings = measure([_shape_of(s) for s in eligible(sites)])
         for site in eligible(sites):
-            against = cost.verdict(timings[_shape_of(site)], batch)
-            site.reason = against and f"gate: {against}"
-    program, packing = run_passes(
-        program, deploy_passes(sites, layout=target.layout, convert=target.convert, fuse=fuse)
-    )
+            layout, against = cost.choose(timings[_shape_of(site)], layouts, batch)
+            if layout is None:
+                site.reason = f"gate: {against}"
+            else:
+                chosen[site.fqn] = layout
+    layout_of = lambda site: chosen.get(site.fqn, layouts[0])  # noqa: E731
+    program, packing = run_passes(program, deploy_passes(sites, layout_of, fuse=fuse))
     return Lowered(program, sites, timings, [*merging, *packing])
 
 

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy import cost
-from sparseforge_fx.deploy.targets import TARGETS, Target, find_target
+from sparseforge_fx.deploy.targets import find_target
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout
 from sparseforge_fx.kernels.packed import Packed, pack
-from sparseforge_fx.kernels.planes import from_planes
-from sparseforge_fx.kernels.planes_linear import as_words
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.report import environment
@@ -29,26 +28,23 @@ class SparseLinear(nn.Module):
 
     Args:
         packed: the weight, in the format on disk; tensors may be on the meta device.
-        target: whose layout it gets; None leaves it as it is on disk ("rows").
+        layout: what it is kept in; that of the disk if nothing is said.
         transposed: it stands for a Conv1D, which keeps W as [in, out].
     """
 
     values: Tensor
     where: Tensor  # the packed weight's metadata; torch.export cannot take a buffer that is called ``meta``
 
-    def __init__(
-        self, packed: Packed, bias: nn.Parameter | None, target: Target | None = None, *, transposed: bool = False
-    ):
+    def __init__(self, packed: Packed, bias: nn.Parameter | None, layout: Layout = ROWS, *, transposed: bool = False):
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.transposed = transposed
-        self.layout = "rows"
+        self.layout = ROWS.name
         self.loading = False  # while it is, models that initialise their linears' weights get a shape and no data
         self.register_buffer("values", packed.values)
         self.register_buffer("where", packed.bitmask)
         self.bias = bias
-        if target is not None:
-            self.change_layout(target)
+        self.change_layout(layout)
 
     @property
     def weight(self) -> Tensor:
@@ -58,16 +54,13 @@ class SparseLinear(nn.Module):
 
     def packed(self) -> Packed:
         """The weight in the format on disk, bit for bit what it was made of."""
-        if self.layout == "planes":
-            words = as_words(self.values)
-            return from_planes(words, self.where, self.in_features, self.values.dtype)
-        return Packed(self.values, self.where, self.in_features)
+        return LAYOUTS[self.layout].restore(self.values, self.where, self.in_features)
 
-    def change_layout(self, target: Target) -> None:
-        """Repack, in place, for the kernels of ``target``."""
-        if target.layout != self.layout:
-            self.values, self.where = target.convert(self.packed())
-            self.layout = target.layout
+    def change_layout(self, layout: Layout) -> None:
+        """Repack, in place."""
+        if layout.name != self.layout:
+            self.values, self.where = layout.convert(self.packed())
+            self.layout = layout.name
 
     @torch.no_grad()
     def replace_weight(self, weight: Tensor) -> None:
@@ -76,11 +69,7 @@ class SparseLinear(nn.Module):
             raise SparseForgeError(
                 f"a weight of shape {list(weight.shape)} cannot replace one of {[self.out_features, self.in_features]}"
             )
-        layout = next((t for t in TARGETS.values() if t.layout == self.layout), None)
-        packed = pack(weight.to(self.values.dtype))
-        self.values, self.where, self.layout = packed.values, packed.bitmask, "rows"
-        if layout is not None:
-            self.change_layout(layout)
+        self.values, self.where = LAYOUTS[self.layout].convert(pack(weight.to(self.values.dtype)))
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
@@ -121,30 +110,31 @@ def lower_modules(
         raise SparseForgeError(f"nothing to lower: {reasons or 'the model has no linear layer'}; run sparsify first")
     weights = {name: weight_of(module) for name, module in sites.items()}
     device = next(iter(weights.values())).device
-    chosen = find_target(target, device)
+    layouts = find_target(target, device)
     shapes = {name: cost.Shape.of(weight.shape[0], weight.shape[1], weight.dtype) for name, weight in weights.items()}
-    timings = cost.timings(shapes.values(), batch, device, chosen, known) if gate else {}
+    timings = cost.timings(shapes.values(), batch, device, layouts, known) if gate else {}
     before = after = scratch = 0
     lowered = []
     for name, module in sites.items():
         weight = weights.pop(name)
         before += weight.nbytes
-        against = cost.verdict(timings[shapes[name]], batch) if gate else None
-        if against:
+        layout, against = cost.choose(timings[shapes[name]], layouts, batch) if gate else (layouts[0], None)
+        if layout is None:
             skipped[name] = f"gate: {against}"
             after += weight.nbytes
             continue
         transposed = isinstance(module, Conv1D)
-        sparse = SparseLinear(pack(weight), module.bias, chosen, transposed=transposed).train(module.training)
+        sparse = SparseLinear(pack(weight), module.bias, layout, transposed=transposed).train(module.training)
         replace(model, name, sparse)
         size = sparse.values.nbytes + sparse.where.nbytes
         scratch = max(scratch, weight.nbytes)
-        lowered.append({"name": name, "out": sparse.out_features, "in": sparse.in_features, "bytes": size})
+        shape = {"out": sparse.out_features, "in": sparse.in_features}
+        lowered.append({"name": name, **shape, "layout": layout.name, "bytes": size})
         after += size
     return {
         "sites": lowered,
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
-        "table": [t.describe() for by_tokens in timings.values() for t in by_tokens.values()],
+        "table": cost.describe(timings),
         "batch": list(batch),
         "dense_bytes": before,
         "lowered_bytes": after,

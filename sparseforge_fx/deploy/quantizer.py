@@ -151,7 +151,7 @@ def change_to_device(module: SparseLinear) -> None:
     from sparseforge_fx.deploy.targets import TARGETS
 
     if module.values.device.type in TARGETS:
-        module.change_layout(TARGETS[module.values.device.type])
+        module.change_layout(TARGETS[module.values.device.type][0])
 
 
 def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:

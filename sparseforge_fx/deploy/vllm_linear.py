@@ -23,6 +23,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from sparseforge_fx.deploy.packed_files import BITMASK, METHOD, VALUES, Header
 from sparseforge_fx.deploy.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import ROWS
 from sparseforge_fx.kernels.packed import Packed, check_packed
 from sparseforge_fx.kernels.sparse_linear import OP
 
@@ -139,12 +140,12 @@ class PackedLinearMethod(LinearMethodBase):
             raise SparseForgeError(f"'{self.prefix}': {error}; copy the checkpoint anew") from error
         if "weight" in layer._parameters:
             del layer.weight
-        target = TARGETS.get(values.device.type)
-        if target is None or target.layout == "rows":
+        layout, *_ = TARGETS.get(values.device.type, (ROWS,))
+        if layout is ROWS:
             return
-        for name, tensor in zip((VALUES, BITMASK), target.convert(packed), strict=True):
+        for name, tensor in zip((VALUES, BITMASK), layout.convert(packed), strict=True):
             layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        layer.packed_layout = target.layout  # type: ignore[assignment]
+        layer.packed_layout = layout.name  # type: ignore[assignment]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         values, meta = getattr(layer, VALUES), getattr(layer, BITMASK)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.activations import ACTIVATIONS
+from sparseforge_fx.kernels.packed import Packed, pack, unpack
 from sparseforge_fx.kernels.planes import HALF_TYPES
 
 MULTIPLE = 16  # of both sides of a 16-bit weight
@@ -31,27 +33,39 @@ def available(device: torch.device) -> bool:
     )
 
 
-def why_not(weight: Tensor) -> str | None:
-    """Why cuSPARSELt cannot take this dense 2:4 weight [out, in]; None if it can."""
-    if not available(weight.device):
-        return f"cuSPARSELt is not available on {weight.device} in this build of PyTorch"
-    if weight.dtype not in HALF_TYPES:
-        return f"cuSPARSELt is used for bfloat16 and float16, not {weight.dtype}"
-    if weight.dim() != 2 or weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
-        return f"cuSPARSELt takes sides that are multiples of {MULTIPLE}, not {tuple(weight.shape)}"
+def why_not(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why cuSPARSELt cannot take such a 2:4 weight [out, in]; None if it can."""
+    if not available(device):
+        return f"cuSPARSELt is not available on {device} in this build of PyTorch"
+    if dtype not in HALF_TYPES:
+        return f"cuSPARSELt is used for bfloat16 and float16, not {dtype}"
+    if out_features % MULTIPLE or in_features % MULTIPLE:
+        return f"cuSPARSELt takes sides that are multiples of {MULTIPLE}, not {out_features} x {in_features}"
     return None
 
 
-def compress(weight: Tensor) -> Tensor:
-    """cuSPARSELt's blob of a dense 2:4 weight [out, in]. Outside any graph: the operator has no fake kernel.
+def as_blob(packed: Packed) -> tuple[Tensor, Tensor]:
+    """The layout ``cusparselt``: the library's blob, seen as [out, 9/16 in], and no metadata beside it.
 
-    Raises SparseForgeError with :func:`why_not`.
+    Outside any graph: the operator that compresses has no fake kernel. Raises SparseForgeError with :func:`why_not`.
     """
-    reason = why_not(weight)
-    if reason is not None:
+    out, width = packed.shape
+    if reason := why_not(out, width, packed.values.dtype, packed.values.device):
         raise SparseForgeError(f"{reason}: use the plane layout or keep this weight dense")
-    blob = torch._cslt_compress(weight.detach().contiguous())
-    return blob.view(weight.shape[0], -1)  # the product reads the number of outputs from the first side
+    blob = torch._cslt_compress(unpack(packed))
+    # the product reads the number of outputs from the first side
+    return blob.view(out, -1), packed.bitmask.new_empty(out, 0)
+
+
+def blob_dense(values: Tensor, meta: Tensor, in_features: int) -> Tensor:
+    """The dense weight [out, in] of a weight from :func:`as_blob`: its product with the unit matrix, which is exact."""
+    unit = torch.eye(in_features, dtype=values.dtype, device=values.device)
+    return blob_product(unit, values, meta, in_features, None, "none").t().contiguous()
+
+
+def from_blob(values: Tensor, meta: Tensor, in_features: int) -> Packed:
+    """The packed weight that :func:`as_blob` took."""
+    return pack(blob_dense(values, meta, in_features))
 
 
 def lines_bucket(m: int) -> int:
@@ -59,20 +73,37 @@ def lines_bucket(m: int) -> int:
     return max(_LINES, 1 << (m - 1).bit_length())
 
 
-def search(blob: Tensor, out_features: int, in_features: int, m: int, dtype: torch.dtype) -> int:
-    """The fastest algorithm for ``m`` rows of x, searched once per device, shape and bucket, on random inputs."""
+def search(blob: Tensor, in_features: int, m: int) -> int:
+    """The fastest algorithm for ``m`` rows of x, searched once per device, shape and bucket, on random inputs.
+
+    The default one while a CUDA graph is being captured, where nothing can be timed.
+    """
     lines = lines_bucket(m)
-    key = (blob.device, dtype, out_features, in_features, lines)
+    key = (blob.device, blob.dtype, blob.shape[0], in_features, lines)
     if key not in _algorithms:
-        x = torch.randn(lines, in_features, device=blob.device, dtype=dtype)
+        if blob.is_cuda and torch.cuda.is_current_stream_capturing():
+            return 0
+        x = torch.randn(lines, in_features, device=blob.device, dtype=blob.dtype)
         _algorithms[key] = int(torch._cslt_sparse_mm_search(blob, x.t(), transpose_result=True))
     return _algorithms[key]
 
 
+def tune(values: Tensor, meta: Tensor, in_features: int, m: int) -> None:
+    """:func:`search`, before the product is timed or captured."""
+    search(values, in_features, m)
+
+
 def linear(x: Tensor, blob: Tensor, algorithm: int = 0, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + b: x [..., in] in the weight's dtype, ``blob`` from :func:`compress`, bias [out]; y [..., out]."""
-    lines = x.reshape(-1, x.shape[-1])
-    m = lines.shape[0]
-    padded = F.pad(lines, (0, 0, 0, -m % _LINES))
-    y = torch._cslt_sparse_mm(blob, padded.t(), bias=bias, alg_id=algorithm, transpose_result=True)
-    return y[:m].view(*x.shape[:-1], y.shape[-1])
+    """y = x W^T + b: x [rows, in] in the weight's dtype, blob from :func:`as_blob`, bias [out]; y [rows, out]."""
+    m = x.shape[0]
+    padded = F.pad(x, (0, 0, 0, -m % _LINES))
+    return torch._cslt_sparse_mm(blob, padded.t(), bias=bias, alg_id=algorithm, transpose_result=True)[:m]
+
+
+def blob_product(
+    x: Tensor, values: Tensor, meta: Tensor, in_features: int, bias: Tensor | None, activation: str
+) -> Tensor:
+    """act(x W^T + b) by the searched algorithm: x [rows, in] in the weight's dtype, bias [out]; [rows, out]."""
+    m = x.shape[0]
+    y = x.new_empty(0, values.shape[0]) if m == 0 else linear(x, values, search(values, in_features, m), bias)
+    return ACTIVATIONS[activation].forward(y)

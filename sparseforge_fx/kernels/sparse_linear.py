@@ -17,6 +17,8 @@ from torch import Tensor
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.activations import ACTIVATIONS
+from sparseforge_fx.kernels.cusparselt import blob_dense, blob_product
+from sparseforge_fx.kernels.cutlass import cutlass_dense, cutlass_product
 from sparseforge_fx.kernels.packed import Packed, check_shapes, unpack
 from sparseforge_fx.kernels.planes_linear import planes_dense, planes_product
 
@@ -67,6 +69,8 @@ def _rows_linear_on_cpu(
 # (device type, layout); a device without an entry of its own unpacks "rows" in plain torch
 KERNELS: dict[tuple[str, str], Kernel] = {
     ("cpu", "rows"): Kernel(_rows_dense_on_cpu, _rows_linear_on_cpu),
+    ("cuda", "cusparselt"): Kernel(blob_dense, blob_product),
+    ("cuda", "cutlass"): Kernel(cutlass_dense, cutlass_product),
 }
 _ANY_DEVICE = {"rows": Kernel(_unpack_rows, lambda *_: None), "planes": Kernel(planes_dense, planes_product)}
 

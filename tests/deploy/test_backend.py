@@ -158,7 +158,7 @@ def test_the_gate_measures_each_shape_once(mlp, lowered, monkeypatch):
     def measure(shape, tokens, *_):
         measured.append(shape)
         ratio = 2.0 if shape.out_features == 48 else 0.5
-        return {t: cost.Timing(shape, t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}
+        return {"rows": {t: cost.Timing(shape, "rows", t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}}
 
     monkeypatch.setattr(cost, "measure", measure)
     monkeypatch.setattr(backend, "_measured", {})

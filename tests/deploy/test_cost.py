@@ -8,13 +8,14 @@ import torch
 from sparseforge_fx.deploy import cost
 from sparseforge_fx.deploy.targets import find_target
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import PLANES, ROWS
 
 CPU = torch.device("cpu")
 SHAPE = cost.Shape(16, 32, "float32")
 
 
-def timing(tokens, ratio, shape=SHAPE):
-    return cost.Timing(shape, tokens, 10.0 * ratio, (9.0 * ratio, 11.0 * ratio), 10.0, (9.0, 11.0))
+def timing(tokens, ratio, shape=SHAPE, layout="rows"):
+    return cost.Timing(shape, layout, tokens, 10.0 * ratio, (9.0 * ratio, 11.0 * ratio), 10.0, (9.0, 11.0))
 
 
 @pytest.mark.parametrize(
@@ -35,10 +36,34 @@ def test_only_the_token_counts_asked_for_matter():
     assert cost.verdict({t: timing(t, r) for t, r in {1: 1.5, 2048: 0.5}.items()}, [1]) is None
 
 
+@pytest.mark.parametrize(
+    ("rows", "planes", "chosen"),
+    [
+        ((1.5, 1.1), (1.2, 1.3), ROWS),  # products 1.65 and 1.56
+        ((1.5, 1.0), (1.2, 1.3), PLANES),
+        ((1.5, 0.9), (1.1, 1.0), PLANES),  # the other is slower somewhere
+        ((1.5, 1.5), None, ROWS),
+        (None, (1.2, 1.2), PLANES),
+        ((0.9, 1.0), (0.8, 1.0), "rows: slower than dense at 1 tokens (0.90x); planes: slower than dense at 1 tokens (0.80x)"),
+        ((0.9, 1.0), None, "slower than dense at 1 tokens (0.90x)"),
+        (None, None, "not measured at 1, 8 tokens"),
+    ],
+)  # fmt: skip
+def test_the_layout_that_gains_most(rows, planes, chosen):
+    given = {"rows": rows, "planes": planes, "of another machine": (9.0, 9.0)}
+    timings = {
+        name: {t: timing(t, r, layout=name) for t, r in zip((1, 8), ratios, strict=True)}
+        for name, ratios in given.items() if ratios
+    }  # fmt: skip
+    layout, reason = cost.choose(timings, [ROWS, PLANES], [1, 8])
+    assert (layout or reason) == chosen
+
+
 def test_measuring_a_tiny_shape():
-    found = cost.measure(SHAPE, [1, 3], CPU, find_target("cpu", CPU), rounds=3, seconds=1e-4)
-    assert set(found) == {1, 3}
-    for row in found.values():
+    layouts = [ROWS, PLANES, PLANES._replace(name="none", refuses=lambda *_: "never")]
+    by_layout = cost.measure(SHAPE, [1, 3], CPU, layouts, rounds=3, seconds=1e-4)
+    assert {name: set(found) for name, found in by_layout.items()} == {"rows": {1, 3}, "planes": {1, 3}}
+    for row in (row for found in by_layout.values() for row in found.values()):
         low, high = row.sparse_quartiles
         assert 0 < low <= row.sparse_us <= high and row.dense_us > 0
         described = row.describe()
@@ -48,13 +73,13 @@ def test_measuring_a_tiny_shape():
 
 def test_each_shape_is_measured_once(monkeypatch):
     seen = []
-    monkeypatch.setattr(cost, "measure", lambda shape, *_: seen.append(shape) or {1: timing(1, 2.0)})
+    monkeypatch.setattr(cost, "measure", lambda shape, *_: seen.append(shape) or {"rows": {1: timing(1, 2.0)}})
     assert set(cost.timings([SHAPE, SHAPE], [1], CPU, find_target("cpu", CPU), None)) == {SHAPE}
     assert seen == [SHAPE]
 
 
 def test_a_table_goes_through_a_file_and_needs_no_measuring(tmp_path, monkeypatch):
-    table = cost.as_table([timing(1, 1.5), timing(8, 1.1), timing(1, 0.9, SHAPE._replace(dtype="bfloat16"))])
+    table = cost.as_table([timing(1, 1.5), timing(8, 1.1), timing(1, 0.9, SHAPE._replace(dtype="bfloat16"), "planes")])
     cost.save_table(table, tmp_path / "table.json")
     assert cost.load_table(tmp_path / "table.json") == table
     assert "device" in json.loads((tmp_path / "table.json").read_text())
@@ -62,13 +87,13 @@ def test_a_table_goes_through_a_file_and_needs_no_measuring(tmp_path, monkeypatc
     other = SHAPE._replace(out_features=17)
     found = cost.timings([SHAPE, other], [1], CPU, find_target("cpu", CPU), table)
     assert found[SHAPE] == table[SHAPE]
-    assert cost.verdict(found[other], [1]) == "not measured at 1 tokens"
+    assert cost.choose(found[other], [ROWS], [1]) == (None, "not measured at 1 tokens")
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", '{"version": 99, "rows": []}', '{"version": 1}', '{"version": 1, "rows": [{"out": 1}]}',
-     '{"version": 1, "rows": [{"out": 1, "in": 4, "dtype": "float32", "tokens": 1, "dense_us": 0, "sparse_us": 1,'
+    ["", "[]", '{"version": 99, "rows": []}', '{"version": 2}', '{"version": 2, "rows": [{"out": 1}]}',
+     '{"version": 2, "rows": [{"out": 1, "in": 4, "dtype": "float32", "layout": "rows", "tokens": 1, "dense_us": 0, "sparse_us": 1,'
      ' "dense_quartiles": [0, 0], "sparse_quartiles": [1, 1]}]}'],
 )  # fmt: skip
 def test_files_that_are_no_table(tmp_path, text):

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.modules import SparseLinear, weight_of
-from sparseforge_fx.deploy.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import PLANES
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 
 peft = pytest.importorskip("peft")
@@ -67,7 +67,7 @@ def test_packed_and_dense_get_the_same(tmp_path):
 def test_packed_keeps_layout_and_dtype():
     model = lowered("llama", torch.bfloat16)
     up = model.model.layers[0].mlp.up_proj
-    up.change_layout(TARGETS["cuda"])
+    up.change_layout(PLANES)
     adapter = adapted(model, ["up_proj"])
     _, _, want = by_hand(layers(adapter)[0])
     sf.merge_lora(adapter)

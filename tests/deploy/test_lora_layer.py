@@ -11,8 +11,8 @@ import sparseforge_fx as sf
 from sparseforge_fx import deploy, transformers_hook
 from sparseforge_fx.deploy.modules import SparseLinear
 from sparseforge_fx.deploy.quantizer import packed_linears
-from sparseforge_fx.deploy.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import PLANES
 
 peft = pytest.importorskip("peft")
 
@@ -70,7 +70,7 @@ def test_written_and_loaded_on_both(name, tmp_path, recwarn):
 def test_adapters_in_bfloat16_and_on_planes():
     model = lowered("llama", torch.bfloat16)
     for module in packed_linears(model).values():
-        module.change_layout(TARGETS["cuda"])
+        module.change_layout(PLANES)
     adapter = adapted(model, ["up_proj"])
     layer = layers(adapter)[0]
     assert layer.lora_A["default"].weight.dtype == torch.float32  # PEFT trains adapters of 16-bit models in float32

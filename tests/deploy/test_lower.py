@@ -1,5 +1,6 @@
 """lower: the graph that comes out computes what the 2:4 model computes, in fewer bytes, and says what it did."""
 
+import copy
 import json
 
 import pytest
@@ -8,12 +9,17 @@ from torch import nn
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy import cost
+from sparseforge_fx.deploy.modules import SparseLinear
+from sparseforge_fx.deploy.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import LAYOUTS, PLANES, ROWS
+from sparseforge_fx.kernels.packed import pack
 from sparseforge_fx.kernels.sparse_linear import OP
 
 
 def timing(out, width, tokens, ratio):
-    return cost.Timing(cost.Shape(out, width, "float32"), tokens, 10.0 * ratio, (9.0, 11.0), 10.0, (9.0, 11.0))
+    shape = cost.Shape(out, width, "float32")
+    return cost.Timing(shape, "rows", tokens, 10.0 * ratio, (9.0, 11.0), 10.0, (9.0, 11.0))
 
 
 @pytest.fixture
@@ -62,6 +68,34 @@ def test_the_gate_decides_by_shape(sparse_llama):
     assert sum(n.target == OP for n in fast.graph.nodes) == 2
     batch = found.batch()
     torch.testing.assert_close(fast(**batch).logits, found.model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_each_weight_gets_the_layout_that_gains_most(sparse_llama, monkeypatch, tmp_path):
+    """A machine with three layouts, one of which takes only wide weights and belongs to no file."""
+    found = sparse_llama
+    own = PLANES._replace(refuses=lambda out, *_: None if out == 128 else "too narrow", durable=False)
+    monkeypatch.setitem(TARGETS, "cpu", (ROWS, own))
+    monkeypatch.setitem(LAYOUTS, "planes", own)
+
+    def measure(shape, tokens, device, layouts):
+        gains = {o.name: 2.0 if o is own else 1.5 for o in layouts if not o.refuses(*shape, device)}
+        return {n: {t: timing(shape[0], shape[1], t, r)._replace(layout=n) for t in tokens} for n, r in gains.items()}
+
+    monkeypatch.setattr(cost, "measure", measure)
+    fast = sf.lower(found.model, found.example, batch=[1])
+    assert {s["name"].split(".")[-2]: s["layout"] for s in fast.report["sites"]} == {
+        "q_proj_k_proj_v_proj": "rows", "o_proj": "rows", "gate_proj_up_proj": "planes", "down_proj": "rows",
+    }  # fmt: skip
+    batch = found.batch()
+    torch.testing.assert_close(fast(**batch).logits, found.model(**batch).logits, rtol=1e-4, atol=1e-5)
+    report = sf.export(found.model, tmp_path / "m.pt2", found.example, batch=[1])
+    assert {s["layout"] for s in report["sites"]} == {"rows"}
+    modules = copy.deepcopy(found.model)
+    up = modules.model.layers[0].mlp.up_proj
+    modules.model.layers[0].mlp.up_proj = SparseLinear(pack(up.weight.detach()), None, own)
+    with pytest.raises(SparseForgeError, match=r"no file may hold the layout planes of model\.layers\.0\.mlp\.up_proj"):
+        sf.export(modules, tmp_path / "n.pt2", found.example, gate=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
 
 
 def test_measuring(sparse_llama, monkeypatch):

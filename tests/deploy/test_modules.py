@@ -64,7 +64,7 @@ def test_the_gate(captured_once):
     found = captured_once("mlp")
     model, _ = sparse_copy(found)
     shape = cost.Shape(24, 16, "float32")
-    table = cost.as_table([cost.Timing(shape, 1, 15.0, (15.0, 15.0), 10.0, (10.0, 10.0))])
+    table = cost.as_table([cost.Timing(shape, "rows", 1, 15.0, (15.0, 15.0), 10.0, (10.0, 10.0))])
     report = sf.lower_modules(model, table=table, batch=[1])
     assert [s["name"] for s in report["sites"]] == ["0"]
     assert {s["name"]: s["reason"] for s in report["skipped"]} == {

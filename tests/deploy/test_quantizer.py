@@ -15,8 +15,8 @@ import sparseforge_fx as sf
 from sparseforge_fx import deploy, transformers_hook
 from sparseforge_fx.deploy.modules import SparseLinear
 from sparseforge_fx.deploy.quantizer import METHOD, PackedConfig, packed_linears
-from sparseforge_fx.deploy.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import PLANES
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_layouts_and_the_way_back(name):
     sf.lower_modules(planes, gate=False)
     for path, module in packed_linears(planes).items():
         before = module.packed()
-        module.change_layout(TARGETS["cuda"])
+        module.change_layout(PLANES)
         assert module.layout == "planes"
         assert all(torch.equal(a, b) for a, b in zip(module.packed()[:2], before[:2], strict=True))
         dense = module.to_dense()

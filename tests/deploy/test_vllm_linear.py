@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from sparseforge_fx.deploy import targets
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import PLANES
 
 LAYER = "model.layers.0"
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -73,7 +74,7 @@ def load(layers, folder, skip=()):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_block_of_llama(linear, folder, size, layout, monkeypatch):
     if layout == "planes":
-        monkeypatch.setitem(targets.TARGETS, "cpu", targets.TARGETS["cuda"])
+        monkeypatch.setitem(targets.TARGETS, "cpu", (PLANES,))
     ranks = []
     for rank in range(size):
         layers = build(config_of(linear, folder), rank, size)

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_cases import assert_correct, random_linear
 
-from sparseforge_fx.kernels import cusparselt
 from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.packed import unpack
 from sparseforge_fx.kernels.planes_linear import as_planes
@@ -89,17 +88,6 @@ class TestOnAGpu:
         for m in (1, 16, 300):
             x = torch.randn(m, 512, device="cuda").bfloat16()
             torch.testing.assert_close(run(x), OP(x * 2, values, meta, "planes", 512, bias.cuda(), "relu") + 1)
-
-    def test_cusparselt(self):
-        packed, bias = random_linear(256, 512, torch.bfloat16)
-        dense = unpack(packed).cuda()
-        if cusparselt.why_not(dense):
-            pytest.skip(cusparselt.why_not(dense))
-        blob = cusparselt.compress(dense)
-        for m in (8, 100, 1000):
-            x = torch.randn(m, 512).bfloat16()
-            found = cusparselt.search(blob, 256, 512, m, dense.dtype)
-            assert_correct(cusparselt.linear(x.cuda(), blob, found, bias.cuda()).cpu(), x, packed, bias)
 
     def test_a_whole_model(self, tiny):
         import copy

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from test_packed import random_weight
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels import cusparselt
 from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.packed import pack
 from sparseforge_fx.kernels.planes import to_planes
@@ -134,36 +133,3 @@ def test_only_a_gpu_is_tuned():
     _, _, _, values, meta = case(dtype=torch.bfloat16)
     with pytest.raises(SparseForgeError, match="CUDA device"):
         tune(values, meta, 40, torch.bfloat16, 1)
-
-
-def test_cusparselt_says_why_not():
-    assert "not available on cpu" in cusparselt.why_not(torch.zeros(16, 16))
-    with pytest.raises(SparseForgeError, match="keep this weight dense"):
-        cusparselt.compress(torch.zeros(16, 16, dtype=torch.bfloat16))
-
-
-def test_cusparselt_checks_sides_and_pads_rows(monkeypatch):
-    monkeypatch.setattr(cusparselt, "available", lambda device: True)
-    assert "multiples of 16" in cusparselt.why_not(torch.zeros(24, 16, dtype=torch.bfloat16))
-    assert "not torch.float32" in cusparselt.why_not(torch.zeros(16, 16))
-    assert cusparselt.why_not(torch.zeros(32, 16, dtype=torch.float16)) is None
-    assert [cusparselt.lines_bucket(m) for m in (1, 8, 9, 200)] == [8, 8, 16, 256]
-    weight, seen = torch.randn(16, 32), []
-
-    def product(blob, dense, bias=None, alg_id=0, transpose_result=False):
-        seen.append((dense.shape, alg_id, transpose_result))
-        return F.linear(dense.t(), blob, bias)
-
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
-    x, bias = torch.randn(2, 5, 32), torch.randn(16)
-    torch.testing.assert_close(cusparselt.linear(x, weight, 3, bias), F.linear(x, weight, bias))
-    assert seen == [((32, 16), 3, True)]
-
-
-def test_the_searched_algorithm_is_kept_per_bucket(monkeypatch):
-    monkeypatch.setattr(cusparselt, "_algorithms", {})
-    calls = []
-    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda blob, x, transpose_result: calls.append(x.shape) or 7)
-    blob = torch.zeros(16, 18)
-    assert [cusparselt.search(blob, 16, 32, m, torch.float32) for m in (9, 16, 12, 17)] == [7] * 4
-    assert calls == [(32, 16), (32, 32)]

@@ -7,9 +7,8 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.capture import capture
 from sparseforge_fx.deploy.lower import sparse_sites
-from sparseforge_fx.kernels.planes_linear import as_planes
+from sparseforge_fx.kernels.layouts import LAYOUTS
 from sparseforge_fx.passes import expand_sparse_linears, fuse_epilogues, lower_sparse_linears, run_passes
-from sparseforge_fx.passes.lower_sparse_linears import as_rows
 
 SPARSE = "sparseforge.sparse_linear.default"
 
@@ -32,8 +31,7 @@ def lowered(dtype=torch.float32, layout="rows", *more):
     net = Net().to(dtype)
     sf.sparsify(net, example_inputs=torch.randn(2, 3, 12, dtype=dtype))
     program = capture(net, torch.randn(2, 3, 12, dtype=dtype))
-    convert = as_rows if layout == "rows" else as_planes
-    one = lambda p: lower_sparse_linears(p, sparse_sites(p), layout=layout, convert=convert)  # noqa: E731
+    one = lambda p: lower_sparse_linears(p, sparse_sites(p), lambda _: LAYOUTS[layout])  # noqa: E731
     program, _ = run_passes(program, [one, *more])
     return net, program
 

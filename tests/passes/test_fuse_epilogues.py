@@ -15,7 +15,6 @@ from sparseforge_fx.passes import (
     merge_parallel_linears,
     run_passes,
 )
-from sparseforge_fx.passes.lower_sparse_linears import as_rows
 
 ACTIVATIONS = {
     "relu": torch.relu,
@@ -52,7 +51,7 @@ def lower(net, x):
     sf.sparsify(net.eval(), example_inputs=x)
     program = capture(net, x)
     program, _ = run_passes(program, [lambda p: merge_parallel_linears(p, find_linears(p))])
-    return run_passes(program, deploy_passes(find_linears(program), layout="rows", convert=as_rows))
+    return run_passes(program, deploy_passes(find_linears(program)))
 
 
 def names(program):
@@ -110,7 +109,7 @@ def test_llama_and_opt(captured_once):
         found = captured_once(name)
         sf.sparsify(found.model)
         program, _ = run_passes(found.program, [lambda p: merge_parallel_linears(p, find_linears(p))])
-        program, _ = run_passes(program, deploy_passes(find_linears(program), layout="rows", convert=as_rows))
+        program, _ = run_passes(program, deploy_passes(find_linears(program)))
         assert names(program) == expected
         batch = found.batch(rows=3, length=7)
         torch.testing.assert_close(program.module()(**batch).logits, found.model(**batch).logits, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ from sparseforge_fx.passes import (
 )
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
-from sparseforge_fx.passes.lower_sparse_linears import as_rows, keep_dense
+from sparseforge_fx.passes.lower_sparse_linears import keep_dense
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern, to_groups
 
 KINDS = [
@@ -128,7 +128,7 @@ def test_random_graphs(steps, features, seed):
     sites = keep_dense(program, find_linears(program, include=["*"]))
     merged, _ = run_passes(program, [lambda p: merge_parallel_linears(p, sites)])
     chosen = keep_dense(merged, find_linears(merged, include=["*"]))
-    lowered, _ = run_passes(merged, deploy_passes(chosen, layout="rows", convert=as_rows))
+    lowered, _ = run_passes(merged, deploy_passes(chosen))
     assert lowered.op_counts()[str(OP)] == sum(len(s.uses) for s in eligible(chosen))
     torch.testing.assert_close(lowered.module()(x), model(x), rtol=1e-4, atol=1e-4)
 

@@ -1,0 +1,172 @@
+"""Every layout: there and back bit for bit, the product of the reference, and what it says it cannot take.
+
+The products of cuSPARSELt and CUTLASS need a GPU. Here stand-ins for their operators compute what PyTorch documents, on
+a blob that is as large as cuSPARSELt's; the same tests run the real ones where there is a device for them.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparse_cases import assert_correct, random_linear
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels import cusparselt, cutlass, sparse_linear
+from sparseforge_fx.kernels.activations import ACTIVATIONS
+from sparseforge_fx.kernels.layouts import CUSPARSELT, CUTLASS, LAYOUTS, PLANES, ROWS
+from sparseforge_fx.kernels.packed import Packed, pack, unpack
+from sparseforge_fx.kernels.sparse_linear import DENSE_OP
+
+CPU = torch.device("cpu")
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+
+
+def _compress(dense):
+    values, bitmask, _ = pack(dense)
+    return torch.cat([values.flatten(), bitmask.flatten().view(dense.dtype)])
+
+
+def _decompress(blob, out):
+    half = blob.numel() * 8 // 9
+    width = 2 * half // out
+    values, bitmask = blob.flatten().split([half, blob.numel() - half])
+    return unpack(Packed(values.view(out, -1), bitmask.contiguous().view(torch.uint8).view(out, -1), width))
+
+
+class Calls(list):
+    """What the stand-ins were called with."""
+
+
+def test_a_cpu_has_neither():
+    assert "not available on cpu" in CUSPARSELT.refuses(32, 64, torch.bfloat16, CPU)
+    assert "no CUTLASS kernels" in CUTLASS.refuses(32, 64, torch.bfloat16, CPU)
+
+
+@pytest.fixture(scope="module")
+def calls():
+    seen = Calls()
+
+    def product(blob, dense, bias=None, alg_id=0, transpose_result=False):
+        assert transpose_result and dense.shape[1] % 8 == 0 and not dense.is_contiguous()
+        seen.append(alg_id)
+        return F.linear(dense.t(), _decompress(blob, blob.shape[0]), bias)
+
+    def search(blob, dense, transpose_result):
+        return dense.shape[1]  # the bucket itself, to see which one was asked for
+
+    def addmm(bias, values, meta, dense):
+        assert dense.shape[1] % 8 == 0
+        return F.linear(dense.t(), cutlass.cutlass_dense(values, meta, 2 * values.shape[1]), bias).t()
+
+    def mm(values, meta, dense):
+        return addmm(None, values, meta, dense)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            for name, function in (("_cslt_compress", _compress), ("_cslt_sparse_mm", product),
+                                   ("_cslt_sparse_mm_search", search), ("_sparse_semi_structured_mm", mm),
+                                   ("_sparse_semi_structured_addmm", addmm)):  # fmt: skip
+                patch.setattr(torch, name, function)
+            for module in (cusparselt, cutlass):
+                patch.setattr(module, "available", lambda device: True)
+            for layout in ("cusparselt", "cutlass"):
+                patch.setitem(sparse_linear.KERNELS, ("cpu", layout), sparse_linear.KERNELS["cuda", layout])
+            patch.setattr(cusparselt, "_algorithms", {})
+        yield seen
+
+
+def usable(layout, device, dtype=torch.bfloat16):
+    if device == "cuda" and (reason := layout.refuses(64, 128, dtype, torch.device("cuda", 0))):
+        pytest.skip(reason)
+    return layout
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LAYOUTS)
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    st.floats(0, 1),
+    st.integers(0, 99),
+)
+def test_there_and_back(calls, name, device, rows, columns, dtype, empty, seed):
+    """Groups with one survivor and with none, too."""
+    layout = usable(LAYOUTS[name], device, dtype)
+    dense = unpack(random_linear(32 * rows, 64 * columns, dtype, seed)[0])
+    dense[torch.rand(dense.shape, generator=torch.Generator().manual_seed(seed)) < empty] = 0
+    dense = dense.to(device)
+    values, meta = layout.convert(pack(dense))
+    assert values.shape[0] == meta.shape[0] == dense.shape[0] and values.dtype == dtype
+    assert values.nbytes + meta.nbytes <= 9 / 16 * dense.nbytes
+    assert torch.equal(unpack(layout.restore(values, meta, dense.shape[1])), dense)
+    assert torch.equal(DENSE_OP(values, meta, layout.name, dense.shape[1]), dense)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+def test_products(calls, name, device, activation):
+    layout = usable(LAYOUTS[name], device)
+    packed, bias = random_linear(64, 128, torch.bfloat16)
+    values, meta = layout.convert(Packed(*(t.to(device) for t in packed[:2]), 128))
+    for shape in ((3,), (16,), (2, 5), (0,), ()):
+        x = torch.randn(*shape, 128).bfloat16()
+        for b in (bias, None):
+            y = sparse_linear.sparse_linear(
+                x.to(device), values, meta, name, 128, None if b is None else b.to(device), activation
+            )
+            assert_correct(y.cpu(), x, packed, b, activation)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+def test_gradients_and_opcheck(calls, name, device):
+    layout = usable(LAYOUTS[name], device)
+    packed, bias = random_linear(64, 128, torch.bfloat16)
+    values, meta = layout.convert(Packed(*(t.to(device) for t in packed[:2]), 128))
+    x = torch.randn(8, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+    bias = bias.to(device)
+    (got,) = torch.autograd.grad(sparse_linear.OP(x, values, meta, name, 128, bias, "none").float().sum(), x)
+    want = unpack(packed).float().sum(0).to(device).expand(8, -1)
+    torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=0.1)
+    torch.library.opcheck(sparse_linear.OP, (x.detach(), values, meta, name, 128, bias, "none"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the stand-ins")
+def test_the_searched_algorithm_is_kept_per_bucket(calls):
+    packed, _ = random_linear(48, 96, torch.bfloat16)
+    values, meta = CUSPARSELT.convert(packed)
+    calls.clear()
+    for rows in (1, 8, 9, 16, 200):
+        sparse_linear.OP(torch.randn(rows, 96).bfloat16(), values, meta, "cusparselt", 96, None, "none")
+    assert calls == [8, 8, 16, 16, 256]
+    CUSPARSELT.tune(values, meta, 96, 1024)
+    assert {key[-1] for key in cusparselt._algorithms if key[2:4] == (48, 96)} == {8, 16, 256, 1024}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the stand-ins")
+def test_what_is_refused(calls):
+    assert "multiples of 16, not 24 x 16" in CUSPARSELT.refuses(24, 16, torch.bfloat16, CPU)
+    assert "not torch.float32" in CUSPARSELT.refuses(16, 16, torch.float32, CPU)
+    assert "multiples of 32 x 64, not 32 x 32" in CUTLASS.refuses(32, 32, torch.float16, CPU)
+    assert "not torch.float32" in CUTLASS.refuses(32, 64, torch.float32, CPU)
+    assert all(layout.refuses(32, 64, torch.float16, CPU) is None for layout in LAYOUTS.values())
+    assert ROWS.refuses(3, 5, torch.float32, CPU) is PLANES.refuses(3, 5, torch.float32, CPU) is None
+    for layout in (CUSPARSELT, CUTLASS):
+        with pytest.raises(SparseForgeError, match="keep this weight dense"):
+            layout.convert(random_linear(24, 40, torch.bfloat16)[0])
+
+
+def test_what_may_be_stacked_and_saved():
+    """Rows of two weights one after the other are the rows of the stacked weight, where a layout says so."""
+    first, second = (random_linear(32, 64, torch.bfloat16, seed)[0] for seed in (0, 1))
+    both = pack(torch.cat([unpack(first), unpack(second)]))
+    for layout in LAYOUTS.values():
+        if layout.by_rows:
+            parts = zip(layout.convert(first), layout.convert(second), layout.convert(both), strict=True)
+            assert all(torch.equal(torch.cat([a, b]), c) for a, b, c in parts)
+    assert [name for name, layout in LAYOUTS.items() if not layout.durable] == ["cusparselt", "cutlass"]
