@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
@@ -21,14 +23,18 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.program import Program
 
 log = logging.getLogger(__name__)
-OPTIONS = ("batch", "table", "gate")
+OPTIONS = ("batch", "table", "gate", "mode")
 _measured: dict[tuple, cost.Table] = {}  # a model breaks into many graphs of the same shapes
 
 
-def sparseforge(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any] | None = None) -> Callable:
+def sparseforge(
+    module: GraphModule, inputs: Sequence[Any], options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable:
     """Compile one graph of a model whose weights are 2:4.
 
-    Options (of ``torch.compile``): ``batch``, ``table`` and ``gate``, as for :func:`sparseforge_fx.lower`.
+    Options (of ``torch.compile``): ``batch``, ``table`` and ``gate``, as for :func:`sparseforge_fx.lower`; ``mode``, or
+    the argument of that name, which torch.compile takes only alone: one of Inductor's. ``reduce-overhead`` replays CUDA
+    graphs, without which decoding one token at a time gains little on a GPU.
     The dense weights stay in memory beside the packed ones (:func:`sparseforge_fx.lower_modules` frees them); one that
     changes is packed anew when the graph next runs. Weights that are being trained stay dense, and a graph without a
     weight that gains goes to Inductor as it is.
@@ -36,12 +42,12 @@ def sparseforge(module: GraphModule, inputs: Sequence[Any], options: dict[str, A
     given = dict(options or {})
     if unknown := set(given) - set(OPTIONS):
         raise SparseForgeError(f"backend sparseforge has no option {', '.join(sorted(unknown))}; {', '.join(OPTIONS)}")
+    modes, mode = list_mode_options(), given.pop("mode", mode or "default")
+    if mode not in modes:
+        raise SparseForgeError(f"backend sparseforge has no mode {mode}; {', '.join(modes)}")
+    finish: Any = partial(compile_fx, config_patches=modes[mode])
     lowered = _lower(module, inputs, given)
-    return _compile(module, inputs) if lowered is None else _Lowered(module, inputs, given, lowered)
-
-
-def _compile(module: GraphModule, inputs: Sequence[Any]) -> Callable:
-    return compile_fx(module, inputs)  # type: ignore[return-value,arg-type]  # anything but a file was asked for
+    return finish(module, inputs) if lowered is None else _Lowered(module, inputs, given, finish, lowered)
 
 
 class _Lowered:
@@ -51,12 +57,19 @@ class _Lowered:
     weights that come with a call, not to the graph.
     """
 
-    def __init__(self, module: GraphModule, inputs: Sequence[Any], options: dict[str, Any], lowered: Frame):
-        self.module, self.options, self.added = module, options, list(lowered.added)
+    def __init__(
+        self,
+        module: GraphModule,
+        inputs: Sequence[Any],
+        options: dict[str, Any],
+        finish: Callable[[GraphModule, Sequence[Any]], Callable],
+        lowered: Frame,
+    ):
+        self.module, self.options, self.finish, self.added = module, options, finish, list(lowered.added)
         self.weights = [i for i, value in enumerate(inputs) if isinstance(value, torch.nn.Parameter)]
         self.packed: dict[tuple, tuple[list[Tensor], list[Tensor] | None]] = {}
         # fake ones, of static shape: real ones, which Dynamo knows no source of, could get symbols for sizes
-        self.run = _compile(lowered.module(), [*inputs, *(node.meta["val"] for node in lowered.added.values())])
+        self.run = finish(lowered.module(), [*inputs, *(node.meta["val"] for node in lowered.added.values())])
         self._remember(inputs, lowered)
         self.dense: Callable | None = None
 
@@ -66,7 +79,7 @@ class _Lowered:
         if extra is not None:
             return self.run(*inputs, *extra)
         if self.dense is None:
-            self.dense = _compile(self.module, inputs)
+            self.dense = self.finish(self.module, inputs)
         return self.dense(*inputs)
 
     def _key(self, inputs: Sequence[Any]) -> tuple:

@@ -27,7 +27,7 @@ def lowered(monkeypatch):
     """The graphs that reach Inductor: a list of the sparse operators' activations in each."""
     seen = []
 
-    def spy(module, inputs):
+    def spy(module, inputs, config_patches):
         seen.append([n.args[6] for n in module.graph.find_nodes(op="call_function", target=OP)])
         return module.forward
 
@@ -180,6 +180,25 @@ def test_generate(captured_once):
     want = model.generate(**batch, **options)
     model.forward = compiled(model.forward)
     assert torch.equal(model.generate(**batch, **options), want)
+
+
+@torch.no_grad()
+def test_modes_are_inductors(mlp, monkeypatch):
+    lower = backend._lower
+    monkeypatch.setattr(backend, "_lower", lambda module, inputs, options: lower(module, inputs, {"gate": False}))
+    patches = []
+    compile_fx = backend.compile_fx
+    monkeypatch.setattr(
+        backend, "compile_fx", lambda *a, config_patches: patches.append(config_patches) or compile_fx(*a)
+    )
+    x = torch.randn(5, 16)
+    for how in ({"mode": "reduce-overhead"}, {"options": {"gate": False, "mode": "reduce-overhead"}}, {}):
+        dynamo.reset()
+        fast = torch.compile(mlp, backend="sparseforge", **how)
+        torch.testing.assert_close(fast(x), mlp(x), rtol=1e-5, atol=1e-5)
+    assert patches == [{"triton.cudagraphs": True}, {"triton.cudagraphs": True}, {}]
+    with pytest.raises(dynamo.exc.BackendCompilerFailed, match="no mode fastest; default"):
+        torch.compile(mlp, backend="sparseforge", mode="fastest")(x[:3])
 
 
 def test_unknown_options(mlp):
