@@ -1,11 +1,12 @@
-"""Tokens per second of greedy generation, a 2:4 model dense beside packed; one json.
+"""Tokens per second of greedy generation and of prefill, a 2:4 model dense beside packed; one json.
 
-    python examples/benchmarks/decode.py MODEL [--batch 1 --batch 8] [--compile]
+    python examples/benchmarks/decode.py MODEL [--batch 1 --batch 8] [--prefill 512] [--compile]
 
 MODEL is a folder, a hub id, or one of the shapes below with random weights. Weights are made 2:4 by magnitude (speed does not depend on
 how). Contenders: ``dense`` (the masked dense model), ``modules`` (lower_modules), with --compile also those two under
-torch.compile and ``backend`` (torch.compile, backend="sparseforge"). They generate in turn, eager ones and
-compiled ones; medians and quartiles.
+torch.compile and ``backend`` (torch.compile, backend="sparseforge"), on a GPU with CUDA graphs. They work in turn,
+eager ones and compiled ones; medians and quartiles. Prefill is a long prompt and one token after it, by linears that
+the gate chose for decoding.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def main(
     batch: Annotated[list[int], typer.Option(help="sequences that are generated together")] = [1, 8],  # noqa: B006
     prompt: int = 32,
     tokens: int = 32,
+    prefill: Annotated[int, typer.Option(help="tokens of the long prompt; 0: none")] = 512,
     rounds: int = 5,
     dtype: str = "bfloat16",
     device: str = "cpu",
@@ -57,9 +59,14 @@ def main(
             ("backend", dense, "sparseforge"),
         ):
             contenders[name] = copy.deepcopy(source)
-            options = {"options": {"batch": batch}} if backend == "sparseforge" else {}
-            contenders[name].forward = torch.compile(contenders[name].forward, backend=backend, **options)
+            options = {"mode": "reduce-overhead" if device == "cuda" else "default"}
+            how = {"options": {"batch": batch, **options}} if backend == "sparseforge" else options
+            contenders[name].forward = torch.compile(contenders[name].forward, backend=backend, **how)
     results = {str(rows): measure(contenders, rows, prompt, tokens, rounds) for rows in batch}
+    prefilled = measure(contenders, 1, prefill, 1, rounds) if prefill else {}
+    for found in prefilled.values():  # one token is made; the tokens that count are the prompt's
+        found["tokens_per_second"] *= prefill
+        found["quartiles"] = [prefill * q for q in found["quartiles"]]
     record = {
         "model": Path(model).name,
         "dtype": dtype,
@@ -67,6 +74,7 @@ def main(
         "tokens": tokens,
         "rounds": rounds,
         "batches": results,
+        "prefill": {"tokens": prefill, "contenders": prefilled} if prefill else None,
         "gate": report["table"],
         "sites": len(report["sites"]),
         "kept_dense": [s for s in report["skipped"] if s["reason"].startswith("gate")],
@@ -75,7 +83,7 @@ def main(
     }
     threads = torch.get_num_threads()
     write_json(RESULTS / f"{label or f'{Path(model).name}-{dtype}-{device}-{threads}threads'}.json", record)
-    for rows, found in results.items():
+    for rows, found in {**results, "prefill": prefilled}.items():
         print(rows, {name: (round(f["tokens_per_second"], 1), round(f["ratio"], 3)) for name, f in found.items()})
 
 

@@ -209,6 +209,21 @@ def decode_table() -> str:
     return "\n".join(lines) if runs else "_no runs yet_"
 
 
+def prefill_table() -> str:
+    lines = [
+        "| model | dtype, device, threads | prompt | contender | tokens/s | over dense |",
+        "|---|---|---:|---|---:|---:|",
+    ]
+    for run in read("decode"):
+        for name, result in (run.get("prefill") or {"contenders": {}})["contenders"].items():
+            low, high = result["quartiles"]
+            lines.append(
+                f"| {run['model']} | {run['dtype']}, {run['device']}, {run['threads']} | {run['prefill']['tokens']} | {name}"
+                f" | {result['tokens_per_second']:.0f} ({low:.0f} to {high:.0f}) | {result['ratio']:.2f}x |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "_no runs yet_"
+
+
 def formats_table() -> str:
     runs = read("formats")
     if not runs:
@@ -246,6 +261,7 @@ TABLES = {
     "kernels": lambda: kernel_table(large_only=True),
     "all-kernels": kernel_table,
     "decode": decode_table,
+    "prefill": prefill_table,
     "formats": formats_table,
 }
 PAGES = ("README.md", "docs/measurements.md")
