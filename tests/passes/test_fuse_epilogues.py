@@ -1,9 +1,12 @@
 """Activations move into the sparse operator where it alone feeds them."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import NewGELUActivation
 
 import sparseforge_fx as sf
 from sparseforge_fx.capture import capture
@@ -104,12 +107,68 @@ def test_an_output_of_the_program_keeps_its_value():
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_llama_and_opt(captured_once):
-    for name, expected in (("llama", ["none"] * 6 + ["silu_mul"] * 2), ("opt", ["none"] * 3 + ["relu"])):
+class Written(nn.Module):
+    """GPT-2's gelu, whole or with one thing changed."""
+
+    def __init__(self, cubic=0.044715, other=None):
+        super().__init__()
+        self.cubic, self.other = cubic, other
+
+    def forward(self, y):
+        inner = math.sqrt(2.0 / math.pi) * (y + self.cubic * torch.pow(y, 3.0))
+        out = 0.5 * y * (1.0 + torch.tanh(inner))
+        return out + {None: 0, "y": y, "inner": inner}[self.other]
+
+
+@pytest.mark.parametrize("view", [None, lambda y: y.view(10, 2, 6), lambda y: y.view(10, 12).unsqueeze(0)])
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "written"])
+def test_behind_a_view(name, view):
+    class Net2(Net):
+        def forward(self, x):
+            y = self.up(x)
+            y = self.activation(y if view is None else view(y))
+            return self.norm(self.down(y.reshape(2, 5, 12)))
+
+    net, x = Net2(NewGELUActivation() if name == "written" else ACTIVATIONS[name]), torch.randn(2, 5, 8)
+    program, records = lower(net, x)
+    assert records[-1].modified == 1
+    assert names(program) == sorted(["gelu_tanh" if name == "written" else name, "none"])
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)
+    assert run_passes(program, [fuse_epilogues])[1][0].modified == 0
+
+
+@pytest.mark.parametrize("options", [{"cubic": 0.04}, {"other": "y"}, {"other": "inner"}])
+def test_what_is_almost_a_gelu_is_left_alone(options):
+    net, x = Net(Written(**options)), torch.randn(2, 5, 8)
+    program, records = lower(net, x)
+    assert records[-1].modified == 0 and names(program) == ["none", "none"]
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_view_that_something_else_reads_is_left_alone():
+    class Both(Net):
+        def forward(self, x):
+            y = self.up(x).view(10, 12)
+            return self.norm(self.down(torch.relu(y))), y
+
+    net, x = Both(torch.relu), torch.randn(2, 5, 8)
+    program, records = lower(net, x)
+    assert records[-1].modified == 0
+    for got, want in zip(program.module()(x), net(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_language_models(captured_once):
+    expected = {
+        "llama": ["none"] * 6 + ["silu_mul"] * 2,
+        "opt": ["none"] * 3 + ["relu"],
+        "gpt2": ["none"] * 3 + ["gelu_tanh"],
+    }
+    for name, activations in expected.items():
         found = captured_once(name)
         sf.sparsify(found.model)
         program, _ = run_passes(found.program, [lambda p: merge_parallel_linears(p, find_linears(p))])
         program, _ = run_passes(program, deploy_passes(find_linears(program)))
-        assert names(program) == expected
+        assert names(program) == sorted(activations)
         batch = found.batch(rows=3, length=7)
         torch.testing.assert_close(program.module()(**batch).logits, found.model(**batch).logits, rtol=1e-4, atol=1e-5)
