@@ -1,11 +1,12 @@
 """One 2:4 model through every format, each in a fresh process; one json.
 
-    python examples/benchmarks/formats.py MODEL [--dtype float32]
+    python examples/benchmarks/formats.py MODEL [--dtype float32] [--folder FILES [--prepare]]
 
 MODEL is a folder that sparsify wrote, or a dense one, which is made 2:4 by magnitude here (its text is bad then; bytes
 and speed do not depend on it). A process gets no environment, and those of the formats that promise to run without
 sparseforge_fx cannot import it. Logits and greedy text are compared with the masked dense model's; the dense format
-runs first and last. Formats without a cache generate by computing the whole sequence for each token.
+runs first and last. Formats without a cache generate by computing the whole sequence for each token. Most of the time
+goes into compiling: --prepare writes the files alone, and with the same --folder they are measured later, in quiet.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 import sparseforge_fx as sf
+from sparseforge_fx.deploy import cost
 from sparseforge_fx.deploy.throughput import random_prompts
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.report import environment, write_json
 
 HERE = Path(__file__).parent
@@ -42,14 +48,15 @@ def main(
     rounds: int = 3,
     threads: int = 0,
     formats: Annotated[str, typer.Option(help="by commas; default: all")] = "",
+    folder: Annotated[Path | None, typer.Option(help="keep the files there, and take those that are there")] = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="write the files and measure nothing but the gate")
+    ] = False,
     label: str = "",
 ) -> None:
     loaded, tokenizer = sf.load_model(model, dtype=dtype)
-    try:
-        report = sf.lower(loaded, batch=batch).report
-    except sf.SparseForgeError:
+    if not any(check_pattern(m.weight, TWO_FOUR) for m in loaded.modules() if isinstance(m, nn.Linear)):
         sf.sparsify(loaded)
-        report = sf.lower(loaded, batch=batch).report
     vocabulary = loaded.config.get_text_config().vocab_size
     request = {
         "ids": random_prompts(1, prompt, vocabulary),
@@ -59,18 +66,26 @@ def main(
         "batch": list(batch),
         "threads": threads or torch.get_num_threads(),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        writers = _writers(loaded, tokenizer, Path(folder), list(batch), prompt + text_tokens)
-        chosen = [f for f in formats.split(",") if f] or list(writers)
-        torch.save(request, f"{folder}/request.pt")
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        here = Path(place)
+        here.mkdir(exist_ok=True)
+        table = here / "table.json"
+        report = sf.lower(loaded, batch=batch, table=table if table.exists() else None).report
+        cost.save_table(cost.as_table(cost.read_row(row) for row in report["table"]), table)
+        writers = _writers(loaded, tokenizer, list(batch), prompt + text_tokens, table)
+        chosen = ["dense", *(f for f in formats.split(",") if f and f != "dense")] if formats else list(writers)
+        torch.save(request, here / "request.pt")
+        written = {kind: here / f"{kind}{'.pt2' if 'pt2' in kind or 'aoti' in kind else ''}" for kind in chosen}
+        for kind, path in written.items():
+            if not path.exists():
+                writers[kind](path)
+                print(kind, _sizes(path), flush=True)
+        if prepare:
+            return
         runs: dict[str, list[dict[str, Any]]] = {}
-        written = {}
-        for kind in ["dense", *(k for k in chosen if k != "dense"), "dense"]:
-            path = Path(folder) / kind
-            if kind not in written:
-                path = written[kind] = writers[kind](path)
-            runs.setdefault(kind, []).append(_run(kind, written[kind], folder))
-            print(kind, _sizes(written[kind]), runs[kind][-1]["tokens_per_second"], flush=True)
+        for kind in [*chosen, "dense"]:
+            runs.setdefault(kind, []).append(_run(kind, written[kind], here))
+            print(kind, runs[kind][-1]["tokens_per_second"], flush=True)
         reference = runs["dense"][0].pop("outputs")
         rows = {k: _row(found, reference, _sizes(written[k]), batch) for k, found in runs.items()}
     for row in rows.values():
@@ -87,28 +102,19 @@ def main(
     write_json(RESULTS / f"{label or f'{Path(model).name}-{dtype}'}.json", record)
 
 
-def _writers(model: Any, tokenizer: Any, folder: Path, batch: list[int], length: int) -> dict[str, Callable]:
-    def packed(path: Path) -> Path:
-        sf.save_packed(model, tokenizer, path)
-        return path
+def _writers(
+    model: Any, tokenizer: Any, batch: list[int], length: int, table: Path
+) -> dict[str, Callable[[Path], object]]:
+    packed = partial(sf.save_packed, model, tokenizer)
+    dense = partial(sf.save_model, model, tokenizer)
 
-    def dense(path: Path) -> Path:
-        sf.save_model(model, tokenizer, path)
-        return path
+    def graph(**options: Any) -> Callable[[Path], object]:
+        return lambda path: sf.export(model, path, batch=batch, table=table, **options)
 
-    def graph(**options: Any) -> Callable[[Path], Path]:
-        def write(path: Path) -> Path:
-            sf.export(model, path.with_suffix(".pt2"), batch=batch, **options)
-            return path.with_suffix(".pt2")
-
-        return write
-
-    def generator(**options: Any) -> Callable[[Path], Path]:
-        def write(path: Path) -> Path:
-            sf.export_generator(model, path.with_suffix(".pt2"), batch=batch, max_length=length, **options)
-            return path.with_suffix(".pt2")
-
-        return write
+    def generator(**options: Any) -> Callable[[Path], object]:
+        return lambda path: sf.export_generator(
+            model, path, **{"batch": batch, "max_length": length, "table": table, **options}
+        )
 
     return {
         "dense": dense,
@@ -124,12 +130,12 @@ def _writers(model: Any, tokenizer: Any, folder: Path, batch: list[int], length:
     }
 
 
-def _run(kind: str, path: Path, folder: str) -> dict[str, Any]:
+def _run(kind: str, path: Path, folder: Path) -> dict[str, Any]:
     """The worker's json and its outputs."""
-    result = Path(folder) / "result.json"
+    result = folder / "result.json"
     hide = "sys.modules['sparseforge_fx'] = None; " if kind in WITHOUT_US else ""
     start = f"import runpy, sys; {hide}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    arguments = [HERE / "formats_worker.py", kind, path, f"{folder}/request.pt", result]
+    arguments = [HERE / "formats_worker.py", kind, path.absolute(), folder.absolute() / "request.pt", result.absolute()]
     subprocess.run(
         [sys.executable, "-I", "-c", start, *map(str, arguments)],
         env={"HOME": os.environ.get("HOME", "/"), "PATH": os.environ["PATH"]},
