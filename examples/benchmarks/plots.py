@@ -1,6 +1,9 @@
-"""Draw results/perplexity.png: perplexity against training tokens, one line per method, a band over seeds.
+"""Draw the pictures of the README from the json files.
 
-python examples/benchmarks/plots.py
+    python examples/benchmarks/plots.py
+
+results/perplexity.png: perplexity against training tokens, one line per method, a band over seeds.
+results/kernels.png: what a packed linear gains over the dense one against the number of tokens, one line per weight.
 """
 
 from __future__ import annotations
@@ -25,6 +28,11 @@ def name(run: dict) -> str:
 
 
 def main() -> None:
+    draw_perplexity()
+    draw_kernels()
+
+
+def draw_perplexity() -> None:
     full, best, variants = leaderboard_runs()
     runs = full + list(best.values()) + [r for r in variants if r["label"].split("-")[1:-1] in (["paper"], ["tuned"])]
     known = {(name(r), r["tokens"]) for r in runs}
@@ -54,6 +62,44 @@ def main() -> None:
     axis.minorticks_off()
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(RESULTS / "perplexity.png", dpi=130)
+
+
+def draw_kernels() -> None:
+    """One panel per device and dtype; on a CPU at the most threads that were measured."""
+    panels: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for run in read("kernels"):
+        cases = run.get("cases", [])
+        most = max((case["threads"] for case in cases), default=0)
+        for case in cases:
+            if case["threads"] == most:
+                title = f"{run['device']} ({run['instruction_set']}), {most} threads, {case['dtype']}"
+                panels[title][f"{case['out']} x {case['in']}"][case["rows"]] = case["median_of_ratios"]
+        for row in run.get("rows", []):  # of a GPU: the best that is not dense
+            gains = [
+                r["over_dense"] for n, r in row["results"].items() if r.get("over_dense") and not n.startswith("dense")
+            ]
+            if gains:
+                panels[run["device"]][f"{row['out']} x {row['in']}"][row["m"]] = max(gains)
+    if not panels:
+        return
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.2), sharey=True, constrained_layout=True, squeeze=False
+    )
+    for axis, (title, lines) in zip(axes[0], sorted(panels.items()), strict=True):
+        for shape, gains in lines.items():
+            large = min(map(int, shape.split(" x "))) >= 2048
+            style = {"marker": "o", "ms": 4} if large else {"ls": ":", "lw": 1.2}
+            axis.plot(list(gains), list(gains.values()), label=shape, **style)
+        axis.axhline(1, color="black", ls="--", lw=1)
+        rows = sorted({m for gains in lines.values() for m in gains})
+        axis.set(xscale="log", xlabel="tokens", title=title)
+        axis.set_xticks(rows, rows)
+        axis.minorticks_off()
+        axis.title.set_fontsize(9)
+    axes[0][0].set(ylabel="time dense / packed")
+    axes[0][0].set_ylim(bottom=0)
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(RESULTS / "kernels.png", dpi=110)
 
 
 if __name__ == "__main__":
