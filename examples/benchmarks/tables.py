@@ -224,6 +224,33 @@ def prefill_table() -> str:
     return "\n".join(lines) if len(lines) > 2 else "_no runs yet_"
 
 
+def one_shot_table() -> str:
+    lines = ["| layer, device, threads | method | seconds | error of the output |", "|---|---|---:|---:|"]
+    for run in read("one_shot_speed"):
+        where = f"{run['shape'][0]} x {run['shape'][1]}, {run['device']}, {run['threads']}"
+        for method, seconds in run["median_seconds"].items():
+            low, high = run["spread"][method]
+            lines.append(
+                f"| {where} | {method} | {seconds:.2f} ({low:.2f} to {high:.2f}) | {run['relative_output_error'][method]:.4f} |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "_no runs yet_"
+
+
+def estimator_table() -> str:
+    lines = [
+        "| model, device, threads | estimator | probe step | over a step without | amortised, one probe in K steps |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for run in read("estimator_cost"):
+        for name, seconds in run["median_seconds"].items():
+            low, high = run["spread"][name]
+            lines.append(
+                f"| {run['model']}, {run['device']}, {run['threads']} | {name} | {seconds:.2f} s ({low:.2f} to {high:.2f})"
+                f" | {run['over_none'][name]:.2f}x | {run['amortised'][name]:.3f}x |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "_no runs yet_"
+
+
 def formats_table() -> str:
     runs = read("formats")
     if not runs:
@@ -262,6 +289,8 @@ TABLES = {
     "all-kernels": kernel_table,
     "decode": decode_table,
     "prefill": prefill_table,
+    "one-shot": one_shot_table,
+    "estimators": estimator_table,
     "formats": formats_table,
 }
 PAGES = ("README.md", "docs/measurements.md")
