@@ -11,7 +11,7 @@ QUICK ?=
 .PHONY: help venv test lint demo gpu-suite clean
 
 help:
-	@echo "make venv | test | lint | demo [QUICK=1] | gpu-suite | clean"
+	@echo "make venv | test [SLOW=1] | lint | demo [QUICK=1] | gpu-suite | clean"
 
 venv: $(READY)
 
@@ -35,7 +35,7 @@ endif
 	@touch $(READY)
 
 test: venv
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(if $(SLOW),-m slow)
 
 lint: venv
 	$(BIN)/ruff check .

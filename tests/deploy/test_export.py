@@ -158,6 +158,15 @@ def test_a_compiled_package_is_the_same_again(package, tmp_path):
     assert (tmp_path / "again.pt2").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mistral", "qwen3", "gemma3", "bert", "vit"])
+def test_a_compiled_package_of_every_other_kind_of_model(sparse, name, tmp_path):
+    found = sparse(name)
+    sf.export(found.model, tmp_path / "m.pt2", found.example, format="aoti", gate=False)
+    for got, batch in zip(in_a_fresh_process(tmp_path / "m.pt2", found, "aoti", tmp_path), batches(found), strict=True):
+        torch.testing.assert_close(got, call(found.model, batch), rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_package_runs_from_cpp(package, tmp_path):
     path, found, _ = package
