@@ -4,7 +4,8 @@
 
 Dense and sparse calls alternate in one process. Every call takes another copy of its weight, so that weights come
 from memory (at most 64 copies: the small model's stay in the last-level cache, as they do in use). ``sparse`` is the
-operator, ``sparse_kernel`` the C++ call inside it: the difference is what Python costs in eager mode.
+operator, ``sparse_kernel`` the C++ call inside it: the difference is what Python costs in eager mode. ``expanded`` is
+what the operator does beyond ``max_rows`` of kernels/cpu/rows_linear.h, which this measures if --rows are many.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def weights(out: int, in_features: int, dtype: torch.dtype, rotate_bytes: int) -
 
 
 def contestants(x: torch.Tensor, dense: list, packed: list[Packed]) -> dict[str, Callable[[], object]]:
-    turn_dense, turn_packed, turn_kernel = (itertools.cycle(w) for w in (dense, packed, packed))
+    turn_dense, turn_packed, turn_kernel, turn_expanded = map(itertools.cycle, (dense, packed, packed, packed))
 
     def operator() -> torch.Tensor:
         p = next(turn_packed)
@@ -85,6 +86,7 @@ def contestants(x: torch.Tensor, dense: list, packed: list[Packed]) -> dict[str,
         "dense": lambda: F.linear(x, next(turn_dense)),
         "sparse": operator,
         "sparse_kernel": lambda: cpu.rows_linear(x, *next(turn_kernel)),  # without the operator's Python
+        "expanded": lambda: F.linear(x, cpu.rows_dense(*next(turn_expanded))),
     }
 
 

@@ -12,6 +12,7 @@ the gate chose for decoding.
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,8 @@ def main(
     compile: bool = False,
     label: str = "",
 ) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch.cuda finds no device: leave --device away to measure on the CPU")
     if threads:
         torch.set_num_threads(threads)
     dense = load(model, getattr(torch, dtype)).to(device).eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from statistics import mean
 
 import matplotlib
-from tables import RESULTS, label, leaderboard_runs, read
+from tables import RESULTS, cpu_runs, label, leaderboard_runs, read
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -67,14 +67,14 @@ def draw_perplexity() -> None:
 def draw_kernels() -> None:
     """One panel per device and dtype; on a CPU at the most threads that were measured."""
     panels: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for run in read("kernels"):
-        cases = run.get("cases", [])
-        most = max((case["threads"] for case in cases), default=0)
-        for case in cases:
+    for run in cpu_runs(few_rows=True):
+        most = max(case["threads"] for case in run["cases"])
+        for case in run["cases"]:
             if case["threads"] == most:
                 title = f"{run['device']} ({run['instruction_set']}), {most} threads, {case['dtype']}"
                 panels[title][f"{case['out']} x {case['in']}"][case["rows"]] = case["median_of_ratios"]
-        for row in run.get("rows", []):  # of a GPU: the best that is not dense
+    for run in (run for run in read("kernels") if "cases" not in run):
+        for row in run["rows"]:  # of a GPU: the best that is not dense
             gains = [
                 r["over_dense"] for n, r in row["results"].items() if r.get("over_dense") and not n.startswith("dense")
             ]

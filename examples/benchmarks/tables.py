@@ -162,9 +162,15 @@ def ablation_table() -> str:
     return "\n".join(lines)
 
 
+def cpu_runs(few_rows: bool) -> list[dict]:
+    """The runs of cpu_kernels.py from one token on, or those of more."""
+    runs = [run for run in read("kernels") if "instruction_set" in run]
+    return [run for run in runs if any(case["rows"] == 1 for case in run["cases"]) == few_rows]
+
+
 def kernel_table(large_only: bool = False) -> str:
     """Every shape and number of threads, or the shapes of 7B models at the most threads."""
-    runs = [run for run in read("kernels") if "instruction_set" in run]
+    runs = cpu_runs(few_rows=True)
     if not runs:
         return "_no runs yet_"
     lines = []
@@ -187,6 +193,22 @@ def kernel_table(large_only: bool = False) -> str:
                 continue
             lines.append(f"| {shape} | {dtype} | {threads} | " + " | ".join(f"{found[m]:.2f}x" for m in rows) + " |")
     return "\n".join(lines)
+
+
+def many_rows_table() -> str:
+    """Where expanding the weight begins to win over the kernels."""
+    runs = cpu_runs(few_rows=False)
+    lines = [
+        "| weight | dtype | threads | M | dense | kernel | expanded, then dense |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for case in (case for run in runs for case in run["cases"]):
+        times = (case["median_microseconds"][n] / 1e3 for n in ("dense", "sparse_kernel", "expanded"))
+        lines.append(
+            f"| {case['out']}x{case['in']} | {case['dtype']} | {case['threads']} | {case['rows']} | "
+            + " | ".join(f"{t:.2f} ms" for t in times) + " |"
+        )  # fmt: skip
+    return "\n".join(lines) if runs else "_no runs yet_"
 
 
 def decode_table() -> str:
@@ -286,6 +308,7 @@ TABLES = {
     "ablations": ablation_table,
     "overhead": overhead_table,
     "kernels": lambda: kernel_table(large_only=True),
+    "many-rows": many_rows_table,
     "all-kernels": kernel_table,
     "decode": decode_table,
     "prefill": prefill_table,

@@ -37,7 +37,7 @@ at::Tensor rows_linear(const at::Tensor& x, const at::Tensor& values, const at::
 at::Tensor rows_dense(const at::Tensor& values, const at::Tensor& mask, int64_t in_features);
 
 // Beyond so many rows of x, expanding the weight for torch's dense product is faster than rows_linear (measured with
-// AMX and two threads); -1 for types that it does not take.
+// AMX and two threads, cpu_kernels.py); -1 for types that it does not take.
 int64_t max_rows(at::ScalarType dtype);
 
 // rows_linear, or rows_dense and a dense product: what is faster for so many rows. Any type that rows_dense takes.
