@@ -29,9 +29,9 @@ def fuse_epilogues(program: Program) -> PassResult:
     modified = 0
     for node in program.graph.find_nodes(op="call_function", target=OP):
         use = sparse_use(node)
-        if use.activation != "none" or not node.users:
-            continue
         read = _past_views(node)
+        if use.activation != "none" or not read.users:
+            continue
         name, last = _activation(read, written_out)
         if name is None and (product := _gated(node)) is not None:
             name, last = "silu_mul", product
