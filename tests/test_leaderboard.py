@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def finish(run, valid):
 
 def test_a_sweep_comes_before_the_seeds_and_decides_their_rate(board):
     first = board.plan(["ast"], 4096, 2)
-    assert [r.name for r in first] == [f"sweep-ast-{rate:g}-1024" for rate in board.DEFAULT_RATES]
+    assert [r.name for r in first] == [f"sweep-ast-{rate:g}-1024" for rate in (2e-4, 5e-4, 1e-3)]
     assert all(r.arguments[r.arguments.index("--tokens") + 1] == "1024" for r in first)
     finish(first[0], 30.0)
     finish(first[1], 20.0)
@@ -40,6 +41,25 @@ def test_a_sweep_comes_before_the_seeds_and_decides_their_rate(board):
     assert board.plan(["ast"], 4096, 2) == []
 
 
+@pytest.mark.parametrize(
+    ("method", "best", "tried"),
+    [
+        ("ast", 5e-4, [2e-4, 5e-4, 1e-3]),
+        ("ast", 1e-4, [5e-5, 1e-4, 2e-4, 5e-4, 1e-3]),
+        ("ast", 1e-9, [5e-5, 1e-4, 2e-4, 5e-4, 1e-3]),  # there is nothing lower
+        ("ast", 2e-3, [2e-4, 5e-4, 1e-3, 2e-3, 5e-3]),
+        ("maskllm", 5e-1, [5e-4, 5e-3, 5e-2, 5e-1]),
+        ("maskpro", 5e-4, [5e-4]),
+    ],
+)
+def test_a_sweep_goes_on_until_the_best_has_worse_neighbours(board, method, best, tried):
+    while (rate := board.best_rate(method, 4096)) is None:
+        for name, run in board.sweep(method, 4096).items():
+            finish(run, abs(math.log(name / best)))
+    assert list(board.sweep(method, 4096)) == tried
+    assert rate == min(tried, key=lambda r: abs(math.log(r / best)))
+
+
 def test_one_shot_methods_need_no_sweep_and_magnitude_one_seed(board):
     names = [r.name for r in board.plan(["dense", "magnitude", "wanda"], 4096, 3)]
     assert names == ["dense-0-seed0", "magnitude-0-seed0", "wanda-0-seed0", "wanda-0-seed1", "wanda-0-seed2"]
@@ -47,13 +67,13 @@ def test_one_shot_methods_need_no_sweep_and_magnitude_one_seed(board):
 
 def test_variants_wait_for_the_rate_of_their_method(board):
     assert board.ablations(4096) == []
-    for k, (_, run) in enumerate(board.sweep("sparseforge-paper", 4096)):
-        finish(run, 30.0 - k)
+    for k, run in zip((2, 1, 3), board.sweep("sparseforge-paper", 4096).values(), strict=True):
+        finish(run, 30.0 * k)
     runs = board.ablations(4096)
     assert {r.name for r in runs} == {
         f"ablation-{n}-2048" for n, (m, _) in board.ABLATIONS.items() if m == "sparseforge-paper"
     }
-    assert all(r.arguments[r.arguments.index("--lr") + 1] == "0.001" for r in runs)
+    assert all(r.arguments[r.arguments.index("--lr") + 1] == "0.0005" for r in runs)
     finish(runs[0], 10.0)
     assert board.ablations(4096) == runs[1:]
 

@@ -4,9 +4,9 @@
         --valid valid.txt --test test.txt --tokens 122880 --seeds 3 --workers 2
 
 One run is one process of quality.py and one json in results/leaderboard/; a run that is there is not repeated, a run that
-was killed goes on. The sweep is a run of a quarter of the tokens with seed 0 for each rate; the rate with the lowest
-validation perplexity is taken. ``--ablations`` runs variants of sparseforge at half of the tokens and its preset's rate.
-tables.py makes the tables and the picture.
+was killed goes on. The sweep is a run of a quarter of the tokens with seed 0 for each of three rates, and for further ones
+while the best is the lowest or the highest; the rate with the lowest validation perplexity is taken. ``--ablations``
+runs variants of sparseforge at half of the tokens and its preset's rate. tables.py makes the tables and the picture.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ TRAINED = {
     "maskllm": ("--method", "maskllm"),
     "maskpro": ("--method", "maskpro"),
 }
-RATES = {"maskllm": (5e-4, 5e-3, 5e-2), "maskpro": (5e-4,)}  # of logits; maskpro's own rate does not follow --lr
-DEFAULT_RATES = (2e-4, 5e-4, 1e-3)
+#: the middle three are run first, then what lies beyond an end that is the best
+RATES = {"maskllm": (5e-5, 5e-4, 5e-3, 5e-2, 5e-1), "maskpro": (5e-4,)}  # of logits; maskpro's own does not follow --lr
+DEFAULT_RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 #: variant -> the method whose rate it takes, and what is different about it
 ABLATIONS = {
     "paper": ("sparseforge-paper", ()),
@@ -69,22 +70,36 @@ class Run:
         return RESULTS / f"{self.name}.json"
 
 
-def sweep(method: str, tokens: int) -> list[tuple[float, Run]]:
-    """The runs among which a method's learning rate is chosen."""
-    runs = []
-    for rate in RATES.get(method, DEFAULT_RATES):
-        options = ("--tokens", str(tokens // 4), "--seed", "0", "--lr", f"{rate:g}", "--tasks", "0")
-        runs.append((rate, Run(f"sweep-{method}-{rate:g}-{tokens // 4}", (*TRAINED[method], *options))))
-    return runs
+def sweep(method: str, tokens: int) -> dict[float, Run]:
+    """The runs among which a method's learning rate is chosen, as far as that is known: the best has worse neighbours."""
+    rates = RATES.get(method, DEFAULT_RATES)
+    low = max(0, len(rates) // 2 - 1)
+    high = min(low + 2, len(rates) - 1)
+    while True:
+        runs = {}
+        for rate in rates[low : high + 1]:
+            options = ("--tokens", str(tokens // 4), "--seed", "0", "--lr", f"{rate:g}", "--tasks", "0")
+            runs[rate] = Run(f"sweep-{method}-{rate:g}-{tokens // 4}", (*TRAINED[method], *options))
+        best = _best(runs)
+        if best == rates[low] and low > 0:
+            low -= 1
+        elif best == rates[high] and high < len(rates) - 1:
+            high += 1
+        else:
+            return runs
+
+
+def _best(runs: dict[float, Run]) -> float | None:
+    """The rate with the lowest validation perplexity; None while runs are missing."""
+    if not all(run.file.exists() for run in runs.values()):
+        return None
+    perplexity = {rate: json.loads(run.file.read_text())["sparse_perplexity"]["valid"] for rate, run in runs.items()}
+    return min(perplexity, key=perplexity.__getitem__)
 
 
 def best_rate(method: str, tokens: int) -> float | None:
-    """The rate with the lowest validation perplexity; None while runs of the sweep are missing."""
-    runs = sweep(method, tokens)
-    if not all(run.file.exists() for _, run in runs):
-        return None
-    perplexity = {rate: json.loads(run.file.read_text())["sparse_perplexity"]["valid"] for rate, run in runs}
-    return min(perplexity, key=perplexity.__getitem__)
+    """The rate that the sweep chose; None while runs of it are missing."""
+    return _best(sweep(method, tokens))
 
 
 def plan(methods: list[str], tokens: int, seeds: int) -> list[Run]:
@@ -98,7 +113,7 @@ def plan(methods: list[str], tokens: int, seeds: int) -> list[Run]:
             continue
         rate = best_rate(method, tokens)
         if rate is None:
-            runs += [run for _, run in sweep(method, tokens)]
+            runs += sweep(method, tokens).values()
             continue
         for seed in range(seeds):
             options = ("--tokens", str(tokens), "--seed", str(seed), "--lr", f"{rate:g}")
