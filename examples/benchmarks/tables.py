@@ -302,6 +302,37 @@ def formats_table() -> str:
     return "\n".join(lines).rstrip()
 
 
+#: the same runtime over dense and over packed linears
+RUNTIMES = {
+    "transformers' generate()": ("dense", "packed"),
+    "exported generator, compiled (aoti)": ("generator-aoti-dense", "generator-aoti"),
+}
+
+
+def generation_table() -> str:
+    lines = []
+    for run in read("formats"):
+        found = run["formats"]
+        batches = list(found["dense"]["tokens_per_second"])
+        if not lines:
+            lines = [
+                "| model, dtype | runtime | " + " | ".join(f"tokens/s, batch {b}" for b in batches)
+                + " | file | greedy text as dense |",
+                "|---|---|" + "---:|" * (len(batches) + 1) + "---|",
+            ]  # fmt: skip
+        for name, (dense, packed) in RUNTIMES.items():
+            if packed not in found or dense not in found:
+                continue
+            pairs = [(found[dense]["tokens_per_second"][b], found[packed]["tokens_per_second"][b]) for b in batches]
+            cells = (
+                f"{run['model']}, {run['dtype']}", name, *(f"{d:.1f} -> {p:.1f} (**{p / d:.2f}x**)" for d, p in pairs),
+                f"{found[dense]['file_bytes'] / 1e6:.0f} -> {found[packed]['file_bytes'] / 1e6:.0f} MB",
+                "yes" if found[packed]["same_greedy_text"] else "no",
+            )  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) or "_no runs yet_"
+
+
 TABLES = {
     "quality": quality_table,
     "leaderboard": leaderboard_table,
@@ -311,6 +342,7 @@ TABLES = {
     "many-rows": many_rows_table,
     "all-kernels": kernel_table,
     "decode": decode_table,
+    "generation": generation_table,
     "prefill": prefill_table,
     "one-shot": one_shot_table,
     "estimators": estimator_table,
