@@ -79,8 +79,8 @@ def train(
         lr: peak rate; linear warm-up over the share ``warmup`` of the run, cosine to ``lr_floor`` of the peak.
         clip: largest gradient norm over all parameters; 0 for none.
         accumulate: micro-batches per step.
-        state_path: the state is saved there every ``save_seconds`` and read from there if it exists: a killed run
-            continues to the same bits on a CPU.
+        state_path: the state is saved there every ``save_seconds``, and at once where a layer-wise solution is the
+            start, and read from there if it exists: a killed run continues to the same bits on a CPU.
         compile: True, False, or "auto": where the run is long enough to win back what compiling costs.
 
     Raises SparseForgeError at the first loss or gradient that is not finite; the last saved state is then untouched.
@@ -96,6 +96,8 @@ def train(
     start, steps = 0, sparse.method.steps
     if state_path is not None and state_path.exists():
         start, curves = _restore(sparse, master, optimizer, load_state(state_path))
+    elif state_path is not None and sparse.method.config.start != "dense" and accelerator.is_main_process:
+        save_state(state_path, _state(sparse, master, optimizer, 0, curves))  # a layer-wise start takes long
     if accelerator.num_processes > 1 and sparse.method.curvature is not None:
         sparse.method.curvature.average = partial(accelerator.reduce, reduction="mean")
     sparse.train()

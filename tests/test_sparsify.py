@@ -471,3 +471,26 @@ def test_models_that_cannot_be_captured_or_pruned():
         sf.sparsify(nn.Linear(16, 16))
     with pytest.raises(SparseForgeError, match=r"nn\.Module"):
         sf.sparsify("a model")
+
+
+def test_a_layer_wise_start_is_saved_before_the_first_step(captured_once, tmp_path):
+    """It takes minutes on a real model: a run that is killed in its first step does not solve all layers again."""
+    ids = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(0))
+    options = {"steps": 3, "batch_size": 2, "compile": False, "show_progress": False}
+    model = captured_once("llama").model
+    first = sf.sparsify(model, ids, **options).report
+    want = {name: value.clone() for name, value in model.state_dict().items()}
+    assert first["calibration_seconds"] > 0
+
+    def killed(step, row):
+        raise KeyboardInterrupt
+
+    options |= {"resume_from": tmp_path / "state.pt"}
+    model = captured_once("llama").model
+    with pytest.raises(KeyboardInterrupt):
+        sf.sparsify(model, ids, **options, on_step=killed)
+    model = captured_once("llama").model
+    report = sf.sparsify(model, ids, **options).report
+    assert "calibration_seconds" not in report and len(report["curves"]) == 3
+    assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items())
+    assert [row["loss"] for row in report["curves"]] == [row["loss"] for row in first["curves"]]
