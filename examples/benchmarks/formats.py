@@ -67,8 +67,8 @@ def main(
         "threads": threads or torch.get_num_threads(),
     }
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        here = Path(place)
-        here.mkdir(exist_ok=True)
+        here = Path(place) / f"{Path(model).name}-{dtype}"  # what is kept there must not be taken for another model's
+        here.mkdir(parents=True, exist_ok=True)
         table = here / "table.json"
         report = sf.lower(loaded, batch=batch, table=table if table.exists() else None).report
         cost.save_table(cost.as_table(cost.read_row(row) for row in report["table"]), table)

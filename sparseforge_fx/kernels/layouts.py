@@ -43,7 +43,7 @@ def _from_planes(values: Tensor, meta: Tensor, in_features: int) -> Packed:
 ROWS = Layout("rows", lambda packed: (packed.values, packed.bitmask), Packed)
 #: decoding on a GPU, by Triton
 PLANES = Layout("planes", as_planes, _from_planes, tune=tune_planes)
-#: prefill on sparse tensor cores, from sm_90 on (and before)
+#: prefill on sparse tensor cores, sm_80 and later
 CUSPARSELT = Layout(
     "cusparselt",
     cusparselt.as_blob,
@@ -53,6 +53,6 @@ CUSPARSELT = Layout(
     durable=False,
     tune=cusparselt.tune,
 )
-#: the same on sm_80 to sm_89
+#: the same, sm_80 to sm_89
 CUTLASS = Layout("cutlass", cutlass.as_cutlass, cutlass.from_cutlass, cutlass.why_not, by_rows=False, durable=False)
 LAYOUTS = {layout.name: layout for layout in (ROWS, PLANES, CUSPARSELT, CUTLASS)}
