@@ -15,6 +15,7 @@ from sparseforge_fx.passes.expand_sparse_linears import expand_sparse_linears
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.fuse_epilogues import fuse_epilogues
 from sparseforge_fx.passes.harden_masks import harden_masks
+from sparseforge_fx.passes.inline_kernels import inline_kernels
 from sparseforge_fx.passes.insert_hessian_hooks import insert_hessian_hooks
 from sparseforge_fx.passes.insert_low_rank import insert_low_rank
 from sparseforge_fx.passes.insert_soft_masks import insert_soft_masks
@@ -50,6 +51,7 @@ __all__ = [
     "find_linears",
     "fuse_epilogues",
     "harden_masks",
+    "inline_kernels",
     "insert_hessian_hooks",
     "insert_low_rank",
     "insert_soft_masks",

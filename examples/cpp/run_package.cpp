@@ -18,10 +18,11 @@ int main(int argc, char** argv) try {
   }
   std::vector<int64_t> tokens;
   for (int i = 2; i < argc; ++i) tokens.push_back(std::stoll(argv[i]));
-  const auto ids = torch::tensor(tokens, torch::kLong).unsqueeze(0);  // [1, sequence]
 
   c10::InferenceMode guard;
   torch::inductor::AOTIModelPackageLoader loader(argv[1]);
+  const torch::Device device(loader.get_metadata()["AOTI_DEVICE_KEY"]);  // the one that it was compiled for
+  const auto ids = torch::tensor(tokens, torch::kLong).unsqueeze(0).to(device);  // [1, sequence]
   const auto logits = loader.run({ids})[0];  // [1, sequence, vocabulary]
   std::cout << logits[0][-1].argmax().item<int64_t>() << "\n";
 } catch (const c10::Error& error) {

@@ -56,20 +56,21 @@ def planes_linear(
 
 @torch.library.triton_op("sparseforge::planes_linear", mutates_args=())
 def _planes_linear(
-    x: Tensor, values: Tensor, meta: Tensor, in_features: int, bias: Tensor | None, activation: str
+    x: Tensor, values: Tensor, meta: Tensor, in_features: int, bias: Tensor | None, activation: str, rows: int = 0
 ) -> Tensor:
+    """``rows``: 0, or the most rows that x will have in a graph where their number is symbolic; 1 is exact."""
     lines = x.reshape(-1, x.shape[-1])
-    m = lines.shape[0]
+    m = rows or lines.shape[0]
     outputs = values.shape[0] // 2 if activation == "silu_mul" else values.shape[0]
     if m == 0 or values.shape[0] == 0:
-        y = x.new_empty(m, outputs)
+        y = x.new_empty(lines.shape[0], outputs)
     elif not _kernels_run(x) or x.dtype not in HALF_TYPES:
         y = _dense(lines, planes_to_dense(values, meta, in_features, x.dtype), bias, activation)
     elif m > DECODE_ROWS:
         y = _dense(lines, expand_planes(values, meta, in_features, x.dtype), bias, activation)
     else:
         tile = pick(x.device, outputs, values.shape[2], bucket(m), x.dtype)
-        y = launch(lines, values, meta, bias, activation, tile)
+        y = launch(lines, values, meta, bias, activation, tile, bucket(m))
     return y.view(*x.shape[:-1], outputs)
 
 
@@ -122,8 +123,13 @@ def _asm(device_type: str) -> bool:
     return device_type == "cuda" and torch.version.hip is None and not _interpreted()
 
 
-def launch(lines: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str, tile: Tile) -> Tensor:
-    """One product by the kernel and the tile given: ``lines`` [m, in] with m at most 128, else as planes_linear."""
+def launch(
+    lines: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str, tile: Tile, most: int = 0
+) -> Tensor:
+    """One product by the kernel and the tile given: ``lines`` [m, in], with m at most 4 for the GEMV.
+
+    ``most``: the bucket of m where m is symbolic. The rest as for :func:`planes_linear`.
+    """
     from sparseforge_fx.kernels.triton_dot import dot
     from sparseforge_fx.kernels.triton_gemv import gemv, reduce_splits
 
@@ -159,7 +165,7 @@ def launch(lines: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, act
         )  # fmt: skip
     else:
         _kernel(gemv)[(-(-(rows if parts else outputs) // tile.rows), tile.split)](
-            lines, values, meta, there, target, outputs, words // unit, width // 8, ROWS=bucket(m), **fixed
+            lines, values, meta, there, target, outputs, words // unit, width // 8, ROWS=most or bucket(m), **fixed
         )
     if parts:
         _kernel(reduce_splits)[(-(-outputs // 256), m)](

@@ -12,9 +12,14 @@ import torch
 from torch import nn
 
 import sparseforge_fx as sf
+from sparseforge_fx.capture import capture
+from sparseforge_fx.deploy.aoti import package as package_programs
 from sparseforge_fx.deploy.export import plain_outputs
+from sparseforge_fx.deploy.lower import pack_linears, sparse_sites
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import PLANES
 from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.passes import inline_kernels, run_passes
 
 WITHOUT_US = ("sparseforge_fx", "transformers")
 RUN = """
@@ -167,22 +172,67 @@ def test_a_compiled_package_of_every_other_kind_of_model(sparse, name, tmp_path)
         torch.testing.assert_close(got, call(found.model, batch), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_a_compiled_package_runs_from_cpp(package, tmp_path):
-    path, found, _ = package
+@pytest.mark.slow
+def test_branches_with_kernels_compile(tmp_path):
+    """What a package for a GPU is made of, on a CPU, where each kernel is plain torch."""
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.LayerNorm(32)).bfloat16()
+    sf.sparsify(net, example_inputs=torch.randn(3, 64).bfloat16())
+    program = capture(net, torch.randn(3, 64).bfloat16())
+    program = pack_linears(program, sparse_sites, [PLANES], [1], None).program
+    program, (record,) = run_passes(program, [inline_kernels])
+    assert record.modified == 1
+    package_programs({"model": program}, tmp_path / "m.pt2")
+    run = torch._inductor.aoti_load_package(str(tmp_path / "m.pt2"))
+    for rows in (1, 2, 16, 17, 128, 129, 300):
+        x = torch.randn(rows, 64).bfloat16()
+        torch.testing.assert_close(run(x), net(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_compiled_package_for_a_gpu_holds_the_kernels(sparse, tmp_path):
+    found = sparse("llama")
+    found.model.to("cuda", torch.bfloat16)
+    move = lambda batch: {name: t.cuda() for name, t in batch.items()}  # noqa: E731
+    path = tmp_path / "m.pt2"
+    report = sf.export(found.model, path, move(found.example), format="aoti", gate=False)
+    assert {site["layout"] for site in report["sites"]} == {"planes"}
+    with zipfile.ZipFile(path) as archive:
+        cubins = b"".join(archive.read(n) for n in archive.namelist() if n.endswith(".cubin"))
+    assert all(b".text." + kernel + b"\0" in cubins for kernel in (b"gemv", b"dot", b"expand_weight"))
+    wanted = [move(found.batch(rows=rows, length=length)) for rows, length in (*SIZES, (8, 20))]
+    torch.save(wanted, tmp_path / "in.pt")
+    fresh.run(RUN, path, tmp_path / "in.pt", "aoti", tmp_path / "out.pt", without=(*WITHOUT_US, "triton"))
+    for got, batch in zip(torch.load(tmp_path / "out.pt"), wanted, strict=True):
+        torch.testing.assert_close(got, call(found.model, batch), rtol=0.05, atol=0.05)
+    tokens = [5, 9, 11, 4]
+    done = run_from_cpp(path, tmp_path, tokens)
+    assert int(done.stdout) == found.model(torch.tensor([tokens]).cuda()).logits[0, -1].argmax()
+
+
+def run_from_cpp(path, folder, tokens):
+    """Build examples/cpp once, and run it."""
     source = Path(__file__).parents[2] / "examples" / "cpp" / "run_package.cpp"
     torch_folder = Path(torch.__file__).parent
     include, libraries = torch_folder / "include", torch_folder / "lib"
-    binary = tmp_path / "run_package"
-    subprocess.run(
-        ["g++", "-O0", "-std=c++20", f"-I{include}", f"-I{include}/torch/csrc/api/include", source, "-o", binary,
-         f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"],
-        check=True,
-    )  # fmt: skip
+    binary = folder / "run_package"
+    cuda = ["-Wl,--no-as-needed", "-ltorch_cuda"] if torch.cuda.is_available() else []
+    if not binary.exists():
+        subprocess.run(
+            ["g++", "-O0", "-std=c++20", f"-I{include}", f"-I{include}/torch/csrc/api/include", source, "-o", binary,
+             f"-L{libraries}", f"-Wl,-rpath,{libraries}", *cuda, "-ltorch", "-ltorch_cpu", "-lc10"],
+            check=True,
+        )  # fmt: skip
+    return subprocess.run([binary, path, *map(str, tokens)], env={}, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_compiled_package_runs_from_cpp(package, tmp_path):
+    path, found, _ = package
     tokens = [5, 9, 11, 4]
-    done = subprocess.run([binary, path, *map(str, tokens)], env={}, capture_output=True, text=True, check=True)
+    done = run_from_cpp(path, tmp_path, tokens)
     assert int(done.stdout) == found.model(torch.tensor([tokens])).logits[0, -1].argmax()
-    bad = subprocess.run([binary, tmp_path / "none.pt2", "1"], env={}, capture_output=True, text=True)
+    bad = run_from_cpp(tmp_path / "none.pt2", tmp_path, [1])
     assert bad.returncode == 1 and len(bad.stderr.splitlines()) == 1
 
 

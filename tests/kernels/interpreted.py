@@ -92,3 +92,10 @@ def test_nan_and_leading_dimensions():
     y = planes_linear(x.view(2, 3, 64), values, meta, 64, bias, "relu")
     assert y.shape == (2, 3, 8) and torch.isnan(y[1, 2]).any() and not torch.isnan(y[0]).any()
     assert planes_linear(x[:0], values, meta, 64).shape == (0, 8)
+
+
+@pytest.mark.parametrize(("m", "most"), [(1, 1), (2, 16), (16, 16), (3, 128), (40, 128), (1, 129), (5, 129)])
+def test_a_kernel_chosen_beforehand_serves_every_number_up_to_its_own(m, most):
+    weight, x, bias, values, meta = case(15, 344, m, torch.bfloat16, m)
+    y = torch.ops.sparseforge.planes_linear(x, values, meta, 344, bias, "none", most)
+    assert_close(y, weight, x, bias)
