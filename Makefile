@@ -54,6 +54,7 @@ else
 	$(BIN)/python examples/benchmarks/decode.py build/demo/model --device cuda --compile
 	$(BIN)/python examples/benchmarks/decode.py opt-6.7b --device cuda --rounds 3
 	$(BIN)/python examples/benchmarks/training_overhead.py build/demo/model --device cuda --compile
+	$(BIN)/python examples/benchmarks/formats.py build/demo/model --device cuda --formats packed,generator-aoti,generator-aoti-dense
 endif
 
 clean:

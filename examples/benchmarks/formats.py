@@ -1,6 +1,6 @@
 """One 2:4 model through every format, each in a fresh process; one json.
 
-    python examples/benchmarks/formats.py MODEL [--dtype float32] [--folder FILES [--prepare]]
+    python examples/benchmarks/formats.py MODEL [--dtype float32] [--device cuda] [--folder FILES [--prepare]]
 
 MODEL is a folder that sparsify wrote, or a dense one, which is made 2:4 by magnitude here (its text is bad then; bytes
 and speed do not depend on it). A process gets no environment, and those of the formats that promise to run without
@@ -41,6 +41,7 @@ WITHOUT_US = ("dense", "pt2-portable", "aoti")
 def main(
     model: str,
     dtype: str = "bfloat16",
+    device: str = "cpu",
     batch: Annotated[list[int], typer.Option()] = [1, 8],  # noqa: B006
     prompt: int = 16,
     text_tokens: int = 64,
@@ -54,9 +55,12 @@ def main(
     ] = False,
     label: str = "",
 ) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch.cuda finds no device: leave --device away to measure on the CPU")
     loaded, tokenizer = sf.load_model(model, dtype=dtype)
     if not any(check_pattern(m.weight, TWO_FOUR) for m in loaded.modules() if isinstance(m, nn.Linear)):
         sf.sparsify(loaded)
+    loaded.to(device)
     vocabulary = loaded.config.get_text_config().vocab_size
     request = {
         "ids": random_prompts(1, prompt, vocabulary),
@@ -64,10 +68,13 @@ def main(
         "tokens": tokens,
         "rounds": rounds,
         "batch": list(batch),
+        "device": device,
         "threads": threads or torch.get_num_threads(),
     }
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        here = Path(place) / f"{Path(model).name}-{dtype}"  # what is kept there must not be taken for another model's
+        here = (
+            Path(place) / f"{Path(model).name}-{dtype}-{device}"
+        )  # what is kept there must not be taken for another model's
         here.mkdir(parents=True, exist_ok=True)
         table = here / "table.json"
         report = sf.lower(loaded, batch=batch, table=table if table.exists() else None).report
@@ -93,13 +100,16 @@ def main(
     record = {
         "model": Path(model).name,
         "dtype": dtype,
-        **{k: v for k, v in request.items() if k != "ids"},
+        **{k: v for k, v in request.items() if k not in ("ids", "device")},
+        "on": device,
         "prompt": prompt,
         "formats": rows,
         "sites": {"dense": report["dense_bytes"], "lowered": report["lowered_bytes"], "packed": len(report["sites"])},
         **environment(),
     }
-    write_json(RESULTS / f"{label or f'{Path(model).name}-{dtype}'}.json", record)
+    write_json(
+        RESULTS / f"{label or '-'.join([Path(model).name, dtype, *([device] if device != 'cpu' else [])])}.json", record
+    )
 
 
 def _writers(
@@ -154,6 +164,7 @@ def _row(runs: list[dict[str, Any]], reference: dict[str, Any], size: int, batch
         "load_seconds": first["load_seconds"],
         "peak_bytes": first["peak_bytes_loaded"],
         "peak_bytes_before": first["peak_bytes_before"],
+        "peak_gpu_bytes": first.get("peak_gpu_bytes"),
         "cache": first["cache"],
         "same_greedy_text": bool(torch.equal(outputs["text"], reference["text"])),
         "tokens_per_second": {

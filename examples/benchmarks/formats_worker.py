@@ -10,13 +10,13 @@ import time
 import torch
 
 
-def loaders():
-    """kind -> load(path), which gives (logits(ids), generate(ids, tokens), whether a cache is used)."""
+def loaders(device):
+    """kind -> load(path) to the device, which gives (logits(ids), generate(ids, tokens), whether a cache is used)."""
 
     def transformers_model(path):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
         return _model(model)
 
     def packed_by_transformers(path):
@@ -27,7 +27,7 @@ def loaders():
     def packed(path):
         import sparseforge_fx as sf
 
-        return _model(sf.load(path)[0])
+        return _model(sf.load(path, device=device)[0])
 
     def program(path):
         return _forward(torch.export.load(path).module())
@@ -86,11 +86,13 @@ def main():
     torch.set_num_threads(asked["threads"])
     before = _peak()
     clock = time.perf_counter()
-    logits, generate, cached = loaders()[kind](path)
+    logits, generate, cached = loaders(asked["device"])[kind](path)
     loading = time.perf_counter() - clock
     peak = _peak()
     out = {"load_seconds": loading, "peak_bytes_before": before, "peak_bytes_loaded": peak, "cache": cached}
-    ids = asked["ids"]
+    if asked["device"] == "cuda":
+        out["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    ids = asked["ids"].to(asked["device"])
     text = generate(ids, asked["text_tokens"])
     speeds = {}
     for rows in asked["batch"]:
@@ -99,11 +101,11 @@ def main():
         seconds = []
         for _ in range(asked["rounds"] if cached else 1):
             clock = time.perf_counter()
-            generate(prompts, tokens)
+            generate(prompts, tokens)[0, -1].item()  # waits for the device
             seconds.append(time.perf_counter() - clock)
         speeds[rows] = [rows * tokens / s for s in seconds]
     found = logits(ids)
-    torch.save({"text": text, "logits": found}, f"{result}.pt")
+    torch.save({"text": text.cpu(), "logits": None if found is None else found.cpu()}, f"{result}.pt")
     with open(result, "w") as file:
         json.dump({**out, "tokens_per_second": speeds}, file)
 

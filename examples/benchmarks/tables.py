@@ -320,12 +320,13 @@ def generation_table() -> str:
                 + " | file | greedy text as dense |",
                 "|---|---|" + "---:|" * (len(batches) + 1) + "---|",
             ]  # fmt: skip
+        where = f", {run['device']}" if run.get("on") == "cuda" else ""
         for name, (dense, packed) in RUNTIMES.items():
             if packed not in found or dense not in found:
                 continue
             pairs = [(found[dense]["tokens_per_second"][b], found[packed]["tokens_per_second"][b]) for b in batches]
             cells = (
-                f"{run['model']}, {run['dtype']}", name, *(f"{d:.1f} -> {p:.1f} (**{p / d:.2f}x**)" for d, p in pairs),
+                f"{run['model']}, {run['dtype']}{where}", name, *(f"{d:.1f} -> {p:.1f} (**{p / d:.2f}x**)" for d, p in pairs),
                 f"{found[dense]['file_bytes'] / 1e6:.0f} -> {found[packed]['file_bytes'] / 1e6:.0f} MB",
                 "yes" if found[packed]["same_greedy_text"] else "no",
             )  # fmt: skip

@@ -93,6 +93,25 @@ def test_compiled_graphs(exported, tmp_path):
     assert len(stored) <= len(packed_and_plain) + 16  # not twice
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("format", ["pt2", "aoti"])
+def test_on_a_gpu_no_token_is_worse_than_rounding_makes_it(tmp_path, format):
+    torch.manual_seed(0)
+    model = build("llama").eval()
+    sf.sparsify(model)
+    model.to("cuda", torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    report = sf.export_generator(model, tmp_path / "g.pt2", format=format, max_length=LENGTH, gate=False)
+    assert {site["layout"] for site in report["sites"]} == {"planes"}
+    ids = prompts(padded=0)[0].cuda()
+    out = sf.load_generator(tmp_path / "g.pt2").generate(ids, max_new_tokens=20)
+    with torch.no_grad():
+        logits = model(out).logits.float()[:, ids.shape[1] - 1 : -1]
+    chosen = logits.gather(-1, out[:, ids.shape[1] :, None])[..., 0]
+    assert (logits.amax(-1) - chosen).max() < 0.05 * logits.abs().max()
+
+
 def test_text_in_a_fresh_process(exported):
     model, path, _ = exported("llama")
     code = "import sparseforge_fx as sf; print(sf.load_generator(sys.argv[1]).text(['a b c', 'd'], max_new_tokens=5))"
