@@ -47,8 +47,8 @@ def export(
             examples/cpp): the sparse kernels are inside, Python and this package are not needed, the torch version
             that it was compiled with is. It takes contiguous inputs and does not look (AOTI_RUNTIME_CHECK_INPUTS=1
             in the environment lets it).
-            A model on a CUDA device needs the toolkit's headers for this: CUDA_HOME, which may be the folder nvidia/cu13
-            of site-packages after ``pip install nvidia-cuda-crt nvidia-cuda-cccl`` beside torch's own packages.
+            For a model on a CUDA device the toolkit's headers must be there: CUDA_HOME, which may be the folder
+            nvidia/cu13 of site-packages after ``pip install nvidia-cuda-crt nvidia-cuda-cccl`` beside torch.
         portable: ``pt2`` of plain aten operators: torch alone runs it. The file is as small, but weights are
             expanded in every call.
         target, batch, table, gate: as for :func:`sparseforge_fx.lower`. Linears that are packed already
