@@ -49,7 +49,7 @@ def test_a_sweep_comes_before_the_seeds_and_decides_their_rate(board):
         ("ast", 1e-9, [5e-5, 1e-4, 2e-4, 5e-4, 1e-3]),  # there is nothing lower
         ("ast", 2e-3, [2e-4, 5e-4, 1e-3, 2e-3, 5e-3]),
         ("maskllm", 5e-1, [5e-4, 5e-3, 5e-2, 5e-1]),
-        ("maskpro", 5e-4, [5e-4]),
+        ("maskpro", 50, [5, 50, 500]),
     ],
 )
 def test_a_sweep_goes_on_until_the_best_has_worse_neighbours(board, method, best, tried):
@@ -58,6 +58,11 @@ def test_a_sweep_goes_on_until_the_best_has_worse_neighbours(board, method, best
             finish(run, abs(math.log(name / best)))
     assert list(board.sweep(method, 4096)) == tried
     assert rate == min(tried, key=lambda r: abs(math.log(r / best)))
+
+
+def test_the_rate_of_maskpro_is_that_of_its_logits(board):
+    rates = [json.loads(r.arguments[r.arguments.index("--options") + 1]) for r in board.plan(["maskpro"], 4096, 1)]
+    assert rates == [{"logit_lr": 5}, {"logit_lr": 50}, {"logit_lr": 500}]
 
 
 def test_one_shot_methods_need_no_sweep_and_magnitude_one_seed(board):

@@ -38,7 +38,7 @@ TRAINED = {
     "maskpro": ("--method", "maskpro"),
 }
 #: the middle three are run first, then what lies beyond an end that is the best
-RATES = {"maskllm": (5e-5, 5e-4, 5e-3, 5e-2, 5e-1), "maskpro": (5e-4,)}  # of logits; maskpro's own does not follow --lr
+RATES = {"maskllm": (5e-5, 5e-4, 5e-3, 5e-2, 5e-1), "maskpro": (0.5, 5, 50, 500, 5000)}  # of logits
 DEFAULT_RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 #: variant -> the method whose rate it takes, and what is different about it
 ABLATIONS = {
@@ -70,6 +70,11 @@ class Run:
         return RESULTS / f"{self.name}.json"
 
 
+def at_rate(method: str, rate: float) -> tuple[str, ...]:
+    """Arguments of a learning rate; maskpro's gradient steps have one of their own, which the run's does not change."""
+    return ("--options", json.dumps({"logit_lr": rate})) if method == "maskpro" else ("--lr", f"{rate:g}")
+
+
 def sweep(method: str, tokens: int) -> dict[float, Run]:
     """The runs among which a method's learning rate is chosen, as far as that is known: the best has worse neighbours."""
     rates = RATES.get(method, DEFAULT_RATES)
@@ -78,7 +83,7 @@ def sweep(method: str, tokens: int) -> dict[float, Run]:
     while True:
         runs = {}
         for rate in rates[low : high + 1]:
-            options = ("--tokens", str(tokens // 4), "--seed", "0", "--lr", f"{rate:g}", "--tasks", "0")
+            options = ("--tokens", str(tokens // 4), "--seed", "0", *at_rate(method, rate), "--tasks", "0")
             runs[rate] = Run(f"sweep-{method}-{rate:g}-{tokens // 4}", (*TRAINED[method], *options))
         best = _best(runs)
         if best == rates[low] and low > 0:
@@ -116,7 +121,7 @@ def plan(methods: list[str], tokens: int, seeds: int) -> list[Run]:
             runs += sweep(method, tokens).values()
             continue
         for seed in range(seeds):
-            options = ("--tokens", str(tokens), "--seed", str(seed), "--lr", f"{rate:g}")
+            options = ("--tokens", str(tokens), "--seed", str(seed), *at_rate(method, rate))
             runs.append(Run(f"{method}-{tokens}-seed{seed}", (*TRAINED[method], *options)))
     return [run for run in runs if not run.file.exists()]
 
@@ -127,7 +132,7 @@ def ablations(tokens: int) -> list[Run]:
     for name, (method, changes) in ABLATIONS.items():
         rate = best_rate(method, tokens)
         if rate is not None:
-            options = ("--tokens", str(tokens // 2), "--seed", "0", "--lr", f"{rate:g}", "--tasks", "0")
+            options = ("--tokens", str(tokens // 2), "--seed", "0", *at_rate(method, rate), "--tasks", "0")
             runs.append(Run(f"ablation-{name}-{tokens // 2}", (*TRAINED[method], *changes, *options)))
     return [run for run in runs if not run.file.exists()]
 
