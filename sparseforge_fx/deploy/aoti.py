@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch._inductor import config
-from torch._inductor.exc import InductorError
+from torch._inductor.exc import CppCompileError, InductorError
 from torch.export.pt2_archive._package import package_pt2
 
 from sparseforge_fx.errors import SparseForgeError
@@ -48,7 +48,7 @@ def package(
                     kwargs,
                     options={"aot_inductor.package": True, **options},
                 )
-            except InductorError as error:
+            except (InductorError, CppCompileError) as error:
                 raise SparseForgeError(_explain(error)) from error
             assert isinstance(made, list)
             # without the sources: they are not needed, and name folders of this machine

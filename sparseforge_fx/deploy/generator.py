@@ -172,6 +172,8 @@ def _read_spec(path: Path) -> dict[str, Any]:
         )
     if not _fits(spec):
         raise SparseForgeError(f"{path} describes its cache or tokens wrongly ({SPEC_FILE}): export it anew")
+    if spec["device"] == "cuda" and not torch.cuda.is_available():
+        raise SparseForgeError(f"{path} was exported for a CUDA device and there is none here: export it on the CPU")
     return spec
 
 

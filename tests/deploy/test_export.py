@@ -10,6 +10,7 @@ import fresh
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import CppCompileError
 
 import sparseforge_fx as sf
 from sparseforge_fx.capture import capture
@@ -270,6 +271,19 @@ def test_a_compiler_that_fails_leaves_nothing(sparse, tmp_path, monkeypatch):
     found = sparse("mlp")
     monkeypatch.setattr("sparseforge_fx.kernels.cpu.available", lambda: False)
     with pytest.raises(SparseForgeError, match="install a C\\+\\+ compiler"):
+        sf.export(found.model, tmp_path / "m.pt2", found.example, format="aoti", gate=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_compiler_says_becomes_one_sentence(sparse, tmp_path, monkeypatch):
+    found = sparse("mlp")
+    said = "C++ compile error\n\nCommand:\ng++ x.hpp\n\nOutput:\ndevice.h:15:10: fatal error: cuda.h: No such file\n  15 | #include"
+
+    def fail(*_, **__):
+        raise CppCompileError(["g++"], said)
+
+    monkeypatch.setattr("torch._inductor.aot_compile", fail)
+    with pytest.raises(SparseForgeError, match=r"cuda.h: No such file\): set CUDA_HOME to a CUDA toolkit$"):
         sf.export(found.model, tmp_path / "m.pt2", found.example, format="aoti", gate=False)
     assert not list(tmp_path.iterdir())
 

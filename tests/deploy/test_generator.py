@@ -251,6 +251,11 @@ def with_spec(**fields):
         (with_spec(cache=[[[1, LENGTH - 1, 16]] * 2] * 2), "describes its cache or tokens wrongly"),
         (with_spec(cache=None), "describes its cache or tokens wrongly"),
         (with_spec(dtype="object"), "describes its cache or tokens wrongly"),
+        pytest.param(
+            with_spec(device="cuda"),
+            "there is none here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here"),
+        ),
         (with_spec(format="pickle"), "describes its cache or tokens wrongly"),
         (with_spec(eos_token_id=7), "describes its cache or tokens wrongly"),
         (lambda name, data: None if name.endswith(SPEC_FILE) else data, "not a file of sf.export_generator"),
