@@ -60,7 +60,8 @@ def _branches(root: GraphModule, use: SparseUse, result: Any, limits: Sequence[i
     graph, sizes = root.graph, use.x.meta["val"].shape[:-1]
     dims = [_call(graph, size, aten.sym_size.int, use.x, dim) for dim, size in enumerate(sizes)]
     rows = reduce(lambda a, b: _call(graph, a.meta["val"] * b.meta["val"], operator.mul, a, b), dims)
-    few = _call(graph, rows.meta["val"] <= limits[0], operator.le, rows, limits[0])
+    compare = operator.eq if limits[0] == 1 else operator.le  # the kernel for one row knows no other number, 0 neither
+    few = _call(graph, compare(rows.meta["val"], limits[0]), compare, rows, limits[0])
     ways = [
         graph.get_attr(_add(root, _module(use, result, insert, some)))
         for insert, some in ((_kernel, limits[:1]), (_branches, limits[1:]))

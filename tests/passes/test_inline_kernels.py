@@ -8,7 +8,7 @@ from sparseforge_fx.passes import fuse_epilogues, inline_kernels, run_passes
 from sparseforge_fx.passes.inline_kernels import BRANCHES
 
 PLANES = "sparseforge.planes_linear.default"
-SHAPES = ((1, 1, 12), (2, 1, 12), (4, 4, 12), (4, 7, 12), (43, 3, 12))  # rows for each branch
+SHAPES = ((0, 3, 12), (1, 1, 12), (2, 1, 12), (4, 4, 12), (4, 7, 12), (43, 3, 12))  # rows for each branch
 
 
 def branches(program):
