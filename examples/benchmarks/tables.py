@@ -273,6 +273,25 @@ def estimator_table() -> str:
     return "\n".join(lines) if len(lines) > 2 else "_no runs yet_"
 
 
+def quantized_table() -> str:
+    runs = read("quantized")
+    if not runs:
+        return "_no runs yet_"
+    bits = sorted({b for run in runs for b in run["quantized_perplexity"]}, key=int, reverse=True)
+    lines = [
+        f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens.",
+        "",
+        "| run | not quantised | " + " | ".join(f"{b} bits" for b in bits) + " | commit |",
+        "|---|" + "---:|" * (len(bits) + 1) + "---|",
+    ]
+    for run in sorted(runs, key=lambda r: r["sparse_perplexity"]["test"]):
+        after = [run["quantized_perplexity"].get(b, {}).get("test") for b in bits]
+        cells = [run["sparse_perplexity"]["test"], *after]
+        shown = " | ".join("" if c is None else f"{c:.2f}" for c in cells)
+        lines.append(f"| {run['label']} | {shown} | {run['report']['commit']} |")
+    return "\n".join(lines)
+
+
 def formats_table() -> str:
     runs = read("formats")
     if not runs:
@@ -348,6 +367,7 @@ TABLES = {
     "one-shot": one_shot_table,
     "estimators": estimator_table,
     "formats": formats_table,
+    "quantized": quantized_table,
 }
 PAGES = ("README.md", "docs/measurements.md")
 
