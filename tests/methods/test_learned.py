@@ -1,6 +1,7 @@
 """MaskLLM and MaskPro: probabilities against enumeration, gradients against autograd, limits, and that they learn."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,13 +161,24 @@ def test_the_prior_is_the_first_mask():
     w = masked(8000, 4, value=torch.tensor([[4.0, 3.0, 0.2, 0.1]]).repeat(8000, 1))
     method = MaskLLMConfig(steps=10, temperature_start=1e-4).build([w])
     with torch.no_grad():
-        method.logits["w"].copy_(torch.tensor([0.03, 0, 0, 0, 0, -0.03]).expand(8000, 1, 6))
+        method.logits["w"].copy_(torch.tensor([0.03, 0, 0, 0, 0, -0.03]).view(6, 1, 1).expand(6, 8000, 1))
         method._draw()
     share = (w.mask[:, :2].sum(1) > 1.5).float().mean().item()
     assert share == pytest.approx(0.832205, abs=0.02)
     fresh = MaskLLMConfig(steps=10).build([masked(8000, 4, value=w.weight.detach().clone())])
-    mean = fresh.logits["w"].detach().mean((0, 1))
+    mean = fresh.logits["w"].detach().mean((1, 2))
     assert mean.tolist() == pytest.approx([0.03, 0, 0, 0, 0, -0.03], abs=1e-3)
+
+
+def test_shares_are_the_gumbel_softmax_and_never_denormal():
+    w = masked(16, 16)
+    method = MaskLLMConfig(steps=10).build([w])
+    for temperature in (4.0, 0.05):
+        method.config = replace(method.config, temperature_start=temperature)
+        height = (100 * method.logits["w"].double() + method._noise["w"].double()) / temperature
+        shares = method._shares(w)
+        torch.testing.assert_close(shares, height.softmax(0).flatten(1).float(), rtol=2e-4, atol=1e-20)
+        assert shares.min() > 1e-30
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -176,7 +188,7 @@ def test_logits_get_the_gradient_of_the_masked_loss(dim):
     x, g = torch.randn(5, 8), torch.randn(5, 4)
     soft_masked_linear(x, w.weight, w.mask, transposed=not dim).backward(g)
     assert not w.weight.grad.any()
-    mask = method._mix(w)
+    mask = method._mixture(w, method._shares(w))
     value = w.weight.detach()
     effective = value * mask if dim else (value * mask).t()
     objective = ((x @ effective.t()) * g).sum() - 0.1 * (value * mask).square().sum()
