@@ -124,8 +124,10 @@ def leaderboard_table() -> str:
     )
     for (method, tokens), runs in order:
         test = [r["sparse_perplexity"]["test"] for r in runs]
+        report = runs[0]["report"]
+        rate = f"{report['config'].get('logit_lr', report['lr']):g}" if tokens else ""  # maskpro's is its logits'
         cells = [
-            method, f"{tokens:,}", f"{runs[0]['report'].get('lr', 0):g}" if tokens else "",
+            method, f"{tokens:,}", rate,
             f"{mean(test):.2f}" + (f" ± {stdev(test):.2f}" if len(test) > 1 else ""),
             f"{mean(r['sparse_perplexity']['valid'] for r in runs):.2f}", str(len(runs)),
         ]  # fmt: skip
