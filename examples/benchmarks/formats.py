@@ -72,9 +72,8 @@ def main(
         "threads": threads or torch.get_num_threads(),
     }
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        here = (
-            Path(place) / f"{Path(model).name}-{dtype}-{device}"
-        )  # what is kept there must not be taken for another model's
+        # what is kept there must not be taken for another model's
+        here = Path(place) / f"{Path(model).name}-{dtype}-{device}"
         here.mkdir(parents=True, exist_ok=True)
         table = here / "table.json"
         report = sf.lower(loaded, batch=batch, table=table if table.exists() else None).report
@@ -107,9 +106,8 @@ def main(
         "sites": {"dense": report["dense_bytes"], "lowered": report["lowered_bytes"], "packed": len(report["sites"])},
         **environment(),
     }
-    write_json(
-        RESULTS / f"{label or '-'.join([Path(model).name, dtype, *([device] if device != 'cpu' else [])])}.json", record
-    )
+    name = f"{Path(model).name}-{dtype}{'' if device == 'cpu' else f'-{device}'}"
+    write_json(RESULTS / f"{label or name}.json", record)
 
 
 def _writers(
