@@ -127,7 +127,7 @@ class MaskLLMConfig(MethodConfig):
 class MaskLLM(LearnedMasks):
     """Logits [patterns, out, groups], trained through the Gumbel softmax.
 
-    Patterns come first: along six neighbours in memory a softmax takes twenty times as long.
+    Patterns come first: a softmax along six neighbours in memory is not vectorised.
     """
 
     def __init__(self, config: MaskLLMConfig, weights: Sequence[MaskedWeight]):
