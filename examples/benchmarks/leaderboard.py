@@ -38,7 +38,7 @@ TRAINED = {
     "maskpro": ("--method", "maskpro"),
 }
 #: the middle three are run first, then what lies beyond an end that is the best
-RATES = {"maskllm": (5e-5, 5e-4, 5e-3, 5e-2, 5e-1), "maskpro": (0.5, 5, 50, 500, 5000)}  # of logits
+RATES = {"maskllm": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3), "maskpro": (0.5, 5, 50, 500, 5000)}  # of logits
 DEFAULT_RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 #: variant -> the method whose rate it takes, and what is different about it
 ABLATIONS = {
@@ -99,7 +99,7 @@ def _best(runs: dict[float, Run]) -> float | None:
     if not all(run.file.exists() for run in runs.values()):
         return None
     perplexity = {rate: json.loads(run.file.read_text())["sparse_perplexity"]["valid"] for rate, run in runs.items()}
-    return min(perplexity, key=perplexity.__getitem__)
+    return min(perplexity, key=lambda rate: (perplexity[rate], -rate))  # of rates that change no mask, the highest
 
 
 def best_rate(method: str, tokens: int) -> float | None:
