@@ -48,7 +48,7 @@ def test_a_sweep_comes_before_the_seeds_and_decides_their_rate(board):
         ("ast", 1e-4, [5e-5, 1e-4, 2e-4, 5e-4, 1e-3]),
         ("ast", 1e-9, [5e-5, 1e-4, 2e-4, 5e-4, 1e-3]),  # there is nothing lower
         ("ast", 2e-3, [2e-4, 5e-4, 1e-3, 2e-3, 5e-3]),
-        ("maskllm", 5e-1, [5e-4, 5e-3, 5e-2, 5e-1]),
+        ("maskllm", 5e-3, [5e-4, 1e-3, 2e-3, 5e-3]),
         ("maskpro", 50, [5, 50, 500]),
     ],
 )
@@ -58,6 +58,12 @@ def test_a_sweep_goes_on_until_the_best_has_worse_neighbours(board, method, best
             finish(run, abs(math.log(name / best)))
     assert list(board.sweep(method, 4096)) == tried
     assert rate == min(tried, key=lambda r: abs(math.log(r / best)))
+
+
+def test_of_equal_rates_the_highest_is_taken(board):
+    for run, perplexity in zip(board.sweep("maskpro", 4096).values(), (20.0, 20.0, 21.0), strict=True):
+        finish(run, perplexity)
+    assert board.best_rate("maskpro", 4096) == 50
 
 
 def test_the_rate_of_maskpro_is_that_of_its_logits(board):
