@@ -95,8 +95,13 @@ def leaderboard_runs() -> tuple[list[dict], dict[str, dict], list[dict]]:
             variants.append(run)
         else:
             full.append(run)
-    best = {m: min(runs, key=lambda r: r["sparse_perplexity"]["valid"]) for m, runs in sweeps.items()}
+    best = {m: min(runs, key=lambda r: (r["sparse_perplexity"]["valid"], -rate(r))) for m, runs in sweeps.items()}
     return full, best, variants
+
+
+def rate(run: dict) -> float:
+    """The learning rate that was swept; maskpro's is its logits'."""
+    return run["report"]["config"].get("logit_lr", run["report"]["lr"])
 
 
 def leaderboard_table() -> str:
@@ -124,10 +129,8 @@ def leaderboard_table() -> str:
     )
     for (method, tokens), runs in order:
         test = [r["sparse_perplexity"]["test"] for r in runs]
-        report = runs[0]["report"]
-        rate = f"{report['config'].get('logit_lr', report['lr']):g}" if tokens else ""  # maskpro's is its logits'
         cells = [
-            method, f"{tokens:,}", rate,
+            method, f"{tokens:,}", f"{rate(runs[0]):g}" if tokens else "",
             f"{mean(test):.2f}" + (f" ± {stdev(test):.2f}" if len(test) > 1 else ""),
             f"{mean(r['sparse_perplexity']['valid'] for r in runs):.2f}", str(len(runs)),
         ]  # fmt: skip
