@@ -140,14 +140,14 @@ def ablations(tokens: int) -> list[Run]:
 def main(
     model: str,
     data: Annotated[list[str], typer.Option(help="text source; several are mixed evenly by documents")],
-    valid: Annotated[Path, typer.Option(help="validation text, for choosing")],
-    test: Annotated[Path, typer.Option(help="test text, for quoting")],
+    valid: Annotated[Path, typer.Option(help="validation text, for choosing", exists=True)],
+    test: Annotated[Path, typer.Option(help="test text, for quoting", exists=True)],
     methods: Annotated[str, typer.Option(help="by commas; default: all")] = ",".join((*ONE_SHOT, *TRAINED)),
-    tokens: int = 122_880,
-    seeds: int = 3,
-    tasks: Annotated[int, typer.Option(help="documents per zero-shot task; 0: no tasks")] = 100,
+    tokens: Annotated[int, typer.Option(help="of each run; a sweep's runs take a quarter", min=4096)] = 122_880,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    tasks: Annotated[int, typer.Option(help="documents per zero-shot task; 0: no tasks", min=0)] = 100,
     variants: Annotated[bool, typer.Option("--ablations", help="also run the variants of sparseforge")] = False,
-    workers: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 1,
+    workers: Annotated[int, typer.Option(help="runs side by side, one thread each", min=1)] = 1,
 ) -> None:
     """Run what is missing, until nothing is."""
     chosen = [m.strip() for m in methods.split(",")]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +32,8 @@ RESULTS = Path(__file__).parent / "results" / "quality"
 def main(
     model: str,
     data: Annotated[list[str], typer.Option(help="text source; give several to mix them evenly by documents")],
-    valid: Annotated[Path, typer.Option(help="validation text, for choosing")],
-    test: Annotated[Path, typer.Option(help="test text, for quoting")],
+    valid: Annotated[Path, typer.Option(help="validation text, for choosing", exists=True)],
+    test: Annotated[Path, typer.Option(help="test text, for quoting", exists=True)],
     method: str = "sparseforge",
     preset: str = "tuned",
     tokens: int = 122_880,
@@ -51,11 +52,17 @@ def main(
     quantize: Annotated[str, typer.Option(help="bits by commas: score the sparse model so quantised, too")] = "",
     compile: str = "auto",
     options: Annotated[str, typer.Option(help="json of further fields of the method's config")] = "{}",
-    dense_from: Annotated[Path | None, typer.Option(help="record of a run, for the dense model's perplexity")] = None,
+    dense_from: Annotated[
+        Path | None, typer.Option(help="record of a run, for the dense model's perplexity", exists=True)
+    ] = None,
 ) -> None:
     """Run one (method, preset, seed, budget), or "dense", and write results/quality/NAME.json."""
     if threads:
         torch.set_num_threads(threads)
+    try:
+        settings = json.loads(options)
+    except json.JSONDecodeError as error:
+        sys.exit(f"--options is not json ({error}): give fields of the method's config as '{{\"name\": value}}'")
     kind = preset if method == "sparseforge" else "paper" if method in TRAINED else "oneshot"
     name = label or f"{method}-{kind}-{tokens}-seed{seed}"
     out = folder / f"{name}.json"
@@ -82,7 +89,6 @@ def main(
             flush=True,
         )
 
-    settings = json.loads(options)
     if method in TRAINED:
         settings |= {
             "preset": preset if method == "sparseforge" else None,
