@@ -4,9 +4,10 @@
         --valid valid.txt --test test.txt --tokens 122880 --seeds 3 --workers 2
 
 One run is one process of quality.py and one json in results/leaderboard/; a run that is there is not repeated, a run that
-was killed goes on. The sweep is a run of a quarter of the tokens with seed 0 for each of three rates, and for further ones
-while the best is the lowest or the highest; the rate with the lowest validation perplexity is taken. ``--ablations``
-runs variants of sparseforge at half of the tokens and its preset's rate. tables.py makes the tables and the picture.
+was killed goes on. The sweep is a run of a quarter of the tokens (or ``--sweep-tokens``: a longer board takes over the rates
+of a shorter one) with seed 0 for each of three rates, and for further ones while the best is the lowest or the highest;
+the rate with the lowest validation perplexity is taken. ``--ablations`` runs variants of sparseforge at half of the tokens
+and its preset's rate. tables.py makes the tables and the picture.
 """
 
 from __future__ import annotations
@@ -75,16 +76,17 @@ def at_rate(method: str, rate: float) -> tuple[str, ...]:
     return ("--options", json.dumps({"logit_lr": rate})) if method == "maskpro" else ("--lr", f"{rate:g}")
 
 
-def sweep(method: str, tokens: int) -> dict[float, Run]:
-    """The runs among which a method's learning rate is chosen, as far as that is known: the best has worse neighbours."""
+def sweep(method: str, short: int) -> dict[float, Run]:
+    """The runs of ``short`` tokens among which a method's learning rate is chosen, as far as that is known: the best has
+    worse neighbours."""
     rates = RATES.get(method, DEFAULT_RATES)
     low = max(0, len(rates) // 2 - 1)
     high = min(low + 2, len(rates) - 1)
     while True:
         runs = {}
         for rate in rates[low : high + 1]:
-            options = ("--tokens", str(tokens // 4), "--seed", "0", *at_rate(method, rate), "--tasks", "0")
-            runs[rate] = Run(f"sweep-{method}-{rate:g}-{tokens // 4}", (*TRAINED[method], *options))
+            options = ("--tokens", str(short), "--seed", "0", *at_rate(method, rate), "--tasks", "0")
+            runs[rate] = Run(f"sweep-{method}-{rate:g}-{short}", (*TRAINED[method], *options))
         best = _best(runs)
         if best == rates[low] and low > 0:
             low -= 1
@@ -102,12 +104,12 @@ def _best(runs: dict[float, Run]) -> float | None:
     return min(perplexity, key=lambda rate: (perplexity[rate], -rate))  # of rates that change no mask, the highest
 
 
-def best_rate(method: str, tokens: int) -> float | None:
+def best_rate(method: str, short: int) -> float | None:
     """The rate that the sweep chose; None while runs of it are missing."""
-    return _best(sweep(method, tokens))
+    return _best(sweep(method, short))
 
 
-def plan(methods: list[str], tokens: int, seeds: int) -> list[Run]:
+def plan(methods: list[str], tokens: int, seeds: int, short: int) -> list[Run]:
     """What can be started now, the first first."""
     runs = []
     for method in methods:
@@ -116,9 +118,9 @@ def plan(methods: list[str], tokens: int, seeds: int) -> list[Run]:
             options = ("--method", method, "--tokens", str(tokens))
             runs += [Run(f"{method}-0-seed{seed}", (*options, "--seed", str(seed))) for seed in range(count)]
             continue
-        rate = best_rate(method, tokens)
+        rate = best_rate(method, short)
         if rate is None:
-            runs += sweep(method, tokens).values()
+            runs += sweep(method, short).values()
             continue
         for seed in range(seeds):
             options = ("--tokens", str(tokens), "--seed", str(seed), *at_rate(method, rate))
@@ -126,11 +128,11 @@ def plan(methods: list[str], tokens: int, seeds: int) -> list[Run]:
     return [run for run in runs if not run.file.exists()]
 
 
-def ablations(tokens: int) -> list[Run]:
+def ablations(tokens: int, short: int) -> list[Run]:
     """The variants that can be started now: those whose method has its rate."""
     runs = []
     for name, (method, changes) in ABLATIONS.items():
-        rate = best_rate(method, tokens)
+        rate = best_rate(method, short)
         if rate is not None:
             options = ("--tokens", str(tokens // 2), "--seed", "0", *at_rate(method, rate), "--tasks", "0")
             runs.append(Run(f"ablation-{name}-{tokens // 2}", (*TRAINED[method], *changes, *options)))
@@ -143,13 +145,15 @@ def main(
     valid: Annotated[Path, typer.Option(help="validation text, for choosing", exists=True)],
     test: Annotated[Path, typer.Option(help="test text, for quoting", exists=True)],
     methods: Annotated[str, typer.Option(help="by commas; default: all")] = ",".join((*ONE_SHOT, *TRAINED)),
-    tokens: Annotated[int, typer.Option(help="of each run; a sweep's runs take a quarter", min=4096)] = 122_880,
+    tokens: Annotated[int, typer.Option(help="training tokens of each run", min=4096)] = 122_880,
+    sweep_tokens: Annotated[int, typer.Option(help="those of each run of a sweep; 0: a quarter", min=0)] = 0,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     tasks: Annotated[int, typer.Option(help="documents per zero-shot task; 0: no tasks", min=0)] = 100,
     variants: Annotated[bool, typer.Option("--ablations", help="also run the variants of sparseforge")] = False,
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each", min=1)] = 1,
 ) -> None:
     """Run what is missing, until nothing is."""
+    short = sweep_tokens or tokens // 4
     chosen = [m.strip() for m in methods.split(",")]
     unknown = [m for m in chosen if m not in (*ONE_SHOT, *TRAINED)]
     if unknown:
@@ -178,7 +182,7 @@ def main(
                 if process.returncode:
                     failed.add(name)
                     print(f"{name} failed with {process.returncode}: see {RESULTS / name}.log", flush=True)
-        todo = plan(chosen, tokens, seeds) + (ablations(tokens) if variants else [])
+        todo = plan(chosen, tokens, seeds, short) + (ablations(tokens, short) if variants else [])
         waiting = [r for r in todo if r.name not in running and r.name not in failed]
         if not waiting and not running:
             break
