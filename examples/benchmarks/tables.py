@@ -282,17 +282,20 @@ def quantized_table() -> str:
     runs = read("quantized")
     if not runs:
         return "_no runs yet_"
-    bits = sorted({b for run in runs for b in run["quantized_perplexity"]}, key=int, reverse=True)
+    # whose own sweep rounds is quantised already: "" is without
+    scores = [
+        {str(run["report"].get("options", {}).get("bits", "")): run["sparse_perplexity"], **run["quantized_perplexity"]}
+        for run in runs
+    ]
+    bits = sorted({b for known in scores for b in known if b}, key=int, reverse=True)
     lines = [
         f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens.",
         "",
         "| run | not quantised | " + " | ".join(f"{b} bits" for b in bits) + " | commit |",
         "|---|" + "---:|" * (len(bits) + 1) + "---|",
     ]
-    for run in sorted(runs, key=lambda r: r["sparse_perplexity"]["test"]):
-        after = [run["quantized_perplexity"].get(b, {}).get("test") for b in bits]
-        cells = [run["sparse_perplexity"]["test"], *after]
-        shown = " | ".join("" if c is None else f"{c:.2f}" for c in cells)
+    for run, known in zip(runs, scores, strict=True):
+        shown = " | ".join(f"{known[b]['test']:.2f}" if b in known else "" for b in ("", *bits))
         lines.append(f"| {run['label']} | {shown} | {run['report']['commit']} |")
     return "\n".join(lines)
 
