@@ -11,7 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -152,16 +152,15 @@ def ablation_table() -> str:
     if not variants:
         return "_no runs yet_"
     lines = [
-        "| variant | tokens | perplexity | validation | median step | mask flips, last update |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| variant | tokens | perplexity | validation | mask flips, last update |",
+        "|---|---:|---:|---:|---:|",
     ]
     for run in sorted(variants, key=lambda r: (r["label"].split("-")[1], r["sparse_perplexity"]["test"])):
         curves = run["report"]["curves"]
         flips = [row["flip_rate"] for row in curves if row["flip_rate"]]
         cells = (
             re.sub(r"^ablation-|-\d+$", "", run["label"]), f"{run['tokens']:,}", f"{run['sparse_perplexity']['test']:.2f}",
-            f"{run['sparse_perplexity']['valid']:.2f}", f"{median(row['seconds'] for row in curves):.1f} s",
-            f"{100 * flips[-1]:.2f} %" if flips else "",
+            f"{run['sparse_perplexity']['valid']:.2f}", f"{100 * flips[-1]:.2f} %" if flips else "",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
