@@ -25,8 +25,7 @@ class Curvature:
     """h <- beta h + (1 - beta) h_hat for every weight; the first estimate is taken whole.
 
     ``values[name]`` is [out, in] (or [in, 1]-broadcastable for ``activation``), of the weight's dtype (float32 for
-    float16), >= 0 but for ``hutchinson``, whose noise has both signs: it averages out here, while cutting each estimate
-    at zero would leave it in as a bias. Whoever reads the average takes what is below zero for zero.
+    float16), >= 0.
     """
 
     def __init__(self, beta: float, estimator: Estimator | None = "gauss_newton"):
@@ -39,12 +38,13 @@ class Curvature:
 
     @torch.no_grad()
     def fold(self, name: str, estimate: Tensor, dtype: torch.dtype | None = None) -> None:
-        """Take one estimate in, kept in ``dtype`` (default: its own)."""
+        """Take one estimate in, kept in ``dtype`` (default: its own). Negative entries (Hutchinson's noise) count
+        as zero."""
         dtype = dtype or estimate.dtype
         if self.average is not None:
             estimate = self.average(estimate)
-        # a copy: what is kept is never the caller's tensor
-        estimate = estimate.detach().to(torch.float32 if dtype == torch.float16 else dtype, copy=True)
+        # clamp copies: what is kept is never the caller's tensor
+        estimate = estimate.detach().clamp(min=0).to(torch.float32 if dtype == torch.float16 else dtype)
         if name in self.values:
             self.values[name].lerp_(estimate, 1 - self.beta)
         else:

@@ -81,20 +81,10 @@ def test_running_average_by_hand():
     curvature = Curvature(beta=0.9)
     first, second = torch.tensor([1.0, -5.0, 4.0]), torch.tensor([11.0, 10.0, -4.0])
     curvature.fold("w", first)
-    torch.testing.assert_close(curvature.values["w"], first)  # taken whole
+    torch.testing.assert_close(curvature.values["w"], torch.tensor([1.0, 0.0, 4.0]))  # taken whole, negatives are noise
     curvature.fold("w", second)
-    torch.testing.assert_close(curvature.values["w"], torch.tensor([2.0, -3.5, 3.2]))
+    torch.testing.assert_close(curvature.values["w"], torch.tensor([2.0, 1.0, 3.6]))
     assert first.tolist() == [1, -5, 4] and second.tolist() == [11, 10, -4]
-
-
-def test_noise_of_both_signs_averages_out():
-    """h_hat = 1 +- 10: cut at zero it would average to 5.5."""
-    curvature = Curvature(beta=0.99)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(600):
-        curvature.fold("w", 1 + 10 * (2.0 * torch.randint(0, 2, (1000,), generator=generator) - 1))
-    # an entry's standard deviation is 10 sqrt((1 - beta) / (1 + beta)) = 0.71
-    assert abs(curvature.values["w"].mean() - 1) < 5 * 0.71 / 1000**0.5
 
 
 def test_running_average_keeps_no_hold_of_the_estimate():
@@ -190,7 +180,7 @@ def test_squared_gradient_is_the_batch_gradient_squared(tiny, name):
 
 
 def test_hutchinson_through_the_graph_is_hutchinson_of_the_model(tiny):
-    """Same signs, the model's own loss."""
+    """Same signs, the model's own loss; negative entries count as zero."""
     found = tiny("llama")
     batch = found.batch()
     _, values = curvature_of(found, "hutchinson", batch)
@@ -203,14 +193,15 @@ def test_hutchinson_through_the_graph_is_hutchinson_of_the_model(tiny):
     assert set(values) == set(weights)
     assert any((e < 0).any() for e in expected.values())
     for fqn, value in values.items():
-        torch.testing.assert_close(value, expected[fqn], rtol=1e-3, atol=1e-4 * expected[fqn].max().item())
+        wanted = expected[fqn].clamp(min=0)
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4 * wanted.max().item())
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_is_alive_and_leaves_nothing_behind(tiny, estimator):
     found = tiny("llama")
     sparse, values = curvature_of(found, estimator, found.batch())
-    assert all(((v >= 0).all() or estimator == "hutchinson") and v.any() for v in values.values())
+    assert all((v >= 0).all() and v.sum() > 0 for v in values.values())
     assert {id(p) for p in sparse.parameters()} == {id(p) for p in found.model.parameters()}  # no probe, no teacher
     probes = (
         [p for n, p in sparse._hidden["probe"].named_parameters() if "probe" in n] if sparse._hidden["probe"] else []

@@ -243,7 +243,7 @@ class SparseForge(TrainedMethod):
         value = w.weight.detach().float()
         if self.config.score == "magnitude" or w.fqn not in self.curvature.values:
             return value.abs()
-        h = self.curvature.values[w.fqn].float().clamp(min=0)
+        h = self.curvature.values[w.fqn].float()
         if h.dim() == 1:  # activation: one value per input
             h = h[:, None] if w.dim == 0 else h[None, :]
         if self.config.score == "ratio":
