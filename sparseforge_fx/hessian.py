@@ -39,7 +39,7 @@ class Curvature:
     @torch.no_grad()
     def fold(self, name: str, estimate: Tensor, dtype: torch.dtype | None = None) -> None:
         """Take one estimate in, kept in ``dtype`` (default: its own). Negative entries (Hutchinson's noise) count
-        as zero at once, not in the average: of a short average half the entries are below zero too, and all those
+        as zero at once, not in the average: of a short average many entries are below zero too, and those
         weights would go whatever their size (docs/measurements.md, `hutchinson-signed`)."""
         dtype = dtype or estimate.dtype
         if self.average is not None:
