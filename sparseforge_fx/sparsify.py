@@ -140,7 +140,7 @@ def sparsify(
         "method": chosen,
         "pattern": str(shape),
         "seed": seed,
-        "capture_notes": list(program.notes),
+        "notes": list(program.notes),
         **describe_sites(sites),
         **environment(),
     }

@@ -56,7 +56,7 @@ def inspect(
         "site_parameters": in_sites,
         "bytes_dense_bf16": dense,
         "bytes_sparse_bf16": round(dense - in_sites * BF16_BYTES * (1 - factor)),
-        "capture_notes": list(program.notes),
+        "notes": list(program.notes),
         "sites": found["sites"],
         "skipped": found["skipped"],
     }

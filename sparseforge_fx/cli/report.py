@@ -58,7 +58,7 @@ def summary(report: dict[str, Any]) -> Table:
         "device": report.get("device"),
         "versions": ", ".join(f"{k} {v}" for k, v in report.get("versions", {}).items()),
         "commit": report.get("commit"),
-        "notes": "; ".join(report.get("capture_notes", [])) or None,
+        "notes": "; ".join(report.get("notes", [])) or None,
     }
     table = Table(show_header=False)
     table.add_column(style="bold")
