@@ -26,7 +26,7 @@ def harden_masks(program: Program, pattern: AnyPattern = TWO_FOUR) -> PassResult
     folded: set[Node] = set()
     spent: dict[Node, None] = {}  # masks and probes, in order
     for node in nodes:
-        _, weight, mask, _, probe, transposed = node.args
+        _, weight, mask, _, probe, transposed, *_ = node.args
         if weight not in folded:
             folded.add(weight)
             value = program.tensor(names[weight])
@@ -45,7 +45,7 @@ def harden_masks(program: Program, pattern: AnyPattern = TWO_FOUR) -> PassResult
 
 def _dense(node: Node) -> Node:
     """The plain operator of a masked one, before it in the graph, with its value and module stack."""
-    x, weight, _, bias, _, transposed = node.args
+    x, weight, _, bias, _, transposed, *_ = node.args
     new = node.graph.call_function
     with node.graph.inserting_before(node):
         if not transposed:

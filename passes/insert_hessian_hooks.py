@@ -11,6 +11,7 @@ from torch.fx import Node
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.program import Program
+from sparseforge_fx.rows import mask_names, positions_of
 
 
 def probe_name(fqn: str) -> str:
@@ -25,13 +26,16 @@ def insert_hessian_hooks(
 
     The probe is a parameter of zeros that changes no value; autograd sums its "gradient" over a weight's users and over
     micro-batches as it does any gradient's. It takes the memory of one element, an expanded zero, and so must not be
-    written to (DistributedDataParallel: ``init_sync=False``).
+    written to (DistributedDataParallel: ``init_sync=False``). An ``activation`` probe gets the program's mask of
+    padding, where its inputs are positions that the mask speaks of.
     """
     names = {node: fqn for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
+    inputs = {n.name: n for n in program.graph.find_nodes(op="placeholder") if n.name in program.signature.user_inputs}
+    masks = mask_names(program.graph, inputs.values())
     probes: dict[Node, Node] = {}
     modified = 0
     for node in program.graph.find_nodes(op="call_function", target=OP):
-        x, weight, mask, bias, probe, transposed = node.args
+        x, weight, mask, bias, probe, transposed, *_ = node.args
         if probe is not None:
             continue
         if weight not in probes:
@@ -42,6 +46,7 @@ def insert_hessian_hooks(
                 shape, dtype = value.shape, torch.bfloat16 if value.dtype == torch.float16 else value.dtype
             zero = torch.zeros((), dtype=dtype, device=value.device).expand(shape)
             probes[weight] = program.add_parameter(probe_name(names[weight]), zero)
-        node.args = (x, weight, mask, bias, probes[weight], transposed)
+        real = positions_of(x, masks, inputs) if estimator == "activation" else None
+        node.args = (x, weight, mask, bias, probes[weight], transposed, *([real] if real is not None else []))
         modified += 1
     return PassResult(program, modified)

@@ -32,7 +32,7 @@ def insert_low_rank(program: Program, block: int = 16) -> PassResult:
     branches: dict[Node, tuple[Node, Node]] = {}
     modified = 0
     for node in program.graph.find_nodes(op="call_function", target=OP):
-        x, weight, mask, _, _, transposed = node.args
+        x, weight, mask, _, _, transposed, *_ = node.args
         fqn = names[weight]
         if branch_names(fqn)[0] in present:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.reading import IGNORE
+from sparseforge_fx.rows import real_rows
 from sparseforge_fx.taps import Taps
 
-IGNORE = -100
 #: losses on intermediate values, and whether they look at attention: SquareHead (arXiv 2310.06927: squared error of the
 #: hidden states over the teacher's energy), TinyBERT (arXiv 1909.10351: squared errors of hidden states and attention
 #: scores), MobileBERT (arXiv 2004.02984: squared error of hidden states, KL of attention)
@@ -106,15 +108,25 @@ def logits_loss(
     return Loss(*_ChunkedLoss.apply(flat, flat_teacher, labels.reshape(-1), w_task, w_kl, chunk, reverse))
 
 
-def shifted_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Next-token labels [batch, sequence] for causal logits: the last position and padding, left or right, are not
-    scored."""
-    labels = torch.full_like(input_ids, IGNORE)
-    labels[:, :-1] = input_ids[:, 1:]
-    if attention_mask is not None:
-        labels.masked_fill_(attention_mask == 0, IGNORE)
-        labels[:, :-1].masked_fill_(attention_mask[:, 1:] == 0, IGNORE)
-    return labels
+def plain_logits_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    *,
+    w_task: float = 1.0,
+    w_kl: float = 1.0,
+    divergence: str = "kl",
+) -> Loss:
+    """:func:`logits_loss` by autograd, in float32 and whole: for second derivatives."""
+    log_p = student.reshape(-1, student.shape[-1]).float().log_softmax(-1)
+    scored = (labels != IGNORE).sum().clamp(min=1)
+    task = F.nll_loss(log_p, labels.reshape(-1), ignore_index=IGNORE, reduction="sum") / scored
+    kl = torch.zeros_like(task)
+    if teacher is not None and w_kl:
+        log_q = teacher.reshape(-1, teacher.shape[-1]).float().log_softmax(-1)
+        pair = (log_q, log_p) if divergence == "reverse_kl" else (log_p, log_q)
+        kl = F.kl_div(*pair, log_target=True, reduction="batchmean")
+    return Loss(w_task * task + w_kl * kl, task.detach(), kl.detach())
 
 
 def check_losses(divergence: str, features: str | None) -> None:
@@ -125,35 +137,44 @@ def check_losses(divergence: str, features: str | None) -> None:
         raise SparseForgeError(f"unknown features {features!r}; choose one of {', '.join(FEATURES)}")
 
 
-def feature_loss(kind: str, student: Taps, teacher: Taps) -> Tensor:
-    """Distance of intermediate values, summed over the layers (AST's table 5; sources in :data:`FEATURES`)."""
+def feature_loss(kind: str, student: Taps, teacher: Taps, real: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Distance of intermediate values, summed over the layers (AST's table 5; sources in :data:`FEATURES`).
+
+    ``real``: name of a mask -> bool [batch, positions], False where there is padding, which does not count.
+    """
+    masks = real or {}
     total = torch.zeros((), device=student.hidden[0].device)
-    for s, t in zip(student.hidden, teacher.hidden, strict=True):
-        error = (s.float() - t.float()).square().mean()
-        total = total + (error / (t.float().square().mean() + 2**-7) if kind == "squarehead" else error)
-    for s, t in zip(student.attention, teacher.attention, strict=True):
-        seen = torch.isfinite(t)
+    for s, t, name in zip(student.hidden, teacher.hidden, _names(student.hidden_rows, student.hidden), strict=True):
+        s, t = (_known(value.float(), masks.get(name)) for value in (s, t))
+        error = (s - t).square().mean()
+        total = total + (error / (t.square().mean() + 2**-7) if kind == "squarehead" else error)
+    names = _names(student.attention_rows, student.attention)
+    for s, t, name in zip(student.attention, teacher.attention, names, strict=True):
+        mask = masks.get(name)
+        counts = torch.ones(t.shape[0], 1, t.shape[2], 1, dtype=torch.bool, device=t.device)
+        if mask is not None and mask.shape == (t.shape[0], t.shape[2]):
+            counts = mask[:, None, :, None]
+        seen = torch.isfinite(t) & counts
         if kind == "tinybert":
-            total = total + torch.where(seen, s - t, 0.0).square().sum() / seen.expand_as(s).sum()
+            total = total + torch.where(seen, s - t, 0.0).square().sum() / seen.expand_as(s).sum().clamp(min=1)
         else:
             p, log_q = t.softmax(-1), s.log_softmax(-1)
-            total = total + torch.where(seen, p * (t.log_softmax(-1) - log_q), 0.0).sum(-1).mean()
+            each = torch.where(seen, p * (t.log_softmax(-1) - log_q), 0.0).sum(-1)
+            total = total + each.sum() / counts[..., 0].expand_as(each).sum().clamp(min=1)
     return total
+
+
+def _names(names: list[str | None], values: list[Tensor]) -> list[str]:
+    """A name for each value; an empty one where nothing is known of its rows."""
+    return [name or "" for name in names] or [""] * len(values)
+
+
+def _known(value: Tensor, mask: Tensor | None) -> Tensor:
+    rows = real_rows(value, mask)
+    return value if rows is None else rows
 
 
 def relative_error(student: Any, teacher: Any) -> Tensor:
     """||student - teacher||^2 / ||teacher||^2, the loss for outputs that are not logits (SquareHead's
     normalisation)."""
     return (student.float() - teacher.float()).square().mean() / teacher.float().square().mean().clamp(min=1e-12)
-
-
-def main_output(output: Any) -> Tensor:
-    """The tensor that a distillation compares: ``.logits``, else ``.last_hidden_state``, else the first tensor."""
-    for name in ("logits", "last_hidden_state"):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return value
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, dict) else output
-    return next(v for v in values if isinstance(v, Tensor))

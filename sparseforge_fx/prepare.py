@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.program import Program
+from sparseforge_fx.reading import example_of
 from sparseforge_fx.sparse_model import SparseModel
 
 
@@ -55,9 +56,7 @@ def prepare(
     if not config.by_gradient:
         raise SparseForgeError(f"{type(config).__name__} learns without gradients: run it with sparsify()")
     check_losses(divergence, features)
-    if isinstance(example_inputs, Mapping):
-        example_inputs = {k: v for k, v in example_inputs.items() if k != "labels"}
-    program = capture(model, example_inputs)
+    program = capture(model, None if example_inputs is None else example_of(model, example_inputs))
     sites = find_linears(program, config.pattern, include, exclude)
     check_sites(program, sites)
     if config.start != "dense" and calibration is None:

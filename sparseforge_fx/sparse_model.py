@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx import distill
-from sparseforge_fx.calibrate import bind
 from sparseforge_fx.capture import as_call
 from sparseforge_fx.compile import compile_repeated_blocks
 from sparseforge_fx.errors import SparseForgeError
@@ -18,11 +17,13 @@ from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.objective import Answer, Objective
 from sparseforge_fx.passes import LinearSite, insert_hessian_hooks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.program import Program
+from sparseforge_fx.reading import Reader, Reading
 from sparseforge_fx.taps import Taps, tap
 
 
@@ -52,9 +53,9 @@ class SparseModel(nn.Module):
         self.sites = list(sites)
         self.dense = program
         self.program, self.pass_records = run_passes(program, train_passes(sites, slorb_block=slorb_block))
-        self.w_task, self.w_kl, self.divergence = w_task, w_kl, divergence
         self.features, self.w_features = features, w_features
-        self.causal = _is_causal_lm(program.source)
+        self.reader = Reader(program)
+        self.objective = Objective(w_task, w_kl, divergence, self.config, self.reader.note)
         self.method = config.build(self._masked_weights())
         self.steps_done = 0
         self.last_loss: distill.Loss | None = None
@@ -178,79 +179,48 @@ class SparseModel(nn.Module):
     # -- training ----------------------------------------------------------------------------------------------------
     def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
         """Set weights and masks to the layer-wise solution on ``batches`` that ``config.start`` names."""
-        inputs = [self._split(*as_call(batch))[:2] for batch in batches]
-        merged = [args if args else kwargs for args, kwargs in inputs]
+        readings = [self.reader.read(*as_call(batch)) for batch in batches]
         weights = self.method.weights
         solve = LAYERWISE[self.method.config.start](self.method.config.pattern)
         with undone_on_error(weights) as dense:
-            notes = prune_layer_by_layer(self.program, weights, merged, solve)
+            notes = prune_layer_by_layer(self.program, weights, readings, solve)
         self.method.start_from(dense)
         return notes
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        kwargs |= {} if labels is None else {"labels": labels}
-        call_args, call_kwargs, labels = self._split(args, kwargs)
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        kwargs |= {} if labels is None else {"labels": labels}  # a name of its own: the Trainer looks for it
+        batch = self.reader.read(args, kwargs)
         learning = self.training and (torch.is_grad_enabled() or not self.method.config.by_gradient)
         probing = learning and self._hidden["probe"] is not None and self.method.wants_curvature(self.steps_done)
         if self.features is not None:
             self._seen[0].clear()
-        output = self._runners["probe" if probing else "graph"](*call_args, **call_kwargs)
-        self._batch = (call_args, call_kwargs, labels)
-        self.last_loss = self.loss(output, call_args, call_kwargs, labels, teach=learning)
-        if self.last_loss is not None and hasattr(output, "logits"):
+        output = self._runners["probe" if probing else "graph"](*batch.args, **batch.kwargs)
+        self._batch = batch
+        self.last_loss = self.loss(output, batch, teach=learning)
+        if self.last_loss is not None and isinstance(output, dict):
             output["loss"] = self.last_loss.total
         return output
 
-    def loss(
-        self, output: Any, args: tuple, kwargs: dict, labels: Tensor | None, *, teach: bool
-    ) -> distill.Loss | None:
-        """The loss of one output: w_task * cross-entropy where there are labels + w_kl * distance from the teacher.
+    def loss(self, output: Any, batch: Reading, *, teach: bool) -> distill.Loss | None:
+        """The loss of one output (see :class:`Objective`); ``teach``: with the distance from the teacher.
 
-        Logits of two classes or more: KL(teacher || student). Any other output: squared error relative to the
-            teacher's.
         None if neither labels nor a teacher say anything about this output.
         """
-        student = distill.main_output(output)
-        teacher = self._teach(args, kwargs) if teach and self._hidden["teacher"] is not None else None
-        if _are_logits(output, student):
-            rows = student.shape[:-1]
-            fitting = _are_classes(labels, student)
-            if not fitting and teacher is None:
-                return None
-            w_task = self.w_task if fitting else 0.0
-            target = labels if fitting else torch.full(rows, distill.IGNORE, device=student.device)
-            assert target is not None
-            mask = kwargs.get("attention_mask")
-            if (
-                isinstance(mask, Tensor) and mask.shape == rows and bool((mask == 0).any())
-            ):  # nothing is learnt from padding
-                student, target = student[mask != 0], target[mask != 0]
-                teacher = None if teacher is None else teacher[mask != 0]
-            loss = distill.logits_loss(
-                student,
-                teacher,
-                target,
-                w_task=w_task if teach else 1.0,
-                w_kl=self.w_kl if teacher is not None else 0.0,
-                divergence=self.divergence,
-            )
-        elif teacher is None:
-            return None
-        else:
-            error = distill.relative_error(student, teacher)
-            loss = distill.Loss(self.w_kl * error, torch.zeros_like(error.detach()), error.detach())
-        if teach and self.features is not None:
-            distance = distill.feature_loss(self.features, *self._seen)
+        student = self.objective.answer(output)
+        teacher = self._teach(batch) if teach and self._hidden["teacher"] is not None else None
+        loss = self.objective.loss(student, teacher, batch, task_alone=not teach)
+        if loss is not None and teach and self.features is not None:
+            distance = distill.feature_loss(self.features, *self._seen, batch.real)
             loss = loss._replace(total=loss.total + self.w_features * distance)
         return loss
 
     @torch.no_grad()
-    def _teach(self, args: tuple, kwargs: dict) -> Tensor:
+    def _teach(self, batch: Reading) -> Answer:
         """What the dense model answers."""
         if self.features is not None:
             self._seen[1].clear()
         run = self._runners.get("teacher", self._hidden["teacher"])
-        return distill.main_output(run(*args, **kwargs))
+        return self.objective.answer(run(*batch.args, **batch.kwargs))
 
     def optimizer(
         self,
@@ -294,47 +264,18 @@ class SparseModel(nn.Module):
     def _hutchinson(self, curvature: Curvature) -> None:
         """Curvature of the loss at the effective weights W * e, through the dense graph: its ops differentiate
         twice."""
-        args, kwargs, labels = self._batch
+        batch: Reading = self._batch
         weights = {w.fqn: (self.program.tensor(w.fqn).detach() * w.mask).requires_grad_() for w in self.method.weights}
         module = self.dense.module()
         generator = torch.Generator(device=next(iter(weights.values())).device).manual_seed(self.steps_done)
 
         def loss() -> Tensor:
-            output = torch.func.functional_call(module, weights, args, kwargs, tie_weights=True)
-            student = distill.main_output(output)
-            logits = student.float().flatten(0, -2)
-            if not _are_logits(output, student):
-                return distill.relative_error(student, self._teach(args, kwargs))
-            if labels is not None and _are_classes(labels, student):
-                return nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=distill.IGNORE)
-            # the chunked loss has no second derivative
-            teacher = self._teach(args, kwargs).float().flatten(0, -2).log_softmax(-1)
-            return nn.functional.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
+            output = torch.func.functional_call(module, weights, batch.args, batch.kwargs, tie_weights=True)
+            student = self.objective.answer(output)
+            teacher = self._teach(batch) if self._hidden["teacher"] is not None else None
+            found = self.objective.loss(student, teacher, batch, twice=True)
+            assert found is not None, "a step with gradients has a loss"
+            return found.total
 
         for fqn, estimate in hutchinson_diagonal(loss, weights, generator=generator).items():
             curvature.fold(fqn, estimate, weights[fqn].dtype)
-
-    def _split(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any], Tensor | None]:
-        """The captured graph's inputs out of a batch in any form, and the labels."""
-        args, kwargs, given = bind(self.dense, args, kwargs)
-        labels, ids = given.get("labels"), given.get("input_ids")
-        if labels is None and self.causal and isinstance(ids, Tensor):
-            labels = distill.shifted_labels(ids, given.get("attention_mask"))
-        elif self.causal and isinstance(labels, Tensor):
-            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], distill.IGNORE)], 1)
-        return args, kwargs, labels
-
-
-def _are_logits(output: Any, value: Tensor) -> bool:
-    """Scores of classes: one alone (a regression) has no distribution."""
-    return hasattr(output, "logits") and value.shape[-1] > 1
-
-
-def _are_classes(labels: Tensor | None, logits: Tensor) -> bool:
-    return labels is not None and labels.shape == logits.shape[:-1] and not labels.is_floating_point()
-
-
-def _is_causal_lm(model: nn.Module | None) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return bool(can_generate is not None and can_generate() and not encoder_decoder)

@@ -14,21 +14,22 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparseforge_fx.batches import Batches, as_batches
-from sparseforge_fx.calibrate import bind
 from sparseforge_fx.capture import as_call, capture
-from sparseforge_fx.distill import check_losses, main_output
+from sparseforge_fx.distill import check_losses
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.catalog import find_method, find_options
 from sparseforge_fx.methods.layerwise import Solve, prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude
 from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.objective import Objective
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import AnyPattern, check_pattern, density, parse_pattern
 from sparseforge_fx.prepare import check_sites, finalize
 from sparseforge_fx.program import Program
+from sparseforge_fx.reading import LABELS, SPAN, Reader, Reading, example_of, forward_of
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.train import count_tokens, train
@@ -134,13 +135,16 @@ def sparsify(
     program = capture(model, example_inputs)
     sites = find_linears(program, shape, include, exclude)
     check_sites(program, sites)
+    notes = list(program.notes)
+    reader = Reader(program)
     if batches is not None:
-        _check_batch(program, batches.batch(0))
+        objective = Objective(w_task, w_kl, divergence, getattr(model, "config", None), reader.note)
+        _check_batch(program, reader, objective, batches.batch(0))
     report: dict[str, Any] = {
         "method": chosen,
         "pattern": str(shape),
         "seed": seed,
-        "notes": list(program.notes),
+        "notes": notes,
         **describe_sites(sites),
         **environment(),
     }
@@ -190,7 +194,9 @@ def sparsify(
         one_shot = None if batches is None else _first(batches, calibration)
         report["options"] = changes
         report["calibration_sequences"] = sum(_rows(b) for b in one_shot or ())
-        report["layer_notes"] = _prune_once(program, sites, shape, solve, one_shot)
+        readings = [reader.read(*as_call(b)) for b in one_shot or ()]
+        report["layer_notes"] = _prune_once(program, sites, shape, solve, readings)
+    notes += [n for n in reader.notes if n not in notes]
     report["density"] = {s.fqn: density(program.tensor(s.fqn)) for s in eligible(sites)}
     report["seconds"] = time.monotonic() - began
     report["peak_memory_bytes"] = peak_memory_bytes()
@@ -216,8 +222,9 @@ def _anneal(
     wanted = {id(p): p.requires_grad for p in program.source.parameters()}
     sparse: SparseModel | None = None
     try:
+        frozen_model = not any(wanted.values())  # as it comes from a loader: nobody froze a part of it
         for p in program.source.parameters():
-            vector = p.is_floating_point() and p.dim() < 2
+            vector = p.is_floating_point() and p.dim() < 2 and (wanted[id(p)] or frozen_model)
             p.requires_grad_(id(p) in site_ids or (vector and config.trains_weights))
         sparse = SparseModel(program, sites, config, slorb_block=slorb_block, **losses)
         if calibrated is not None and not (state_path and state_path.exists()):
@@ -227,6 +234,7 @@ def _anneal(
             report["calibration_seconds"] = time.monotonic() - clock
         report["passes"] = [r._asdict() for r in sparse.pass_records]
         curves = train(sparse, batches, sparse.trainable(), state_path=state_path, **options)
+        report["notes"] += [n for n in sparse.reader.notes if n not in report["notes"]]
         finalize(sparse)
     finally:
         if sparse is not None:
@@ -239,7 +247,7 @@ def _anneal(
 
 @torch.no_grad()
 def _prune_once(
-    program: Program, sites: list[LinearSite], pattern: AnyPattern, solve: Solve | None, batches: list | None
+    program: Program, sites: list[LinearSite], pattern: AnyPattern, solve: Solve | None, batches: list[Reading]
 ) -> dict[str, str]:
     masked, _ = run_passes(program, train_passes(sites))
     weights = [
@@ -247,12 +255,11 @@ def _prune_once(
         for s in eligible(sites)
     ]
     notes: dict[str, str] = {}
-    if solve is None or batches is None:
+    if solve is None:
         magnitude(weights, pattern)
     else:
-        inputs = [bind(program, *as_call(b))[:2] for b in batches]
         with undone_on_error(weights):
-            notes = prune_layer_by_layer(masked, weights, [args or kwargs for args, kwargs in inputs], solve)
+            notes = prune_layer_by_layer(masked, weights, batches, solve)
     run_passes(masked, [lambda p: harden_masks(p, pattern)])
     assert all(check_pattern(w.weight, pattern, w.dim) for w in weights)
     return notes
@@ -295,44 +302,78 @@ def draw_text(model: nn.Module, tokens: int, *, length: int, seed: int = 0, batc
 
 
 def _example(model: nn.Module, batch: Any) -> Any:
-    """What to capture with: a batch without its labels or targets; None where capture makes better ones from a
-    config."""
-    if isinstance(batch, Mapping):
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        return None if hasattr(model, "main_input_name") and set(inputs) == {model.main_input_name} else inputs
-    args, _ = as_call(batch)
-    if hasattr(model, "main_input_name"):
-        return args[:1]
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
-        return args
-    return args[: sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)]
+    """What to capture with: the inputs in a batch; None where token ids are all, of which capture makes better ones."""
+    inputs = example_of(model, batch)
+    ids = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else None
+    if isinstance(inputs, Mapping) and set(inputs) == {"input_ids"}:
+        ids = inputs["input_ids"]
+    is_text = getattr(model, "main_input_name", None) == "input_ids" and isinstance(ids, Tensor) and ids.dim() == 2
+    return None if is_text and not getattr(model.config, "is_encoder_decoder", False) else inputs
 
 
 @torch.no_grad()
-def _check_batch(program: Program, batch: Any) -> None:
-    """One forward pass, so that data which does not fit is refused before a weight changes."""
-    args, kwargs, given = bind(program, *as_call(batch))
-    ids, model = given.get("input_ids"), program.source
-    if isinstance(ids, Tensor) and model is not None:
+def _check_batch(program: Program, reader: Reader, objective: Objective, batch: Any) -> None:
+    """One forward pass, so that data which does not fit is refused, and what is not used is noted, before a weight
+    changes."""
+    found = reader.read(*as_call(batch))
+    ids, model = found.given.get("input_ids"), program.source
+    assert model is not None
+    if isinstance(ids, Tensor):
         _check_length(model, ids.shape[-1])
-        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-        if isinstance(table, nn.Embedding) and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
+        table = _embeddings(model)
+        if ids.numel() and table is not None and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
             raise SparseForgeError(
                 f"token ids from {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of "
                 f"{table.num_embeddings}: use the model's own tokenizer"
             )
     try:
-        output = main_output(program.module()(*args, **kwargs))
+        output = program.module()(*found.args, **found.kwargs)
     except (RuntimeError, AssertionError, IndexError, TypeError, ValueError) as error:
-        shapes = ", ".join(f"{n} {list(v.shape)}" for n, v in given.items() if isinstance(v, Tensor))
+        shapes = ", ".join(f"{n} {list(v.shape)}" for n, v in found.given.items() if isinstance(v, Tensor))
         raise SparseForgeError(
             f"the model cannot take the first batch of the data ({shapes}): {str(error).splitlines()[0]}"
         ) from error
-    if torch.isnan(output).any():
+    dense = objective.answer(output)
+    if torch.isnan(dense.value).any():
         raise SparseForgeError(
             "the dense model answers the first batch of the data with NaN: check its weights and the data"
         )
+    ours = objective.loss(dense, None, found, task_alone=True)
+    if ours is None and objective.w_task and "labels" not in found.given:
+        reader.note("the batches hold no labels: the dense model's answers are all that is learnt from")
+    if ours is not None:
+        _compare_with_the_models_own(model, batch, found, ours.total, reader)
+
+
+def _compare_with_the_models_own(model: nn.Module, batch: Any, found: Reading, ours: Tensor, reader: Reader) -> None:
+    """A model that makes a loss of labels knows best what they are: say where it differs."""
+    takes = inspect.signature(forward_of(model)).parameters
+    labels = [n for n in (*LABELS, *SPAN) if n in takes and found.given.get(n) is not None]
+    if not labels:
+        return
+    modes = {m: m.training for m in model.modules()}
+    try:
+        output = model.eval()(**{n: v for n, v in found.given.items() if n in takes and v is not None})
+        theirs = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
+    except Exception:  # an open set: whatever the model raises; without its own loss there is nothing to compare
+        theirs = None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if isinstance(theirs, Tensor) and theirs.numel() == 1 and not torch.isclose(theirs.float(), ours, rtol=0.02):
+        reader.note(
+            f"on the first batch the model's own loss is {theirs.item():.4g} and the task loss used here is "
+            f"{ours.item():.4g}: labels on padding, or weights that only the model knows of, are the usual reasons"
+        )
+
+
+def _embeddings(model: nn.Module) -> nn.Embedding | None:
+    """The table that token ids index, where the model says which it is."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # no model of transformers', or one with two towers
+        return None
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def _check_length(model: nn.Module, length: int) -> None:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from sparseforge_fx.compile import block_outputs, shallow_twin
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.rows import mask_names
 
 
 class Taps:
@@ -22,7 +23,9 @@ class Taps:
 
     def __init__(self) -> None:
         self.hidden: list[Tensor] = []
+        self.hidden_rows: list[str | None] = []  # for each, the name of the mask of padding that speaks of its rows
         self.attention: list[Tensor] = []  # scores before the softmax [batch, heads, queries, keys], -inf where masked
+        self.attention_rows: list[str | None] = []
 
     def clear(self) -> None:
         """Forget the last forward pass."""
@@ -71,6 +74,9 @@ def tap(module: GraphModule, taps: Taps, *, hidden: bool = True, attention: bool
     graph._codegen = module.graph._codegen
     wanted = set(block_outputs(module)) if hidden else set()
     count = 0
+    masks = mask_names(module.graph, module.graph.find_nodes(op="placeholder"))
+    taps.hidden_rows = [masks.get(node) for node in module.graph.nodes if node in wanted]
+    taps.attention_rows = []
     env: dict[Node, Node] = {}
     for node in module.graph.nodes:
         if attention and node.target is torch.ops.aten.scaled_dot_product_attention.default:
@@ -79,6 +85,7 @@ def tap(module: GraphModule, taps: Taps, *, hidden: bool = True, attention: bool
             twin.add_module(name, _KeepAttention(taps, options.get("scale"), bool(options.get("is_causal"))))
             mask = options.get("attn_mask")
             given = (node.args[0], node.args[1], *([mask] if mask is not None else []))
+            taps.attention_rows.append(masks.get(node.args[0]))
             query = graph.call_module(name, tuple(env[a] for a in given))
             env[node] = graph.node_copy(node, {**env, node.args[0]: query}.__getitem__)
         else:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -114,7 +115,7 @@ def train(
             parts, tokens = [], 0
             for micro in range(accumulate):
                 index = (step * accumulate + micro) * accelerator.num_processes + accelerator.process_index
-                batch = _to(
+                batch = send_to_device(
                     data.batch(index),
                     accelerator.device if accelerator.num_processes > 1 else _device(master.parameters),
                 )
@@ -249,14 +250,6 @@ def _progress(show: bool) -> Progress:
 
 def _device(parameters: list[nn.Parameter]) -> torch.device:
     return parameters[0].device
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):  # a tokenizer's BatchEncoding, too
-        return {k: _to(v, device) for k, v in batch.items()}
-    return type(batch)(_to(v, device) for v in batch) if isinstance(batch, tuple | list) else batch
 
 
 def count_tokens(batch: Any) -> int:

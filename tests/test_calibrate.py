@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.fx import Interpreter
 
-from sparseforge_fx.calibrate import call_signature, layer_by_layer
+from sparseforge_fx.calibrate import layer_by_layer
 from sparseforge_fx.capture import capture
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes import find_linears, run_passes, train_passes
 from sparseforge_fx.pattern import Pattern, hard_mask
+from sparseforge_fx.reading import call_signature
 
 
 def masked_module(program):

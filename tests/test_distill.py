@@ -4,16 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from sparseforge_fx.distill import (
     FEATURES,
     check_losses,
     feature_loss,
     logits_loss,
-    main_output,
     relative_error,
-    shifted_labels,
 )
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.taps import Taps
@@ -150,19 +147,6 @@ def test_no_float32_copy_of_the_logits_is_ever_made():
     assert [(t.shape, t.dtype) for t in saved] == [(student.shape, torch.bfloat16)]
 
 
-def test_shifted_labels_score_the_next_token():
-    ids = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
-    assert shifted_labels(ids).tolist() == [[6, 7, 8, -100], [2, 3, 4, -100]]
-    assert ids.tolist() == [[5, 6, 7, 8], [1, 2, 3, 4]]
-
-
-def test_shifted_labels_leave_padding_out():
-    """Neither is a padding token predicted, nor does one predict."""
-    ids = torch.tensor([[5, 6, 7, 0, 0], [0, 0, 7, 8, 9]])
-    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
-    assert shifted_labels(ids, mask).tolist() == [[6, 7, -100, -100, -100], [-100, -100, 8, 9, -100]]
-
-
 def test_relative_error_by_hand():
     teacher = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
     student = torch.tensor([[3.0, 1.0], [1.0, 0.0]])
@@ -174,16 +158,6 @@ def test_relative_error_by_hand():
     assert half.dtype == torch.float32 and half.item() == pytest.approx(2 / 9)
 
 
-def test_main_output_finds_the_tensor_that_matters():
-    a, b = torch.zeros(1), torch.ones(1)
-    assert main_output(CausalLMOutput(loss=b, logits=a)) is a
-    assert main_output(BaseModelOutput(last_hidden_state=a, hidden_states=(b,))) is a
-    assert main_output(a) is a
-    assert main_output((None, a, b)) is a
-    assert main_output({"hidden": a, "other": b}) is a
-
-
-# -- other losses ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("rows_at_once", [1, 7, 100])
 def test_reverse_divergence(rows_at_once):
     torch.manual_seed(0)

@@ -235,6 +235,58 @@ def test_pairs_of_inputs_and_targets():
         assert check_pattern(model[0].weight, TWO_FOUR) and not check_pattern(model[2].weight, TWO_FOUR)
 
 
+class Scored(nn.Module):
+    """The usual module with labels of its own, whose loss weighs them in its own way."""
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.body, self.weight = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4)), weight
+
+    def forward(self, x, labels=None):
+        scores = self.body(x)
+        loss = scores.sum() * 0 if labels is None else self.weight * nn.functional.cross_entropy(scores, labels)
+        return {"loss": loss, "logits": scores}
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_a_modules_own_loss_is_compared_with_ours(weight):
+    torch.manual_seed(0)
+    batch = (torch.randn(8, 16), torch.arange(8) % 4)
+    report = sf.sparsify(Scored(weight), [batch], **SMALL | {"calibration": 8}).report
+    assert all(row["task"] > 0.1 for row in report["curves"])  # the logits are learnt, not the scalar
+    assert any("own loss" in n for n in report["notes"]) == (weight != 1)
+
+
+def test_what_is_given_and_not_used_is_in_the_notes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4))
+    notes = sf.sparsify(model, [(torch.randn(8, 16), torch.randn(8, 4))], **SMALL | {"calibration": 8}).report["notes"]
+    assert any("labels" in n and "not used" in n for n in notes)
+    notes = sf.sparsify(model, [torch.randn(8, 16)], **SMALL | {"calibration": 8}).report["notes"]
+    assert any("no labels" in n for n in notes)
+
+
+@pytest.mark.parametrize("method, preset", [("sparseforge", "paper"), ("sparseforge", "tuned"), ("ast", None), ("alps", None)])
+def test_what_the_user_froze_stays_to_the_bit(method, preset):
+    torch.manual_seed(0)
+    tower = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)).requires_grad_(False)
+    model = nn.Sequential(tower, nn.Linear(16, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 8))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    sf.sparsify(model, [torch.randn(8, 16)] * 4, method=method, preset=preset, **SMALL | {"lr": 1e-2})
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert not any(n.startswith("0.") for n in moved) and "1.weight" in moved
+    assert ("2.bias" in moved) == (method != "alps")  # what nobody froze trains
+
+
+def test_a_label_out_of_range_is_found_before_training():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(SparseForgeError, match="scores 4 classes"):
+        sf.sparsify(model, [(torch.randn(8, 16), torch.arange(8))], **SMALL)
+    assert torch.equal(model[0].weight, before)
+
+
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()

@@ -83,7 +83,7 @@ def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict:
 
     def dense_step() -> None:
         output = dense(input_ids=ids)
-        backward(sparse.loss(output, (), {"input_ids": ids}, distill.shifted_labels(ids), teach=True))
+        backward(sparse.loss(output, sparse.reader.read((), {"input_ids": ids}), teach=True))
 
     def masked(step: int) -> None:
         sparse.steps_done = step

@@ -12,7 +12,8 @@ from torch import Tensor
 
 torch.library.define(
     "sparseforge::soft_masked_linear",
-    "(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None, Tensor? probe=None, bool transposed=False) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None, Tensor? probe=None, bool transposed=False, "
+    "Tensor? real=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -24,8 +25,8 @@ def _squared(t: Tensor) -> Tensor:
 
 class _SoftMaskedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, mask, bias, probe, transposed):
-        ctx.save_for_backward(x, weight, mask)
+    def forward(ctx, x, weight, mask, bias, probe, transposed, real):
+        ctx.save_for_backward(x, weight, mask, real)
         ctx.transposed = transposed
         ctx.probe = None if probe is None else (probe.dim(), probe.dtype)
         masked = weight * mask
@@ -33,8 +34,8 @@ class _SoftMaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, mask = ctx.saved_tensors
-        need_x, need_weight, _, need_bias, need_probe, _ = ctx.needs_input_grad
+        x, weight, mask, real = ctx.saved_tensors
+        need_x, need_weight, _, need_bias, need_probe, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = grad_probe = None
         masked = weight * mask  # recomputed: saving it would cost one more copy of every weight
         if need_x:
@@ -50,8 +51,9 @@ class _SoftMaskedLinear(torch.autograd.Function):
                 gg, xx = _squared(grad2), _squared(x2)
                 grad_probe = (xx.t() @ gg if ctx.transposed else gg.t() @ xx).to(dtype)
             else:
-                grad_probe = x2.to(dtype).square().sum(0)
-        return grad_x, grad_weight, None, grad_bias, grad_probe, None
+                seen = x2.to(dtype).square()
+                grad_probe = (seen if real is None else seen * real.reshape(-1, 1).to(dtype)).sum(0)
+        return grad_x, grad_weight, None, grad_bias, grad_probe, None, None
 
 
 def soft_masked_linear(
@@ -61,6 +63,7 @@ def soft_masked_linear(
     bias: Tensor | None = None,
     probe: Tensor | None = None,
     transposed: bool = False,
+    real: Tensor | None = None,
 ) -> Tensor:
     """y = x (weight * mask)^T + bias, with straight-through gradients and an optional curvature probe.
 
@@ -71,8 +74,10 @@ def soft_masked_linear(
         bias: [out] or None.
         probe: None, or a tensor of zeros that takes no part in the value and whose "gradient" is a curvature estimate:
             of the weight's shape, the per-token Gauss-Newton factor (g^2)^T (x^2) summed over tokens, g the
-            gradient at this output; of shape [in], the sum over tokens of x^2. Either in the probe's dtype.
+            gradient at this output; of shape [in], the sum over real tokens of x^2. Either in the probe's dtype.
         transposed: the weight is stored [in, out].
+        real: None, or 0 for every row of x that is padding, as many entries as x has rows. (Padding has no part in
+            the loss, so that its gradient g is zero anyway.)
 
     Gradients: dL/dweight = g^T x, not masked (straight-through, arXiv 2605.06402 section 3); dL/dx goes through
     weight * mask. Under autocast everything is computed in its dtype, as a linear is.
@@ -83,8 +88,8 @@ def soft_masked_linear(
         x, weight, mask = x.to(dtype), weight.to(dtype), mask.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if x.dim() == 1:
-        return _SoftMaskedLinear.apply(x[None], weight, mask, bias, probe, transposed)[0]
-    return _SoftMaskedLinear.apply(x, weight, mask, bias, probe, transposed)
+        return _SoftMaskedLinear.apply(x[None], weight, mask, bias, probe, transposed, real)[0]
+    return _SoftMaskedLinear.apply(x, weight, mask, bias, probe, transposed, real)
 
 
 torch.library.impl("sparseforge::soft_masked_linear", "CompositeImplicitAutograd", soft_masked_linear)

@@ -49,7 +49,7 @@ def prune_layer_by_layer(
 
     Args:
         weights: those of the soft-masked program; their weights and masks are written.
-        batches: calibration inputs, in any form that the captured model takes.
+        batches: calibration inputs: Readings, or any form that the captured model takes.
         solve: the layer-wise method.
 
     Returns what the solver noted, by weight. Memory: what is alive at one point of the graph, for all batches, and one
@@ -69,5 +69,7 @@ def prune_layer_by_layer(
 
     module = program.module()
     nodes = {n: (str(n.args[1].target), 0) for n in module.graph.find_nodes(op="call_function", target=OP)}
-    layer_by_layer(module, {n: w for n, w in nodes.items() if w[0] in by_name}, batches, visit)
+    for name in layer_by_layer(module, {n: w for n, w in nodes.items() if w[0] in by_name}, batches, visit):
+        told = "padding counted: its inputs are not the batch's positions"
+        notes[name] = "; ".join(filter(None, (notes.get(name), told)))
     return notes

@@ -85,6 +85,18 @@ def test_the_probe_is_a_loop_over_tokens(dtype):
         torch.testing.assert_close(inputs.double(), second_moment, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lead", [(2, 3), (6,)])
+def test_rows_of_padding_are_not_in_the_probe_of_inputs(lead):
+    x, weight, _ = make(torch.float32, lead, False, False)
+    real = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    vector = torch.zeros(IN, requires_grad=True)
+    y = OP(x, weight, torch.ones_like(weight), None, vector, False, real)
+    assert torch.equal(y, OP(x, weight, torch.ones_like(weight)))
+    y.sum().backward()
+    rows = x.detach().reshape(-1, IN)[real.flatten().bool()]
+    torch.testing.assert_close(vector.grad, rows.square().sum(0))
+
+
 def test_small_float16_gradients_do_not_underflow_in_the_probe():
     x, weight, _ = make(torch.float16, (4,), False, False)
     probe = torch.zeros(weight.shape, dtype=torch.bfloat16, requires_grad=True)

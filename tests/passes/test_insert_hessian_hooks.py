@@ -1,6 +1,7 @@
 """Probes: values stay to the bit, their gradient is the curvature of section 3, summed over users and micro-batches."""
 
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +93,21 @@ def test_the_activation_estimator_sums_squared_inputs(masked, x):
         assert probe.shape == inputs[0][0].shape[-1:]
         expected = sum(i.flatten(0, -2).square().sum(0) for i, _ in inputs)
         torch.testing.assert_close(probe.grad, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # rows as [batch, positions] and flattened
+def test_the_activation_estimator_gets_the_mask_of_padding(tiny, name):
+    found = tiny(name)
+    ids = found.batch()["input_ids"]
+    with_mask = capture(found.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    for program, count in ((with_mask, 1), (found.program, 0)):
+        masked = run_passes(program, train_passes(find_linears(program)))[0]
+        for estimator, expected in (("activation", count), ("gauss_newton", 0)):
+            probed, _ = run_passes(masked, [partial(insert_hessian_hooks, estimator=estimator)])
+            for node in probed.graph.find_nodes(op="call_function", target=OP):
+                assert [str(a) for a in node.args[6:]] == ["attention_mask"] * expected
+    again = run_passes(probed, [insert_hessian_hooks])[1]
+    assert all(record.modified == 0 for record in again)
 
 
 def test_curvature_of_a_half_precision_model_does_not_underflow(net, x):
