@@ -34,8 +34,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
 
     Raises SparseForgeError naming the line of the model that torch.export could not take, and what to try.
     """
-    if not isinstance(model, nn.Module):
-        raise SparseForgeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     args, kwargs = as_call(make_example_inputs(model) if example_inputs is None else example_inputs)
     modes = {m: m.training for m in model.modules()}
     try:
@@ -46,6 +45,12 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
         for module, mode in modes.items():
             module.training = mode
     return Program(exported, model, notes)
+
+
+def check_module(model: Any) -> None:
+    """Raise a SparseForgeError unless it is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise SparseForgeError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparseforge_fx.capture import as_call
+from sparseforge_fx.capture import as_call, check_module
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.program import Program
 from sparseforge_fx.rows import DECODER_MASK, MASK
@@ -79,10 +79,11 @@ class Reader:
         given = by_name(self._model, args, kwargs)
         positional = positional_names(self._model, max(self._count, len(args)))[: self._count]
         captured = [*positional, *self._keywords]
+        for mask, ids in ((MASK, "input_ids"), (DECODER_MASK, DECODER_IDS)):
+            if mask in captured and given.get(mask) is None and isinstance(given.get(ids), Tensor):
+                given[mask] = torch.ones_like(given[ids])  # a batch without padding
         missing = [n for n in captured if n not in given]
-        if missing == [DECODER_MASK] and DECODER_IDS in given:
-            given[DECODER_MASK] = torch.ones_like(given[DECODER_IDS])
-        elif missing:
+        if missing:
             raise SparseForgeError(f"the batch lacks {', '.join(missing)}, which the model was captured with")
         inputs = tuple(given[n] for n in positional), {n: given[n] for n in self._keywords}
         if pytree.tree_structure(inputs) != self._in_spec:
@@ -137,6 +138,7 @@ class Reader:
 def example_of(model: nn.Module, batch: Any) -> Any:
     """The inputs to capture ``model`` with, out of one of the user's batches: no labels, nothing that forward does not
     take, and what a decoder reads where the labels say it."""
+    check_module(model)
     args, kwargs = as_call(batch)
     given = by_name(model, args, kwargs)
     parameters, anything = _parameters(model)
@@ -187,8 +189,13 @@ def _complete_decoder(model: nn.Module | None, given: dict[str, Any], parameters
         return
     if DECODER_IDS in parameters and given.get(DECODER_IDS) is None and given.get("decoder_inputs_embeds") is None:
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or _shift_right(model)
-        if shift is not None:
-            given[DECODER_IDS] = shift(labels)
+        try:
+            given |= {} if shift is None else {DECODER_IDS: shift(labels)}
+        except Exception as error:  # an open set: whatever the model's own code raises without a start token, say
+            raise SparseForgeError(
+                f"{type(model).__name__} makes no decoder_input_ids from these labels ({error}): put decoder_input_ids "
+                "into the batches, or set what its config lacks"
+            ) from error
     ids = given.get(DECODER_IDS)
     beside = isinstance(ids, Tensor) and ids.shape == labels.shape
     if beside and DECODER_MASK in parameters and given.get(DECODER_MASK) is None:

@@ -204,3 +204,22 @@ def test_the_models_own_loss_of_a_pair_of_texts():
         batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, width - 6), value=-100)
         sparse = sf.prepare(model, batch, sf.paper_preset(4), w_kl=0.0).train()
         torch.testing.assert_close(sparse(**batch).loss, model(**batch).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_a_decoder_whose_inputs_cannot_be_made_is_a_sentence():
+    model, batch = t5(), seq2seq()
+    model.config.decoder_start_token_id = model.config.pad_token_id = None
+    with pytest.raises(SparseForgeError, match="decoder_input_ids"):
+        by_name(model, (), batch)
+
+
+def test_a_batch_without_padding_needs_no_mask(tiny):
+    found = tiny("gpt2")
+    ids = found.batch()["input_ids"]
+    reader = reader_of(found.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert torch.equal(reader.read((), {"input_ids": ids}).kwargs["attention_mask"], torch.ones_like(ids))
+
+
+def test_no_module():
+    with pytest.raises(SparseForgeError, match="torch.nn.Module"):
+        example_of(len, torch.ones(2))
