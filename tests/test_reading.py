@@ -221,5 +221,5 @@ def test_a_batch_without_padding_needs_no_mask(tiny):
 
 
 def test_no_module():
-    with pytest.raises(SparseForgeError, match="torch.nn.Module"):
+    with pytest.raises(SparseForgeError, match="expected a torch"):
         example_of(len, torch.ones(2))
