@@ -6,7 +6,10 @@ weights are read, so that a packed weight is never dense.
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +18,20 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparseforge_fx.deploy.packed_files import BITMASK, METHOD, VALUES, Header, Site, check_files
+from sparseforge_fx.deploy.model_size import check_size
+from sparseforge_fx.deploy.packed_files import (
+    BITMASK,
+    INDEX,
+    METHOD,
+    SINGLE,
+    VALUES,
+    Header,
+    Site,
+    check_folder,
+    check_weights,
+    read_json,
+    weight_files,
+)
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import Packed, check_packed
 
@@ -52,6 +68,15 @@ class PackedQuantizer(HfQuantizer):
                 "a dense checkpoint is not packed while it loads: write it with sf.save_packed first"
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first that is asked of a quantizer, before files are looked for and before a model is built of what
+        config.json says of its size."""
+        header, folder = self.quantization_config.header, Path(config.name_or_path or "")
+        if _is_its_folder(folder, header):
+            check_folder(folder)
+        check_size(config, header.most_modules)
+        return config
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise SparseForgeError(f"packed weights cannot be loaded as {dtype}: choose bfloat16, float16 or float32")
@@ -67,7 +92,7 @@ class PackedQuantizer(HfQuantizer):
         from sparseforge_fx.deploy.modules import replace
 
         header = self.quantization_config.header
-        stored = check_files(header, options.get("checkpoint_files") or ())
+        stored = check_weights(_folder_of(options.get("checkpoint_files") or (), model.config.name_or_path), header)
         here = _Names(model)
         same_class = type(model).__name__ in (model.config.architectures or ())  # another may well drop or add a head
         places = {name: here.module(name) for name in header.modules}
@@ -82,7 +107,8 @@ class PackedQuantizer(HfQuantizer):
         stored.pop(header.sentinel, None)
         expected = re.escape(header.sentinel.removeprefix(here.prefix))  # not to be reported as unexpected
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), expected}
-        held = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        state = model.state_dict()
+        held = {k: tuple(v.shape) for k, v in state.items()}
         found = {here.tensor(name, held): info for name, info in stored.items()}
         for name, info in found.items():
             if name in held and info.shape != held[name]:
@@ -90,6 +116,8 @@ class PackedQuantizer(HfQuantizer):
                     f"tensor '{name}' has shape {list(info.shape)} and the model wants {list(held[name])}: "
                     "config.json and weights do not belong together"
                 )
+            if name in held and state[name].is_floating_point() != ("F" in info.dtype):
+                raise SparseForgeError(f"tensor '{name}' is {info.dtype} and the model wants {state[name].dtype}")
         if same_class:
             _check_names(model, held.keys(), found.keys())
         size = sum(b.nbytes for _, b in model.named_non_persistent_buffers())
@@ -152,6 +180,29 @@ def change_to_device(module: SparseLinear) -> None:
 
     if module.values.device.type in TARGETS:
         module.change_layout(TARGETS[module.values.device.type][0])
+
+
+def _is_its_folder(folder: Path, header: Header) -> bool:
+    """Is this the folder that ``from_pretrained`` was given, as far as one can tell before it says so?"""
+    if not (folder / "config.json").is_file() or not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return False
+    try:
+        return Header.from_json(read_json(folder / "config.json").get("quantization_config")) == header
+    except SparseForgeError:
+        return False
+
+
+def _folder_of(files: Sequence[str], named: str) -> Path:
+    """The folder whose weights are to be loaded, if they are those that a checkpoint has there."""
+    paths = [Path(os.path.abspath(file)) for file in files]
+    if not paths:
+        raise SparseForgeError("a packed model is loaded from its folder: give that")
+    folder = paths[0].parent
+    if Path(named).is_dir() and not folder.is_relative_to(os.path.abspath(named)):
+        raise SparseForgeError(f"{paths[0]} is outside of the checkpoint's own folder {named}: it is not opened")
+    if sorted(paths) != sorted(weight_files(folder)):
+        raise SparseForgeError(f"{paths[0]} is no file of a packed checkpoint in {folder}: it is not opened")
+    return folder
 
 
 def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:
