@@ -154,6 +154,8 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str,
         raise SparseForgeError(f"nothing to pack: {reasons or 'the model has no linear layer'}; run sparsify first")
     if any(packed.values.is_meta for packed in found.values()):
         raise SparseForgeError("weights of the model are on the meta device: load it without offloading first")
+    if damaged := [n for n, packed in found.items() if not packed.values.isfinite().all()]:
+        raise SparseForgeError(f"'{damaged[0]}' has NaN or inf in its weight: train or load it anew")
     gone = {f"{name}.{leaf}" for name in found for leaf in ("weight", "values", "where")}
     state = {key: value for key, value in model.state_dict().items() if key not in gone}
     for name, packed in found.items():

@@ -149,6 +149,9 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], Header]:
     if config.get("quantization_config") is None:
         raise SparseForgeError(f"{folder} is no packed checkpoint: load it with sf.load_model, or pack it first")
     header = Header.from_json(config["quantization_config"])
+    classes = config.get("architectures")
+    if not isinstance(classes, list | None) or not all(isinstance(name, str) for name in classes or ()):
+        raise SparseForgeError(f"architectures {_short(classes)} of config.json are no names of classes: it is damaged")
     stored = check_weights(folder, header, checksums=False)
     for name, layers in _layer_counts(config):  # some configurations make lists so long before a model is built
         if layers > _explained(stored):
@@ -172,8 +175,8 @@ def weight_files(folder: Path) -> list[Path]:
     own = {path.name for path in files} | ({INDEX} if files != [single] else set())
     for path in sorted(p for pattern in _LOADED for p in folder.glob(pattern) if p.name not in own):
         raise SparseForgeError(
-            f"{path} lies in the folder of a packed checkpoint that does not know it, and would be loaded unchecked: "
-            "move it to a folder of its own"
+            f"{path} is no file of the packed checkpoint in its folder, but a loader would take it: move it to another "
+            "folder, or copy the checkpoint anew"
         )
     return files
 
@@ -291,9 +294,12 @@ def sha256(path: Path) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    found = read_json(index).get("weight_map")
+    content = read_json(index)
+    found = content.get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise SparseForgeError(f"{index} has no weight_map of file names: copy the checkpoint anew")
+    if not isinstance(content.get("metadata"), dict):
+        raise SparseForgeError(f"{index} has no metadata, which loaders want: copy the checkpoint anew")
     return found
 
 
@@ -323,7 +329,7 @@ def _shard(folder: Path, name: str) -> Path:
             f"{folder / INDEX} names {_short(name)}, no safetensors file of its own folder: it is not opened"
         )
     if not (folder / name).is_file():
-        raise SparseForgeError(f"the shard {folder / name} is missing: copy the checkpoint anew")
+        raise SparseForgeError(f"the shard {_short(name)} is missing from {folder}: copy the checkpoint anew")
     return folder / name
 
 

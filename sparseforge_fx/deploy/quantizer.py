@@ -117,7 +117,9 @@ class PackedQuantizer(HfQuantizer):
                     "config.json and weights do not belong together"
                 )
             if name in held and state[name].is_floating_point() != ("F" in info.dtype):
-                raise SparseForgeError(f"tensor '{name}' is {info.dtype} and the model wants {state[name].dtype}")
+                raise SparseForgeError(
+                    f"tensor '{name}' is {info.dtype} and the model wants {state[name].dtype}: the checkpoint is damaged"
+                )
         if same_class:
             _check_names(model, held.keys(), found.keys())
         size = sum(b.nbytes for _, b in model.named_non_persistent_buffers())
@@ -135,6 +137,8 @@ class PackedQuantizer(HfQuantizer):
                 check_packed(module.packed())
             except SparseForgeError as error:
                 raise SparseForgeError(f"'{name}': {error}; copy the checkpoint anew") from error
+            if not module.values.isfinite().all():
+                raise SparseForgeError(f"packed module '{name}' has NaN or inf as {module.values.dtype}: pack it anew")
             module.loading = False
             change_to_device(module)
         model._weight_conversions = []  # save_pretrained would apply the inverse of ours to every name
