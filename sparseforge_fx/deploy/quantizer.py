@@ -118,7 +118,7 @@ class PackedQuantizer(HfQuantizer):
                 )
             if name in held and state[name].is_floating_point() != ("F" in info.dtype):
                 raise SparseForgeError(
-                    f"tensor '{name}' is {info.dtype} and the model wants {state[name].dtype}: the checkpoint is damaged"
+                    f"tensor '{name}' is {info.dtype} and the model wants {state[name].dtype}: copy it anew"
                 )
         if same_class:
             _check_names(model, held.keys(), found.keys())
