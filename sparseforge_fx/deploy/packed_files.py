@@ -169,7 +169,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         files = [single]
     elif index.is_file():
-        files = [_shard(folder, name) for name in sorted({*_weight_map(index).values()})]
+        files = shard_files(folder)
     else:
         raise SparseForgeError(f"{folder} has neither {SINGLE} nor {INDEX}: copy the checkpoint anew")
     own = {path.name for path in files} | ({INDEX} if files != [single] else set())
@@ -179,6 +179,19 @@ def weight_files(folder: Path) -> list[Path]:
             "folder, or copy the checkpoint anew"
         )
     return files
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files that an index names. Raises SparseForgeError if they are not of its own folder."""
+    names = sorted({*_weight_map(folder / INDEX).values()})
+    for name in names:
+        if name != os.path.basename(name) or not name.endswith(".safetensors"):
+            raise SparseForgeError(
+                f"{folder / INDEX} names {_short(name)}, no safetensors file of its own folder: it is not opened"
+            )
+        if not (folder / name).is_file():
+            raise SparseForgeError(f"the shard {_short(name)} is missing from {folder}: copy the checkpoint anew")
+    return [folder / name for name in names]
 
 
 def check_weights(folder: Path, header: Header, *, checksums: bool = True) -> dict[str, Stored]:
@@ -321,16 +334,6 @@ def _layer_counts(config: Any, depth: int = 0) -> Iterator[tuple[str, int]]:
         if type(value) is int and name.endswith(("layer", "layers")):
             yield name, value
         yield from _layer_counts(value, depth + 1)
-
-
-def _shard(folder: Path, name: str) -> Path:
-    if name != os.path.basename(name) or not name.endswith(".safetensors"):
-        raise SparseForgeError(
-            f"{folder / INDEX} names {_short(name)}, no safetensors file of its own folder: it is not opened"
-        )
-    if not (folder / name).is_file():
-        raise SparseForgeError(f"the shard {_short(name)} is missing from {folder}: copy the checkpoint anew")
-    return folder / name
 
 
 def _opened(path: Path) -> Any:

@@ -30,6 +30,7 @@ from sparseforge_fx.deploy.packed_files import (
     check_folder,
     check_weights,
     read_json,
+    shard_files,
     weight_files,
 )
 from sparseforge_fx.errors import SparseForgeError
@@ -72,8 +73,8 @@ class PackedQuantizer(HfQuantizer):
         """The first that is asked of a quantizer, before files are looked for and before a model is built of what
         config.json says of its size."""
         header, folder = self.quantization_config.header, Path(config.name_or_path or "")
-        if _is_its_folder(folder, header):
-            check_folder(folder)
+        if _has_header(folder, header) and any((folder / name).is_file() for name in (SINGLE, INDEX)):
+            check_folder(folder)  # most likely what from_pretrained was given; it names the files later
         check_size(config, header.most_modules)
         return config
 
@@ -92,7 +93,8 @@ class PackedQuantizer(HfQuantizer):
         from sparseforge_fx.deploy.modules import replace
 
         header = self.quantization_config.header
-        stored = check_weights(_folder_of(options.get("checkpoint_files") or (), model.config.name_or_path), header)
+        files = options.get("checkpoint_files") or ()
+        stored = check_weights(_folder_of(files, model.config.name_or_path, header), header)
         here = _Names(model)
         same_class = type(model).__name__ in (model.config.architectures or ())  # another may well drop or add a head
         places = {name: here.module(name) for name in header.modules}
@@ -186,9 +188,8 @@ def change_to_device(module: SparseLinear) -> None:
         module.change_layout(TARGETS[module.values.device.type][0])
 
 
-def _is_its_folder(folder: Path, header: Header) -> bool:
-    """Is this the folder that ``from_pretrained`` was given, as far as one can tell before it says so?"""
-    if not (folder / "config.json").is_file() or not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+def _has_header(folder: Path, header: Header) -> bool:
+    if not (folder / "config.json").is_file():
         return False
     try:
         return Header.from_json(read_json(folder / "config.json").get("quantization_config")) == header
@@ -196,16 +197,20 @@ def _is_its_folder(folder: Path, header: Header) -> bool:
         return False
 
 
-def _folder_of(files: Sequence[str], named: str) -> Path:
-    """The folder whose weights are to be loaded, if they are those that a checkpoint has there."""
-    paths = [Path(os.path.abspath(file)) for file in files]
-    if not paths:
+def _folder_of(files: Sequence[str], named: str, header: Header) -> Path:
+    """The folder that config.json and the weights to be loaded are in: ``named``, if that is one, or below it."""
+    if not files:
         raise SparseForgeError("a packed model is loaded from its folder: give that")
-    folder = paths[0].parent
-    if Path(named).is_dir() and not folder.is_relative_to(os.path.abspath(named)):
-        raise SparseForgeError(f"{paths[0]} is outside of the checkpoint's own folder {named}: it is not opened")
-    if sorted(paths) != sorted(weight_files(folder)):
-        raise SparseForgeError(f"{paths[0]} is no file of a packed checkpoint in {folder}: it is not opened")
+    folder = Path(os.path.abspath(files[0])).parent
+    for file in map(Path, files):
+        inside = not Path(named).is_dir() or (file.is_relative_to(named) and ".." not in file.relative_to(named).parts)
+        if not inside or Path(os.path.abspath(file)).parent != folder or not _has_header(folder, header):
+            raise SparseForgeError(f"{file} is not in the folder of the checkpoint's own config.json: it is not opened")
+    above = [p for p in folder.parents if p.is_relative_to(os.path.abspath(named)) and (p / INDEX).is_file()]
+    for place in above:  # did its index lead here?
+        shard_files(place)
+    if {Path(file).name for file in files} != {path.name for path in weight_files(folder)}:
+        raise SparseForgeError(f"{files[0]} is no file of the packed checkpoint in {folder}: it is not opened")
     return folder
 
 
