@@ -170,7 +170,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str,
         "dense_bytes": sum(p.shape.numel() * p.values.element_size() for p in found.values()),
         "packed_bytes": sum(p.nbytes for p in found.values()),
     }
-    header = Header(modules, count=sum(1 for _ in model.modules()))
+    header = Header(modules, model_modules=sum(1 for _ in model.modules()))
     state[header.sentinel] = torch.empty(0, dtype=torch.uint8)
     return state, header, report
 

@@ -63,25 +63,25 @@ class Header(NamedTuple):
 
     Attributes:
         modules: packed linears by module name.
-        count: modules of all kinds in the model that was packed, or None: not known.
+        model_modules: modules of all kinds in the model that was packed, or None: not known.
         files: SHA-256 of each weight file by file name, or None: not known.
     """
 
     modules: dict[str, Site]
-    count: int | None = None
+    model_modules: int | None = None
     files: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What stands in config.json."""
         modules = {n: {"shape": [s.out_features, s.in_features], "dtype": s.dtype} for n, s in self.modules.items()}
-        known = {"model_modules": self.count, "files": self.files}
+        known = {"model_modules": self.model_modules, "files": self.files}
         known = {name: value for name, value in known.items() if value is not None}
         return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "pattern": "2:4", "modules": modules, **known}
 
     @property
     def most_modules(self) -> int:
         """No model of this checkpoint has more: other heads and other versions of its class may add a few."""
-        return MOST_MODULES if self.count is None else min(2 * self.count + 100, MOST_MODULES)
+        return MOST_MODULES if self.model_modules is None else min(2 * self.model_modules + 100, MOST_MODULES)
 
     @property
     def sentinel(self) -> str:
@@ -226,9 +226,9 @@ def check_weights(folder: Path, header: Header, *, checksums: bool = True) -> di
         for path in paths if checksums else ():
             if sha256(path) != header.files[path.name]:
                 raise SparseForgeError(f"{path} is not what was written (its SHA-256 differs): copy it anew")
-    if (header.count or 0) > _explained(stored):
+    if (header.model_modules or 0) > _explained(stored):
         raise SparseForgeError(
-            f"the header tells of {header.count} modules, but there are {len(stored)} tensors: it is damaged"
+            f"the header tells of {header.model_modules} modules, but there are {len(stored)} tensors: it is damaged"
         )
     expected = {f"{n}.{suffix}": info for n, site in header.modules.items() for suffix, info in site.tensors().items()}
     for name, (dtype, shape) in expected.items():
