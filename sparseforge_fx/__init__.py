@@ -14,6 +14,7 @@ from sparseforge_fx import transformers_hook
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
+    from sparseforge_fx.deploy.archive import check_export
     from sparseforge_fx.deploy.checkpoints import load, pack_checkpoint, save_packed, unpack_checkpoint
     from sparseforge_fx.deploy.export import export
     from sparseforge_fx.deploy.generation import export_generator
@@ -33,6 +34,7 @@ _HOMES = {
     "SparseForgeConfig": "methods.soft_mask",
     "SparseModel": "sparse_model",
     "SparsifyResult": "sparsify",
+    "check_export": "deploy.archive",
     "configure": "methods.catalog",
     "Generator": "deploy.generator",
     "export": "deploy.export",
@@ -61,6 +63,7 @@ __all__ = [
     "SparseForgeError",
     "SparseModel",
     "SparsifyResult",
+    "check_export",
     "configure",
     "export",
     "export_generator",

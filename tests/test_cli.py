@@ -293,6 +293,17 @@ def test_bad_input_of_the_other_commands(home, arguments, says):
     refused(home, home / "dense", *(a.format(home=home) for a in arguments), says=says)
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("method", 3), ("sites", None), ("skipped", "x"), ("skipped", [{}]), ("density", []), ("curves", [{"loss": 1}]),
+     ("tokens", "many"), ("lr", []), ("seconds", None), ("versions", []), ("command", 1), ("notes", 1)],
+)  # fmt: skip
+def test_a_damaged_report(sparse, tmp_path, entry, value):
+    report = json.loads((sparse / "report.json").read_text()) | {entry: value}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    refused(tmp_path, tmp_path, "report", str(tmp_path), says="not a whole report")
+
+
 # -- killed and resumed ----------------------------------------------------------------------------------------------
 KILLED = """
 import os, signal, sys

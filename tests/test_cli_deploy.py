@@ -63,6 +63,26 @@ def test_a_graph_and_a_packed_folder(folder, tmp_path, always_faster):
     assert generated.exit_code == 0 and "note: nothing to lower" in generated.stderr
 
 
+def test_a_damaged_packed_folder(folder, tmp_path):
+    ok("export", folder, "-o", tmp_path / "p", "--format", "safetensors")
+    config = tmp_path / "p" / "config.json"
+    whole = config.read_text()
+    for damaged, says in (
+        (whole.replace('"num_hidden_layers": ', '"num_hidden_layers": 9999999'), "layers (num_hidden_layers)"),
+        (whole.replace('"2:4"', '"2:5"'), "pattern '2:5'"),
+        (whole[:-20], "no json"),
+    ):
+        config.write_text(damaged)
+        for command in (["generate", tmp_path / "p", "-p", "a"], ["export", tmp_path / "p", "-o", tmp_path / "m.pt2"]):
+            result = run(*command)
+            assert result.exit_code == 2 and says in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    config.write_text(whole)
+    for file in (tmp_path / "p").glob("*token*"):
+        file.unlink()
+    result = run("generate", tmp_path / "p", "-p", "a", "--device", "cpu")
+    assert result.exit_code == 2 and "has no tokenizer" in result.stderr and not (tmp_path / "m.pt2").exists()
+
+
 def test_benchmark(folder, tmp_path, always_faster):
     options = ("--prompt", "4", "--tokens", "3", "--rounds", "2", "--device", "cpu", "--dtype", "float32")
     said = ok("benchmark", folder, "--batch", "2", *options, "-o", tmp_path / "speed.json")

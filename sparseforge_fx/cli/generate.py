@@ -52,7 +52,9 @@ def _from_folder(model: str, prompts: list[str], seed: int | None, device: str |
 
     loaded: Any
     loaded, tokenizer = load_any(model)
-    if tokenizer is None or not getattr(loaded, "can_generate", lambda: False)():
+    if tokenizer is None:
+        raise SparseForgeError(f"{model} has no tokenizer: copy the files of one into the folder")
+    if not getattr(loaded, "can_generate", lambda: False)():
         raise SparseForgeError(f"{model} is no language model that generates text")
     loaded = loaded.to(pick_device(device)).eval()
     try:

@@ -26,13 +26,18 @@ def report(folder: Annotated[Path, typer.Argument(help="Output folder of sparsif
         raise SparseForgeError(f"there is no report.json in {folder}: name the output folder of a finished run")
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SparseForgeError(f"{file} is not json ({error})") from error
     if not isinstance(content, dict) or "method" not in content or "sites" not in content:
         raise SparseForgeError(f"{file} is not a report of sparseforge-fx")
+    try:
+        table = summary(content)
+        skipped = grouped(content["skipped"], lambda s: (s["reason"],))
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise SparseForgeError(f"{file} is not a whole report of sparseforge-fx ({error})") from error
     console = stdout()
-    console.print(summary(content))
-    for (name, reason), group in grouped(content["skipped"], lambda s: (s["reason"],)).items():
+    console.print(table)
+    for (name, reason), group in skipped.items():
         console.print(f"stays dense: {name} ({len(group)}): {reason}", markup=False, highlight=False)
 
 

@@ -11,12 +11,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparseforge_fx.deploy.modules import find_sparse, weight_of
-from sparseforge_fx.deploy.packed_files import BITMASK, INDEX, VALUES, Header, Site, check_folder, digests
+from sparseforge_fx.deploy.packed_files import (
+    BITMASK,
+    INDEX,
+    METHOD,
+    VALUES,
+    Header,
+    Site,
+    check_folder,
+    digests,
+    read_json,
+)
 from sparseforge_fx.deploy.quantizer import PackedConfig, packed_linears
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import Packed, pack
 from sparseforge_fx.models import (
     DTYPES,
+    Location,
     explained,
     is_packed,
     load_config,
@@ -72,7 +83,7 @@ def save_packed(
 def load(
     folder: str | Path, *, dtype: str | torch.dtype | None = None, device: Any = None, device_map: Any = None
 ) -> tuple[nn.Module, Any]:
-    """The model of a packed checkpoint, in eval mode, and its tokenizer (None for a model without a vocabulary).
+    """The model of a packed checkpoint, in eval mode, and its tokenizer (None if it was packed without one).
 
     Its linears are :class:`~sparseforge_fx.deploy.modules.SparseLinear` in the layout of their device; no packed weight
     is ever dense. All of the folder is checked first: nothing in it is executed or unpickled.
@@ -93,7 +104,7 @@ def load(
         raise SparseForgeError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     where = where._replace(name=str(path))
     config = load_config(where)
-    tokenizer = load_tokenizer(where, config)
+    tokenizer = load_tokenizer(where, config) if _has_tokenizer(path) else None
     options: dict[str, Any] = {"dtype": DTYPES[dtype] if isinstance(dtype, str) else dtype or "auto"}
     if device is not None or device_map is not None:
         options["device_map"] = {"": device} if device_map is None else device_map
@@ -110,7 +121,7 @@ def load(
 def load_any(name: str | Path, dtype: str | torch.dtype | None = None) -> tuple[nn.Module, Any]:
     """:func:`load` of a packed checkpoint, :func:`sparseforge_fx.load_model` of any other."""
     where = locate(name)
-    packed = not where.gguf and is_packed(load_config(where))
+    packed = not where.gguf and _says_packed(where)
     return load(name, dtype=dtype) if packed else load_model(name, dtype)
 
 
@@ -143,6 +154,8 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str,
         raise SparseForgeError(f"nothing to pack: {reasons or 'the model has no linear layer'}; run sparsify first")
     if any(packed.values.is_meta for packed in found.values()):
         raise SparseForgeError("weights of the model are on the meta device: load it without offloading first")
+    if damaged := [n for n, packed in found.items() if not packed.values.isfinite().all()]:
+        raise SparseForgeError(f"'{damaged[0]}' has NaN or inf in its weight: train or load it anew")
     gone = {f"{name}.{leaf}" for name in found for leaf in ("weight", "values", "where")}
     state = {key: value for key, value in model.state_dict().items() if key not in gone}
     for name, packed in found.items():
@@ -157,7 +170,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str,
         "dense_bytes": sum(p.shape.numel() * p.values.element_size() for p in found.values()),
         "packed_bytes": sum(p.nbytes for p in found.values()),
     }
-    header = Header(modules)
+    header = Header(modules, model_modules=sum(1 for _ in model.modules()))
     state[header.sentinel] = torch.empty(0, dtype=torch.uint8)
     return state, header, report
 
@@ -176,6 +189,19 @@ def _complete(folder: Path, model: Any) -> None:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _says_packed(where: Location) -> bool:
+    if not Path(where.name).is_dir():
+        return is_packed(load_config(where))
+    # what stands there, before the configuration's class makes something of it
+    found = read_json(Path(where.name) / "config.json").get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == METHOD
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    patterns = ("*token*", "*vocab*", "merges.*", "*.model", "tekken.json")
+    return any(not file.name.endswith(".safetensors") for pattern in patterns for file in folder.glob(pattern))
 
 
 def _model_class(config: Any, folder: str | Path) -> Any:

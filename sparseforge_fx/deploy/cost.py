@@ -227,21 +227,32 @@ def load_table(path: str | Path) -> Table:
         return as_table(map(read_row, content["rows"]))
     except SparseForgeError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise SparseForgeError(f"{path} is not a cost table: {type(error).__name__} {error}") from error
 
 
 def read_row(row: dict[str, Any]) -> Timing:
-    """What :meth:`Timing.describe` gave."""
-    return Timing(
-        Shape(row["out"], row["in"], row["dtype"]),
-        row["layout"],
-        row["tokens"],
-        float(row["dense_us"]),
-        tuple(row["dense_quartiles"]),
-        float(row["sparse_us"]),
-        tuple(row["sparse_quartiles"]),
+    """What :meth:`Timing.describe` gave. Raises ValueError and its like for anything else."""
+    shape = Shape(_count(row["out"]), _count(row["in"]), row["dtype"])
+    if shape.dtype not in ("bfloat16", "float16", "float32") or not isinstance(row["layout"], str):
+        raise ValueError(f"dtype {str(shape.dtype)[:40]!r}, layout {str(row['layout'])[:40]!r}")
+    (dense, *dense_quartiles), (sparse, *sparse_quartiles) = (
+        [_time(t) for t in (row[f"{kind}_us"], *row[f"{kind}_quartiles"])] for kind in ("dense", "sparse")
     )
+    (low, high), (least, most) = dense_quartiles, sparse_quartiles
+    return Timing(shape, row["layout"], _count(row["tokens"]), dense, (low, high), sparse, (least, most))
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError(f"{str(value)[:40]!r} is no count")
+    return value
+
+
+def _time(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < 1e15:
+        raise ValueError(f"{str(value)[:40]!r} is no time")
+    return float(value)
 
 
 def as_table(timings: Iterable[Timing]) -> Table:

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from sparseforge_fx.capture import capture
 from sparseforge_fx.deploy import cost
 from sparseforge_fx.deploy.aoti import package
+from sparseforge_fx.deploy.archive import seal
 from sparseforge_fx.deploy.lower import lower_captured
 from sparseforge_fx.errors import SparseForgeError
 
@@ -54,6 +55,9 @@ def export(
         target, batch, table, gate: as for :func:`sparseforge_fx.lower`. Linears that are packed already
             (:func:`sparseforge_fx.load`, :func:`sparseforge_fx.lower_modules`) stay so.
 
+    The file has checksums, at which torch does not look: :func:`sparseforge_fx.check_export` does. Load either format
+    only from people you trust: torch unpickles parts of ``pt2``, and ``aoti`` is compiled code.
+
     A Hugging Face model's output becomes a plain dict of its fields. The same model gives the same bytes again. Returns
     the report of :func:`sparseforge_fx.lower` with ``file_bytes`` and ``notes`` (dimensions that had to be fixed).
     Raises SparseForgeError, with nothing written.
@@ -84,11 +88,12 @@ def check_path(path: str | Path) -> None:
 
 
 def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file in a folder of its own, then move it to ``path``: never half a file."""
+    """Let ``write`` make an archive in a folder of its own, then move it to ``path``: never half a file, and sealed."""
     path = Path(path).absolute()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         made = Path(folder) / "model.pt2"  # the archive holds this name: the same bytes whatever the file is called
         write(made)
+        seal(made)
         os.replace(made, path)
 
 

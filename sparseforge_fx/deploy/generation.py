@@ -27,7 +27,7 @@ from sparseforge_fx.deploy.lower import lower_captured
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.program import Program
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2  # with checksums
 SPEC_FILE = "sparseforge_generator.json"
 TOKENIZER_FOLDER = "tokenizer."  # a prefix: extra files of an archive have no folders of their own
 

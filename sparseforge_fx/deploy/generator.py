@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,11 @@ from transformers import (
 )
 
 import sparseforge_fx.kernels.sparse_linear  # noqa: F401  (its operator stands in the graphs)
+from sparseforge_fx.deploy.archive import Archive, check_export, refuse_pickles
 from sparseforge_fx.deploy.export import FORMATS
 from sparseforge_fx.deploy.generation import GENERATOR_VERSION, SPEC_FILE, TOKENIZER_FOLDER
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.models import explained
 
 
 class Generator:
@@ -122,16 +122,24 @@ class Generator:
 def load_generator(path: str | Path) -> Generator:
     """Load a file of :func:`sparseforge_fx.export_generator`.
 
-    Only from people you trust: the format ``aoti`` is compiled code, and torch may unpickle parts of either format.
+    Its checksums are compared, nothing inflates, and of the format ``pt2`` nothing is unpickled and no library opened.
+    All the same only from people you trust: the format ``aoti`` is compiled code, which runs, and torch evaluates the
+    sizes in a graph of ``pt2`` as Python expressions. Who writes such a file on purpose writes checksums that fit.
 
-    Raises SparseForgeError naming the file if it is not such a file, damaged, or of a later version.
+    Raises SparseForgeError naming the file if it is not such a file, damaged, or of another version.
     """
     path = Path(path)
     if not path.is_file():
         raise SparseForgeError(f"{path} is not there: write it with sf.export_generator")
-    spec = _read_spec(path)
-    try:
-        compiled = spec["format"] == "aoti"
+    archive = Archive(path)
+    spec = _read_spec(archive)
+    check_export(path)
+    compiled = spec["format"] == "aoti"
+    if not compiled and any(name.startswith("data/aotinductor/") for name in archive.sizes):
+        raise SparseForgeError(f"{path} has compiled code in it, which the format pt2 has not: export it anew")
+    if not compiled or any(name.startswith("models/") for name in archive.sizes):
+        refuse_pickles(archive)
+    with explained(f"{path} cannot be loaded"):
         contents = load_pt2(str(path), load_weights_from_disk=compiled)
         if not compiled:
             first, second = (contents.exported_programs[name] for name in ("prefill", "decode"))
@@ -141,11 +149,7 @@ def load_generator(path: str | Path) -> Generator:
             decode: Callable = second.module(check_guards=False)
         else:
             prefill, decode = contents.aoti_runners["prefill"], contents.aoti_runners["decode"]
-    except Exception as error:  # an open set: whatever torch raises on a file that is not what it claims to be
-        raise SparseForgeError(
-            f"{path} cannot be loaded: {str(error).splitlines()[0][:200]}; export it anew"
-        ) from error
-    return Generator(prefill, decode, spec, _tokenizer(contents.extra_files))
+        return Generator(prefill, decode, spec, _tokenizer(contents.extra_files))
 
 
 def _check_cache(program: ExportedProgram, spec: dict[str, Any]) -> None:
@@ -157,18 +161,17 @@ def _check_cache(program: ExportedProgram, spec: dict[str, Any]) -> None:
         raise ValueError("the graph was made for another cache")
 
 
-def _read_spec(path: Path) -> dict[str, Any]:
+def _read_spec(archive: Archive) -> dict[str, Any]:
     """What the file says of itself, checked before anything else of it is read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            name = next(n for n in archive.namelist() if n.endswith(f"/extra/{SPEC_FILE}"))
-            spec = json.loads(archive.read(name))
-    except (zipfile.BadZipFile, StopIteration, ValueError) as error:
-        raise SparseForgeError(f"{path} is not a file of sf.export_generator, or it is damaged") from error
+    path = archive.path
+    if f"extra/{SPEC_FILE}" not in archive.sizes:
+        raise SparseForgeError(f"{path} is not a file of sf.export_generator, or it is damaged: export it anew")
+    spec = archive.json(f"extra/{SPEC_FILE}")
     version = spec.get("version") if isinstance(spec, dict) else None
     if version != GENERATOR_VERSION:
         raise SparseForgeError(
-            f"{path} is of version {version} of its format and this package reads {GENERATOR_VERSION}: export it anew"
+            f"{path} is of version {str(version)[:40]} of its format and this package reads {GENERATOR_VERSION}: "
+            "export it anew"
         )
     if not _fits(spec):
         raise SparseForgeError(f"{path} describes its cache or tokens wrongly ({SPEC_FILE}): export it anew")
@@ -188,12 +191,17 @@ def _fits(spec: dict[str, Any]) -> bool:
         and spec.get("dtype") in ("bfloat16", "float16", "float32")
         and spec.get("device") in ("cpu", "cuda")
         and isinstance(spec.get("eos_token_id"), list)
-        and all(type(token) is int for token in [*spec["eos_token_id"], spec.get("pad_token_id") or 0])
+        and all(map(_token, spec["eos_token_id"]))
+        and (spec.get("pad_token_id") is None or _token(spec["pad_token_id"]))
     )
 
 
 def _count(value: Any) -> bool:
     return type(value) is int and 0 < value < 1 << 24
+
+
+def _token(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 31
 
 
 def _shape(value: Any, length: Any) -> bool:

@@ -56,7 +56,8 @@ def merge_lora(peft_model: Any, mode: str = "masked", *, adapters: Sequence[str]
     "done", "outside"}]}``. "outside" is the norm of the part of an update that falls on zeros over the norm of all of
     it, from 0 to 1: what "masked" drops. The report of "separate" says it before anything is dropped.
     Raises SparseForgeError, with nothing changed: PEFT is missing, no PeftModel, no such adapter, one that is merged
-    already, one that is no plain LoRA of linear layers (DoRA, target_parameters), NaN or inf in an update.
+    already, one that is no plain LoRA of linear layers (DoRA, target_parameters), NaN or inf in an update, or zeros
+    in all of them.
     """
     if mode not in MODES:
         raise SparseForgeError(f"unknown mode {mode!r}: choose 'masked' or 'separate'")
@@ -70,6 +71,10 @@ def merge_lora(peft_model: Any, mode: str = "masked", *, adapters: Sequence[str]
             raise SparseForgeError(f"the update of '{site.name}' has NaN or inf: train the adapter anew")
         outside, inside = outside + lost, inside + total - lost
         rows.append(_row(site, mode, lost, total))
+    if not outside + inside:
+        raise SparseForgeError(
+            f"the adapter {', '.join(names)} changes no weight: it is not trained, or was made for another model"
+        )
     if mode == "masked":
         for site in sites:
             _add(site)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ METHOD = "sparseforge"  # quant_method in config.json
 VALUES, BITMASK = "weight_values", "weight_bitmask"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_JSON = 100 << 20  # bytes of a json file or header; safetensors has the same limit
+MOST_MODULES = 1 << 17  # of a model, whatever its files say
+# what transformers and PEFT would load from the folder, too or instead
+_LOADED = ("*.safetensors", "*.safetensors.index.json", "adapter_*", "pytorch_model*", "tf_model*", "flax_model*")
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of packed weights
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
@@ -60,17 +63,25 @@ class Header(NamedTuple):
 
     Attributes:
         modules: packed linears by module name.
+        model_modules: modules of all kinds in the model that was packed, or None: not known.
         files: SHA-256 of each weight file by file name, or None: not known.
     """
 
     modules: dict[str, Site]
+    model_modules: int | None = None
     files: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What stands in config.json."""
         modules = {n: {"shape": [s.out_features, s.in_features], "dtype": s.dtype} for n, s in self.modules.items()}
-        files = {} if self.files is None else {"files": self.files}
-        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "pattern": "2:4", "modules": modules, **files}
+        known = {"model_modules": self.model_modules, "files": self.files}
+        known = {name: value for name, value in known.items() if value is not None}
+        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "pattern": "2:4", "modules": modules, **known}
+
+    @property
+    def most_modules(self) -> int:
+        """No model of this checkpoint has more: other heads and other versions of its class may add a few."""
+        return MOST_MODULES if self.model_modules is None else min(2 * self.model_modules + 100, MOST_MODULES)
 
     @property
     def sentinel(self) -> str:
@@ -96,17 +107,19 @@ class Header(NamedTuple):
             )
         if raw.get("pattern") != "2:4":
             raise SparseForgeError(f"pattern {_short(raw.get('pattern'))} is not '2:4', the only one that is packed")
-        modules, files = raw.get("modules"), raw.get("files")
+        modules, count, files = raw.get("modules"), raw.get("model_modules"), raw.get("files")
         if not isinstance(modules, dict) or not modules:
             raise SparseForgeError("the header lists no packed modules: the checkpoint is damaged")
-        if unknown := set(raw) - {"quant_method", "format_version", "pattern", "modules", "files"}:
+        if unknown := set(raw) - {"quant_method", "format_version", "pattern", "modules", "model_modules", "files"}:
             raise SparseForgeError(f"the header has an unknown entry {_short(min(unknown))}: the checkpoint is damaged")
         sites = {str(name): _site(str(name), entry) for name, entry in modules.items()}
         if files is not None and not (
             isinstance(files, dict) and all(isinstance(v, str) and len(v) == 64 for v in files.values())
         ):
             raise SparseForgeError("the header's 'files' are not SHA-256 sums by file name: the checkpoint is damaged")
-        return cls(sites, files)
+        if count is not None and (type(count) is not int or not len(sites) < count <= MOST_MODULES):
+            raise SparseForgeError(f"the header's model_modules {_short(count)} is no such number: it is damaged")
+        return cls(sites, count, files)
 
 
 def _site(name: str, entry: Any) -> Site:
@@ -136,46 +149,75 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], Header]:
     if config.get("quantization_config") is None:
         raise SparseForgeError(f"{folder} is no packed checkpoint: load it with sf.load_model, or pack it first")
     header = Header.from_json(config["quantization_config"])
-    single, index = folder / SINGLE, folder / INDEX
-    if single.is_file():
-        stored = check_files(header, [single], checksums=False)
-    elif index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise SparseForgeError(f"{index} has no weight_map: copy the checkpoint anew")
-        shards = [_shard(folder, name) for name in sorted({*map(str, weight_map.values())})]
-        stored = check_files(header, shards, checksums=False)
-        actual = {name: info.file for name, info in stored.items()}
-        if wrong := {k for k, _ in actual.items() ^ weight_map.items()}:
+    classes = config.get("architectures")
+    if not isinstance(classes, list | None) or not all(isinstance(name, str) for name in classes or ()):
+        raise SparseForgeError(f"architectures {_short(classes)} of config.json are no names of classes: it is damaged")
+    stored = check_weights(folder, header, checksums=False)
+    for name, layers in _layer_counts(config):  # some configurations make lists so long before a model is built
+        if layers > _explained(stored):
             raise SparseForgeError(
-                f"{index} and its files disagree about tensor {_short(min(wrong))}: copy the checkpoint anew"
+                f"config.json tells of {_short(layers)} layers ({name}), but there are {len(stored)} tensors: "
+                "it is damaged"
             )
-    else:
-        raise SparseForgeError(f"{folder} has neither {SINGLE} nor {INDEX}: copy the checkpoint anew")
-    layers = config.get("num_hidden_layers")
-    if type(layers) is int and layers > len(stored):
-        raise SparseForgeError(
-            f"config.json tells of {_short(layers)} layers, but there are {len(stored)} tensors: it is damaged"
-        )
     return config, header
 
 
-def check_files(header: Header, files: Sequence[str | Path], *, checksums: bool = True) -> dict[str, Stored]:
-    """The tensors in ``files`` by name: those of the packed modules are there, as the header has them, and each once.
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint: one, or those of its index. None is outside of the folder, and the folder has
+    no others that a loader would take. Raises SparseForgeError otherwise."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        files = shard_files(folder)
+    else:
+        raise SparseForgeError(f"{folder} has neither {SINGLE} nor {INDEX}: copy the checkpoint anew")
+    own = {path.name for path in files} | ({INDEX} if files != [single] else set())
+    for path in sorted(p for pattern in _LOADED for p in folder.glob(pattern) if p.name not in own):
+        raise SparseForgeError(
+            f"{path} is no file of the packed checkpoint in its folder, but a loader would take it: move it to another "
+            "folder, or copy the checkpoint anew"
+        )
+    return files
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files that an index names. Raises SparseForgeError if they are not of its own folder."""
+    names = sorted({*_weight_map(folder / INDEX).values()})
+    for name in names:
+        if name != os.path.basename(name) or not name.endswith(".safetensors"):
+            raise SparseForgeError(
+                f"{folder / INDEX} names {_short(name)}, no safetensors file of its own folder: it is not opened"
+            )
+        if not (folder / name).is_file():
+            raise SparseForgeError(f"the shard {_short(name)} is missing from {folder}: copy the checkpoint anew")
+    return [folder / name for name in names]
+
+
+def check_weights(folder: Path, header: Header, *, checksums: bool = True) -> dict[str, Stored]:
+    """The tensors of a checkpoint by name: those of the packed modules are there, as the header has them, each once.
 
     Raises SparseForgeError otherwise or, with ``checksums``, if a file's bytes do not have that of the header.
     """
-    paths = [Path(os.path.abspath(f)) for f in files]
+    paths = weight_files(folder)
     stored: dict[str, Stored] = {}
     for path in paths:
-        if path.parent != paths[0].parent or path.suffix != ".safetensors":
-            raise SparseForgeError(f"{path} is no safetensors file of the checkpoint's own folder: it is not opened")
+        if header.files is None and not _at_home(path):
+            raise SparseForgeError(
+                f"{path} is a link out of its folder, and the header has no checksum of it: copy the file there"
+            )
         for name, info in read_tensors(path).items():
             if name in stored:
                 raise SparseForgeError(
                     f"tensor {_short(name)} is in both {stored[name].file} and {info.file}: remove one"
                 )
             stored[name] = info
+    if paths != [folder / SINGLE]:
+        claimed = _weight_map(folder / INDEX).items()
+        if wrong := {name for name, _ in {(name, info.file) for name, info in stored.items()} ^ claimed}:
+            raise SparseForgeError(
+                f"{folder / INDEX} and its files disagree about tensor {_short(min(wrong))}: copy the checkpoint anew"
+            )
     if header.files is not None:
         if wrong := header.files.keys() ^ {p.name for p in paths}:
             raise SparseForgeError(
@@ -184,6 +226,10 @@ def check_files(header: Header, files: Sequence[str | Path], *, checksums: bool 
         for path in paths if checksums else ():
             if sha256(path) != header.files[path.name]:
                 raise SparseForgeError(f"{path} is not what was written (its SHA-256 differs): copy it anew")
+    if (header.model_modules or 0) > _explained(stored):
+        raise SparseForgeError(
+            f"the header tells of {header.model_modules} modules, but there are {len(stored)} tensors: it is damaged"
+        )
     expected = {f"{n}.{suffix}": info for n, site in header.modules.items() for suffix, info in site.tensors().items()}
     for name, (dtype, shape) in expected.items():
         found = stored.get(name)
@@ -260,18 +306,40 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _shard(folder: Path, name: str) -> Path:
-    if name != os.path.basename(name) or not name.endswith(".safetensors"):
-        raise SparseForgeError(
-            f"{folder / INDEX} names {_short(name)}, no safetensors file of its own folder: it is not opened"
-        )
-    if not (folder / name).is_file():
-        raise SparseForgeError(f"the shard {folder / name} is missing: copy the checkpoint anew")
-    return folder / name
+def _weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index)
+    found = content.get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise SparseForgeError(f"{index} has no weight_map of file names: copy the checkpoint anew")
+    if not isinstance(content.get("metadata"), dict):
+        raise SparseForgeError(f"{index} has no metadata, which loaders want: copy the checkpoint anew")
+    return found
+
+
+def _at_home(path: Path) -> bool:
+    """Is the file in its folder? The hub's cache has links there, from snapshots/<commit> to blobs."""
+    home, target = path.parent.resolve(), path.resolve().parent
+    caches = [place.parents[1] / "blobs" for place in (home, *home.parents) if place.parent.name == "snapshots"]
+    return target == home or target in caches
+
+
+def _explained(stored: dict[str, Stored]) -> int:
+    """Modules or layers of any model with these tensors; there are a few without tensors, not many."""
+    return 16 * len(stored) + 100
+
+
+def _layer_counts(config: Any, depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Entries that count layers, by the custom of their names."""
+    for name, value in config.items() if isinstance(config, dict) and depth < 8 else ():
+        if type(value) is int and name.endswith(("layer", "layers")):
+            yield name, value
+        yield from _layer_counts(value, depth + 1)
 
 
 def _opened(path: Path) -> Any:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError
         return open(path, "rb")
     except (OSError, ValueError) as error:
         raise SparseForgeError(f"cannot read {_short(str(path))} ({type(error).__name__}): check the path") from error

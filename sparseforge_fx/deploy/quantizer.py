@@ -6,7 +6,10 @@ weights are read, so that a packed weight is never dense.
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +18,21 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparseforge_fx.deploy.packed_files import BITMASK, METHOD, VALUES, Header, Site, check_files
+from sparseforge_fx.deploy.model_size import check_size
+from sparseforge_fx.deploy.packed_files import (
+    BITMASK,
+    INDEX,
+    METHOD,
+    SINGLE,
+    VALUES,
+    Header,
+    Site,
+    check_folder,
+    check_weights,
+    read_json,
+    shard_files,
+    weight_files,
+)
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import Packed, check_packed
 
@@ -52,6 +69,15 @@ class PackedQuantizer(HfQuantizer):
                 "a dense checkpoint is not packed while it loads: write it with sf.save_packed first"
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first that is asked of a quantizer, before files are looked for and before a model is built of what
+        config.json says of its size."""
+        header, folder = self.quantization_config.header, Path(config.name_or_path or "")
+        if _has_header(folder, header) and any((folder / name).is_file() for name in (SINGLE, INDEX)):
+            check_folder(folder)  # most likely what from_pretrained was given; it names the files later
+        check_size(config, header.most_modules)
+        return config
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise SparseForgeError(f"packed weights cannot be loaded as {dtype}: choose bfloat16, float16 or float32")
@@ -67,7 +93,8 @@ class PackedQuantizer(HfQuantizer):
         from sparseforge_fx.deploy.modules import replace
 
         header = self.quantization_config.header
-        stored = check_files(header, options.get("checkpoint_files") or ())
+        files = options.get("checkpoint_files") or ()
+        stored = check_weights(_folder_of(files, model.config.name_or_path, header), header)
         here = _Names(model)
         same_class = type(model).__name__ in (model.config.architectures or ())  # another may well drop or add a head
         places = {name: here.module(name) for name in header.modules}
@@ -82,13 +109,18 @@ class PackedQuantizer(HfQuantizer):
         stored.pop(header.sentinel, None)
         expected = re.escape(header.sentinel.removeprefix(here.prefix))  # not to be reported as unexpected
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), expected}
-        held = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        state = model.state_dict()
+        held = {k: tuple(v.shape) for k, v in state.items()}
         found = {here.tensor(name, held): info for name, info in stored.items()}
         for name, info in found.items():
             if name in held and info.shape != held[name]:
                 raise SparseForgeError(
                     f"tensor '{name}' has shape {list(info.shape)} and the model wants {list(held[name])}: "
                     "config.json and weights do not belong together"
+                )
+            if name in held and state[name].is_floating_point() != ("F" in info.dtype):
+                raise SparseForgeError(
+                    f"tensor '{name}' is {info.dtype} and the model wants {state[name].dtype}: copy it anew"
                 )
         if same_class:
             _check_names(model, held.keys(), found.keys())
@@ -107,6 +139,8 @@ class PackedQuantizer(HfQuantizer):
                 check_packed(module.packed())
             except SparseForgeError as error:
                 raise SparseForgeError(f"'{name}': {error}; copy the checkpoint anew") from error
+            if not module.values.isfinite().all():
+                raise SparseForgeError(f"packed module '{name}' has NaN or inf as {module.values.dtype}: pack it anew")
             module.loading = False
             change_to_device(module)
         model._weight_conversions = []  # save_pretrained would apply the inverse of ours to every name
@@ -152,6 +186,32 @@ def change_to_device(module: SparseLinear) -> None:
 
     if module.values.device.type in TARGETS:
         module.change_layout(TARGETS[module.values.device.type][0])
+
+
+def _has_header(folder: Path, header: Header) -> bool:
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return Header.from_json(read_json(folder / "config.json").get("quantization_config")) == header
+    except SparseForgeError:
+        return False
+
+
+def _folder_of(files: Sequence[str], named: str, header: Header) -> Path:
+    """The folder that config.json and the weights to be loaded are in: ``named``, if that is one, or below it."""
+    if not files:
+        raise SparseForgeError("a packed model is loaded from its folder: give that")
+    folder = Path(os.path.abspath(files[0])).parent
+    for file in map(Path, files):
+        inside = not Path(named).is_dir() or (file.is_relative_to(named) and ".." not in file.relative_to(named).parts)
+        if not inside or Path(os.path.abspath(file)).parent != folder or not _has_header(folder, header):
+            raise SparseForgeError(f"{file} is not in the folder of the checkpoint's own config.json: it is not opened")
+    above = [p for p in folder.parents if p.is_relative_to(os.path.abspath(named)) and (p / INDEX).is_file()]
+    for place in above:  # did its index lead here?
+        shard_files(place)
+    if {Path(file).name for file in files} != {path.name for path in weight_files(folder)}:
+        raise SparseForgeError(f"{files[0]} is no file of the packed checkpoint in {folder}: it is not opened")
+    return folder
 
 
 def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from packed_models import GREEDY, IDS, SITES, edit_json, pack_to, remembered, sparse_model
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import byte_tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy import checkpoints, packed_files
@@ -158,6 +159,26 @@ def test_each_loader_names_the_other(tmp_path):
         sf.load(tmp_path / "packed", dtype="int3")
 
 
+def test_without_a_tokenizer(tmp_path):
+    sf.save_packed(sparse_model("llama"), None, tmp_path / "p")
+    model, tokenizer = sf.load(tmp_path / "p")
+    assert tokenizer is None and isinstance(model.lm_head, torch.nn.Linear)
+    sf.unpack_checkpoint(tmp_path / "p", tmp_path / "dense")
+    assert not list((tmp_path / "dense").glob("*token*"))
+    byte_tokenizer().save_pretrained(tmp_path / "p")
+    (tmp_path / "p" / "tokenizer.json").write_text("{")
+    refuse(tmp_path / "p", "no tokenizer that can be loaded")
+
+
+def test_weights_that_are_no_numbers_are_not_packed(tmp_path):
+    model = sparse_model("llama")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data[weight != 0] = float("nan")
+    with pytest.raises(SparseForgeError, match=r"'model\.layers\.1\.mlp\.up_proj' has NaN or inf"):
+        sf.save_packed(model, None, tmp_path / "p")
+    assert not list(tmp_path.iterdir())
+
+
 # -- damaged ones ------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
@@ -216,6 +237,16 @@ def first_shard(folder):
     return min(folder.glob("*-of-*.safetensors"))
 
 
+def link_out(path):
+    path.symlink_to(shutil.move(path, path.parents[1] / "elsewhere.safetensors"))
+
+
+def swap(one, other):
+    between = one.rename(one.with_name("between"))
+    other.rename(one)
+    between.rename(other)
+
+
 def truncate(path, drop):
     os.truncate(path, path.stat().st_size - drop)
 
@@ -224,6 +255,19 @@ def flip(path, place, bit=1):
     data = bytearray(path.read_bytes())
     data[place] ^= bit
     path.write_bytes(data)
+
+
+def configure(folder, **changes):
+    edit_json(folder / "config.json", lambda config: config.update(changes))
+
+
+def nothing_else_is_in(folder, number):
+    """A number in the first packed value."""
+
+    def change(found):
+        found[V].view(-1)[0] = number
+
+    weights(folder, change)
 
 
 V, B = f"{SITE}.weight_values", f"{SITE}.weight_bitmask"
@@ -256,6 +300,9 @@ SINGLE = {  # damage to a folder of one weight file: what the sentence says
     "float bitmask": (lambda f: weights(f, lambda t: t.update({B: t[B].float()})), "is F32"),
     "three bits": (lambda f: weights(f, lambda t: t[B].fill_(0x37)), "not exactly two bits"),
     "one bit": (lambda f: weights(f, lambda t: t[B].view(-1)[5:6].fill_(0x31)), "not exactly two bits"),
+    "NaN": (lambda f: nothing_else_is_in(f, float("nan")), "has NaN or inf"),
+    "infinite": (lambda f: nothing_else_is_in(f, float("-inf")), "has NaN or inf"),
+    "norm of integers": (lambda f: weights(f, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=int)})), "is I64"),
     "future": (lambda f: header(f, lambda h: h.update(format_version=99)), "update sparseforge_fx"),
     "no version": (lambda f: header(f, lambda h: h.update(format_version="1")), "no version"),
     "somebody else's": (lambda f: header(f, lambda h: h.update(quant_method="gptq")), "tool that wrote it"),
@@ -269,13 +316,28 @@ SINGLE = {  # damage to a folder of one weight file: what the sentence says
     "header dtype": (lambda f: entry(f, SITE, dtype="float8"), "has dtype 'float8'"),
     "module twice": (lambda f: (f / "config.json").write_text('{"a": 1, "a": 2}'), "'a' twice"),
     "unknown module": (lambda f: entry(f, "nothing", shape=[4, 4], dtype="float32"), "is missing"),
+    "no count": (lambda f: header(f, lambda h: h.update(model_modules="many")), "is no such number"),
+    "absurd count": (lambda f: header(f, lambda h: h.update(model_modules=10**9)), "is no such number"),
+    "count beyond the tensors": (lambda f: header(f, lambda h: h.update(model_modules=100_000)), "tells of 100000 modules"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config no json": (lambda f: (f / "config.json").write_text("{"), "no json"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "no json object"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither"),
-    "too many layers": (lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=10**9)), "layers"),
+    "absurd layers": (lambda f: configure(f, num_hidden_layers=10**9), "tells of 1000000000 layers"),
+    "absurd layers of a part": (lambda f: configure(f, text_config={"n_layers": 10**9}), "tells of 1000000000 layers"),
+    "too many layers": (lambda f: configure(f, num_hidden_layers=300), "more than 166 modules"),
+    "a layer more": (lambda f: configure(f, num_hidden_layers=3), "is missing from the checkpoint"),
+    "a layer less": (lambda f: configure(f, num_hidden_layers=1), "is not in this model"),
+    "classes of no sense": (lambda f: configure(f, architectures=7), "no names of classes"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json is no file of the packed"),
+    "adapter weights": (lambda f: shutil.copy(f / "model.safetensors", f / "adapter_model.safetensors"), "adapter_model"),
+    "more weights": (lambda f: shutil.copy(f / "model.safetensors", f / "other.safetensors"), "other.safetensors is no file"),
+    "a pickle beside": (lambda f: (f / "pytorch_model.bin").touch(), "pytorch_model.bin is no file"),
+    "an index beside": (lambda f: (f / packed_files.INDEX).write_text("{}"), "index.json is no file"),
+    "a pipe": (lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors")), "neither"),
+    "a link out": (lambda f: link_out(f / "model.safetensors"), "is a link out of its folder"),
     "other class": (lambda f: edit_json(f / "config.json", lambda c: c.update(architectures=["Trainer"])), "which is no model"),
-    "class of no sense": (lambda f: edit_json(f / "config.json", lambda c: c.update(architectures=[3])), "cannot"),
+    "class of no sense": (lambda f: edit_json(f / "config.json", lambda c: c.update(architectures=[3])), "no names"),
     "unknown class": (lambda f: edit_json(f / "config.json", lambda c: c.update(architectures=["Foo"])) or
                       weights(f, lambda t: t.pop("model.norm.weight")), "'model.norm.weight' of the model is missing"),
     "absurd width": (lambda f: edit_json(f / "config.json", lambda c: c.update(intermediate_size=1 << 40)), "damaged"),
@@ -285,6 +347,14 @@ SHARDED = {
     "outside": (lambda f: index(f, lambda m: m.update({V: "../single/model.safetensors"})), "not opened"),
     "absolute": (lambda f: index(f, lambda m: m.update({V: "/etc/passwd"})), "not opened"),
     "a pickle": (lambda f: index(f, lambda m: m.update({V: "pytorch_model.bin"})), "not opened"),
+    "a folder below": (lambda f: index(f, lambda m: m.update({V: "sub/model.safetensors"})), "not opened"),
+    "a name with NUL": (lambda f: index(f, lambda m: m.update({V: "a\0.safetensors"})), r"'a\\x00.safetensors' is missing"),
+    "no name": (lambda f: index(f, lambda m: m.update({V: ["model.safetensors"]})), "no weight_map of file names"),
+    "a pipe": (lambda f: (n := first_shard(f), n.unlink(), os.mkfifo(n)), "is missing"),
+    "a shard that is not in the index": (lambda f: shutil.copy(first_shard(f), f / "model-00009-of-00009.safetensors"), "00009"),
+    "one file beside": (lambda f: shutil.copy(first_shard(f), f / "model.safetensors"), "is no file of the packed"),
+    "shards swapped": (lambda f: swap(*sorted(f.glob("*-of-*.safetensors"))[:2]), "disagree about tensor"),
+    "no metadata": (lambda f: edit_json(f / packed_files.INDEX, lambda i: i.pop("metadata")), "has no metadata"),
     "shard missing": (lambda f: first_shard(f).unlink(), "is missing"),
     "entry missing": (lambda f: index(f, lambda m: m.pop(V)), "disagree about tensor"),
     "entry of nothing": (lambda f: index(f, lambda m: m.update(ghost=first_shard(f).name)), "disagree about tensor"),
@@ -294,24 +364,37 @@ SHARDED = {
 }  # fmt: skip
 
 
+# from_pretrained of transformers reads config.json and looks for weights before it asks us, and takes any class's
+THEIRS = ("somebody else's", "module twice", "no config", "config no json", "config a list", "no weights", "a pipe")
+TAKEN = ("other class", "unknown class")
+
+
 def refuse(folder, match):
     with pytest.raises(SparseForgeError, match=match) as caught:
         sf.load(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    return str(caught.value)
+
+
+def refuse_at_both_doors(folder, match):
+    sentence = refuse(folder, match)
+    with pytest.raises(SparseForgeError) as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert str(caught.value) == sentence
 
 
 @pytest.mark.parametrize("case", SINGLE)
 def test_damaged(damaged, case):
     damage, match = SINGLE[case]
     damage(damaged[0])
-    refuse(damaged[0], match)
+    (refuse if case in (*THEIRS, *TAKEN) else refuse_at_both_doors)(damaged[0], match)
 
 
 @pytest.mark.parametrize("case", SHARDED)
 def test_damaged_shards(damaged, case):
     damage, match = SHARDED[case]
     damage(damaged[1])
-    refuse(damaged[1], match)
+    refuse_at_both_doors(damaged[1], match)
 
 
 def test_checksums(originals, tmp_path):
@@ -322,6 +405,23 @@ def test_checksums(originals, tmp_path):
     refuse(folder, "other.safetensors")
     header(folder, lambda h: h.update(files=["model.safetensors"]))
     refuse(folder, "not SHA-256 sums")
+
+
+def test_links_of_a_cache_and_those_that_a_checksum_vouches_for(originals, damaged, tmp_path):
+    home = tmp_path / "models--a--b"
+    snapshot = home / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    for file in damaged[1].iterdir():  # without checksums
+        shutil.copy(file, home / "blobs" / f"{file.name}.blob")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{file.name}.blob")
+    want = sf.load(originals[0])[0](IDS).logits
+    assert torch.equal(sf.load(snapshot)[0](IDS).logits, want)
+    linked = Path(shutil.copytree(originals[0], tmp_path / "linked"))
+    link_out(linked / "model.safetensors")
+    assert torch.equal(LlamaForCausalLM.from_pretrained(linked)(IDS).logits, want)
+    flip(tmp_path / "elsewhere.safetensors", -3)
+    refuse_at_both_doors(linked, "SHA-256 differs")
 
 
 def test_pickles_are_not_loaded(originals, tmp_path):

@@ -92,7 +92,7 @@ def test_a_table_goes_through_a_file_and_needs_no_measuring(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", '{"version": 99, "rows": []}', '{"version": 2}', '{"version": 2, "rows": [{"out": 1}]}',
+    ["", "[]", "[" * 100_000, '{"version": 99, "rows": []}', '{"version": 2}', '{"version": 2, "rows": [{"out": 1}]}',
      '{"version": 2, "rows": [{"out": 1, "in": 4, "dtype": "float32", "layout": "rows", "tokens": 1, "dense_us": 0, "sparse_us": 1,'
      ' "dense_quartiles": [0, 0], "sparse_quartiles": [1, 1]}]}'],
 )  # fmt: skip
@@ -103,6 +103,20 @@ def test_files_that_are_no_table(tmp_path, text):
         cost.load_table(path)
     with pytest.raises(SparseForgeError, match="not a cost table"):
         cost.load_table(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("out", -1), ("in", 1 << 70), ("in", "x"), ("in", True), ("dtype", "object"), ("layout", 3), ("tokens", 1.5),
+     ("dense_us", float("inf")), ("sparse_us", -1), ("sparse_us", "1"), ("dense_quartiles", []),
+     ("sparse_quartiles", [1, float("nan")])],
+)  # fmt: skip
+def test_a_damaged_row(tmp_path, entry, value):
+    row = {**timing(1, 1.5).describe(), entry: value}
+    (tmp_path / "table.json").write_text(json.dumps({"version": 2, "rows": [row]}))
+    with pytest.raises(SparseForgeError, match="is not a cost table") as caught:
+        cost.load_table(tmp_path / "table.json")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("batch", [[], [0], [4, -1]])

@@ -102,6 +102,22 @@ def test_a_program_exports_to_the_same_bytes_whatever_its_name(sparse, tmp_path)
     assert (tmp_path / "a.pt2").read_bytes() == (tmp_path / "b.pt2").read_bytes()
 
 
+def test_what_is_not_as_it_was_written_is_told(sparse, tmp_path):
+    found = sparse("mlp")
+    path = tmp_path / "m.pt2"
+    sf.export(found.model, path, found.example, gate=False)
+    sf.check_export(path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "bad.pt2", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name)[::-1] if name.endswith("weight_0") else old.read(name))
+    with pytest.raises(SparseForgeError, match="data/weights/weight_0' differs"):
+        sf.check_export(tmp_path / "bad.pt2")
+    torch.export.save(torch.export.load(path), tmp_path / "bare.pt2")
+    for name, match in (("bare.pt2", "has no checksums"), ("none.pt2", "No such file")):
+        with pytest.raises(SparseForgeError, match=match):
+            sf.check_export(tmp_path / name)
+
+
 def test_packed_linears_stay_packed(sparse, tmp_path):
     found = sparse("llama")
     batch = found.batch(rows=3)
@@ -162,6 +178,7 @@ def test_a_compiled_package_is_the_same_again(package, tmp_path):
     path, found, _ = package
     sf.export(found.model, tmp_path / "again.pt2", found.example, format="aoti", gate=False)
     assert (tmp_path / "again.pt2").read_bytes() == path.read_bytes()
+    sf.check_export(path)
 
 
 @pytest.mark.slow

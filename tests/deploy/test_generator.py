@@ -1,7 +1,9 @@
 """export_generator, load_generator: tokens equal to generate(), one copy of the weights, and errors in one sentence."""
 
+import io
 import json
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tiny_models import build
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import sparseforge_fx as sf
+from sparseforge_fx.deploy.archive import CHECKSUMS, seal
 from sparseforge_fx.deploy.generation import SPEC_FILE
 from sparseforge_fx.errors import SparseForgeError
 
@@ -227,13 +230,22 @@ def test_a_state_space_model_is_refused(tmp_path):
         sf.export_generator(transformers.MambaForCausalLM(config), tmp_path / "g.pt2", max_length=16)
 
 
-def rewritten(path, target, change):
-    """The archive with the bytes of each file changed by ``change(name, bytes)``; None drops it."""
+def rewritten(path, target, change, more=None, sealed=True):
+    """The archive with the bytes of each file changed by ``change(name, bytes)``, where None drops it, and ``more``
+    files by name; with the checksums of that, or with the old ones."""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             data = change(name, old.read(name))
-            if data is not None:
+            if data is not None and not (sealed and name.endswith(CHECKSUMS)):
                 new.writestr(name, data)
+        for name, data in (more or {}).items():
+            new.writestr(f"model/{name}", data)
+    if sealed:
+        seal(target)
+
+
+def same(name, data):
+    return data
 
 
 def with_spec(**fields):
@@ -245,6 +257,7 @@ def with_spec(**fields):
     [
         (with_spec(version=99), "version 99"),
         (with_spec(version=None), "version None"),
+        (with_spec(version=1), "version 1 of"),  # before there were checksums
         (with_spec(max_length=1 << 40), "describes its cache or tokens wrongly"),
         (with_spec(max_length="40"), "describes its cache or tokens wrongly"),
         (with_spec(cache=[[[1, LENGTH, 1 << 20]] * 2] * 2), "made for another cache"),
@@ -258,18 +271,93 @@ def with_spec(**fields):
         ),
         (with_spec(format="pickle"), "describes its cache or tokens wrongly"),
         (with_spec(eos_token_id=7), "describes its cache or tokens wrongly"),
+        (with_spec(eos_token_id=[1 << 70]), "describes its cache or tokens wrongly"),
+        (with_spec(pad_token_id=[]), "describes its cache or tokens wrongly"),
         (lambda name, data: None if name.endswith(SPEC_FILE) else data, "not a file of sf.export_generator"),
-        (lambda name, data: b"{" if name.endswith(SPEC_FILE) else data, "not a file of sf.export_generator"),
+        (lambda name, data: b"{" if name.endswith(SPEC_FILE) else data, "no export, or it is damaged"),
+        (lambda name, data: b"[" * 100_000 if name.endswith(SPEC_FILE) else data, "no export, or it is damaged"),
         (lambda name, data: b"[]" if name.endswith(SPEC_FILE) else data, "version None"),
         (lambda name, data: None if name.endswith("models/decode.json") else data, "cannot be loaded"),
         (lambda name, data: data[:-9] if name.endswith("models/prefill.json") else data, "cannot be loaded"),
         (lambda name, data: data[:-2] if name.endswith("weight_0") else data, "cannot be loaded"),
+        (lambda name, data: b"" if name.endswith("weight_0") else data, "something else than tensors"),
+        (lambda name, data: b"{" if name.endswith("tokenizer.tokenizer.json") else data, "cannot be loaded"),
     ],
 )
 def test_damaged_files(exported, tmp_path, change, message):
     rewritten(exported("llama")[1], tmp_path / "bad.pt2", change)
     with pytest.raises(SparseForgeError, match=message):
         sf.load_generator(tmp_path / "bad.pt2")
+
+
+@pytest.mark.parametrize("place", ["data/weights/weight_0", "data/constants/tensor_0", "models/decode.json", "version"])
+def test_a_changed_bit_is_noticed(exported, tmp_path, place):
+    change = lambda name, data: bytes([data[0] ^ 1, *data[1:]]) if name.endswith(place) else data  # noqa: E731
+    rewritten(exported("llama")[1], tmp_path / "bad.pt2", change, sealed=False)  # all that a zip checks is right
+    for check in (sf.load_generator, sf.check_export):
+        with pytest.raises(SparseForgeError, match=f"not what was written .*{place}' differs"):
+            check(tmp_path / "bad.pt2")
+
+
+def test_a_bit_that_flips_on_the_disk_is_noticed(exported, tmp_path):
+    path = exported("llama")[1]
+    with zipfile.ZipFile(path) as archive:
+        weight = archive.read("model/data/weights/weight_0")
+    data = bytearray(path.read_bytes())
+    data[data.index(weight) + len(weight) // 2] ^= 4
+    (tmp_path / "bad.pt2").write_bytes(data)
+    with pytest.raises(SparseForgeError, match="it is damaged"):
+        sf.load_generator(tmp_path / "bad.pt2")
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def with_pickle(name, data):
+    """The description of weights, one of which is to be unpickled."""
+    if not name.endswith("prefill_weights_config.json"):
+        return data
+    content = json.loads(data)
+    next(iter(content["config"].values())).update(use_pickle=True)
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "message"),
+    [
+        (same, "data/weights/prefill.pt", "something else than tensors"),
+        (same, "data/constants/opaque_obj_0", "something else than tensors"),
+        (lambda n, d: None if n.endswith("prefill.pt") else d, "data/sample_inputs/prefill.pt", "has a pickle in it"),
+        (lambda n, d: None if n.endswith("weight_0") else with_pickle(n, d), "data/weights/weight_0", "something else"),
+        (same, "data/aotinductor/model/model.so", "compiled code"),
+    ],
+)
+def test_nothing_is_unpickled_or_run(exported, tmp_path, change, place, message):
+    evil = io.BytesIO()
+    torch.save(Evil(tmp_path / "ran"), evil)
+    rewritten(exported("llama")[1], tmp_path / "bad.pt2", change, {place: evil.getvalue()})
+    with pytest.raises(SparseForgeError, match=message):
+        sf.load_generator(tmp_path / "bad.pt2")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_inflates(exported, tmp_path):
+    path = tmp_path / "bad.pt2"
+    rewritten(exported("llama")[1], path, lambda name, data: None if name.endswith(SPEC_FILE) else data)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"model/extra/{SPEC_FILE}", b" " * (300 << 20))
+    tracemalloc.start()
+    with pytest.raises(SparseForgeError, match="not one that torch writes"):
+        sf.load_generator(path)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
 
 
 def test_truncated_and_absent_files(exported, tmp_path):

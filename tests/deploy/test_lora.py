@@ -2,11 +2,12 @@
 
 import copy
 import sys
+import warnings
 
 import pytest
 import torch
 from adapted_models import TARGET, adapted, layers, lowered
-from packed_models import IDS, sparse_model
+from packed_models import IDS, edit_json, sparse_model
 from tiny_checkpoint import byte_tokenizer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -169,3 +170,14 @@ def test_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SparseForgeError, match=r"pip install 'sparseforge-fx\[lora\]'"):
         sf.merge_lora(object())
+
+
+def test_an_adapter_of_another_model_is_not_merged_in_silence(tmp_path):
+    adapted(sparse_model("gpt2"), ["c_fc"]).save_pretrained(tmp_path)
+    edit_json(tmp_path / "adapter_config.json", lambda c: c.update(target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that keys are missing, and goes on
+        foreign = peft.PeftModel.from_pretrained(sparse_model("llama"), tmp_path)
+    for mode in ("masked", "separate"):
+        with pytest.raises(SparseForgeError, match="was made for another model"):
+            sf.merge_lora(foreign, mode)

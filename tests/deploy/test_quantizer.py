@@ -1,5 +1,6 @@
 """from_pretrained of packed checkpoints: pipelines, devices, dtypes, other classes, and loaders that do not know us."""
 
+import shutil
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from packed_models import GREEDY, IDS, SITES, edit_json, pack_to, remembered, sparse_model
 from safetensors.torch import load_file
 from tiny_checkpoint import byte_tokenizer
-from transformers import AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, pipeline
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 
@@ -17,6 +18,8 @@ from sparseforge_fx.deploy.modules import SparseLinear
 from sparseforge_fx.deploy.quantizer import METHOD, PackedConfig, packed_linears
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import PLANES
+
+peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,64 @@ def test_what_the_quantizer_refuses(folder, tmp_path):
     edit_json(index, lambda i: i["weight_map"].update({k: outside for k in list(i["weight_map"])[:1]}))
     with pytest.raises(SparseForgeError, match="not opened"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "p")
+
+
+OTHER_WAYS = {  # in which from_pretrained does not tell where it looks before it has built a model
+    "class": lambda folder: LlamaForCausalLM.from_pretrained(folder),
+    "subfolder": lambda folder: AutoModelForCausalLM.from_pretrained(folder.parent, subfolder=folder.name),
+    "adapter": lambda folder: AutoModelForCausalLM.from_pretrained(adapter_of(folder)),
+}
+
+
+def adapter_of(folder):
+    """A folder of an adapter for it."""
+    model = peft.get_peft_model(sparse_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(folder.parent / "adapter")
+    edit_json(
+        folder.parent / "adapter" / "adapter_config.json", lambda c: c.update(base_model_name_or_path=str(folder))
+    )
+    return folder.parent / "adapter"
+
+
+def lie_about_places(folder, place):
+    names = f"{place}/model.safetensors"
+    edit_json(
+        folder / "model.safetensors.index.json", lambda i: i.update(weight_map=dict.fromkeys(i["weight_map"], names))
+    )
+
+
+LIES = {
+    "adapter": (lambda f: shutil.copy(adapter_of(f) / "adapter_config.json", f), "adapter_config.json is no file"),
+    "pickle": (lambda f: (f / "pytorch_model.bin").touch(), "pytorch_model.bin is no file"),
+    "one file": (lambda f: shutil.copy(f.parent / "outside" / "model.safetensors", f), "is no file of the packed"),
+    "outside": (lambda f: lie_about_places(f, "../outside"), "not opened"),
+    "absolute": (lambda f: lie_about_places(f, f.parent / "outside"), "not opened"),
+    "below": (lambda f: lie_about_places(f, shutil.copytree(f.parent / "outside", f / "in").name), "not opened"),
+    "layers": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(num_hidden_layers=10**6)),
+        "more than 166 modules|tells of 1000000 layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_the_other_ways_in(tmp_path, way):
+    folder = pack_to(tmp_path / "p", max_shard_size="20KB")
+    assert len(packed_linears(OTHER_WAYS[way](folder))) == SITES["llama"]
+
+
+@pytest.mark.parametrize(
+    ("way", "lie"),
+    [(way, lie) for way in OTHER_WAYS for lie in LIES if way != "subfolder" or lie not in ("adapter", "absolute")],
+)
+def test_lies_at_the_other_ways_in(tmp_path, way, lie):
+    folder = pack_to(tmp_path / "p", max_shard_size="20KB")
+    for place in (folder, pack_to(tmp_path / "outside")):  # without checksums, both with the same header
+        edit_json(place / "config.json", lambda c: c["quantization_config"].pop("files"))
+    change, match = LIES[lie]
+    change(folder)
+    with pytest.raises(SparseForgeError, match=match):
+        OTHER_WAYS[way](folder)
 
 
 def test_registered_if_transformers_came_first(
