@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.forward import spelled_out, unwrapped
 from sparseforge_fx.program import Program
 
 
@@ -34,23 +35,24 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
 
     Raises SparseForgeError naming the line of the model that torch.export could not take, and what to try.
     """
-    check_module(model)
+    model = unwrapped(model)
+    if any(p.is_inference() for p in model.parameters()):
+        raise SparseForgeError(
+            f"the weights of {type(model).__name__} were made under torch.inference_mode(), which forbids to change "
+            "them: load the model outside of it"
+        )
     args, kwargs = as_call(make_example_inputs(model) if example_inputs is None else example_inputs)
     modes = {m: m.training for m in model.modules()}
     try:
-        with _no_cache(model), torch.enable_grad():
+        # compiled parts run as they were written; inference tensors could not be traced
+        eagerly = torch.compiler.set_stance("force_eager")
+        with _no_cache(model), torch.inference_mode(False), torch.enable_grad(), eagerly, spelled_out(model, kwargs):
             model.eval()
-            exported, notes = _export(model, args, kwargs)
+            exported, notes = _export(model, *pytree.tree_map(_normal, (args, kwargs)))
     finally:
         for module, mode in modes.items():
             module.training = mode
     return Program(exported, model, notes)
-
-
-def check_module(model: Any) -> None:
-    """Raise a SparseForgeError unless it is an nn.Module."""
-    if not isinstance(model, nn.Module):
-        raise SparseForgeError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:
@@ -122,23 +124,64 @@ def _quiet() -> Iterator[None]:
 def _export(model: nn.Module, args: tuple, kwargs: dict) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Export with batch and sequence dynamic; where the model forbids it, fix the sequence, then both, and say so."""
     try:
-        by_name = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise SparseForgeError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
     first: Exception | None = None
-    for dims, fixed in (((0, 1), ""), ((0,), "the sequence dimension"), ((), "batch and sequence dimensions")):
-        shapes = pytree.tree_map(lambda leaf, dims=dims: _dynamic(leaf, dims), dict(by_name)) if dims else None
+    attempts = [((0, 1), ""), ((0,), "the sequence dimension"), ((), "batch and sequence dimensions")]
+    wider = _doubled(model, args, kwargs)
+    while attempts:
+        dims, fixed = attempts.pop(0)
+        call = (args, kwargs) if wider is None or not dims else wider
+        named = inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
+        shapes = pytree.tree_map(lambda leaf, dims=dims: _dynamic(leaf, dims), dict(named)) if dims else None
+        known = len(pytree.SUPPORTED_NODES)
         try:
             with _quiet():
-                example = pytree.tree_map(_alias, (args, kwargs))
+                example = pytree.tree_map(_alias, call)
                 exported = torch.export.export(model, *example, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # an open set: whatever the model's own code and the tracer raise
-            first = first or error
+            if len(pytree.SUPPORTED_NODES) > known:  # an output class that was first imported within the trace
+                attempts.insert(0, (dims, fixed))
+            else:
+                first = first or error
             continue
         why = (f"{fixed} had to be fixed at the example's size ({_one_line(first)})",) if first else ()
         return exported, why + tuple(_specialised(exported, dims))
     assert first is not None
     raise SparseForgeError(_explain(model, args, kwargs, first)) from first
+
+
+def _normal(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+
+def _doubled(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """The inputs with each row twice where all have one row, and likewise single positions of ids: a size of one would
+    be taken for a constant. None where nothing is single, or the model does not take it."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+    rows = bool(tensors) and all(t.shape[0] == 1 for t in tensors)
+    single = any(_are_ids(t) and t.shape[1] == 1 for t in tensors)
+    if not rows and not single:
+        return None
+
+    def twice(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return leaf
+        leaf = leaf.repeat(2, *[1] * (leaf.dim() - 1)) if rows else leaf
+        return leaf.repeat(1, 2) if single and _are_ids(leaf) and leaf.shape[1] == 1 else leaf
+
+    wider = pytree.tree_map(twice, (args, kwargs))
+    try:
+        with torch.no_grad(), _quiet():
+            model(*wider[0], **wider[1])
+    except Exception:  # an open set: whatever the model raises
+        return None
+    return wider
+
+
+def _are_ids(leaf: Tensor) -> bool:
+    return leaf.dim() == 2 and not leaf.is_floating_point()
 
 
 def _alias(leaf: Any) -> Any:
@@ -148,7 +191,11 @@ def _alias(leaf: Any) -> Any:
 
 def _dynamic(leaf: Any, dims: tuple[int, ...]) -> Any:
     # Dim.AUTO: dynamic unless the model itself pins it (a feature dimension, say)
-    return {d: Dim.AUTO for d in dims if d < leaf.dim() and leaf.shape[d] > 1} if isinstance(leaf, Tensor) else None
+    if not isinstance(leaf, Tensor):
+        return None
+    if 1 in dims and not leaf.is_floating_point():
+        dims = tuple(range(leaf.dim()))  # of ids and masks every dimension counts something
+    return {d: Dim.AUTO for d in dims if d < leaf.dim() and leaf.shape[d] > 1}
 
 
 def _specialised(exported: ExportedProgram, dims: tuple[int, ...]) -> Iterator[str]:
@@ -162,7 +209,9 @@ def _specialised(exported: ExportedProgram, dims: tuple[int, ...]) -> Iterator[s
             )  # elsewhere dimension 1 may be channels or features
             for d, what in enumerate(("batch", "sequence") if ids else ("batch",)):
                 if d in dims and d < value.dim() and is_concrete_int(value.shape[d]):
-                    yield f"the {what} dimension of {name} is fixed at {int(value.shape[d])} by the model"
+                    size = int(value.shape[d])
+                    by = "by the example, where it is single" if size == 1 else "by the model"
+                    yield f"the {what} dimension of {name} is fixed at {size} {by}"
 
 
 def _one_line(error: BaseException) -> str:
@@ -185,7 +234,10 @@ def _explain(model: nn.Module, args: tuple, kwargs: dict, error: Exception) -> s
             model(*args, **kwargs)
     except Exception as own:  # an open set: whatever the model raises
         return f"{name} itself fails on the example inputs{_where(own)}: {_one_line(own)}; pass inputs that it takes"
+    on_values = "data-dependent" in str(error) or "dynamic control flow" in str(error)
+    advice = "without Python control flow on tensor values" if on_values else "with torch's own operators alone"
+    advice = f"rewrite that line {advice}, or " if _where(error) else ""
     return (
-        f"torch.export cannot take {name}{_where(error)}: {_one_line(error)}; rewrite that line without Python control "
-        "flow on tensor values, or sparsify the submodule that does the work (sf.sparsify(model.part, ...))"
+        f"torch.export cannot take {name}{_where(error)}: {_one_line(error)}; {advice}sparsify the submodule that does "
+        "the work (sf.sparsify(model.part, ...))"
     )

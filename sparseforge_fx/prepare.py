@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparseforge_fx.capture import capture
 from sparseforge_fx.distill import check_losses
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.forward import unwrapped
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -21,6 +22,8 @@ from sparseforge_fx.reading import example_of
 from sparseforge_fx.sparse_model import SparseModel
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # training needs both, whatever the caller stands in
 def prepare(
     model: nn.Module,
     example_inputs: Any = None,
@@ -56,6 +59,7 @@ def prepare(
     if not config.by_gradient:
         raise SparseForgeError(f"{type(config).__name__} learns without gradients: run it with sparsify()")
     check_losses(divergence, features)
+    check_weights(model)
     program = capture(model, None if example_inputs is None else example_of(model, example_inputs))
     sites = find_linears(program, config.pattern, include, exclude)
     check_sites(program, sites)
@@ -74,6 +78,18 @@ def prepare(
     return sparse
 
 
+def check_weights(model: nn.Module) -> None:
+    """Raise a SparseForgeError unless the weights are here, all of them: a capture would take its time first."""
+    absent = next((n for n, p in unwrapped(model).named_parameters() if p.is_meta), None)
+    if absent is not None:
+        parts = set(map(str, getattr(model, "hf_device_map", {}).values())) & {"cpu", "disk"}
+        why = f"{' and '.join(sorted(parts))} hold them until they are asked for" if parts else "it has a shape alone"
+        raise SparseForgeError(
+            f"{absent} is on the meta device ({why}): load the model with all of its weights, and without a device_map "
+            "that offloads them"
+        )
+
+
 def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
     """Raise a SparseForgeError if there is nothing to prune, or a weight that cannot be ranked."""
     if not eligible(sites):
@@ -81,8 +97,6 @@ def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
         raise SparseForgeError(f"nothing to prune: {reasons}")
     for site in eligible(sites):
         value = program.tensor(site.fqn)
-        if value.is_meta:
-            raise SparseForgeError(f"{site.fqn} is on the meta device: load the model's weights first")
         if not torch.isfinite(value).all():
             raise SparseForgeError(f"{site.fqn} holds NaN or infinite values: repair the checkpoint first")
 

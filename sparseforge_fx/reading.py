@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparseforge_fx.capture import as_call, check_module
+from sparseforge_fx.capture import as_call
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.forward import named_parameters, positional_names
 from sparseforge_fx.program import Program
 from sparseforge_fx.rows import DECODER_MASK, MASK
 
@@ -59,6 +60,7 @@ class Reader:
     """
 
     def __init__(self, program: Program):
+        assert program.source is not None
         self._model = program.source
         self._in_spec = program.exported.call_spec.in_spec
         self._count, self._keywords = call_signature(self._in_spec)
@@ -76,7 +78,7 @@ class Reader:
 
         Raises SparseForgeError if it lacks what the model was captured with, or if padding would be taken for text.
         """
-        given = by_name(self._model, args, kwargs)
+        given = {n: pytree.tree_map(_normal, v) for n, v in by_name(self._model, args, kwargs).items()}
         positional = positional_names(self._model, max(self._count, len(args)))[: self._count]
         captured = [*positional, *self._keywords]
         for mask, ids in ((MASK, "input_ids"), (DECODER_MASK, DECODER_IDS)):
@@ -138,10 +140,9 @@ class Reader:
 def example_of(model: nn.Module, batch: Any) -> Any:
     """The inputs to capture ``model`` with, out of one of the user's batches: no labels, nothing that forward does not
     take, and what a decoder reads where the labels say it."""
-    check_module(model)
     args, kwargs = as_call(batch)
     given = by_name(model, args, kwargs)
-    parameters, anything = _parameters(model)
+    parameters, anything = named_parameters(model)
     left_out = {*FURTHER_LABELS, *LABELS, *SPAN} - _required(parameters)
     positional = positional_names(model, len(args))
     accepted = {*parameters, *positional}
@@ -155,14 +156,14 @@ def example_of(model: nn.Module, batch: Any) -> Any:
     return wanted
 
 
-def by_name(model: nn.Module | None, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def by_name(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The whole batch by the names of the model's forward, however it was given.
 
     A mapping is taken apart, unless a forward with one input has none of its names; one further item than forward
     takes is the labels (as of a data loader's pairs), ``label`` and ``label_ids`` are the labels too; a decoder's
     inputs are made from the labels by the model's own rule where they are missing.
     """
-    parameters, anything = _parameters(model)
+    parameters, anything = named_parameters(model)
     required = _required(parameters)
     only = args[0] if len(args) == 1 else None
     if isinstance(only, Mapping) and (anything or set(only) & set(parameters)):
@@ -183,7 +184,7 @@ def by_name(model: nn.Module | None, args: tuple, kwargs: Mapping[str, Any]) -> 
     return given
 
 
-def _complete_decoder(model: nn.Module | None, given: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+def _complete_decoder(model: nn.Module, given: dict[str, Any], parameters: Mapping[str, Any]) -> None:
     labels = given.get(LABELS[0])
     if not (_is_encoder_decoder(model) and isinstance(labels, Tensor) and labels.dim() == 2):
         return
@@ -217,44 +218,8 @@ def _shift_right(model: Any) -> Any:
     return shift
 
 
-def forward_of(model: nn.Module) -> Any:
-    """The forward whose signature speaks: of what torch.compile or an adapter library has wrapped."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and hasattr(model, "get_base_model") and _takes_anything(model):
-            inner = model.get_base_model()  # type: ignore[operator]
-        if inner is None or inner is model:
-            return model.forward
-        model = inner
-
-
-def _takes_anything(model: nn.Module) -> bool:
-    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
-    return kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-
-
-def _parameters(model: nn.Module | None) -> tuple[dict[str, inspect.Parameter], bool]:
-    """Named inputs of forward, and whether it names none but takes anything by name."""
-    if model is None:
-        return {}, True
-    found = inspect.signature(forward_of(model)).parameters
-    named = {n: p for n, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return named, not named and any(p.kind == p.VAR_KEYWORD for p in found.values())
-
-
 def _required(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
     return {n for n, p in parameters.items() if p.default is p.empty}
-
-
-def positional_names(model: nn.Module | None, count: int) -> list[str]:
-    """Names of the first ``count`` positional inputs of a model's forward; *args have a number each."""
-    names: list[str] = []
-    for name, parameter in inspect.signature(forward_of(model)).parameters.items() if model is not None else ():
-        if parameter.kind == parameter.VAR_POSITIONAL:
-            names += [f"{name}[{i}]" for i in range(count)]
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append(name)
-    return names[:count]
 
 
 def call_signature(in_spec: pytree.TreeSpec | None) -> tuple[int, list[str]]:
@@ -265,21 +230,21 @@ def call_signature(in_spec: pytree.TreeSpec | None) -> tuple[int, list[str]]:
     return positional.num_children, list(keyword.context or ())
 
 
-def is_causal_lm(model: nn.Module | None) -> bool:
+def is_causal_lm(model: nn.Module) -> bool:
     """Are the labels of position t those of t + 1? So it is in every transformers model that generates without an
     encoder, also inside of a module of the user's own."""
-    for module in model.modules() if model is not None else ():
+    for module in model.modules():
         can_generate = getattr(type(module), "can_generate", None)
         if can_generate is not None:
             return bool(can_generate()) and not _is_encoder_decoder(module)
     return False
 
 
-def _is_encoder_decoder(model: nn.Module | None) -> bool:
+def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _padding_token(model: nn.Module | None) -> int | None:
+def _padding_token(model: nn.Module) -> int | None:
     """The token that can be nothing but padding."""
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
@@ -297,6 +262,11 @@ def _ends_in_padding(ids: Any, pad: int | None) -> bool:
 
 def _shape(value: Any) -> torch.Size | None:
     return value.shape if isinstance(value, Tensor) else None
+
+
+def _normal(leaf: Any) -> Any:
+    """Tensors made under inference_mode cannot be trained on; their copies can."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 def _holds_tensors(value: Any) -> bool:

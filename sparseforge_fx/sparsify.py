@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from sparseforge_fx.batches import Batches, as_batches
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.distill import check_losses
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.forward import signature_of
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.catalog import find_method, find_options
 from sparseforge_fx.methods.layerwise import Solve, prune_layer_by_layer, undone_on_error
@@ -27,9 +27,9 @@ from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_pa
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import AnyPattern, check_pattern, density, parse_pattern
-from sparseforge_fx.prepare import check_sites, finalize
+from sparseforge_fx.prepare import check_sites, check_weights, finalize
 from sparseforge_fx.program import Program
-from sparseforge_fx.reading import LABELS, SPAN, Reader, Reading, example_of, forward_of
+from sparseforge_fx.reading import LABELS, SPAN, Reader, Reading, example_of
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.train import count_tokens, train
@@ -43,6 +43,8 @@ class SparsifyResult:
     report: dict[str, Any] = field(repr=False)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # training needs both, whatever the caller stands in
 def sparsify(
     model: nn.Module,
     data: Any = None,
@@ -120,6 +122,7 @@ def sparsify(
     if unknown:
         raise SparseForgeError(f"method {chosen} has no option {', '.join(sorted(unknown))}")
     solve = LAYERWISE[chosen](shape, **changes) if chosen in LAYERWISE else None
+    check_weights(model)
     torch.manual_seed(seed)
     batches = None
     if chosen != "magnitude":
@@ -347,7 +350,7 @@ def _check_batch(program: Program, reader: Reader, objective: Objective, batch: 
 
 def _compare_with_the_models_own(model: nn.Module, batch: Any, found: Reading, ours: Tensor, reader: Reader) -> None:
     """A model that makes a loss of labels knows best what they are: say where it differs."""
-    takes = inspect.signature(forward_of(model)).parameters
+    takes = signature_of(model).parameters
     labels = [n for n in (*LABELS, *SPAN) if n in takes and found.given.get(n) is not None]
     if not labels:
         return

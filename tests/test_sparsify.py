@@ -1,5 +1,6 @@
 """The whole job in one call: every method on every kind of model, what it leaves as it was, and what it refuses."""
 
+import contextlib
 import json
 
 import pytest
@@ -276,6 +277,32 @@ def test_what_the_user_froze_stays_to_the_bit(method, preset):
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert not any(n.startswith("0.") for n in moved) and "1.weight" in moved
     assert ("2.bias" in moved) == (method != "alps")  # what nobody froze trains
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_grad_mode_does_not_matter(captured_once, mode):
+    found = captured_once("llama")
+    results = []
+    for context in (contextlib.nullcontext, mode):
+        found.reset()
+        with context():
+            batches = [{"input_ids": found.batch(seed)["input_ids"].clone()} for seed in range(4)]
+            sf.sparsify(found.model, batches, preset="paper", **SMALL)
+            assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
+        results.append({n: p.detach().clone() for n, p in found.model.named_parameters()})
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=0, atol=0)
+
+
+def test_weights_that_are_elsewhere_are_missed_before_the_capture(monkeypatch):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    model[1].to("meta")
+    monkeypatch.setattr("sparseforge_fx.capture.torch.export.export", None)
+    with pytest.raises(SparseForgeError, match=r"1\.weight is on the meta device \(it has a shape alone"):
+        sf.sparsify(model, example_inputs=torch.randn(2, 16))
+    model.hf_device_map = {"0": 0, "1": "disk"}
+    with pytest.raises(SparseForgeError, match="disk hold them"):
+        sf.prepare(model, torch.randn(2, 16), sf.paper_preset(4))
 
 
 def test_a_label_out_of_range_is_found_before_training():
