@@ -6,16 +6,16 @@ What is alive at one point of the graph is all the memory that it takes, whateve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.capture import as_call
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.reading import Reading, call_signature
 from sparseforge_fx.rows import mask_names, real_rows
 
@@ -49,31 +49,68 @@ def layer_by_layer(
     blind: set[Node] = set()
     for run in runs:
         run.env = {}
-    for node in module.graph.nodes:
-        if node.op == "output":
-            break
-        if node in weights and weights[node][0] not in seen:
-            name, index = weights[node]
-            seen.add(name)
-            source = node.args[index]
-            if source not in moments:
-                masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
-                moments[source], told = _second_moment((run.env[source] for run in runs), masks)
-                if not told:
-                    blind.add(source)
-            if source in blind:
-                padded.add(name)
-            visit(name, moments[source])
+    for step in _steps(module.graph):
+        for node in step:
+            if node in weights and weights[node][0] not in seen:
+                name, index = weights[node]
+                seen.add(name)
+                source = node.args[index]
+                if source not in moments:
+                    if source in step:
+                        raise SparseForgeError(f"{name} is used within torch.vmap and cannot be calibrated: exclude it")
+                    masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
+                    moments[source], known = _second_moment((run.env[source] for run in runs), masks)
+                    if not known:
+                        blind.add(source)
+                if source in blind:
+                    padded.add(name)
+                visit(name, moments[source])
         for index, (run, feed) in enumerate(zip(runs, feeds, strict=True)):
             try:
-                run.env[node] = next(feed) if node.op == "placeholder" else run.run_node(node)
-            except (AssertionError, IndexError) as error:  # a size or a token that the model does not take
-                raise SparseForgeError(f"calibration batch {index} does not fit the model: {error}") from error
-        for dead in last.get(node, ()):
-            moments.pop(dead, None)
-            for run in runs:
-                run.env.pop(dead, None)
+                _run(run, step, feed)
+            except torch.OutOfMemoryError:
+                raise
+            except (AssertionError, IndexError, RuntimeError) as error:  # a size or a token that it does not take
+                told = f"calibration batch {index} does not fit the model: {one_line(error)}"
+                raise SparseForgeError(told) from error
+        for node in step:
+            for dead in last.get(node, ()):
+                moments.pop(dead, None)
+                for run in runs:
+                    run.env.pop(dead, None)
     return padded
+
+
+def _steps(graph: Graph) -> Iterator[list[Node]]:
+    """The nodes in order; those between an entry into torch.vmap and its end together, for they work on a state of the
+    process that one batch must leave before the next enters."""
+    depth, step = 0, []
+    for node in graph.nodes:
+        if node.op == "output":
+            return
+        step.append(node)
+        depth += _nesting(node)
+        if depth == 0:
+            yield step
+            step = []
+
+
+def _nesting(node: Node) -> int:
+    name = getattr(node.target, "__name__", "")
+    return {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(name, 0)
+
+
+def _run(run: Interpreter, step: list[Node], feed: Iterator[Any]) -> None:
+    depth = 0
+    try:
+        for node in step:
+            run.env[node] = next(feed) if node.op == "placeholder" else run.run_node(node)
+            depth += _nesting(node)
+    finally:
+        if depth:  # an error within vmap: the process must not stay there
+            leave = next(n.target for n in reversed(step) if _nesting(n) < 0)
+            for _ in range(depth):
+                leave()  # type: ignore[operator]
 
 
 def _second_moment(inputs: Iterable[Tensor], masks: Iterable[Tensor | None]) -> tuple[Tensor, bool]:

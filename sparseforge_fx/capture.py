@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.forward import spelled_out, unwrapped
 from sparseforge_fx.program import Program
 
@@ -146,7 +146,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict) -> tuple[ExportedProgra
             else:
                 first = first or error
             continue
-        why = (f"{fixed} had to be fixed at the example's size ({_one_line(first)})",) if first else ()
+        why = (f"{fixed} had to be fixed at the example's size ({one_line(first)})",) if first else ()
         return exported, why + tuple(_specialised(exported, dims))
     assert first is not None
     raise SparseForgeError(_explain(model, args, kwargs, first)) from first
@@ -214,11 +214,6 @@ def _specialised(exported: ExportedProgram, dims: tuple[int, ...]) -> Iterator[s
                     yield f"the {what} dimension of {name} is fixed at {size} {by}"
 
 
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
-
-
 def _where(error: BaseException) -> str:
     """The deepest line on the way to the error that is neither torch's nor ours."""
     ours = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
@@ -233,11 +228,11 @@ def _explain(model: nn.Module, args: tuple, kwargs: dict, error: Exception) -> s
         with torch.no_grad(), _quiet():
             model(*args, **kwargs)
     except Exception as own:  # an open set: whatever the model raises
-        return f"{name} itself fails on the example inputs{_where(own)}: {_one_line(own)}; pass inputs that it takes"
+        return f"{name} itself fails on the example inputs{_where(own)}: {one_line(own)}; pass inputs that it takes"
     on_values = "data-dependent" in str(error) or "dynamic control flow" in str(error)
     advice = "without Python control flow on tensor values" if on_values else "with torch's own operators alone"
     advice = f"rewrite that line {advice}, or " if _where(error) else ""
     return (
-        f"torch.export cannot take {name}{_where(error)}: {_one_line(error)}; {advice}sparsify the submodule that does "
+        f"torch.export cannot take {name}{_where(error)}: {one_line(error)}; {advice}sparsify the submodule that does "
         "the work (sf.sparsify(model.part, ...))"
     )

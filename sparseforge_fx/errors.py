@@ -3,3 +3,9 @@
 
 class SparseForgeError(ValueError):
     """Raised for bad input: models, data, files, options. The command line prints its text and exits with code 2."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of another library's error, for a sentence of ours; its class where it says nothing."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparseforge_fx.batches import Batches, as_batches
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.distill import check_losses
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.forward import signature_of
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.catalog import find_method, find_options
@@ -334,7 +334,7 @@ def _check_batch(program: Program, reader: Reader, objective: Objective, batch: 
     except (RuntimeError, AssertionError, IndexError, TypeError, ValueError) as error:
         shapes = ", ".join(f"{n} {list(v.shape)}" for n, v in found.given.items() if isinstance(v, Tensor))
         raise SparseForgeError(
-            f"the model cannot take the first batch of the data ({shapes}): {str(error).splitlines()[0]}"
+            f"the model cannot take the first batch of the data ({shapes}): {one_line(error)}"
         ) from error
     dense = objective.answer(output)
     if torch.isnan(dense.value).any():

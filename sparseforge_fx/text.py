@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, one_line
 
 TEXT_COLUMNS = ("text", "content", "passage", "document", "body", "article", "story", "review")
 EXTENSIONS = (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv", ".txt.gz", ".txt.xz", ".jsonl.gz", ".jsonl.xz")
@@ -171,7 +171,7 @@ def _hub_source(name: str) -> Source:
             rows = datasets.load_dataset(repository, config or None, split=split, streaming=stream and "[" not in split)
         except Exception as error:  # an open set of types: network, hub, builder, missing config or split
             raise SparseForgeError(
-                f"cannot load the hub data set {name!r} ({_first_line(error)}): check id, config, split and network; "
+                f"cannot load the hub data set {name!r} ({one_line(error)}): check id, config, split and network; "
                 "there is no local file of that name"
             ) from error
         return _dataset_texts(rows, text_column, name)
@@ -187,10 +187,6 @@ def _looks_like_source(entry: str) -> bool:
     return not re.search(r"\s", entry) and bool(_extension(Path(entry)) or _HUB_ID.fullmatch(entry))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 @contextmanager
 def _reading(name: object) -> Iterator[None]:
     try:
@@ -199,7 +195,7 @@ def _reading(name: object) -> Iterator[None]:
         raise
     except Exception as error:  # an open set of types: text decoding, gzip, lzma, json, arrow, pandas, network
         raise SparseForgeError(
-            f"cannot read {name} ({type(error).__name__}: {_first_line(error)}): "
+            f"cannot read {name} ({type(error).__name__}: {one_line(error)}): "
             "repair or remove it; text must be UTF-8"
         ) from error
 

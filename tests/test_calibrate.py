@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.fx import Interpreter
 
-from sparseforge_fx.calibrate import layer_by_layer
+from sparseforge_fx.calibrate import _steps, layer_by_layer
 from sparseforge_fx.capture import capture
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes import find_linears, run_passes, train_passes
 from sparseforge_fx.pattern import Pattern, hard_mask
@@ -179,3 +180,50 @@ def test_half_precision_inputs_are_summed_in_float32():
     layer_by_layer(module, weights, [torch.ones(3001, 4).bfloat16()], lambda fqn, moments: found.append(moments))
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found[0], torch.ones(4, 4), rtol=1e-5, atol=0)  # bfloat16 would stop counting at 256
+
+
+class Mapped(nn.Module):
+    """Its scores are made by torch.vmap, as masks of attention are in some models."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        inner = torch.vmap(lambda a: torch.vmap(lambda b: b * a.sum())(a))
+        return self.norm(self.two(inner(self.one(x))))
+
+
+def test_regions_of_vmap_are_run_whole():
+    model = Mapped()
+    module, weights = masked_module(capture(model, torch.randn(3, 8)))
+    assert any(len(step) > 1 for step in _steps(module.graph))
+    batches = [torch.randn(n, 8) for n in (3, 5, 2, 4, 6)]
+    found = {}
+    layer_by_layer(module, weights, batches, lambda fqn, moments: found.setdefault(fqn, moments))
+    rows = inputs_of(model, "two.weight", batches)
+    torch.testing.assert_close(found["two.weight"], rows.t() @ rows / len(rows))
+
+
+def test_an_error_within_vmap_leaves_the_process_outside_of_it(monkeypatch):
+    module, weights = masked_module(capture(Mapped(), torch.randn(3, 8)))
+    inside = next(step for step in _steps(module.graph) if len(step) > 1)
+    run_node = Interpreter.run_node
+    last = inside[-3]
+
+    def fails(self, node):
+        if node is last:
+            raise RuntimeError("broken")
+        return run_node(self, node)
+
+    monkeypatch.setattr(Interpreter, "run_node", fails)
+    with pytest.raises(SparseForgeError, match="batch 0 does not fit the model: broken"):
+        layer_by_layer(module, weights, [torch.randn(3, 8)] * 2, lambda fqn, moments: None)
+    nn.Linear(2, 2)  # raises within a vmap, as its numbers are random
+
+
+def test_a_batch_that_does_not_fit_is_one_sentence(tiny):
+    found = tiny("mlp")
+    module, weights = masked_module(found.program)
+    with pytest.raises(SparseForgeError, match="calibration batch 1 does not fit the model"):
+        layer_by_layer(module, weights, [torch.randn(4, 16), torch.randn(4, 15)], lambda fqn, moments: None)

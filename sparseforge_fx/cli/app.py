@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, one_line
 
 app = typer.Typer(
     name="sparseforge-fx",
@@ -62,7 +62,7 @@ def pick_device(name: str | None) -> Any:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SparseForgeError(f"the device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise SparseForgeError(f"the device {name} cannot be used here: {one_line(error)}") from error
     return device
 
 
