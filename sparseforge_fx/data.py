@@ -32,6 +32,7 @@ class TokenData:
     Args:
         ids: 1-D integer array [tokens] or tensor; a memory map (`np.memmap`, `np.load(mmap_mode="r")`) stays one.
         length: tokens per sequence.
+        bos: a token in front of every sequence, one of its `length`; it is not among `ids`.
 
     `len(data)` is the number of full sequences, `data[i]` a LongTensor [length]: a map-style data set for a DataLoader.
 
@@ -39,23 +40,24 @@ class TokenData:
         SparseForgeError: ids not integer or not 1-D, or fewer than one sequence of them.
     """
 
-    def __init__(self, ids: Any, length: int, *, _rows: np.ndarray | None = None) -> None:
+    def __init__(self, ids: Any, length: int, bos: int | None = None, *, _rows: np.ndarray | None = None) -> None:
         array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else ids
         if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
             shape = f"{getattr(array, 'dtype', type(ids).__name__)} {list(getattr(array, 'shape', []))}"
             raise SparseForgeError(
                 f"token ids must be a 1-D integer array or tensor, not {shape}: flatten or tokenise first"
             )
-        if length < 1:
-            raise SparseForgeError(f"length is {length}: a sequence needs at least 1 token")
-        if array.size < length:
+        width = length if bos is None else length - 1
+        if width < 1:
+            raise SparseForgeError(f"length is {length}: a sequence needs at least {1 + length - width} tokens")
+        if array.size < width:
             raise SparseForgeError(
                 f"the data has {array.size} tokens, fewer than one sequence of {length}: "
                 "give more text or a smaller length"
             )
-        self.length = length
+        self.length, self.bos = length, bos
         self._ids = array
-        self._sequences = array[: array.size // length * length].reshape(-1, length)  # a view
+        self._sequences = array[: array.size // width * width].reshape(-1, width)  # a view
         self._rows = _rows  # which sequences are part of this data; None: all
 
     def __len__(self) -> int:
@@ -69,12 +71,13 @@ class TokenData:
 
     def _take(self, indices: np.ndarray) -> torch.Tensor:
         rows = indices if self._rows is None else self._rows[indices]
-        return torch.from_numpy(self._sequences[rows].astype(np.int64))
+        text = torch.from_numpy(self._sequences[rows].astype(np.int64))
+        return text if self.bos is None else torch.cat([text.new_full((len(text), 1), self.bos), text], 1)
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, with the remainder that fills no sequence."""
-        return self._ids.size if self._rows is None else self._rows.size * self.length
+        """Number of tokens of text, with the remainder that fills no sequence."""
+        return self._ids.size if self._rows is None else self._rows.size * self._sequences.shape[1]
 
     @property
     def ids(self) -> np.ndarray:
@@ -84,7 +87,8 @@ class TokenData:
     @functools.cached_property
     def fingerprint(self) -> str:
         """12 hexadecimal digits that depend on the token ids and the length, not on where or how they are stored."""
-        digest = hashlib.blake2b(str(self.length).encode(), digest_size=6)
+        shape = str(self.length) if self.bos is None else f"{self.length} behind {self.bos}"
+        digest = hashlib.blake2b(shape.encode(), digest_size=6)
         ids = self.ids
         for start in range(0, ids.size, 1 << 20):
             digest.update(np.ascontiguousarray(ids[start : start + (1 << 20)], dtype="<i8").tobytes())
@@ -110,7 +114,7 @@ class TokenData:
         mask = np.zeros(total, dtype=bool)
         mask[chosen] = True
         rows = np.arange(total) if self._rows is None else self._rows
-        train, held = (TokenData(self._ids, self.length, _rows=rows[part]) for part in (~mask, mask))
+        train, held = (TokenData(self._ids, self.length, self.bos, _rows=rows[part]) for part in (~mask, mask))
         return train, held
 
     def batch(self, k: int, batch_size: int, seed: int | None) -> dict[str, torch.Tensor]:
@@ -156,7 +160,8 @@ def tokenize(
     """Documents of `source` (see `load_text`), shuffled under `seed`, tokenised, joined and packed to `length` tokens.
 
     Args:
-        tokenizer: a transformers tokenizer. It adds no special token of its own.
+        tokenizer: a transformers tokenizer. Where it puts a beginning-of-sequence token, every sequence begins with
+            it; it adds no other special token of its own.
         length: tokens per sequence. It does not change what is stored, so other lengths use the same cache file.
         seed: order of the documents; None keeps file order.
         limit_tokens: exactly so many tokens, if there are that many; no more text is read than this needs.
@@ -200,7 +205,17 @@ def tokenize(
             raise SparseForgeError(
                 f"{' and '.join(s.name for s in sources)} holds no text: check the source and its text column"
             )
-    return TokenData(np.memmap(path, dtype=dtype, mode="r"), length)
+    return TokenData(np.memmap(path, dtype=dtype, mode="r"), length, leading_bos(tokenizer))
+
+
+def leading_bos(tokenizer: Any) -> int | None:
+    """The beginning-of-sequence token that a tokenizer puts before a text; None if it puts none.
+
+    Told by encoding something: `add_bos_token` reads False of a tokenizer that was saved and loaded, whatever it does.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    ids = [] if bos is None else tokenizer("a")["input_ids"]
+    return bos if len(ids) and ids[0] == bos else None
 
 
 def _token_blocks(

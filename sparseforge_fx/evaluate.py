@@ -30,9 +30,10 @@ class Perplexity:
     nll_per_token: float  # nats
     tokens_scored: int
     windows: int
-    context: int  # tokens per window
+    context: int  # tokens per window, with its beginning-of-sequence token where it has one
     stride: int  # tokens between the starts of neighbouring windows
     seconds: float
+    bos_token_id: int | None = None  # in front of every window, and not scored; None: windows begin with text
 
 
 @torch.no_grad()
@@ -58,6 +59,11 @@ def perplexity(
 
     Tokens fewer than `context` are one window, scored but for the first.
 
+    Where the tokens begin with the model's beginning-of-sequence token, as `text_tokens` gives them for a tokenizer
+    that puts one, every window begins with it, within its `context` tokens: a model that was trained so is far off
+    without (Gemma's perplexity is several times too high). It is context and not scored, nor is the first token of text
+    behind it, as ever: windows * (context - 2) tokens. The papers' scripts have it in the first window alone.
+
     Args:
         model: gives logits [batch, sequence, vocabulary], as a tensor or as `.logits`, for ids [batch, sequence], given
             as `input_ids` where it knows that name, else by position. It is evaluated in eval mode and left in the
@@ -77,18 +83,24 @@ def perplexity(
     """
     started = time.perf_counter()
     stride = context if stride is None else stride
-    ids = _flat(tokens, None if max_windows is None else context + stride * (max_windows - 1))
+    ids = _flat(tokens, None if max_windows is None else context + stride * (max_windows - 1) + 1)
     _check(model, ids, context, stride, max_windows, batch_size)
-    windows = list(itertools.islice(_windows(len(ids), context, stride), max_windows))
+    bos = _leading_bos(model, ids)
+    body, width = (ids, context) if bos is None else (ids[1:], context - 1)
+    step = width if stride == context else min(stride, width)
+    if len(body) < 2 or width < 2:
+        raise SparseForgeError(f"{len(body)} tokens behind the first, in windows of {width}, give nothing to score")
+    windows = list(itertools.islice(_windows(len(body), width, step), max_windows))
+    front = body.new_empty(0) if bos is None else body.new_full((1,), bos)
     total, scored = 0.0, 0
     device = _device(model)
     call = _caller(model)
     with _eval_mode(model):
         for group in _track(list(_groups(windows, batch_size)), progress):
-            batch = torch.stack([ids[start:end] for start, end, _ in group]).to(device, torch.long)
+            batch = torch.stack([torch.cat([front, body[start:end]]) for start, end, _ in group]).to(device, torch.long)
             logits = _logits(call(batch), batch)
             for row, (start, end, first) in enumerate(group):
-                nll = _nll(logits[row], batch[row], first - start)
+                nll = _nll(logits[row], batch[row], first - start + len(front))
                 if not math.isfinite(nll):
                     raise SparseForgeError(
                         f"the loss on tokens {start} to {end} is {nll}: the model's weights or activations are not "
@@ -103,7 +115,7 @@ def perplexity(
             f"the mean loss is {mean:.4g} nats: exp of it is not finite; the model's logits are broken"
         )
     seconds = time.perf_counter() - started
-    return Perplexity(math.exp(mean), mean, scored, len(windows), context, stride, seconds)
+    return Perplexity(math.exp(mean), mean, scored, len(windows), context, step, seconds, bos)
 
 
 def compare(
@@ -126,7 +138,7 @@ def compare(
         raise SparseForgeError("comparing models needs tokens: pass them, or two Perplexity results")
     results = [m if isinstance(m, Perplexity) else perplexity(m, tokens, **options) for m in (dense, sparse)]  # type: ignore[arg-type]
     before, after = results
-    for field in ("context", "stride", "windows", "tokens_scored"):
+    for field in ("context", "stride", "windows", "tokens_scored", "bos_token_id"):
         if getattr(before, field) != getattr(after, field):
             raise SparseForgeError(
                 f"dense and sparse differ in {field} ({getattr(before, field)} and {getattr(after, field)}): "
@@ -145,7 +157,7 @@ def text_tokens(source: Any, tokenizer: Any, *, text_column: str | None = None) 
 
     `tokenizer("\\n\\n".join(rows))` is how SparseGPT, Wanda and AST read WikiText-2, here
     "Salesforce/wikitext:wikitext-2-raw-v1:test". As there, the tokenizer's own special tokens (a BOS for LLaMA and OPT)
-    come once. Several sources follow one another.
+    come once; `perplexity` sets a BOS before every window. Several sources follow one another.
 
     Args:
         source, text_column: as for `sparseforge_fx.data.load_text`.
@@ -164,10 +176,19 @@ def text_tokens(source: Any, tokenizer: Any, *, text_column: str | None = None) 
     )  # verbose: "longer than" is meant
 
 
+def _leading_bos(model: Any, ids: torch.Tensor) -> int | None:
+    """The model's beginning-of-sequence token, if the text begins with it."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    bos = getattr(config, "bos_token_id", None)
+    return bos if isinstance(bos, int) and int(ids[0]) == bos else None
+
+
 def _flat(tokens: torch.Tensor | TokenData, limit: int | None) -> torch.Tensor:
     """The first `limit` tokens, [tokens]: of a large memory map no more is read than will be scored."""
     if isinstance(tokens, TokenData):
-        return torch.from_numpy(tokens.ids[:limit].astype("int64"))
+        ids = torch.from_numpy(tokens.ids[:limit].astype("int64"))
+        return ids if tokens.bos is None else torch.cat([ids.new_full((1,), tokens.bos), ids])
     if (
         not isinstance(tokens, torch.Tensor)
         or tokens.is_floating_point()

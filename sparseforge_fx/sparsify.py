@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparseforge_fx.batches import Batches, as_batches
 from sparseforge_fx.capture import as_call, capture
+from sparseforge_fx.data import leading_bos
 from sparseforge_fx.distill import check_losses
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.forward import signature_of
@@ -131,7 +132,8 @@ def sparsify(
         )
         if isinstance(data, str) and data == "self":
             _check_length(model, length)
-            data = draw_text(model, needed, length=length, seed=seed)
+            begun = tokenizer is not None and leading_bos(tokenizer) is not None
+            data = draw_text(model, needed, length=length, seed=seed, keep_start=begun)
         batches = as_batches(data, tokenizer, batch_size=batch_size, length=length, seed=seed, limit_tokens=needed)
         if example_inputs is None:
             example_inputs = _example(model, batches.batch(0))
@@ -269,9 +271,11 @@ def _prune_once(
 
 
 @torch.no_grad()
-def draw_text(model: nn.Module, tokens: int, *, length: int, seed: int = 0, batch: int = 16) -> Tensor:
+def draw_text(
+    model: nn.Module, tokens: int, *, length: int, seed: int = 0, batch: int = 16, keep_start: bool = False
+) -> Tensor:
     """Token ids [n, length] sampled from a language model at temperature 1, from its own start token (data-free
-    distillation)."""
+    distillation), which stays as the first of them if ``keep_start``."""
     config = getattr(model, "generation_config", None)
     if config is None or not hasattr(model, "generate"):
         raise SparseForgeError(f"{type(model).__name__} cannot generate text: pass data")
@@ -297,7 +301,7 @@ def draw_text(model: nn.Module, tokens: int, *, length: int, seed: int = 0, batc
                 max_new_tokens=length,
                 pad_token_id=start or 0,
             )
-            rows.append(text[:, 1:])
+            rows.append(text[:, :length] if keep_start else text[:, 1:])
     finally:
         for module, mode in modes:
             module.training = mode

@@ -13,18 +13,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from sparseforge_fx.batches import as_batches
-from sparseforge_fx.data import TokenData, tokenize
+from sparseforge_fx.data import TokenData, leading_bos, tokenize
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.text import _shuffled, load_text
 
 
-def make_tokenizer(merges=(), eos="<eos>", unused=0, **options):
-    """One token per byte, ids 0-255, merges after them, unused ids, then <eos>."""
+def make_tokenizer(merges=(), eos="<eos>", unused=0, puts_bos=False, **options):
+    """One token per byte, ids 0-255, merges after them, unused ids, then <eos>. ``puts_bos``: <s> before every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {
         token: i
@@ -35,6 +35,12 @@ def make_tokenizer(merges=(), eos="<eos>", unused=0, **options):
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    if puts_bos:
+        backend.add_special_tokens(["<s>"])
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+        options["bos_token"] = "<s>"
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, **options)
 
 
@@ -50,6 +56,27 @@ def counted(sequences, length=3):
 
 def drawn(batch):
     return batch["input_ids"][:, 0].tolist()
+
+
+# ------------------------------------------------------------------------------------------- beginning of the sequence
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text(tmp_path):
+    plain, puts = make_tokenizer(), make_tokenizer(puts_bos=True)
+    bos = puts.bos_token_id
+    assert leading_bos(plain) is None and leading_bos(puts) == bos
+    puts.save_pretrained(tmp_path / "tokenizer")
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
+    assert leading_bos(again) == bos, "whatever its attributes say"
+    texts = ["abcdefgh", "ijklmn"]
+    one, two = (tokenize(texts, t, length=5, seed=None, cache_dir=tmp_path) for t in (plain, puts))
+    assert (two.ids == one.ids).all() and bos not in two.ids
+    assert two.batch(0, 3, None)["input_ids"].tolist() == [[bos, *one.ids[4 * i : 4 * i + 4]] for i in range(3)]
+    assert two.fingerprint != one.fingerprint and two.tokens == one.tokens == 16
+    train, held = two.split(1)
+    assert all(part[0][0] == bos for part in (train, held)) and train.tokens + held.tokens == 16
+
+
+def test_a_tokenizer_that_has_a_bos_and_does_not_put_it():
+    assert leading_bos(make_tokenizer(bos_token="<eos>")) is None
 
 
 # ---------------------------------------------------------------------------------------------------------- TokenData

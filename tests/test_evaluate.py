@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -148,6 +149,31 @@ def test_any_window_stride_batch_and_limit(draw):
     assert max_windows is None or result.windows <= max_windows
 
 
+@pytest.mark.parametrize("stride", [None, 5])
+def test_every_window_begins_with_the_models_first_token(llama, ids, stride):
+    """Where the text does. It is context, and one of the window's tokens."""
+    bos, context = llama.config.bos_token_id, 9
+    body = ids.flatten()[:40]
+    body = body.where(body != bos, 7)
+    found = perplexity(llama, torch.cat([torch.tensor([bos]), body]), context=context, stride=stride, batch_size=3)
+    total, scored, last = 0.0, 0, 1
+    for start in range(0, 40, stride or 8):
+        part = body[start : start + 8]
+        if stride is None and len(part) < 8:
+            break
+        logits = llama(torch.cat([torch.tensor([bos]), part])[None]).logits[0]
+        first = max(last, start + 1) - start
+        total += F.cross_entropy(logits[first : len(part)], part[first:], reduction="sum").item()
+        scored += len(part) - first
+        last = start + len(part)
+        if last == 40:
+            break
+    assert (found.tokens_scored, found.bos_token_id, found.context) == (scored, bos, context)
+    assert found.nll_per_token == pytest.approx(total / scored, rel=1e-5)
+    plain = perplexity(llama, body, context=context, stride=stride)
+    assert plain.bos_token_id is None and plain.nll_per_token != found.nll_per_token
+
+
 def test_of_a_large_memory_map_only_what_is_scored_is_read(ids):
     class Spy(np.ndarray):
         def astype(self, *arguments, **options):
@@ -157,7 +183,7 @@ def test_of_a_large_memory_map_only_what_is_scored_is_read(ids):
     read = []
     data = TokenData(np.arange(10_000).view(Spy) % 11, 4)
     perplexity(Running(), data, context=8, stride=4, max_windows=3)
-    assert read == [16]
+    assert read == [17]  # a token more than three windows hold, as the first may be no text
 
 
 # ----------------------------------------------------------------------------------------------------------- numerics
