@@ -3,3 +3,14 @@
 
 class SparseForgeError(ValueError):
     """Raised for bad input: models, data, files, options. The command line prints its text and exits with code 2."""
+
+
+AS_IT_WAS = "the model is dense again, as it was"
+
+
+def add_sentence(error: BaseException, sentence: str) -> None:
+    """Let an error that goes on its way say one thing more."""
+    if isinstance(error, SparseForgeError):
+        error.args = (f"{error}; {sentence}",)
+    else:
+        error.add_note(sentence)
