@@ -177,7 +177,7 @@ def check_output(folder: Path, *, overwrite: bool = False) -> None:
 
 def check_parent(path: Path) -> None:
     """Raise SparseForgeError unless something can be written at ``path``, whose parents need not be there yet."""
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.abspath(path))
     there = next(p for p in path.parents if p.exists())
     if not there.is_dir():
         raise SparseForgeError(f"{path} cannot be written: {there} is a file; name another place")

@@ -362,7 +362,7 @@ def test_a_training_state_of_another_model(home, stopped, tmp_path):
     arguments = [str(moved) if a == str(home / "dense") else a for a in command(home, out)]
     started = json.loads((out / STATE_OF).read_text()) | {"model": str(moved)}
     (out / STATE_OF).write_text(json.dumps(started))
-    refused(home, out, *arguments, "--resume", says="belongs to another model")
+    refused(home, out, *arguments, "--resume", says="has other weights")
 
 
 def test_a_broken_training_state(home, tmp_path):

@@ -20,6 +20,7 @@ from sparseforge_fx.deploy import cost
 from sparseforge_fx.deploy.aoti import package
 from sparseforge_fx.deploy.lower import lower_captured
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.models import check_parent
 
 FORMATS = ("pt2", "aoti")
 
@@ -81,6 +82,7 @@ def check_path(path: str | Path) -> None:
         raise SparseForgeError(f"{path} does not end in .pt2, which torch insists on: rename it")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise SparseForgeError(f"{path} cannot be written: it is a folder, or its folder is not there")
+    check_parent(path)
 
 
 def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
