@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from sparseforge_fx import schedule
+from sparseforge_fx import processes, schedule
 from sparseforge_fx.checkpoint import load_state, misfit, save_state
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.low_rank import Branch
@@ -91,7 +91,7 @@ def train(
     Raises SparseForgeError at the first loss or gradient that is not finite; the last saved state is then untouched.
     Raises it, with nothing changed, for a saved state that is damaged or another run's.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or processes.accelerator()
     master = MasterWeights(parameters)
     master.serve(sparse.method.weights, sparse.branches)
     optimizer = sparse.optimizer(master.masters, lr=lr, betas=betas, weight_decay=weight_decay)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -110,12 +109,13 @@ def sparsify(
     from sparseforge_fx import models
     from sparseforge_fx.methods.catalog import find_options
     from sparseforge_fx.pattern import parse_pattern
+    from sparseforge_fx.processes import Processes
     from sparseforge_fx.report import plot_curves, write_json
     from sparseforge_fx.sparsify import sparsify as run
     from sparseforge_fx.text import open_sources
 
     # everything that can be known to be wrong before a model is loaded
-    processes = _Processes()
+    processes = Processes()
     processes.first_does(lambda: _check_run_folder(output, shape_of_run, resume=resume, overwrite=overwrite))
     options = find_options(method or ("magnitude" if data is None else "sparseforge"), preset)
     parse_pattern(pattern)
@@ -243,35 +243,6 @@ def _saying_how_to_go_on(run: Callable[..., Any], output: Path) -> Callable[...,
     return running
 
 
-class _Processes:
-    """Those that accelerate or torchrun started together: the first one writes, the others wait for it."""
-
-    def __init__(self) -> None:
-        self._several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self.first = True
-        if self._several:
-            from accelerate import PartialState
-
-            self.first = PartialState().is_main_process
-
-    def first_does(self, work: Callable[[], None]) -> None:
-        """What goes wrong in the first process, and is said there, ends the others, too."""
-        failure: Exception | None = None
-        if self.first:
-            try:
-                work()
-            except Exception as error:
-                failure = error
-        if self._several:
-            from accelerate.utils import broadcast_object_list
-
-            failed = broadcast_object_list([failure is not None])[0]
-            if failed and not self.first:
-                raise typer.Exit(2)
-        if failure is not None:
-            raise failure
-
-
 def _changes(assignments: list[str], options: dict[str, Any]) -> dict[str, Any]:
     """``--set name=value`` as values of the types that the method declares."""
     out: dict[str, Any] = {}
@@ -306,15 +277,16 @@ class _Tracker:
         self.accelerator: Any = None
         if name is None:
             return
-        from accelerate import Accelerator
         from accelerate.tracking import get_available_trackers
+
+        from sparseforge_fx.processes import accelerator
 
         available = [str(getattr(t, "value", t)) for t in get_available_trackers()]
         if name not in available:
             raise SparseForgeError(
                 f"the tracker {name} is not installed; installed are: {', '.join(available) or 'none'}"
             )
-        self.accelerator = Accelerator(log_with=name, project_dir=str(self.folder))
+        self.accelerator = accelerator(log_with=name, project_dir=str(self.folder))
         self._run = {k: v if isinstance(v, int | float | str) else str(v) for k, v in run.items()}
         self._open = False
 
