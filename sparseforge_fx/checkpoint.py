@@ -53,7 +53,7 @@ def load_state(path: Path) -> dict[str, Any]:
             f"{path} is a training state of another release or a damaged one; delete it to start anew"
         )
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise SparseForgeError(f"{path} is not a training state of sparseforge-fx, or a torn one; delete it to start anew")
+        raise SparseForgeError(f"{path} is not a training state of sparseforge-fx or is torn; delete it to start anew")
     if state.get("version") != VERSION:
         raise SparseForgeError(
             f"{path} has version {state.get('version')}, this release reads {VERSION}; delete it to start anew"

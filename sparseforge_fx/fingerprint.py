@@ -21,8 +21,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """12 hexadecimal digits that depend on names, shapes, dtypes and values, not on the device.
 
-    Of each tensor a strided sample is hashed, and the sum of all entries' bits as integers: one pass at the speed of the
-    memory, which a changed entry changes; a cryptographic hash of 7B weights would take a minute.
+    Of each tensor a strided sample is hashed, and the sum of all entries' bits as integers: one pass at the speed of
+    the memory, which a changed entry changes; a cryptographic hash of 7B weights would take a minute.
     """
     digest = hashlib.blake2b(digest_size=6)
     for name, tensor in sorted(tensors.items()):

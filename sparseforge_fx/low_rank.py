@@ -91,8 +91,9 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         wide = tuple(getattr(owner, size, None) for size in sizes)
         fits = x is not None and s is not None and x.dim() == s.dim() == 2 and x.shape[0] == s.shape[1]
         if not fits or wide != (s.shape[0], x.shape[1]):  # type: ignore[union-attr]
-            raise SparseForgeError(f"the low-rank branch of {name} fits no linear of the model: copy the checkpoint anew")
-        attach(owner, LowRankBranch(x, s))  # type: ignore[arg-type]
+            raise SparseForgeError(f"the low-rank branch of {name} fits no linear here: copy the checkpoint anew")
+        like = owner.weight  # type: ignore[union-attr]
+        attach(owner, LowRankBranch(*(t.to(like.device, like.dtype) for t in (x, s))))  # type: ignore[arg-type,union-attr]
 
 
 # -- in training -----------------------------------------------------------------------------------------------------
@@ -104,13 +105,13 @@ def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
     for site in eligible(sites):
         name, _, leaf = site.fqn.rpartition(".")
         owner = modules.get(name)
-        called = [list((nodes[u.node].meta.get("nn_module_stack") or {"": ("", "")}).values())[-1][0] for u in site.uses]
+        stacks = [nodes[use.node].meta.get("nn_module_stack") or {"": ("", "")} for use in site.uses]
         reason = None
         if type(owner) not in (nn.Linear, Conv1D) or leaf != "weight":
             reason = f"it belongs to a {type(owner).__name__}, no plain nn.Linear or Conv1D"
         elif site.ties:
             reason = f"it is also {site.ties[0]}"
-        elif any(modules.get(path) is not owner for path in called):
+        elif any(modules.get(list(stack.values())[-1][0]) is not owner for stack in stacks):
             reason = "it is used without calling its module"
         if reason:
             raise SparseForgeError(f"slorb_block: {site.fqn} can have no low-rank branch, {reason}: exclude it")

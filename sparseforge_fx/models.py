@@ -133,7 +133,8 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             except OSError as error:
                 if error.errno not in (errno.EBUSY, errno.EXDEV) or not folder.is_dir():
                     raise
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # a mount that looks like a folder: bound from elsewhere
+            # a mount that looks like a folder: bound from elsewhere on the same disk
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
             shutil.move(partial, folder / PARTIAL)
         os.replace(folder / PARTIAL, folder / COMPLETE)
     except BaseException:

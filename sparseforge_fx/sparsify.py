@@ -102,7 +102,7 @@ def sparsify(
             ``mobilebert``; the values are found in the graph.
         slorb_block: width of the blocks of a SLoRB branch; None for none. It starts with what the masks take away, S =
             mean over each block of W (1 - m) (AST's eq. 6): at once where masks are hard from the start, in parts
-            where they harden by and by.
+            where they harden by and by; at zero after ``sparsegpt`` or ``alps``, whose survivors took it over.
         calibration: sequences (of the training data) that a layer-wise start or method sees.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         compile: True, False or "auto".
@@ -125,7 +125,7 @@ def sparsify(
     if unknown:
         raise SparseForgeError(f"method {chosen} has no option {', '.join(sorted(unknown))}")
     if slorb_block is not None and configure is None:
-        raise SparseForgeError(f"slorb_block: method {chosen} trains no low-rank branch: take a trained method, e.g. ast")
+        raise SparseForgeError(f"slorb_block: method {chosen} trains no low-rank branch: take a trained one, e.g. ast")
     solve = LAYERWISE[chosen](shape, **changes) if chosen in LAYERWISE else None
     if resume_from is not None:
         check_parent(Path(resume_from))
@@ -179,8 +179,8 @@ def sparsify(
             run |= {"weights": fingerprint.of_tensors(program.state), "data": fingerprint.of_batches(batches)}
         if slorb_block is not None:
             report["notes"].append(
-                "the low-rank branches (slorb_block) are saved beside the weights: sf.load_model and sf.load rebuild them, "
-                "transformers' own from_pretrained leaves them out"
+                "the low-rank branches (slorb_block) are saved beside the weights: sf.load_model and sf.load rebuild "
+                "them, transformers' own from_pretrained leaves them out"
             )
         report |= {
             "preset": preset,

@@ -23,8 +23,7 @@ def dense_again_on_error(program: Program) -> Iterator[list[tuple[Tensor, Tensor
     model = program.source
     assert model is not None
     parameters = [(p, p.requires_grad, p.grad, set(p._backward_hooks or ())) for p in model.parameters()]
-    written = {program.tensor(fqn) for fqn in program.signature.buffers_to_mutate.values()}
-    copies = [(buffer, buffer.clone()) for buffer in written]
+    copies = [(buffer, buffer.clone()) for buffer in model.buffers()]  # a graph may write them, and they are small
     try:
         yield copies
     except BaseException as error:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import sparseforge_fx as sf
+from sparseforge_fx.capture import capture
 from sparseforge_fx.errors import AS_IT_WAS, SparseForgeError
-from sparseforge_fx.methods import learned, layerwise
-from sparseforge_fx.undo import put_back
+from sparseforge_fx.methods import layerwise, learned
+from sparseforge_fx.undo import dense_again_on_error, put_back
 
 QUIET = {"steps": 4, "batch_size": 2, "length": 12, "calibration": 4, "compile": False, "show_progress": False}
 
@@ -23,7 +24,9 @@ def everything(model):
     """All of a model that a run touches, to be compared after it."""
     return {
         "values": {k: v.clone() for k, v in model.state_dict().items()},
-        "parameters": [(id(p), p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
+        "parameters": [
+            (id(p), p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()
+        ],
         "hooks": [(sorted(p._backward_hooks or ())) for p in model.parameters()],
         "modules": [(name, m.training, list(m._forward_hooks)) for name, m in model.named_modules()],
     }
@@ -101,7 +104,11 @@ def test_other_places_to_fail(monkeypatch, where, model_in_use):
         monkeypatch.setattr(sf.SparseModel, "loss", loss)
     else:
         module = sys.modules["sparseforge_fx.prepare"]
-        name = {"finalize": "harden_masks", "after the masks were folded": "check_pattern", "attaching branches": "attach"}
+        name = {
+            "finalize": "harden_masks",
+            "after the masks were folded": "check_pattern",
+            "attaching branches": "attach",
+        }
         real_one, count = getattr(module, name[where]), []
 
         def failing(*args, **options):
@@ -186,14 +193,13 @@ def test_buffers_that_the_graph_writes():
             self.seen.add_(1)
             return self.b(self.a(x))
 
-    model = Counting().eval()
+    model, x = Counting().eval(), torch.randn(2, 16)
+    program = capture(model, x)
     before = everything(model)
-
-    def on_step(step, row):
+    with pytest.raises(Stop), dense_again_on_error(program):
+        program.module()(x)
+        assert model.seen == before["values"]["seen"] + 1
         raise Stop
-
-    with pytest.raises(Stop):
-        sf.sparsify(model, [torch.randn(2, 16) for _ in range(4)], method="ast", on_step=on_step, **QUIET)
     assert_same(model, before)
 
 

@@ -138,7 +138,8 @@ def sparsify(
     tracker = _Tracker(log_with, output, shape_of_run)
 
     def on_step(step: int, row: dict[str, float]) -> None:
-        if processes.first and not started.exists():  # from the first step on, and not before, there is something to resume
+        # from the first step on, and not before, there is something to resume
+        if processes.first and not started.exists():
             write_json(started, shape_of_run)
         tracker.log(row, step)
 

@@ -181,7 +181,7 @@ def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:
 
 
 def _insert_branches(model: Any, here: _Names, stored: Mapping[str, Any]) -> None:
-    """Low-rank branches on the meta device, for those whose tensors the file holds: their values come with all others."""
+    """Low-rank branches on the meta device, where the file holds them: their values come with all others."""
     owners = {name: here.module(owner) for name, owner in low_rank.branch_names(stored).items()}
     with torch.device("meta"):
         shapes = {

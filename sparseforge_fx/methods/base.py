@@ -186,7 +186,8 @@ class TrainedMethod(ABC):
         """What is wrong with saved tensors. There may be more than now, as many come on the way, and none of a kind
         that was freed when the masks were fixed."""
         held, of = state["held"], {w.fqn: w for w in self.weights}
-        if wrong := misfit(dict.fromkeys(held) if isinstance(held, dict) else held, dict.fromkeys(mine), "method[held]"):
+        kinds = dict.fromkeys(held) if isinstance(held, dict) else held
+        if wrong := misfit(kinds, dict.fromkeys(mine), "method[held]"):
             return wrong
         for kind, tensors in held.items():
             freed = tensors == {} and state["plain"]["fixed"]
@@ -209,8 +210,7 @@ class TrainedMethod(ABC):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """What :meth:`state` gave. Raises SparseForgeError, with nothing changed, if it belongs to other constants or is
-        damaged."""
+        """What :meth:`state` gave. Raises SparseForgeError, with nothing changed, as :meth:`check_state` does."""
         self.check_state(state)
         for name in self.plain:
             setattr(self, name, state["plain"][name])
