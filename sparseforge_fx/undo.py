@@ -34,8 +34,9 @@ def dense_again_on_error(program: Program) -> Iterator[list[tuple[Tensor, Tensor
         for p, flag, gradient, hooks in parameters:
             p.requires_grad_(flag)
             p.grad = gradient
-            for key in set(p._backward_hooks or ()) - hooks:
-                del p._backward_hooks[key]  # type: ignore[attr-defined]
+            registered: dict = p._backward_hooks or {}
+            for key in set(registered) - hooks:
+                del registered[key]
         raise
 
 
