@@ -73,7 +73,8 @@ class SparseModel(nn.Module):
         self._optimized = False
         self.graph = self.program.module()
         # children that must not show in parameters(): probes would reach the user's optimizer, the teacher is frozen
-        self._hidden: dict[str, Any] = {"probe": None, "teacher": None, "copies": None}
+        self._hidden: dict[str, Any] = {"probe": None, "teacher": None}
+        self._copies: list[tuple[Tensor, Tensor]] | None = None
         if w_kl:
             self._hidden["teacher"] = self._freeze_teacher()
         if features is not None:
@@ -124,15 +125,15 @@ class SparseModel(nn.Module):
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         """The model's tensors that training writes, each with its dense value: the teacher's own, where there is one.
         To be asked for before the first of them changes."""
-        if self._hidden["copies"] is None:
+        if self._copies is None:
             sites = {id(w.weight) for w in self.method.weights}
             written = {id(v): v for v in self.dense.state.values() if isinstance(v, nn.Parameter)}
-            self._hidden["copies"] = [
+            self._copies = [
                 (value, nn.Parameter(value.detach().clone(), requires_grad=False))
                 for value in written.values()
                 if value.requires_grad or id(value) in sites
             ]
-        return self._hidden["copies"]
+        return self._copies
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Run the graph (and its probed twin, and the teacher) under torch.compile, one repeated block compiled
@@ -197,7 +198,8 @@ class SparseModel(nn.Module):
         """Take the hooks off the model's weights, and let go of the teacher and the probed twin."""
         for hook in (*self._hooks, *self.method.hooks):
             hook.remove()
-        self._hidden.update(probe=None, teacher=None, copies=None)
+        self._hidden.update(probe=None, teacher=None)
+        self._copies = None
 
     # -- training ----------------------------------------------------------------------------------------------------
     def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
