@@ -26,8 +26,8 @@ from sparseforge_fx.passes.merge_parallel_linears import merge_parallel_linears
 def train_passes(sites: Sequence[LinearSite], *, slorb_block: int | None = None) -> list[Pass]:
     """The passes from a captured program to a trainable one."""
     passes: list[Pass] = [partial(insert_soft_masks, sites=sites)]  # first: the others look for its operator
-    if slorb_block:
-        passes.append(partial(insert_low_rank, block=slorb_block))  # reads the masks to fill S
+    if slorb_block is not None:
+        passes.append(partial(insert_low_rank, block=slorb_block))  # looks for its operator, too
     return passes  # insert_hessian_hooks runs on a copy of this result: the graph of the probe steps
 
 

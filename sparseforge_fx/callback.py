@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sparseforge_fx.checkpoint import load_state, save_state
+from sparseforge_fx.checkpoint import load_state, misfit, save_state
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.sparse_model import SparseModel
 
@@ -37,20 +37,27 @@ class SparseForgeCallback(TrainerCallback):
             if not path.is_file():
                 raise SparseForgeError(f"{path} is missing: the checkpoint was written without SparseForgeCallback")
             saved = load_state(path)
+            if wrong := misfit(saved, {**saved, **_state(sparse), "method": saved.get("method")}, path.name):
+                raise SparseForgeError(f"{path} is damaged ({wrong}): resume from another checkpoint")
+            if saved["step"] != state.global_step:
+                raise SparseForgeError(f"{path} is of step {saved['step']}, the checkpoint of {state.global_step}")
             sparse.method.load_state(saved["method"])
-            sparse.steps_done = saved["step"]
+            sparse.steps_done, sparse.handed_over = saved["step"], saved["handed_over"]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         _unwrap(model).step()
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            sparse = _unwrap(model)
-            save_state(_folder(args, state) / STATE, {"step": sparse.steps_done, "method": sparse.method.state()})
+            save_state(_folder(args, state) / STATE, _state(_unwrap(model)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if logs is not None and model is not None:
             logs.update(_unwrap(model).method.metrics())
+
+
+def _state(sparse: SparseModel) -> dict[str, Any]:
+    return {"step": sparse.steps_done, "handed_over": sparse.handed_over, "method": sparse.method.state()}
 
 
 def _folder(args: Any, state: Any) -> Path:

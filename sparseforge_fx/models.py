@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ import torch
 import transformers
 from torch import nn
 
+from sparseforge_fx import low_rank
 from sparseforge_fx.errors import SparseForgeError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -67,6 +70,8 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tupl
         raise SparseForgeError(
             f"the checkpoint {name} lacks {len(absent)} weights of its model, {absent[0]} the first of them"
         )
+    if names := low_rank.branch_names(loading.get("unexpected_keys") or ()):
+        low_rank.rebuild(model, _read_tensors(where, names))
     if where.gguf and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now, and must be loaded as such
     return model.eval(), tokenizer
@@ -85,6 +90,8 @@ def load_skeleton(name: str | Path) -> nn.Module:
 def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a plain Hugging Face folder, with nothing in it that says sparse: every loader takes it for a dense one.
 
+    Low-rank branches (``slorb_block``) are further tensors in it: :func:`load_model` rebuilds them, other loaders leave
+    them out.
     Raises SparseForgeError if ``folder`` exists and is not empty, unless ``overwrite``.
     """
     with new_folder(Path(folder), overwrite=overwrite) as partial:
@@ -102,11 +109,15 @@ def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill; it becomes ``folder`` when the block ends well, and vanishes when it does not.
 
-    Raises SparseForgeError if ``folder`` is a file, or is not empty and ``overwrite`` is False.
+    A symbolic link stays one: what it points to is replaced. A mount point, which cannot be replaced, is filled: its
+    former content goes when the new one is complete.
+    Raises SparseForgeError if ``folder`` is a file, cannot be written, or is not empty and ``overwrite`` is False.
     """
-    partial, old = _siblings(folder)
     finish_replacement(folder)
     check_output(folder, overwrite=overwrite)
+    folder = Path(os.path.realpath(folder))
+    inside = _stays(folder)
+    partial = folder / PARTIAL if inside else folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -115,35 +126,102 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
+        if not inside:
+            try:
+                _replace(folder, partial)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.EXDEV) or not folder.is_dir():
+                    raise
+            # a mount that looks like a folder: bound from elsewhere on the same disk
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+            shutil.move(partial, folder / PARTIAL)
+        os.replace(folder / PARTIAL, folder / COMPLETE)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        finish_replacement(folder)  # had it failed between two renames, the old one comes back
         raise
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    _empty_out(folder)
+
+
+#: in a folder that cannot be replaced: what is being written; what is complete and still has the old content beside it;
+#: what is on its way up; the old content
+PARTIAL, COMPLETE, MOVING, OLD = (f".sparseforge-{n}" for n in ("partial", "complete", "moving", "old"))
+LOST = "lost+found"  # of a file system, at its root
 
 
 def finish_replacement(folder: Path) -> None:
-    """Put things right after a kill between the two renames of :func:`new_folder`: the new folder is then complete."""
-    partial, old = _siblings(folder)
+    """Put things right after a kill during :func:`new_folder`: a new folder that was complete takes its place."""
+    folder = Path(os.path.realpath(folder))
+    partial, old = (folder.with_name(f".{folder.name}.{n}") for n in ("partial", "old"))
     if old.exists():
         if not folder.exists():
             os.replace(partial if partial.exists() else old, folder)
         shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir():
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        _empty_out(folder)
 
 
 def check_output(folder: Path, *, overwrite: bool = False) -> None:
     """Raise SparseForgeError if a result cannot or must not be written to ``folder``."""
     if folder.exists() and not folder.is_dir():
         raise SparseForgeError(f"the output {folder} is a file: name a folder")
-    if not overwrite and folder.exists() and any(folder.iterdir()):
+    if not overwrite and folder.exists() and any(f.name != LOST for f in folder.iterdir()):
         raise SparseForgeError(f"the output folder {folder} is not empty: name another one, or allow overwriting")
+    folder = Path(os.path.realpath(folder))
+    if folder.is_dir():
+        _check_writable(folder, folder)
+    if not folder.is_dir() or not _stays(folder):
+        check_parent(folder)
 
 
-def _siblings(folder: Path) -> tuple[Path, Path]:
-    folder = Path(os.path.abspath(folder))
-    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+def check_parent(path: Path) -> None:
+    """Raise SparseForgeError unless something can be written at ``path``, whose parents need not be there yet."""
+    path = Path(os.path.abspath(path))
+    there = next(p for p in path.parents if p.exists())
+    if not there.is_dir():
+        raise SparseForgeError(f"{path} cannot be written: {there} is a file; name another place")
+    _check_writable(there, path)
+
+
+def _check_writable(folder: Path, wanted: Path) -> None:
+    """By trying: rights say nothing of read-only file systems, nor to the root user."""
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=".sparseforge-"))
+    except OSError as error:
+        raise SparseForgeError(
+            f"{wanted} cannot be written: {folder} takes no new files ({error.strerror}); name another place"
+        ) from error
+
+
+def _stays(folder: Path) -> bool:
+    """Is this a folder that cannot be renamed: a mount point, or one whose parent is not ours to write?"""
+    return folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK))
+
+
+def _replace(folder: Path, new: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _empty_out(folder: Path) -> None:
+    """Let the complete new content in a folder take the place of the old; begins where a kill ended it."""
+    complete, moving, old = (folder / name for name in (COMPLETE, MOVING, OLD))
+    if complete.exists():
+        old.mkdir(exist_ok=True)
+        for entry in folder.iterdir():
+            if entry.name not in (COMPLETE, OLD, LOST):
+                os.replace(entry, old / entry.name)
+        os.replace(complete, moving)
+    if moving.exists():
+        for entry in moving.iterdir():
+            os.replace(entry, folder / entry.name)
+        moving.rmdir()
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
@@ -209,6 +287,21 @@ def load_tokenizer(where: Location, config: Any) -> Any:
         return None
     with explained(f"the model {where.name} has no tokenizer that can be loaded"):
         return transformers.AutoTokenizer.from_pretrained(where.name, trust_remote_code=False, **where.options)
+
+
+def _read_tensors(where: Location, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint's safetensors files by name."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    folder = Path(where.name)
+    if not folder.is_dir():  # a hub id, whose files are here by now
+        folder = Path(snapshot_download(where.name, allow_patterns=["*.safetensors"], local_files_only=True))
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in set(names) & set(file.keys())}
+    return found
 
 
 def is_packed(config: Any) -> bool:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sparseforge_fx import low_rank
 from sparseforge_fx.capture import capture
 from sparseforge_fx.distill import check_losses
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.forward import unwrapped
+from sparseforge_fx.low_rank import LowRankBranch, attach
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -20,6 +22,7 @@ from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.program import Program
 from sparseforge_fx.reading import example_of
 from sparseforge_fx.sparse_model import SparseModel
+from sparseforge_fx.undo import dense_again_on_error
 
 
 @torch.inference_mode(False)
@@ -67,14 +70,16 @@ def prepare(
         raise SparseForgeError(
             "this preset starts from a layer-wise solution: pass calibration=[batches], or use paper_preset"
         )
-    sparse = SparseModel(
-        program, sites, config, w_task=w_task, w_kl=w_kl, divergence=divergence,
-        features=features, w_features=w_features, slorb_block=slorb_block,
-    )  # fmt: skip
-    if calibration is not None and config.start != "dense":
-        sparse.calibrate(calibration)
-    if compile:
-        sparse.compile()
+    with dense_again_on_error(program) as written:
+        sparse = SparseModel(
+            program, sites, config, w_task=w_task, w_kl=w_kl, divergence=divergence,
+            features=features, w_features=w_features, slorb_block=slorb_block,
+        )  # fmt: skip
+        if calibration is not None and config.start != "dense":
+            written += sparse.copies() if w_kl else []  # calibrate has copies of its own
+            sparse.calibrate(calibration)
+        if compile:
+            sparse.compile()
     return sparse
 
 
@@ -92,6 +97,8 @@ def check_weights(model: nn.Module) -> None:
 
 def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
     """Raise a SparseForgeError if there is nothing to prune, or a weight that cannot be ranked."""
+    if program.source is not None and low_rank.branches(program.source):
+        raise SparseForgeError("the model has low-rank branches already: start from the dense model")
     if not eligible(sites):
         reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
         raise SparseForgeError(f"nothing to prune: {reasons}")
@@ -104,10 +111,9 @@ def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
 def finalize(sparse: SparseModel) -> nn.Module:
     """Fix the masks, fold them into the weights (exact N:M, in place) and return the source model object.
 
-    SLoRB branches become a child ``slorb`` of the module that owns the weight, added by a forward hook. A weight that
-    two modules share gets its branch on the first.
+    SLoRB branches become a child ``slorb`` of the module that owns the weight, added by a forward hook.
     """
-    sparse.method.fix()
+    sparse.fix()
     hardened, records = run_passes(sparse.program, [lambda p: harden_masks(p, sparse.method.config.pattern)])
     sparse.pass_records += records
     sparse.release()
@@ -117,26 +123,7 @@ def finalize(sparse: SparseModel) -> nn.Module:
             raise AssertionError(f"{site.fqn} is not {sparse.method.config.pattern} after hardening")
     source = sparse.dense.source
     assert source is not None
-    for site in eligible(sparse.sites):
-        x_name, s_name = branch_names(site.fqn)
-        if x_name in hardened.state:
-            owner = source.get_submodule(site.fqn.rpartition(".")[0])
-            owner.add_module("slorb", LowRankBranch(hardened.tensor(x_name), hardened.tensor(s_name)))
-            owner.register_forward_hook(LowRankBranch.add)
+    for branch in sparse.branches:
+        x, s = (hardened.tensor(name) for name in branch_names(branch.weight.fqn))
+        attach(source.get_submodule(branch.weight.fqn.rpartition(".")[0]), LowRankBranch(x, s))
     return source
-
-
-class LowRankBranch(nn.Module):
-    """SLoRB's y + (x X^T) S^T beside a linear of the source model: X [rank, in], S [out, rank]."""
-
-    def __init__(self, x: Tensor, s: Tensor):
-        super().__init__()
-        self.x, self.s = nn.Parameter(x.detach()), nn.Parameter(s.detach())
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(inputs, self.x), self.s)
-
-    @staticmethod
-    def add(owner: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Forward hook of the linear that owns a branch."""
-        return output + owner.get_submodule("slorb")(args[0])

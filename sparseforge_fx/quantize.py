@@ -42,22 +42,29 @@ def quantize(
     width = group or (32 if bits == 4 else None)
     quantized: dict[str, int | None] = {}
     skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
-        reason = _why_not(module, shape)
-        if reason is not None:
-            if reason:
-                skipped[name] = reason
-            continue
-        fits = width is not None and module.in_features % width == 0  # type: ignore[operator]
-        granularity = PerGroup(width) if fits else PerAxis(0)
-        zeros = module.weight == 0
-        config = IntxWeightOnlyConfig(
-            weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity, scale_dtype=torch.float32
-        )
-        quantize_(module, config, filter_fn=lambda m, _, this=module: m is this)
-        if module.weight.dequantize()[zeros].any():  # type: ignore[operator]
-            raise AssertionError(f"{name}: torchao moved a zero")
-        quantized[name] = width if fits else None
+    before: list[tuple[Any, Any]] = []
+    try:
+        for name, module in model.named_modules():
+            reason = _why_not(module, shape)
+            if reason is not None:
+                if reason:
+                    skipped[name] = reason
+                continue
+            fits = width is not None and module.in_features % width == 0  # type: ignore[operator]
+            granularity = PerGroup(width) if fits else PerAxis(0)
+            before.append((module, module.weight))
+            zeros = module.weight == 0
+            config = IntxWeightOnlyConfig(
+                weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity, scale_dtype=torch.float32
+            )
+            quantize_(module, config, filter_fn=lambda m, _, this=module: m is this)
+            if module.weight.dequantize()[zeros].any():  # type: ignore[operator]
+                raise AssertionError(f"{name}: torchao moved a zero")
+            quantized[name] = width if fits else None
+    except BaseException:
+        for module, weight in before:
+            module.weight = weight
+        raise
     if not quantized:
         raise SparseForgeError(f"no nn.Linear of the model is {shape} sparse: run sparsify first")
     return {"bits": bits, "quantized": quantized, "skipped": skipped}

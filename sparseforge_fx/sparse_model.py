@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx import distill
+from sparseforge_fx import distill, low_rank
 from sparseforge_fx.capture import as_call
 from sparseforge_fx.compile import compile_repeated_blocks
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.hessian import Curvature, fold_on_backward, hutchinson_diagonal
+from sparseforge_fx.low_rank import Branch
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE
@@ -21,7 +22,9 @@ from sparseforge_fx.objective import Answer, Objective
 from sparseforge_fx.passes import LinearSite, insert_hessian_hooks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
+from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.passes.insert_soft_masks import mask_name
+from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.program import Program
 from sparseforge_fx.reading import Reader, Reading
 from sparseforge_fx.taps import Taps, tap
@@ -52,17 +55,29 @@ class SparseModel(nn.Module):
         super().__init__()
         self.sites = list(sites)
         self.dense = program
+        if slorb_block is not None:
+            low_rank.check_sites(program, self.sites)
         self.program, self.pass_records = run_passes(program, train_passes(sites, slorb_block=slorb_block))
         self.features, self.w_features = features, w_features
         self.reader = Reader(program)
         self.objective = Objective(w_task, w_kl, divergence, self.config, self.reader.note)
-        self.method = config.build(self._masked_weights())
+        self.losses = {"w_task": w_task, "w_kl": w_kl, "divergence": divergence, "features": features}
+        self.losses |= {"w_features": w_features}
+        weights = self._masked_weights()
+        state = self.program.state
+        self.branches = [Branch(w, state[s]) for w in weights if (s := branch_names(w.fqn)[1]) in state]
+        self.handed_over = False  # the branches hold what the masks took, and train on their own from now on
+        with low_rank.handed_over(self.branches, self._hands_over):
+            self.method = config.build(weights)
         self.steps_done = 0
         self.last_loss: distill.Loss | None = None
         self._optimized = False
         self.graph = self.program.module()
         # children that must not show in parameters(): probes would reach the user's optimizer, the teacher is frozen
-        self._hidden: dict[str, Any] = {"probe": None, "teacher": self._freeze_teacher() if w_kl else None}
+        self._hidden: dict[str, Any] = {"probe": None, "teacher": None}
+        self._copies: list[tuple[Tensor, Tensor]] | None = None
+        if w_kl:
+            self._hidden["teacher"] = self._freeze_teacher()
         if features is not None:
             self._tap(distill.FEATURES[features])
         self._runners: dict[str, Callable] = {"graph": self.graph}
@@ -103,13 +118,23 @@ class SparseModel(nn.Module):
         """The dense program over clones of what changes: parameters that require grad, and the sites. The rest is
         shared."""
         frozen = self.dense.copy()
-        sites = {id(w.weight) for w in self.method.weights}
-        clones: dict[int, Tensor] = {}
+        clones = {id(value): clone for value, clone in self.copies()}
         for fqn, value in list(frozen.state.items()):
-            if isinstance(value, nn.Parameter) and (value.requires_grad or id(value) in sites):  # ties stay ties
-                clone = clones.setdefault(id(value), nn.Parameter(value.detach().clone(), requires_grad=False))
-                frozen.state[fqn] = clone
+            frozen.state[fqn] = clones.get(id(value), value)  # ties stay ties
         return frozen.module()
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """The model's tensors that training writes, each with its dense value: the teacher's own, where there is one.
+        To be asked for before the first of them changes."""
+        if self._copies is None:
+            sites = {id(w.weight) for w in self.method.weights}
+            written = {id(v): v for v in self.dense.state.values() if isinstance(v, nn.Parameter)}
+            self._copies = [
+                (value, nn.Parameter(value.detach().clone(), requires_grad=False))
+                for value in written.values()
+                if value.requires_grad or id(value) in sites
+            ]
+        return self._copies
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Run the graph (and its probed twin, and the teacher) under torch.compile, one repeated block compiled
@@ -175,6 +200,7 @@ class SparseModel(nn.Module):
         for hook in (*self._hooks, *self.method.hooks):
             hook.remove()
         self._hidden.update(probe=None, teacher=None)
+        self._copies = None
 
     # -- training ----------------------------------------------------------------------------------------------------
     def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
@@ -182,9 +208,12 @@ class SparseModel(nn.Module):
         readings = [self.reader.read(*as_call(batch)) for batch in batches]
         weights = self.method.weights
         solve = LAYERWISE[self.method.config.start](self.method.config.pattern)
-        with undone_on_error(weights) as dense:
+        with undone_on_error(weights) as dense, low_rank.handed_over(self.branches, self._hands_over):
             notes = prune_layer_by_layer(self.program, weights, readings, solve)
-        self.method.start_from(dense)
+            # survivors that took over what was pruned leave nothing to the branches
+            moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
+            self.handed_over = moved and self.method.config.prunes_on_the_way
+            self.method.start_from(dense)
         return notes
 
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
@@ -258,8 +287,24 @@ class SparseModel(nn.Module):
                         self.curvature.fold(w.fqn, w.weight.grad.float().square(), w.mask.dtype)
             elif self._estimator == "hutchinson":
                 self._hutchinson(self.curvature)
-        self.method.after_step(self.steps_done)
+        with low_rank.handed_over(() if self.handed_over else self.branches, self._hands_over):
+            self.method.after_step(self.steps_done)
         self.steps_done += 1
+
+    def fix(self) -> None:
+        """Make the masks hard, for good."""
+        with low_rank.handed_over(() if self.handed_over else self.branches, self._hands_over):
+            self.method.fix()
+
+    def _hands_over(self) -> bool:
+        """Has the method just taken something from the weights that the branches are to carry?"""
+        if self.handed_over:
+            return False
+        method = self.method
+        on_the_way = method.config.prunes_on_the_way
+        hard = all(check_pattern(w.mask, method.pattern, w.dim) for w in method.weights)
+        self.handed_over = method.fixed or (on_the_way and hard)
+        return self.handed_over or on_the_way
 
     def _hutchinson(self, curvature: Curvature) -> None:
         """Curvature of the loss at the effective weights W * e, through the dense graph: its ops differentiate

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sparseforge_fx import fingerprint
 from sparseforge_fx.batches import Batches, as_batches
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.data import leading_bos
@@ -23,6 +24,7 @@ from sparseforge_fx.methods.catalog import find_method, find_options
 from sparseforge_fx.methods.layerwise import Solve, prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude
 from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.models import check_parent
 from sparseforge_fx.objective import Objective
 from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -34,6 +36,7 @@ from sparseforge_fx.reading import LABELS, SPAN, Reader, Reading, example_of
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.train import count_tokens, train
+from sparseforge_fx.undo import dense_again_on_error
 
 
 @dataclass
@@ -101,14 +104,17 @@ def sparsify(
         divergence: ``kl`` (teacher || student) or ``reverse_kl``.
         features, w_features: a loss on intermediate values beside it, and its weight: ``squarehead``, ``tinybert`` or
             ``mobilebert``; the values are found in the graph.
-        slorb_block: width of the blocks of a SLoRB branch; None for none.
+        slorb_block: width of the blocks of a SLoRB branch; None for none. It starts with what the masks take away, S =
+            mean over each block of W (1 - m) (AST's eq. 6): at once where masks are hard from the start, in parts
+            where they harden by and by; at zero after ``sparsegpt`` or ``alps``, whose survivors took it over.
         calibration: sequences (of the training data) that a layer-wise start or method sees.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         compile: True, False or "auto".
         resume_from: file of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
+            The run that wrote it must have had the same weights, data, seed, rate and losses.
 
-    Returns SparsifyResult. Raises SparseForgeError, with the model as it was, on anything that is wrong before
-    training starts.
+    Returns SparsifyResult. Raises SparseForgeError on anything that is wrong. Whatever else ends the call (Ctrl-C, an
+    error of ``on_step``) leaves the model dense as it was, too, to the bit.
     """
     began = time.monotonic()
     chosen = method or ("magnitude" if data is None else "sparseforge")
@@ -122,8 +128,12 @@ def sparsify(
     unknown = set(changes) - set(find_options(chosen, preset))
     if unknown:
         raise SparseForgeError(f"method {chosen} has no option {', '.join(sorted(unknown))}")
+    if slorb_block is not None and configure is None:
+        raise SparseForgeError(f"slorb_block: method {chosen} trains no low-rank branch: take a trained one, e.g. ast")
     solve = LAYERWISE[chosen](shape, **changes) if chosen in LAYERWISE else None
     check_weights(model)
+    if resume_from is not None:
+        check_parent(Path(resume_from))
     torch.manual_seed(seed)
     batches = None
     if chosen != "magnitude":
@@ -166,6 +176,21 @@ def sparsify(
             "w_features": w_features,
         }
         calibrated = _first(batches, calibration) if config.start != "dense" else None
+        run = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "length": length,
+            "calibration": calibration,
+            "slorb_block": slorb_block,
+            "dtype": str(program.tensor(eligible(sites)[0].fqn).dtype),
+        }
+        if resume_from is not None:
+            run |= {"weights": fingerprint.of_tensors(program.state), "data": fingerprint.of_batches(batches)}
+        if slorb_block is not None:
+            report["notes"].append(
+                "the low-rank branches (slorb_block) are saved beside the weights: sf.load_model and sf.load rebuild "
+                "them, transformers' own from_pretrained leaves them out"
+            )
         report |= {
             "preset": preset,
             "config": config.describe(),
@@ -187,6 +212,7 @@ def sparsify(
             lr=lr,
             accumulate=accumulate,
             state_path=Path(resume_from) if resume_from else None,
+            run=run,
             save_seconds=save_seconds,
             compile=compile,
             accelerator=accelerator,
@@ -226,27 +252,30 @@ def _anneal(
     site_ids = {id(program.tensor(s.fqn)) for s in eligible(sites)}
     wanted = {id(p): p.requires_grad for p in program.source.parameters()}
     sparse: SparseModel | None = None
-    try:
-        frozen_model = not any(wanted.values())  # as it comes from a loader: nobody froze a part of it
-        for p in program.source.parameters():
-            vector = p.is_floating_point() and p.dim() < 2 and (wanted[id(p)] or frozen_model)
-            p.requires_grad_(id(p) in site_ids or (vector and config.trains_weights))
-        sparse = SparseModel(program, sites, config, slorb_block=slorb_block, **losses)
-        if calibrated is not None and not (state_path and state_path.exists()):
-            clock = time.monotonic()
-            report["layer_notes"] = sparse.calibrate(calibrated)
-            report["calibration_sequences"] = sum(_rows(b) for b in calibrated)
-            report["calibration_seconds"] = time.monotonic() - clock
-        report["passes"] = [r._asdict() for r in sparse.pass_records]
-        curves = train(sparse, batches, sparse.trainable(), state_path=state_path, **options)
-        report["notes"] += [n for n in sparse.reader.notes if n not in report["notes"]]
-        finalize(sparse)
-    finally:
-        if sparse is not None:
-            sparse.release()
-        for p in program.source.parameters():
-            p.requires_grad_(wanted.get(id(p), True))  # low-rank branches are new
-            p.grad = None
+    with dense_again_on_error(program) as written:
+        try:
+            frozen_model = not any(wanted.values())  # as it comes from a loader: nobody froze a part of it
+            for p in program.source.parameters():
+                vector = p.is_floating_point() and p.dim() < 2 and (wanted[id(p)] or frozen_model)
+                p.requires_grad_(id(p) in site_ids or (vector and config.trains_weights))
+                p.grad = None  # of another loss
+            sparse = SparseModel(program, sites, config, slorb_block=slorb_block, **losses)
+            written += sparse.copies()
+            if calibrated is not None and not (state_path and state_path.exists()):
+                clock = time.monotonic()
+                report["layer_notes"] = sparse.calibrate(calibrated)
+                report["calibration_sequences"] = sum(_rows(b) for b in calibrated)
+                report["calibration_seconds"] = time.monotonic() - clock
+            report["passes"] = [r._asdict() for r in sparse.pass_records]
+            curves = train(sparse, batches, sparse.trainable(), state_path=state_path, **options)
+            report["notes"] += [n for n in sparse.reader.notes if n not in report["notes"]]
+            finalize(sparse)
+        finally:
+            if sparse is not None:
+                sparse.release()
+            for p in program.source.parameters():
+                p.requires_grad_(wanted.get(id(p), True))  # low-rank branches are new
+                p.grad = None
     return curves
 
 
@@ -260,13 +289,13 @@ def _prune_once(
         for s in eligible(sites)
     ]
     notes: dict[str, str] = {}
-    if solve is None:
-        magnitude(weights, pattern)
-    else:
-        with undone_on_error(weights):
+    with undone_on_error(weights):
+        if solve is None:
+            magnitude(weights, pattern)
+        else:
             notes = prune_layer_by_layer(masked, weights, batches, solve)
-    run_passes(masked, [lambda p: harden_masks(p, pattern)])
-    assert all(check_pattern(w.weight, pattern, w.dim) for w in weights)
+        run_passes(masked, [lambda p: harden_masks(p, pattern)])
+        assert all(check_pattern(w.weight, pattern, w.dim) for w in weights)
     return notes
 
 

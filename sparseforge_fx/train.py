@@ -14,9 +14,10 @@ from accelerate.utils import send_to_device
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from sparseforge_fx import schedule
-from sparseforge_fx.checkpoint import load_state, save_state
+from sparseforge_fx import processes, schedule
+from sparseforge_fx.checkpoint import load_state, misfit, save_state
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.low_rank import Branch
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.sparse_model import SparseModel
 
@@ -47,11 +48,13 @@ class MasterWeights:
             if master is not p:
                 p.copy_(master)
 
-    def serve(self, weights: Iterable[MaskedWeight]) -> None:
+    def serve(self, weights: Iterable[MaskedWeight], branches: Iterable[Branch] = ()) -> None:
         """Let a method see and write the masters instead of the rounded weights."""
         master_of = {id(p): m for p, m in zip(self.parameters, self.masters, strict=True)}
         for w in weights:
             w.weight = master_of.get(id(w.weight), w.weight)
+        for b in branches:
+            b.s = master_of.get(id(b.s), b.s)
 
 
 def train(
@@ -67,6 +70,7 @@ def train(
     clip: float = 1.0,
     accumulate: int = 1,
     state_path: Path | None = None,
+    run: Mapping[str, Any] | None = None,
     save_seconds: float = 600.0,
     accelerator: Accelerator | None = None,
     compile: bool | str = "auto",
@@ -82,23 +86,29 @@ def train(
         accumulate: micro-batches per step.
         state_path: the state is saved there every ``save_seconds``, and at once where a layer-wise solution is the
             start, and read from there if it exists: a killed run continues to the same bits on a CPU.
+        run: further plain values (weights, data, seed) that a saved state must agree in, beside the arguments here.
         compile: True, False, or "auto": where the run is long enough to win back what compiling costs.
 
     Raises SparseForgeError at the first loss or gradient that is not finite; the last saved state is then untouched.
+    Raises it, with nothing changed, for a saved state that is damaged or another run's.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or processes.accelerator()
     master = MasterWeights(parameters)
-    master.serve(sparse.method.weights)
+    master.serve(sparse.method.weights, sparse.branches)
     optimizer = sparse.optimizer(master.masters, lr=lr, betas=betas, weight_decay=weight_decay)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # a method's own parameters may have a rate of their own
     by_gradient = sparse.method.config.by_gradient
     curves: list[dict[str, float]] = []
     start, steps = 0, sparse.method.steps
+    run = {
+        **(run or {}), **sparse.losses, "lr": lr, "warmup": warmup, "lr_floor": lr_floor, "betas": list(betas),
+        "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "processes": accelerator.num_processes,
+    }  # fmt: skip
     if state_path is not None and state_path.exists():
-        start, curves = _restore(sparse, master, optimizer, load_state(state_path))
+        start, curves = _restore(sparse, master, optimizer, load_state(state_path), run)
     elif state_path is not None and sparse.method.config.start != "dense" and accelerator.is_main_process:
-        save_state(state_path, _state(sparse, master, optimizer, 0, curves))  # a layer-wise start takes long
+        save_state(state_path, _state(sparse, master, optimizer, 0, curves, run))  # a layer-wise start takes long
     if accelerator.num_processes > 1 and sparse.method.curvature is not None:
         sparse.method.curvature.average = partial(accelerator.reduce, reduction="mean")
     sparse.train()
@@ -171,7 +181,7 @@ def train(
             ):
                 sparse.compile()
             if state_path is not None and accelerator.is_main_process and time.monotonic() - saved > save_seconds:
-                save_state(state_path, _state(sparse, master, optimizer, step + 1, curves))
+                save_state(state_path, _state(sparse, master, optimizer, step + 1, curves, run))
                 saved = time.monotonic()
     return curves
 
@@ -208,38 +218,114 @@ def _models(sparse: SparseModel, master: MasterWeights) -> list[nn.Parameter]:
 
 
 def _state(
-    sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, step: int, curves: list
+    sparse: SparseModel,
+    master: MasterWeights,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    curves: list,
+    run: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
+        "run": dict(run),
         "step": step,
         "masters": [m.detach() for m in _models(sparse, master)],
         "masks": {w.fqn: w.mask for w in sparse.method.weights},
         "optimizer": optimizer.state_dict(),
         "method": sparse.method.state(),
+        "handed_over": sparse.handed_over,
         "curves": curves,
     }
 
 
 @torch.no_grad()
 def _restore(
-    sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    sparse: SparseModel,
+    master: MasterWeights,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    run: Mapping[str, Any],
 ) -> tuple[int, list]:
-    masks = {w.fqn: w for w in sparse.method.weights}
-    masters = _models(sparse, master)
-    shapes_fit = [m.shape for m in state.get("masters", ())] == [m.shape for m in masters]
-    if not shapes_fit or set(masks) != set(state["masks"]):
-        raise SparseForgeError(
-            "the saved training state belongs to another model or another set of sites; delete it to start anew"
-        )
+    """Everything is looked at before anything is written: the first step with a wrong shape may be a crash."""
+    mine = _state(sparse, master, optimizer, 0, [], run)
+    _refuse(misfit(dict.fromkeys(state), dict.fromkeys(("format", "version", *mine)), "the state"))
+    _check_run(state["run"], mine["run"])
+    saved, masks = state["masters"], state["masks"]
+    if isinstance(saved, list) and isinstance(masks, dict):
+        shapes = [getattr(m, "shape", None) for m in saved]
+        if shapes != [m.shape for m in mine["masters"]] or set(masks) != set(mine["masks"]):
+            raise SparseForgeError(
+                "the saved training state belongs to another model or another set of sites, or is damaged; "
+                "delete it to start anew"
+            )
+    for name in ("masters", "masks", "step", "handed_over"):
+        _refuse(misfit(state[name], mine[name], name))
+    sparse.method.check_state(state["method"])
+    _refuse(_wrong_progress(state, sparse.method.steps) or _wrong_optimizer(state["optimizer"], optimizer))
     sparse.method.load_state(state["method"])
-    for mine, saved in zip(masters, state["masters"], strict=True):
-        mine.copy_(saved)
+    for master_weight, value in zip(_models(sparse, master), saved, strict=True):
+        master_weight.copy_(value)
     master.write_back()
-    for fqn, saved in state["masks"].items():
-        masks[fqn].mask.copy_(saved)
+    for w in sparse.method.weights:
+        w.mask.copy_(masks[w.fqn])
     optimizer.load_state_dict(state["optimizer"])
-    sparse.steps_done = state["step"]
+    sparse.steps_done, sparse.handed_over = state["step"], state["handed_over"]
     return state["step"], list(state["curves"])
+
+
+def _refuse(wrong: str | None) -> None:
+    if wrong is not None:
+        raise SparseForgeError(f"the saved training state is damaged ({wrong}); delete it to start anew")
+
+
+def _check_run(saved: Any, mine: dict[str, Any]) -> None:
+    """Raise SparseForgeError, naming what differs, unless the state was saved by a run like this one."""
+    if not isinstance(saved, dict):
+        _refuse("run is no dictionary")
+    named = [f"{k} {v} instead of {saved.get(k)}" for k, v in mine.items() if k not in HASHES and v != saved.get(k)]
+    named += [f"other {k}" for k in HASHES if mine.get(k) != saved.get(k)]
+    if named:
+        raise SparseForgeError(
+            f"the saved training state belongs to another run, this one has {', '.join(named)}; "
+            "repeat that run's options, or delete the state to start anew"
+        )
+
+
+#: entries of ``run`` that say nothing to a reader but whether they are the same
+HASHES = ("weights", "data")
+
+
+def _wrong_progress(state: dict[str, Any], steps: int) -> str | None:
+    """What is wrong with a state's step and curves."""
+    step, curves = state["step"], state["curves"]
+    if not 0 <= step <= steps:
+        return f"step is {step} of {steps}"
+    if not isinstance(curves, list) or len(curves) != step:
+        return f"curves is no list of {step} steps"
+    plain = all(isinstance(row, dict) and all(type(v) in (int, float) for v in row.values()) for row in curves)
+    return None if plain else "curves holds something else than numbers"
+
+
+def _wrong_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
+    """What is wrong with an optimizer's state: each tensor must have its parameter's shape, or be a count."""
+    mine = optimizer.state_dict()
+    groups = [group | {"lr": 0.0} for group in mine["param_groups"]]
+    try:
+        if [group | {"lr": group["lr"] * 0.0} for group in saved["param_groups"]] != groups or set(saved) != set(mine):
+            return "optimizer has other groups"
+    except (TypeError, KeyError):
+        return "optimizer has no groups"
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    names = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else set()
+    if not isinstance(saved["state"], dict) or not set(saved["state"]) <= set(parameters):
+        return "optimizer is of other parameters"
+    for index, entries in saved["state"].items():
+        if not isinstance(entries, dict) or set(entries) != names:
+            return f"optimizer[{index}] holds other moments"
+        for name, value in entries.items():
+            wanted = torch.zeros(()) if name == "step" else parameters[index]
+            if wrong := misfit(value, wanted, f"optimizer[{index}][{name}]"):
+                return wrong
+    return None
 
 
 def _progress(show: bool) -> Progress:

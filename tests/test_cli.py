@@ -373,7 +373,7 @@ def test_a_training_state_of_another_model(home, stopped, tmp_path):
     arguments = [str(moved) if a == str(home / "dense") else a for a in command(home, out)]
     started = json.loads((out / STATE_OF).read_text()) | {"model": str(moved)}
     (out / STATE_OF).write_text(json.dumps(started))
-    refused(home, out, *arguments, "--resume", says="belongs to another model")
+    refused(home, out, *arguments, "--resume", says="has other weights")
 
 
 def test_a_broken_training_state(home, tmp_path):
@@ -391,3 +391,138 @@ def test_interrupting_is_no_traceback(monkeypatch, home, tmp_path):
     monkeypatch.setattr(models, "load_model", interrupt)
     result = run("sparsify", home / "dense", "-o", tmp_path / "out")
     assert result.exit_code == 130 and result.stderr.strip() == "interrupted"
+
+
+# -- before anything was saved, and by several processes -------------------------------------------------------------
+@pytest.mark.parametrize("left", ["no folder", "empty", "options", "half a state", "logs"])
+def test_resuming_before_the_first_saved_state_starts_anew(home, sparse, tmp_path, left):
+    """What a kill can leave before there is a state."""
+    out = tmp_path / "out"
+    if left != "no folder":
+        out.mkdir()
+    if left == "options":
+        options = json.loads((sparse / "report.json").read_text())["command"]
+        (out / STATE_OF).write_text(json.dumps(options))
+    elif left == "half a state":
+        (out / f"{STATE}.partial").write_bytes(b"PK half")
+    elif left == "logs":
+        (out / "logs").mkdir()
+    arguments = [a for a in command(home, out) if a not in ("--save-seconds", "0")]
+    if left in ("options", "half a state"):
+        refused(home, out, *arguments, says="was not finished: give --resume")
+    result = run(*arguments, "--resume")
+    assert result.exit_code == 0, result.output
+    assert f"nothing was saved in {out} yet: starting anew" in " ".join(result.stderr.split())
+    one, two = (load_file(folder / "model.safetensors") for folder in (sparse, out))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_resuming_a_state_whose_options_were_not_written_yet(home, stopped, sparse, tmp_path):
+    """A layer-wise start is saved before the first step, and the options after it."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    (out / STATE_OF).unlink()
+    arguments = command(home, out)
+    refused(home, out, *arguments, says="was not finished: give --resume")
+    refused(home, out, *arguments, "--resume", "--lr", "1e-3", says="lr 0.001 instead of 0.0005")
+    ok(*arguments, "--resume")
+    one, two = (load_file(folder / "model.safetensors") for folder in (sparse, out))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_run_that_replaces_another_resumes(home, stopped, sparse, tmp_path):
+    """With --overwrite the old checkpoint lies beside the state until the end."""
+    out = shutil.copytree(sparse, tmp_path / "out")
+    for name in (STATE, STATE_OF):
+        shutil.copy(stopped / name, out / name)
+    ok(*command(home, out), "--resume")
+    assert STATE not in os.listdir(out)
+
+
+def test_an_interrupted_run_says_how_to_go_on(home, monkeypatch, tmp_path):
+    from sparseforge_fx import report
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "write_json", interrupt)  # of the options, in the first step
+    result = run(*command(home, tmp_path / "out"))
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1].startswith("interrupted; ")
+    assert "--resume" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_output_that_cannot_be_written_is_seen_before_the_model(home, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(models, "load_model", None)
+    out = tmp_path / "file" / "out"
+    for arguments in (
+        ["sparsify", home / "dense", "-o", out],
+        ["export", home / "dense", "--format", "safetensors", "-o", out],
+        ["lower", home / "dense", "-o", out],
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2 and "is a file; name another place" in result.stderr, result.output
+
+
+def test_a_low_rank_branch_from_the_command_line(home, tmp_path):
+    out = tmp_path / "out"
+    data = ["--data", home / "train.txt", "--method", "ast"]
+    refused(
+        home, out, "sparsify", home / "dense", *data, "-o", out, *SHORT, "--slorb-block", "7", says="does not divide"
+    )
+    ok("sparsify", home / "dense", *data, "-o", out, *SHORT, "--slorb-block", "8")
+    assert any(k.endswith("slorb.s") for k in load_file(out / "model.safetensors"))
+    ok("evaluate", out, "--data", home / "test.txt", "--context", "16")
+
+
+KILLED_IN = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from huggingface_hub import constants
+constants.HF_HOME = sys.argv.pop(1)
+moment = int(sys.argv.pop(1))
+count = 0
+def killing(real):
+    def call(*args, **options):
+        global count
+        count += 1
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **options)
+    return call
+os.replace, os.fsync = killing(os.replace), killing(os.fsync)
+from sparseforge_fx import cli
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3, 6, 9, 12])
+def test_a_kill_at_any_write_leaves_nothing_that_resuming_cannot_finish(home, sparse, tmp_path, moment):
+    out = tmp_path / "out"
+    arguments = command(home, out)
+    code = [sys.executable, "-c", KILLED_IN, str(home / "cache"), str(moment), *arguments]
+    done = subprocess.run(code, capture_output=True, text=True)
+    assert done.returncode in (-signal.SIGKILL, 0), done.stderr
+    if done.returncode:
+        assert not (out / "config.json").exists() or (out / "report.json").exists()
+        result = run(*arguments, "--resume")
+        assert result.exit_code == 0 or "is finished" in result.stderr, result.output
+    one, two = (load_file(folder / "model.safetensors") for folder in (sparse, out))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert os.listdir(tmp_path) == ["out"] and STATE not in os.listdir(out)
+
+
+def test_of_two_processes_one_writes(home, tmp_path):
+    out = tmp_path / "out"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(home / "cache")}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    launch += [str(20_000 + os.getpid() % 20_000), "-m", "sparseforge_fx.cli"]
+    done = subprocess.run([*launch, *command(home, out)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
+    assert (out / "model.safetensors").exists()
+    assert json.loads((out / "report.json").read_text())["curves"][-1]["tokens"] % 2 == 0
+    assert not {STATE, STATE_OF} & set(os.listdir(out)) and os.listdir(tmp_path) == ["out"]
+    again = subprocess.run([*launch, *command(home, out)], env=environment, capture_output=True, text=True)
+    assert again.returncode and again.stderr.count("error: the output folder") == 1

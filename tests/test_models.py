@@ -1,7 +1,11 @@
 """Models by name: what loads, what is written, and one clear sentence for everything else."""
 
+import contextlib
+import errno
 import json
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,3 +265,121 @@ def test_what_the_hub_refuses(monkeypatch):
         ask(monkeypatch, GatedRepoError("401", response=Mock()))
     with pytest.raises(SparseForgeError, match="no model of that name"):
         ask(monkeypatch, RepositoryNotFoundError("404", response=Mock()))
+
+
+# -- output folders that are no plain folders ------------------------------------------------------------------------
+def fill(out, name="new", **options):
+    with models.new_folder(out, overwrite=True, **options) as folder:
+        (folder / name).write_text(name)
+        (folder / "sub").mkdir(exist_ok=True)
+        (folder / "sub" / name).write_text(name)
+
+
+def whole(out, name="new"):
+    return sorted(os.listdir(out)) == [name, "sub"] and os.listdir(out / "sub") == [name]
+
+
+def test_a_symbolic_link_stays_one(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "old").write_text("old")
+    (tmp_path / "out").symlink_to("elsewhere")
+    (tmp_path / "nowhere").symlink_to("made later")
+    for link, target in (("out", "elsewhere"), ("nowhere", "made later")):
+        fill(tmp_path / link)
+        assert (tmp_path / link).is_symlink() and whole(tmp_path / target)
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "made later", "nowhere", "out"]
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A real mount where this process may make one."""
+    out = tmp_path / "mounted"
+    out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(out)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield out
+    subprocess.run(["umount", str(out)], check=True)
+
+
+def test_a_mount_point_is_filled(mounted):
+    (mounted / "lost+found").mkdir()
+    models.check_output(mounted)
+    fill(mounted, "old")
+    fill(mounted)
+    (mounted / "lost+found").rmdir()
+    assert whole(mounted) and os.listdir(mounted.parent) == ["mounted"]
+    with pytest.raises(RuntimeError), models.new_folder(mounted, overwrite=True) as folder:
+        (folder / "bad").write_text("half")
+        raise RuntimeError
+    assert whole(mounted)
+
+
+def test_a_read_only_mount_is_seen_before_the_work(mounted):
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    for out in (mounted, mounted / "below", mounted / "far" / "below"):
+        with pytest.raises(SparseForgeError, match=r"takes no new files \(Read-only") as error:
+            models.check_output(out)
+        assert "\n" not in str(error.value)
+
+
+def not_renamed(monkeypatch, out, error):
+    real = os.replace
+
+    def replace(a, b):
+        if str(out) in (str(a), str(b)):
+            raise OSError(error, os.strerror(error))
+        real(a, b)
+
+    monkeypatch.setattr(models.os, "replace", replace)
+
+
+@pytest.mark.parametrize("error", ["EBUSY", "EXDEV"])
+def test_a_folder_that_turns_out_to_be_a_mount(tmp_path, monkeypatch, error):
+    """Bound from elsewhere on the same disk, it looks like any folder until it is renamed."""
+    out = tmp_path / "out"
+    fill(out, "old")
+    not_renamed(monkeypatch, out, getattr(errno, error))
+    fill(out)
+    assert whole(out) and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("moves", range(9))
+def test_a_kill_while_a_mount_is_filled_is_put_right_later(tmp_path, monkeypatch, moves):
+    """Old or new, never a mixture: before the new content was complete the old one stays."""
+    out = tmp_path / "out"
+    fill(out, "old")
+    monkeypatch.setattr(models.os.path, "ismount", lambda path: str(path) == str(out))
+    real, done = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def replace(a, b):
+        if len(done) == moves:
+            raise Killed
+        done.append(a)
+        real(a, b)
+
+    monkeypatch.setattr(models.os, "replace", replace)
+    monkeypatch.setattr(models.shutil, "rmtree", lambda path, **options: None)
+    with contextlib.suppress(Killed):
+        fill(out)
+    monkeypatch.undo()
+    models.finish_replacement(out)
+    assert whole(out, "new" if moves else "old"), os.listdir(out)
+
+
+def test_a_parent_that_is_a_file_or_not_there(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "far" / "out"):
+        with pytest.raises(SparseForgeError, match=r"cannot be written: .*file is a file") as error:
+            models.check_output(out)
+        assert "\n" not in str(error.value)
+    models.check_output(tmp_path / "far" / "out")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
+def test_a_parent_that_takes_nothing():
+    with pytest.raises(SparseForgeError, match=r"/proc takes no new files"):
+        models.check_output(Path("/proc/none/out"))

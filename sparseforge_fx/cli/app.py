@@ -47,7 +47,7 @@ def guard(function: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {text}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            print("interrupted", file=sys.stderr)
+            print("; ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
             raise typer.Exit(130) from error
 
     return guarded

@@ -27,12 +27,14 @@ def benchmark(
     from sparseforge_fx.deploy.modules import lower_modules
     from sparseforge_fx.deploy.throughput import compare, random_prompts, with_transformers
     from sparseforge_fx.errors import SparseForgeError
-    from sparseforge_fx.models import load_model
+    from sparseforge_fx.models import check_parent, load_model
     from sparseforge_fx.report import environment, write_json
 
     quiet()
     if min(*batch, prompt, tokens, rounds) < 1:
         raise SparseForgeError("batch, prompt, tokens and rounds are at least 1")
+    if output is not None:
+        check_parent(output)
     dense: Any = load_model(model, dtype=dtype)[0].to(pick_device(device)).eval()
     if not getattr(dense, "can_generate", lambda: False)():
         raise SparseForgeError(f"{model} is no language model that generates text")

@@ -36,6 +36,7 @@ def export(
     from sparseforge_fx.deploy.export import export as export_model
     from sparseforge_fx.deploy.generation import export_generator
     from sparseforge_fx.errors import SparseForgeError
+    from sparseforge_fx.models import check_output
 
     quiet()
     if format not in FORMATS:
@@ -43,6 +44,7 @@ def export(
     if format == "safetensors":
         if generator or portable:
             raise SparseForgeError("--generator and --portable are for graphs; a packed checkpoint has none")
+        check_output(output)
         loaded, tokenizer = load_any(model, dtype=dtype)
         report = save_packed(loaded, tokenizer, output)
         size = sum(f.stat().st_size for f in output.iterdir())

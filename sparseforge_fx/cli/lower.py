@@ -28,12 +28,14 @@ def lower(
     """Time every 2:4 linear dense and packed, and say which would run packed, which dense, and why."""
     from sparseforge_fx.deploy import cost
     from sparseforge_fx.deploy.lower import lower as lower_model
-    from sparseforge_fx.models import load_model
+    from sparseforge_fx.models import check_parent, load_model
 
     quiet()
     cost.check_request(batch, table)
     if output is not None and output.is_dir():
         raise IsADirectoryError(f"{output} is a folder: name a file")
+    if output is not None:
+        check_parent(output)
     loaded = load_model(model, dtype=dtype)[0].to(pick_device(device))
     report = lower_model(loaded, target=target, batch=batch, table=table).report
     assert isinstance(report, dict)

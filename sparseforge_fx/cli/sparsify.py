@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import typing
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +32,7 @@ METHODS_HELP = (
     "without training: alps, sparsegpt, wanda, magnitude."
 )
 STATE, STATE_OF = "training-state.pt", "training-state.json"  # what a run under way keeps in its output folder
+LOGS = "logs"
 TRAINING_TEXT = (
     "Training text: a hub id owner/name[:config][:split], a text, jsonl or parquet file, or a folder; "
     "'self': drawn from the model."
@@ -57,6 +60,9 @@ def sparsify(
     length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
     calibration: Annotated[int, typer.Option(min=1, help="Sequences for layer-wise pruning.")] = 64,
+    slorb_block: Annotated[
+        int | None, typer.Option(min=1, help="Inputs per column of a low-rank branch (SLoRB); default: no branch.")
+    ] = None,
     curvature: Annotated[str | None, typer.Option(help="The estimator, e.g. gauss_newton.")] = None,
     change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help=OTHER_FIELD)] = [],  # noqa: B006
     include: Include = [],  # noqa: B006
@@ -83,6 +89,7 @@ def sparsify(
         "length": length,
         "accumulate": accumulate,
         "calibration": calibration,
+        "slorb_block": slorb_block,
         "curvature": curvature,
         "set": sorted(change),
         "include": sorted(include),
@@ -102,13 +109,14 @@ def sparsify(
     from sparseforge_fx import models
     from sparseforge_fx.methods.catalog import find_options
     from sparseforge_fx.pattern import parse_pattern
+    from sparseforge_fx.processes import Processes
     from sparseforge_fx.report import plot_curves, write_json
     from sparseforge_fx.sparsify import sparsify as run
     from sparseforge_fx.text import open_sources
 
     # everything that can be known to be wrong before a model is loaded
-    models.finish_replacement(output)
-    _check_run_folder(output, shape_of_run, resume=resume, overwrite=overwrite)
+    processes = Processes()
+    processes.first_does(lambda: _check_run_folder(output, shape_of_run, resume=resume, overwrite=overwrite))
     options = find_options(method or ("magnitude" if data is None else "sparseforge"), preset)
     parse_pattern(pattern)
     changes = _changes(change, options) | ({"curvature": curvature} if curvature else {})
@@ -120,17 +128,22 @@ def sparsify(
     loaded, tokenizer = models.load_model(model, dtype)
     loaded.to(where)
     state, started = output / STATE, output / STATE_OF
+
+    def forget() -> None:
+        for leftover in (state, started):
+            leftover.unlink(missing_ok=True)
+
     if overwrite:
-        state.unlink(missing_ok=True)
-        started.unlink(missing_ok=True)
+        processes.first_does(forget)
     tracker = _Tracker(log_with, output, shape_of_run)
 
     def on_step(step: int, row: dict[str, float]) -> None:
-        if not started.exists():  # from the first step on, and not before, there is something to resume
+        # from the first step on, and not before, there is something to resume
+        if processes.first and not started.exists():
             write_json(started, shape_of_run)
         tracker.log(row, step)
 
-    result = run(
+    result = _saying_how_to_go_on(run, output)(
         loaded,
         data,
         method=method,
@@ -144,6 +157,7 @@ def sparsify(
         length=length,
         accumulate=accumulate,
         lr=lr,
+        slorb_block=slorb_block,
         calibration=calibration,
         seed=seed,
         compile="auto" if compile is Compile.auto else compile is Compile.on,
@@ -155,18 +169,21 @@ def sparsify(
     )
     tracker.end()
     report = {"command": shape_of_run, **result.report}
-    with models.new_folder(output, overwrite=True) as folder:
-        models.write_checkpoint(result.model.cpu(), tokenizer, folder)
-        if report.get("curves"):
-            plot_curves(report["curves"], folder / "curves.png")
-        write_json(folder / "report.json", report)
-        if tracker.folder.exists():
-            shutil.copytree(tracker.folder, folder / tracker.folder.name)
-    console = stdout()
-    console.print(summary(report))
-    console.print(
-        f"wrote {output}; next: sparseforge-fx evaluate {output} --dense {model}", markup=False, highlight=False
-    )
+
+    def write() -> None:
+        with models.new_folder(output, overwrite=True) as folder:
+            models.write_checkpoint(result.model.cpu(), tokenizer, folder)
+            if report.get("curves"):
+                plot_curves(report["curves"], folder / "curves.png")
+            write_json(folder / "report.json", report)
+            if tracker.folder.exists():
+                shutil.copytree(tracker.folder, folder / tracker.folder.name)
+        console = stdout()
+        console.print(summary(report))
+        next_step = f"next: sparseforge-fx evaluate {output} --dense {model}"
+        console.print(f"wrote {output}; {next_step}", markup=False, highlight=False)
+
+    processes.first_does(write)
     torch.cuda.empty_cache()
 
 
@@ -182,15 +199,16 @@ def parse_tokens(text: str) -> int:
 
 def _check_run_folder(output: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
     """Is the output folder free, or the run in it this one?"""
-    from sparseforge_fx.models import check_output
+    from sparseforge_fx.models import check_output, finish_replacement
 
     if resume and overwrite:
         raise SparseForgeError("--resume goes on with a run and --overwrite forgets it: give one of the two")
-    started = output / STATE_OF
+    finish_replacement(output)
+    state, started = output / STATE, output / STATE_OF
     if resume and started.is_file():
         try:
-            before = json.loads(started.read_text())
-        except ValueError as error:
+            before = dict(json.loads(started.read_text()))
+        except (ValueError, TypeError) as error:
             raise SparseForgeError(f"{started} cannot be read ({error}): start anew with --overwrite") from error
         different = [k for k in wanted if before.get(k) != wanted[k]]
         if different:
@@ -198,14 +216,32 @@ def _check_run_folder(output: Path, wanted: dict[str, Any], *, resume: bool, ove
             raise SparseForgeError(
                 f"the run in {output} is another one ({told}): repeat its options, or start anew with --overwrite"
             )
-        return
-    if resume and (output / "config.json").exists():
-        raise SparseForgeError(f"the run in {output} is finished: there is nothing to resume")
-    if not overwrite and started.is_file():
+    inside = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    unfinished = bool(inside & {name + end for name in (STATE, STATE_OF) for end in ("", ".partial")})
+    if unfinished and not (resume or overwrite):
         raise SparseForgeError(
             f"{output} holds a run that was not finished: give --resume to go on with it or --overwrite to start anew"
         )
-    check_output(output, overwrite=overwrite)
+    if resume and not unfinished and "config.json" in inside:
+        raise SparseForgeError(f"the run in {output} is finished: there is nothing to resume")
+    unfinished |= resume and inside <= {LOGS}
+    check_output(output, overwrite=overwrite or unfinished)
+    if resume and not state.exists():
+        print(f"nothing was saved in {output} yet: starting anew", file=sys.stderr)
+
+
+def _saying_how_to_go_on(run: Callable[..., Any], output: Path) -> Callable[..., Any]:
+    """``run``, whose interruption names the way to resume it."""
+
+    def running(*args: Any, **options: Any) -> Any:
+        try:
+            return run(*args, **options)
+        except KeyboardInterrupt as error:
+            if (output / STATE).exists():
+                error.add_note(f"go on with the same command and --resume, {output} holds the run")
+            raise
+
+    return running
 
 
 def _changes(assignments: list[str], options: dict[str, Any]) -> dict[str, Any]:
@@ -238,19 +274,20 @@ class _Tracker:
     """``accelerate``'s trackers, if one is asked for; their files go to ``logs`` in the output folder."""
 
     def __init__(self, name: str | None, output: Path, run: dict[str, Any]):
-        self.folder = output / "logs"
+        self.folder = output / LOGS
         self.accelerator: Any = None
         if name is None:
             return
-        from accelerate import Accelerator
         from accelerate.tracking import get_available_trackers
+
+        from sparseforge_fx.processes import accelerator
 
         available = [str(getattr(t, "value", t)) for t in get_available_trackers()]
         if name not in available:
             raise SparseForgeError(
                 f"the tracker {name} is not installed; installed are: {', '.join(available) or 'none'}"
             )
-        self.accelerator = Accelerator(log_with=name, project_dir=str(self.folder))
+        self.accelerator = accelerator(log_with=name, project_dir=str(self.folder))
         self._run = {k: v if isinstance(v, int | float | str) else str(v) for k, v in run.items()}
         self._open = False
 

@@ -28,6 +28,7 @@ from sparseforge_fx.kernels.packed import Packed, pack
 from sparseforge_fx.models import (
     DTYPES,
     Location,
+    check_output,
     explained,
     is_packed,
     load_config,
@@ -63,6 +64,7 @@ def save_packed(
     before = getattr(model.config, "quantization_config", None)
     if before is not None and not isinstance(before, PackedConfig):
         raise SparseForgeError("the weights of the model are quantised already: pack it before that")
+    check_output(Path(folder), overwrite=overwrite)
     state, header, report = packed_state(model)
     with new_folder(Path(folder), overwrite=overwrite) as partial:
         model.config.quantization_config = PackedConfig(**header.to_json())
@@ -131,6 +133,7 @@ def unpack_checkpoint(packed: str | Path, dense: str | Path, *, overwrite: bool 
     The weights are those that were packed, bit for bit (-0.0 excepted). Raises SparseForgeError as :func:`load` and
     :func:`sparseforge_fx.save_model` do.
     """
+    check_output(Path(dense), overwrite=overwrite)
     model, tokenizer = load(packed)
     save_model(model.dequantize(), tokenizer, dense, overwrite=overwrite)  # type: ignore[operator]
 
@@ -139,6 +142,7 @@ def pack_checkpoint(
     dense: str | Path, packed: str | Path, *, max_shard_size: str | int = "5GB", overwrite: bool = False
 ) -> dict[str, Any]:
     """A folder of a 2:4 model -> a packed folder; returns the report of :func:`save_packed`."""
+    check_output(Path(packed), overwrite=overwrite)
     model, tokenizer = load_model(dense)
     return save_packed(model, tokenizer, packed, max_shard_size=max_shard_size, overwrite=overwrite)
 

@@ -21,6 +21,7 @@ from sparseforge_fx.deploy.aoti import package
 from sparseforge_fx.deploy.archive import seal
 from sparseforge_fx.deploy.lower import lower_captured
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.models import check_parent
 
 FORMATS = ("pt2", "aoti")
 
@@ -85,6 +86,7 @@ def check_path(path: str | Path) -> None:
         raise SparseForgeError(f"{path} does not end in .pt2, which torch insists on: rename it")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise SparseForgeError(f"{path} cannot be written: it is a folder, or its folder is not there")
+    check_parent(path)
 
 
 def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sparseforge_fx import low_rank
 from sparseforge_fx.deploy import cost
 from sparseforge_fx.deploy.targets import find_target
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, add_sentence
 from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout
 from sparseforge_fx.kernels.packed import Packed, pack
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
@@ -115,22 +117,24 @@ def lower_modules(
     timings = cost.timings(shapes.values(), batch, device, layouts, known) if gate else {}
     before = after = scratch = 0
     lowered = []
-    for name, module in sites.items():
-        weight = weights.pop(name)
-        before += weight.nbytes
-        layout, against = cost.choose(timings[shapes[name]], layouts, batch) if gate else (layouts[0], None)
-        if layout is None:
-            skipped[name] = f"gate: {against}"
-            after += weight.nbytes
-            continue
-        transposed = isinstance(module, Conv1D)
-        sparse = SparseLinear(pack(weight), module.bias, layout, transposed=transposed).train(module.training)
-        replace(model, name, sparse)
-        size = sparse.values.nbytes + sparse.where.nbytes
-        scratch = max(scratch, weight.nbytes)
-        shape = {"out": sparse.out_features, "in": sparse.in_features}
-        lowered.append({"name": name, **shape, "layout": layout.name, "bytes": size})
-        after += size
+    with _dense_again_on_error(model) as done:
+        for name, module in sites.items():
+            weight = weights.pop(name)
+            before += weight.nbytes
+            layout, against = cost.choose(timings[shapes[name]], layouts, batch) if gate else (layouts[0], None)
+            if layout is None:
+                skipped[name] = f"gate: {against}"
+                after += weight.nbytes
+                continue
+            transposed = isinstance(module, Conv1D)
+            sparse = SparseLinear(pack(weight), module.bias, layout, transposed=transposed).train(module.training)
+            replace(model, name, sparse)
+            done.append(name)
+            size = sparse.values.nbytes + sparse.where.nbytes
+            scratch = max(scratch, weight.nbytes)
+            shape = {"out": sparse.out_features, "in": sparse.in_features}
+            lowered.append({"name": name, **shape, "layout": layout.name, "bytes": size})
+            after += size
     return {
         "sites": lowered,
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
@@ -143,9 +147,23 @@ def lower_modules(
     }
 
 
+@contextmanager
+def _dense_again_on_error(model: nn.Module) -> Iterator[list[str]]:
+    """Unpack what was packed, named in the list that is given, if not all of it could be."""
+    done: list[str] = []
+    try:
+        yield done
+    except BaseException as error:
+        for name in done:
+            replace(model, name, model.get_submodule(name).to_dense())  # type: ignore[operator]
+        add_sentence(error, "the model is dense and sparse as it was")
+        raise
+
+
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of that name."""
+    """Put ``module`` in the place of that name; a low-rank branch goes with the name."""
     parent, _, leaf = name.rpartition(".")
+    low_rank.hand_on(model.get_submodule(name), module)
     setattr(model.get_submodule(parent), leaf, module)
 
 
@@ -172,7 +190,7 @@ def find_sparse(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             skipped[name] = "it stands at several places of the model"
         elif owners[id(weight)] > 1:
             skipped[name] = "its weight belongs to another module, too"
-        elif module._forward_hooks or module._forward_pre_hooks:
+        elif low_rank.has_other_hooks(module):
             skipped[name] = "it has forward hooks"
         elif weight.is_meta or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             skipped[name] = f"no kernel for {weight.dtype} on {weight.device.type}"

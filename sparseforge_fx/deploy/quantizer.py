@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sparseforge_fx import low_rank
 from sparseforge_fx.deploy.model_size import check_size
 from sparseforge_fx.deploy.packed_files import (
     BITMASK,
@@ -106,6 +107,7 @@ class PackedQuantizer(HfQuantizer):
         for name, place in places.items():
             if place is not None:
                 replace(model, place, _empty(name, here.modules[place], header.modules[name]))
+        _insert_branches(model, here, stored)
         stored.pop(header.sentinel, None)
         expected = re.escape(header.sentinel.removeprefix(here.prefix))  # not to be reported as unexpected
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), expected}
@@ -235,6 +237,18 @@ def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:
     sparse = SparseLinear(packed, module.bias, transposed=isinstance(module, Conv1D))  # type: ignore[arg-type]
     sparse.loading = True
     return sparse
+
+
+def _insert_branches(model: Any, here: _Names, stored: Mapping[str, Any]) -> None:
+    """Low-rank branches on the meta device, where the file holds them: their values come with all others."""
+    owners = {name: here.module(owner) for name, owner in low_rank.branch_names(stored).items()}
+    with torch.device("meta"):
+        shapes = {
+            f"{owner}{name[-len('.slorb.x') :]}": torch.empty(stored[name].shape, dtype=model.dtype)
+            for name, owner in owners.items()
+            if owner is not None
+        }
+        low_rank.rebuild(model, shapes)
 
 
 class _Names:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sparseforge_fx.checkpoint import misfit
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.hessian import Curvature
 from sparseforge_fx.methods.one_shot import LAYERWISE
@@ -33,6 +34,7 @@ class MethodConfig(ABC):
     trains_weights: ClassVar[bool] = True  # False: the model is frozen, the method's own parameters train
     by_gradient: ClassVar[bool] = True  # False: no backward pass, ``observe`` is all
     own_optimizer: ClassVar[bool] = False  # True: part of the method is in the optimizer, no other will do
+    prunes_on_the_way: ClassVar[bool] = True  # False: until the end, masks are scales or drawn anew for every step
 
     steps: int
     pattern: AnyPattern = TWO_FOUR
@@ -161,23 +163,62 @@ class TrainedMethod(ABC):
             "held": {kind: {fqn: t.detach() for fqn, t in tensors.items()} for kind, tensors in self.held().items()},
         }
 
+    def check_state(self, state: Any) -> None:
+        """Raise SparseForgeError, with nothing changed, unless ``state`` is what :meth:`state` can give in a run with
+        these constants."""
+        mine = self.state()
+        wrong = misfit(dict.fromkeys(state) if isinstance(state, dict) else state, dict.fromkeys(mine), "method")
+        if wrong is None and not isinstance(state["config"], dict):
+            wrong = "method[config] is no dictionary"
+        if wrong is None:
+            theirs = state["config"]
+            changed = [f"{k} {theirs.get(k)} instead of {v}" for k, v in mine["config"].items() if v != theirs.get(k)]
+            if changed:
+                raise SparseForgeError(
+                    f"the saved training state was made with {', '.join(changed)}; delete it to start anew"
+                )
+            fixed = {k: v for k, v in mine.items() if k not in ("config", "held")}
+            wrong = misfit({k: state[k] for k in fixed}, fixed, "method") or self._wrong_held(state, mine["held"])
+        if wrong is not None:
+            raise SparseForgeError(f"the saved training state is damaged ({wrong}); delete it to start anew")
+
+    def _wrong_held(self, state: dict[str, Any], mine: dict[str, dict[str, Tensor]]) -> str | None:
+        """What is wrong with saved tensors. There may be more than now, as many come on the way, and none of a kind
+        that was freed when the masks were fixed."""
+        held, of = state["held"], {w.fqn: w for w in self.weights}
+        kinds = dict.fromkeys(held) if isinstance(held, dict) else held
+        if wrong := misfit(kinds, dict.fromkeys(mine), "method[held]"):
+            return wrong
+        for kind, tensors in held.items():
+            freed = tensors == {} and state["plain"]["fixed"]
+            if not isinstance(tensors, dict) or not (freed or set(mine[kind]) <= set(tensors)):
+                return f"method[held][{kind}] lacks some of its tensors"
+            for fqn, value in tensors.items():
+                name = f"method[held][{kind}][{fqn}]"
+                if fqn in mine[kind]:
+                    if wrong := misfit(value, mine[kind][fqn], name):
+                        return wrong
+                elif fqn not in of or not self._may_hold(of[fqn], value):
+                    return f"{name} fits no weight"
+        return None
+
+    def _may_hold(self, w: MaskedWeight, value: Any) -> bool:
+        """Can this be kept for a weight later in a run: a value or a mark for each entry, input, or sampled entry?"""
+        shapes = (w.mask.shape, w.mask.shape[w.dim : w.dim + 1], self.sample(w.mask, w.dim).shape)
+        dtypes = (w.mask.dtype, torch.float32, torch.bool)
+        return isinstance(value, Tensor) and value.shape in shapes and value.dtype in dtypes
+
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """What :meth:`state` gave. Raises SparseForgeError if it belongs to other constants."""
-        mine, theirs = self.config.describe(), state["config"]
-        if mine != theirs:
-            changed = ", ".join(
-                f"{k} {theirs.get(k)} instead of {mine.get(k)}" for k in mine if mine[k] != theirs.get(k)
-            )
-            raise SparseForgeError(f"the saved training state was made with {changed}; delete it to start anew")
+        """What :meth:`state` gave. Raises SparseForgeError, with nothing changed, as :meth:`check_state` does."""
+        self.check_state(state)
         for name in self.plain:
             setattr(self, name, state["plain"][name])
         devices = {w.fqn: w.mask.device for w in self.weights}
         for kind, tensors in self.held().items():
-            saved = state["held"][kind]
-            for fqn in set(tensors) - set(saved):
+            for fqn in set(tensors) - set(state["held"][kind]):
                 del tensors[fqn]
-            for fqn, value in saved.items():
+            for fqn, value in state["held"][kind].items():
                 if fqn in tensors:
                     tensors[fqn].copy_(value)  # in place: an optimizer may read it
                 else:

@@ -33,6 +33,7 @@ class CastConfig(MethodConfig):
     """
 
     own_optimizer: ClassVar[bool] = True
+    prunes_on_the_way: ClassVar[bool] = False
 
     update_every: int = 10
     l1: float = 4e-7

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.calibrate import layer_by_layer
+from sparseforge_fx.errors import AS_IT_WAS, add_sentence
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.program import Program
+from sparseforge_fx.undo import put_back
 
 
 class LayerSolution(NamedTuple):
@@ -29,14 +31,16 @@ Solve = Callable[[Tensor, Tensor, Tensor], LayerSolution]
 
 @contextmanager
 def undone_on_error(weights: Sequence[MaskedWeight]) -> Iterator[dict[str, Tensor]]:
-    """Gives copies of the weights, and puts them back (with masks of one) if what follows fails half-way."""
+    """Gives copies of the weights, and puts them back (with masks of one) if what follows fails half-way, which the
+    error then says."""
     dense = {w.fqn: w.weight.detach().clone() for w in weights}
     try:
         yield dense
-    except BaseException:
+    except BaseException as error:
+        if put_back([(w.weight, dense[w.fqn]) for w in weights]):
+            add_sentence(error, AS_IT_WAS)
         with torch.no_grad():
             for w in weights:
-                w.weight.copy_(dense[w.fqn])
                 w.mask.fill_(1)
         raise
 

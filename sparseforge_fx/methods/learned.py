@@ -102,6 +102,7 @@ class MaskLLMConfig(MethodConfig):
 
     trains_weights: ClassVar[bool] = False
     own_optimizer: ClassVar[bool] = True
+    prunes_on_the_way: ClassVar[bool] = False
 
     prior: float = 3.0
     spread: float = 0.01
@@ -217,6 +218,7 @@ class MaskProConfig(MethodConfig):
     trains_weights: ClassVar[bool] = False
     by_gradient: ClassVar[bool] = False
     own_optimizer: ClassVar[bool] = True
+    prunes_on_the_way: ClassVar[bool] = False
 
     certainty: float = 10.0
     memory: float = 0.99
