@@ -67,7 +67,7 @@ def perplexity(
         stride: tokens between the starts of neighbouring windows, 1 to context; None: context.
         max_windows: score only so many windows, from the start.
         batch_size: windows per forward pass.
-        progress: show a bar on standard error.
+        progress: show a bar on standard error, if that is a terminal.
 
     Log-softmax is float32 whatever the model's type, the sum float64; float32 logits exist for one chunk of rows only.
 
@@ -288,4 +288,5 @@ def _track(groups: list[Any], progress: bool) -> Any:
     from rich.console import Console
     from rich.progress import track
 
-    return track(groups, "Perplexity", console=Console(stderr=True), disable=not progress)
+    console = Console(stderr=True)
+    return track(groups, "Perplexity", console=console, disable=not (progress and console.is_terminal))

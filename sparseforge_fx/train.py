@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -244,7 +245,8 @@ def _restore(
 def _progress(show: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     more = (TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    return Progress(*columns, *more, disable=not show, transient=False)
+    console = Console(stderr=True)  # a bar is no result: a pipe gets none
+    return Progress(*columns, *more, console=console, disable=not (show and console.is_terminal), transient=False)
 
 
 def _device(parameters: list[nn.Parameter]) -> torch.device:
