@@ -19,11 +19,11 @@ class _QuickReader(gguf.GGUFReader):
     """The same fields with the same content as the reader that it stands for."""
 
     @property
-    def data(self) -> np.ndarray:
+    def data(self) -> Any:
         return self._data
 
     @data.setter
-    def data(self, mapped: np.ndarray) -> None:
+    def data(self, mapped: Any) -> None:
         self._data = np.asarray(mapped)  # slices of a plain array cost a third of those of a np.memmap
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:

@@ -56,7 +56,7 @@ def serve(
     def build_guarded(models: Any, *args: Any, **kwargs: Any) -> Any:
         return guarded(build(models, *args, **kwargs), models, model, max_new_tokens)
 
-    server.build_server = build_guarded
+    server.build_server = build_guarded  # type: ignore[assignment]
     try:
         transformers_app(["serve", model, "--host", host, "--port", str(port), *context.args], prog_name="transformers")
     finally:
