@@ -55,6 +55,7 @@ def layer_by_layer(
                 name, index = weights[node]
                 seen.add(name)
                 source = node.args[index]
+                assert isinstance(source, Node)
                 if source not in moments:
                     if source in step:
                         raise SparseForgeError(f"{name} is used within torch.vmap and cannot be calibrated: exclude it")

@@ -23,7 +23,7 @@ from sparseforge_fx.forward import spelled_out, unwrapped
 from sparseforge_fx.program import Program
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> Program:
+def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = True) -> Program:
     """Trace ``model`` into a Program whose parameters are the model's own Parameter objects.
 
     Args:
@@ -32,6 +32,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. None: made from the config
             of a Hugging Face model. The first two dimensions of every tensor (batch, sequence) stay dynamic where the
             model allows it; the notes of the Program name those that had to be fixed.
+        dynamic: False fixes both at the example's sizes: a quarter of the time, for who only looks at the graph.
 
     Raises SparseForgeError naming the line of the model that torch.export could not take, and what to try.
     """
@@ -48,7 +49,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
         eagerly = torch.compiler.set_stance("force_eager")
         with _no_cache(model), torch.inference_mode(False), torch.enable_grad(), eagerly, spelled_out(model, kwargs):
             model.eval()
-            exported, notes = _export(model, *pytree.tree_map(_normal, (args, kwargs)))
+            exported, notes = _export(model, *pytree.tree_map(_normal, (args, kwargs)), dynamic)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -121,7 +122,7 @@ def _quiet() -> Iterator[None]:
             logging.disable(before)
 
 
-def _export(model: nn.Module, args: tuple, kwargs: dict) -> tuple[ExportedProgram, tuple[str, ...]]:
+def _export(model: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Export with batch and sequence dynamic; where the model forbids it, fix the sequence, then both, and say so."""
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
@@ -129,7 +130,8 @@ def _export(model: nn.Module, args: tuple, kwargs: dict) -> tuple[ExportedProgra
         raise SparseForgeError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
     first: Exception | None = None
     attempts = [((0, 1), ""), ((0,), "the sequence dimension"), ((), "batch and sequence dimensions")]
-    wider = _doubled(model, args, kwargs)
+    attempts = attempts if dynamic else attempts[-1:]
+    wider = _doubled(model, args, kwargs) if dynamic else None
     while attempts:
         dims, fixed = attempts.pop(0)
         call = (args, kwargs) if wider is None or not dims else wider

@@ -73,7 +73,7 @@ def perplexity(
         stride: tokens between the starts of neighbouring windows, 1 to context; None: context.
         max_windows: score only so many windows, from the start.
         batch_size: windows per forward pass.
-        progress: show a bar on standard error.
+        progress: show a bar on standard error, if that is a terminal.
 
     Log-softmax is float32 whatever the model's type, the sum float64; float32 logits exist for one chunk of rows only.
 
@@ -178,7 +178,7 @@ def text_tokens(source: Any, tokenizer: Any, *, text_column: str | None = None) 
 
 def _leading_bos(model: Any, ids: torch.Tensor) -> int | None:
     """The model's beginning-of-sequence token, if the text begins with it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     bos = getattr(config, "bos_token_id", None)
     return bos if isinstance(bos, int) and int(ids[0]) == bos else None
@@ -309,4 +309,5 @@ def _track(groups: list[Any], progress: bool) -> Any:
     from rich.console import Console
     from rich.progress import track
 
-    return track(groups, "Perplexity", console=Console(stderr=True), disable=not progress)
+    console = Console(stderr=True)
+    return track(groups, "Perplexity", console=console, disable=not (progress and console.is_terminal))

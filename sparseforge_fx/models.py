@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from sparseforge_fx import low_rank
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.loading import loading_bar
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HUB_TIMEOUT = 10.0  # seconds until the hub counts as not reachable
@@ -33,6 +34,14 @@ class Location(NamedTuple):
     @property
     def gguf(self) -> bool:
         return "gguf_file" in self.options
+
+    def quick(self) -> AbstractContextManager[None]:
+        """Inside, transformers reads the header of a GGUF file quickly."""
+        if not self.gguf:
+            return nullcontext()
+        from sparseforge_fx.gguf_files import quick_reader
+
+        return quick_reader()
 
 
 def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tuple[nn.Module, Any]:
@@ -61,7 +70,7 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tupl
         raise SparseForgeError(
             f"the weights of {name} are quantised: give a checkpoint in bfloat16, float16 or float32"
         )
-    with explained(f"cannot load the model {name}"):
+    with explained(f"cannot load the model {name}"), where.quick(), loading_bar(str(name)):
         model, loading = model_class(config).from_pretrained(
             where.name, output_loading_info=True, **options, **where.options
         )
@@ -276,7 +285,7 @@ def _ask_hub(name: str) -> dict[str, Any]:
 # -- loading ---------------------------------------------------------------------------------------------------------
 def load_config(where: Location) -> Any:
     """The configuration of a model."""
-    with explained(f"cannot read the configuration of {where.name}"):
+    with explained(f"cannot read the configuration of {where.name}"), where.quick():
         return transformers.AutoConfig.from_pretrained(where.name, trust_remote_code=False, **where.options)
 
 
@@ -285,7 +294,7 @@ def load_tokenizer(where: Location, config: Any) -> Any:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not getattr(text, "vocab_size", None):
         return None
-    with explained(f"the model {where.name} has no tokenizer that can be loaded"):
+    with explained(f"the model {where.name} has no tokenizer that can be loaded"), where.quick():
         return transformers.AutoTokenizer.from_pretrained(where.name, trust_remote_code=False, **where.options)
 
 

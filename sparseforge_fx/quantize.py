@@ -9,6 +9,7 @@ from torch import nn
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.pattern import AnyPattern, check_pattern, parse_pattern
+from sparseforge_fx.transformers_hook import torchao_unheard
 
 
 @torch.no_grad()
@@ -32,8 +33,9 @@ def quantize(
     if group is not None and group < 1:
         raise SparseForgeError(f"a group of {group} inputs makes no sense: give at least 1, or None")
     try:
-        from torchao.quantization import IntxWeightOnlyConfig, quantize_
-        from torchao.quantization.granularity import PerAxis, PerGroup
+        with torchao_unheard():
+            from torchao.quantization import IntxWeightOnlyConfig, quantize_
+            from torchao.quantization.granularity import PerAxis, PerGroup
     except ImportError as error:
         raise SparseForgeError(
             "quantisation needs torchao: pip install 'sparseforge-fx[quantize]', or torchao itself"

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -331,7 +332,8 @@ def _wrong_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> str | None
 def _progress(show: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     more = (TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    return Progress(*columns, *more, disable=not show, transient=False)
+    console = Console(stderr=True)  # a bar is no result: a pipe gets none
+    return Progress(*columns, *more, console=console, disable=not (show and console.is_terminal), transient=False)
 
 
 def _device(parameters: list[nn.Parameter]) -> torch.device:

@@ -3,13 +3,19 @@
 transformers has no entry points for quantizers, and one that does not know the ``quant_method`` of a checkpoint goes on
 with random weights in the place of packed ones. PEFT has none for layer types, and refuses those that it does not know.
 So ours are registered right after the module with their tables is imported, whoever does that and whenever.
+
+Both import torchao if it is there, which says on standard error that some of its libraries are for other machines: to
+nobody's use here, so it is not heard while they do.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -18,6 +24,20 @@ from typing import Any
 TABLES = "transformers.quantizers.auto"
 QUANTIZER = "sparseforge_fx.deploy.quantizer"
 OURS = {TABLES: QUANTIZER, "peft.tuners.lora": "sparseforge_fx.deploy.lora_layer"}  # after which module comes which
+
+
+@contextmanager
+def torchao_unheard() -> Iterator[None]:
+    """What torchao logs while it is imported, errors excepted, goes nowhere."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class _After(MetaPathFinder):
@@ -36,7 +56,8 @@ class _After(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            execute(module)
+            with torchao_unheard():
+                execute(module)
             importlib.import_module(OURS[name])
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

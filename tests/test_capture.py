@@ -54,6 +54,17 @@ def test_every_form_of_inputs(inputs):
     assert torch.equal(program.module()(*args, **kwargs), model(*args, **kwargs)), "batch and sequence are dynamic"
 
 
+def test_fixed_sizes_give_the_same_graph_without_notes():
+    model = llama()
+    free, fixed = capture(model), capture(model, dynamic=False)
+    weights = [[s.fqn for s in find_linears(p)] for p in (free, fixed)]
+    assert weights[0] == weights[1] and len(weights[0]) > 7 and fixed.notes == ()
+    ids = make_example_inputs(model)
+    assert torch.equal(fixed.module()(**ids).logits, free.module()(**ids).logits)
+    with pytest.raises(RuntimeError, match="to be equal to 12, but got 5"):
+        fixed.module()(input_ids=ids["input_ids"][:, :5])
+
+
 def test_nested_inputs_and_outputs():
     class Nested(nn.Module):
         def forward(self, batch):

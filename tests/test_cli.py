@@ -1,21 +1,24 @@
 """The command line: what it writes, what it prints, and one sentence with exit code 2 for bad input."""
 
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import write_checkpoint, write_text
+from tiny_checkpoint import tiny_llama, write_checkpoint, write_gguf, write_text
 from typer.testing import CliRunner
 
 from sparseforge_fx import cli, models
+from sparseforge_fx.cli.app import quiet
 from sparseforge_fx.cli.sparsify import STATE, STATE_OF, parse_tokens
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning
 
 SHORT = [
     "--length",
@@ -71,6 +74,54 @@ def test_help_does_not_wait_for_torch():
     code = "import sys\nfrom sparseforge_fx import cli\nprint('torch' in sys.modules or 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+EVERY_VERB = """
+import sys
+from sparseforge_fx import cli
+home = sys.argv[1]
+for line in (
+    "inspect {home}/dense",
+    "sparsify {home}/dense --method magnitude -o {home}/quiet",
+    "sparsify {home}/dense --data {home}/train.txt -o {home}/trained --length 16 --batch-size 2 --tokens 32 --calibration 4",
+    "evaluate {home}/quiet --dense {home}/dense --data {home}/test.txt --context 32 --max-windows 2",
+    "lower {home}/quiet --batch 1 --device cpu",
+    "generate {home}/quiet -p The --max-new-tokens 2",
+    "report {home}/quiet",
+    "export {home}/quiet -o {home}/quiet_packed --format safetensors",
+    "inspect {home}/tiny.gguf",
+    "evaluate {home}/tiny.gguf --data {home}/test.txt --context 32 --max-windows 2",
+):
+    print("==", line)
+    cli.app(line.format(home=home).split(), standalone_mode=False)
+import logging, torchao
+print("level", logging.getLogger("torchao").level)
+"""
+
+
+def test_every_verb_prints_our_words_only(home, tmp_path):
+    pytest.importorskip("torchao")
+    write_gguf(home / "tiny.gguf", tiny_llama())
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(home / "cache")}
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_VERB, str(home)], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line for line in done.stderr.splitlines() if not line.startswith("note: ")] == []
+    assert done.stdout.count("== ") == 10 and done.stdout.endswith("level 0\n")  # torchao is heard again
+
+
+def test_only_our_warnings_are_heard(capsys):
+    before = logging.root.manager.disable
+    with quiet():
+        warnings.warn("theirs", stacklevel=1)
+        warnings.warn("theirs", DeprecationWarning, stacklevel=1)
+        logging.getLogger("theirs").warning("theirs")
+        warnings.warn("ours", SparseForgeWarning, stacklevel=1)
+    assert capsys.readouterr().err == "note: ours\n"
+    assert logging.root.manager.disable == before
 
 
 def test_sparsify_writes_a_plain_checkpoint_a_report_and_curves(sparse):
@@ -161,6 +212,23 @@ def test_inspect_counts_bytes(home):
     assert found["bytes_sparse_bf16"] == 2 * (everything - sites) + 2 * sites * 9 / 16
     loaded = json.loads(ok("inspect", home / "dense", "--json", "--weights"))
     assert loaded["sites"] == found["sites"] and loaded["skipped"] == found["skipped"]
+
+
+def test_inspect_of_a_gguf_file_reads_its_header_only(home, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("weights or tokenizer")
+
+    monkeypatch.setattr("gguf.dequantize", never)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", never)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", never)
+    model = tiny_llama()
+    write_gguf(tmp_path / "tiny.gguf", model)
+    found = json.loads(ok("inspect", tmp_path / "tiny.gguf", "--json"))
+    model.save_pretrained(tmp_path / "same")
+    same = json.loads(ok("inspect", tmp_path / "same", "--json"))
+    for part in ("sites", "skipped", "parameters", "bytes_dense_bf16", "bytes_sparse_bf16"):
+        assert found[part] == same[part], part
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())  # the embedding counts once
 
 
 def test_evaluate_puts_dense_beside_sparse(home, sparse, tmp_path):

@@ -1,12 +1,14 @@
 """sparseforge-fx serve: transformers' server over a packed folder, asked through HTTP by the openai client."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -25,6 +27,7 @@ for needed in ("fastapi", "uvicorn", "openai"):
 TEMPLATE = "{% for m in messages %}w7 {{ m['content'] }} w8 {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
 QUESTION = [{"role": "user", "content": "w20 w33 w41"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
+LIMIT = 40  # new tokens that the server gives; the model's context holds 128
 
 
 def chat_tokenizer():
@@ -55,6 +58,7 @@ def client(folder, tmp_path_factory):
     port, log = free_port(), tmp_path_factory.mktemp("log") / "server.txt"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-m", "sparseforge_fx.cli", "serve", str(folder), "--host", "127.0.0.1"]
+    command += ["--max-new-tokens", str(LIMIT)]
     with open(log, "w") as output:
         server = subprocess.Popen(
             [*command, "--port", str(port), "--device", "cpu"], env=environment, stdout=output, stderr=output
@@ -90,6 +94,144 @@ def test_streamed_chat(client, folder, expected):
     chunks = list(client.chat.completions.create(model=str(folder), messages=QUESTION, stream=True, **GREEDY))
     parts = [c.choices[0].delta.content for c in chunks if c.choices[0].delta.content]
     assert "".join(parts) == expected and len(parts) > 1
+
+
+# -- what it does not do ----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def ask(client):
+    """``(path, body, method) -> (status, answer)``; a body that is not bytes goes as json."""
+    root = str(client.base_url).removesuffix("/v1/")
+
+    def ask(path, body=None, method="POST"):
+        content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        request = urllib.request.Request(root + path, content, {"content-type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as answer:
+            return answer.code, json.loads(answer.read())
+
+    return ask
+
+
+def told(answer):
+    status, content = answer
+    assert status == 400, answer
+    return content["error"]["message"]
+
+
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+FIELDS = [
+    (CHAT, {"messages": QUESTION}, "max_tokens"),
+    (CHAT, {"messages": QUESTION}, "max_completion_tokens"),
+    (TEXT, {"prompt": "w20 w33"}, "max_tokens"),
+    (RESPONSES, {"input": "w20 w33", "stream": False}, "max_output_tokens"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field"), FIELDS)
+def test_nobody_gets_more_new_tokens_than_the_server_gives(ask, path, body, field):
+    assert f"{field} is 1000000000, and this server gives 1 to {LIMIT}" in told(ask(path, body | {field: 10**9}))
+    config = json.dumps({"max_new_tokens": 10**9, "do_sample": False})
+    assert "generation_config.max_new_tokens is 1000000000" in told(ask(path, body | {"generation_config": config}))
+    for given in ({}, {"generation_config": "{}"}, {field: None}):
+        status, content = ask(path, body | given | {"temperature": 0})
+        usage = content["usage"]
+        assert status == 200 and usage.get("completion_tokens", usage.get("output_tokens")) == LIMIT
+    status, content = ask(path, body | {"generation_config": '{"max_new_tokens": 3}'})
+    assert status == 200 and 3 in (content["usage"].get("completion_tokens"), content["usage"].get("output_tokens"))
+
+
+def test_never_beyond_the_context_of_the_model(ask, client, folder):
+    status, content = ask(TEXT, {"prompt": " ".join(["w20"] * 118), "temperature": 0})
+    assert status == 200 and content["usage"]["total_tokens"] == 128
+    assert content["choices"][0]["finish_reason"] == "length"
+    long = " ".join(["w20"] * 128)
+    assert "the prompt has 128 tokens, and the model's context is 128" in told(ask(TEXT, {"prompt": long}))
+    chunks = client.completions.create(model=str(folder), prompt=" ".join(["w20"] * 126), stream=True, **GREEDY)
+    assert [c.usage.completion_tokens for c in chunks if c.usage] == [2]
+
+
+MALFORMED = [
+    (CHAT, b"{", "not JSON"),
+    (CHAT, b"", "not JSON"),
+    (CHAT, b"\xff\xfe", "not JSON"),
+    (CHAT, b"[" * 100_000, "not JSON"),
+    (CHAT, [], "the body"),
+    (CHAT, {}, "messages"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "w20"}, "messages"),
+    (CHAT, {"messages": [{"content": "w20"}]}, "messages.0.role"),
+    (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "needs a text"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": None}]}, "messages.0.tool_calls"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]}, "arguments"),
+    (CHAT, {"messages": QUESTION, "temperature": "hot"}, "temperature"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "w20"}], "temperature": NaN}', "temperature"),
+    (CHAT, {"messages": QUESTION, "top_p": 1.5}, "top_p"),
+    (CHAT, {"messages": QUESTION, "seed": 2**70}, "seed"),
+    (CHAT, {"messages": QUESTION, "stop": []}, "stop"),
+    (CHAT, {"messages": QUESTION, "frequency_penalty": -1}, "frequency_penalty"),
+    (CHAT, {"messages": QUESTION, "logit_bias": {"x": 1}}, "logit_bias"),
+    (CHAT, {"messages": QUESTION, "logit_bias": {"99999": 1}}, "cannot be answered"),
+    (CHAT, {"messages": QUESTION, "max_tokens": 0}, "max_tokens"),
+    (CHAT, {"messages": QUESTION, "max_tokens": "many"}, "max_tokens"),
+    (CHAT, {"messages": QUESTION, "generation_config": "{"}, "generation_config"),
+    (CHAT, {"messages": QUESTION, "generation_config": '{"max_new_tokens": true}'}, "max_new_tokens is True"),
+    (CHAT, {"messages": QUESTION, "generation_config": '{"num_beams": 4096}'}, "may not have num_beams"),
+    (
+        CHAT,
+        {"messages": QUESTION, "generation_config": '{"do_sample": true, "temperature": "hot"}'},
+        "cannot be answered",
+    ),
+    (CHAT, {"messages": QUESTION, "chat_template_kwargs": {"chat_template": "x"}}, "may not have chat_template"),
+    (TEXT, {}, "prompt"),
+    (TEXT, {"prompt": ""}, "prompt"),
+    (TEXT, {"prompt": "  "}, "no tokens"),
+    (TEXT, {"prompt": ["w20"]}, "prompt"),
+    (RESPONSES, {}, "input"),
+    (RESPONSES, {"input": []}, "input"),
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "cannot be answered"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "match"), MALFORMED)
+def test_what_cannot_be_read_is_refused_in_a_sentence(ask, path, body, match):
+    assert match in told(ask(path, body))
+
+
+def test_a_large_body_is_refused(ask):
+    status, content = ask(TEXT, {"prompt": "w20 " * 3_000_000})
+    assert status == 413 and "send less" in content["error"]["message"]
+
+
+def test_it_stays_with_its_model(ask, folder, tmp_path):
+    for path in (
+        "/load_model",
+        "/reset",
+        "/v1/audio/transcriptions",
+        "/load_model/",
+        "/%6coad_model",
+        "/v1/embeddings",
+    ):
+        status, content = ask(path, {"model": str(tmp_path)})
+        assert status == 403 and f"pinned to {folder}" in content["error"]["message"], path
+    status, content = ask(CHAT, {"model": "another", "messages": QUESTION})
+    assert status == 400 and "pinned" in content["detail"]
+    assert [m["id"] for m in ask("/v1/models", method="GET")[1]["data"]] == [str(folder)]
+    assert ask("/health", method="GET") == (200, {"status": "ok"})
+    assert ask(TEXT, {"prompt": "w20", "max_tokens": 1})[0] == 200
+
+
+def test_every_address_of_transformers_is_known_here(folder):
+    """One that a later version adds is refused until somebody has looked at it."""
+    from transformers.cli.serving.server import build_server
+
+    from sparseforge_fx.cli.requests import BODIES
+
+    application = build_server(*[None] * 7)
+    paths = {route.path for route in application.routes if "POST" in route.methods}
+    assert paths - set(BODIES) == {"/load_model", "/reset", "/v1/audio/transcriptions"}
 
 
 # -- what ends before a server starts ---------------------------------------------------------------------------------
@@ -146,6 +288,12 @@ def test_without_a_server_installed(refuse, folder, monkeypatch):
 
     monkeypatch.setattr(util, "find_spec", lambda name, find=util.find_spec: None if name == "uvicorn" else find(name))
     refuse("serving needs uvicorn: pip install 'sparseforge-fx[serve]'", folder)
+
+
+def test_it_listens_on_this_machine_unless_told_and_its_help_says_what_it_does_not_protect():
+    told = " ".join(CliRunner().invoke(cli.app, ["serve", "--help"], env={"COLUMNS": "200"}).stdout.split())
+    assert "[default: localhost]" in told and "--max-new-tokens" in told and "[default: 1024]" in told
+    assert "There is no password" in told and "8 MB" in told
 
 
 def test_options_go_on_to_transformers(monkeypatch, tmp_path):

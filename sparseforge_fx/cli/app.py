@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from sparseforge_fx.errors import SparseForgeError, one_line
+from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning, one_line
 
 app = typer.Typer(
     name="sparseforge-fx",
@@ -21,6 +24,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars, too; ours is loading_bar
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a GGUF file.", show_default=False)]
 PatternOption = Annotated[str, typer.Option("--pattern", help="Keep at most N of every M weights along the input.")]
@@ -31,8 +42,14 @@ Exclude = Annotated[list[str], typer.Option("--exclude", help="Keep what matches
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a guarded command."""
-    return app.command()(guard(function))
+    """Register a guarded command, during which only we speak."""
+
+    @functools.wraps(function)
+    def quietly(*args: Any, **kwargs: Any) -> None:
+        with quiet():
+            function(*args, **kwargs)
+
+    return app.command()(guard(quietly))
 
 
 def guard(function: Callable[..., None]) -> Callable[..., None]:
@@ -66,20 +83,28 @@ def pick_device(name: str | None) -> Any:
     return device
 
 
-def quiet() -> None:
-    """Loading bars, advice and warnings of the libraries below would drown the one line that matters."""
-    import warnings
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Loading bars, advice and warnings of the libraries below would drown the one line that matters.
 
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+    Most are told through the environment, before they are imported: a command that needs none of them does not wait.
+    What the user has set there, and Python's own ``-W``, is left alone.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", SparseForgeWarning)
+            warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def stdout() -> Console:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sparseforge_fx.cli.app import Model, command, pick_device, quiet, readable_bytes, stdout
+from sparseforge_fx.cli.app import Model, command, pick_device, readable_bytes, stdout
 
 
 @command
@@ -30,7 +30,6 @@ def benchmark(
     from sparseforge_fx.models import check_parent, load_model
     from sparseforge_fx.report import environment, write_json
 
-    quiet()
     if min(*batch, prompt, tokens, rounds) < 1:
         raise SparseForgeError("batch, prompt, tokens and rounds are at least 1")
     if output is not None:

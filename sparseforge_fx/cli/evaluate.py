@@ -16,7 +16,6 @@ from sparseforge_fx.cli.app import (
     command,
     grouped,
     pick_device,
-    quiet,
     stdout,
 )
 from sparseforge_fx.errors import SparseForgeError
@@ -53,7 +52,6 @@ def evaluate(
     shape = parse_pattern(pattern)
     open_sources(data)
     where = pick_device(device)
-    quiet()
     measured = {}
     accuracy: dict[str, dict[str, dict[str, float]]] = {}
     wanted = tuple(TASKS) if tasks == "all" else tuple(t.strip() for t in tasks.split(",") if t.strip())

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseforge_fx.cli.app import Model, command, pick_device, quiet, readable_bytes, stdout
+from sparseforge_fx.cli.app import Model, command, pick_device, readable_bytes, stdout
 
 FORMATS = ("pt2", "aoti", "safetensors")
 
@@ -38,7 +38,6 @@ def export(
     from sparseforge_fx.errors import SparseForgeError
     from sparseforge_fx.models import check_output
 
-    quiet()
     if format not in FORMATS:
         raise SparseForgeError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
     if format == "safetensors":

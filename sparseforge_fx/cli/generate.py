@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseforge_fx.cli.app import command, pick_device, quiet
+from sparseforge_fx.cli.app import command, pick_device
 
 
 @command
@@ -25,7 +25,6 @@ def generate(
     device: Annotated[str | None, typer.Option(help="For a model folder; default: cuda where there is one.")] = None,
 ) -> None:
     """Go on with each prompt. A model folder that is 2:4 runs packed where that is faster here."""
-    quiet()
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": sample,

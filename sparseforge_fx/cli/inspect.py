@@ -15,7 +15,6 @@ from sparseforge_fx.cli.app import (
     PatternOption,
     command,
     grouped,
-    quiet,
     readable_bytes,
     stdout,
 )
@@ -40,9 +39,8 @@ def inspect(
     from sparseforge_fx.report import describe_sites
 
     shape = parse_pattern(pattern)
-    quiet()
     loaded = load_skeleton(model) if meta else load_model(model)[0]
-    program = capture(loaded)
+    program = capture(loaded, dynamic=False)
     sites = find_linears(program, shape, include, exclude)
     found = describe_sites(sites)
     parameters = sum(p.numel() for p in loaded.parameters())  # a tied one comes once

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sparseforge_fx.cli.app import Model, command, grouped, pick_device, quiet, readable_bytes, stdout
+from sparseforge_fx.cli.app import Model, command, grouped, pick_device, readable_bytes, stdout
 
 
 @command
@@ -30,7 +30,6 @@ def lower(
     from sparseforge_fx.deploy.lower import lower as lower_model
     from sparseforge_fx.models import check_parent, load_model
 
-    quiet()
     cost.check_request(batch, table)
     if output is not None and output.is_dir():
         raise IsADirectoryError(f"{output} is a folder: name a file")

@@ -1,6 +1,6 @@
 """``sparseforge-fx serve``: transformers' own OpenAI-compatible server, in a process that knows packed checkpoints.
 
-It does because sparseforge_fx is imported (see ``transformers_hook``); nothing of the server is ours.
+It does because sparseforge_fx is imported (see ``transformers_hook``). Ours is the gate before it (``requests``).
 """
 
 from __future__ import annotations
@@ -29,18 +29,38 @@ def serve(
     ],
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "localhost",
     port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="A request that asks for more is refused.")] = 1024,
 ) -> None:
     """Serve a model over HTTP (OpenAI's API); further options are those of "transformers serve", as they are there.
 
     Clients name the model as it is named here. Ends at Ctrl-C.
+
+    Protected: no request gets more than --max-new-tokens, nor (but with --continuous-batching) more than the model's
+    context holds; bodies over 8 MB and malformed ones are refused; no request loads or unloads a model.
+
+    Not protected: whoever reaches the port may use it. There is no password, no encryption, no limit on how many ask or
+    how often; one request is answered at a time, and the others wait. That is why it listens on this machine only,
+    unless --host says otherwise: put a proxy that knows its users before it.
     """
     if absent := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         raise SparseForgeError(f"serving needs {', '.join(absent)}: pip install 'sparseforge-fx[serve]'")
     _check_model(model)
     _check_address(host, port)
+    from transformers.cli.serving import server
     from transformers.cli.transformers import app as transformers_app
 
-    transformers_app(["serve", model, "--host", host, "--port", str(port), *context.args], prog_name="transformers")
+    from sparseforge_fx.cli.requests import guarded
+
+    build = server.build_server
+
+    def build_guarded(models: Any, *args: Any, **kwargs: Any) -> Any:
+        return guarded(build(models, *args, **kwargs), models, model, max_new_tokens)
+
+    server.build_server = build_guarded  # type: ignore[assignment]
+    try:
+        transformers_app(["serve", model, "--host", host, "--port", str(port), *context.args], prog_name="transformers")
+    finally:
+        server.build_server = build
 
 
 def _check_model(model: str) -> None:

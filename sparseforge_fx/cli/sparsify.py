@@ -21,7 +21,6 @@ from sparseforge_fx.cli.app import (
     PatternOption,
     command,
     pick_device,
-    quiet,
     stdout,
 )
 from sparseforge_fx.cli.report import summary
@@ -124,7 +123,6 @@ def sparsify(
         open_sources(data)
     where = pick_device(device)
 
-    quiet()
     loaded, tokenizer = models.load_model(model, dtype)
     loaded.to(where)
     state, started = output / STATE, output / STATE_OF

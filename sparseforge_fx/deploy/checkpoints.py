@@ -25,6 +25,7 @@ from sparseforge_fx.deploy.packed_files import (
 from sparseforge_fx.deploy.quantizer import PackedConfig, packed_linears
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.loading import loading_bar
 from sparseforge_fx.models import (
     DTYPES,
     Location,
@@ -110,7 +111,7 @@ def load(
     options: dict[str, Any] = {"dtype": DTYPES[dtype] if isinstance(dtype, str) else dtype or "auto"}
     if device is not None or device_map is not None:
         options["device_map"] = {"": device} if device_map is None else device_map
-    with explained(f"cannot load the packed model {folder}"):
+    with explained(f"cannot load the packed model {folder}"), loading_bar(str(folder)):
         model, info = _model_class(config, folder).from_pretrained(
             path, config=config, use_safetensors=True, output_loading_info=True, **options
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning
 
 ISA_VARIABLE = "SPARSEFORGE_CPU_ISA"
 _SOURCES = (
@@ -107,7 +107,8 @@ def _load() -> bool:
             _build(library)
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(f"packed linears run in plain torch on this CPU: no C++ kernel ({reason})", stacklevel=4)
+        told = f"packed linears run in plain torch on this CPU: no C++ kernel ({reason})"
+        warnings.warn(told, SparseForgeWarning, stacklevel=4)
         return False
     return True
 
