@@ -35,13 +35,16 @@ def as_batches(
     seed: int,
     limit_tokens: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    text_column: str | None = None,
+    separator: str | None = None,
 ) -> Batches:
     """Whatever a user calls data, as an object with `.batch(step)`.
 
     Args:
         data: one of
             - `TokenData` (keeps its own length);
-            - text: any `source` of `load_text`, for which `tokenizer`, `limit_tokens` and `cache_dir` serve;
+            - text: any `source` of `load_text`, for which `tokenizer`, `limit_tokens`, `cache_dir`, `text_column` and
+              `separator` serve as in `tokenize`;
             - token ids: integer tensor or array [tokens], or [sequences, length], whose rows then are the sequences;
             - batches: a DataLoader, or anything that can be iterated again and again, of dicts, tuples or tensors. They
               are passed through as they are and cycled; `batch_size` and `length` do not apply. A jump to a later step
@@ -57,10 +60,19 @@ def as_batches(
     if isinstance(data, torch.Tensor | np.ndarray):
         rows = data.ndim == 2
         data = TokenData(data.reshape(-1) if rows else data, data.shape[1] if rows else length)
-    elif _is_text(data):
+    elif is_text(data):
         if tokenizer is None:
             raise SparseForgeError("text data needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
-        data = tokenize(data, tokenizer, length=length, seed=seed, limit_tokens=limit_tokens, cache_dir=cache_dir)
+        data = tokenize(
+            data,
+            tokenizer,
+            length=length,
+            seed=seed,
+            limit_tokens=limit_tokens,
+            cache_dir=cache_dir,
+            text_column=text_column,
+            separator=separator,
+        )
     if isinstance(data, TokenData):
         return _PackedBatches(data, batch_size, seed)
     if isinstance(data, Mapping):
@@ -78,7 +90,8 @@ def as_batches(
     return _CycledBatches(data, seed)
 
 
-def _is_text(data: Any) -> bool:
+def is_text(data: Any) -> bool:
+    """Does it name or hold text, which must be tokenised?"""
     if isinstance(data, list | tuple):
         return bool(data) and all(isinstance(entry, str | Path) for entry in data)
     if hasattr(data, "column_names"):

@@ -49,7 +49,8 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
         eagerly = torch.compiler.set_stance("force_eager")
         with _no_cache(model), torch.inference_mode(False), torch.enable_grad(), eagerly, spelled_out(model, kwargs):
             model.eval()
-            exported, notes = _export(model, *pytree.tree_map(_normal, (args, kwargs)), dynamic)
+            args, kwargs = pytree.tree_map(_normal, (args, kwargs))
+            exported, notes = _export(model, args, kwargs, dynamic)
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -166,7 +166,7 @@ def tokenize(
         seed: order of the documents; None keeps file order.
         limit_tokens: exactly so many tokens, if there are that many; no more text is read than this needs.
         cache_dir: where the token file goes; default the Hugging Face home, `$HF_HOME/sparseforge_fx`.
-        separator: text after every document; None: the tokenizer's end-of-sequence token.
+        separator: text after every document; None: the tokenizer's end-of-sequence token, else its separator token.
         text_column, max_document_chars: see `load_text`. Pieces of a cut document are shuffled like documents, and each
             is followed by the separator.
 
@@ -176,7 +176,7 @@ def tokenize(
     Raises:
         SparseForgeError: as `load_text`; no text; too little text; no end-of-sequence token; cache not writable.
     """
-    if separator is None and getattr(tokenizer, "eos_token_id", None) is None:
+    if separator is None and _end(tokenizer) is None:
         raise SparseForgeError(
             "the tokenizer has no end-of-sequence token to put between documents: pass separator='\\n\\n'"
         )
@@ -199,6 +199,7 @@ def tokenize(
             seed=seed,
             max_document_chars=max_document_chars,
             stream=limit_tokens is not None,
+            tokenizer=tokenizer,
         )
         blocks = _token_blocks(documents, tokenizer, separator, limit_tokens)
         if not _write(path, (np.asarray(block, dtype=dtype) for block in blocks), limit_tokens):
@@ -218,6 +219,12 @@ def leading_bos(tokenizer: Any) -> int | None:
     return bos if len(ids) and ids[0] == bos else None
 
 
+def _end(tokenizer: Any) -> int | None:
+    """What ends a document: encoders have a separator token for it."""
+    ends = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep"))
+    return next((end for end in ends if end is not None), None)
+
+
 def _token_blocks(
     documents: Iterator[str], tokenizer: Any, separator: str | None, limit: int | None
 ) -> Iterator[list[int]]:
@@ -230,7 +237,7 @@ def _token_blocks(
             return
         # verbose=False: a document longer than the model's context is no mistake here, it gets packed.
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        end = [tokenizer.eos_token_id] if separator is None else []
+        end = [_end(tokenizer)] if separator is None else []
         block = [token for ids in encoded for token in itertools.chain(ids, end)]
         block = block if limit is None else block[: limit - written]
         written += len(block)
@@ -278,4 +285,5 @@ def _tokenizer_identity(tokenizer: Any, vocabulary: Mapping[str, int]) -> tuple[
         content = repr(sorted(vocabulary.items()))
     else:  # vocabulary, merges, normalisation, pre-tokenisation; less what the last call happened to leave behind
         content = repr(json.loads(backend.to_str()) | {"truncation": None, "padding": None})
-    return (type(tokenizer).__name__, tokenizer.eos_token_id, stable_hash(content))
+    template = stable_hash(getattr(tokenizer, "chat_template", None))
+    return (type(tokenizer).__name__, _end(tokenizer), stable_hash(content), template)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from sparseforge_fx.data import TokenData
-from sparseforge_fx.text import open_sources
+from sparseforge_fx.text import Column, open_sources
 
 from .errors import SparseForgeError
 
@@ -166,7 +166,8 @@ def text_tokens(source: Any, tokenizer: Any, *, text_column: str | None = None) 
         SparseForgeError: as `load_text`; no text.
     """
     opened = open_sources(source)
-    text = "\n\n".join(itertools.chain.from_iterable(part.read(text_column, False) for part in opened))
+    column = Column(text_column, tokenizer)
+    text = "\n\n".join(itertools.chain.from_iterable(part.read(column, False) for part in opened))
     if not text.strip():
         raise SparseForgeError(
             f"{' and '.join(part.name for part in opened)} holds no text: check it and its text column"

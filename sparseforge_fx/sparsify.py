@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparseforge_fx import fingerprint
-from sparseforge_fx.batches import Batches, as_batches
+from sparseforge_fx.batches import Batches, as_batches, is_text
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.data import leading_bos
 from sparseforge_fx.distill import check_losses
@@ -35,6 +35,7 @@ from sparseforge_fx.program import Program
 from sparseforge_fx.reading import LABELS, SPAN, Reader, Reading, example_of
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
+from sparseforge_fx.text import unread_files
 from sparseforge_fx.train import count_tokens, train
 from sparseforge_fx.undo import dense_again_on_error
 
@@ -59,6 +60,9 @@ def sparsify(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     tokenizer: Any = None,
+    text_column: str | None = None,
+    separator: str | None = None,
+    cache_dir: str | Path | None = None,
     steps: int | None = None,
     tokens: int | None = None,
     batch_size: int = 4,
@@ -89,6 +93,9 @@ def sparsify(
         data: training data: a hub id, a text / jsonl / parquet file, a folder of them, a list of strings (these need a
             ``tokenizer``), token ids [n] or [n, length], a DataLoader, or any list of batches. None: the weights alone
             decide (``magnitude``). ``"self"``: text drawn from the language model itself.
+        text_column, separator, cache_dir: of text: the column of its rows (default: the one that stands out, or chats,
+            which go through the tokenizer's chat template), what stands between documents (default: the tokenizer's
+            end of sequence), and where its token file is kept (default: the Hugging Face home).
         method: trained with distillation: ``sparseforge`` (the default with data), ``gmp``, ``imp``, ``sr-ste``,
             ``ast``, ``cast``, ``maskllm``, ``maskpro``; layer by layer without training: ``alps``, ``sparsegpt``,
             ``wanda``; without data: ``magnitude``.
@@ -144,13 +151,23 @@ def sparsify(
             _check_length(model, length)
             begun = tokenizer is not None and leading_bos(tokenizer) is not None
             data = draw_text(model, needed, length=length, seed=seed, keep_start=begun)
-        batches = as_batches(data, tokenizer, batch_size=batch_size, length=length, seed=seed, limit_tokens=needed)
+        batches = as_batches(
+            data,
+            tokenizer,
+            batch_size=batch_size,
+            length=length,
+            seed=seed,
+            limit_tokens=needed,
+            cache_dir=cache_dir,
+            text_column=text_column,
+            separator=separator,
+        )
         if example_inputs is None:
             example_inputs = _example(model, batches.batch(0))
     program = capture(model, example_inputs)
     sites = find_linears(program, shape, include, exclude)
     check_sites(program, sites)
-    notes = list(program.notes)
+    notes = [*program.notes, *(unread_files(data) if is_text(data) else ())]
     reader = Reader(program)
     if batches is not None:
         objective = Objective(w_task, w_kl, divergence, getattr(model, "config", None), reader.note)

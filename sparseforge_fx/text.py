@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import dataclasses
 import glob
 import gzip
@@ -15,12 +17,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from sparseforge_fx.chats import CHAT_COLUMNS, chat_text, is_chat
 from sparseforge_fx.errors import SparseForgeError, one_line
 
 TEXT_COLUMNS = ("text", "content", "passage", "document", "body", "article", "story", "review")
-EXTENSIONS = (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv", ".txt.gz", ".txt.xz", ".jsonl.gz", ".jsonl.xz")
+KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
+PACKERS = (".gz", ".xz", ".bz2", ".zst")  # of the first five
+EXTENSIONS = (*KINDS, *(kind + packer for kind in KINDS[:5] for packer in PACKERS))
 SHUFFLE_BUFFER = 50_000  # documents held for shuffling, shared by all sources: 150 MB of text at 3000 characters each
 STREAM_BUFFER = 10_000  # the same for what comes over the network, because the buffer is filled before the first batch
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:\S*)?")  # owner/name[:config][:split]
@@ -29,12 +34,20 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:\S*)?")  # owner/name[:config][:split]
 # ----------------------------------------------------------------------------------------------- sources of documents
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One origin of documents. `read(text_column, stream)` starts again at the first document on every call;
-    `identity` says what the documents depend on, for cache names."""
+    """One origin of documents. `read(column, stream)` starts again at the first document on every call;
+    `identity` says what the documents depend on, for cache names; `unread` are files of a folder that are no text."""
 
     name: str
     identity: tuple[Any, ...]
-    read: Callable[[str | None, bool], Iterator[str]]
+    read: Callable[[Column, bool], Iterator[str]]
+    unread: tuple[str, ...] = ()
+
+
+class Column(NamedTuple):
+    """Where in a row its text is: the column's name (None: found), and what writes out a chat."""
+
+    name: str | None = None
+    tokenizer: Any = None
 
 
 def open_sources(source: Any) -> list[Source]:
@@ -77,15 +90,19 @@ def load_text(
     seed: int | None = None,
     max_document_chars: int | None = None,
     stream: bool = False,
+    tokenizer: Any = None,
 ) -> Iterator[str]:
     """Documents of `source`, one str each.
 
     Args:
         source: a hub id "owner/name[:config][:split]" (default split "train"; "id::test" is the default config); a file
-            .txt or .md (one document), .jsonl, .json, .parquet or .csv (one document per row; .txt and .jsonl also as
-            .gz or .xz); a folder, whose files are read in sorted order as one source (README.md is passed over); a
-            `datasets` object; several of these names, as a list or separated by commas; or a list of texts.
-        text_column: column of the rows; by default one of TEXT_COLUMNS, else the only column of text.
+            .txt or .md (one document), .jsonl, .json, .csv (one document per row; these five also as .gz, .xz, .bz2
+            or .zst), .parquet or .arrow; a folder, whose files are read in sorted order as one source (README.md is
+            passed over), or which `datasets` saved; a `datasets` object; several of these names, as a list or separated
+            by commas; or a list of texts.
+        text_column: column of the rows; by default one of TEXT_COLUMNS, else one of chats (CHAT_COLUMNS), else the only
+            column of text.
+        tokenizer: whose chat template writes chats out.
         limit: stop after so many documents.
         seed: shuffles every source through a buffer (exact up to SHUFFLE_BUFFER documents); None keeps file order.
         max_document_chars: longer documents are cut, at the end of a paragraph, line or word where there is one, into
@@ -106,7 +123,7 @@ def load_text(
     def documents() -> Iterator[str]:
         streams = []
         for number, opened in enumerate(sources):
-            texts = opened.read(text_column, stream)
+            texts = opened.read(Column(text_column, tokenizer), stream)
             if max_document_chars is not None:
                 texts = _cut(texts, max_document_chars)
             if seed is not None:
@@ -126,12 +143,21 @@ def load_text(
 
 def _open(name: str) -> Source:
     path = Path(os.path.expanduser(name))
+    unread: tuple[str, ...] = ()
     if name and path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _extension(p))
+        if any((path / one).is_file() for one in ("dataset_dict.json", "state.json")):
+            return _saved_data_set(path)
+        found = sorted(p for p in path.rglob("*") if p.is_file())
         visible = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        files = [p for p in visible if p.name != "README.md"]  # a data set from the hub has a card: no data
+        visible = [p for p in visible if p.name != "README.md"]  # a data set from the hub has a card: no data
+        files = [p for p in visible if _extension(p)]
+        unread = tuple(str(p.relative_to(path)) for p in visible if not _extension(p))
         if not files:
-            raise SparseForgeError(f"the folder {name} holds no text file: expected {', '.join(EXTENSIONS)}")
+            others = f" (there are {', '.join(unread[:3])})" if unread else ""
+            raise SparseForgeError(
+                f"the folder {name} holds no text file{others}: expected {', '.join(KINDS)}, or packed as "
+                f"{', '.join(PACKERS)}"
+            )
     elif path.is_file():
         files = [path]
         if not _extension(path):
@@ -147,10 +173,33 @@ def _open(name: str) -> Source:
         )
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
-    def read(text_column: str | None, stream: bool) -> Iterator[str]:
-        return itertools.chain.from_iterable(_file_texts(p, text_column) for p in files)
+    def read(column: Column, stream: bool) -> Iterator[str]:
+        return itertools.chain.from_iterable(_file_texts(p, column) for p in files)
 
-    return Source(name, ("files", *stats), read)
+    return Source(name, ("files", *stats), read, unread)
+
+
+def _saved_data_set(path: Path) -> Source:
+    """A folder of `Dataset.save_to_disk`."""
+    import datasets
+
+    with _reading(path):
+        rows = datasets.load_from_disk(str(path))
+    if isinstance(rows, Mapping):
+        raise SparseForgeError(f"{path} holds the splits {', '.join(rows)}: name one, {path / next(iter(rows))} say")
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return Source(str(path), ("files", *stats), lambda column, stream: _dataset_texts(rows, column, str(path)))
+
+
+def unread_files(source: Any) -> list[str]:
+    """A sentence for each folder among the sources that holds files which are not read."""
+    return [
+        f"{len(s.unread)} files of {s.name} are not read, as they are no text: {', '.join(s.unread[:5])}"
+        + (", ..." if len(s.unread) > 5 else "")
+        for s in open_sources(source)
+        if s.unread
+    ]
 
 
 def _hub_source(name: str) -> Source:
@@ -163,7 +212,7 @@ def _hub_source(name: str) -> Source:
     config, split = (*rest, "", "")[:2]
     split = split or "train"
 
-    def read(text_column: str | None, stream: bool) -> Iterator[str]:
+    def read(column: Column, stream: bool) -> Iterator[str]:
         import datasets  # takes over a second to import: only those who need it pay
 
         try:
@@ -174,13 +223,13 @@ def _hub_source(name: str) -> Source:
                 f"cannot load the hub data set {name!r} ({one_line(error)}): check id, config, split and network; "
                 "there is no local file of that name"
             ) from error
-        return _dataset_texts(rows, text_column, name)
+        return _dataset_texts(rows, column, name)
 
     return Source(name, ("hub", repository, config, split), read)
 
 
 def _extension(path: Path) -> str | None:
-    return next((e for e in EXTENSIONS if path.name.lower().endswith(e)), None)
+    return next((e for e in sorted(EXTENSIONS, key=len, reverse=True) if path.name.lower().endswith(e)), None)
 
 
 def _looks_like_source(entry: str) -> bool:
@@ -200,45 +249,62 @@ def _reading(name: object) -> Iterator[None]:
         ) from error
 
 
-def _file_texts(path: Path, text_column: str | None) -> Iterator[str]:
+def _file_texts(path: Path, column: Column) -> Iterator[str]:
     extension = _extension(path) or ""
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    opener = openers.get(path.suffix.lower(), open)
+    kind = next(k for k in sorted(KINDS, key=len, reverse=True) if extension.startswith(k))
     with _reading(path):
-        if extension.startswith((".txt", ".md")):
-            with opener(path, "rt", encoding="utf-8", newline="") as file:  # newline="": the bytes as they are
+        if kind in (".txt", ".md"):
+            with _opened(path, newline="") as file:  # newline="": the bytes as they are
                 yield file.read()
-        elif extension.startswith(".jsonl"):
-            with opener(path, "rt", encoding="utf-8") as file:
-                yield from _row_texts((json.loads(line) for line in file if line.strip()), text_column, str(path))
+        elif kind == ".jsonl":
+            with _opened(path) as file:
+                yield from _row_texts((json.loads(line) for line in file if line.strip()), column, str(path))
+        elif extension != kind:  # `datasets` takes no packed file whose name has brackets in it
+            with _opened(path) as file:
+                rows: Any = csv.DictReader(file) if kind == ".csv" else json.load(file)
+                yield from _row_texts(rows if kind == ".csv" or isinstance(rows, list) else [rows], column, str(path))
         else:
             import datasets
 
             pattern = glob.escape(str(path))  # `datasets` takes patterns; brackets in a name must not act as one
-            rows = datasets.load_dataset(extension[1:], data_files=pattern, split="train", streaming=True)
-            yield from _dataset_texts(rows, text_column, str(path))
+            rows = datasets.load_dataset(kind[1:], data_files=pattern, split="train", streaming=True)
+            yield from _dataset_texts(rows, column, str(path))
 
 
-def _dataset_texts(rows: Any, text_column: str | None, name: str) -> Iterator[str]:
+def _opened(path: Path, **options: Any) -> Any:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise SparseForgeError(f"reading {path} needs zstandard: pip install zstandard") from error
+        return zstandard.open(path, "rt", encoding="utf-8", **options)
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    return openers.get(suffix, open)(path, "rt", encoding="utf-8", **options)
+
+
+def _dataset_texts(rows: Any, column: Column, name: str) -> Iterator[str]:
     with _reading(name):
         for first in itertools.islice(iter(rows), 1):
-            column = _text_column(first, text_column, name)
-            yield from _row_texts(rows.select_columns([column]), column, name)  # images and the like are never decoded
+            found = column._replace(name=_text_column(first, column.name, name))
+            yield from _row_texts(rows.select_columns([found.name]), found, name)  # images and such are never decoded
 
 
-def _row_texts(rows: Iterable[Any], text_column: str | None, name: str) -> Iterator[str]:
+def _row_texts(rows: Iterable[Any], column: Column, name: str) -> Iterator[str]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise SparseForgeError(
                 f"row {number} of {name} is a {type(row).__name__}: rows must be objects with a text column"
             )
-        text_column = _text_column(row, text_column, name)
-        text = row[text_column]
+        column = column._replace(name=_text_column(row, column.name, name))
+        text = row[column.name]
         if text is None:
             continue
+        if is_chat(text):
+            text = chat_text(text, column.tokenizer, f"{column.name} of {name} in row {number}")
         if not isinstance(text, str):
             raise SparseForgeError(
-                f"column {text_column!r} of {name} holds {type(text).__name__} in row {number}: name a column of text "
+                f"column {column.name!r} of {name} holds {type(text).__name__} in row {number}: name a column of text "
                 f"with text_column (columns: {', '.join(map(str, row))})"
             )
         yield text
@@ -247,9 +313,10 @@ def _row_texts(rows: Iterable[Any], text_column: str | None, name: str) -> Itera
 def _text_column(row: Mapping[str, Any], wanted: str | None, name: str) -> str:
     if wanted is None:
         by_name = [c for known in TEXT_COLUMNS for c in row if str(c).lower() == known]
+        chats = [c for known in CHAT_COLUMNS for c in row if str(c).lower() == known and is_chat(row[c])]
         by_type = [c for c in row if isinstance(row[c], str)]
-        if by_name:
-            return by_name[0]
+        if by_name or chats:
+            return (by_name or chats)[0]
         if len(by_type) == 1:
             return by_type[0]
     elif wanted in row:

@@ -1,5 +1,6 @@
 """Text sources, packing, cache and batches by step number."""
 
+import bz2
 import gzip
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import random
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from sparseforge_fx.batches import as_batches
 from sparseforge_fx.data import TokenData, leading_bos, tokenize
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.text import _shuffled, load_text
+from sparseforge_fx.text import _shuffled, load_text, unread_files
 
 
 def make_tokenizer(merges=(), eos="<eos>", unused=0, puts_bos=False, **options):
@@ -177,7 +179,7 @@ def test_fingerprint_is_about_the_tokens(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------- text sources
 def write(path: Path, content) -> Path:
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opener = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(path.suffix, open)
     with opener(path, "wb") as file:
         file.write(content.encode())
     return path
@@ -193,7 +195,10 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path, name):
     assert list(load_text(write(tmp_path / name, text))) == [text]
 
 
-@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "jsonl.xz", "json", "csv", "parquet"])
+EVERY_KIND = ["jsonl", "jsonl.gz", "jsonl.xz", "jsonl.bz2", "json", "json.gz", "csv", "csv.xz", "parquet", "arrow"]
+
+
+@pytest.mark.parametrize("extension", EVERY_KIND)
 def test_rows_are_documents(tmp_path, extension):
     texts = ["one", "two, \u20ac", "three\nlines"]
     path = tmp_path / f"a[1].{extension}"  # brackets would be a pattern to `datasets`
@@ -203,10 +208,15 @@ def test_rows_are_documents(tmp_path, extension):
         import pandas
 
         frame = pandas.DataFrame({"title": "t", "text": texts, "n": range(3)})
-        if extension == "json":
-            frame.to_json(path, orient="records")
-        elif extension == "csv":
+        if extension.startswith("json"):
+            frame.to_json(path, orient="records")  # compressed as the name says
+        elif extension.startswith("csv"):
             frame.to_csv(path, index=False)
+        elif extension == "arrow":
+            saved = datasets.Dataset.from_pandas(frame)
+            saved.save_to_disk(tmp_path / "saved")
+            assert list(load_text(tmp_path / "saved")) == texts
+            os.rename(next((tmp_path / "saved").glob("*.arrow")), path)
         else:
             frame.to_parquet(path)
     assert list(load_text(str(path))) == texts
@@ -252,9 +262,72 @@ def test_a_folder_is_read_in_sorted_order(tmp_path):
     assert list(load_text(tmp_path)) == ["0", "1", "2", "3"]
 
 
-def test_datasets_objects_are_sources():
-    import datasets
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path):
+    write(tmp_path / "a.txt", "1")
+    assert unread_files(tmp_path) == []
+    for name in ("b.pdf", "c.docx", "README.md", ".hidden"):
+        write(tmp_path / name, "no text")
+    (told,) = unread_files([str(tmp_path)])
+    assert "2 files" in told and "b.pdf, c.docx" in told
+    (tmp_path / "only").mkdir()
+    write(tmp_path / "only" / "d.pdf", "no text")
+    with pytest.raises(SparseForgeError, match=r"holds no text file.*d\.pdf"):
+        load_text(tmp_path / "only")
 
+
+def test_splits_of_a_saved_data_set_are_named(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path)
+    with pytest.raises(SparseForgeError, match="splits train, test"):
+        load_text(tmp_path)
+    assert list(load_text(tmp_path / "train")) == ["a"]
+
+
+# --------------------------------------------------------------------------------------------------------------- chats
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+OPENAI = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": OPENAI}, {"id": "x", "conversations": SHAREGPT}, {"messages": OPENAI, "prompt": "p", "n": 1}]
+)
+@pytest.mark.parametrize("kind", ["jsonl", "data set"])
+def test_chats_go_through_the_tokenizers_template(tmp_path, row, kind):
+    puts = make_tokenizer(puts_bos=True)
+    puts.chat_template = TEMPLATE
+    source = datasets.Dataset.from_list([row])
+    if kind == "jsonl":
+        source = write(tmp_path / "a.jsonl", json.dumps(row))
+    assert list(load_text(source, tokenizer=puts)) == ["<user>a<assistant>b"]
+    data = tokenize(source, puts, length=8, cache_dir=tmp_path)
+    assert data[0][0] == puts.bos_token_id and puts.bos_token_id not in data.ids, "once, and in front"
+    puts.chat_template = TEMPLATE.replace("<", "[")
+    assert list(tokenize(source, puts, length=8, cache_dir=tmp_path).ids) != list(data.ids), "no stale cache"
+
+
+def test_chats_that_cannot_be_written_out(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", json.dumps({"messages": OPENAI}))
+    for tok, message in ((None, "no tokenizer"), (tokenizer, "no chat template")):
+        with pytest.raises(SparseForgeError, match=f"messages of .* in row 1 is a chat and .*{message}"):
+            list(load_text(path, tokenizer=tok))
+    strict = make_tokenizer()
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(SparseForgeError, match=r"row 1 does not go through .*roles must alternate"):
+        list(load_text(path, tokenizer=strict))
+    empty = write(tmp_path / "b.jsonl", json.dumps({"messages": []}))
+    with pytest.raises(SparseForgeError, match="stands out"):
+        list(load_text(empty, tokenizer=strict))
+
+
+def test_what_ends_a_document(tmp_path):
+    """An encoder's tokenizer has a separator token and no end of sequence."""
+    encoder = make_tokenizer(eos=None, sep_token="<eos>")
+    ids = tokenize(["ab", "cd"], encoder, length=3, seed=None, cache_dir=tmp_path).ids
+    assert list(ids[[2, 5]]) == [encoder.sep_token_id] * 2
+
+
+def test_datasets_objects_are_sources():
     rows = datasets.Dataset.from_dict({"n": [1, 2], "text": ["a", "b"]})
     assert list(load_text(rows)) == ["a", "b"] == list(load_text(rows.to_iterable_dataset()))
     with pytest.raises(SparseForgeError, match="DatasetDict"):

@@ -27,6 +27,7 @@ WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="Evaluation text, as for sparsify.")] = WIKITEXT,
+    text_column: Annotated[str | None, typer.Option(help="Column of the text; default: found.")] = None,
     dense: Annotated[str | None, typer.Option(help="Another model, measured beside it on the same tokens.")] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens per window; default 1024, or the model's positions if fewer.")
@@ -64,7 +65,7 @@ def evaluate(
         loaded, tokenizer = load_model(name, dtype)
         if tokenizer is None:
             raise SparseForgeError(f"{name} has no vocabulary: perplexity needs a language model")
-        ids = text_tokens(data, tokenizer)
+        ids = text_tokens(data, tokenizer, text_column=text_column)
         if text is not None and not (ids.shape == text.shape and bool((ids == text).all())):
             raise SparseForgeError(
                 f"{dense} and {model} cut the text into different tokens: their perplexities cannot be compared"
