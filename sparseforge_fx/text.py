@@ -23,6 +23,15 @@ from sparseforge_fx.chats import CHAT_COLUMNS, chat_text, is_chat
 from sparseforge_fx.errors import SparseForgeError, one_line
 
 TEXT_COLUMNS = ("text", "content", "passage", "document", "body", "article", "story", "review")
+#: rows of questions and answers, whose columns are one text, a line break between them
+PAIRS = (
+    ("instruction", "input", "output"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+)
 KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
 PACKERS = (".gz", ".xz", ".bz2", ".zst")  # of the first five
 EXTENSIONS = (*KINDS, *(kind + packer for kind in KINDS[:5] for packer in PACKERS))
@@ -44,7 +53,7 @@ class Source:
 
 
 class Column(NamedTuple):
-    """Where in a row its text is: the column's name (None: found), and what writes out a chat."""
+    """Where in a row its text is: a column's name, or several with commas (None: found), and what writes out a chat."""
 
     name: str | None = None
     tokenizer: Any = None
@@ -100,8 +109,8 @@ def load_text(
             or .zst), .parquet or .arrow; a folder, whose files are read in sorted order as one source (README.md is
             passed over), or which `datasets` saved; a `datasets` object; several of these names, as a list or separated
             by commas; or a list of texts.
-        text_column: column of the rows; by default one of TEXT_COLUMNS, else one of chats (CHAT_COLUMNS), else the only
-            column of text.
+        text_column: column of the rows, or several with commas, which a line break joins; by default one of
+            TEXT_COLUMNS, else one of chats (CHAT_COLUMNS), else one of PAIRS, else the only column of text.
         tokenizer: whose chat template writes chats out.
         limit: stop after so many documents.
         seed: shuffles every source through a buffer (exact up to SHUFFLE_BUFFER documents); None keeps file order.
@@ -286,41 +295,50 @@ def _opened(path: Path, **options: Any) -> Any:
 def _dataset_texts(rows: Any, column: Column, name: str) -> Iterator[str]:
     with _reading(name):
         for first in itertools.islice(iter(rows), 1):
-            found = column._replace(name=_text_column(first, column.name, name))
-            yield from _row_texts(rows.select_columns([found.name]), found, name)  # images and such are never decoded
+            found = _text_columns(first, column.name, name)
+            column = column._replace(name=",".join(found))
+            yield from _row_texts(rows.select_columns(list(found)), column, name)  # images and such are never decoded
 
 
 def _row_texts(rows: Iterable[Any], column: Column, name: str) -> Iterator[str]:
+    found: tuple[str, ...] = ()
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise SparseForgeError(
                 f"row {number} of {name} is a {type(row).__name__}: rows must be objects with a text column"
             )
-        column = column._replace(name=_text_column(row, column.name, name))
-        text = row[column.name]
-        if text is None:
-            continue
-        if is_chat(text):
-            text = chat_text(text, column.tokenizer, f"{column.name} of {name} in row {number}")
-        if not isinstance(text, str):
-            raise SparseForgeError(
-                f"column {column.name!r} of {name} holds {type(text).__name__} in row {number}: name a column of text "
-                f"with text_column (columns: {', '.join(map(str, row))})"
-            )
-        yield text
+        if not found or not set(found) <= set(row):
+            found = _text_columns(row, ",".join(found) or column.name, name)
+        parts = []
+        for one in found:
+            text = row[one]
+            if is_chat(text):
+                text = chat_text(text, column.tokenizer, f"{one} of {name} in row {number}")
+            if text is not None and not isinstance(text, str):
+                raise SparseForgeError(
+                    f"column {one!r} of {name} holds {type(text).__name__} in row {number}: name a column of text "
+                    f"with text_column (columns: {', '.join(map(str, row))})"
+                )
+            parts += [text] if text else []
+        if parts:
+            yield "\n".join(parts)
 
 
-def _text_column(row: Mapping[str, Any], wanted: str | None, name: str) -> str:
+def _text_columns(row: Mapping[str, Any], wanted: str | None, name: str) -> tuple[str, ...]:
+    """Names of the columns that make a row's text."""
     if wanted is None:
         by_name = [c for known in TEXT_COLUMNS for c in row if str(c).lower() == known]
         chats = [c for known in CHAT_COLUMNS for c in row if str(c).lower() == known and is_chat(row[c])]
         by_type = [c for c in row if isinstance(row[c], str)]
+        pairs = [pair for pair in PAIRS if set(pair) <= set(row)]
         if by_name or chats:
-            return (by_name or chats)[0]
-        if len(by_type) == 1:
-            return by_type[0]
-    elif wanted in row:
-        return wanted
+            return ((by_name or chats)[0],)
+        if len(by_type) == 1 or pairs:
+            return pairs[0] if pairs else (by_type[0],)
+    else:
+        several = tuple(part.strip() for part in wanted.split(","))
+        if wanted in row or set(several) <= set(row):
+            return (wanted,) if wanted in row else several
     problem = "has no column of text that stands out" if wanted is None else f"has no column {wanted!r}"
     raise SparseForgeError(
         f"{name} {problem}: choose one of its columns with text_column: {', '.join(map(str, row)) or 'none'}"

@@ -231,6 +231,9 @@ def test_rows_are_documents(tmp_path, extension):
         ({"id": 1, "Passage": "b", "x": "c"}, None, "b"),
         ({"id": 1, "odd": "b"}, None, "b"),
         ({"text": "a", "other": "b"}, "other", "b"),
+        ({"answer": "a", "question": "b"}, None, "b\na"),
+        ({"instruction": "a", "input": "", "output": "c", "id": "x"}, None, "a\nc"),
+        ({"left": "a", "right": "b"}, "right, left", "b\na"),
     ],
 )
 def test_the_text_column_is_found(tmp_path, row, wanted, found):
@@ -240,7 +243,8 @@ def test_the_text_column_is_found(tmp_path, row, wanted, found):
 @pytest.mark.parametrize(
     ("row", "wanted", "message"),
     [
-        ({"question": "a", "answer": "b"}, None, "stands out.*question, answer"),
+        ({"left": "a", "right": "b"}, None, "stands out.*left, right"),
+        ({"left": "a", "right": "b"}, "left,middle", "no column 'left,middle'.*left, right"),
         ({"n": 1}, None, "stands out.*: n"),
         ({"text": "a"}, "txt", "no column 'txt'.*: text"),
         ({"text": ["a"], "n": 1}, None, "list in row 1.*text, n"),
