@@ -67,6 +67,7 @@ def main() -> None:
     import transformers
 
     import sparseforge_fx as sf
+    from sparseforge_fx.compute_dtype import cast, choose_dtype
     from sparseforge_fx.evaluate import perplexity
     from sparseforge_fx.models import load_model, new_folder, write_checkpoint
     from sparseforge_fx.report import environment, plot_curves, write_json
@@ -83,8 +84,11 @@ def main() -> None:
             (folder / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text.train))
             (folder / "held_out.txt").write_text(text.held_out)
         return
-    if torch.cuda.is_available():
-        dense = dense.cuda()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    computing = choose_dtype(dense.dtype, device)
+    restore_dtype = cast(dense.to(device), computing.dtype)
+    for note in computing.notes():
+        say(note)
 
     held_out = tokenizer(text.held_out, return_tensors="pt", verbose=False)["input_ids"][0]
     rows = []
@@ -122,12 +126,14 @@ def main() -> None:
     sparse, report = result.model, result.report
     trained = measure("SparseForge", sparse, report["tokens"], report["seconds"])
 
+    restore_dtype()
     with new_folder(OUTPUT, overwrite=True) as folder:
         write_checkpoint(sparse, tokenizer, folder)
         write_json(folder / "report.json", report)
         plot_curves(report["curves"], folder / "curves.png")
     reloaded, tokenizer = load_model(OUTPUT)
     exact = count_exact(reloaded, report["sites"])
+    cast(reloaded, computing.dtype)
     after = complete(reloaded, tokenizer)
     summary = {
         "model": file.name,
@@ -137,6 +143,7 @@ def main() -> None:
         "rows": rows,
         "sites": len(report["sites"]),
         "sites_exactly_2_4": exact,
+        "compute_dtype": computing.describe(),
         "completion": {"dense": before, "sparse": after},
         "seconds": time.monotonic() - began,
         **environment(),

@@ -56,7 +56,7 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tupl
     checkpoint, weights that stay quantised, no tokenizer. Code that comes with a checkpoint is never run.
     """
     where = locate(name)
-    wanted = _dtype(dtype)
+    wanted = find_dtype(dtype)
     config = load_config(where)
     tokenizer = load_tokenizer(where, config)
     options: dict[str, Any] = {"dtype": wanted or "auto", "config": config}
@@ -328,7 +328,8 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of that name. Raises SparseForgeError for others than :data:`DTYPES`."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:

@@ -1,4 +1,19 @@
-"""What several test files share: one thread, fixed seeds, and one tiny network that has every kind of linear."""
+"""What several test files share: one thread, fixed seeds, and one tiny network that has every kind of linear.
+
+SPARSEFORGE_CPU_ISA runs everything as on a lesser processor: our kernels' level is torch's, too, so that AVX2 can be
+tried on a machine that has more.
+"""
+
+import os
+
+if os.environ.get("SPARSEFORGE_CPU_ISA") in ("portable", "avx2"):  # before torch is imported, which reads them once
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+elif os.environ.get("SPARSEFORGE_CPU_ISA", "").startswith("avx512"):
+    bfloat16 = os.environ["SPARSEFORGE_CPU_ISA"] == "avx512_bf16"
+    os.environ |= {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16" if bfloat16 else "AVX512_CORE",
+    }
 
 import pytest
 import torch

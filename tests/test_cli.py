@@ -166,7 +166,8 @@ def test_options_reach_the_run(home, tmp_path):
     assert (config["curvature"], config["structure"], config["score"]) == ("activation", 0.25, "ratio")
     assert report["preset"] == "paper" and report["pattern"] == "1:4" and report["seed"] == 3 and report["lr"] == 1e-4
     assert len(report["sites"]) == 4 and {"excluded by name"} < {s["reason"] for s in report["skipped"]}
-    assert models.load_model(tmp_path / "out")[0].dtype == torch.bfloat16
+    assert report["compute_dtype"] == {"dtype": "bfloat16", "checkpoint": "float32", "seconds_per_step": {}}
+    assert models.load_model(tmp_path / "out")[0].dtype == torch.float32, "the checkpoint keeps its own dtype"
 
 
 def test_overwrite_replaces_the_folder(home, tmp_path):
@@ -370,6 +371,58 @@ def test_a_damaged_report(sparse, tmp_path, entry, value):
     report = json.loads((sparse / "report.json").read_text()) | {entry: value}
     (tmp_path / "report.json").write_text(json.dumps(report))
     refused(tmp_path, tmp_path, "report", str(tmp_path), says="not a whole report")
+# -- the dtype of the computation ------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def half(home):
+    """The model in bfloat16."""
+    model, tokenizer = models.load_model(home / "dense", "bfloat16")
+    models.save_model(model, tokenizer, home / "half")
+    return home / "half"
+
+
+def slow_halves(dtypes):
+    return {str(d)[6:]: 9.0 if d == torch.bfloat16 else 1.0 for d in dtypes}
+
+
+def never_timed(dtypes):
+    raise AssertionError(f"{dtypes} were timed")
+
+
+def test_slow_halves_are_trained_and_evaluated_in_float32_and_saved_as_they_were(half, home, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparseforge_fx.compute_dtype.time_steps", slow_halves)
+    out = tmp_path / "out"
+    said = " ".join(ok("sparsify", half, "--data", home / "train.txt", "-o", out, *SHORT).split())
+    sentence = "computed in float32, which is 9.0 times as fast on this processor; the checkpoint's own dtype is bfloat16"
+    report = json.loads((out / "report.json").read_text())
+    assert sentence in report["notes"] and sentence[:30] in said
+    assert report["compute_dtype"]["seconds_per_step"] == {"bfloat16": 9.0, "float32": 1.0}
+    saved = load_file(out / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+    for site in report["sites"]:
+        assert int((saved[site["name"]].reshape(-1, 4) != 0).sum(1).max()) <= 2
+
+    options = ("--data", home / "test.txt", "--context", "32", "--json", tmp_path / "out.json")
+    assert sentence in " ".join(ok("evaluate", out, "--dense", half, *options).split())
+    measured = json.loads((tmp_path / "out.json").read_text())
+    ok("evaluate", out, "--dense", half, *options, "--dtype", "float32")
+    wanted = json.loads((tmp_path / "out.json").read_text())
+    for role in ("dense", "model"):
+        assert measured["perplexity"][role]["perplexity"] == pytest.approx(wanted["perplexity"][role]["perplexity"])
+    assert "7 of 7 eligible linears are exactly 2:4" in ok("evaluate", out, *options)
+
+
+def test_a_resumed_run_computes_in_the_dtype_in_which_it_began(half, home, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    arguments = ("sparsify", half, "--data", home / "train.txt", "-o", tmp_path / "out", *SHORT, "--save-seconds", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr("sparseforge_fx.compute_dtype.time_steps", slow_halves)
+        patch.setattr(models, "write_checkpoint", full_disk)
+        assert run(*arguments).exit_code == 2
+    monkeypatch.setattr("sparseforge_fx.compute_dtype.time_steps", never_timed)
+    ok(*arguments, "--resume")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["compute_dtype"]["dtype"] == "float32"
 
 
 # -- killed and resumed ----------------------------------------------------------------------------------------------

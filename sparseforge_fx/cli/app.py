@@ -38,6 +38,14 @@ PatternOption = Annotated[str, typer.Option("--pattern", help="Keep at most N of
 Include = Annotated[
     list[str], typer.Option("--include", help="Only weights or modules that match this glob (repeatable).")
 ]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="To compute in: bfloat16, float16 or float32; default the checkpoint's or, on a CPU where that is slower, "
+        "float32.",
+    ),
+]
 Exclude = Annotated[list[str], typer.Option("--exclude", help="Keep what matches this glob dense (repeatable).")]
 
 

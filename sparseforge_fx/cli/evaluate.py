@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseforge_fx.cli.app import (
+    DtypeOption,
     Model,
     PatternOption,
     command,
@@ -38,13 +39,14 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Zero-shot tasks of lm-eval, by commas; 'all': the seven of AST.")] = "",
     task_limit: Annotated[int | None, typer.Option(min=1, help="Documents per task: a fixed random subset.")] = None,
     pattern: PatternOption = "2:4",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default the checkpoint's.")] = None,
+    dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default cuda where there is one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers there.")] = None,
 ) -> None:
     """Perplexity, dense beside sparse, and whether every linear is exactly N:M."""
+    from sparseforge_fx.compute_dtype import cast, choose_dtype, dtype_of
     from sparseforge_fx.evaluate import compare, perplexity, text_tokens
-    from sparseforge_fx.models import load_model
+    from sparseforge_fx.models import find_dtype, load_model
     from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import environment, write_json
     from sparseforge_fx.text import open_sources
@@ -53,6 +55,8 @@ def evaluate(
     shape = parse_pattern(pattern)
     open_sources(data)
     where = pick_device(device)
+    forced = find_dtype(dtype)
+    computing = None
     measured = {}
     accuracy: dict[str, dict[str, dict[str, float]]] = {}
     wanted = tuple(TASKS) if tasks == "all" else tuple(t.strip() for t in tasks.split(",") if t.strip())
@@ -62,7 +66,9 @@ def evaluate(
     for role, name in (("dense", dense), ("model", model)):
         if name is None:
             continue
-        loaded, tokenizer = load_model(name, dtype)
+        loaded, tokenizer = load_model(name)
+        computing = computing or choose_dtype(dtype_of(loaded), where, forced)
+        cast(loaded, computing.dtype)  # one for both
         if tokenizer is None:
             raise SparseForgeError(f"{name} has no vocabulary: perplexity needs a language model")
         ids = text_tokens(data, tokenizer, text_column=text_column)
@@ -94,9 +100,13 @@ def evaluate(
     for role, p in measured.items():
         numbers = (f"{p.tokens_scored:,}", f"{p.windows:,}", f"{p.context:,}", f"{p.stride:,}", f"{p.seconds:.1f}")
         table.add_row(str(names[role]), f"{p.perplexity:.4g}", f"{p.nll_per_token:.4f}", *numbers)
+    assert computing is not None
     console = stdout()
     console.print(table)
+    for note in computing.notes() or [f"computed in {str(computing.dtype).removeprefix('torch.')}"]:
+        console.print(note, markup=False, highlight=False)
     result: dict[str, Any] = {"model": model, "dense": dense, "data": data, "linears": linears, **environment()}
+    result["compute_dtype"] = computing.describe()
     result["perplexity"] = {role: dataclasses.asdict(p) for role, p in measured.items()}
     if dense is not None:
         both = compare(measured["dense"], measured["model"])

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from sparseforge_fx.cli.app import (
+    DtypeOption,
     Exclude,
     Include,
     Model,
@@ -70,7 +71,7 @@ def sparsify(
     include: Include = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Of data order and sampling.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default the checkpoint's.")] = None,
+    dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one.")] = None,
     compile: Annotated[Compile, typer.Option(help="torch.compile; auto: where the run is long.")] = Compile.auto,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
@@ -111,6 +112,7 @@ def sparsify(
     import torch
 
     from sparseforge_fx import models
+    from sparseforge_fx.compute_dtype import ComputeDtype, cast, choose_dtype, dtype_of
     from sparseforge_fx.methods.catalog import find_options
     from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.processes import Processes
@@ -127,10 +129,16 @@ def sparsify(
     if data is not None and data != "self":
         open_sources(data)
     where = pick_device(device)
+    wanted = models.find_dtype(dtype)
 
-    loaded, tokenizer = models.load_model(model, dtype)
-    loaded.to(where)
+    loaded, tokenizer = models.load_model(model)
     state, started = output / STATE, output / STATE_OF
+    if resume and started.is_file():  # a second measurement might choose otherwise
+        computing = ComputeDtype.read(json.loads(started.read_text()).get("compute_dtype"))
+    else:
+        computing = choose_dtype(dtype_of(loaded), where, wanted)
+    restore_dtype = cast(loaded, computing.dtype)
+    loaded.to(where)
 
     def forget() -> None:
         for leftover in (state, started):
@@ -143,7 +151,7 @@ def sparsify(
     def on_step(step: int, row: dict[str, float]) -> None:
         # from the first step on, and not before, there is something to resume
         if processes.first and not started.exists():
-            write_json(started, shape_of_run)
+            write_json(started, {**shape_of_run, "compute_dtype": computing.describe()})
         tracker.log(row, step)
 
     result = _saying_how_to_go_on(run, output)(
@@ -174,7 +182,9 @@ def sparsify(
         **changes,
     )
     tracker.end()
-    report = {"command": shape_of_run, **result.report}
+    report = {"command": shape_of_run, "compute_dtype": computing.describe(), **result.report}
+    report["notes"] = computing.notes() + report["notes"]
+    restore_dtype()
 
     def write() -> None:
         with models.new_folder(output, overwrite=True) as folder:

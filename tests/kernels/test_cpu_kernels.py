@@ -1,10 +1,14 @@
 """Every instruction set of this machine against the reference; the same bits always; no compiler, no harm."""
 
 import itertools
+import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +24,45 @@ from sparseforge_fx.kernels.sparse_linear import DENSE_OP, KERNELS, OP, Kernel, 
 
 ISAS = cpu.instruction_sets()
 DTYPES = [torch.bfloat16, torch.float32]
-pytestmark = pytest.mark.skipif(not ISAS, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not ISAS and shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+
+
+def test_every_level_of_this_machine_is_tested():
+    flags = cpu_flags()
+    assert ISAS[0] == "portable"  # and a compiler that is there builds the library
+    assert ("avx2" in ISAS) == ({"avx2", "fma"} <= flags)
+    assert ("avx512" in ISAS) == ({"avx2", "fma", "avx512f"} <= flags)
+    assert "amx" not in ISAS or {"amx_tile", "amx_bf16"} <= flags
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_operator_runs_on_the_level_that_the_environment_names(isa):
+    """In a process of its own, and from there into the packages of AOTInductor, which read the same variable."""
+    script = """
+import torch
+from sparse_cases import assert_correct, random_linear
+from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.sparse_linear import OP
+for dtype in (torch.bfloat16, torch.float32):
+    packed, bias = random_linear(40, 132, dtype)
+    for rows in (1, 2, 20):
+        x = torch.randn(rows, 132).to(dtype)
+        y = OP(x, *packed[:2], "rows", 132, bias, "silu")
+        assert_correct(y, x, packed, bias, "silu")
+        assert torch.equal(y, cpu.rows_linear(x, *packed, bias, "silu", cpu.instruction_set()))
+print(cpu.instruction_set())
+"""
+    environment = os.environ | {cpu.ISA_VARIABLE: isa, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stdout) == (0, f"{isa}\n"), done.stderr
+
+
+def cpu_flags():
+    """What the system says that the processor has."""
+    info = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not info.exists():
+        pytest.skip("no list of the processor's instructions")
+    return set(next(line for line in info.read_text().splitlines() if line.startswith("flags")).split())
 
 
 def run(x, packed, bias=None, activation="none", isa=None):
@@ -238,6 +280,7 @@ def test_other_layouts_and_wrong_input_reach_python(monkeypatch):
 
 
 def test_the_environment_chooses_the_instruction_set(fresh, monkeypatch):
+    monkeypatch.delenv(cpu.ISA_VARIABLE, raising=False)
     assert cpu.instruction_set() == ISAS[-1]
     cpu.instruction_set.cache_clear()
     monkeypatch.setenv(cpu.ISA_VARIABLE, "portable")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from rounding import same_products
 from torch import nn
 
 import sparseforge_fx as sf
@@ -101,7 +102,7 @@ def test_the_merged_program_trains_and_saves(tmp_path):
     assert module.get_parameter("q_k_v.weight").grad.shape == (16, 8)
     torch.export.save(after.exported, tmp_path / "m.pt2")
     again = torch.export.load(tmp_path / "m.pt2").module()
-    assert torch.equal(again(x), module(x))
+    assert same_products(again(x), module(x))
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

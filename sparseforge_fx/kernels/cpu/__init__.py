@@ -58,7 +58,9 @@ def instruction_set() -> str:
     known = instruction_sets()
     wanted = os.environ.get(ISA_VARIABLE) or known[-1]
     if wanted not in known:
-        raise SparseForgeError(f"{ISA_VARIABLE}={wanted} is not one of this machine's {', '.join(known)}")
+        raise SparseForgeError(
+            f"{ISA_VARIABLE}={wanted} is not one of this machine's {', '.join(known)}: name one of these"
+        )
     torch.ops.sparseforge_cpu.use(wanted)
     return wanted
 

@@ -2,10 +2,12 @@
 // finish.h) is written once and included into each namespace, because a function template carries only one target.
 //
 //   kLanes            inputs (places of a weight row) per step
+//   kKept             the same of dot_kept
 //   Elem              how x and expanded weights lie in scratch memory
 //   Vec, Acc          kLanes Elems; float32 partial sums
 //   expand            kLanes/2 survivors + kLanes/8 bytes of bitmask -> kLanes weights, zeros at the pruned places
-//   Half, dot_kept    the opposite way, for one row of x: keep x where the weight survives, then multiply by the values
+//   Half, dot_kept    the opposite way, for one row of x: keep kKept/2 of kKept xs where the weight survives, then
+//                     multiply by the values
 #pragma once
 
 #include <algorithm>
@@ -17,8 +19,10 @@
 #define SPARSEFORGE_X86 1
 #include <immintrin.h>
 #define PREFETCH(p) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0)
+#define PREFETCH_FAR(p) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1)
 #else
 #define PREFETCH(p)
+#define PREFETCH_FAR(p)
 #endif
 #define INLINE TARGET inline __attribute__((always_inline))
 
@@ -53,11 +57,13 @@ inline T read(const uint8_t* bytes) {
   return out;
 }
 
-// For each byte of bitmask: which of its four values belongs at each of the eight places (4: none, a zero), and at
-// which places the four values stand. Safe to index with for any byte, a damaged one too.
+// For each byte of bitmask: which of its four values belongs at each of the eight places (4: none, a zero), at which
+// places the four values stand, and where in its group of four each of a group's two stands, twice for each group.
+// Safe to index with for any byte, a damaged one too.
 struct Places {
   alignas(64) uint8_t value_of_place[256][8];
   alignas(64) uint8_t place_of_value[256][4];
+  alignas(64) int32_t place_in_group[256][8];
 
   Places() {
     for (int byte = 0; byte < 256; ++byte) {
@@ -68,6 +74,8 @@ struct Places {
         value_of_place[byte][place] = static_cast<uint8_t>(kept ? count : 4);
         if (kept) place_of_value[byte][count++] = static_cast<uint8_t>(place);
       }
+      for (int lane = 0; lane < 8; ++lane)
+        place_in_group[byte][lane] = place_of_value[byte][lane / 4 * 2 + lane % 2] % 4;
     }
   }
 };
@@ -77,6 +85,7 @@ inline const Places places;
 namespace portable {
 #define TARGET
 constexpr int kLanes = 8;
+constexpr int kKept = 8;
 constexpr int kColumns = 2;
 using Elem = float;
 struct Vec {
@@ -124,11 +133,12 @@ INLINE float sum(Acc a) {
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma")))
 constexpr int kLanes = 8;
+constexpr int kKept = 64;
 constexpr int kColumns = 2;  // sixteen registers: 4 weights, 2 x 4 sums
 using Elem = float;
 using Vec = __m256;
 using Acc = __m256;
-using Half = __m128;
+using Half = __m256;
 
 INLINE __m128 four(const float* p) { return _mm_loadu_ps(p); }
 INLINE __m128 four(const bf16* p) {
@@ -142,17 +152,38 @@ INLINE Vec expand(const V* values, const uint8_t* mask) {
   return _mm256_permutevar8x32_ps(_mm256_zextps128_ps256(four(values)), _mm256_cvtepu8_epi32(from));
 }
 INLINE Acc multiply_add(Acc acc, Vec w, Vec x) { return _mm256_fmadd_ps(w, x, acc); }
+
+// Eight values, those of the third group of four places before those of the second: in that order x comes out of
+// permutations within groups of four, the cheapest there are.
+INLINE __m256 eight(const float* p) {
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_loadu_pd(reinterpret_cast<const double*>(p)), 0b11011000));
+}
+INLINE __m256 eight(const bf16* p) {  // one shuffle: to the upper half of each float32, and into order
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i from = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 8, 9, -1, -1, 10, 11,  //
+                                        -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 12, 13, -1, -1, 14, 15);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, from));
+}
+INLINE __m256 kept_of(const float* x, uint64_t mask_times_32) {
+  const char* const table = reinterpret_cast<const char*>(places.place_in_group);
+  const auto from = _mm256_load_si256(reinterpret_cast<const __m256i*>(table + (mask_times_32 & 255 * 32)));
+  return _mm256_permutevar_ps(_mm256_loadu_ps(x), from);
+}
 template <class V>
 INLINE Half dot_kept(Half acc, const V* values, const uint8_t* mask, const float* x) {
-  const __m128i at = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(read<int32_t>(places.place_of_value[*mask])));
-  const __m256 kept = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), _mm256_castsi128_si256(at));
-  return _mm_fmadd_ps(four(values), _mm256_castps256_ps128(kept), acc);
+  const uint64_t bits = read<uint64_t>(mask);
+#pragma GCC unroll 4
+  for (int k = 0; k < kKept; k += 16) {
+    const __m256 low = kept_of(x + k, k > 0 ? bits >> (k - 5) : bits << 5), high = kept_of(x + k + 8, bits >> (k + 3));
+    acc = _mm256_fmadd_ps(eight(values + k / 2), _mm256_blend_ps(low, high, 0b11001100), acc);
+  }
+  return acc;
 }
-INLINE float sum(Half a) {
-  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
-  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+INLINE float sum(Acc a) {
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
-INLINE float sum(Acc a) { return sum(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1))); }
 #include "finish.h"
 #include "tile.h"
 #undef TARGET
@@ -161,6 +192,7 @@ INLINE float sum(Acc a) { return sum(_mm_add_ps(_mm256_castps256_ps128(a), _mm25
 namespace avx512 {
 #define TARGET __attribute__((target("avx512f,avx2,fma")))
 constexpr int kLanes = 16;
+constexpr int kKept = 16;
 constexpr int kColumns = 4;
 using Elem = float;
 using Vec = __m512;
@@ -198,6 +230,7 @@ INLINE float sum(Acc a) { return _mm512_reduce_add_ps(a); }
 namespace avx512_bf16 {  // pairs of bfloat16 products are summed in float32; subnormal bfloat16 count as zero
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma")))
 constexpr int kLanes = 32;
+constexpr int kKept = 32;
 constexpr int kColumns = 4;
 using Elem = bf16;
 using Vec = __m512i;

@@ -17,8 +17,8 @@ constexpr int64_t kTileRows = 16;    // weight rows (outputs) per task: one tile
 constexpr int64_t kMaxColumns = 64;  // rows of x per pass over the weight
 constexpr int64_t kMinColumns = 32;  // the same where rows of x are long: fewer would not pay for expanding again
 constexpr int64_t kChunk = 512;      // inputs that are expanded at a time
-constexpr int64_t kAhead = 1024;     // bytes from the values in use to those that are prefetched
-constexpr int64_t kMaskAhead = 128;  // the same of the bitmask
+constexpr int64_t kAhead = 2048;     // bytes from the values in use to those that are prefetched
+constexpr int64_t kMaskAhead = 256;  // the same of the bitmask
 constexpr int64_t kPassBytes = 1 << 20;  // of x per pass, to stay in the second-level cache
 constexpr int64_t kAmxColumns = 2;   // tile registers pay from so many rows of x
 
@@ -80,8 +80,10 @@ Kernel<S> kernel_of(Isa isa, int64_t columns) {
     if (isa == Isa::amx && columns >= kAmxColumns) return {32, 2, true, true, amx::tile, avx512_bf16::finish<S>};
     if (isa >= Isa::avx512_bf16) return {32, 2, false, false, avx512_bf16::tile<S>, avx512_bf16::finish<S>};
   }
-  if (isa >= Isa::avx512) return {16, 4, false, false, avx512::tile<S>, avx512::finish<S>};
-  if (isa == Isa::avx2) return {8, 4, false, false, avx2::tile<S>, avx2::finish<S>};
+  // for one row of bfloat16, permuting is faster than compressing with masks
+  const bool narrow = std::is_same_v<S, bf16> && columns == 1;
+  if (isa >= Isa::avx512 && !narrow) return {16, 4, false, false, avx512::tile<S>, avx512::finish<S>};
+  if (isa >= Isa::avx2) return {columns > 1 ? 8 : avx2::kKept, 4, false, false, avx2::tile<S>, avx2::finish<S>};
 #endif
   return {8, 4, false, false, portable::tile<S>, portable::finish<S>};
 }

@@ -19,10 +19,10 @@ INLINE Rows rows_of(const Job& job, int64_t first, int64_t last, int i) {
 }
 
 // The last, incomplete step of a row, copied to where a whole step may be read.
-template <class V>
+template <class V, int LANES = kLanes>
 struct Tail {
-  V values[kLanes / 2];
-  uint8_t mask[kLanes / 8];
+  V values[LANES / 2];
+  uint8_t mask[LANES / 8];
 
   Tail(const V* row_values, const uint8_t* row_mask, int64_t whole, int64_t padded) {
     std::memset(this, 0, sizeof(*this));
@@ -34,23 +34,24 @@ struct Tail {
 // One row of x: keep the places of x that a weight row needs. Half the multiplications, and no scratch.
 template <class V>
 TARGET void tile_one(const Job& job, const Elem* x, int64_t first, int64_t last, float* out) {
-  const int64_t whole = job.padded / kLanes * kLanes;
+  const int64_t whole = job.padded / kKept * kKept;
   for (int i = 0; i < 4; ++i) {
     const Rows rows = rows_of(job, first, last, i);
     const V* values[4];
     Half acc[4] = {};
     for (int r = 0; r < 4; ++r) values[r] = static_cast<const V*>(job.values) + rows.row[r] * (job.padded / 2);
-    for (int64_t k = 0; k < whole; k += kLanes) {
+    for (int64_t k = 0; k < whole; k += kKept) {
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-        PREFETCH(values[r] + k / 2 + kAhead / sizeof(V));
-        PREFETCH(rows.mask[r] + k / 8 + kMaskAhead);
+        for (size_t line = 0; line < kKept / 2 * sizeof(V); line += 64)
+          PREFETCH_FAR(values[r] + k / 2 + (kAhead + line) / sizeof(V));
+        PREFETCH_FAR(rows.mask[r] + k / 8 + kMaskAhead);
         acc[r] = dot_kept(acc[r], values[r] + k / 2, rows.mask[r] + k / 8, x + k);
       }
     }
     for (int r = 0; r < 4; ++r) {
       if (whole < job.padded) {
-        const Tail<V> tail(values[r], rows.mask[r], whole, job.padded);
+        const Tail<V, kKept> tail(values[r], rows.mask[r], whole, job.padded);
         acc[r] = dot_kept(acc[r], tail.values, tail.mask, x + whole);
       }
       out[i + 4 * r] = sum(acc[r]);
