@@ -38,6 +38,7 @@ from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.text import unread_files
 from sparseforge_fx.train import count_tokens, train
 from sparseforge_fx.undo import dense_again_on_error
+from sparseforge_fx.unused import unused_arguments
 
 
 @dataclass
@@ -123,13 +124,15 @@ def sparsify(
     Returns SparsifyResult. Raises SparseForgeError on anything that is wrong. Whatever else ends the call (Ctrl-C, an
     error of ``on_step``) leaves the model dense as it was, too, to the bit.
     """
-    began = time.monotonic()
+    began, given = time.monotonic(), dict(locals())
     chosen = method or ("magnitude" if data is None else "sparseforge")
     preset, configure = find_method(chosen, preset)
     if chosen != "magnitude" and data is None:
         raise SparseForgeError(
             f"method {chosen} needs data: pass text, tokens or batches, or data='self' for a language model"
         )
+    if steps is not None and tokens is not None:
+        raise SparseForgeError(f"steps={steps} and tokens={tokens} both set the length of the run: give one of them")
     shape = parse_pattern(pattern)
     check_losses(divergence, features)
     unknown = set(changes) - set(find_options(chosen, preset))
@@ -167,7 +170,7 @@ def sparsify(
     program = capture(model, example_inputs)
     sites = find_linears(program, shape, include, exclude)
     check_sites(program, sites)
-    notes = [*program.notes, *(unread_files(data) if is_text(data) else ())]
+    notes = [*program.notes, *(unread_files(data) if is_text(data) and data != "self" else ())]
     reader = Reader(program)
     if batches is not None:
         objective = Objective(w_task, w_kl, divergence, getattr(model, "config", None), reader.note)
@@ -193,6 +196,9 @@ def sparsify(
             "w_features": w_features,
         }
         calibrated = _first(batches, calibration) if config.start != "dense" else None
+        notes += unused_arguments(
+            sparsify, given, method=chosen, trains=True, calibrates=calibrated is not None, batches=batches
+        )
         run = {
             "seed": seed,
             "batch_size": batch_size,
@@ -240,6 +246,9 @@ def sparsify(
         report["tokens"] = report["curves"][-1]["tokens"] if report["curves"] else 0
     else:
         one_shot = None if batches is None else _first(batches, calibration)
+        notes += unused_arguments(
+            sparsify, given, method=chosen, trains=False, calibrates=one_shot is not None, batches=batches
+        )
         report["options"] = changes
         report["calibration_sequences"] = sum(_rows(b) for b in one_shot or ())
         readings = [reader.read(*as_call(b)) for b in one_shot or ()]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparseforge_fx import processes, schedule
 from sparseforge_fx.checkpoint import load_state, misfit, save_state
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.low_rank import Branch
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.sparse_model import SparseModel
@@ -204,8 +204,13 @@ def _total(sparse: SparseModel, batch: Any) -> Tensor:
 def _loss(sparse: SparseModel, batch: Any):
     try:
         sparse(*(batch if isinstance(batch, tuple | list) else (batch,)))
-    except (AssertionError, IndexError) as error:  # a size or a token that the model does not take
-        raise SparseForgeError(f"the batch of step {sparse.steps_done} does not fit the model: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, IndexError, RuntimeError) as error:  # a size or a token that the model does not take
+        fixed = "".join(f"; {note}" for note in sparse.dense.notes)
+        raise SparseForgeError(
+            f"the model cannot take the batch of step {sparse.steps_done}: {one_line(error)}{fixed}"
+        ) from error
     loss = sparse.last_loss
     if loss is None:
         raise SparseForgeError("there is nothing to learn from: no labels, no logits and w_kl = 0")
