@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +106,35 @@ def logits_loss(
     flat_teacher = None if teacher is None else teacher.reshape(-1, vocab)
     reverse = divergence == "reverse_kl"
     flat = student.reshape(-1, vocab)
+    if _TWICE.get():
+        return Loss(*_plain_loss(flat, flat_teacher, labels.reshape(-1), w_task, w_kl, reverse))
     return Loss(*_ChunkedLoss.apply(flat, flat_teacher, labels.reshape(-1), w_task, w_kl, chunk, reverse))
+
+
+_TWICE: ContextVar[bool] = ContextVar("twice_differentiable", default=False)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Within it :func:`logits_loss` has a second derivative, at the price of several copies of the logits; the chunked
+    one's would be silently zero."""
+    token = _TWICE.set(True)
+    try:
+        yield
+    finally:
+        _TWICE.reset(token)
+
+
+def _plain_loss(student, teacher, labels, w_task, w_kl, reverse) -> tuple[Tensor, Tensor, Tensor]:
+    log_p = F.log_softmax(student.float(), -1)
+    scored = (labels != IGNORE).sum().clamp(min=1)
+    task = F.nll_loss(log_p, labels, ignore_index=IGNORE, reduction="sum") / scored
+    kl = torch.zeros_like(task)
+    if w_kl and teacher is not None:
+        log_q = F.log_softmax(teacher.float(), -1)
+        target, given = (log_p, log_q) if reverse else (log_q, log_p)
+        kl = F.kl_div(given, target, log_target=True, reduction="batchmean")
+    return w_task * task + w_kl * kl, task.detach(), kl.detach()
 
 
 def shifted_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

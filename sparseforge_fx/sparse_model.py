@@ -66,6 +66,8 @@ class SparseModel(nn.Module):
             self._tap(distill.FEATURES[features])
         self._runners: dict[str, Callable] = {"graph": self.graph}
         self._hooks: list = []
+        self._probes: dict[str, Tensor] = {}  # by the weight's name
+        self._batches: list[tuple] = []  # this step's micro-batches, where Hutchinson needs them
         self.curvature = self.method.curvature
         self._estimator = None if self.curvature is None else self.curvature.estimator
         if self._estimator in ("gauss_newton", "activation"):
@@ -85,9 +87,9 @@ class SparseModel(nn.Module):
         if self.features is not None:
             module = tap(module, self._seen[0], attention=distill.FEATURES[self.features])
         found = dict(module.named_parameters())
-        probes = {w.fqn: found[probe_name(w.fqn)] for w in self.method.weights}
+        self._probes = {w.fqn: found[probe_name(w.fqn)] for w in self.method.weights}
         assert self.curvature is not None
-        self._hooks = fold_on_backward(probes, self.curvature)
+        self._hooks = fold_on_backward(self._probes, self.curvature)
         self._hidden["probe"] = self._runners["probe"] = module
 
     def _tap(self, attention: bool) -> None:
@@ -174,6 +176,8 @@ class SparseModel(nn.Module):
         for hook in (*self._hooks, *self.method.hooks):
             hook.remove()
         self._hidden.update(probe=None, teacher=None)
+        self._probes.clear()
+        self._batches.clear()
 
     # -- training ----------------------------------------------------------------------------------------------------
     def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
@@ -195,7 +199,8 @@ class SparseModel(nn.Module):
         if self.features is not None:
             self._seen[0].clear()
         output = self._runners["probe" if probing else "graph"](*call_args, **call_kwargs)
-        self._batch = (call_args, call_kwargs, labels)
+        if learning and self._estimator == "hutchinson" and self.method.wants_curvature(self.steps_done):
+            self._batches.append((call_args, call_kwargs, labels))
         self.last_loss = self.loss(output, call_args, call_kwargs, labels, teach=learning)
         if self.last_loss is not None and hasattr(output, "logits"):
             output["loss"] = self.last_loss.total
@@ -282,37 +287,44 @@ class SparseModel(nn.Module):
                 f"part of {type(self.method).__name__} is in its optimizer: train with sparse.optimizer(lr=...)"
             )
         if self.curvature is not None and self.method.wants_curvature(self.steps_done):
-            if self._estimator == "squared_gradient":
-                for w in self.method.weights:
-                    if w.weight.grad is not None:
-                        self.curvature.fold(w.fqn, w.weight.grad.float().square(), w.mask.dtype)
-            elif self._estimator == "hutchinson":
-                self._hutchinson(self.curvature)
+            self._complete(self.curvature)
+        self._batches.clear()
         self.method.after_step(self.steps_done)
         self.steps_done += 1
 
-    def _hutchinson(self, curvature: Curvature) -> None:
-        """Curvature of the loss at the effective weights W * e, through the dense graph: its ops differentiate
-        twice."""
-        args, kwargs, labels = self._batch
+    def _complete(self, curvature: Curvature) -> None:
+        """Bring in what this step says of the curvature beside what its backward passes have folded."""
+        weights = {w.fqn: w.mask for w in self.method.weights}  # of the weight's shape, in the dtype that h is kept in
+        if self._estimator == "squared_gradient":
+            gradients = {w.fqn: w.weight.grad for w in self.method.weights if w.weight.grad is not None}
+            curvature.add_signed(gradients, weights)
+        elif self._estimator == "hutchinson":
+            vectors = self.method.config.curvature_vectors
+            for index in range(vectors):
+                curvature.add_signed(self._hutchinson(index), weights, 1 / vectors)
+        curvature.close(self._probes or weights)
+
+    def _hutchinson(self, index: int) -> dict[str, Tensor]:
+        """v * (H v) of this step's loss, its mean over the micro-batches, at the effective weights W * e, through the
+        dense graph: its ops differentiate twice. v depends on the step and on ``index``, not on process or batch."""
         weights = {w.fqn: (self.program.tensor(w.fqn).detach() * w.mask).requires_grad_() for w in self.method.weights}
         module = self.dense.module()
-        generator = torch.Generator(device=next(iter(weights.values())).device).manual_seed(self.steps_done)
+        total: dict[str, Tensor] = {}
+        for args, kwargs, labels in self._batches:
 
-        def loss() -> Tensor:
-            output = torch.func.functional_call(module, weights, args, kwargs, tie_weights=True)
-            student = distill.main_output(output)
-            logits = student.float().flatten(0, -2)
-            if not _are_logits(output, student):
-                return distill.relative_error(student, self._teach(args, kwargs))
-            if labels is not None and _are_classes(labels, student):
-                return nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=distill.IGNORE)
-            # the chunked loss has no second derivative
-            teacher = self._teach(args, kwargs).float().flatten(0, -2).log_softmax(-1)
-            return nn.functional.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
+            def loss(args=args, kwargs=kwargs, labels=labels) -> Tensor:
+                output = torch.func.functional_call(module, weights, args, kwargs, tie_weights=True)
+                with distill.twice_differentiable():
+                    found = self.loss(output, args, kwargs, labels, teach=True)
+                assert found is not None
+                return found.total
 
-        for fqn, estimate in hutchinson_diagonal(loss, weights, generator=generator).items():
-            curvature.fold(fqn, estimate, weights[fqn].dtype)
+            generator = torch.Generator(device=next(iter(weights.values())).device)
+            generator.manual_seed(self.steps_done + (index << 32))
+            for fqn, part in hutchinson_diagonal(loss, weights, generator=generator).items():
+                part /= len(self._batches)
+                total[fqn] = total[fqn].add_(part) if fqn in total else part
+        return total
 
     def _split(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any], Tensor | None]:
         """The captured graph's inputs out of a batch in any form, and the labels."""

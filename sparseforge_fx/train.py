@@ -98,8 +98,6 @@ def train(
         start, curves = _restore(sparse, master, optimizer, load_state(state_path))
     elif state_path is not None and sparse.method.config.start != "dense" and accelerator.is_main_process:
         save_state(state_path, _state(sparse, master, optimizer, 0, curves))  # a layer-wise start takes long
-    if accelerator.num_processes > 1 and sparse.method.curvature is not None:
-        sparse.method.curvature.average = partial(accelerator.reduce, reduction="mean")
     sparse.train()
     saved = time.monotonic()
     if compile is True:
