@@ -1,11 +1,16 @@
 """The four curvature estimators against exact Hessians, per-token loops and hooks on the source model."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.functional import hessian
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from sparseforge_fx.hessian import ESTIMATORS, Curvature, hutchinson_diagonal, sample_labels
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
@@ -324,3 +329,91 @@ def test_fisher_of_softmax_regression_from_sampled_labels():
     torch.testing.assert_close(sampled, exact, rtol=5 / math.sqrt(draws * exact.min().item()), atol=0)
     full = hessian(lambda w: F.cross_entropy(x @ w.t(), p.argmax(-1), reduction="sum"), weight).reshape(6, 6)
     torch.testing.assert_close(full.diagonal(), exact.flatten(), rtol=1e-4, atol=1e-5)
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+RANKS = """
+import sys, torch
+from test_hessian import curvatures
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+torch.save(curvatures(slice(2 * rank, 2 * rank + 2)), f"{sys.argv[1]}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+class Branches(torch.nn.Module):
+    """A row sees one branch or the other by the sign of its first entry."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        first = (x[:, :1] > 0).to(x.dtype)
+        return SequenceClassifierOutput(logits=self.a(x) * first + self.b(x) * (1 - first))
+
+
+def curvatures(rows: slice) -> dict[str, dict[str, torch.Tensor]]:
+    """h of every estimator after two steps of a loop of one's own over some rows, whose gradients are averaged."""
+    from sparseforge_fx.prepare import prepare
+
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    found = {}
+    for estimator in ESTIMATORS:
+        sparse = prepare(Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), w_kl=1.0).train()
+        with torch.no_grad():
+            for p in sparse.parameters():
+                p.mul_(0.8)  # away from the teacher
+        for step in range(2):
+            sparse(x=x[rows] + step / 8, labels=torch.tensor([0, 3, 1, 2])[rows])
+            sparse.last_loss.total.backward()
+            for p in sparse.parameters():
+                if torch.distributed.is_initialized():
+                    torch.distributed.all_reduce(p.grad)
+                    p.grad /= torch.distributed.get_world_size()
+            sparse.step()
+            for p in sparse.parameters():
+                p.grad = None
+        found[estimator] = {
+            **sparse.method.curvature.values,
+            **{w.fqn + " mask": w.mask for w in sparse.method.weights},
+        }
+    return found
+
+
+def test_two_processes_estimate_what_one_does_with_both_their_batches(tmp_path):
+    """In a loop of one's own. Half of the model hears nothing on either process."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(40_000 + os.getpid() % 20_000),
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(tmp_path)], env=environment | {"RANK": str(r)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    try:
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    alone = curvatures(slice(0, 4))
+    for estimator, values in alone.items():
+        for name, one in values.items():
+            assert torch.equal(first[estimator][name], second[estimator][name]), (estimator, name)
+            scale = one.mean() / first[estimator][name].mean()  # a common factor changes no mask
+            torch.testing.assert_close(
+                first[estimator][name] * scale,
+                one,
+                rtol=1e-3,
+                atol=1e-5,
+                msg=lambda text, where=(estimator, name): f"{where}: {text}",
+            )
