@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from sparseforge_fx import schedule
+from sparseforge_fx.batches import count_tokens
 from sparseforge_fx.checkpoint import load_state, save_state
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.weights import MaskedWeight
@@ -129,6 +130,8 @@ def train(
                 parts.append(loss)
                 tokens += count_tokens(batch)
             if accelerator.num_processes > 1:
+                counted = accelerator.reduce(torch.tensor(tokens, device=accelerator.device))
+                tokens = int(counted.item())  # type: ignore[union-attr]
                 for p in master.parameters:
                     if p.grad is not None:
                         p.grad = accelerator.reduce(p.grad, reduction="mean")  # type: ignore[assignment]
@@ -147,7 +150,7 @@ def train(
             seconds = time.monotonic() - began
             row = {
                 "step": step + 1,
-                "tokens": (step + 1) * tokens * accelerator.num_processes,
+                "tokens": (curves[-1]["tokens"] if curves else 0) + tokens,
                 "loss": sum(p.total.item() for p in parts) / accumulate,
                 "task": sum(p.task.item() for p in parts) / accumulate,
                 "kl": sum(p.kl.item() for p in parts) / accumulate,
@@ -255,10 +258,3 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):  # a tokenizer's BatchEncoding, too
         return {k: _to(v, device) for k, v in batch.items()}
     return type(batch)(_to(v, device) for v in batch) if isinstance(batch, tuple | list) else batch
-
-
-def count_tokens(batch: Any) -> int:
-    """Tokens of a batch of ids, else its samples."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
-    first = next(v for v in values if isinstance(v, Tensor))
-    return first.numel() if not first.is_floating_point() and first.dim() == 2 else first.shape[0]
