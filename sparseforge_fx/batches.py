@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +25,63 @@ class Batches(Protocol):
 
     def batch(self, step: int) -> Any:
         """The batch of this step: a dict, tuple or tensor; the same one however often and in whatever order asked."""
+
+    def first_pass(self) -> Iterator[Any]:
+        """`batch(0)`, `batch(1)`, ... to the end of the data, without a sequence that comes a second time."""
+
+    def passes(self, batches: int) -> float | None:
+        """How often so many batches go over the data; None if its end has not been met."""
+
+
+def main_tensor(batch: Any) -> torch.Tensor:
+    """What a batch is counted by: `input_ids`, else the first tensor that has rows.
+
+    Raises SparseForgeError if there is none.
+    """
+    named = batch if isinstance(batch, Mapping) else {}
+    values = named.values() if named else batch if isinstance(batch, tuple | list) else [batch]
+    for value in (named.get("input_ids"), *values):
+        if isinstance(value, torch.Tensor) and value.dim():
+            return value
+        if isinstance(value, Mapping | tuple | list) and value:
+            return main_tensor(value)
+    kinds = ", ".join(sorted({type(v).__name__ for v in values})) or "nothing"
+    raise SparseForgeError(f"a batch holds no tensor but {kinds}: give dicts, tuples or tensors of torch")
+
+
+def count_rows(batch: Any) -> int:
+    """Sequences or samples of a batch."""
+    return main_tensor(batch).shape[0]
+
+
+def count_tokens(batch: Any) -> int:
+    """Real tokens of a batch: ids or embeddings that its `attention_mask` does not hide; of anything else its rows."""
+    first = main_tensor(batch)
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    ids = first.dim() == 2 and not first.is_floating_point()
+    if (
+        isinstance(mask, torch.Tensor)
+        and mask.dim() == 2
+        and mask.shape == first.shape[:2]
+        and (ids or first.dim() == 3)
+    ):
+        return int((mask != 0).sum())
+    return first.numel() if ids else first.shape[0]
+
+
+COUNTED = 1024  # batches of a run that are counted one by one before it starts
+
+
+def count_steps(data: Batches, tokens: int, per_step: int) -> int:
+    """The most steps, of `per_step` batches each (over all micro-batches and processes), that a budget allows; one if
+    it allows none. Batches are counted as they come; what lies beyond the first `COUNTED` is taken to be like these."""
+    seen = 0
+    steps = max(1, COUNTED // per_step)
+    for step in range(steps):
+        seen += sum(count_tokens(data.batch(step * per_step + k)) for k in range(per_step))
+        if seen > tokens:
+            return max(1, step)
+    return max(1, tokens * steps // max(1, seen))
 
 
 def as_batches(
@@ -113,6 +171,13 @@ class _PackedBatches:
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         return self.data.batch(step, self.batch_size, self.seed)
 
+    def first_pass(self) -> Iterator[dict[str, torch.Tensor]]:
+        for step, start in enumerate(range(0, len(self.data), self.batch_size)):
+            yield {name: rows[: len(self.data) - start] for name, rows in self.batch(step).items()}
+
+    def passes(self, batches: int) -> float:
+        return batches * self.batch_size / len(self.data)
+
 
 class _CycledBatches:
     """Passes over a re-iterable, one after another; keeps one iterator and restarts it only to go back."""
@@ -153,6 +218,18 @@ class _CycledBatches:
                         "it must give the same number every time it is iterated"
                     ) from None
                 self._size = self._next
+
+    def first_pass(self) -> Iterator[Any]:
+        for step in itertools.count():
+            if self._size is not None and step >= self._size:
+                return
+            batch = self.batch(step)
+            if self._size is not None and step >= self._size:  # the end was met just now
+                return
+            yield batch
+
+    def passes(self, batches: int) -> float | None:
+        return batches / self._size if self._size else None
 
     def _begin(self, epoch: int) -> None:
         for sampler in self._samplers:

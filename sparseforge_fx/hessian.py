@@ -3,17 +3,23 @@
     gauss_newton      (g^2)^T (x^2) per token; one extra GEMM on probe steps; compiles. The default.
     activation        E[x_j^2], the same for every row (Wanda's and OBD's layer-wise curvature).
     squared_gradient  the batch gradient, squared.
-    hutchinson        E[v * (H v)], v Rademacher: the paper's; double backward, math attention, uncompiled.
+    hutchinson        |v * (H v)|, v Rademacher: the paper's; double backward, math attention, uncompiled.
 
-The first two come out of probes (passes/insert_hessian_hooks.py), the third out of the weights' gradients.
+The first two are sums over tokens that come out of probes (passes/insert_hessian_hooks.py), micro-batch by micro-batch.
+The others are made of something with a sign, which is averaged over micro-batches and processes before it is squared,
+or before its absolute value is taken: they then are what one process with one large batch estimates. Hutchinson's noise
+is thousands of times the diagonal, so of few probes half of all averages are below zero whatever the diagonal: to cut
+them, one by one or on average, prunes blindly (docs/measurements.md). The mean absolute value grows with the norm of
+the Hessian's row instead, and is never zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,31 +31,80 @@ class Curvature:
     """h <- beta h + (1 - beta) h_hat for every weight; the first estimate is taken whole.
 
     ``values[name]`` is [out, in] (or [in, 1]-broadcastable for ``activation``), of the weight's dtype (float32 for
-    float16), >= 0.
+    float16), >= 0, and the same on all processes after :meth:`close`.
     """
 
     def __init__(self, beta: float, estimator: Estimator | None = "gauss_newton"):
         self.beta = beta
         self.estimator = estimator  # None: nothing is ever estimated
         self.values: dict[str, Tensor] = {}
-        self.average: Callable[[Tensor], Tensor] | None = (
-            None  # over processes, where there are several: all must choose alike
-        )
+        self._open: dict[str, float] = {}  # what a further part of this step's estimate weighs
 
     @torch.no_grad()
     def fold(self, name: str, estimate: Tensor, dtype: torch.dtype | None = None) -> None:
-        """Take one estimate in, kept in ``dtype`` (default: its own). Negative entries (Hutchinson's noise) count
-        as zero at once, not in the average: of a short average many entries are below zero too, and those
-        weights would go whatever their size (docs/measurements.md, `hutchinson-signed`)."""
-        dtype = dtype or estimate.dtype
-        if self.average is not None:
-            estimate = self.average(estimate)
-        # clamp copies: what is kept is never the caller's tensor
-        estimate = estimate.detach().clamp(min=0).to(torch.float32 if dtype == torch.float16 else dtype)
-        if name in self.values:
-            self.values[name].lerp_(estimate, 1 - self.beta)
+        """Take one step's whole estimate in, >= 0, kept in ``dtype`` (default: its own)."""
+        self._open.pop(name, None)
+        self.add(name, estimate, dtype)
+        del self._open[name]
+
+    @torch.no_grad()
+    def add(self, name: str, part: Tensor, dtype: torch.dtype | None = None) -> None:
+        """As :meth:`fold`, of one of several parts (a micro-batch, a random vector) that are summed until
+        :meth:`close`."""
+        dtype = dtype or part.dtype
+        part = part.detach().to(torch.float32 if dtype == torch.float16 else dtype)
+        if name not in self.values:
+            self._open[name] = 1.0
+            self.values[name] = part.clone()  # never the caller's tensor
+        elif name in self._open:
+            self.values[name].add_(part, alpha=self._open[name])
         else:
-            self.values[name] = estimate
+            self._open[name] = 1 - self.beta
+            self.values[name].lerp_(part, 1 - self.beta)
+
+    @torch.no_grad()
+    def add_signed(self, parts: Mapping[str, Tensor], weights: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Take in what this process knows of something with a sign (of any subset of ``weights``): gradients for
+        ``squared_gradient``, v * (H v) for ``hutchinson``. Every process calls it with the same ``weights``."""
+        finish = Tensor.square if self.estimator == "squared_gradient" else Tensor.abs
+        for name, mean in mean_over_processes(parts, weights):
+            self.add(name, finish(mean) * scale, weights[name].dtype)
+
+    @torch.no_grad()
+    def close(self, weights: Mapping[str, Tensor]) -> None:
+        """The step's estimate is complete: bring what the probes folded to its mean over the processes. An average of
+        averages is the average over all; once a step, in one order, whichever weights saw a token on which process.
+
+        ``weights``: what has a curvature, by name, of the shape of its value. Every process gives the same.
+        """
+        if self.estimator in ("gauss_newton", "activation") and processes() > 1:
+            for name, mean in mean_over_processes(self.values, weights):
+                dtype = self.values[name].dtype if name in self.values else weights[name].dtype
+                self.values[name] = mean.to(dtype)
+        self._open.clear()
+
+
+def processes() -> int:
+    """How many share the data: the size of torch.distributed's default group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_processes(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 mean) of what any process has, one at a time; who lacks it counts as zeros. What nobody has is
+    left out. ``weights`` gives names, shapes and the device, alike on every process."""
+    count = processes()
+    if count == 1:
+        yield from ((name, values[name].float()) for name in weights if name in values)
+        return
+    device = next(iter(weights.values())).device
+    known = torch.tensor([name in values for name in weights], dtype=torch.int32, device=device)
+    dist.all_reduce(known, dist.ReduceOp.MAX)
+    for (name, weight), somewhere in zip(weights.items(), known.tolist(), strict=True):
+        if somewhere:
+            mine = values.get(name)
+            total = torch.zeros(weight.shape, device=device) if mine is None else mine.detach().float().clone()
+            dist.all_reduce(total)
+            yield name, total.div_(count)
 
 
 def fold_on_backward(probes: Mapping[str, Tensor], curvature: Curvature) -> list:
@@ -58,7 +113,7 @@ def fold_on_backward(probes: Mapping[str, Tensor], curvature: Curvature) -> list
 
     def fold(probe: Tensor, name: str) -> None:
         assert probe.grad is not None
-        curvature.fold(name, probe.grad)
+        curvature.add(name, probe.grad)
         probe.grad = None
 
     return [p.register_post_accumulate_grad_hook(lambda p, n=name: fold(p, n)) for name, p in probes.items()]  # type: ignore[misc]

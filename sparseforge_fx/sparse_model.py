@@ -82,6 +82,8 @@ class SparseModel(nn.Module):
             self._tap(distill.FEATURES[features])
         self._runners: dict[str, Callable] = {"graph": self.graph}
         self._hooks: list = []
+        self._probes: dict[str, Tensor] = {}  # by the weight's name
+        self._batches: list[Reading] = []  # this step's micro-batches, where Hutchinson needs them
         self.curvature = self.method.curvature
         self._estimator = None if self.curvature is None else self.curvature.estimator
         if self._estimator in ("gauss_newton", "activation"):
@@ -101,9 +103,9 @@ class SparseModel(nn.Module):
         if self.features is not None:
             module = tap(module, self._seen[0], attention=distill.FEATURES[self.features])
         found = dict(module.named_parameters())
-        probes = {w.fqn: found[probe_name(w.fqn)] for w in self.method.weights}
+        self._probes = {w.fqn: found[probe_name(w.fqn)] for w in self.method.weights}
         assert self.curvature is not None
-        self._hooks = fold_on_backward(probes, self.curvature)
+        self._hooks = fold_on_backward(self._probes, self.curvature)
         self._hidden["probe"] = self._runners["probe"] = module
 
     def _tap(self, attention: bool) -> None:
@@ -201,6 +203,8 @@ class SparseModel(nn.Module):
             hook.remove()
         self._hidden.update(probe=None, teacher=None)
         self._copies = None
+        self._probes.clear()
+        self._batches.clear()
 
     # -- training ----------------------------------------------------------------------------------------------------
     def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
@@ -224,20 +228,22 @@ class SparseModel(nn.Module):
         if self.features is not None:
             self._seen[0].clear()
         output = self._runners["probe" if probing else "graph"](*batch.args, **batch.kwargs)
-        self._batch = batch
+        if learning and self._estimator == "hutchinson" and self.method.wants_curvature(self.steps_done):
+            self._batches.append(batch)
         self.last_loss = self.loss(output, batch, teach=learning)
         if self.last_loss is not None and isinstance(output, dict):
             output["loss"] = self.last_loss.total
         return output
 
-    def loss(self, output: Any, batch: Reading, *, teach: bool) -> distill.Loss | None:
-        """The loss of one output (see :class:`Objective`); ``teach``: with the distance from the teacher.
+    def loss(self, output: Any, batch: Reading, *, teach: bool, twice: bool = False) -> distill.Loss | None:
+        """The loss of one output (see :class:`Objective`); ``teach``: with the distance from the teacher; ``twice``: it
+        has a second derivative.
 
         None if neither labels nor a teacher say anything about this output.
         """
         student = self.objective.answer(output)
         teacher = self._teach(batch) if teach and self._hidden["teacher"] is not None else None
-        loss = self.objective.loss(student, teacher, batch, task_alone=not teach)
+        loss = self.objective.loss(student, teacher, batch, task_alone=not teach, twice=twice)
         if loss is not None and teach and self.features is not None:
             distance = distill.feature_loss(self.features, *self._seen, batch.real)
             loss = loss._replace(total=loss.total + self.w_features * distance)
@@ -281,12 +287,8 @@ class SparseModel(nn.Module):
                 f"part of {type(self.method).__name__} is in its optimizer: train with sparse.optimizer(lr=...)"
             )
         if self.curvature is not None and self.method.wants_curvature(self.steps_done):
-            if self._estimator == "squared_gradient":
-                for w in self.method.weights:
-                    if w.weight.grad is not None:
-                        self.curvature.fold(w.fqn, w.weight.grad.float().square(), w.mask.dtype)
-            elif self._estimator == "hutchinson":
-                self._hutchinson(self.curvature)
+            self._complete(self.curvature)
+        self._batches.clear()
         with low_rank.handed_over(() if self.handed_over else self.branches, self._hands_over):
             self.method.after_step(self.steps_done)
         self.steps_done += 1
@@ -306,21 +308,36 @@ class SparseModel(nn.Module):
         self.handed_over = method.fixed or (on_the_way and hard)
         return self.handed_over or on_the_way
 
-    def _hutchinson(self, curvature: Curvature) -> None:
-        """Curvature of the loss at the effective weights W * e, through the dense graph: its ops differentiate
-        twice."""
-        batch: Reading = self._batch
+    def _complete(self, curvature: Curvature) -> None:
+        """Bring in what this step says of the curvature beside what its backward passes have folded."""
+        weights = {w.fqn: w.mask for w in self.method.weights}  # of the weight's shape, in the dtype that h is kept in
+        if self._estimator == "squared_gradient":
+            gradients = {w.fqn: w.weight.grad for w in self.method.weights if w.weight.grad is not None}
+            curvature.add_signed(gradients, weights)
+        elif self._estimator == "hutchinson":
+            vectors = self.method.config.curvature_vectors
+            for index in range(vectors):
+                curvature.add_signed(self._hutchinson(index), weights, 1 / vectors)
+        curvature.close(self._probes or weights)
+
+    def _hutchinson(self, index: int) -> dict[str, Tensor]:
+        """v * (H v) of this step's loss, its mean over the micro-batches, at the effective weights W * e, through the
+        dense graph: its ops differentiate twice. v depends on the step and on ``index``, not on process or batch."""
         weights = {w.fqn: (self.program.tensor(w.fqn).detach() * w.mask).requires_grad_() for w in self.method.weights}
         module = self.dense.module()
-        generator = torch.Generator(device=next(iter(weights.values())).device).manual_seed(self.steps_done)
+        total: dict[str, Tensor] = {}
+        for batch in self._batches:
 
-        def loss() -> Tensor:
-            output = torch.func.functional_call(module, weights, batch.args, batch.kwargs, tie_weights=True)
-            student = self.objective.answer(output)
-            teacher = self._teach(batch) if self._hidden["teacher"] is not None else None
-            found = self.objective.loss(student, teacher, batch, twice=True)
-            assert found is not None, "a step with gradients has a loss"
-            return found.total
 
-        for fqn, estimate in hutchinson_diagonal(loss, weights, generator=generator).items():
-            curvature.fold(fqn, estimate, weights[fqn].dtype)
+            def loss(batch: Reading = batch) -> Tensor:
+                output = torch.func.functional_call(module, weights, batch.args, batch.kwargs, tie_weights=True)
+                found = self.loss(output, batch, teach=True, twice=True)
+                assert found is not None, "a step with gradients has a loss"
+                return found.total
+
+            generator = torch.Generator(device=next(iter(weights.values())).device)
+            generator.manual_seed(self.steps_done + (index << 32))
+            for fqn, part in hutchinson_diagonal(loss, weights, generator=generator).items():
+                part /= len(self._batches)
+                total[fqn] = total[fqn].add_(part) if fqn in total else part
+        return total

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sparseforge_fx import fingerprint
-from sparseforge_fx.batches import Batches, as_batches, is_text
+from sparseforge_fx import fingerprint, processes
+from sparseforge_fx.batches import Batches, as_batches, count_rows, count_steps, is_text
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.data import leading_bos
 from sparseforge_fx.distill import check_losses
@@ -36,7 +36,7 @@ from sparseforge_fx.reading import LABELS, SPAN, Reader, Reading, example_of
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.text import unread_files
-from sparseforge_fx.train import count_tokens, train
+from sparseforge_fx.train import train
 from sparseforge_fx.undo import dense_again_on_error
 from sparseforge_fx.unused import unused_arguments
 
@@ -104,8 +104,10 @@ def sparsify(
             ``changes`` replace single fields of the method's config.
         pattern: ``"2:4"``, any N:M, or ``"50%"`` for zeros without a structure.
         include, exclude: globs over weight or module names.
-        steps, tokens: length of the run; one of them (default: 60 steps). ``batch_size`` sequences of ``length``
-            tokens per step, times ``accumulate``.
+        steps, tokens: length of the run; one of them (default: 60 steps). A step takes ``batch_size`` sequences of
+            ``length`` tokens, or one batch of the data, times ``accumulate`` and the number of processes. ``tokens``
+            is the budget of the whole run, in real tokens (padding does not count; samples where there are no tokens),
+            over all micro-batches and processes: the run takes as many steps as fit into it.
         lr: peak learning rate. 5e-4 was best for SmolLM2-135M in runs of 60 steps; the authors take 1e-4 for 7B and
             20,000 steps.
         w_task, w_kl: weights of cross-entropy and of the divergence from the dense teacher.
@@ -146,10 +148,11 @@ def sparsify(
         check_parent(Path(resume_from))
     torch.manual_seed(seed)
     batches = None
+    if configure is not None:
+        accelerator = accelerator or processes.accelerator()
     if chosen != "magnitude":
-        needed = (
-            calibration * length if chosen in LAYERWISE else tokens or (steps or 60) * batch_size * length * accumulate
-        )
+        a_step = batch_size * length * accumulate * (accelerator.num_processes if accelerator is not None else 1)
+        needed = calibration * length if chosen in LAYERWISE else tokens or (steps or 60) * a_step
         if isinstance(data, str) and data == "self":
             _check_length(model, length)
             begun = tokenizer is not None and leading_bos(tokenizer) is not None
@@ -184,9 +187,9 @@ def sparsify(
         **environment(),
     }
     if configure is not None:
-        assert batches is not None
-        per_step = count_tokens(batches.batch(0)) * accumulate
-        count = steps or (max(1, tokens // per_step) if tokens else 60)
+        assert batches is not None and accelerator is not None
+        per_step = accumulate * accelerator.num_processes
+        count = steps or (count_steps(batches, tokens, per_step) if tokens else 60)
         config = configure(count, shape, **changes)
         losses = {
             "w_task": w_task,
@@ -195,7 +198,7 @@ def sparsify(
             "features": features,
             "w_features": w_features,
         }
-        calibrated = _first(batches, calibration) if config.start != "dense" else None
+        calibrated = _first(batches, calibration, notes) if config.start != "dense" else None
         notes += unused_arguments(
             sparsify, given, method=chosen, trains=True, calibrates=calibrated is not None, batches=batches
         )
@@ -244,13 +247,16 @@ def sparsify(
             report=report,
         )
         report["tokens"] = report["curves"][-1]["tokens"] if report["curves"] else 0
+        report["epochs"] = batches.passes(count * per_step)
+        if (report["epochs"] or 0) > 1:
+            report["notes"].append(f"the run went over its data {report['epochs']:.1f} times")
     else:
-        one_shot = None if batches is None else _first(batches, calibration)
+        one_shot = None if batches is None else _first(batches, calibration, notes)
         notes += unused_arguments(
             sparsify, given, method=chosen, trains=False, calibrates=one_shot is not None, batches=batches
         )
         report["options"] = changes
-        report["calibration_sequences"] = sum(_rows(b) for b in one_shot or ())
+        report["calibration_sequences"] = sum(count_rows(b) for b in one_shot or ())
         readings = [reader.read(*as_call(b)) for b in one_shot or ()]
         report["layer_notes"] = _prune_once(program, sites, shape, solve, readings)
     notes += [n for n in reader.notes if n not in notes]
@@ -290,7 +296,7 @@ def _anneal(
             if calibrated is not None and not (state_path and state_path.exists()):
                 clock = time.monotonic()
                 report["layer_notes"] = sparse.calibrate(calibrated)
-                report["calibration_sequences"] = sum(_rows(b) for b in calibrated)
+                report["calibration_sequences"] = sum(count_rows(b) for b in calibrated)
                 report["calibration_seconds"] = time.monotonic() - clock
             report["passes"] = [r._asdict() for r in sparse.pass_records]
             curves = train(sparse, batches, sparse.trainable(), state_path=state_path, **options)
@@ -446,14 +452,15 @@ def _check_length(model: nn.Module, length: int) -> None:
         )
 
 
-def _first(batches: Batches, sequences: int) -> list[Any]:
-    """The first batches that hold so many sequences."""
+def _first(batches: Batches, sequences: int, notes: list[str]) -> list[Any]:
+    """The first batches that hold so many sequences, none twice; a note where the data has fewer."""
     chosen: list[Any] = []
-    while sum(_rows(b) for b in chosen) < sequences:
-        chosen.append(batches.batch(len(chosen)))
+    found, rows = batches.first_pass(), 0
+    while rows < sequences:
+        batch = next(found, None)
+        if batch is None:
+            notes.append(f"asked for {sequences} calibration sequences, the data has {rows}")
+            break
+        chosen.append(batch)
+        rows += count_rows(batch)
     return chosen
-
-
-def _rows(batch: Any) -> int:
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
-    return next(iter(values)).shape[0]

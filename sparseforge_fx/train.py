@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from sparseforge_fx import processes, schedule
+from sparseforge_fx.batches import count_tokens
 from sparseforge_fx.checkpoint import load_state, misfit, save_state
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.low_rank import Branch
@@ -110,8 +111,6 @@ def train(
         start, curves = _restore(sparse, master, optimizer, load_state(state_path), run)
     elif state_path is not None and sparse.method.config.start != "dense" and accelerator.is_main_process:
         save_state(state_path, _state(sparse, master, optimizer, 0, curves, run))  # a layer-wise start takes long
-    if accelerator.num_processes > 1 and sparse.method.curvature is not None:
-        sparse.method.curvature.average = partial(accelerator.reduce, reduction="mean")
     sparse.train()
     saved = time.monotonic()
     if compile is True:
@@ -143,6 +142,8 @@ def train(
                 parts.append(loss)
                 tokens += count_tokens(batch)
             if accelerator.num_processes > 1:
+                counted = accelerator.reduce(torch.tensor(tokens, device=accelerator.device))
+                tokens = int(counted.item())  # type: ignore[union-attr]
                 for p in master.parameters:
                     if p.grad is not None:
                         p.grad = accelerator.reduce(p.grad, reduction="mean")  # type: ignore[assignment]
@@ -161,7 +162,7 @@ def train(
             seconds = time.monotonic() - began
             row = {
                 "step": step + 1,
-                "tokens": (step + 1) * tokens * accelerator.num_processes,
+                "tokens": (curves[-1]["tokens"] if curves else 0) + tokens,
                 "loss": sum(p.total.item() for p in parts) / accumulate,
                 "task": sum(p.task.item() for p in parts) / accumulate,
                 "kl": sum(p.kl.item() for p in parts) / accumulate,
@@ -343,10 +344,3 @@ def _progress(show: bool) -> Progress:
 
 def _device(parameters: list[nn.Parameter]) -> torch.device:
     return parameters[0].device
-
-
-def count_tokens(batch: Any) -> int:
-    """Tokens of a batch of ids, else its samples."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]
-    first = next(v for v in values if isinstance(v, Tensor))
-    return first.numel() if not first.is_floating_point() and first.dim() == 2 else first.shape[0]

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from sparseforge_fx.batches import as_batches
+from sparseforge_fx.batches import as_batches, count_rows, count_steps, count_tokens
 from sparseforge_fx.data import TokenData, leading_bos, tokenize
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.text import _shuffled, load_text, unread_files
@@ -709,3 +709,55 @@ def test_drawing_batches_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     batches.batch(2)
     assert torch.equal(torch.rand(3), expected)
+
+
+# -- counting --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("batch", "tokens", "rows"),
+    [
+        ({"input_ids": torch.ones(2, 5, dtype=torch.long)}, 10, 2),
+        ({"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.tensor([[1] * 5, [0] * 3 + [1] * 2])}, 7, 2),
+        ({"name": "a", "labels": torch.ones(3), "input_ids": torch.ones(3, 4, dtype=torch.long)}, 12, 3),
+        ({"inputs_embeds": torch.ones(2, 5, 8), "attention_mask": torch.tensor([[1] * 5, [1] + [0] * 4])}, 6, 2),
+        ({"pixels": torch.ones(3, 1, 4, 4)}, 3, 3),
+        ((torch.tensor(0.5), "text", torch.ones(4, 16)), 4, 4),
+        (torch.ones(6, 16), 6, 6),
+    ],
+)  # fmt: skip
+def test_tokens_and_rows_of_a_batch(batch, tokens, rows):
+    """Padding does not count; what has no tokens counts its rows; names, texts and scalars are passed over."""
+    assert (count_tokens(batch), count_rows(batch)) == (tokens, rows)
+
+
+def test_a_batch_without_a_tensor():
+    with pytest.raises(SparseForgeError, match="no tensor but str"):
+        count_rows({"text": "a"})
+
+
+def test_steps_within_a_budget_by_what_the_batches_hold():
+    """Batches of 4, 4 and 1, over and over."""
+    data = as_batches([torch.ones(n, 8) for n in (4, 4, 1)], batch_size=7, length=9, seed=0)
+    assert [count_steps(data, tokens, 1) for tokens in (1, 4, 8, 9, 12, 13, 18)] == [1, 1, 2, 3, 3, 4, 6]
+    assert [count_steps(data, tokens, 2) for tokens in (8, 12, 13, 18)] == [1, 1, 2, 3]  # steps of 8, 5, 5
+    assert abs(count_steps(data, 9 * 1024, 1) - 3 * 1024) <= 1  # beyond what is counted one by one
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with len", "without len"])
+def test_first_pass_ends_where_the_data_does(known):
+    class Endless:
+        def __iter__(self):
+            return iter([torch.full((2, 8), float(k)) for k in range(3)])
+
+    data = as_batches(list(Endless()) if known else Endless(), batch_size=1, length=1, seed=0)
+    assert data.passes(6) == (2 if known else None)
+    assert [b[0, 0].item() for b in data.first_pass()] == [0, 1, 2]
+    assert [b[0, 0].item() for b in data.first_pass()] == [0, 1, 2]
+    assert data.passes(6) == 2
+
+
+def test_first_pass_of_sequences_has_none_twice():
+    data = as_batches(torch.arange(10 * 7).reshape(10, 7), batch_size=4, length=1, seed=3)
+    batches = [b["input_ids"] for b in data.first_pass()]
+    assert [len(b) for b in batches] == [4, 4, 2]
+    assert sorted(torch.cat(batches)[:, 0].tolist()) == list(range(0, 70, 7))
+    assert data.passes(5) == 2

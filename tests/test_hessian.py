@@ -1,11 +1,16 @@
 """The four curvature estimators against exact Hessians, per-token loops and hooks on the source model."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.functional import hessian
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from sparseforge_fx.hessian import ESTIMATORS, Curvature, hutchinson_diagonal, sample_labels
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
@@ -79,12 +84,36 @@ def test_hutchinson_draws_from_its_generator():
 # -- the running average ---------------------------------------------------------------------------------------------
 def test_running_average_by_hand():
     curvature = Curvature(beta=0.9)
-    first, second = torch.tensor([1.0, -5.0, 4.0]), torch.tensor([11.0, 10.0, -4.0])
+    first, second = torch.tensor([1.0, 0.0, 4.0]), torch.tensor([11.0, 10.0, 0.0])
     curvature.fold("w", first)
-    torch.testing.assert_close(curvature.values["w"], torch.tensor([1.0, 0.0, 4.0]))  # taken whole, negatives are noise
+    torch.testing.assert_close(curvature.values["w"], torch.tensor([1.0, 0.0, 4.0]))  # taken whole
     curvature.fold("w", second)
     torch.testing.assert_close(curvature.values["w"], torch.tensor([2.0, 1.0, 3.6]))
-    assert first.tolist() == [1, -5, 4] and second.tolist() == [11, 10, -4]
+    assert first.tolist() == [1, 0, 4] and second.tolist() == [11, 10, 0]
+
+
+def test_parts_of_a_step_are_summed():
+    """Micro-batches weigh as one batch, in the first step and later."""
+    whole, parts = Curvature(beta=0.9), Curvature(beta=0.9)
+    for step in range(3):
+        estimate = torch.arange(4.0) + step
+        whole.fold("w", estimate)
+        parts.add("w", estimate / 4)
+        parts.add("w", estimate * 3 / 4)
+        parts.close({"w": estimate})
+    torch.testing.assert_close(parts.values["w"], whole.values["w"])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "finish"), [("squared_gradient", torch.square), ("hutchinson", torch.abs)], ids=str
+)
+def test_what_has_a_sign_loses_it(estimator, finish):
+    curvature = Curvature(0.9, estimator)
+    weight, signed = torch.ones(3, dtype=torch.bfloat16), torch.tensor([-2.0, 0.5, 3.0])
+    curvature.add_signed({"w": signed}, {"w": weight, "idle": weight}, scale=0.5)
+    curvature.add_signed({"w": -signed}, {"w": weight, "idle": weight}, scale=0.5)  # a second vector of the same probe
+    assert set(curvature.values) == {"w"} and curvature.values["w"].dtype == torch.bfloat16
+    torch.testing.assert_close(curvature.values["w"].float(), finish(signed))
 
 
 def test_running_average_keeps_no_hold_of_the_estimate():
@@ -179,22 +208,68 @@ def test_squared_gradient_is_the_batch_gradient_squared(tiny, name):
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4 * expected.max().item())
 
 
+def both_losses(model, batch):
+    """Cross-entropy and KL from the model itself, over real positions: at the dense weights KL has a Hessian only."""
+    logits = model(**batch).logits.float()
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+    log_p = logits[mask].log_softmax(-1)
+    divergence = F.kl_div(log_p, log_p.detach(), log_target=True, reduction="batchmean")
+    scored = mask[:, 1:] & mask[:, :-1]
+    return F.cross_entropy(logits[:, :-1][scored], batch["input_ids"][:, 1:][scored]) + divergence
+
+
 def test_hutchinson_through_the_graph_is_hutchinson_of_the_model(tiny):
-    """Same signs, the model's own loss; negative entries count as zero."""
+    """Same signs, the model's own loss and its divergence; the absolute value of every product."""
     found = tiny("llama")
     batch = found.batch()
     _, values = curvature_of(found, "hutchinson", batch)
     weights = dict(found.weights)
-
-    def loss():
-        return found.model(**batch, labels=batch["input_ids"]).loss
-
-    expected = hutchinson_diagonal(loss, weights, generator=torch.Generator().manual_seed(0))
+    expected = hutchinson_diagonal(
+        lambda: both_losses(found.model, batch), weights, generator=torch.Generator().manual_seed(0)
+    )
     assert set(values) == set(weights)
     assert any((e < 0).any() for e in expected.values())
     for fqn, value in values.items():
-        wanted = expected[fqn].clamp(min=0)
+        wanted = expected[fqn].abs()
         torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4 * wanted.max().item())
+
+
+def test_several_vectors_of_a_probe_are_averaged_as_absolute_values(tiny):
+    found = tiny("llama")
+    batch = found.batch()
+    sparse = found.sparse(SparseForgeConfig(steps=10, curvature="hutchinson", curvature_vectors=2)).train()
+    sparse(**batch).loss.backward()
+    sparse.step()
+    draws = [
+        hutchinson_diagonal(
+            lambda: both_losses(found.model, batch), found.weights, generator=torch.Generator().manual_seed(index << 32)
+        )
+        for index in range(2)
+    ]
+    for fqn, value in sparse.method.curvature.values.items():
+        wanted = (draws[0][fqn].abs() + draws[1][fqn].abs()) / 2
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4 * wanted.max().item())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_micro_batches_are_one_batch(tiny, estimator):
+    """Two of two rows estimate what one of four does; with a rescaling by the number of tokens in none of them."""
+    found = tiny("llama")
+    config = SparseForgeConfig(steps=10, curvature=estimator)
+    batch = found.batch(rows=4)
+    values = []
+    for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
+        found.reset()
+        sparse = found.sparse(config).train()
+        for _ in range(2):
+            for part in parts:
+                (sparse(**{k: v[part] for k, v in batch.items()}).loss / len(parts)).backward()
+            sparse.step()
+            for p in sparse.parameters():
+                p.grad = None
+        values.append(sparse.method.curvature.values)
+    for fqn, one in values[0].items():
+        torch.testing.assert_close(values[1][fqn], one, rtol=1e-3, atol=1e-4 * one.max().item(), msg=fqn)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -254,3 +329,91 @@ def test_fisher_of_softmax_regression_from_sampled_labels():
     torch.testing.assert_close(sampled, exact, rtol=5 / math.sqrt(draws * exact.min().item()), atol=0)
     full = hessian(lambda w: F.cross_entropy(x @ w.t(), p.argmax(-1), reduction="sum"), weight).reshape(6, 6)
     torch.testing.assert_close(full.diagonal(), exact.flatten(), rtol=1e-4, atol=1e-5)
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+RANKS = """
+import sys, torch
+from test_hessian import curvatures
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+torch.save(curvatures(slice(2 * rank, 2 * rank + 2)), f"{sys.argv[1]}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+class Branches(torch.nn.Module):
+    """A row sees one branch or the other by the sign of its first entry."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        first = (x[:, :1] > 0).to(x.dtype)
+        return SequenceClassifierOutput(logits=self.a(x) * first + self.b(x) * (1 - first))
+
+
+def curvatures(rows: slice) -> dict[str, dict[str, torch.Tensor]]:
+    """h of every estimator after two steps of a loop of one's own over some rows, whose gradients are averaged."""
+    from sparseforge_fx.prepare import prepare
+
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    found = {}
+    for estimator in ESTIMATORS:
+        sparse = prepare(Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), w_kl=1.0).train()
+        with torch.no_grad():
+            for p in sparse.parameters():
+                p.mul_(0.8)  # away from the teacher
+        for step in range(2):
+            sparse(x=x[rows] + step / 8, labels=torch.tensor([0, 3, 1, 2])[rows])
+            sparse.last_loss.total.backward()
+            for p in sparse.parameters():
+                if torch.distributed.is_initialized():
+                    torch.distributed.all_reduce(p.grad)
+                    p.grad /= torch.distributed.get_world_size()
+            sparse.step()
+            for p in sparse.parameters():
+                p.grad = None
+        found[estimator] = {
+            **sparse.method.curvature.values,
+            **{w.fqn + " mask": w.mask for w in sparse.method.weights},
+        }
+    return found
+
+
+def test_two_processes_estimate_what_one_does_with_both_their_batches(tmp_path):
+    """In a loop of one's own. Half of the model hears nothing on either process."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(40_000 + os.getpid() % 20_000),
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(tmp_path)], env=environment | {"RANK": str(r)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    try:
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    alone = curvatures(slice(0, 4))
+    for estimator, values in alone.items():
+        for name, one in values.items():
+            assert torch.equal(first[estimator][name], second[estimator][name]), (estimator, name)
+            scale = one.mean() / first[estimator][name].mean()  # a common factor changes no mask
+            torch.testing.assert_close(
+                first[estimator][name] * scale,
+                one,
+                rtol=1e-3,
+                atol=1e-5,
+                msg=lambda text, where=(estimator, name): f"{where}: {text}",
+            )

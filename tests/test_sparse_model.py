@@ -215,9 +215,7 @@ def test_hutchinson_without_labels_sees_the_divergence():
     def divergence():
         return F.kl_div(model(x).logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
 
-    expected = hutchinson_diagonal(divergence, {"w": weight}, generator=torch.Generator().manual_seed(0))["w"].clamp(
-        min=0
-    )
+    expected = hutchinson_diagonal(divergence, {"w": weight}, generator=torch.Generator().manual_seed(0))["w"].abs()
     assert expected.max() > 1e-3
     torch.testing.assert_close(sparse.method.curvature.values["body.0.weight"].float(), expected, rtol=1e-3, atol=1e-6)
 

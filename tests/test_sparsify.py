@@ -226,6 +226,36 @@ def test_calibration_counts_sequences(captured_once):
     assert result.report["calibration_sequences"] == 9
 
 
+@pytest.mark.parametrize("options", [{"method": "sparsegpt"}, {"preset": "tuned", "start": "sparsegpt"}], ids=str)
+def test_calibration_ends_with_the_data(captured_once, options):
+    """What is there is seen once, and the report says how much that was."""
+    found = captured_once("mlp")
+    data = [found.batch(seed, rows=3) for seed in range(2)]
+    result = sf.sparsify(found.model, data, **SMALL | options | {"calibration": 128})
+    assert result.report["calibration_sequences"] == 6
+    assert "asked for 128 calibration sequences, the data has 6" in result.report["notes"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_uneven_batches_are_counted_as_they_come(captured_once, accumulate):
+    found = captured_once("mlp")
+    data = [found.batch(seed, rows=rows) for seed, rows in enumerate((4, 4, 1))]
+    options = {k: v for k, v in SMALL.items() if k not in ("steps", "accumulate")}
+    result = sf.sparsify(found.model, data, tokens=18, accumulate=accumulate, **options)
+    seen = [4, 8, 9, 13, 17, 18] if accumulate == 1 else [8, 13, 18]
+    assert [row["tokens"] for row in result.report["curves"]] == seen
+    assert result.report["tokens"] == 18 and result.report["epochs"] == 2
+    assert "the run went over its data 2.0 times" in result.report["notes"]
+
+
+def test_padding_is_not_counted(tiny):
+    found = tiny("llama")
+    batch = found.batch(rows=2) | {"attention_mask": torch.tensor([[1] * 12, [1] * 6 + [0] * 6])}
+    options = {k: v for k, v in SMALL.items() if k != "steps"}
+    result = sf.sparsify(found.model, [batch], tokens=4 * 18, **options)
+    assert len(result.report["curves"]) == 4 and result.report["tokens"] == 4 * 18
+
+
 def test_pairs_of_inputs_and_targets():
     """What a data loader of a classification set gives; the model takes the first."""
     torch.manual_seed(0)

@@ -420,10 +420,10 @@ RANKS_CONFIG = SparseForgeConfig(steps=6, heat_end=0.8, quench_end=1.0, gate="pa
 
 
 class Halves(Batches):
-    """Different batches for different processes."""
+    """Different batches, of different sizes, for different processes."""
 
     def batch(self, index):
-        return 3 * self.found.batch(seed=index, rows=3)
+        return 3 * self.found.batch(seed=index, rows=3 + index % 2)
 
 
 def test_two_processes_agree(tmp_path):
@@ -450,4 +450,4 @@ def test_two_processes_agree(tmp_path):
     for kind in ("weights", "masks"):
         for fqn, value in first[kind].items():
             assert torch.equal(value, second[kind][fqn]), (kind, fqn)
-    assert first["tokens"] == 2 * 6 * 3
+    assert first["tokens"] == second["tokens"] == 6 * (3 + 4)

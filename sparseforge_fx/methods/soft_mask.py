@@ -36,6 +36,11 @@ from sparseforge_fx.pattern import (
 #: the authors' run on LLaMA-2-7B, to which their per-update constants belong
 REFERENCE_STEPS, REFERENCE_UPDATES = 20_000, 20_000 // 30
 SCORES, GATES = ("obd", "ratio", "magnitude"), ("site", "pattern")
+#: share of its mean that every curvature gets in ``obd``'s scores: where h is zero (no gradient, no token) magnitude
+#: decides, not the position; too small to change what is known (a hundredth was no better: docs/measurements.md)
+FLOOR = 1e-7
+#: probes of hutchinson before the first mask update; the others' first estimate is good enough
+WARM_PROBES = {"hutchinson": 4}
 SAMPLE = 1 << 15  # scores that a weight's quantiles are taken from; their error in rank is below 0.3 %
 
 
@@ -53,12 +58,15 @@ class SparseForgeConfig(MethodConfig):
         sparsity_warmup: end of the linear warm-up of the target sparsity.
         mask_rate: a; score_noise_floor: eps of ``ratio``.
         structure: final eta * lambda_mid of the structural hardening, reached at ``quench_end`` (0 switches it off).
-        probe_every, update_every: steps between curvature probes / mask updates.
+        probe_every, update_every: steps between curvature probes / mask updates. Hutchinson's first estimates say
+            little: it begins with ``WARM_PROBES`` probes at consecutive steps, and the masks move after these.
+        curvature_vectors: random vectors of a hutchinson probe; each costs as much as the first.
         masked_decay: extra decay of weights per step, proportional to 1 - m.
     """
 
     curvature: Estimator = "gauss_newton"
     curvature_beta: float = 0.98
+    curvature_vectors: int = 1
     probe_every: int = 1
     score: Literal["obd", "ratio", "magnitude"] = "obd"
     score_noise_floor: float = 1e-12
@@ -80,6 +88,8 @@ class SparseForgeConfig(MethodConfig):
         self.choose("curvature", ESTIMATORS)
         self.choose("score", SCORES)
         self.choose("gate", GATES)
+        if self.curvature_vectors < 1:
+            raise SparseForgeError(f"curvature_vectors is {self.curvature_vectors}; a probe needs at least one")
         if self.probe_every < 1 or self.update_every < 1:
             raise SparseForgeError("probe_every and update_every count steps: give at least 1")
         if not 0 < self.mask_rate <= 1:
@@ -144,6 +154,9 @@ class SparseForge(TrainedMethod):
         super().__init__(config, weights)
         scored = config.start == "dense" and config.score != "magnitude"
         self.curvature: Curvature = Curvature(config.curvature_beta, config.curvature if scored else None)
+        #: steps that probe before masks move; where the quench ends earlier, one
+        warm = WARM_PROBES.get(self.curvature.estimator or "", 1)
+        self.warm = warm if config.heat_end * config.steps >= warm else 1
         self.soft: dict[str, Tensor] = {}  # m, where the graph's mask is no longer m itself (during the quench)
         self.faded_to = 1.0
         self.compensation: dict[str, Tensor] = {}  # what the survivors have still to take over, per unit of lambda
@@ -156,7 +169,7 @@ class SparseForge(TrainedMethod):
     def wants_curvature(self, step: int) -> bool:
         c = self.config
         wanted = self.curvature.estimator is not None and self.progress(step) < c.quench_end
-        return wanted and step % c.probe_every == 0
+        return wanted and (step % c.probe_every == 0 or step < self.warm)
 
     def advance(self, progress: float) -> None:
         """Mask update every K steps, then the effective masks of the next step; hard and final once the quench is
@@ -168,7 +181,7 @@ class SparseForge(TrainedMethod):
         if self.config.start != "dense":
             self._fade(lam)
             return
-        if self.step % self.config.update_every == 0:
+        if self.step % self.config.update_every == 0 and self.step >= self.warm:
             self._update(progress)
         for w in self.weights:
             if self.config.masked_decay:
@@ -248,7 +261,7 @@ class SparseForge(TrainedMethod):
             h = h[:, None] if w.dim == 0 else h[None, :]
         if self.config.score == "ratio":
             return value.abs() / (h + self.config.score_noise_floor).sqrt()
-        return value.square() * h
+        return value.square() * (h + (FLOOR * h.mean()).clamp(min=1e-30))
 
     def gate(self, score: Tensor, dim: int, temperature: float, reached: float) -> Tensor:
         """G in [0, 1]; ``reached`` is the share of the final sparsity that the warm-up asks for."""

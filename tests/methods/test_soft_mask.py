@@ -62,6 +62,32 @@ def test_scores_by_hand(score, expected):
     torch.testing.assert_close(forge.score(weight), torch.tensor([expected]))
 
 
+@pytest.mark.parametrize("h", [[0.0, 0.0, 0.0, 0.0, 0.0, 5.0, 0.0, 7.0], [0.0] * 8], ids=["some known", "none known"])
+def test_where_curvature_is_zero_magnitude_decides(h):
+    """Zeros tie: the first of a group would stay, whatever their size."""
+    weight = masked([[0.1, -0.2, 3.0, 4.0, 5.0, 0.1, 2.0, 0.2]])
+    forge = engine(weight, score="obd")
+    forge.curvature.fold("w", torch.tensor([h]))
+    kept = hard_mask(forge.score(weight), TWO_FOUR)
+    assert kept.tolist() == [[0, 0, 1, 1, 0, 1, 0, 1] if any(h) else [0, 0, 1, 1, 1, 0, 1, 0]]
+
+
+def test_hutchinson_probes_some_steps_before_masks_move():
+    """One vector says little: the first probes follow each other, whatever ``probe_every``."""
+    weight = masked([[1.0, 2.0, 3.0, 4.0]])
+    forge = engine(weight, score="obd", curvature="hutchinson", probe_every=10)
+    assert [step for step in range(31) if forge.wants_curvature(step)] == [0, 1, 2, 3, 10, 20, 30]
+    forge.curvature.fold("w", torch.ones(1, 4))
+    moved = []
+    for step in range(5):
+        before = weight.mask.clone()
+        forge.after_step(step)
+        moved.append(not torch.equal(before, weight.mask))
+    assert moved == [False, False, False, True, True]
+    short = engine(masked([[1.0, 2.0, 3.0, 4.0]]), score="obd", curvature="hutchinson", steps=5, probe_every=10)
+    assert [step for step in range(5) if short.wants_curvature(step)] == [0]  # no time for that
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_activation_curvature_belongs_to_the_inputs(dim):
     value = torch.arange(1.0, 9).reshape(2, 4)
