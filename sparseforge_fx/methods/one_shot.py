@@ -11,6 +11,7 @@ from sparseforge_fx.grid import Grid
 from sparseforge_fx.methods.alps import prune_alps
 from sparseforge_fx.methods.layerwise import LayerSolution, Solve
 from sparseforge_fx.methods.obs import prune_obs
+from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
 
@@ -31,7 +32,7 @@ def wanda(pattern: AnyPattern) -> Solve:
         columns = weight.shape[1]
         per_row = int(pattern.density * columns + 1e-6)  # rows together must not exceed the share of the tensor
         kept = Pattern(per_row, columns) if isinstance(pattern, Unstructured) else pattern
-        chosen = hard_mask(scores, kept)
+        chosen = hard_mask(rank_unseen(scores, weight, unseen(moments)), kept)
         return LayerSolution(weight * chosen, chosen)
 
     return solve
