@@ -23,4 +23,6 @@ def tell_unseen(moments: Tensor) -> str:
     dead = int(unseen(moments).sum())
     if dead == len(moments):
         return "saw no calibration token: pruned by magnitude"
-    return f"{dead} of {len(moments)} inputs are zero in all calibration tokens: magnitude decides there" if dead else ""
+    return (
+        f"{dead} of {len(moments)} inputs are zero in all calibration tokens: magnitude decides there" if dead else ""
+    )
