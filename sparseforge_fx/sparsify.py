@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sparseforge_fx.adapters import adapter_notes, find_adapters
 from sparseforge_fx.batches import Batches, as_batches
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.distill import check_losses
@@ -135,7 +136,7 @@ def sparsify(
     program = capture(model, example_inputs)
     sites = find_linears(program, shape, include, exclude)
     check_sites(program, sites)
-    notes = list(program.notes)
+    notes = [*program.notes, *adapter_notes(model, [program.tensor(s.fqn) for s in eligible(sites)])]
     reader = Reader(program)
     if batches is not None:
         objective = Objective(w_task, w_kl, divergence, getattr(model, "config", None), reader.note)
@@ -223,8 +224,10 @@ def _anneal(
     sparse: SparseModel | None = None
     try:
         frozen_model = not any(wanted.values())  # as it comes from a loader: nobody froze a part of it
+        adapters = find_adapters(program.source).own
         for p in program.source.parameters():
             vector = p.is_floating_point() and p.dim() < 2 and (wanted[id(p)] or frozen_model)
+            vector &= id(p) not in adapters
             p.requires_grad_(id(p) in site_ids or (vector and config.trains_weights))
         sparse = SparseModel(program, sites, config, slorb_block=slorb_block, **losses)
         if calibrated is not None and not (state_path and state_path.exists()):
