@@ -30,6 +30,7 @@ from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import AnyPattern, check_pattern, density, parse_pattern
 from sparseforge_fx.prepare import check_sites, finalize
 from sparseforge_fx.program import Program
+from sparseforge_fx.ranges import AtLeastZero, Count, Positive, checked
 from sparseforge_fx.reading import LABELS, SPAN, Reader, Reading, example_of, forward_of
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
@@ -44,6 +45,7 @@ class SparsifyResult:
     report: dict[str, Any] = field(repr=False)
 
 
+@checked
 def sparsify(
     model: nn.Module,
     data: Any = None,
@@ -54,24 +56,24 @@ def sparsify(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     tokenizer: Any = None,
-    steps: int | None = None,
-    tokens: int | None = None,
-    batch_size: int = 4,
-    length: int = 512,
-    accumulate: int = 1,
-    lr: float = 5e-4,
-    w_task: float = 1.0,
-    w_kl: float = 1.0,
+    steps: Count | None = None,
+    tokens: Count | None = None,
+    batch_size: Count = 4,
+    length: Count = 512,
+    accumulate: Count = 1,
+    lr: Positive = 5e-4,
+    w_task: AtLeastZero = 1.0,
+    w_kl: AtLeastZero = 1.0,
     divergence: str = "kl",
     features: str | None = None,
-    w_features: float = 1.0,
-    slorb_block: int | None = None,
-    calibration: int = 64,
+    w_features: AtLeastZero = 1.0,
+    slorb_block: Count | None = None,
+    calibration: Count = 64,
     example_inputs: Any = None,
     seed: int = 0,
     compile: bool | str = "auto",
     resume_from: str | Path | None = None,
-    save_seconds: float = 600.0,
+    save_seconds: AtLeastZero = 600.0,
     accelerator: Accelerator | None = None,
     show_progress: bool = True,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -121,6 +123,8 @@ def sparsify(
     if unknown:
         raise SparseForgeError(f"method {chosen} has no option {', '.join(sorted(unknown))}")
     solve = LAYERWISE[chosen](shape, **changes) if chosen in LAYERWISE else None
+    if configure is not None:
+        configure(steps or 60, shape, **changes)  # what is wrong with it is found out before anything is read
     torch.manual_seed(seed)
     batches = None
     if chosen != "magnitude":

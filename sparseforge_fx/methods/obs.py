@@ -102,5 +102,5 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, Ten
             if info.item() == 0:
                 return upper, damping, dead
         damping = max(10 * damping, 1e-8)
-        if damping > 1e6:
+        if not damping <= 1e6:  # NaN, too
             raise SparseForgeError("a layer's Hessian cannot be factorised at any damping; check the calibration data")
