@@ -226,6 +226,15 @@ def flip(path, place, bit=1):
     path.write_bytes(data)
 
 
+def all_outside(folder, place):
+    """Every shard moves to one other folder, where the index finds it."""
+    there = Path(os.path.normpath(folder / place / "elsewhere"))
+    there.mkdir()
+    for shard in folder.glob("*.safetensors"):
+        shard.rename(there / shard.name)
+    index(folder, lambda m: m.update({k: os.path.join(place, "elsewhere", v) for k, v in m.items()}))
+
+
 V, B = f"{SITE}.weight_values", f"{SITE}.weight_bitmask"
 SINGLE = {  # damage to a folder of one weight file: what the sentence says
     "cut in the data": (lambda f: truncate(f / "model.safetensors", 7), "bytes of tensors are announced"),
@@ -257,6 +266,7 @@ SINGLE = {  # damage to a folder of one weight file: what the sentence says
     "three bits": (lambda f: weights(f, lambda t: t[B].fill_(0x37)), "not exactly two bits"),
     "one bit": (lambda f: weights(f, lambda t: t[B].view(-1)[5:6].fill_(0x31)), "not exactly two bits"),
     "future": (lambda f: header(f, lambda h: h.update(format_version=99)), "update sparseforge_fx"),
+    "next version": (lambda f: header(f, lambda h: h.update(format_version=packed.FORMAT_VERSION + 1)), "update sparseforge_fx"),
     "no version": (lambda f: header(f, lambda h: h.update(format_version="1")), "no version"),
     "somebody else's": (lambda f: header(f, lambda h: h.update(quant_method="gptq")), "tool that wrote it"),
     "other pattern": (lambda f: header(f, lambda h: h.update(pattern="1:4")), "not '2:4'"),
@@ -284,6 +294,9 @@ SINGLE = {  # damage to a folder of one weight file: what the sentence says
 SHARDED = {
     "outside": (lambda f: index(f, lambda m: m.update({V: "../single/model.safetensors"})), "not opened"),
     "absolute": (lambda f: index(f, lambda m: m.update({V: "/etc/passwd"})), "not opened"),
+    "all outside": (lambda f: all_outside(f, ".."), "not opened"),
+    "all absolute": (lambda f: all_outside(f, str(f.parent)), "not opened"),
+    "all below": (lambda f: all_outside(f, ""), "not opened"),
     "a pickle": (lambda f: index(f, lambda m: m.update({V: "pytorch_model.bin"})), "not opened"),
     "shard missing": (lambda f: first_shard(f).unlink(), "is missing"),
     "entry missing": (lambda f: index(f, lambda m: m.pop(V)), "disagree about tensor"),
