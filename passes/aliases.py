@@ -60,6 +60,10 @@ def _storage(tensor: Tensor) -> int:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte in its storage, and the one behind the last."""
-    length = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1 if tensor.numel() else 0
-    start = tensor.storage_offset() * tensor.itemsize
+    length = (
+        sum((int(n) - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        if tensor.numel()
+        else 0
+    )
+    start = int(tensor.storage_offset()) * tensor.itemsize
     return start, start + length * tensor.itemsize
