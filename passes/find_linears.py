@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from sparseforge_fx.adapters import find_adapters
+from sparseforge_fx.passes.aliases import Aliases
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
 from sparseforge_fx.program import Program
 
@@ -100,8 +102,9 @@ def find_linears(
         exclude: globs over weight or module names that stay dense; wins over ``include``.
 
     Dense unless included by name: output layers (nothing but shape and elementwise operators between them and the
-    program's output), routers (the same before a topk), and frozen weights of a model that is not frozen as a whole. An
-    embedding's weight and what is tied to it always stay dense.
+    program's output), routers (the same before a topk), and frozen weights of a model that is not frozen as a whole
+    (beside adapters, base layers are frozen by PEFT, not by the user). Always dense: an embedding's weight and what is
+    tied to it, adapters, what an adapter is merged into, and what shares memory with anything else in the model.
     """
     sites: dict[tuple, LinearSite] = {}
     others: dict[tuple, set[str]] = defaultdict(set)  # operators that read a weight in any other way
@@ -120,19 +123,32 @@ def find_linears(
         others[key] |= {name for other in rest for name in _readers(other)}
 
     dense_by_default = _heads_and_routers(program)
-    frozen_model = not any(p.requires_grad for p in parameters.values())
+    adapters, aliases = find_adapters(program.source), Aliases(program.source)
+    frozen_model = not any(
+        p.requires_grad and id(p) not in adapters.own and (p.dim() > 1 or not adapters.own) for p in parameters.values()
+    )
+    read = {id(value) for node, _, value in lifted if node.users}
     overlapping = _overlapping([value for _, _, value in lifted])
     for key, site in sites.items():
         names = (site.fqn, *site.ties)
         named = any(_matches(n, include) for n in names)
         site.transposed = bool(site.uses) and site.uses[0].swapped
+        ids = {id(parameters[n]) for n in names if n in parameters}
+        if ids & adapters.own:
+            site.reason = "part of a PEFT adapter"
+            continue
         site.reason = _refusal(site, others[key], pattern)
         if site.reason is not None:
+            site.reason += "; merge_and_unload() its adapter first" if others[key] and ids & adapters.bases else ""
             continue
         if site.fqn not in parameters:
             site.reason = "a buffer, not a parameter"
+        elif ids & adapters.merged:
+            site.reason = "an adapter is merged into it, to be taken out again: call merge_and_unload() first"
         elif key in overlapping:
             site.reason = "shares memory with another tensor or with itself"
+        elif (alias := aliases.of(parameters[site.fqn], read)) is not None:
+            site.reason = f"shares memory with {alias}"
         elif any(_matches(n, exclude) for n in names):
             site.reason = "excluded by name"
         elif include and not named:

@@ -20,11 +20,13 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.program import Program
+from sparseforge_fx.ranges import AtLeastZero, Count, checked
 from sparseforge_fx.reading import example_of
 from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.undo import dense_again_on_error
 
 
+@checked
 @torch.inference_mode(False)
 @torch.enable_grad()  # training needs both, whatever the caller stands in
 def prepare(
@@ -35,12 +37,12 @@ def prepare(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     calibration: Sequence[Any] | None = None,
-    w_task: float = 1.0,
-    w_kl: float = 1.0,
+    w_task: AtLeastZero = 1.0,
+    w_kl: AtLeastZero = 1.0,
     divergence: str = "kl",
     features: str | None = None,
-    w_features: float = 1.0,
-    slorb_block: int | None = None,
+    w_features: AtLeastZero = 1.0,
+    slorb_block: Count | None = None,
     compile: bool = False,
 ) -> SparseModel:
     """Capture ``model`` and give it soft masks, curvature probes and a dense teacher, for a loop of one's own.

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparseforge_fx import fingerprint, processes
+from sparseforge_fx.adapters import adapter_notes, find_adapters
 from sparseforge_fx.batches import Batches, as_batches, count_rows, count_steps, is_text
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.data import leading_bos
@@ -32,6 +33,7 @@ from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import AnyPattern, check_pattern, density, parse_pattern
 from sparseforge_fx.prepare import check_sites, check_weights, finalize
 from sparseforge_fx.program import Program
+from sparseforge_fx.ranges import AtLeastZero, Count, Positive, checked
 from sparseforge_fx.reading import LABELS, SPAN, Reader, Reading, example_of
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
@@ -49,6 +51,7 @@ class SparsifyResult:
     report: dict[str, Any] = field(repr=False)
 
 
+@checked
 @torch.inference_mode(False)
 @torch.enable_grad()  # training needs both, whatever the caller stands in
 def sparsify(
@@ -64,24 +67,24 @@ def sparsify(
     text_column: str | None = None,
     separator: str | None = None,
     cache_dir: str | Path | None = None,
-    steps: int | None = None,
-    tokens: int | None = None,
-    batch_size: int = 4,
-    length: int = 512,
-    accumulate: int = 1,
-    lr: float = 5e-4,
-    w_task: float = 1.0,
-    w_kl: float = 1.0,
+    steps: Count | None = None,
+    tokens: Count | None = None,
+    batch_size: Count = 4,
+    length: Count = 512,
+    accumulate: Count = 1,
+    lr: Positive = 5e-4,
+    w_task: AtLeastZero = 1.0,
+    w_kl: AtLeastZero = 1.0,
     divergence: str = "kl",
     features: str | None = None,
-    w_features: float = 1.0,
-    slorb_block: int | None = None,
-    calibration: int = 64,
+    w_features: AtLeastZero = 1.0,
+    slorb_block: Count | None = None,
+    calibration: Count = 64,
     example_inputs: Any = None,
     seed: int = 0,
     compile: bool | str = "auto",
     resume_from: str | Path | None = None,
-    save_seconds: float = 600.0,
+    save_seconds: AtLeastZero = 600.0,
     accelerator: Accelerator | None = None,
     show_progress: bool = True,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -146,6 +149,8 @@ def sparsify(
     check_weights(model)
     if resume_from is not None:
         check_parent(Path(resume_from))
+    if configure is not None:
+        configure(steps or 60, shape, **changes)  # what is wrong with it is found out before anything is read
     torch.manual_seed(seed)
     batches = None
     if configure is not None:
@@ -174,6 +179,7 @@ def sparsify(
     sites = find_linears(program, shape, include, exclude)
     check_sites(program, sites)
     notes = [*program.notes, *(unread_files(data) if is_text(data) and data != "self" else ())]
+    notes += adapter_notes(model, [program.tensor(s.fqn) for s in eligible(sites)])
     reader = Reader(program)
     if batches is not None:
         objective = Objective(w_task, w_kl, divergence, getattr(model, "config", None), reader.note)
@@ -287,8 +293,10 @@ def _anneal(
     with dense_again_on_error(program) as written:
         try:
             frozen_model = not any(wanted.values())  # as it comes from a loader: nobody froze a part of it
+            adapters = find_adapters(program.source).own
             for p in program.source.parameters():
                 vector = p.is_floating_point() and p.dim() < 2 and (wanted[id(p)] or frozen_model)
+                vector &= id(p) not in adapters
                 p.requires_grad_(id(p) in site_ids or (vector and config.trains_weights))
                 p.grad = None  # of another loss
             sparse = SparseModel(program, sites, config, slorb_block=slorb_block, **losses)

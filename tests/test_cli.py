@@ -305,7 +305,7 @@ def refused(home, out, *arguments, says):
             ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "bits=four"],
             "must be of type int",
         ),
-        ("{home}/dense", ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "bits=1"], "2 to 8 bits"),
+        ("{home}/dense", ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "bits=1"], "from 2 up to 8"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--method", "ast", "--preset", "tuned"], "unknown preset"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--method", "maskllm", "--pattern", "50%"], "take N:M"),
         ("{home}/dense", ["--pattern", "100%"], "is not N:M"),

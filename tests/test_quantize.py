@@ -85,3 +85,18 @@ def test_what_is_dense_or_no_linear_is_left_alone():
 def test_what_is_refused(options, message):
     with pytest.raises(SparseForgeError, match=message):
         sf.quantize(nn.Sequential(nn.Linear(8, 8)), **options)
+
+
+def test_a_zero_that_moves_is_noticed(monkeypatch):
+    """One of them is enough."""
+    from torchao import quantization
+
+    def shifted(module, *args, **kwargs):
+        grid = nn.Parameter(module.weight.detach().clone())
+        grid.data[tuple((grid == 0).nonzero()[0])] = 0.01
+        grid.dequantize = lambda: grid.detach()
+        module.weight = grid
+
+    monkeypatch.setattr(quantization, "quantize_", shifted)
+    with pytest.raises(AssertionError, match="moved a zero"):
+        sf.quantize(nn.Sequential(sparse_linear(8, 8)))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -451,3 +452,25 @@ def test_two_processes_agree(tmp_path):
         for fqn, value in first[kind].items():
             assert torch.equal(value, second[kind][fqn]), (kind, fqn)
     assert first["tokens"] == second["tokens"] == 6 * (3 + 4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_processes_see_different_batches_and_none_twice(tiny, accumulate):
+    """Two processes one after the other, each with a stand-in for accelerate: together they read 0, 1, 2, ..."""
+    seen = []
+    for rank in range(2):
+        found = tiny("mlp")
+
+        class Data(Batches):
+            def batch(self, step, rank=rank):
+                seen.append((step, rank))
+                return super().batch(step)
+
+        alone = SimpleNamespace(
+            num_processes=2, process_index=rank, is_main_process=False, device=torch.device("cpu"),
+            reduce=lambda value, reduction="sum": value, gather=lambda value: value,
+        )  # fmt: skip
+        sparse = found.sparse(SparseForgeConfig(steps=3))
+        train(sparse, Data(found), sparse.parameters(), lr=1e-3, accumulate=accumulate, accelerator=alone, **QUIET)
+    assert sorted(step for step, _ in seen) == list(range(6 * accumulate))
+    assert sorted(step // 2 // accumulate for step, rank in seen if rank) == sorted([0, 1, 2] * accumulate)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.refit import refit
+from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.pattern import AnyPattern, hard_mask
 
 
@@ -37,12 +38,18 @@ def prune_alps(
         rho, growth: the penalty at the start (on the Hessian scaled to a diagonal of ones), its factor per iteration.
         refit_iterations: of the least squares at the end.
 
+    Inputs that are never active have their smallest weights pruned first; what is kept of them stays as it was.
     Returns the weight [out, in] float32 and its boolean mask. Raises SparseForgeError if the Hessian is not finite.
     """
     if not torch.isfinite(hessian).all():
         raise SparseForgeError(
             "the calibration inputs of a layer are not finite; check the model's weights and the data"
         )
+    dead = unseen(hessian)
+
+    def choose(values: Tensor) -> Tensor:
+        return hard_mask(rank_unseen(values.abs(), weight, dead), pattern)
+
     h = hessian.float().clone()
     mean = h.diagonal().mean()
     h.diagonal().add_(damping * mean if mean > 0 else 1.0)
@@ -51,13 +58,14 @@ def prune_alps(
     values, vectors = torch.linalg.eigh(h * scale[:, None] * scale)
     values = values.clamp(min=0)
     pulled = (target @ vectors) * values  # H W, in the eigenbasis
-    kept = target * hard_mask(target.abs(), pattern)
+    kept = target * choose(target)
     dual = torch.zeros_like(kept)
     for _ in range(iterations):
         free = ((pulled + (rho * kept - dual) @ vectors) / (values + rho)) @ vectors.t()
         dual.div_(rho).add_(free)
-        kept = dual * hard_mask(dual.abs(), pattern)
+        kept = dual * choose(dual)
         dual.sub_(kept).mul_(rho)  # V + rho (X - D)
         rho *= growth
-    mask = hard_mask(kept.abs(), pattern)
-    return refit(weight, hessian, mask, kept * scale, damping=damping, iterations=refit_iterations), mask
+    mask = choose(kept)
+    fitted = refit(weight, hessian, mask, kept * scale, damping=damping, iterations=refit_iterations)
+    return torch.where(dead, weight.float() * mask, fitted), mask

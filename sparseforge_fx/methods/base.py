@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from sparseforge_fx.hessian import Curvature
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, Pattern, distance_from_binary, hard_mask, to_groups
+from sparseforge_fx.ranges import Count, check_numbers
 
 SAMPLE = 1 << 15  # mask entries of a weight that the curves are taken from
 
@@ -36,13 +37,12 @@ class MethodConfig(ABC):
     own_optimizer: ClassVar[bool] = False  # True: part of the method is in the optimizer, no other will do
     prunes_on_the_way: ClassVar[bool] = True  # False: until the end, masks are scales or drawn anew for every step
 
-    steps: int
+    steps: Count
     pattern: AnyPattern = TWO_FOUR
     start: Literal["dense", "wanda", "sparsegpt", "alps"] = "dense"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise SparseForgeError(f"steps is {self.steps}; a run needs at least one")
+        check_numbers(get_type_hints(type(self), include_extras=True), vars(self))
         self.choose("start", ("dense", *LAYERWISE))
 
     def choose(self, name: str, allowed: Sequence[str]) -> None:

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
 from sparseforge_fx.methods.optimizers import AdamS
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import hard_mask
+from sparseforge_fx.ranges import AtLeastZero, Count
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,9 @@ class CastConfig(MethodConfig):
     own_optimizer: ClassVar[bool] = True
     prunes_on_the_way: ClassVar[bool] = False
 
-    update_every: int = 10
-    l1: float = 4e-7
-    blocks: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.update_every < 1 or self.blocks < 1:
-            raise SparseForgeError("update_every counts steps and blocks counts scales per row: give at least 1")
+    update_every: Count = 10
+    l1: AtLeastZero = 4e-7
+    blocks: Count = 2
 
     def build(self, weights: Sequence[MaskedWeight]) -> Cast:
         return Cast(self, weights)

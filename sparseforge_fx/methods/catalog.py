@@ -15,6 +15,7 @@ from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.soft_mask import paper_preset, tuned_preset
 from sparseforge_fx.methods.ste import ast_preset, sr_ste_preset
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, parse_pattern
+from sparseforge_fx.ranges import Count, checked
 
 Preset = Callable[..., MethodConfig]  # (steps, pattern, **changes of single fields)
 
@@ -56,8 +57,9 @@ def find_method(name: str, preset: str | None = None) -> tuple[str | None, Prese
     return chosen, presets[chosen]
 
 
+@checked
 def configure(
-    method: str, steps: int, *, preset: str | None = None, pattern: str | AnyPattern = "2:4", **changes: Any
+    method: str, steps: Count, *, preset: str | None = None, pattern: str | AnyPattern = "2:4", **changes: Any
 ) -> MethodConfig:
     """The constants of a trained method over a run of ``steps``, for :func:`sparseforge_fx.prepare`.
 

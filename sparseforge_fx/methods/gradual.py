@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 
 from sparseforge_fx import schedule
-from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import hard_mask
+from sparseforge_fx.ranges import Count, ShareAboveZero
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,13 @@ class GradualConfig(MethodConfig):
     """
 
     ramp: Literal["cubic", "rounds"] = "cubic"
-    end: float = 0.6
-    update_every: int = 1
-    rounds: int = 5
+    end: ShareAboveZero = 0.6
+    update_every: Count = 1
+    rounds: Count = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.choose("ramp", ("cubic", "rounds"))
-        if not 0 < self.end <= 1:
-            raise SparseForgeError(f"end is {self.end}; it is a share of the run, above 0 and up to 1")
-        if self.update_every < 1 or self.rounds < 1:
-            raise SparseForgeError("update_every counts steps and rounds counts prunings: give at least 1")
 
     def build(self, weights: Sequence[MaskedWeight]) -> Gradual:
         return Gradual(self, weights)

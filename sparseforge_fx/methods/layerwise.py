@@ -12,6 +12,7 @@ from torch import Tensor
 from sparseforge_fx.calibrate import layer_by_layer
 from sparseforge_fx.errors import AS_IT_WAS, add_sentence
 from sparseforge_fx.kernels.soft_masked_linear import OP
+from sparseforge_fx.methods.unseen import tell_unseen
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.program import Program
 from sparseforge_fx.undo import put_back
@@ -68,8 +69,8 @@ def prune_layer_by_layer(
         result = solve(value, mask, moments)
         value.copy_(result.weight)
         mask.copy_(result.mask)
-        if result.note:
-            notes[name] = result.note
+        if told := "; ".join(filter(None, (result.note, tell_unseen(moments)))):
+            notes[name] = told
 
     module = program.module()
     nodes = {n: (str(n.args[1].target), 0) for n in module.graph.find_nodes(op="call_function", target=OP)}

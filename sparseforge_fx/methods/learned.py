@@ -21,6 +21,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, all_patterns, from_groups, hard_mask, to_groups
+from sparseforge_fx.ranges import AtLeastZero, Positive, Share
 
 
 class LearnedMasks(TrainedMethod):
@@ -104,14 +105,14 @@ class MaskLLMConfig(MethodConfig):
     own_optimizer: ClassVar[bool] = True
     prunes_on_the_way: ClassVar[bool] = False
 
-    prior: float = 3.0
-    spread: float = 0.01
-    temperature_start: float = 4.0
-    temperature_end: float = 0.05
-    scale_start: float = 100.0
-    scale_end: float = 500.0
-    keep_large: float = 1e-5
-    lr_scale: float = 1.0
+    prior: AtLeastZero = 3.0
+    spread: AtLeastZero = 0.01
+    temperature_start: Positive = 4.0
+    temperature_end: Positive = 0.05
+    scale_start: Positive = 100.0
+    scale_end: Positive = 500.0
+    keep_large: AtLeastZero = 1e-5
+    lr_scale: Positive = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,9 +221,9 @@ class MaskProConfig(MethodConfig):
     own_optimizer: ClassVar[bool] = True
     prunes_on_the_way: ClassVar[bool] = False
 
-    certainty: float = 10.0
-    memory: float = 0.99
-    logit_lr: float = 50.0
+    certainty: AtLeastZero = 10.0
+    memory: Share = 0.99
+    logit_lr: Positive = 50.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.grid import Grid, find_scales, round_to_grid
+from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.pattern import AnyPattern, Pattern, hard_mask
 
 
@@ -44,7 +45,8 @@ def prune_obs(
             too (the paper's section 3.5). Mask and scales come from a first sweep without it: survivors grow as they
             compensate, and scales of the dense weights would cut them off.
 
-    Inputs that are never active (a zero on the diagonal) have their weights pruned first, as they cost nothing.
+    Inputs that are never active (a zero on the diagonal) have their weights pruned first, the smallest before the
+    larger ones; what is kept of them stays as it was.
     Raises SparseForgeError if the Hessian is not finite.
     """
     if not torch.isfinite(hessian).all():
@@ -57,7 +59,6 @@ def prune_obs(
         scales = [find_scales(part, grid) for part in swept.weight.split(grid.check().group, 1)]
     w = weight.detach().to(torch.float32, copy=True)
     factor, damping, dead = _inverse_factor(hessian.float(), damping)
-    w[:, dead] = 0
     diag = factor.diagonal()
     columns = w.shape[1]
     group = pattern.m if isinstance(pattern, Pattern) else block
@@ -71,7 +72,9 @@ def prune_obs(
         for j in range(end - start):
             if mask is None and j % group == 0:
                 scores = part[j : j + group].t() ** 2 / diag[start:end][j : j + group] ** 2
-                keep[:, start + j : start + j + group] = hard_mask(scores, pattern)
+                here = slice(start + j, start + j + group)
+                scores = rank_unseen(scores, part[j : j + group].t(), dead[here])
+                keep[:, here] = hard_mask(scores, pattern)
             kept = part[j] * keep[:, start + j]
             if grid is not None:
                 kept = round_to_grid(kept, scales[(start + j) // grid.group], grid)
@@ -87,7 +90,7 @@ def prune_obs(
 def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, Tensor]:
     """Upper Cholesky factor of the damped inverse; the damping used; which inputs are dead."""
     diag = hessian.diagonal()
-    dead = diag <= 0
+    dead = unseen(hessian)
     mean = diag.mean() if bool((diag > 0).any()) else torch.ones((), device=hessian.device)
     while True:
         damped = hessian.clone()
@@ -99,5 +102,5 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, Ten
             if info.item() == 0:
                 return upper, damping, dead
         damping = max(10 * damping, 1e-8)
-        if damping > 1e6:
+        if not damping <= 1e6:  # NaN, too
             raise SparseForgeError("a layer's Hessian cannot be factorised at any damping; check the calibration data")

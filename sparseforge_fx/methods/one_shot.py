@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -11,8 +12,13 @@ from sparseforge_fx.grid import Grid
 from sparseforge_fx.methods.alps import prune_alps
 from sparseforge_fx.methods.layerwise import LayerSolution, Solve
 from sparseforge_fx.methods.obs import prune_obs
+from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
+from sparseforge_fx.ranges import Count, Range, checked
+
+#: share of the mean diagonal; OBS gives up beyond
+Damping = Annotated[float, Range(0, 1e6, above=True)]
 
 
 @torch.no_grad()
@@ -31,19 +37,20 @@ def wanda(pattern: AnyPattern) -> Solve:
         columns = weight.shape[1]
         per_row = int(pattern.density * columns + 1e-6)  # rows together must not exceed the share of the tensor
         kept = Pattern(per_row, columns) if isinstance(pattern, Unstructured) else pattern
-        chosen = hard_mask(scores, kept)
+        chosen = hard_mask(rank_unseen(scores, weight, unseen(moments)), kept)
         return LayerSolution(weight * chosen, chosen)
 
     return solve
 
 
+@checked
 def sparsegpt(
     pattern: AnyPattern,
     *,
-    damping: float = 0.01,
+    damping: Damping = 0.01,
     choose_masks: bool = True,
-    bits: int | None = None,
-    bits_group: int = 128,
+    bits: Annotated[int, Range(2, 8)] | None = None,
+    bits_group: Count = 128,
 ) -> Solve:
     """Optimal Brain Surgeon (methods/obs.py).
 
@@ -61,7 +68,8 @@ def sparsegpt(
     return solve
 
 
-def alps(pattern: AnyPattern, *, damping: float = 0.01, iterations: int = 30) -> Solve:
+@checked
+def alps(pattern: AnyPattern, *, damping: Damping = 0.01, iterations: Count = 30) -> Solve:
     """Masks by ADMM over the whole layer, then least squares on them (methods/alps.py)."""
 
     def solve(weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:

@@ -32,6 +32,7 @@ from sparseforge_fx.pattern import (
     hard_mask,
     to_groups,
 )
+from sparseforge_fx.ranges import AtLeastZero, Count, Positive, Share, ShareAboveZero
 
 #: the authors' run on LLaMA-2-7B, to which their per-update constants belong
 REFERENCE_STEPS, REFERENCE_UPDATES = 20_000, 20_000 // 30
@@ -65,35 +66,29 @@ class SparseForgeConfig(MethodConfig):
     """
 
     curvature: Estimator = "gauss_newton"
-    curvature_beta: float = 0.98
-    curvature_vectors: int = 1
-    probe_every: int = 1
+    curvature_beta: Share = 0.98
+    curvature_vectors: Count = 1
+    probe_every: Count = 1
     score: Literal["obd", "ratio", "magnitude"] = "obd"
-    score_noise_floor: float = 1e-12
+    score_noise_floor: Positive = 1e-12
     gate: Literal["site", "pattern"] = "site"
-    heat_end: float = 0.1
-    quench_end: float = 0.85
-    sparsity_warmup: float = 0.1
-    temperature_start: float = 1.0
-    temperature_floor: float = 0.05
-    temperature_half_life: float = 0.04
-    softness_start: float = 1.0
-    structure: float = 0.5
-    update_every: int = 1
-    mask_rate: float = 0.1
-    masked_decay: float = 0.0
+    heat_end: Share = 0.1
+    quench_end: Share = 0.85
+    sparsity_warmup: Share = 0.1
+    temperature_start: Positive = 1.0
+    temperature_floor: Positive = 0.05
+    temperature_half_life: Positive = 0.04
+    softness_start: Share = 1.0
+    structure: AtLeastZero = 0.5
+    update_every: Count = 1
+    mask_rate: ShareAboveZero = 0.1
+    masked_decay: Share = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.choose("curvature", ESTIMATORS)
         self.choose("score", SCORES)
         self.choose("gate", GATES)
-        if self.curvature_vectors < 1:
-            raise SparseForgeError(f"curvature_vectors is {self.curvature_vectors}; a probe needs at least one")
-        if self.probe_every < 1 or self.update_every < 1:
-            raise SparseForgeError("probe_every and update_every count steps: give at least 1")
-        if not 0 < self.mask_rate <= 1:
-            raise SparseForgeError(f"mask_rate is {self.mask_rate}; take a share above 0 and up to 1")
         if self.gate == "pattern" and not (isinstance(self.pattern, Pattern) and self.pattern.m <= 8):
             raise SparseForgeError(
                 f"gate 'pattern' weighs every legal mask of a group, too many or none for {self.pattern}: "
@@ -103,8 +98,8 @@ class SparseForgeConfig(MethodConfig):
             raise SparseForgeError(
                 f"softness_start {self.softness_start} leaves masks of 1 and pruned ones alike; take at most 0.95"
             )
-        if not 0 <= self.heat_end <= self.quench_end <= 1:
-            raise SparseForgeError(f"need 0 <= heat_end <= quench_end <= 1, got {self.heat_end} and {self.quench_end}")
+        if self.heat_end > self.quench_end:
+            raise SparseForgeError(f"need heat_end <= quench_end, got {self.heat_end} and {self.quench_end}")
 
     def build(self, weights: Sequence[MaskedWeight]) -> SparseForge:
         return SparseForge(self, weights)

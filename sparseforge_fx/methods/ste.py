@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx import schedule
-from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
 from sparseforge_fx.methods.optimizers import AnnealedDecayAdamW
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, hard_mask
+from sparseforge_fx.ranges import AtLeastZero, Count, Share
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,14 @@ class StraightThroughConfig(MethodConfig):
 
     own_optimizer: ClassVar[bool] = True
 
-    update_every: int = 10
-    decay: float = 2e-4
-    decay_warmup: float = 0.0
+    update_every: Count = 10
+    decay: AtLeastZero = 2e-4
+    decay_warmup: Share = 0.0
     decay_joins: Literal["gradient", "update"] = "gradient"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.choose("decay_joins", ("gradient", "update"))
-        if self.update_every < 1:
-            raise SparseForgeError("update_every counts steps: give at least 1")
 
     def build(self, weights: Sequence[MaskedWeight]) -> StraightThrough:
         return StraightThrough(self, weights)

@@ -270,6 +270,15 @@ def nothing_else_is_in(folder, number):
     weights(folder, change)
 
 
+def all_outside(folder, place):
+    """Every shard moves to one other folder, where the index finds it."""
+    there = Path(os.path.normpath(folder / place / "elsewhere"))
+    there.mkdir()
+    for shard in folder.glob("*.safetensors"):
+        shard.rename(there / shard.name)
+    index(folder, lambda m: m.update({k: os.path.join(place, "elsewhere", v) for k, v in m.items()}))
+
+
 V, B = f"{SITE}.weight_values", f"{SITE}.weight_bitmask"
 SINGLE = {  # damage to a folder of one weight file: what the sentence says
     "cut in the data": (lambda f: truncate(f / "model.safetensors", 7), "bytes of tensors are announced"),
@@ -304,6 +313,7 @@ SINGLE = {  # damage to a folder of one weight file: what the sentence says
     "infinite": (lambda f: nothing_else_is_in(f, float("-inf")), "has NaN or inf"),
     "norm of integers": (lambda f: weights(f, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=int)})), "is I64"),
     "future": (lambda f: header(f, lambda h: h.update(format_version=99)), "update sparseforge_fx"),
+    "next version": (lambda f: header(f, lambda h: h.update(format_version=packed.FORMAT_VERSION + 1)), "update sparseforge_fx"),
     "no version": (lambda f: header(f, lambda h: h.update(format_version="1")), "no version"),
     "somebody else's": (lambda f: header(f, lambda h: h.update(quant_method="gptq")), "tool that wrote it"),
     "other pattern": (lambda f: header(f, lambda h: h.update(pattern="1:4")), "not '2:4'"),
@@ -346,6 +356,9 @@ SINGLE = {  # damage to a folder of one weight file: what the sentence says
 SHARDED = {
     "outside": (lambda f: index(f, lambda m: m.update({V: "../single/model.safetensors"})), "not opened"),
     "absolute": (lambda f: index(f, lambda m: m.update({V: "/etc/passwd"})), "not opened"),
+    "all outside": (lambda f: all_outside(f, ".."), "not opened"),
+    "all absolute": (lambda f: all_outside(f, str(f.parent)), "not opened"),
+    "all below": (lambda f: all_outside(f, ""), "not opened"),
     "a pickle": (lambda f: index(f, lambda m: m.update({V: "pytorch_model.bin"})), "not opened"),
     "a folder below": (lambda f: index(f, lambda m: m.update({V: "sub/model.safetensors"})), "not opened"),
     "a name with NUL": (lambda f: index(f, lambda m: m.update({V: "a\0.safetensors"})), r"'a\\x00.safetensors' is missing"),

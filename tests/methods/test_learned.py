@@ -196,6 +196,33 @@ def test_logits_get_the_gradient_of_the_masked_loss(dim):
     torch.testing.assert_close(method.logits["w"].grad, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_temperature_and_scale_go_linearly():
+    """The logits' factor is scale / temperature, the noise's 1 / temperature (table 7: 100 to 500, 4 to 0.05)."""
+    method = MaskLLMConfig(steps=10).build([masked()])
+    for step, heat, scale in ((0, 4.0, 100.0), (5, 2.025, 300.0), (9, 0.445, 460.0)):
+        method.step = step
+        assert method._sharpness() == pytest.approx((scale / heat, 1 / heat))
+
+
+def test_large_weights_are_rewarded_once_a_step():
+    """Micro-batches whose losses say nothing, so that the gradient is the reward's alone."""
+    w = masked()
+    method = MaskLLMConfig(steps=10, keep_large=0.1).build([w])
+
+    def rewards(count):
+        method.logits["w"].grad = None
+        for _ in range(count):
+            (0 * soft_masked_linear(torch.randn(5, 8), w.weight, w.mask).sum()).backward()
+        return method.logits["w"].grad.clone()
+
+    once = rewards(1)
+    assert once.any()
+    method.after_step(0)
+    mask = method._mixture(w, method._shares(w))
+    (expected,) = torch.autograd.grad(-0.1 * (w.weight.detach() * mask).square().sum(), method.logits["w"])
+    torch.testing.assert_close(rewards(3), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_maskllm_finds_a_better_mask():
     torch.manual_seed(0)
     value = torch.tensor([[1.0, 1.1, 1.0, 0.9]]).repeat(4, 2)

@@ -94,6 +94,65 @@ def test_values_that_something_else_reads_are_left_alone(other):
     torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+class OtherHalf(Gated):
+    """silu of the second half of the merged pair: the operator has silu of the first."""
+
+    def forward(self, x):
+        up = self.up(x)
+        return self.norm(self.down(up * F.silu(self.gate(x))))
+
+
+class BothHalves(Gated):
+    def forward(self, x):
+        return self.norm(self.down(F.silu(self.gate(x)) * F.silu(self.up(x))))
+
+
+class OneHalf(Gated):
+    """An activation of the second half alone."""
+
+    def forward(self, x):
+        return self.norm(self.down(self.gate(x) + torch.relu(self.up(x))))
+
+
+class SplitAndWhole(Net):
+    """Split by the model itself, and read as a whole beside that."""
+
+    def forward(self, x):
+        y = self.up(x)
+        a, b = y.split([6, 6], -1)
+        return self.norm(self.down(torch.cat([F.silu(a) * b, a], -1) + y))
+
+
+class SplitAndWholeOnly(Net):
+    def forward(self, x):
+        y = self.up(x)
+        a, b = y.split([6, 6], -1)
+        return self.norm(self.down(torch.cat([F.silu(a) * b, y[..., :6]], -1)))
+
+
+@pytest.mark.parametrize("kind", [OtherHalf, BothHalves, OneHalf, SplitAndWhole, SplitAndWholeOnly])
+def test_other_uses_of_a_merged_pair_are_left_alone(kind):
+    net, x = kind(F.silu) if kind.__base__ is Net else kind(), torch.randn(2, 5, 8)
+    program, records = lower(net, x)
+    assert records[-1].modified == 0 and names(program) == ["none", "none"]
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_linear_that_something_else_reads_keeps_its_activation_outside(name, first):
+    class Both(Net):
+        def forward(self, x):
+            y = self.up(x)
+            parts = (self.activation(y), y) if first else (y, self.activation(y))  # in either order of the users
+            return self.norm(self.down(parts[0] - parts[1]))
+
+    net, x = Both(ACTIVATIONS[name]), torch.randn(2, 5, 8)
+    program, records = lower(net, x)
+    assert records[-1].modified == 0 and names(program) == ["none", "none"]
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)
+
+
 def test_an_output_of_the_program_keeps_its_value():
     class Both(Net):
         def forward(self, x):

@@ -11,7 +11,7 @@ from torch import nn
 from sparseforge_fx.capture import capture
 from sparseforge_fx.passes import find_linears, harden_masks, insert_hessian_hooks, run_passes, train_passes
 from sparseforge_fx.passes.insert_soft_masks import mask_name
-from sparseforge_fx.pattern import TWO_FOUR, Pattern, check_pattern, hard_mask
+from sparseforge_fx.pattern import TWO_FOUR, Pattern, Unstructured, check_pattern, hard_mask
 
 DIM = {"up.weight": 1, "down.weight": 0, "twice.weight": 1, "to_six.weight": 1}  # the reduction dimension
 
@@ -132,3 +132,15 @@ def test_a_linear_that_is_a_user_output(x):
     program = capture(net, x)
     hardened, _ = run_passes(program, [*train_passes(find_linears(program, include=["*"])), harden_masks])
     assert same_products(hardened.module()(x), net(x)) and check_pattern(net.weight, TWO_FOUR)
+
+
+def test_an_unstructured_mask_that_keeps_less_is_not_filled_up(x):
+    """Wanda rounds the share down in every row: the tensor's own share would let a few more back in."""
+    net = nn.Sequential(nn.Linear(8, 5), nn.LayerNorm(5))
+    dense, pattern = net[0].weight.detach().clone(), Unstructured(0.45)  # 22 of 40, or 4 of 8 in a row
+    program = capture(net, x)
+    masked, _ = run_passes(program, train_passes(find_linears(program, pattern)))
+    mask = hard_mask(dense.abs(), Pattern(4, 8))
+    masked.tensor(mask_name("0.weight")).copy_(mask)
+    run_passes(masked, [lambda p: harden_masks(p, pattern)])
+    assert torch.equal(net[0].weight, dense * mask) and net[0].weight.count_nonzero() == 20

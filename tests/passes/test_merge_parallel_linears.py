@@ -9,7 +9,7 @@ from torch import nn
 
 import sparseforge_fx as sf
 from sparseforge_fx.capture import capture
-from sparseforge_fx.passes import find_linears, merge_parallel_linears, run_passes
+from sparseforge_fx.passes import deploy_passes, find_linears, merge_parallel_linears, run_passes
 from sparseforge_fx.passes.merge_parallel_linears import merged_name
 
 
@@ -138,3 +138,54 @@ def test_packed_linears_merge_too(bias):
     torch.testing.assert_close(after.module()(x), net(x), rtol=1e-6, atol=1e-6)
     _, (record,) = run_passes(after, [lambda p: merge_parallel_linears(p, find_linears(p))])
     assert record.modified == 0 and program.op_counts()[sparse] == 8
+
+
+class Twice(nn.Module):
+    """A weight that is read twice, once beside another linear of the same input."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.other, self.twice, self.tied = (nn.Linear(8, 8) for _ in range(3))
+        if tied == "object":
+            self.tied.weight = self.twice.weight
+        if tied == "memory":
+            self.tied.weight = nn.Parameter(self.twice.weight.detach())
+        self.last = "tied" if tied else "twice"  # a name: a module with two has ties
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        y = self.other(x) * self.twice(x)
+        return self.norm(y + self.get_submodule(self.last)(torch.tanh(y)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tied", [None, "object", "memory"])
+def test_a_weight_that_is_read_twice_is_not_stored_twice(tied, packed):
+    net, x = Twice(tied), torch.randn(2, 4, 8)
+    if packed:
+        sf.sparsify(net, example_inputs=x)
+        sf.lower_modules(net, gate=False)
+    program, after, (record,) = merged(net, x)
+    if packed and tied == "memory":  # packing gave each module its own
+        assert record.modified == 2
+    else:
+        assert record.modified == 0 and after.state.keys() == program.state.keys()
+    torch.testing.assert_close(after.module()(x), net(x))
+
+
+def test_packed_linears_with_an_activation_stay_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x):
+            return self.norm(torch.relu(self.a(x)) + torch.nn.functional.silu(self.b(x)) + self.c(x))
+
+    net, x = Net(), torch.randn(2, 4, 8)
+    sf.sparsify(net, example_inputs=x)
+    program = capture(net, x)
+    program, _ = run_passes(program, deploy_passes(find_linears(program)))  # unmerged, activations fused
+    after, (record,) = run_passes(program, [lambda p: merge_parallel_linears(p, find_linears(p))])
+    assert record.modified == 0
+    torch.testing.assert_close(after.module()(x), net(x), rtol=1e-5, atol=1e-5)
