@@ -105,7 +105,7 @@ def test_parts_of_a_step_are_summed():
 
 
 @pytest.mark.parametrize(
-    ("estimator", "finish"), [("squared_gradient", torch.square), ("hutchinson", torch.abs)], ids=str
+    ("estimator", "finish"), [("squared_gradient", torch.square), ("hutchinson", torch.abs)], ids=["square", "abs"]
 )
 def test_what_has_a_sign_loses_it(estimator, finish):
     curvature = Curvature(0.9, estimator)
