@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from sparseforge_fx.batches import Batches, as_batches, count_rows, count_steps,
 from sparseforge_fx.capture import as_call, capture
 from sparseforge_fx.data import leading_bos
 from sparseforge_fx.distill import check_losses
-from sparseforge_fx.errors import SparseForgeError, one_line
-from sparseforge_fx.forward import signature_of
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.first_batch import check_batch, check_length, example_inputs_of
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.catalog import find_method, find_options
 from sparseforge_fx.methods.layerwise import Solve, prune_layer_by_layer, undone_on_error
@@ -34,7 +34,7 @@ from sparseforge_fx.pattern import AnyPattern, check_pattern, density, parse_pat
 from sparseforge_fx.prepare import check_sites, check_weights, finalize
 from sparseforge_fx.program import Program
 from sparseforge_fx.ranges import AtLeastZero, Count, Positive, checked
-from sparseforge_fx.reading import LABELS, SPAN, Reader, Reading, example_of
+from sparseforge_fx.reading import Reader, Reading
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
 from sparseforge_fx.text import unread_files
@@ -159,7 +159,7 @@ def sparsify(
         a_step = batch_size * length * accumulate * (accelerator.num_processes if accelerator is not None else 1)
         needed = calibration * length if chosen in LAYERWISE else tokens or (steps or 60) * a_step
         if isinstance(data, str) and data == "self":
-            _check_length(model, length)
+            check_length(model, length)
             begun = tokenizer is not None and leading_bos(tokenizer) is not None
             data = draw_text(model, needed, length=length, seed=seed, keep_start=begun)
         batches = as_batches(
@@ -174,7 +174,7 @@ def sparsify(
             separator=separator,
         )
         if example_inputs is None:
-            example_inputs = _example(model, batches.batch(0))
+            example_inputs = example_inputs_of(model, batches.batch(0))
     program = capture(model, example_inputs)
     sites = find_linears(program, shape, include, exclude)
     check_sites(program, sites)
@@ -183,7 +183,7 @@ def sparsify(
     reader = Reader(program)
     if batches is not None:
         objective = Objective(w_task, w_kl, divergence, getattr(model, "config", None), reader.note)
-        _check_batch(program, reader, objective, batches.batch(0))
+        check_batch(program, reader, objective, batches.batch(0))
     report: dict[str, Any] = {
         "method": chosen,
         "pattern": str(shape),
@@ -375,89 +375,6 @@ def draw_text(
         for module, mode in modes:
             module.training = mode
     return torch.cat(rows)
-
-
-def _example(model: nn.Module, batch: Any) -> Any:
-    """What to capture with: the inputs in a batch; None where token ids are all, of which capture makes better ones."""
-    inputs = example_of(model, batch)
-    ids = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else None
-    if isinstance(inputs, Mapping) and set(inputs) == {"input_ids"}:
-        ids = inputs["input_ids"]
-    is_text = getattr(model, "main_input_name", None) == "input_ids" and isinstance(ids, Tensor) and ids.dim() == 2
-    return None if is_text and not getattr(model.config, "is_encoder_decoder", False) else inputs
-
-
-@torch.no_grad()
-def _check_batch(program: Program, reader: Reader, objective: Objective, batch: Any) -> None:
-    """One forward pass, so that data which does not fit is refused, and what is not used is noted, before a weight
-    changes."""
-    found = reader.read(*as_call(batch))
-    ids, model = found.given.get("input_ids"), program.source
-    assert model is not None
-    if isinstance(ids, Tensor):
-        _check_length(model, ids.shape[-1])
-        table = _embeddings(model)
-        if ids.numel() and table is not None and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
-            raise SparseForgeError(
-                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of "
-                f"{table.num_embeddings}: use the model's own tokenizer"
-            )
-    try:
-        output = program.module()(*found.args, **found.kwargs)
-    except (RuntimeError, AssertionError, IndexError, TypeError, ValueError) as error:
-        shapes = ", ".join(f"{n} {list(v.shape)}" for n, v in found.given.items() if isinstance(v, Tensor))
-        raise SparseForgeError(
-            f"the model cannot take the first batch of the data ({shapes}): {one_line(error)}"
-        ) from error
-    dense = objective.answer(output)
-    if torch.isnan(dense.value).any():
-        raise SparseForgeError(
-            "the dense model answers the first batch of the data with NaN: check its weights and the data"
-        )
-    ours = objective.loss(dense, None, found, task_alone=True)
-    if ours is None and objective.w_task and "labels" not in found.given:
-        reader.note("the batches hold no labels: the dense model's answers are all that is learnt from")
-    if ours is not None:
-        _compare_with_the_models_own(model, batch, found, ours.total, reader)
-
-
-def _compare_with_the_models_own(model: nn.Module, batch: Any, found: Reading, ours: Tensor, reader: Reader) -> None:
-    """A model that makes a loss of labels knows best what they are: say where it differs."""
-    takes = signature_of(model).parameters
-    labels = [n for n in (*LABELS, *SPAN) if n in takes and found.given.get(n) is not None]
-    if not labels:
-        return
-    modes = {m: m.training for m in model.modules()}
-    try:
-        output = model.eval()(**{n: v for n, v in found.given.items() if n in takes and v is not None})
-        theirs = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
-    except Exception:  # an open set: whatever the model raises; without its own loss there is nothing to compare
-        theirs = None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if isinstance(theirs, Tensor) and theirs.numel() == 1 and not torch.isclose(theirs.float(), ours, rtol=0.02):
-        reader.note(
-            f"on the first batch the model's own loss is {theirs.item():.4g} and the task loss used here is "
-            f"{ours.item():.4g}: labels on padding, or weights that only the model knows of, are the usual reasons"
-        )
-
-
-def _embeddings(model: nn.Module) -> nn.Embedding | None:
-    """The table that token ids index, where the model says which it is."""
-    try:
-        table = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # no model of transformers', or one with two towers
-        return None
-    return table if isinstance(table, nn.Embedding) else None
-
-
-def _check_length(model: nn.Module, length: int) -> None:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise SparseForgeError(
-            f"sequences of {length} tokens are longer than the model's {limit} positions: pass length={limit}"
-        )
 
 
 def _first(batches: Batches, sequences: int, notes: list[str]) -> list[Any]:
