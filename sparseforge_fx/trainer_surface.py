@@ -23,7 +23,6 @@ class ForwardOfSource:
     """
 
     def __init__(self, function: Any):
-        functools.update_wrapper(self, function)
         self.function, self.outside = function, torch.compiler.disable(function)
 
     def __get__(self, instance: Any, owner: type) -> Any:
