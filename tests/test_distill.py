@@ -246,7 +246,7 @@ def test_the_loss_that_differentiates_twice_is_the_chunked_one(divergence):
     """Same value, parts and gradient; and a Hessian, where the chunked one has none."""
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 7, dtype=torch.float32, requires_grad=True), torch.randn(2, 7)
-    labels = torch.tensor([3, IGNORE])
+    labels = torch.tensor([3, -100])
 
     def loss(rows):
         return logits_loss(rows, teacher, labels, w_task=0.7, w_kl=0.4, divergence=divergence)
