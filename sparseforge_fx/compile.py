@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
+from torch.utils.checkpoint import checkpoint
 
 MIN_NODES = 8  # smaller blocks (a lone Linear in a Sequential) gain nothing from a call of their own
 
@@ -50,8 +51,11 @@ class _Block:
 class SharedBlock(nn.Module):
     """The one function that all blocks of a kind call. Holds no parameters, so ``state_dict`` does not see it."""
 
-    def __init__(self, body: GraphModule, blocks: list[_Block], compile: bool, options: dict[str, Any]):
+    def __init__(
+        self, body: GraphModule, blocks: list[_Block], compile: bool, checkpoint: bool, options: dict[str, Any]
+    ):
         super().__init__()
+        self.checkpoint = checkpoint
         self.body, self.path, self.count = body, blocks[0].container, len(blocks)
         # body.forward, and not body: its code object, which torch.compile counts recompiles by, is this block's own
         self.call: Callable = torch.compile(body.forward, **options) if compile else body.forward
@@ -64,18 +68,23 @@ class SharedBlock(nn.Module):
                 a.detach().requires_grad_() if i in self.carried and not a.requires_grad else a
                 for i, a in enumerate(args)
             )
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(self.call, *args, use_reentrant=False)
         return self.call(*args)
 
     def extra_repr(self) -> str:
         return f"{self.path} x {self.count}"
 
 
-def compile_repeated_blocks(module: GraphModule, *, compile: bool = True, **options: Any) -> GraphModule:
+def compile_repeated_blocks(
+    module: GraphModule, *, compile: bool = True, checkpoint: bool = False, **options: Any
+) -> GraphModule:
     """A twin of an exported module in which each kind of repeated block is compiled once and called by every layer.
 
     Args:
         module: the flat module of ``torch.export.export(...).module()``, edited by passes or not. It is not changed.
         compile: False outlines only: the result runs eagerly and is bit-equal to ``module``.
+        checkpoint: keep only what goes into each block for the backward pass, and compute the block again there.
         options: for ``torch.compile`` (``backend``, ``mode``, ``dynamic``, ...). With ``dynamic=None``, its default,
             a second sequence length recompiles once, with that size symbolic; so does a second batch size.
 
@@ -101,7 +110,9 @@ def compile_repeated_blocks(module: GraphModule, *, compile: bool = True, **opti
         position = span.stop
     twin = shallow_twin(module)
     for k, blocks in enumerate(kinds):
-        twin.add_module(f"repeated_block_{k}", SharedBlock(_body(blocks[0], module), blocks, compile, options))
+        twin.add_module(
+            f"repeated_block_{k}", SharedBlock(_body(blocks[0], module), blocks, compile, checkpoint, options)
+        )
     twin.graph = graph
     if compile and not kinds:
         twin.compile(**options)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparseforge_fx import distill, low_rank
 from sparseforge_fx.capture import as_call
-from sparseforge_fx.compile import compile_repeated_blocks
+from sparseforge_fx.compile import compile_repeated_blocks, count_blocks
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.hessian import Curvature, fold_on_backward, hutchinson_diagonal
 from sparseforge_fx.low_rank import Branch
@@ -28,6 +28,7 @@ from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.program import Program
 from sparseforge_fx.reading import Reader, Reading
 from sparseforge_fx.taps import Taps, tap
+from sparseforge_fx.trainer_surface import Embedded, ForwardOfSource, hook_embeddings
 
 
 class SparseModel(nn.Module):
@@ -74,12 +75,15 @@ class SparseModel(nn.Module):
         self._optimized = False
         self.graph = self.program.module()
         # children that must not show in parameters(): probes would reach the user's optimizer, the teacher is frozen
-        self._hidden: dict[str, Any] = {"probe": None, "teacher": None}
+        self._hidden: dict[str, Any] = {"embedded": None, "probe": None, "teacher": None}
         self._copies: list[tuple[Tensor, Tensor]] | None = None
         if w_kl:
             self._hidden["teacher"] = self._freeze_teacher()
         if features is not None:
             self._tap(distill.FEATURES[features])
+        self._compiled: dict[str, Any] | None = None
+        self._checkpointing = False
+        self._embedded: tuple[str, Embedded] | None = None
         self._runners: dict[str, Callable] = {"graph": self.graph}
         self._hooks: list = []
         self._probes: dict[str, Tensor] = {}  # by the weight's name
@@ -144,12 +148,64 @@ class SparseModel(nn.Module):
         del args
         if self.features is not None:
             raise SparseForgeError("intermediate values cannot be kept under torch.compile: pass compile=False")
+        self._compiled = options
+        self._make_runners()
+
+    def _make_runners(self) -> None:
+        """What runs: the modules, with a hold on the embeddings, with checkpointed or compiled blocks, as was asked."""
         for name in ("graph", "probe", "teacher"):
             module = self.graph if name == "graph" else self._hidden.get(name)
-            if module is not None:
-                self._runners[name] = compile_repeated_blocks(module, **options)
+            if module is None:
+                continue
+            student = name != "teacher"
+            if student and self._embedded is not None:
+                module = hook_embeddings(module, *self._embedded)
+            again = student and self._checkpointing
+            if self._compiled is not None:
+                module = compile_repeated_blocks(module, checkpoint=again, **self._compiled)
+            elif again:
+                module = compile_repeated_blocks(module, compile=False, checkpoint=True)
+            self._runners[name] = module
 
-    #: what the Hugging Face Trainer asks of a model: the mean over micro-batches is its work, not the model's
+    # -- what the Hugging Face Trainer asks of a model ---------------------------------------------------------------
+    def activation_checkpointing_enable(
+        self, *, every_n_layers: int = 1, offload: bool = False, **options: Any
+    ) -> None:
+        """Compute every repeated block again in the backward pass instead of keeping its activations.
+        Raises SparseForgeError where it cannot."""
+        del options  # of torch.utils.checkpoint, for modules
+        if every_n_layers != 1 or offload:
+            raise SparseForgeError(
+                "activations are checkpointed at every block, without offloading: take every_n_layers=1"
+            )
+        if self.features is not None:
+            raise SparseForgeError("features cannot be distilled under activation checkpointing: choose one of the two")
+        if not count_blocks(self.graph):
+            raise SparseForgeError("the model has no repeated blocks whose activations could be checkpointed")
+        self._checkpointing = True
+        self._make_runners()
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The older name of :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(**options)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """A module that hands the embeddings on inside the graph: forward hooks on it change them (NEFTune)."""
+        if self._embedded is None:
+            source = self.dense.source
+            table = source.get_input_embeddings() if hasattr(source, "get_input_embeddings") else None  # type: ignore[union-attr, operator]
+            name = next((n for n, m in source.named_modules() if m is table), None) if source is not None else None
+            if name is None:
+                raise SparseForgeError("the model does not say which module its input embeddings are")
+            self._embedded = (name, Embedded(self))
+            self._make_runners()
+        return self._embedded[1]
+
+    def _get_name(self) -> str:
+        """The source's: by it the Trainer's own losses know whether labels are shifted."""
+        return type(self).__name__ if self.dense.source is None else self.dense.source._get_name()
+
+    #: the mean over micro-batches is the Trainer's work, not the model's
     accepts_loss_kwargs = False
 
     @property
@@ -203,6 +259,8 @@ class SparseModel(nn.Module):
             hook.remove()
         self._hidden.update(probe=None, teacher=None)
         self._copies = None
+        for name in ("probe", "teacher"):
+            self._runners.pop(name, None)
         self._probes.clear()
         self._batches.clear()
 
@@ -220,6 +278,7 @@ class SparseModel(nn.Module):
             self.method.start_from(dense)
         return notes
 
+    @ForwardOfSource
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         kwargs |= {} if labels is None else {"labels": labels}  # a name of its own: the Trainer looks for it
         batch = self.reader.read(args, kwargs)

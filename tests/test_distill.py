@@ -10,6 +10,7 @@ from sparseforge_fx.distill import (
     check_losses,
     feature_loss,
     logits_loss,
+    plain_logits_loss,
     relative_error,
 )
 from sparseforge_fx.errors import SparseForgeError
@@ -212,3 +213,25 @@ def test_feature_losses_vanish_where_student_and_teacher_agree(kind):
 def test_losses_that_do_not_exist(divergence, features):
     with pytest.raises(SparseForgeError, match="choose one of"):
         check_losses(divergence, features)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl"])
+def test_the_loss_that_differentiates_twice_is_the_chunked_one(divergence):
+    """Same value, parts and gradient; and a Hessian, where the chunked one has none."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 7, dtype=torch.float32, requires_grad=True), torch.randn(2, 7)
+    labels = torch.tensor([3, -100])
+
+    def loss(rows, function=plain_logits_loss):
+        return function(rows, teacher, labels, w_task=0.7, w_kl=0.4, divergence=divergence)
+
+    once, twice = loss(student, logits_loss), loss(student)
+    exact = torch.autograd.functional.hessian(lambda rows: loss(rows).total, student.detach())
+    for one, two in zip(once, twice, strict=True):
+        torch.testing.assert_close(one, two)
+    (first,), (second,) = (torch.autograd.grad(found.total, student) for found in (once, twice))
+    torch.testing.assert_close(first, second)
+    p = student.detach()[0].softmax(-1)
+    if divergence == "kl":  # both parts have the Hessian of the log-partition
+        torch.testing.assert_close(exact[0, :, 0, :], (0.7 + 0.4 / 2) * (p.diag() - p[:, None] * p))
+    assert exact.abs().max() > 0.01

@@ -7,7 +7,6 @@ import transformers as t
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 import sparseforge_fx as sf
-from sparseforge_fx.distill import logits_loss, plain_logits_loss
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.objective import Answer, Objective
 from sparseforge_fx.reading import Reading
@@ -153,15 +152,3 @@ def test_without_labels_or_teacher_there_is_no_loss():
     assert made.loss(HEAD, None, reading(labels=Y % 3)).task > 0
     alone = made.loss(HEAD, HEAD, reading(labels=Y % 3), task_alone=True)
     assert alone.total == alone.task and alone.kl == 0
-
-
-@pytest.mark.parametrize("divergence", ["kl", "reverse_kl"])
-def test_the_plain_loss_is_the_fused_one(divergence):
-    student, teacher = (torch.randn(4, 7, dtype=torch.float64) for _ in range(2))
-    labels = torch.tensor([1, -100, 3, 6])
-    one, two = (
-        f(student, teacher, labels, w_task=0.3, w_kl=2.0, divergence=divergence)
-        for f in (logits_loss, plain_logits_loss)
-    )
-    for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a.float(), b.float(), rtol=1e-5, atol=1e-6)

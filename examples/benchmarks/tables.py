@@ -277,6 +277,25 @@ def estimator_table() -> str:
     return "\n".join(lines) if len(lines) > 2 else "_no runs yet_"
 
 
+def estimator_quality_table() -> str:
+    """Perplexity by what is averaged, over probes."""
+    lines = []
+    for run in read("estimator_quality"):
+        points = sorted({int(p) for row in run["perplexity"].values() for p in row if p != "0"})
+        lines += [
+            f"{run['model']}, probes of {run['batch_size']} x {run['length']} tokens, {run['device']}, commit {run['commit']}; "
+            f"dense {run['perplexity']['dense']['0']:.1f}, magnitude {run['perplexity']['magnitude']['0']:,.0f}.",
+            "",
+            "| estimate | " + " | ".join(f"{p} probes" for p in points) + " |",
+            "|---|" + "---:|" * len(points),
+        ]  # fmt: skip
+        for name, row in run["perplexity"].items():
+            if set(row) != {"0"}:
+                cells = (f"{row[str(p)]:,.0f}" if str(p) in row else "" for p in points)
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) or "_no runs yet_"
+
+
 def quantized_table() -> str:
     runs = read("quantized")
     if not runs:
@@ -373,6 +392,7 @@ TABLES = {
     "prefill": prefill_table,
     "one-shot": one_shot_table,
     "estimators": estimator_table,
+    "estimator-quality": estimator_quality_table,
     "formats": formats_table,
     "quantized": quantized_table,
 }
