@@ -50,6 +50,7 @@ def layer_by_layer(
     for run in runs:
         run.env = {}
     for step in _steps(module.graph):
+        leave = dict(_pairs(step))
         for node in step:
             if node in weights and weights[node][0] not in seen:
                 name, index = weights[node]
@@ -57,10 +58,12 @@ def layer_by_layer(
                 source = node.args[index]
                 assert isinstance(source, Node)
                 if source not in moments:
-                    if source in step:
-                        raise SparseForgeError(f"{name} is used within torch.vmap and cannot be calibrated: exclude it")
+                    inputs = (
+                        run.env[source] if node is step[0] else _look_ahead(run, step, leave, node, source)
+                        for run in runs
+                    )
                     masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
-                    moments[source], known = _second_moment((run.env[source] for run in runs), masks)
+                    moments[source], known = _second_moment(inputs, masks)
                     if not known:
                         blind.add(source)
                 if source in blind:
@@ -68,7 +71,7 @@ def layer_by_layer(
                 visit(name, moments[source])
         for index, (run, feed) in enumerate(zip(runs, feeds, strict=True)):
             try:
-                _run(run, step, feed)
+                _run(run, step, leave, feed)
             except torch.OutOfMemoryError:
                 raise
             except (AssertionError, IndexError, RuntimeError) as error:  # a size or a token that it does not take
@@ -82,36 +85,78 @@ def layer_by_layer(
     return padded
 
 
+def _leaves(node: Node) -> str:
+    """The name of the function that leaves the state of the process which this node enters; "" if it enters none."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    other = name.replace("_increment_nesting", "_decrement_nesting").replace("_enter_", "_exit_")
+    return other if other != name else ""
+
+
+def _pairs(nodes: Iterable[Node]) -> Iterator[tuple[Node, Node]]:
+    """(node that enters a state such as a vmap or an autocast, node that leaves it), the inner ones first."""
+    entered: list[Node] = []
+    for node in nodes:
+        if _leaves(node):
+            entered.append(node)
+        elif entered and getattr(node.target, "__name__", "") == _leaves(entered[-1]):
+            yield entered.pop(), node
+
+
 def _steps(graph: Graph) -> Iterator[list[Node]]:
-    """The nodes in order; those between an entry into torch.vmap and its end together, for they work on a state of the
-    process that one batch must leave before the next enters."""
-    depth, step = 0, []
-    for node in graph.nodes:
-        if node.op == "output":
-            return
+    """The nodes in order: one by one, but what stands between entering a state of the process and leaving it together,
+    for one batch must leave it before the next enters."""
+    nodes = [n for n in graph.nodes if n.op != "output"]
+    leave = dict(_pairs(nodes))
+    step: list[Node] = []
+    ends: set[Node] = set()
+    for node in nodes:
         step.append(node)
-        depth += _nesting(node)
-        if depth == 0:
+        if node in leave:
+            ends.add(leave[node])
+        ends.discard(node)
+        if not ends:
             yield step
             step = []
 
 
-def _nesting(node: Node) -> int:
-    name = getattr(node.target, "__name__", "")
-    return {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(name, 0)
+def _run(
+    run: Interpreter, step: Sequence[Node], leave: Mapping[Node, Node], feed: Iterator, *, until: Any = None
+) -> None:
+    """Compute the nodes of a step; whatever ends it, every state that was entered is left again.
 
-
-def _run(run: Interpreter, step: list[Node], feed: Iterator[Any]) -> None:
-    depth = 0
+    until: (node, function): stop before this node, and call the function while the states are open.
+    """
+    entered: list[Node] = []
     try:
         for node in step:
+            if until is not None and node is until[0]:
+                return until[1]()
             run.env[node] = next(feed) if node.op == "placeholder" else run.run_node(node)
-            depth += _nesting(node)
+            if node in leave:
+                entered.append(node)
+            elif entered and node is leave[entered[-1]]:
+                entered.pop()
     finally:
-        if depth:  # an error within vmap: the process must not stay there
-            leave = next(n.target for n in reversed(step) if _nesting(n) < 0)
-            for _ in range(depth):
-                leave()  # type: ignore[operator]
+        for node in reversed(entered):
+            run.run_node(leave[node])
+
+
+def _look_ahead(
+    run: Interpreter, step: Sequence[Node], leave: Mapping[Node, Node], node: Node, source: Node
+) -> Tensor:
+    """The value of ``source`` that ``node`` will see in the midst of a step, with what vmap hides of it."""
+    env, found = dict(run.env), []
+    _run(run, step, leave, iter(()), until=(node, lambda: found.append(_plain(run.env[source]))))
+    run.env = env
+    return found[0]
+
+
+def _plain(value: Tensor) -> Tensor:
+    while torch._C._functorch.is_batchedtensor(value):
+        level = torch._C._functorch.maybe_get_level(value)
+        value, dim = torch._C._functorch._unwrap_batched(value, level)
+        value = value.movedim(dim, 0)
+    return value
 
 
 def _second_moment(inputs: Iterable[Tensor], masks: Iterable[Tensor | None]) -> tuple[Tensor, bool]:

@@ -37,11 +37,10 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
     Raises SparseForgeError naming the line of the model that torch.export could not take, and what to try.
     """
     model = unwrapped(model)
-    if any(p.is_inference() for p in model.parameters()):
-        raise SparseForgeError(
-            f"the weights of {type(model).__name__} were made under torch.inference_mode(), which forbids to change "
-            "them: load the model outside of it"
-        )
+    lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
+    if lazy is not None:
+        raise SparseForgeError(f"{lazy} of {type(model).__name__} has no size yet: call the model once, on any data")
+    _leave_inference_mode(model)
     args, kwargs = as_call(make_example_inputs(model) if example_inputs is None else example_inputs)
     modes = {m: m.training for m in model.modules()}
     try:
@@ -55,6 +54,21 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
         for module, mode in modes.items():
             module.training = mode
     return Program(exported, model, notes)
+
+
+def _leave_inference_mode(model: nn.Module) -> None:
+    """Weights that were made under torch.inference_mode can neither be written nor trained: ordinary copies can."""
+    copies: dict[int, Tensor] = {}  # tied weights stay tied
+    with torch.no_grad():
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, value in table.items():
+                    if value is not None and value.is_inference():
+                        if id(value) not in copies:
+                            copy = value.clone()
+                            is_parameter = isinstance(value, nn.Parameter)
+                            copies[id(value)] = nn.Parameter(copy, value.requires_grad) if is_parameter else copy
+                        table[name] = copies[id(value)]  # type: ignore[assignment]
 
 
 def as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:
@@ -132,25 +146,30 @@ def _export(model: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> tuple
     first: Exception | None = None
     attempts = [((0, 1), ""), ((0,), "the sequence dimension"), ((), "batch and sequence dimensions")]
     attempts = attempts if dynamic else attempts[-1:]
-    wider = _doubled(model, args, kwargs) if dynamic else None
+    wider, called = (_doubled(model, args, kwargs) if dynamic else None), False
     while attempts:
         dims, fixed = attempts.pop(0)
         call = (args, kwargs) if wider is None or not dims else wider
         named = inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
         shapes = pytree.tree_map(lambda leaf, dims=dims: _dynamic(leaf, dims), dict(named)) if dims else None
-        known = len(pytree.SUPPORTED_NODES)
         try:
             with _quiet():
                 example = pytree.tree_map(_alias, call)
                 exported = torch.export.export(model, *example, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # an open set: whatever the model's own code and the tracer raise
-            if len(pytree.SUPPORTED_NODES) > known:  # an output class that was first imported within the trace
+            if not called and _runs(model, call):  # what the first call of a model imports or makes is there now
                 attempts.insert(0, (dims, fixed))
             else:
                 first = first or error
+            called = True
+            continue
+        told = tuple(_specialised(exported, dims))
+        if wider is not None and dims and told:  # a size that the model fixes is the example's own
+            wider = None
+            attempts.insert(0, (dims, fixed))
             continue
         why = (f"{fixed} had to be fixed at the example's size ({one_line(first)})",) if first else ()
-        return exported, why + tuple(_specialised(exported, dims))
+        return exported, why + told
     assert first is not None
     raise SparseForgeError(_explain(model, args, kwargs, first)) from first
 
@@ -175,12 +194,17 @@ def _doubled(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] 
         return leaf.repeat(1, 2) if single and _are_ids(leaf) and leaf.shape[1] == 1 else leaf
 
     wider = pytree.tree_map(twice, (args, kwargs))
+    return wider if _runs(model, wider) else None
+
+
+def _runs(model: nn.Module, call: tuple[tuple, dict]) -> bool:
+    """Does the model itself take these inputs?"""
     try:
         with torch.no_grad(), _quiet():
-            model(*wider[0], **wider[1])
+            model(*call[0], **call[1])
     except Exception:  # an open set: whatever the model raises
-        return None
-    return wider
+        return False
+    return True
 
 
 def _are_ids(leaf: Tensor) -> bool:

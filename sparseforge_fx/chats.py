@@ -20,9 +20,9 @@ def _is_turn(turn: Any) -> bool:
     return isinstance(turn, Mapping) and ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn))
 
 
-def chat_text(turns: list[Mapping[str, Any]], tokenizer: Any, where: str) -> str:
-    """The text of a chat, as the model was tuned to see it, without a beginning-of-sequence token (every sequence gets
-    its own).
+def chat_text(turns: list[Mapping[str, Any]], tokenizer: Any, where: str, system: Any = None) -> str:
+    """The text of a chat, as the model was tuned to see it, without the beginning-of-sequence token that the tokenizer
+    puts before every sequence by itself. ``system``: the instruction that a row holds beside its turns.
 
     Raises SparseForgeError without a chat template, or for a chat that the template refuses; ``where`` names the row.
     """
@@ -36,10 +36,22 @@ def chat_text(turns: list[Mapping[str, Any]], tokenizer: Any, where: str) -> str
         {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} if "from" in turn else dict(turn)
         for turn in turns
     ]
+    if isinstance(system, str) and system and named[0]["role"] != "system":
+        named.insert(0, {"role": "system", "content": system})
     try:
         text = tokenizer.apply_chat_template(named, tokenize=False)
     except Exception as error:  # an open set: whatever the template raises
         raise SparseForgeError(
             f"{where} does not go through the tokenizer's chat template ({one_line(error)}): repair or drop it"
         ) from error
-    return text.removeprefix(getattr(tokenizer, "bos_token", None) or "\0")
+    return text if leading_bos(tokenizer) is None else text.removeprefix(tokenizer.bos_token)
+
+
+def leading_bos(tokenizer: Any) -> int | None:
+    """The beginning-of-sequence token that a tokenizer puts before a text; None if it puts none.
+
+    Told by encoding something: `add_bos_token` reads False of a tokenizer that was saved and loaded, whatever it does.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    ids = [] if bos is None else tokenizer("a")["input_ids"]
+    return bos if len(ids) and ids[0] == bos else None

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparseforge_fx.chats import leading_bos
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.text import load_text, open_sources, stable_hash
 
@@ -207,16 +208,6 @@ def tokenize(
                 f"{' and '.join(s.name for s in sources)} holds no text: check the source and its text column"
             )
     return TokenData(np.memmap(path, dtype=dtype, mode="r"), length, leading_bos(tokenizer))
-
-
-def leading_bos(tokenizer: Any) -> int | None:
-    """The beginning-of-sequence token that a tokenizer puts before a text; None if it puts none.
-
-    Told by encoding something: `add_bos_token` reads False of a tokenizer that was saved and loaded, whatever it does.
-    """
-    bos = getattr(tokenizer, "bos_token_id", None)
-    ids = [] if bos is None else tokenizer("a")["input_ids"]
-    return bos if len(ids) and ids[0] == bos else None
 
 
 def _end(tokenizer: Any) -> int | None:

@@ -16,7 +16,7 @@ from sparseforge_fx import fingerprint, processes
 from sparseforge_fx.adapters import adapter_notes, find_adapters
 from sparseforge_fx.batches import Batches, as_batches, count_rows, count_steps, is_text
 from sparseforge_fx.capture import as_call, capture
-from sparseforge_fx.data import leading_bos
+from sparseforge_fx.chats import leading_bos
 from sparseforge_fx.distill import check_losses
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.first_batch import check_batch, check_length, example_inputs_of
@@ -37,7 +37,7 @@ from sparseforge_fx.ranges import AtLeastZero, Count, Positive, checked
 from sparseforge_fx.reading import Reader, Reading
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.sparse_model import SparseModel
-from sparseforge_fx.text import unread_files
+from sparseforge_fx.text import unused_text
 from sparseforge_fx.train import train
 from sparseforge_fx.undo import dense_again_on_error
 from sparseforge_fx.unused import unused_arguments
@@ -178,7 +178,7 @@ def sparsify(
     program = capture(model, example_inputs)
     sites = find_linears(program, shape, include, exclude)
     check_sites(program, sites)
-    notes = [*program.notes, *(unread_files(data) if is_text(data) and data != "self" else ())]
+    notes = [*program.notes, *(unused_text(data, text_column) if is_text(data) and data != "self" else ())]
     notes += adapter_notes(model, [program.tensor(s.fqn) for s in eligible(sites)])
     reader = Reader(program)
     if batches is not None:

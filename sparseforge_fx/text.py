@@ -8,6 +8,7 @@ import dataclasses
 import glob
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -44,12 +45,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:\S*)?")  # owner/name[:config][:split]
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One origin of documents. `read(column, stream)` starts again at the first document on every call;
-    `identity` says what the documents depend on, for cache names; `unread` are files of a folder that are no text."""
+    `identity` says what the documents depend on, for cache names; `unread` are files of a folder that are no text;
+    `columns`: are there rows with columns?"""
 
     name: str
     identity: tuple[Any, ...]
     read: Callable[[Column, bool], Iterator[str]]
     unread: tuple[str, ...] = ()
+    columns: bool = True
 
 
 class Column(NamedTuple):
@@ -88,7 +91,7 @@ def open_sources(source: Any) -> list[Source]:
             "pass either names only or texts only"
         )
     digest = stable_hash(*source)
-    return [Source("the list of texts", ("texts", digest), lambda column, stream: iter(source))]
+    return [Source("the list of texts", ("texts", digest), lambda column, stream: iter(source), columns=False)]
 
 
 def load_text(
@@ -185,7 +188,8 @@ def _open(name: str) -> Source:
     def read(column: Column, stream: bool) -> Iterator[str]:
         return itertools.chain.from_iterable(_file_texts(p, column) for p in files)
 
-    return Source(name, ("files", *stats), read, unread)
+    columns = any(not (_extension(p) or "").startswith((".txt", ".md")) for p in files)
+    return Source(name, ("files", *stats), read, unread, columns)
 
 
 def _saved_data_set(path: Path) -> Source:
@@ -194,6 +198,8 @@ def _saved_data_set(path: Path) -> Source:
 
     with _reading(path):
         rows = datasets.load_from_disk(str(path))
+    if isinstance(rows, Mapping) and len(rows) == 1:
+        (rows,) = rows.values()
     if isinstance(rows, Mapping):
         raise SparseForgeError(f"{path} holds the splits {', '.join(rows)}: name one, {path / next(iter(rows))} say")
     files = sorted(p for p in path.rglob("*") if p.is_file())
@@ -201,12 +207,16 @@ def _saved_data_set(path: Path) -> Source:
     return Source(str(path), ("files", *stats), lambda column, stream: _dataset_texts(rows, column, str(path)))
 
 
-def unread_files(source: Any) -> list[str]:
-    """A sentence for each folder among the sources that holds files which are not read."""
-    return [
+def unused_text(source: Any, text_column: str | None) -> list[str]:
+    """A sentence for each folder among the sources that holds files which are not read, and for a column that nothing
+    has."""
+    opened = open_sources(source)
+    without = text_column is not None and not any(s.columns for s in opened)
+    told = ["text_column is given and not used: the text has no columns"] if without else []
+    return told + [
         f"{len(s.unread)} files of {s.name} are not read, as they are no text: {', '.join(s.unread[:5])}"
         + (", ..." if len(s.unread) > 5 else "")
-        for s in open_sources(source)
+        for s in opened
         if s.unread
     ]
 
@@ -283,11 +293,9 @@ def _file_texts(path: Path, column: Column) -> Iterator[str]:
 def _opened(path: Path, **options: Any) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise SparseForgeError(f"reading {path} needs zstandard: pip install zstandard") from error
-        return zstandard.open(path, "rt", encoding="utf-8", **options)
+        import pyarrow
+
+        return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), encoding="utf-8", **options)
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
     return openers.get(suffix, open)(path, "rt", encoding="utf-8", **options)
 
@@ -297,7 +305,8 @@ def _dataset_texts(rows: Any, column: Column, name: str) -> Iterator[str]:
         for first in itertools.islice(iter(rows), 1):
             found = _text_columns(first, column.name, name)
             column = column._replace(name=",".join(found))
-            yield from _row_texts(rows.select_columns(list(found)), column, name)  # images and such are never decoded
+            kept = [*found, *(["system"] if "system" in first and is_chat(first[found[0]]) else [])]
+            yield from _row_texts(rows.select_columns(kept), column, name)  # images and such are never decoded
 
 
 def _row_texts(rows: Iterable[Any], column: Column, name: str) -> Iterator[str]:
@@ -313,7 +322,7 @@ def _row_texts(rows: Iterable[Any], column: Column, name: str) -> Iterator[str]:
         for one in found:
             text = row[one]
             if is_chat(text):
-                text = chat_text(text, column.tokenizer, f"{one} of {name} in row {number}")
+                text = chat_text(text, column.tokenizer, f"{one} of {name} in row {number}", row.get("system"))
             if text is not None and not isinstance(text, str):
                 raise SparseForgeError(
                     f"column {one!r} of {name} holds {type(text).__name__} in row {number}: name a column of text "
@@ -330,7 +339,8 @@ def _text_columns(row: Mapping[str, Any], wanted: str | None, name: str) -> tupl
         by_name = [c for known in TEXT_COLUMNS for c in row if str(c).lower() == known]
         chats = [c for known in CHAT_COLUMNS for c in row if str(c).lower() == known and is_chat(row[c])]
         by_type = [c for c in row if isinstance(row[c], str)]
-        pairs = [pair for pair in PAIRS if set(pair) <= set(row)]
+        lower = {str(c).lower(): c for c in row}
+        pairs = [tuple(lower[c] for c in pair) for pair in PAIRS if set(pair) <= set(lower)]
         if by_name or chats:
             return ((by_name or chats)[0],)
         if len(by_type) == 1 or pairs:

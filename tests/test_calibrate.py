@@ -205,14 +205,28 @@ def test_regions_of_vmap_are_run_whole():
     torch.testing.assert_close(found["two.weight"], rows.t() @ rows / len(rows))
 
 
+def test_a_weight_within_vmap():
+    class Inner(Mapped):
+        def forward(self, x):
+            return self.norm(torch.vmap(lambda row: self.two(self.one(row)))(x))
+
+    model = Inner()
+    module, weights = masked_module(capture(model, torch.randn(3, 8)))
+    batches = [torch.randn(n, 8) for n in (3, 5, 2)]
+    found = {}
+    layer_by_layer(module, weights, batches, lambda fqn, moments: found.setdefault(fqn, moments))
+    for name, rows in (("one.weight", torch.cat(batches)), ("two.weight", model.one(torch.cat(batches)).detach())):
+        torch.testing.assert_close(found[name], rows.t() @ rows / len(rows))
+
+
 def test_an_error_within_vmap_leaves_the_process_outside_of_it(monkeypatch):
     module, weights = masked_module(capture(Mapped(), torch.randn(3, 8)))
     inside = next(step for step in _steps(module.graph) if len(step) > 1)
     run_node = Interpreter.run_node
-    last = inside[-3]
+    broken = next(n for n in inside if "mul" in n.name)
 
     def fails(self, node):
-        if node is last:
+        if node is broken:
             raise RuntimeError("broken")
         return run_node(self, node)
 

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from sparseforge_fx.batches import as_batches, count_rows, count_steps, count_tokens
-from sparseforge_fx.data import TokenData, leading_bos, tokenize
+from sparseforge_fx.chats import leading_bos
+from sparseforge_fx.data import TokenData, tokenize
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.text import _shuffled, load_text, unread_files
+from sparseforge_fx.text import _shuffled, load_text, unused_text
 
 
 def make_tokenizer(merges=(), eos="<eos>", unused=0, puts_bos=False, **options):
@@ -178,8 +179,15 @@ def test_fingerprint_is_about_the_tokens(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- text sources
+def zst_open(path, mode):
+    import pyarrow
+
+    return pyarrow.output_stream(str(path), compression="zstd")
+
+
 def write(path: Path, content) -> Path:
-    opener = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(path.suffix, open)
+    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": zst_open}
+    opener = openers.get(path.suffix, open)
     with opener(path, "wb") as file:
         file.write(content.encode())
     return path
@@ -195,7 +203,7 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path, name):
     assert list(load_text(write(tmp_path / name, text))) == [text]
 
 
-EVERY_KIND = ["jsonl", "jsonl.gz", "jsonl.xz", "jsonl.bz2", "json", "json.gz", "csv", "csv.xz", "parquet", "arrow"]
+EVERY_KIND = ["jsonl", "jsonl.gz", "jsonl.xz", "jsonl.bz2", "jsonl.zst", "json", "json.gz", "csv", "csv.xz", "parquet", "arrow"]
 
 
 @pytest.mark.parametrize("extension", EVERY_KIND)
@@ -232,6 +240,7 @@ def test_rows_are_documents(tmp_path, extension):
         ({"id": 1, "odd": "b"}, None, "b"),
         ({"text": "a", "other": "b"}, "other", "b"),
         ({"answer": "a", "question": "b"}, None, "b\na"),
+        ({"Answer": "a", "Question": "b"}, None, "b\na"),
         ({"instruction": "a", "input": "", "output": "c", "id": "x"}, None, "a\nc"),
         ({"left": "a", "right": "b"}, "right, left", "b\na"),
     ],
@@ -268,11 +277,13 @@ def test_a_folder_is_read_in_sorted_order(tmp_path):
 
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path):
     write(tmp_path / "a.txt", "1")
-    assert unread_files(tmp_path) == []
+    assert unused_text(tmp_path, None) == []
     for name in ("b.pdf", "c.docx", "README.md", ".hidden"):
         write(tmp_path / name, "no text")
-    (told,) = unread_files([str(tmp_path)])
+    (told,) = unused_text([str(tmp_path)], None)
     assert "2 files" in told and "b.pdf, c.docx" in told
+    assert unused_text(tmp_path / "a.txt", "body") == ["text_column is given and not used: the text has no columns"]
+    assert unused_text(write(tmp_path / "a.jsonl", jsonl(["1"])), "text") == []
     (tmp_path / "only").mkdir()
     write(tmp_path / "only" / "d.pdf", "no text")
     with pytest.raises(SparseForgeError, match=r"holds no text file.*d\.pdf"):
@@ -285,6 +296,8 @@ def test_splits_of_a_saved_data_set_are_named(tmp_path):
     with pytest.raises(SparseForgeError, match="splits train, test"):
         load_text(tmp_path)
     assert list(load_text(tmp_path / "train")) == ["a"]
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "one")
+    assert list(load_text(tmp_path / "one")) == ["a"]
 
 
 # --------------------------------------------------------------------------------------------------------------- chats
@@ -308,6 +321,17 @@ def test_chats_go_through_the_tokenizers_template(tmp_path, row, kind):
     assert data[0][0] == puts.bos_token_id and puts.bos_token_id not in data.ids, "once, and in front"
     puts.chat_template = TEMPLATE.replace("<", "[")
     assert list(tokenize(source, puts, length=8, cache_dir=tmp_path).ids) != list(data.ids), "no stale cache"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "data set"])
+def test_a_system_column_beside_a_chat(tmp_path, kind, tokenizer):
+    marked = make_tokenizer(bos_token="<eos>")  # the template's marker, which the tokenizer itself puts nowhere
+    marked.chat_template = TEMPLATE
+    row = {"system": "s", "conversations": SHAREGPT}
+    source = datasets.Dataset.from_list([row])
+    if kind == "jsonl":
+        source = write(tmp_path / "a.jsonl", json.dumps(row))
+    assert list(load_text(source, tokenizer=marked)) == ["<eos><system>s<user>a<assistant>b"]
 
 
 def test_chats_that_cannot_be_written_out(tmp_path, tokenizer):
