@@ -1,5 +1,8 @@
 """Padding never counts: the same texts, padded and not, give the same masks by every method that looks at data."""
 
+import functools
+import importlib
+
 import pytest
 import tiny_models
 import torch
@@ -8,6 +11,7 @@ from test_reading import t5
 from torch.utils import _pytree as pytree
 
 import sparseforge_fx as sf
+from sparseforge_fx.capture import capture
 
 TRAINED = [
     ("sparseforge", {"preset": "paper", "curvature": "gauss_newton"}),
@@ -50,20 +54,41 @@ def assert_equal_masks(one, two):
         assert torch.equal(one[name], two[name]), f"{name}: {int((one[name] != two[name]).sum())} differ"
 
 
+@functools.cache
+def captured_llama():
+    """Captured with a mask, once for all methods."""
+    torch.manual_seed(0)
+    model = tiny_models.build("llama").double().eval()
+    ids = texts()[0]
+    program = capture(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return model, program, {n: v.clone() for n, v in model.state_dict().items()}
+
+
+@pytest.fixture
+def llama(monkeypatch):
+    model, program, first = captured_llama()
+    monkeypatch.setattr(importlib.import_module("sparseforge_fx.sparsify"), "capture", lambda *_: program)
+
+    def reset():
+        model.load_state_dict(first)
+        return model
+
+    return reset
+
+
 @pytest.mark.parametrize("method, options", [*LAYERWISE, *TRAINED], ids=lambda v: v if isinstance(v, str) else "")
-def test_language_model(tiny, method, options):
+def test_language_model(llama, method, options):
     results = []
     for width in (None, 12):
-        found = tiny("llama")
-        torch.manual_seed(0)
-        model = tiny_models.build("llama").double().eval()
-        model.load_state_dict(found.first)
+        model = llama()
         batches = []
         for ids in texts():
             whole, mask = (ids, torch.ones_like(ids)) if width is None else padded(ids, width, "right")
             batches.append({"input_ids": whole, "attention_mask": mask})
         results.append(masks_after(model, batches, method, **options))
     assert_equal_masks(results[0][0], results[1][0])
+    tokens = [report.get("tokens") for _, report in results]
+    assert tokens[0] == tokens[1]  # padding is no training token
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -81,11 +106,10 @@ def test_left_padding(method):
 
 
 @pytest.mark.parametrize("kind", ["squarehead", "tinybert", "mobilebert"])
-def test_features(kind):
+def test_features(llama, kind):
     results = []
     for width in (None, 12):
-        torch.manual_seed(0)
-        model = tiny_models.build("llama").double().eval()
+        model = llama()
         batches = []
         for ids in texts():
             whole, mask = (ids, torch.ones_like(ids)) if width is None else padded(ids, width, "right")
