@@ -133,8 +133,9 @@ def sparsify(
 
     loaded, tokenizer = models.load_model(model)
     state, started = output / STATE, output / STATE_OF
-    if resume and started.is_file():  # a second measurement might choose otherwise
-        computing = ComputeDtype.read(json.loads(started.read_text()).get("compute_dtype"))
+    begun = json.loads(started.read_text()) if resume and started.is_file() else {}
+    if "compute_dtype" in begun or (begun and state.is_file()):  # a second measurement might choose otherwise
+        computing = ComputeDtype.read(begun.get("compute_dtype"))
     else:
         computing = choose_dtype(dtype_of(loaded), where, wanted)
     restore_dtype = cast(loaded, computing.dtype)
@@ -150,7 +151,7 @@ def sparsify(
 
     def on_step(step: int, row: dict[str, float]) -> None:
         # from the first step on, and not before, there is something to resume
-        if processes.first and not started.exists():
+        if processes.first and (not started.exists() or ("compute_dtype" not in begun and step == 0)):
             write_json(started, {**shape_of_run, "compute_dtype": computing.describe()})
         tracker.log(row, step)
 
