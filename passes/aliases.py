@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +13,81 @@ from torch import Tensor, nn
 INTERNAL = {"_parameters", "_modules"}
 
 
+class Holder(NamedTuple):
+    """A place that a tensor is held at."""
+
+    owner: nn.Module
+    path: str  # of the owner
+    name: str
+    tensor: Tensor
+    parameter: bool
+
+    def __str__(self) -> str:
+        owner = f"module {self.path}" if self.path else "the model"
+        return f"{'parameter' if self.parameter else 'attribute'} {self.name} of {owner}"
+
+
 class Aliases:
-    """The tensors of ``model`` by storage: buffers, and attributes that hold tensors or lists, tuples and dicts of
-    them. A Parameter that several modules register is no alias of itself but a tie: the program lists its names."""
+    """The tensors of ``model`` by storage: parameters, buffers, and attributes that hold tensors or lists, tuples, sets
+    and dicts of them, or modules that are registered nowhere.
 
-    def __init__(self, model: nn.Module | None):
-        self.by_storage: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
-        for path, module in () if model is None else model.named_modules():
-            owner = f"module {path}" if path else "the model"
-            for name, value in vars(module).items():
-                if name not in INTERNAL:
-                    for where, tensor in _tensors(value, name):
-                        where = where.removeprefix("_buffers.")
-                        self.by_storage[_storage(tensor)].append((f"attribute {where} of {owner}", tensor))
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self.by_storage[_storage(parameter)].append((f"parameter {name} of {owner}", parameter))
+    ``read``: names of tensors that the graph reads. A Parameter that is read is no alias, and neither is the same one
+    in another module of the same class: a tie, used alike, whose names the program lists. In a module of another class
+    that the graph does not call (a table, a head of ``generate``) it is something else.
+    """
 
-    def of(self, weight: Tensor, read: Container[int]) -> str | None:
-        """What else sees a change of ``weight``: "attribute w_copy of module head", or None.
+    def __init__(self, model: nn.Module | None, read: Collection[str] = ()):
+        self.by_storage: dict[int, list[Holder]] = defaultdict(list)
+        for holder in () if model is None else _walk(model, "", set()):
+            if holder.tensor.layout == torch.strided:
+                self.by_storage[_storage(holder.tensor)].append(holder)
+        modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
+        self.read = {(id(modules.get(parent)), leaf) for parent, _, leaf in (name.rpartition(".") for name in read)}
 
-        ``read``: identities of tensors that the graph reads; parameters among them are ties.
-        """
+    def of(self, weight: Tensor, fqn: str) -> str | None:
+        """What else sees a change of the weight of that name: "attribute w_copy of module head", or None."""
         start, end = _span(weight)
-        for where, tensor in self.by_storage.get(_storage(weight), ()):
-            if where.startswith("parameter") and (tensor is weight or id(tensor) in read):
+        held = [h for h in self.by_storage.get(_storage(weight), ()) if _meets(h.tensor, start, end)]
+        read = [h for h in held if h.parameter and (id(h.owner), h.name) in self.read]
+        alike = {(type(h.owner), h.name, id(h.tensor)) for h in read}
+        aliases = [h for h in held if not h.parameter or (type(h.owner), h.name, id(h.tensor)) not in alike]
+        if not aliases:
+            return None
+        # the trace reads a tie under one of its names, whichever module it called
+        return next(str(h) for h in (*aliases, *held) if f"{h.path}.{h.name}".strip(".") != fqn)
+
+
+def _meets(tensor: Tensor, start: int, end: int) -> bool:
+    first, last = _span(tensor)
+    return first < end and start < last
+
+
+def _walk(root: nn.Module, prefix: str, seen: set[int]) -> Iterator[Holder]:
+    """Registered modules first, by their own paths: attributes may lead to the same ones."""
+    tree = [(f"{prefix}.{path}".strip("."), m) for path, m in root.named_modules() if id(m) not in seen]
+    seen.update(id(module) for _, module in tree)
+    for path, module in tree:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield Holder(module, path, name, parameter, True)
+        for name, value in vars(module).items():
+            if name in INTERNAL:
                 continue
-            first, last = _span(tensor)
-            if first < end and start < last:
-                return where
-        return None
+            for where, item in _items(value, name, seen):
+                where = where.removeprefix("_buffers.")
+                if isinstance(item, Tensor):
+                    yield Holder(module, path, where, item, False)
+                else:
+                    yield from _walk(item, f"{path}.{where}", seen)
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        if value.layout == torch.strided:
-            yield name, value
-    elif isinstance(value, list | tuple | set | dict):
+def _items(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor | nn.Module]]:
+    if isinstance(value, Tensor | nn.Module):
+        yield name, value
+    elif isinstance(value, list | tuple | set | dict) and id(value) not in seen:  # a dict may hold itself
+        seen.add(id(value))
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(item, f"{name}.{key}")
+            yield from _items(item, f"{name}.{key}", seen)
 
 
 def _storage(tensor: Tensor) -> int:

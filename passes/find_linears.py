@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,27 +15,16 @@ from torch.fx import Node
 
 from sparseforge_fx.adapters import find_adapters
 from sparseforge_fx.passes.aliases import Aliases
+from sparseforge_fx.passes.low_rank_pairs import find_low_rank_pairs
+from sparseforge_fx.passes.operators import LINEAR_OPS, MOVES, op_name
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
 from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
 
-#: operator -> (argument of the input, argument of the weight, the weight is stored [in, out])
-LINEAR_OPS = {
-    aten.linear.default: (0, 1, False),
-    aten.addmm.default: (1, 2, True),
-    aten.mm.default: (0, 1, True),
-    aten.matmul.default: (0, 1, True),
-}
 #: operators that hand a weight on with its two dimensions swapped, or as it is
 SWAPS = {aten.t.default, aten.numpy_T.default, aten.mT.default}
 SAME = {aten.alias.default, aten.detach.default}
-#: operators, by name, that move, copy or cast their first argument and compute nothing
-MOVES = {
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "numpy_T", "mT", "slice",
-    "select", "index", "squeeze", "unsqueeze", "expand", "split", "split_with_sizes", "chunk", "unbind", "getitem",
-    "to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach",
-}  # fmt: skip
 #: elementwise functions that may follow the last linear or a router's linear, with one computed operand
 TAIL_OPS = {"add", "sub", "mul", "div", "neg", "tanh", "sigmoid", "softmax", "_softmax", "log_softmax"}
 #: operators that choose by the largest entry: mixtures of experts route tokens with them
@@ -86,6 +75,10 @@ class LinearSite:
     def numel(self) -> int:
         return int(torch.Size(self.shape).numel())
 
+    def is_used_by(self, nodes: Collection[str]) -> bool:
+        """Is one of the nodes that multiply by it among these?"""
+        return any(use.node in nodes for use in self.uses)
+
 
 def find_linears(
     program: Program,
@@ -102,14 +95,16 @@ def find_linears(
         exclude: globs over weight or module names that stay dense; wins over ``include``.
 
     Dense unless included by name: output layers (nothing but shape and elementwise operators between them and the
-    program's output), routers (the same before a topk), and frozen weights of a model that is not frozen as a whole
-    (beside adapters, base layers are frozen by PEFT, not by the user). Always dense: an embedding's weight and what is
-    tied to it, adapters, what an adapter is merged into, and what shares memory with anything else in the model.
+    program's output), routers (the same before a topk), low-rank pairs beside a linear (adapters that nobody declares),
+    and frozen weights of a model that is not frozen as a whole (below adapters they are frozen for the adapters' sake).
+    Always dense: an embedding's weight and what is tied to it, adapters of PEFT, what an adapter is merged into, and
+    what shares memory with anything else in the model.
     """
     sites: dict[tuple, LinearSite] = {}
     others: dict[tuple, set[str]] = defaultdict(set)  # operators that read a weight in any other way
     parameters = {fqn: value for _, fqn, value in program.lifted(InputKind.PARAMETER)}
-    lifted = list(program.lifted(InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR))
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+    lifted = [found for found in program.lifted(*kinds) if found[2].layout == torch.strided]  # others have no storage
     for node, fqn, value in lifted:
         uses, rest = _uses(node)
         if not uses and (value.dim() < 2 or fqn not in parameters):
@@ -122,17 +117,20 @@ def find_linears(
         sites[key].uses += uses
         others[key] |= {name for other in rest for name in _readers(other)}
 
-    dense_by_default = _heads_and_routers(program)
-    adapters, aliases = find_adapters(program.source), Aliases(program.source)
+    for site in sites.values():
+        site.transposed = bool(site.uses) and site.uses[0].swapped
+    branches = _low_rank_pairs(program, list(sites.values()))
+    dense_by_default = _heads_and_routers(program) | branches
+    adapters = find_adapters(program.source)
+    aliases = Aliases(program.source, {fqn for node, fqn, _ in lifted if node.users})
+    own = adapters.own | {id(program.tensor(s.fqn)) for s in sites.values() if s.is_used_by(branches)}
     frozen_model = not any(
-        p.requires_grad and id(p) not in adapters.own and (p.dim() > 1 or not adapters.own) for p in parameters.values()
+        p.requires_grad and id(p) not in own and (p.dim() > 1 or not own) for p in parameters.values()
     )
-    read = {id(value) for node, _, value in lifted if node.users}
     overlapping = _overlapping([value for _, _, value in lifted])
     for key, site in sites.items():
         names = (site.fqn, *site.ties)
         named = any(_matches(n, include) for n in names)
-        site.transposed = bool(site.uses) and site.uses[0].swapped
         ids = {id(parameters[n]) for n in names if n in parameters}
         if ids & adapters.own:
             site.reason = "part of a PEFT adapter"
@@ -147,7 +145,7 @@ def find_linears(
             site.reason = "an adapter is merged into it, to be taken out again: call merge_and_unload() first"
         elif key in overlapping:
             site.reason = "shares memory with another tensor or with itself"
-        elif (alias := aliases.of(parameters[site.fqn], read)) is not None:
+        elif (alias := aliases.of(parameters[site.fqn], site.fqn)) is not None:
             site.reason = f"shares memory with {alias}"
         elif any(_matches(n, exclude) for n in names):
             site.reason = "excluded by name"
@@ -217,11 +215,6 @@ def _matches(fqn: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(fqn, g) or fnmatchcase(module, g) for g in globs)
 
 
-def _name(node: Node) -> str:
-    """The operator without its overload: ``linear`` of ``aten.linear.default``."""
-    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
-
-
 # -- who reads a weight ----------------------------------------------------------------------------------------------
 def _uses(weight: Node) -> tuple[list[LinearUse], list[Node]]:
     """Linear uses of a placeholder, through transposes, and the nodes that read it in any other way."""
@@ -273,9 +266,9 @@ def _is_vector(node: Any) -> bool:
 
 def _readers(node: Node, through: str = "") -> set[str]:
     """The operators that compute with what this node hands on, in full: through moves and casts."""
-    if _name(node) == "_assert_tensor_metadata":
+    if op_name(node) == "_assert_tensor_metadata":
         return set()
-    if _name(node) not in MOVES:
+    if op_name(node) not in MOVES:
         return {("the program's output" if node.op == "output" else str(node.target)) + through}
     through = through or f" through {node.target}"
     return {name for user in node.users for name in _readers(user, through)} or {str(node.target)}
@@ -284,10 +277,17 @@ def _readers(node: Node, through: str = "") -> set[str]:
 # -- what the graph does with a linear, and where its weight comes from ------------------------------------------------
 def _heads_and_routers(program: Program) -> dict[str, str]:
     """Node name of each linear that ends in the output or in a choice of experts -> which of the two."""
-    chosen_by = [n.args[0] for n in program.graph.nodes if _name(n) in SELECTORS]
+    chosen_by = [n.args[0] for n in program.graph.nodes if op_name(n) in SELECTORS]
     routers = _linears_before(program, [n for n in chosen_by if isinstance(n, Node)])
     heads = _linears_before(program, program.graph.output_node().all_input_nodes)
     return dict.fromkeys(routers, "router (topk chooses by its output)") | dict.fromkeys(heads, "output layer (head)")
+
+
+def _low_rank_pairs(program: Program, sites: Sequence[LinearSite]) -> dict[str, str]:
+    """Node name of each linear of a low-rank pair -> what it is."""
+    by_name = {u.node: s for s in sites for u in s.uses if not u.left}
+    pairs = find_low_rank_pairs({n: by_name[n.name] for n in program.graph.nodes if n.name in by_name})
+    return {node.name: f"low-rank branch of {by_name[base.name].fqn}" for node, base in pairs.items()}
 
 
 def _linears_before(program: Program, nodes: Iterable[Node]) -> set[str]:
@@ -301,10 +301,10 @@ def _linears_before(program: Program, nodes: Iterable[Node]) -> set[str]:
             found.add(node.name)
             continue
         computed = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor) and a.name not in inputs]
-        if _name(node) in MOVES:
+        if op_name(node) in MOVES:
             before = node.all_input_nodes[:1]
         else:
-            before = computed if _name(node) in TAIL_OPS and len(computed) == 1 else []
+            before = computed if op_name(node) in TAIL_OPS and len(computed) == 1 else []
         stack += [n for n in before if n not in seen]
         seen.update(before)
     return found
@@ -328,7 +328,7 @@ def _computed_weights(program: Program, listed: set[str]) -> list[LinearSite]:
             if operand.op != "call_function" or known & listed or not (known or node.target == aten.linear.default):
                 continue
             val = operand.meta["val"]
-            while _name(operand) in MOVES and operand.args[0].op == "call_function":  # type: ignore[union-attr]
+            while op_name(operand) in MOVES and operand.args[0].op == "call_function":  # type: ignore[union-attr]
                 operand = operand.args[0]  # type: ignore[assignment]
             reason = f"its weight is computed in the graph by {operand.target}"
             uses = [LinearUse(node.name, swapped=node.target != aten.linear.default)]

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from sparseforge_fx.passes.find_linears import LINEAR_OPS, MOVES, LinearUse, _name
+from sparseforge_fx.passes.find_linears import LinearUse
+from sparseforge_fx.passes.operators import LINEAR_OPS, MOVES, op_name
 from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
@@ -74,7 +75,7 @@ def _values(args: Any) -> Any:
 def drop_dead_moves(program: Program, weight: Node) -> None:
     """Erase the transposes of a weight that only replaced nodes read."""
     for user in list(weight.users):
-        if _name(user) in MOVES:
+        if op_name(user) in MOVES:
             drop_dead_moves(program, user)
             if not user.users:
                 program.graph.erase_node(user)

@@ -28,9 +28,10 @@ from sparseforge_fx.passes import (
     run_passes,
     train_passes,
 )
-from sparseforge_fx.passes.find_linears import LINEAR_OPS, eligible
+from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.passes.lower_sparse_linears import keep_dense
+from sparseforge_fx.passes.operators import LINEAR_OPS
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask, to_groups
 
 SIZE = {

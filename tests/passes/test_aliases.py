@@ -9,6 +9,7 @@ from torch import nn
 from sparseforge_fx.capture import capture
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.passes import find_linears
+from sparseforge_fx.passes.aliases import Aliases
 from sparseforge_fx.prepare import check_sites
 
 
@@ -31,6 +32,12 @@ def other_parameter(model, value):
     model.idle.weight = nn.Parameter(value)
 
 
+def table(value):
+    embedding = nn.Embedding(8, 8)
+    embedding.weight = value
+    return embedding
+
+
 SHARED = {
     "a buffer": (lambda m, w: buffer(m, w.detach()), "attribute copy of module b"),
     "a buffer that is not saved": (lambda m, w: buffer(m, w.data, persistent=False), "attribute copy of module b"),
@@ -40,6 +47,12 @@ SHARED = {
     "a list": (lambda m, w: setattr(m, "seen", [1, [w]]), "attribute seen.1.0 of the model"),
     "a dict": (lambda m, w: setattr(m, "seen", {"x": (w.detach(),)}), "attribute seen.x.0 of the model"),
     "a parameter outside the graph": (lambda m, w: other_parameter(m, w.detach()), "parameter weight of module idle"),
+    "the parameter itself, in a table": (
+        lambda m, w: setattr(m, "table", table(w)),
+        "parameter weight of module table",
+    ),
+    "the parameter itself, by another name": (lambda m, w: setattr(m.idle, "old", w), "parameter old of module idle"),
+    "a module in a list": (lambda m, w: setattr(m, "kept", [table(w)]), "parameter weight of module kept.0"),
     "a part of a parameter": (lambda m, w: other_parameter(m, w.detach()[:4]), "another tensor or with itself"),
 }
 
@@ -68,6 +81,24 @@ def test_copies_ties_and_neighbours_are_no_aliases():
     sites = {s.fqn: s for s in find_linears(capture(model, torch.randn(2, 8)))}
     assert sites["a.weight"].reason is None and set(sites["a.weight"].ties) >= {"idle.weight"}
     assert sites["b.weight"].reason is None
+
+
+def test_attributes_that_lead_to_each_other_and_to_registered_modules():
+    model = Head()
+    model.b.before, model.settings = [model.a], {"head": [model.b]}
+    model.settings["me"] = model.settings
+    aliases = Aliases(model, {"a.weight", "b.weight"})
+    assert aliases.of(model.a.weight, "a.weight") is None and aliases.of(model.b.weight, "b.weight") is None
+    model.settings["x"] = model.a.weight.data
+    found = Aliases(model, {"a.weight"}).of(model.a.weight, "a.weight")
+    assert found == "attribute settings.x of the model"
+
+
+def test_tensors_without_one_storage_are_passed_over():
+    model = Head()
+    model.register_buffer("adjacency", torch.eye(4).to_sparse())
+    model.links = nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False)
+    assert Aliases(model, {"a.weight"}).of(model.a.weight, "a.weight") is None
 
 
 def test_on_the_meta_device():
