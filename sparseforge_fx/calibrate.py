@@ -155,7 +155,7 @@ def _plain(value: Tensor) -> Tensor:
     while torch._C._functorch.is_batchedtensor(value):
         level = torch._C._functorch.maybe_get_level(value)
         value, dim = torch._C._functorch._unwrap_batched(value, level)
-        value = value.movedim(dim, 0)
+        value = value.movedim(dim or 0, 0)
     return value
 
 
