@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -266,10 +266,22 @@ def sparsify(
         readings = [reader.read(*as_call(b)) for b in one_shot or ()]
         report["layer_notes"] = _prune_once(program, sites, shape, solve, readings)
     notes += [n for n in reader.notes if n not in notes]
+    notes += _by_text(report.get("layer_notes") or {})
     report["density"] = {s.fqn: density(program.tensor(s.fqn)) for s in eligible(sites)}
     report["seconds"] = time.monotonic() - began
     report["peak_memory_bytes"] = peak_memory_bytes()
     return SparsifyResult(model, report)
+
+
+def _by_text(layer_notes: Mapping[str, str]) -> list[str]:
+    """A sentence for every text, with the weights that it is about."""
+    names: dict[str, list[str]] = {}
+    for fqn, text in layer_notes.items():
+        names.setdefault(text, []).append(fqn)
+    return [
+        f"{text}: {', '.join(found[:3])}" + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        for text, found in names.items()
+    ]
 
 
 def _anneal(

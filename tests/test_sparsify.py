@@ -309,6 +309,16 @@ def test_what_the_user_froze_stays_to_the_bit(method, preset):
     assert ("2.bias" in moved) == (method != "alps")  # what nobody froze trains
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparseforge"])
+def test_what_was_noted_of_layers_is_in_the_notes(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(5)), nn.LayerNorm(16))
+    report = sf.sparsify(model, [torch.zeros(8, 16)], method=method, **SMALL | {"calibration": 8}).report
+    assert len(report["layer_notes"]) == 5
+    (told,) = [n for n in report["notes"] if "no calibration token" in n]
+    assert told.endswith("pruned by magnitude: 0.weight, 1.weight, 2.weight and 2 more")
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_callers_grad_mode_does_not_matter(captured_once, mode):
     found = captured_once("llama")
