@@ -48,7 +48,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
         eagerly = torch.compiler.set_stance("force_eager")
         with _no_cache(model), torch.inference_mode(False), torch.enable_grad(), eagerly, spelled_out(model, kwargs):
             model.eval()
-            args, kwargs = pytree.tree_map(_normal, (args, kwargs))
+            args, kwargs = pytree.tree_map(trainable_input, (args, kwargs))
             exported, notes = _export(model, args, kwargs, dynamic)
     finally:
         for module, mode in modes.items():
@@ -174,7 +174,8 @@ def _export(model: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> tuple
     raise SparseForgeError(_explain(model, args, kwargs, first)) from first
 
 
-def _normal(leaf: Any) -> Any:
+def trainable_input(leaf: Any) -> Any:
+    """Tensors made under torch.inference_mode cannot be traced or trained on; their copies can."""
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 

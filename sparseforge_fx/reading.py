@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparseforge_fx.capture import as_call
+from sparseforge_fx.capture import as_call, trainable_input
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.forward import named_parameters, positional_names
 from sparseforge_fx.program import Program
@@ -78,7 +78,7 @@ class Reader:
 
         Raises SparseForgeError if it lacks what the model was captured with, or if padding would be taken for text.
         """
-        given = {n: pytree.tree_map(_normal, v) for n, v in by_name(self._model, args, kwargs).items()}
+        given = {n: pytree.tree_map(trainable_input, v) for n, v in by_name(self._model, args, kwargs).items()}
         positional = positional_names(self._model, max(self._count, len(args)))[: self._count]
         captured = [*positional, *self._keywords]
         for mask, ids in ((MASK, "input_ids"), (DECODER_MASK, DECODER_IDS)):
@@ -262,11 +262,6 @@ def _ends_in_padding(ids: Any, pad: int | None) -> bool:
 
 def _shape(value: Any) -> torch.Size | None:
     return value.shape if isinstance(value, Tensor) else None
-
-
-def _normal(leaf: Any) -> Any:
-    """Tensors made under inference_mode cannot be trained on; their copies can."""
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -151,10 +151,9 @@ def sparsify(
         check_parent(Path(resume_from))
     if configure is not None:
         configure(steps or 60, shape, **changes)  # what is wrong with it is found out before anything is read
+        accelerator = accelerator or processes.accelerator()
     torch.manual_seed(seed)
     batches = None
-    if configure is not None:
-        accelerator = accelerator or processes.accelerator()
     if chosen != "magnitude":
         a_step = batch_size * length * accumulate * (accelerator.num_processes if accelerator is not None else 1)
         needed = calibration * length if chosen in LAYERWISE else tokens or (steps or 60) * a_step

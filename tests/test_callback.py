@@ -1,16 +1,13 @@
 """The Hugging Face Trainer on the same engine: a plain loop's numbers, evaluation, checkpoints, resuming."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tiny_checkpoint import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
+from two_processes import run_two
 
 import sparseforge_fx as sf
 from sparseforge_fx.callback import STATE, SparseForgeCallback
@@ -330,24 +327,7 @@ def under_the_trainer(folder, rows):
 
 def test_masks_follow_the_curvature_of_all_processes(tmp_path):
     """DistributedDataParallel hands rank 0's masks round; they have to be those of all data."""
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(30_000 + os.getpid() % 10_000),
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(tmp_path), str(r)], stderr=subprocess.PIPE, text=True,
-            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
-    first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    first, second = run_two(RANKS, tmp_path)
     assert first and all(torch.equal(first[name], second[name]) for name in first)
     alone = under_the_trainer(tmp_path / "alone", 2)
     for name, one in alone.items():

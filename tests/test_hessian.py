@@ -1,16 +1,13 @@
 """The four curvature estimators against exact Hessians, per-token loops and hooks on the source model."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.functional import hessian
 from transformers.modeling_outputs import SequenceClassifierOutput
+from two_processes import run_two
 
 from sparseforge_fx.hessian import ESTIMATORS, Curvature, hutchinson_diagonal, sample_labels
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
@@ -387,24 +384,7 @@ def curvatures(rows: slice) -> dict[str, dict[str, torch.Tensor]]:
 
 def test_two_processes_estimate_what_one_does_with_both_their_batches(tmp_path):
     """In a loop of one's own. Half of the model hears nothing on either process."""
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(40_000 + os.getpid() % 20_000),
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(tmp_path)], env=environment | {"RANK": str(r)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
-    first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    first, second = run_two(RANKS, tmp_path)
     alone = curvatures(slice(0, 4))
     for estimator, values in alone.items():
         for name, one in values.items():

@@ -13,6 +13,7 @@ import tiny_models
 import torch
 from torch import nn
 from transformers import BatchEncoding
+from two_processes import run_two
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig, tuned_preset
@@ -429,25 +430,7 @@ class Halves(Batches):
 
 def test_two_processes_agree(tmp_path):
     """Gradients and curvature are averaged: both ranks hold the same weights and the same masks, bit for bit."""
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000),
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(tmp_path)],
-            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2"},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
-    first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    first, second = run_two(RANKS, tmp_path)
     for kind in ("weights", "masks"):
         for fqn, value in first[kind].items():
             assert torch.equal(value, second[kind][fqn]), (kind, fqn)

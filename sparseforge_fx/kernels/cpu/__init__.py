@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning
+from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning, one_line
 
 ISA_VARIABLE = "SPARSEFORGE_CPU_ISA"
 _SOURCES = (
@@ -108,7 +108,7 @@ def _load() -> bool:
         else:
             _build(library)
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = one_line(error)
         told = f"packed linears run in plain torch on this CPU: no C++ kernel ({reason})"
         warnings.warn(told, SparseForgeWarning, stacklevel=4)
         return False
