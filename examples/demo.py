@@ -67,9 +67,9 @@ def main() -> None:
     import transformers
 
     import sparseforge_fx as sf
-    from sparseforge_fx.compute_dtype import cast, choose_dtype
-    from sparseforge_fx.evaluate import perplexity
-    from sparseforge_fx.models import load_model, new_folder, write_checkpoint
+    from sparseforge_fx.evaluation.perplexity import perplexity
+    from sparseforge_fx.models.compute_dtype import cast, choose_dtype
+    from sparseforge_fx.models.dense import load_model, new_folder, write_checkpoint
     from sparseforge_fx.report import environment, plot_curves, write_json
 
     transformers.utils.logging.disable_progress_bar()

@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import sparseforge_fx as sf
-from sparseforge_fx.callback import SparseForgeCallback
-from sparseforge_fx.text import load_text
+from sparseforge_fx.data.text import load_text
+from sparseforge_fx.training.callback import SparseForgeCallback
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparseforge_fx as sf
-from sparseforge_fx.batches import as_batches
+from sparseforge_fx.data.batches import as_batches
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from sparseforge_fx.program import Program
+from sparseforge_fx.graph.program import Program
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS
 from sparseforge_fx.kernels.packed import unpack
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.rewrite import aten, call_like, sparse_use
-from sparseforge_fx.program import Program
 
 
 def expand_sparse_linears(program: Program) -> PassResult:

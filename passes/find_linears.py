@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from sparseforge_fx.adapters import find_adapters
+from sparseforge_fx.graph.adapters import find_adapters
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.passes.aliases import Aliases
 from sparseforge_fx.passes.low_rank_pairs import find_low_rank_pairs
 from sparseforge_fx.passes.operators import LINEAR_OPS, MOVES, op_name
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
-from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
 

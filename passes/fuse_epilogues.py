@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx import Graph, Node, symbolic_trace
 from torch.fx.passes.utils.matcher_utils import SubgraphMatcher
 
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.rewrite import sparse_use
-from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default)

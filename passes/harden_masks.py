@@ -6,10 +6,10 @@ import torch
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, Unstructured, hard_mask
-from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
 

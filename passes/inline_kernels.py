@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.kernels.gpu.planes import HALF_TYPES
+from sparseforge_fx.kernels.gpu.planes_linear import as_words
+from sparseforge_fx.kernels.gpu.tiles import DECODE_ROWS
 from sparseforge_fx.kernels.layouts import PLANES
-from sparseforge_fx.kernels.planes import HALF_TYPES
-from sparseforge_fx.kernels.planes_linear import as_words
 from sparseforge_fx.kernels.sparse_linear import OP
-from sparseforge_fx.kernels.tiles import DECODE_ROWS
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.rewrite import SparseUse, aten, sparse_use
-from sparseforge_fx.program import Program
 
 PLANES_OP = torch.ops.sparseforge.planes_linear.default
 COND = torch.ops.higher_order.cond

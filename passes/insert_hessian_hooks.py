@@ -8,10 +8,10 @@ import torch
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.rows import mask_names, positions_of
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.program import Program
-from sparseforge_fx.rows import mask_names, positions_of
 
 
 def probe_name(fqn: str) -> str:

@@ -8,9 +8,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
 

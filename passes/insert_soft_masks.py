@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch.export.graph_signature import InputKind
 
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.find_linears import LinearSite, eligible
 from sparseforge_fx.passes.rewrite import drop_dead_moves, rewrite_use
-from sparseforge_fx.program import Program
 
 
 def mask_name(fqn: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.export.graph_signature import InputKind
 
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import ROWS, Layout
 from sparseforge_fx.kernels.packed import pack
 from sparseforge_fx.kernels.sparse_linear import OP
@@ -14,7 +15,6 @@ from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.find_linears import LinearSite, eligible
 from sparseforge_fx.passes.rewrite import drop_dead_moves, rewrite_use
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
-from sparseforge_fx.program import Program
 
 
 def keep_dense(program: Program, sites: Sequence[LinearSite]) -> list[LinearSite]:

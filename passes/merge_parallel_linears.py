@@ -14,12 +14,12 @@ from torch import nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.find_linears import LinearSite, eligible
 from sparseforge_fx.passes.rewrite import call_like, sparse_use
-from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.passes.find_linears import LinearUse
 from sparseforge_fx.passes.operators import LINEAR_OPS, MOVES, op_name
-from sparseforge_fx.program import Program
 
 aten = torch.ops.aten
 

@@ -7,54 +7,53 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sparseforge_fx import transformers_hook
+from sparseforge_fx.deploy import transformers_hook
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
-    from sparseforge_fx.deploy.archive import check_export
-    from sparseforge_fx.deploy.checkpoints import load, pack_checkpoint, save_packed, unpack_checkpoint
-    from sparseforge_fx.deploy.export import export
-    from sparseforge_fx.deploy.generation import export_generator
-    from sparseforge_fx.deploy.generator import Generator, load_generator
-    from sparseforge_fx.deploy.lora import merge_lora
-    from sparseforge_fx.deploy.lower import lower
-    from sparseforge_fx.deploy.modules import lower_modules
+    from sparseforge_fx.deploy.adapters.lora import merge_lora
+    from sparseforge_fx.deploy.checkpoints.packed import load, pack_checkpoint, save_packed, unpack_checkpoint
+    from sparseforge_fx.deploy.export.archive import check_export
+    from sparseforge_fx.deploy.export.export import export
+    from sparseforge_fx.deploy.export.generation import export_generator
+    from sparseforge_fx.deploy.export.generator import Generator, load_generator
+    from sparseforge_fx.deploy.lowering.lower import lower
+    from sparseforge_fx.deploy.lowering.modules import lower_modules
+    from sparseforge_fx.deploy.lowering.quantize import quantize
     from sparseforge_fx.methods.catalog import configure
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
-    from sparseforge_fx.models import load_model, save_model
-    from sparseforge_fx.prepare import finalize, prepare
-    from sparseforge_fx.quantize import quantize
-    from sparseforge_fx.sparse_model import SparseModel
-    from sparseforge_fx.sparsify import SparsifyResult, sparsify
+    from sparseforge_fx.models.dense import load_model, save_model
+    from sparseforge_fx.training.prepare import finalize, prepare
+    from sparseforge_fx.training.sparse_model import SparseModel
+    from sparseforge_fx.training.sparsify import SparsifyResult, sparsify
 
 _HOMES = {
     "SparseForgeConfig": "methods.soft_mask",
-    "SparseModel": "sparse_model",
-    "SparsifyResult": "sparsify",
-    "check_export": "deploy.archive",
+    "SparseModel": "training.sparse_model",
+    "SparsifyResult": "training.sparsify",
+    "check_export": "deploy.export.archive",
     "configure": "methods.catalog",
-    "Generator": "deploy.generator",
-    "export": "deploy.export",
-    "export_generator": "deploy.generation",
-    "finalize": "prepare",
-    "load": "deploy.checkpoints",
-    "load_generator": "deploy.generator",
-    "load_model": "models",
-    "lower": "deploy.lower",
-    "lower_modules": "deploy.modules",
-    "merge_lora": "deploy.lora",
-    "pack_checkpoint": "deploy.checkpoints",
+    "Generator": "deploy.export.generator",
+    "export": "deploy.export.export",
+    "export_generator": "deploy.export.generation",
+    "finalize": "training.prepare",
+    "load": "deploy.checkpoints.packed",
+    "load_generator": "deploy.export.generator",
+    "load_model": "models.dense",
+    "lower": "deploy.lowering.lower",
+    "lower_modules": "deploy.lowering.modules",
+    "merge_lora": "deploy.adapters.lora",
+    "pack_checkpoint": "deploy.checkpoints.packed",
     "paper_preset": "methods.soft_mask",
-    "prepare": "prepare",
-    "quantize": "quantize",
-    "save_model": "models",
-    "save_packed": "deploy.checkpoints",
-    "sparsify": "sparsify",
+    "prepare": "training.prepare",
+    "quantize": "deploy.lowering.quantize",
+    "save_model": "models.dense",
+    "save_packed": "deploy.checkpoints.packed",
+    "sparsify": "training.sparsify",
     "tuned_preset": "methods.soft_mask",
-    "unpack_checkpoint": "deploy.checkpoints",
+    "unpack_checkpoint": "deploy.checkpoints.packed",
 }
 
 __all__ = [
@@ -98,14 +97,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Package(ModuleType):
-    """Importing the submodule ``sparsify`` binds the module to that name of its package; here the function stays."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 transformers_hook.install()

@@ -22,7 +22,7 @@ from tiny_models import captured_once, tiny  # noqa: F401  (fixtures)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparseforge_fx.capture import capture
+from sparseforge_fx.graph.capture import capture
 
 torch.set_num_threads(1)
 settings.register_profile("repository", deadline=None, derandomize=True, database=None)  # the same cases everywhere

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from sparseforge_fx.capture import capture, make_example_inputs
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import capture, make_example_inputs
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import (
     deploy_passes,

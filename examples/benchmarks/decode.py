@@ -21,7 +21,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 import sparseforge_fx as sf
-from sparseforge_fx.deploy.throughput import compare, random_prompts, with_transformers
+from sparseforge_fx.deploy.export.throughput import compare, random_prompts, with_transformers
 from sparseforge_fx.report import environment, write_json
 
 RESULTS = Path(__file__).parent / "results" / "decode"

@@ -17,7 +17,7 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from sparseforge_fx import SparseModel, paper_preset, prepare
-from sparseforge_fx.hessian import ESTIMATORS
+from sparseforge_fx.methods.curvature import ESTIMATORS
 from sparseforge_fx.report import environment, write_json
 
 RESULTS = Path(__file__).parent / "results" / "estimator_cost"

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparseforge_fx import SparseForgeConfig, prepare
-from sparseforge_fx.data import tokenize
-from sparseforge_fx.evaluate import perplexity
-from sparseforge_fx.hessian import hutchinson_diagonal
+from sparseforge_fx.data.tokens import tokenize
+from sparseforge_fx.evaluation.perplexity import perplexity
+from sparseforge_fx.methods.curvature import hutchinson_diagonal
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 from sparseforge_fx.report import environment, write_json
 

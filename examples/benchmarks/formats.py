@@ -28,8 +28,8 @@ import typer
 from torch import nn
 
 import sparseforge_fx as sf
-from sparseforge_fx.deploy import cost
-from sparseforge_fx.deploy.throughput import random_prompts
+from sparseforge_fx.deploy.export.throughput import random_prompts
+from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.report import environment, write_json
 

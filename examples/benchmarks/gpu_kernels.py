@@ -23,11 +23,11 @@ import typer
 from torch.sparse import to_sparse_semi_structured
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels import cusparselt
+from sparseforge_fx.kernels.gpu import cusparselt
+from sparseforge_fx.kernels.gpu.planes import planes_to_dense, to_planes
+from sparseforge_fx.kernels.gpu.planes_linear import expand_planes, planes_linear, tune
+from sparseforge_fx.kernels.gpu.tiles import DECODE_ROWS, bucket
 from sparseforge_fx.kernels.packed import pack
-from sparseforge_fx.kernels.planes import planes_to_dense, to_planes
-from sparseforge_fx.kernels.planes_linear import expand_planes, planes_linear, tune
-from sparseforge_fx.kernels.tiles import DECODE_ROWS, bucket
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 from sparseforge_fx.report import environment, write_json
 

@@ -20,11 +20,11 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparseforge_fx as sf
-from sparseforge_fx.data import tokenize
-from sparseforge_fx.evaluate import perplexity
+from sparseforge_fx.data.tokens import tokenize
+from sparseforge_fx.evaluation.perplexity import perplexity
+from sparseforge_fx.evaluation.zero_shot import zero_shot
 from sparseforge_fx.methods.catalog import TRAINED
 from sparseforge_fx.report import environment, write_json
-from sparseforge_fx.zero_shot import zero_shot
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 

@@ -100,7 +100,7 @@ def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict:
 
 
 def compiled_dense(sparse: SparseModel):
-    from sparseforge_fx.compile import compile_repeated_blocks
+    from sparseforge_fx.graph.compile import compile_repeated_blocks
 
     if "dense" not in sparse._hidden:
         sparse._hidden["dense"] = compile_repeated_blocks(sparse.dense.module())

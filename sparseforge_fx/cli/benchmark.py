@@ -24,10 +24,10 @@ def benchmark(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result there (json).")] = None,
 ) -> None:
     """Generate with MODEL dense and packed in turn."""
-    from sparseforge_fx.deploy.modules import lower_modules
-    from sparseforge_fx.deploy.throughput import compare, random_prompts, with_transformers
+    from sparseforge_fx.deploy.export.throughput import compare, random_prompts, with_transformers
+    from sparseforge_fx.deploy.lowering.modules import lower_modules
     from sparseforge_fx.errors import SparseForgeError
-    from sparseforge_fx.models import check_parent, load_model
+    from sparseforge_fx.models.dense import check_parent, load_model
     from sparseforge_fx.report import environment, write_json
 
     if min(*batch, prompt, tokens, rounds) < 1:

@@ -44,13 +44,13 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers there.")] = None,
 ) -> None:
     """Perplexity, dense beside sparse, and whether every linear is exactly N:M."""
-    from sparseforge_fx.compute_dtype import cast, choose_dtype, dtype_of
-    from sparseforge_fx.evaluate import compare, perplexity, text_tokens
-    from sparseforge_fx.models import find_dtype, load_model
+    from sparseforge_fx.data.text import open_sources
+    from sparseforge_fx.evaluation.perplexity import compare, perplexity, text_tokens
+    from sparseforge_fx.evaluation.zero_shot import TASKS, check_tasks, zero_shot
+    from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
+    from sparseforge_fx.models.dense import find_dtype, load_model
     from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import environment, write_json
-    from sparseforge_fx.text import open_sources
-    from sparseforge_fx.zero_shot import TASKS, check_tasks, zero_shot
 
     shape = parse_pattern(pattern)
     open_sources(data)
@@ -139,7 +139,7 @@ def _accuracy_table(accuracy: dict[str, dict[str, dict[str, float]]], names: dic
 
 def _check_linears(model: Any, pattern: Any) -> list[dict[str, Any]]:
     """Every linear of the graph: share of zeros, and whether it keeps the pattern (None where it has none to keep)."""
-    from sparseforge_fx.capture import capture
+    from sparseforge_fx.graph.capture import capture
     from sparseforge_fx.passes import find_linears
     from sparseforge_fx.pattern import check_pattern, density
 

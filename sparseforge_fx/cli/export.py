@@ -31,12 +31,12 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
 ) -> None:
     """Write MODEL, which is 2:4, as an ExportedProgram, an AOTInductor package, or a packed checkpoint."""
-    from sparseforge_fx.deploy.checkpoints import load_any, save_packed
-    from sparseforge_fx.deploy.export import check_path
-    from sparseforge_fx.deploy.export import export as export_model
-    from sparseforge_fx.deploy.generation import export_generator
+    from sparseforge_fx.deploy.checkpoints.packed import load_any, save_packed
+    from sparseforge_fx.deploy.export.export import check_path
+    from sparseforge_fx.deploy.export.export import export as export_model
+    from sparseforge_fx.deploy.export.generation import export_generator
     from sparseforge_fx.errors import SparseForgeError
-    from sparseforge_fx.models import check_output
+    from sparseforge_fx.models.dense import check_output
 
     if format not in FORMATS:
         raise SparseForgeError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")

@@ -33,7 +33,7 @@ def generate(
         "top_p": top_p,
     }
     if model.endswith(".pt2"):
-        from sparseforge_fx.deploy.generator import load_generator
+        from sparseforge_fx.deploy.export.generator import load_generator
 
         texts = load_generator(model).text(prompt, seed=seed, **options)
     else:
@@ -45,8 +45,8 @@ def generate(
 def _from_folder(model: str, prompts: list[str], seed: int | None, device: str | None, options: dict) -> list[str]:
     import torch
 
-    from sparseforge_fx.deploy.checkpoints import load_any
-    from sparseforge_fx.deploy.modules import lower_modules
+    from sparseforge_fx.deploy.checkpoints.packed import load_any
+    from sparseforge_fx.deploy.lowering.modules import lower_modules
     from sparseforge_fx.errors import SparseForgeError
 
     loaded: Any

@@ -32,8 +32,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print every linear as json.")] = False,
 ) -> None:
     """Which linears are eligible, which not and why; bytes dense and sparse. Needs no weights."""
-    from sparseforge_fx.capture import capture
-    from sparseforge_fx.models import load_model, load_skeleton
+    from sparseforge_fx.graph.capture import capture
+    from sparseforge_fx.models.dense import load_model, load_skeleton
     from sparseforge_fx.passes import find_linears
     from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import describe_sites

@@ -65,8 +65,8 @@ def serve(
 
 def _check_model(model: str) -> None:
     """Raise SparseForgeError for what the server would only find out while it starts, or at the first request."""
-    from sparseforge_fx.deploy.packed_files import METHOD, check_folder
-    from sparseforge_fx.models import load_config, load_tokenizer, locate
+    from sparseforge_fx.deploy.checkpoints.packed_files import METHOD, check_folder
+    from sparseforge_fx.models.dense import load_config, load_tokenizer, locate
 
     where = locate(model)
     if where.gguf:

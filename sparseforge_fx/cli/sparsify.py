@@ -111,14 +111,14 @@ def sparsify(
 
     import torch
 
-    from sparseforge_fx import models
-    from sparseforge_fx.compute_dtype import ComputeDtype, cast, choose_dtype, dtype_of
+    from sparseforge_fx.data.text import open_sources
     from sparseforge_fx.methods.catalog import find_options
+    from sparseforge_fx.models import dense as models
+    from sparseforge_fx.models.compute_dtype import ComputeDtype, cast, choose_dtype, dtype_of
     from sparseforge_fx.pattern import parse_pattern
-    from sparseforge_fx.processes import Processes
     from sparseforge_fx.report import plot_curves, write_json
-    from sparseforge_fx.sparsify import sparsify as run
-    from sparseforge_fx.text import open_sources
+    from sparseforge_fx.training.processes import Processes
+    from sparseforge_fx.training.sparsify import sparsify as run
 
     # everything that can be known to be wrong before a model is loaded
     processes = Processes()
@@ -216,7 +216,7 @@ def parse_tokens(text: str) -> int:
 
 def _check_run_folder(output: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
     """Is the output folder free, or the run in it this one?"""
-    from sparseforge_fx.models import check_output, finish_replacement
+    from sparseforge_fx.models.dense import check_output, finish_replacement
 
     if resume and overwrite:
         raise SparseForgeError("--resume goes on with a run and --overwrite forgets it: give one of the two")
@@ -297,7 +297,7 @@ class _Tracker:
             return
         from accelerate.tracking import get_available_trackers
 
-        from sparseforge_fx.processes import accelerator
+        from sparseforge_fx.training.processes import accelerator
 
         available = [str(getattr(t, "value", t)) for t in get_available_trackers()]
         if name not in available:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparseforge_fx.kernels import cusparselt, cutlass
+from sparseforge_fx.kernels.gpu import cusparselt, cutlass
+from sparseforge_fx.kernels.gpu.planes import from_planes
+from sparseforge_fx.kernels.gpu.planes_linear import as_planes, as_words, tune_planes
 from sparseforge_fx.kernels.packed import Packed
-from sparseforge_fx.kernels.planes import from_planes
-from sparseforge_fx.kernels.planes_linear import as_planes, as_words, tune_planes
 
 
 class Layout(NamedTuple):

@@ -17,10 +17,10 @@ from torch import Tensor
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.activations import ACTIVATIONS
-from sparseforge_fx.kernels.cusparselt import blob_dense, blob_product
-from sparseforge_fx.kernels.cutlass import cutlass_dense, cutlass_product
+from sparseforge_fx.kernels.gpu.cusparselt import blob_dense, blob_product
+from sparseforge_fx.kernels.gpu.cutlass import cutlass_dense, cutlass_product
+from sparseforge_fx.kernels.gpu.planes_linear import planes_dense, planes_product
 from sparseforge_fx.kernels.packed import Packed, check_shapes, unpack
-from sparseforge_fx.kernels.planes_linear import planes_dense, planes_product
 
 aten = torch.ops.aten
 

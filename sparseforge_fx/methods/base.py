@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx.checkpoint import misfit
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.hessian import Curvature
+from sparseforge_fx.methods.curvature import Curvature
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, Pattern, distance_from_binary, hard_mask, to_groups
 from sparseforge_fx.ranges import Count, check_numbers
+from sparseforge_fx.training.checkpoint import misfit
 
 SAMPLE = 1 << 15  # mask entries of a weight that the curves are taken from
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from sparseforge_fx import schedule
+from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import hard_mask

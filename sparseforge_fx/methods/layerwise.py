@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseforge_fx.calibrate import layer_by_layer
 from sparseforge_fx.errors import AS_IT_WAS, add_sentence
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.soft_masked_linear import OP
+from sparseforge_fx.methods.calibrate import layer_by_layer
 from sparseforge_fx.methods.unseen import tell_unseen
 from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.program import Program
-from sparseforge_fx.undo import put_back
+from sparseforge_fx.training.undo import put_back
 
 
 class LayerSolution(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.grid import Grid, find_scales, round_to_grid
+from sparseforge_fx.methods.grid import Grid, find_scales, round_to_grid
 from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.pattern import AnyPattern, Pattern, hard_mask
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sparseforge_fx.grid import Grid
 from sparseforge_fx.methods.alps import prune_alps
+from sparseforge_fx.methods.grid import Grid
 from sparseforge_fx.methods.layerwise import LayerSolution, Solve
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.unseen import rank_unseen, unseen

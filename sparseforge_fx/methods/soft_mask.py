@@ -18,10 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparseforge_fx import schedule
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.hessian import ESTIMATORS, Curvature, Estimator
+from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
+from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, Estimator
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import (
     TWO_FOUR,

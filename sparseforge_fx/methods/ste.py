@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx import schedule
+from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
 from sparseforge_fx.methods.optimizers import AnnealedDecayAdamW
 from sparseforge_fx.methods.weights import MaskedWeight

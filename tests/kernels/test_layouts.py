@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from sparse_cases import assert_correct, random_linear
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels import cusparselt, cutlass, sparse_linear
+from sparseforge_fx.kernels import sparse_linear
 from sparseforge_fx.kernels.activations import ACTIVATIONS
+from sparseforge_fx.kernels.gpu import cusparselt, cutlass
 from sparseforge_fx.kernels.layouts import CUSPARSELT, CUTLASS, LAYOUTS, PLANES, ROWS
 from sparseforge_fx.kernels.packed import Packed, pack, unpack
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP

@@ -2,24 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_cases import bits, random_weight
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import Packed, check_packed, pack, unpack, unpack_mask
-from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
-
-
-def random_weight(shape, dtype, seed, drop=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.randn(shape, generator=generator) * 20
-    dense = dense * hard_mask(dense.abs(), TWO_FOUR)
-    dense[torch.rand(shape, generator=generator) < drop] = 0
-    return dense.to(dtype)
-
-
-def bits(tensor):
-    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 @settings(deadline=None, max_examples=60)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparseforge_fx.capture import capture
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.one_shot import sparsegpt

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.grid import Grid, find_scales, round_to_grid
+from sparseforge_fx.methods.grid import Grid, find_scales, round_to_grid
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.pattern import Pattern, Unstructured, check_pattern, hard_mask
 

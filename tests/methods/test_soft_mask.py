@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.hessian import ESTIMATORS
+from sparseforge_fx.methods.curvature import ESTIMATORS
 from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig, paper_preset, tuned_preset
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, Unstructured, check_pattern, hard_mask

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sparseforge_fx as sf
-from sparseforge_fx.grid import Grid
+from sparseforge_fx.methods.grid import Grid
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.one_shot import LAYERWISE, alps, sparsegpt, wanda
 from sparseforge_fx.methods.unseen import rank_unseen, tell_unseen

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from sparseforge_fx.capture import capture
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.passes import find_linears
 from sparseforge_fx.passes.aliases import Aliases
-from sparseforge_fx.prepare import check_sites
+from sparseforge_fx.training.prepare import check_sites
 
 
 class Head(nn.Module):

@@ -6,8 +6,8 @@ from rounding import same_products
 from torch import nn
 
 import sparseforge_fx as sf
-from sparseforge_fx.capture import capture
-from sparseforge_fx.deploy.lower import sparse_sites
+from sparseforge_fx.deploy.lowering.lower import sparse_sites
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.kernels.layouts import LAYOUTS
 from sparseforge_fx.passes import expand_sparse_linears, fuse_epilogues, lower_sparse_linears, run_passes
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from rounding import same_products
 from torch import nn
 
-from sparseforge_fx.capture import capture
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.passes import find_linears, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import LinearUse, eligible
 from sparseforge_fx.pattern import Pattern

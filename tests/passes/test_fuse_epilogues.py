@@ -9,7 +9,7 @@ from torch import nn
 from transformers.activations import NewGELUActivation
 
 import sparseforge_fx as sf
-from sparseforge_fx.capture import capture
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import (
     deploy_passes,

@@ -8,7 +8,7 @@ import torch
 from rounding import same_products
 from torch import nn
 
-from sparseforge_fx.capture import capture
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.passes import find_linears, harden_masks, insert_hessian_hooks, run_passes, train_passes
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import TWO_FOUR, Pattern, Unstructured, check_pattern, hard_mask

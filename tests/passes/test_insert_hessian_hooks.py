@@ -8,7 +8,7 @@ import torch
 from rounding import same_products
 from torch.export.graph_signature import InputKind
 
-from sparseforge_fx.capture import capture
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes import find_linears, insert_hessian_hooks, run_passes, train_passes
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name

@@ -7,8 +7,8 @@ import torch
 from rounding import same_products
 from torch import nn
 
-from sparseforge_fx.capture import capture
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes import find_linears, harden_masks, insert_low_rank, run_passes, train_passes
 from sparseforge_fx.passes.insert_low_rank import branch_names

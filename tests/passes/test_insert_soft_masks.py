@@ -10,7 +10,7 @@ from rounding import same_products
 from torch import nn
 from torch.export.graph_signature import InputKind
 
-from sparseforge_fx.capture import capture
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes import find_linears, insert_soft_masks, run_passes
 from sparseforge_fx.passes.find_linears import eligible

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sparseforge_fx as sf
-from sparseforge_fx.capture import capture
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.passes import find_linears
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import sparseforge_fx as sf
-from sparseforge_fx.capture import capture
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.kernels.packed import Packed, unpack
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import find_linears, lower_sparse_linears, run_passes

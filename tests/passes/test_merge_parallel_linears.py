@@ -8,7 +8,7 @@ from rounding import same_products
 from torch import nn
 
 import sparseforge_fx as sf
-from sparseforge_fx.capture import capture
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.passes import deploy_passes, find_linears, merge_parallel_linears, run_passes
 from sparseforge_fx.passes.merge_parallel_linears import merged_name
 

@@ -9,7 +9,7 @@ from rounding import same_products
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparseforge_fx.capture import capture
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import (
     deploy_passes,

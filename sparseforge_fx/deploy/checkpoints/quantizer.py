@@ -1,0 +1,283 @@
+"""``from_pretrained`` of a packed checkpoint: a transformers quantizer, registered when this module is imported.
+
+Importing ``sparseforge_fx`` is enough (see ``transformers_hook``). The linears of the skeleton are replaced before
+weights are read, so that a packed weight is never dense.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparseforge_fx.deploy.checkpoints.model_size import check_size
+from sparseforge_fx.deploy.checkpoints.packed_files import (
+    BITMASK,
+    INDEX,
+    METHOD,
+    SINGLE,
+    VALUES,
+    Header,
+    Site,
+    check_folder,
+    check_weights,
+    read_json,
+    shard_files,
+    weight_files,
+)
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.packed import Packed, check_packed
+from sparseforge_fx.models import low_rank
+
+if TYPE_CHECKING:
+    from sparseforge_fx.deploy.lowering.modules import SparseLinear
+
+MOST_BUFFER_BYTES = (
+    1 << 30
+)  # that a model may compute for itself (rotary tables and the like), whatever its config says
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a packed checkpoint as transformers carries it."""
+
+    def __init__(self, **entries: Any):
+        self.header = Header.from_json(entries)
+        self.quant_method = METHOD  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.header.to_json()
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Loads packed linears, and writes them again in ``save_pretrained``."""
+
+    quantization_config: PackedConfig
+
+    def __init__(self, quantization_config: Any, **options: Any):
+        super().__init__(quantization_config, **options)
+        if not self.pre_quantized:
+            raise SparseForgeError(
+                "a dense checkpoint is not packed while it loads: write it with sf.save_packed first"
+            )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first that is asked of a quantizer, before files are looked for and before a model is built of what
+        config.json says of its size."""
+        header, folder = self.quantization_config.header, Path(config.name_or_path or "")
+        if _has_header(folder, header) and any((folder / name).is_file() for name in (SINGLE, INDEX)):
+            check_folder(folder)  # most likely what from_pretrained was given; it names the files later
+        check_size(config, header.most_modules)
+        return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise SparseForgeError(f"packed weights cannot be loaded as {dtype}: choose bfloat16, float16 or float32")
+        return dtype
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        from transformers.core_model_loading import WeightRenaming
+
+        # the file has the model's own names, which none of the given conversions may touch
+        return [WeightRenaming(rf"\.{VALUES}$", ".values"), WeightRenaming(rf"\.{BITMASK}$", ".where")]
+
+    def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
+        from sparseforge_fx.deploy.lowering.modules import replace
+
+        header = self.quantization_config.header
+        files = options.get("checkpoint_files") or ()
+        stored = check_weights(_folder_of(files, model.config.name_or_path, header), header)
+        here = _Names(model)
+        same_class = type(model).__name__ in (model.config.architectures or ())  # another may well drop or add a head
+        places = {name: here.module(name) for name in header.modules}
+        absent = sorted(name for name, place in places.items() if place is None)
+        if absent and (same_class or len(absent) == len(places)):
+            raise SparseForgeError(
+                f"packed module '{absent[0][:120]}' is not in this model: load it with the class that wrote it"
+            )
+        for name, place in places.items():
+            if place is not None:
+                replace(model, place, _empty(name, here.modules[place], header.modules[name]))
+        _insert_branches(model, here, stored)
+        stored.pop(header.sentinel, None)
+        expected = re.escape(header.sentinel.removeprefix(here.prefix))  # not to be reported as unexpected
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), expected}
+        state = model.state_dict()
+        held = {k: tuple(v.shape) for k, v in state.items()}
+        found = {here.tensor(name, held): info for name, info in stored.items()}
+        for name, info in found.items():
+            if name in held and info.shape != held[name]:
+                raise SparseForgeError(
+                    f"tensor '{name}' has shape {list(info.shape)} and the model wants {list(held[name])}: "
+                    "config.json and weights do not belong together"
+                )
+            if name in held and state[name].is_floating_point() != ("F" in info.dtype):
+                raise SparseForgeError(
+                    f"tensor '{name}' is {info.dtype} and the model wants {state[name].dtype}: copy it anew"
+                )
+        if same_class:
+            _check_names(model, held.keys(), found.keys())
+        size = sum(b.nbytes for _, b in model.named_non_persistent_buffers())
+        if size > MOST_BUFFER_BYTES:
+            raise SparseForgeError(f"config.json makes the model compute {size} bytes of buffers: it is damaged")
+
+    @torch.no_grad()
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, module in packed_linears(model).items():
+            if module.values.is_meta:
+                raise SparseForgeError(
+                    f"'{name}' was put on the disk, from where packed weights cannot run: free memory"
+                )
+            try:
+                check_packed(module.packed())
+            except SparseForgeError as error:
+                raise SparseForgeError(f"'{name}': {error}; copy the checkpoint anew") from error
+            if not module.values.isfinite().all():
+                raise SparseForgeError(f"packed module '{name}' has NaN or inf as {module.values.dtype}: pack it anew")
+            module.loading = False
+            change_to_device(module)
+        model._weight_conversions = []  # save_pretrained would apply the inverse of ours to every name
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        from sparseforge_fx.deploy.checkpoints.packed import packed_state
+
+        state, header, _ = packed_state(model)
+        model.config.quantization_config = self.quantization_config = PackedConfig(**header.to_json())
+        return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        from sparseforge_fx.deploy.lowering.modules import replace
+
+        for name, module in packed_linears(model).items():
+            replace(model, name, module.to_dense())
+        del model._weight_conversions  # the model's defaults, as if it had never been packed
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # what stands around packed weights and adapters beside them; they are frozen
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def packed_linears(model: nn.Module) -> dict[str, SparseLinear]:
+    """The packed linears of a model by name."""
+    from sparseforge_fx.deploy.lowering.modules import SparseLinear
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def change_to_device(module: SparseLinear) -> None:
+    """Give a packed linear the layout that its device reads; one without kernels of its own keeps that of the disk."""
+    from sparseforge_fx.deploy.lowering.targets import TARGETS
+
+    if module.values.device.type in TARGETS:
+        module.change_layout(TARGETS[module.values.device.type][0])
+
+
+def _has_header(folder: Path, header: Header) -> bool:
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return Header.from_json(read_json(folder / "config.json").get("quantization_config")) == header
+    except SparseForgeError:
+        return False
+
+
+def _folder_of(files: Sequence[str], named: str, header: Header) -> Path:
+    """The folder that config.json and the weights to be loaded are in: ``named``, if that is one, or below it."""
+    if not files:
+        raise SparseForgeError("a packed model is loaded from its folder: give that")
+    folder = Path(os.path.abspath(files[0])).parent
+    for file in map(Path, files):
+        inside = not Path(named).is_dir() or (file.is_relative_to(named) and ".." not in file.relative_to(named).parts)
+        if not inside or Path(os.path.abspath(file)).parent != folder or not _has_header(folder, header):
+            raise SparseForgeError(f"{file} is not in the folder of the checkpoint's own config.json: it is not opened")
+    above = [p for p in folder.parents if p.is_relative_to(os.path.abspath(named)) and (p / INDEX).is_file()]
+    for place in above:  # did its index lead here?
+        shard_files(place)
+    if {Path(file).name for file in files} != {path.name for path in weight_files(folder)}:
+        raise SparseForgeError(f"{files[0]} is no file of the packed checkpoint in {folder}: it is not opened")
+    return folder
+
+
+def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:
+    """The packed linear on the meta device for ``module``."""
+    from transformers.pytorch_utils import Conv1D
+
+    from sparseforge_fx.deploy.lowering.modules import SparseLinear, weight_of
+
+    if type(module) not in (nn.Linear, Conv1D):
+        raise SparseForgeError(f"packed module '{name}' is a {type(module).__name__} in this model, no linear layer")
+    weight = weight_of(module)
+    if tuple(weight.shape) != (site.out_features, site.in_features):
+        raise SparseForgeError(
+            f"packed module '{name}' is {[site.out_features, site.in_features]} in the header and "
+            f"{list(weight.shape)} in the model: config.json is damaged"
+        )
+    with torch.device("meta"):
+        values = torch.empty(site.out_features, site.padded // 2, dtype=weight.dtype)
+        bitmask = torch.empty(site.out_features, site.padded // 8, dtype=torch.uint8)
+    packed = Packed(values, bitmask, site.in_features)
+    sparse = SparseLinear(packed, module.bias, transposed=isinstance(module, Conv1D))  # type: ignore[arg-type]
+    sparse.loading = True
+    return sparse
+
+
+def _insert_branches(model: Any, here: _Names, stored: Mapping[str, Any]) -> None:
+    """Low-rank branches on the meta device, where the file holds them: their values come with all others."""
+    owners = {name: here.module(owner) for name, owner in low_rank.branch_names(stored).items()}
+    with torch.device("meta"):
+        shapes = {
+            f"{owner}{name[-len('.slorb.x') :]}": torch.empty(stored[name].shape, dtype=model.dtype)
+            for name, owner in owners.items()
+            if owner is not None
+        }
+        low_rank.rebuild(model, shapes)
+
+
+class _Names:
+    """Names in the checkpoint -> names in a model, which may be its inner model or have one more head around it."""
+
+    def __init__(self, model: Any):
+        self.modules = dict(model.named_modules())
+        self.prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+
+    def module(self, name: str) -> str | None:
+        candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
+        return next((c for c in candidates if c in self.modules), None)
+
+    def tensor(self, name: str, held: Any) -> str:
+        for suffix, buffer in ((VALUES, "values"), (BITMASK, "where")):
+            if name.endswith(f".{suffix}"):
+                name = name.removesuffix(suffix) + buffer
+        candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
+        return next((c for c in candidates if c in held), name)
+
+
+def _check_names(model: Any, held: Any, found: Any) -> None:
+    """Every tensor of the model comes from the file or is tied to one that does, and the file has no other."""
+    for name in sorted(found - held):
+        raise SparseForgeError(
+            f"tensor '{name[:120]}' is in the checkpoint and not in the model: one of them is damaged"
+        )
+    ties = model.all_tied_weights_keys
+    groups = [{a, b} for a, b in ties.items()]
+    for name in sorted(held - found - set(model._keys_to_ignore_on_save or ())):
+        if not any(name in group and group & found for group in groups):
+            raise SparseForgeError(f"tensor '{name}' of the model is missing from the checkpoint: copy it anew")

@@ -1,0 +1,105 @@
+"""Programs compiled by AOTInductor, with this package's kernels in the library that comes out.
+
+On a CPU our C++ library is linked in; on a CUDA device the graph holds the Triton kernels themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import config
+from torch._inductor.exc import CppCompileError, InductorError
+from torch.export.pt2_archive._package import package_pt2
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.passes import inline_kernels, run_passes
+from sparseforge_fx.passes.rewrite import sparse_use
+
+# the function of kernels/cpu/aoti.cpp
+_SHIM = """AOTITorchError aoti_torch_cpu_sparse_linear(
+    AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features,
+    AtenTensorHandle* bias, const char* activation, AtenTensorHandle* result)"""
+
+
+def package(
+    programs: dict[str, Program], file: Path, extra_files: dict[str, str] | None = None, **options: Any
+) -> None:
+    """Compile each program and write them to one package under these names; ``options`` are Inductor's.
+
+    Raises SparseForgeError where a layout has no kernels that run without Python, or there is nothing to compile with.
+    """
+    programs = {name: with_kernels(program) for name, program in programs.items()}
+    files: dict[str, list] = {}
+    with kernels_linked(*programs.values()):
+        for name, program in programs.items():
+            args, kwargs = program.exported.example_inputs  # type: ignore[misc]
+            try:
+                made = torch._inductor.aot_compile(
+                    program.exported.module(check_guards=False),  # type: ignore[arg-type]
+                    args,
+                    kwargs,
+                    options={"aot_inductor.package": True, **options},
+                )
+            except (InductorError, CppCompileError) as error:
+                raise SparseForgeError(_explain(error)) from error
+            assert isinstance(made, list)
+            # without the sources: they are not needed, and name folders of this machine
+            files[name] = [f for f in made if not str(f).endswith(".cpp")]
+    package_pt2(str(file), aoti_files=files, extra_files=extra_files)  # type: ignore[arg-type]
+
+
+def with_kernels(program: Program) -> Program:
+    """On a CUDA device: the program with the Triton kernels in the place of the sparse operator."""
+    if _devices(program) <= {"cpu"}:
+        return program
+    program, _ = run_passes(program, [inline_kernels])
+    left = {sparse_use(n).layout for n in program.graph.find_nodes(op="call_function", target=OP)}
+    if left:
+        raise SparseForgeError(
+            f"packages of aoti have no kernels for the layout {', '.join(sorted(left))} on this device: use pt2"
+        )
+    return program
+
+
+def _devices(*programs: Program) -> set[str]:
+    """Where sparse operators run."""
+    return {n.meta["val"].device.type for p in programs for n in p.graph.find_nodes(op="call_function", target=OP)}
+
+
+def _explain(error: Exception) -> str:
+    lines = str(error).splitlines()
+    line = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
+    advice = ": set CUDA_HOME to a CUDA toolkit" if ".h:" in line else ""
+    return f"AOTInductor cannot compile this graph here ({line.strip()[:300]}){advice}"
+
+
+@contextmanager
+def kernels_linked(*programs: Program) -> Iterator[None]:
+    """Within it, Inductor calls the C function for the sparse operator and links the library that has it."""
+    library = cpu.archive() if _devices(*programs) else None
+    before = os.environ.get("LIBRARY_PATH")
+    patches: dict[str, Any] = {}
+    if library is not None:
+        # the linker searches the folders of this variable; Inductor has no setting for one
+        os.environ["LIBRARY_PATH"] = os.pathsep.join([str(library.parent), *filter(None, [before])])
+        patches = {
+            "aot_inductor.custom_ops_to_c_shims": {OP: [_SHIM]},
+            "aot_inductor.custom_op_libs": [library.stem.removeprefix("lib")],
+        }
+    try:
+        with config.patch(patches):
+            yield
+    finally:
+        if library is not None:
+            if before is None:
+                del os.environ["LIBRARY_PATH"]
+            else:
+                os.environ["LIBRARY_PATH"] = before

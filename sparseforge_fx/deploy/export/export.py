@@ -1,0 +1,115 @@
+"""``export``: a 2:4 model as one file that runs without its Python code, in the formats of PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from transformers.utils import ModelOutput
+
+from sparseforge_fx.deploy.export.aoti import package
+from sparseforge_fx.deploy.export.archive import seal
+from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering.lower import lower_captured
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.models.dense import check_parent
+
+FORMATS = ("pt2", "aoti")
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Any = None,
+    *,
+    format: str = "pt2",
+    portable: bool = False,
+    target: str = "auto",
+    batch: Sequence[int] = (1, 8, 64, 2048),
+    table: str | Path | cost.Table | None = None,
+    gate: bool = True,
+) -> dict[str, Any]:
+    """Lower a 2:4 model and write its graph and packed weights to one file; batch and sequence stay dynamic.
+
+    Args:
+        path: a file whose name ends in ``.pt2``; written beside and renamed.
+        example_inputs: as for :func:`sparseforge_fx.capture.capture`.
+        format: ``pt2``: an ExportedProgram, ``torch.export.load(path).module()``. Its sparse linears are this package's
+            operator: ``import sparseforge_fx.kernels.sparse_linear`` before loading. ``aoti``: compiled by AOTInductor
+            for this machine's kind of processor, ``torch._inductor.aoti_load_package(path)``, or C++ (see
+            examples/cpp): the sparse kernels are inside, Python and this package are not needed, the torch version
+            that it was compiled with is. It takes contiguous inputs and does not look (AOTI_RUNTIME_CHECK_INPUTS=1
+            in the environment lets it).
+            For a model on a CUDA device the toolkit's headers must be there: CUDA_HOME, which may be the folder
+            nvidia/cu13 of site-packages after ``pip install nvidia-cuda-crt nvidia-cuda-cccl`` beside torch.
+        portable: ``pt2`` of plain aten operators: torch alone runs it. The file is as small, but weights are
+            expanded in every call.
+        target, batch, table, gate: as for :func:`sparseforge_fx.lower`. Linears that are packed already
+            (:func:`sparseforge_fx.load`, :func:`sparseforge_fx.lower_modules`) stay so.
+
+    The file has checksums, at which torch does not look: :func:`sparseforge_fx.check_export` does. Load either format
+    only from people you trust: torch unpickles parts of ``pt2``, and ``aoti`` is compiled code.
+
+    A Hugging Face model's output becomes a plain dict of its fields. The same model gives the same bytes again. Returns
+    the report of :func:`sparseforge_fx.lower` with ``file_bytes`` and ``notes`` (dimensions that had to be fixed).
+    Raises SparseForgeError, with nothing written.
+    """
+    check_path(path)
+    if format not in FORMATS:
+        raise SparseForgeError(f"unknown format {format!r}; choose {' or '.join(FORMATS)}")
+    if portable and format != "pt2":
+        raise SparseForgeError("portable is for the format pt2: a package of aoti needs no sparseforge_fx anyway")
+    captured = capture(model, example_inputs)
+    options: dict[str, Any] = {"target": target, "batch": batch, "table": table, "gate": gate, "durable": True}
+    program, report = lower_captured(captured, portable=portable, **options)
+    plain_outputs(program.exported)
+    if format == "aoti":
+        replace_file(path, lambda file: package({"model": program}, file))
+    else:
+        replace_file(path, lambda file: torch.export.save(program.exported, file))
+    return {**report, "format": format, "notes": list(program.notes), "file_bytes": Path(path).stat().st_size}
+
+
+def check_path(path: str | Path) -> None:
+    """Raise SparseForgeError unless a ``.pt2`` file can be written there."""
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise SparseForgeError(f"{path} does not end in .pt2, which torch insists on: rename it")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise SparseForgeError(f"{path} cannot be written: it is a folder, or its folder is not there")
+    check_parent(path)
+
+
+def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make an archive in a folder of its own, then move it to ``path``: never half a file, and sealed."""
+    path = Path(path).absolute()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        made = Path(folder) / "model.pt2"  # the archive holds this name: the same bytes whatever the file is called
+        write(made)
+        seal(made)
+        os.replace(made, path)
+
+
+def plain_outputs(exported: ExportedProgram) -> None:
+    """Let the program return dicts where the model returned objects of transformers, which a stranger has not."""
+    entry = exported.module_call_graph[0]
+    assert entry.signature is not None and entry.signature.out_spec is not None
+    signature = dataclasses.replace(entry.signature, out_spec=_plain(entry.signature.out_spec))
+    exported.module_call_graph[0] = dataclasses.replace(entry, signature=signature)
+
+
+def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    children = [_plain(child) for child in spec.children()]
+    if isinstance(spec.type, type) and issubclass(spec.type, ModelOutput):
+        names = spec.context[0] if isinstance(spec.context, tuple) else spec.context
+        return pytree.TreeSpec(dict, list(names), children)
+    return pytree.TreeSpec(spec.type, spec.context, children) if children else spec

@@ -1,0 +1,214 @@
+"""``export_generator``: a language model as two graphs over one copy of its weights, prompt and next token.
+
+The key/value cache has a fixed length and is given to the graphs, which write into it: nothing is allocated per token.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.pt2_archive._package import package_pt2
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from sparseforge_fx.deploy.export.aoti import package
+from sparseforge_fx.deploy.export.export import FORMATS, check_path, replace_file
+from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering.lower import lower_captured
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.graph.program import Program
+
+GENERATOR_VERSION = 2  # with checksums
+SPEC_FILE = "sparseforge_generator.json"
+TOKENIZER_FOLDER = "tokenizer."  # a prefix: extra files of an archive have no folders of their own
+
+
+def export_generator(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    format: str = "pt2",
+    max_length: int = 1024,
+    target: str = "auto",
+    batch: Sequence[int] = (1, 8, 64),
+    table: str | Path | cost.Table | None = None,
+    gate: bool = True,
+) -> dict[str, Any]:
+    """Lower a 2:4 causal language model and write one file that :func:`sparseforge_fx.load_generator` runs.
+
+    Args:
+        path: a file whose name ends in ``.pt2``.
+        tokenizer: travels in the file, so that text can be generated.
+        format: ``pt2`` or ``aoti``, as for :func:`sparseforge_fx.export`.
+        max_length: tokens of prompt and answer together; the cache holds so many.
+        target, batch, table, gate: as for :func:`sparseforge_fx.lower`.
+
+    Returns its report with ``file_bytes`` and the bytes of the cache per sequence, ``cache_bytes``. Raises
+    SparseForgeError, with nothing written, for models without a key/value cache (state-space models, encoders).
+    """
+    check_path(path)
+    if format not in FORMATS:
+        raise SparseForgeError(f"unknown format {format!r}; choose {' or '.join(FORMATS)}")
+    if max_length < 2:
+        raise SparseForgeError(f"max_length is {max_length}: there must be room for a prompt and a token")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) if _is_causal(model) else None
+    if limit and max_length > limit:
+        raise SparseForgeError(f"max_length {max_length} is more than the {limit} positions of the model")
+    step = Step(model, max_length)
+    options: dict[str, Any] = {"target": target, "batch": batch, "table": table, "gate": gate, "durable": True}
+    prefill, report = lower_captured(capture(step, step.example(length=3)), **options)
+    known = cost.as_table(cost.read_row(row) for row in report["table"]) if gate else None
+    decode, _ = lower_captured(capture(step, step.example(length=1)), **{**options, "table": known})
+    share(prefill, decode)
+    spec = {
+        "version": GENERATOR_VERSION,
+        "format": format,
+        "max_length": max_length,
+        "cache": [[list(t.shape[1:]) for t in pair] for pair in step.cache],
+        "dtype": str(step.cache[0][0].dtype).removeprefix("torch."),
+        "device": step.cache[0][0].device.type,
+        "eos_token_id": _as_list(model.generation_config.eos_token_id),  # type: ignore[union-attr]
+        "pad_token_id": model.generation_config.pad_token_id,  # type: ignore[union-attr]
+    }
+    extra = {SPEC_FILE: json.dumps(spec, indent=1), **_tokenizer_files(tokenizer)}
+    programs = {"prefill": prefill, "decode": decode}
+
+    def write(file: Path) -> None:
+        if format == "aoti":
+            # weights beside the two libraries, each once
+            on_disk = {"package_constants_in_so": False, "package_constants_on_disk_format": "pickle_weights"}
+            package(programs, file, extra, **{f"aot_inductor.{k}": v for k, v in on_disk.items()})
+        else:
+            graphs = {"prefill": prefill.exported, "decode": without_weights(decode).exported}
+            for graph in graphs.values():
+                graph.example_inputs = None  # they hold a whole cache
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="No complete tensor")  # the stand-ins
+                package_pt2(str(file), exported_programs=graphs, extra_files=extra)
+
+    replace_file(path, write)
+    cache_bytes = sum(t[0].nbytes for pair in step.cache for t in pair)
+    return {**report, "format": format, "file_bytes": Path(path).stat().st_size, "cache_bytes": cache_bytes}
+
+
+class Step(nn.Module):
+    """One forward pass over a cache that comes as arguments: (ids [B, S], mask [B, L], start [1], cache) -> [B, V].
+
+    ``mask`` is 1 at the slots of the cache that hold tokens, those of this pass included, and 0 at padding (on the
+    left); ``start`` is the slot of the first token of this pass. Keys and values are written into the cache; the result
+    is the logits of the last position.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_length: int):
+        super().__init__()
+        if not _is_causal(model):
+            raise SparseForgeError(f"{type(model).__name__} is no causal language model: there is nothing to generate")
+        self.model = model
+        self.accepted = inspect.signature(model.forward).parameters
+        cache = _empty_cache(model, max_length)
+        device = model.device
+        try:  # once, for the shapes of every layer
+            with torch.no_grad():
+                model(
+                    input_ids=torch.zeros(2, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True
+                )
+        except Exception as error:  # an open set: whatever the model makes of a cache that is not its own
+            raise _no_static_cache(model) from error
+        if not cache.layers or not all(layer.is_initialized for layer in cache.layers):
+            raise _no_static_cache(model)
+        self.cache = [(layer.keys, layer.values) for layer in cache.layers]
+        self.max_length = max_length
+
+    def example(self, length: int) -> dict[str, Any]:
+        """Arguments for a pass of ``length`` tokens, batch 2."""
+        device = self.cache[0][0].device
+        return {
+            "input_ids": torch.ones(2, length, dtype=torch.long, device=device),
+            "mask": torch.ones(2, self.max_length, dtype=torch.long, device=device),
+            "start": torch.zeros(1, dtype=torch.long, device=device),
+            "cache": [[t.clone() for t in pair] for pair in self.cache],
+        }
+
+    def forward(self, input_ids: Tensor, mask: Tensor, start: Tensor, cache: list[list[Tensor]]) -> Tensor:
+        held = _empty_cache(self.model, self.max_length)
+        for layer, (keys, values) in zip(held.layers, cache, strict=True):
+            layer.keys, layer.values = keys, values
+            layer.dtype, layer.device = keys.dtype, keys.device
+            layer.batch_size, layer.num_heads = keys.shape[:2]
+            layer.k_head_dim, layer.v_head_dim = keys.shape[-1], values.shape[-1]
+            layer.cumulative_length = start.clone()  # it is counted up, in place
+            layer.is_initialized = True
+        slots = torch.arange(input_ids.shape[1], device=input_ids.device) + start
+        given = {
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0).index_select(1, slots),
+            "logits_to_keep": 1,
+        }
+        given = {name: value for name, value in given.items() if name in self.accepted}
+        return self.model(input_ids=input_ids, past_key_values=held, use_cache=True, **given).logits[:, -1]
+
+
+def share(prefill: Program, decode: Program) -> None:
+    """Let the second program hold the tensors of the first: the same passes made both from one model."""
+    for name, tensor in decode.state.items():
+        assert torch.equal(prefill.state[name], tensor), f"{name} differs between the two graphs"
+        decode.state[name] = prefill.state[name]
+
+
+def without_weights(program: Program) -> Program:
+    """A copy whose tensors are stand-ins of one element."""
+    copy = program.copy()
+    for name, tensor in copy.state.items():
+        stand_in = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+        parameter = isinstance(tensor, nn.Parameter)
+        copy.state[name] = nn.Parameter(stand_in, requires_grad=False) if parameter else stand_in
+    return copy
+
+
+def _empty_cache(model: PreTrainedModel, max_length: int) -> Any:
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=max_length)
+    # Layers that slide keep their length as a Python number, which a graph would fix; the mask slides anyway
+    cache.layers = [StaticLayer(max_length) for _ in cache.layers]
+    return cache
+
+
+def _is_causal(model: Any) -> bool:
+    return (
+        isinstance(model, PreTrainedModel)
+        and model.can_generate()
+        and not model.config.is_encoder_decoder
+        and model.get_output_embeddings() is not None
+    )
+
+
+def _no_static_cache(model: nn.Module) -> SparseForgeError:
+    return SparseForgeError(
+        f"{type(model).__name__} does not keep keys and values in a static cache: export it with sf.export instead"
+    )
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _tokenizer_files(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = [file for file in sorted(Path(folder).iterdir()) if file.suffix in (".json", ".txt", ".jinja")]
+        if "tokenizer.json" not in {file.name for file in files}:
+            raise SparseForgeError(
+                f"{type(tokenizer).__name__} writes no tokenizer.json: give a fast tokenizer, or None"
+            )
+        return {f"{TOKENIZER_FOLDER}{file.name}": file.read_text(encoding="utf-8") for file in files}

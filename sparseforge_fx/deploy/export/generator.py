@@ -1,0 +1,245 @@
+"""``load_generator``: runs what :func:`sparseforge_fx.export_generator` wrote."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2
+from transformers import (
+    AutoTokenizer,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import sparseforge_fx.kernels.sparse_linear  # noqa: F401  (its operator stands in the graphs)
+from sparseforge_fx.deploy.export.archive import Archive, check_export, refuse_pickles
+from sparseforge_fx.deploy.export.export import FORMATS
+from sparseforge_fx.deploy.export.generation import GENERATOR_VERSION, SPEC_FILE, TOKENIZER_FOLDER
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.models.dense import explained
+
+
+class Generator:
+    """Two graphs, one copy of the weights, and what is known of the model.
+
+    Attributes:
+        max_length: tokens of prompt and answer together.
+        tokenizer: the one that was exported with the model, or None.
+    """
+
+    def __init__(
+        self, prefill: Callable, decode: Callable, spec: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+    ):
+        self._prefill, self._decode, self._spec = prefill, decode, spec
+        self.tokenizer = tokenizer
+        self.max_length: int = spec["max_length"]
+        self.eos: list[int] = spec["eos_token_id"]
+        self.pad: int = spec["pad_token_id"] if spec["pad_token_id"] is not None else next(iter(self.eos), 0)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Prompts [batch, length] -> [batch, length + new tokens]: :meth:`stream`, whose options it takes, at once."""
+        new = [token[:, None].to(input_ids.device) for token in self.stream(input_ids, attention_mask, **options)]
+        return torch.cat([input_ids, *new], dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 64,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the tokens [batch] that go on from prompts [batch, length], as they are made.
+
+        Greedy, or with ``do_sample`` drawn from the distribution at ``temperature``, of its ``top_k`` likeliest tokens
+        (0: all) and the likeliest that make up ``top_p``. Prompts are padded on the left, where ``attention_mask`` is
+        0. A sequence that has ended is filled up with padding; the longest one decides. Raises SparseForgeError if
+        prompt and answer do not fit the cache.
+        """
+        if input_ids.dim() != 2 or input_ids.dtype != torch.long or 0 in input_ids.shape:
+            raise SparseForgeError(f"prompts are int64 ids [batch, length], not {input_ids.dtype} {[*input_ids.shape]}")
+        if attention_mask is not None and (attention_mask.shape != input_ids.shape or not attention_mask[:, -1].all()):
+            raise SparseForgeError("attention_mask has the shape of the prompts and is 1 at their end: pad on the left")
+        rows, length = input_ids.shape
+        if length + max_new_tokens > self.max_length or max_new_tokens < 1:
+            raise SparseForgeError(
+                f"{length} tokens of prompt and {max_new_tokens} new ones do not fit a cache of {self.max_length}: "
+                "export the model with a larger max_length, or shorten the prompt"
+            )
+        choose = _sampler(temperature, top_k, top_p, seed) if do_sample else lambda ids, logits: logits.argmax(-1)
+        device = torch.device(self._spec["device"])
+        dtype = getattr(torch, self._spec["dtype"])
+        cache = [
+            [torch.zeros(rows, *shape, dtype=dtype, device=device) for shape in pair] for pair in self._spec["cache"]
+        ]
+        ids = input_ids.to(device).contiguous()  # compiled graphs trust the strides that they were made with
+        mask = torch.zeros(rows, self.max_length, dtype=torch.long, device=device)
+        mask[:, :length] = 1 if attention_mask is None else attention_mask
+        start = torch.zeros(1, dtype=torch.long, device=device)
+        step = self._prefill if length > 1 else self._decode
+        logits = step(input_ids=ids, mask=mask, start=start, cache=cache)
+        ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        stops = torch.tensor(self.eos, device=device)
+        for slot in range(length, length + max_new_tokens):
+            token = choose(ids, logits.float()).masked_fill(ended, self.pad)
+            yield token
+            ended |= torch.isin(token, stops)
+            if slot + 1 == length + max_new_tokens or ended.all():
+                return
+            if do_sample:
+                ids = torch.cat([ids, token[:, None]], dim=1)
+            mask[:, slot] = 1
+            start.fill_(slot)
+            logits = self._decode(input_ids=token[:, None], mask=mask, start=start, cache=cache)
+
+    def text(self, prompt: str | list[str], **options: Any) -> list[str]:
+        """The continuation of each prompt, by the tokenizer of the file; options as for :meth:`stream`."""
+        if self.tokenizer is None:
+            raise SparseForgeError("the file has no tokenizer: export it with one, or use generate() on token ids")
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True)
+        out = self.generate(batch["input_ids"], batch["attention_mask"], **options)
+        return self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def load_generator(path: str | Path) -> Generator:
+    """Load a file of :func:`sparseforge_fx.export_generator`.
+
+    Its checksums are compared, nothing inflates, and of the format ``pt2`` nothing is unpickled and no library opened.
+    All the same only from people you trust: the format ``aoti`` is compiled code, which runs, and torch evaluates the
+    sizes in a graph of ``pt2`` as Python expressions. Who writes such a file on purpose writes checksums that fit.
+
+    Raises SparseForgeError naming the file if it is not such a file, damaged, or of another version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SparseForgeError(f"{path} is not there: write it with sf.export_generator")
+    archive = Archive(path)
+    spec = _read_spec(archive)
+    check_export(path)
+    compiled = spec["format"] == "aoti"
+    if not compiled and any(name.startswith("data/aotinductor/") for name in archive.sizes):
+        raise SparseForgeError(f"{path} has compiled code in it, which the format pt2 has not: export it anew")
+    if not compiled or any(name.startswith("models/") for name in archive.sizes):
+        refuse_pickles(archive)
+    with explained(f"{path} cannot be loaded"):
+        contents = load_pt2(str(path), load_weights_from_disk=compiled)
+        if not compiled:
+            first, second = (contents.exported_programs[name] for name in ("prefill", "decode"))
+            _check_cache(first, spec)
+            second.state_dict.update(first.state_dict)  # it was written with stand-ins
+            prefill: Callable = first.module(check_guards=False)
+            decode: Callable = second.module(check_guards=False)
+        else:
+            prefill, decode = contents.aoti_runners["prefill"], contents.aoti_runners["decode"]
+        return Generator(prefill, decode, spec, _tokenizer(contents.extra_files))
+
+
+def _check_cache(program: ExportedProgram, spec: dict[str, Any]) -> None:
+    """Raise unless the graph was made for a cache of these shapes: it is allocated before the graph runs."""
+    names = set(program.graph_signature.user_inputs)
+    values = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder") if n.name in names]
+    expected = [shape for pair in spec["cache"] for shape in pair]
+    if [list(map(int, v.shape[1:])) for v in values if v.dim() == 4] != expected:
+        raise ValueError("the graph was made for another cache")
+
+
+def _read_spec(archive: Archive) -> dict[str, Any]:
+    """What the file says of itself, checked before anything else of it is read."""
+    path = archive.path
+    if f"extra/{SPEC_FILE}" not in archive.sizes:
+        raise SparseForgeError(f"{path} is not a file of sf.export_generator, or it is damaged: export it anew")
+    spec = archive.json(f"extra/{SPEC_FILE}")
+    version = spec.get("version") if isinstance(spec, dict) else None
+    if version != GENERATOR_VERSION:
+        raise SparseForgeError(
+            f"{path} is of version {str(version)[:40]} of its format and this package reads {GENERATOR_VERSION}: "
+            "export it anew"
+        )
+    if not _fits(spec):
+        raise SparseForgeError(f"{path} describes its cache or tokens wrongly ({SPEC_FILE}): export it anew")
+    if spec["device"] == "cuda" and not torch.cuda.is_available():
+        raise SparseForgeError(f"{path} was exported for a CUDA device and there is none here: export it on the CPU")
+    return spec
+
+
+def _fits(spec: dict[str, Any]) -> bool:
+    """Are the fields of the right types and sizes? The graph's own sizes are checked when it runs."""
+    length, cache = spec.get("max_length"), spec.get("cache")
+    return (
+        _count(length)
+        and isinstance(cache, list)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(_shape(s, length) for s in pair) for pair in cache)
+        and spec.get("format") in FORMATS
+        and spec.get("dtype") in ("bfloat16", "float16", "float32")
+        and spec.get("device") in ("cpu", "cuda")
+        and isinstance(spec.get("eos_token_id"), list)
+        and all(map(_token, spec["eos_token_id"]))
+        and (spec.get("pad_token_id") is None or _token(spec["pad_token_id"]))
+    )
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 24
+
+
+def _token(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 31
+
+
+def _shape(value: Any, length: Any) -> bool:
+    heads_length_width = isinstance(value, list) and len(value) == 3 and all(map(_count, value))
+    return heads_length_width and value[1] == length
+
+
+def _tokenizer(files: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    mine = {n.removeprefix(TOKENIZER_FOLDER): text for n, text in files.items() if n.startswith(TOKENIZER_FOLDER)}
+    if not mine:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in mine.items():
+            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def _sampler(temperature: float, top_k: int, top_p: float, seed: int | None) -> Callable[[Tensor, Tensor], Tensor]:
+    warpers = LogitsProcessorList()
+    try:
+        if temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(temperature))
+        if top_k:
+            warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1.0:
+            warpers.append(TopPLogitsWarper(top_p))
+    except ValueError as error:
+        raise SparseForgeError(str(error)) from error
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def sample(ids: Tensor, logits: Tensor) -> Tensor:
+        if logits.device not in generators:
+            generators[logits.device] = torch.Generator(logits.device)
+            if seed is None:
+                generators[logits.device].seed()
+            else:
+                generators[logits.device].manual_seed(seed)
+        probabilities = warpers(ids, logits).softmax(-1)  # type: ignore[arg-type]  # a LongTensor, in its words
+        return torch.multinomial(probabilities, 1, generator=generators[logits.device])[:, 0]
+
+    return sample

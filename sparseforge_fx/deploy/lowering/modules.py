@@ -1,0 +1,201 @@
+"""``lower_modules``: the packed operator under nn.Module, in place: ``generate()`` and pipelines keep working."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering.targets import find_target
+from sparseforge_fx.errors import SparseForgeError, add_sentence
+from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout
+from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
+from sparseforge_fx.models import low_rank
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern
+from sparseforge_fx.report import environment
+
+
+class SparseLinear(nn.Module):
+    """y = x W^T + b with W [out, in] packed 2:4 and frozen; ``bias`` trains, and gradients reach x.
+
+    ``weight`` unpacks: it is there for code that looks at a linear's weight, not for arithmetic.
+
+    Args:
+        packed: the weight, in the format on disk; tensors may be on the meta device.
+        layout: what it is kept in; that of the disk if nothing is said.
+        transposed: it stands for a Conv1D, which keeps W as [in, out].
+    """
+
+    values: Tensor
+    where: Tensor  # the packed weight's metadata; torch.export cannot take a buffer that is called ``meta``
+
+    def __init__(self, packed: Packed, bias: nn.Parameter | None, layout: Layout = ROWS, *, transposed: bool = False):
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.transposed = transposed
+        self.layout = ROWS.name
+        self.loading = False  # while it is, models that initialise their linears' weights get a shape and no data
+        self.register_buffer("values", packed.values)
+        self.register_buffer("where", packed.bitmask)
+        self.bias = bias
+        self.change_layout(layout)
+
+    @property
+    def weight(self) -> Tensor:
+        if self.loading:
+            return torch.empty(self.out_features, self.in_features, dtype=self.values.dtype, device="meta")
+        return DENSE_OP(self.values, self.where, self.layout, self.in_features)
+
+    def packed(self) -> Packed:
+        """The weight in the format on disk, bit for bit what it was made of."""
+        return LAYOUTS[self.layout].restore(self.values, self.where, self.in_features)
+
+    def change_layout(self, layout: Layout) -> None:
+        """Repack, in place."""
+        if layout.name != self.layout:
+            self.values, self.where = layout.convert(self.packed())
+            self.layout = layout.name
+
+    @torch.no_grad()
+    def replace_weight(self, weight: Tensor) -> None:
+        """Pack ``weight`` [out, in], exactly 2:4, in the place of the one that is here, in its layout and dtype."""
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            raise SparseForgeError(
+                f"a weight of shape {list(weight.shape)} cannot replace one of {[self.out_features, self.in_features]}"
+            )
+        self.values, self.where = LAYOUTS[self.layout].convert(pack(weight.to(self.values.dtype)))
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """The nn.Linear or Conv1D that this stands for."""
+        out, width = self.out_features, self.in_features
+        with torch.device("meta"):
+            dense = Conv1D(out, width) if self.transposed else nn.Linear(width, out, self.bias is not None)
+        weight = self.weight.t().contiguous() if self.transposed else self.weight
+        dense.weight = nn.Parameter(weight)
+        dense.bias = self.bias  # type: ignore[assignment]
+        return dense.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return OP(x, self.values, self.where, self.layout, self.in_features, self.bias, "none")
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.layout}"
+
+
+@torch.no_grad()
+def lower_modules(
+    model: nn.Module,
+    *,
+    target: str = "auto",
+    batch: Sequence[int] = (1, 8, 64, 2048),
+    table: str | Path | cost.Table | None = None,
+    gate: bool = True,
+) -> dict[str, Any]:
+    """Replace every nn.Linear and Conv1D whose weight is exactly 2:4, and gains from it, by a :class:`SparseLinear`.
+
+    In place; their dense weights are freed. Options as for :func:`sparseforge_fx.lower`. Returns the report: sites,
+    skipped modules with reasons, the cost table, bytes before and after. Raises SparseForgeError if no weight is 2:4.
+    """
+    known = cost.check_request(batch, table)
+    sites, skipped = find_sparse(model)
+    if not sites:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
+        raise SparseForgeError(f"nothing to lower: {reasons or 'the model has no linear layer'}; run sparsify first")
+    weights = {name: weight_of(module) for name, module in sites.items()}
+    device = next(iter(weights.values())).device
+    layouts = find_target(target, device)
+    shapes = {name: cost.Shape.of(weight.shape[0], weight.shape[1], weight.dtype) for name, weight in weights.items()}
+    timings = cost.timings(shapes.values(), batch, device, layouts, known) if gate else {}
+    before = after = scratch = 0
+    lowered = []
+    with _dense_again_on_error(model) as done:
+        for name, module in sites.items():
+            weight = weights.pop(name)
+            before += weight.nbytes
+            layout, against = cost.choose(timings[shapes[name]], layouts, batch) if gate else (layouts[0], None)
+            if layout is None:
+                skipped[name] = f"gate: {against}"
+                after += weight.nbytes
+                continue
+            transposed = isinstance(module, Conv1D)
+            sparse = SparseLinear(pack(weight), module.bias, layout, transposed=transposed).train(module.training)
+            replace(model, name, sparse)
+            done.append(name)
+            size = sparse.values.nbytes + sparse.where.nbytes
+            scratch = max(scratch, weight.nbytes)
+            shape = {"out": sparse.out_features, "in": sparse.in_features}
+            lowered.append({"name": name, **shape, "layout": layout.name, "bytes": size})
+            after += size
+    return {
+        "sites": lowered,
+        "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
+        "table": cost.describe(timings),
+        "batch": list(batch),
+        "dense_bytes": before,
+        "lowered_bytes": after,
+        "scratch_bytes": scratch,
+        **environment(),
+    }
+
+
+@contextmanager
+def _dense_again_on_error(model: nn.Module) -> Iterator[list[str]]:
+    """Unpack what was packed, named in the list that is given, if not all of it could be."""
+    done: list[str] = []
+    try:
+        yield done
+    except BaseException as error:
+        for name in done:
+            replace(model, name, model.get_submodule(name).to_dense())  # type: ignore[operator]
+        add_sentence(error, "the model is dense and sparse as it was")
+        raise
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of that name; a low-rank branch goes with the name."""
+    parent, _, leaf = name.rpartition(".")
+    low_rank.hand_on(model.get_submodule(name), module)
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """[out, in]"""
+    weight = module.weight.detach()  # type: ignore[union-attr,operator]
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def find_sparse(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+    """Modules whose weight is exactly 2:4, by name; the other linears with a reason."""
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    sites, skipped = {}, {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        weight = module.weight
+        if not name:
+            skipped["(the model itself)"] = "it cannot be replaced in itself: wrap it in a module"
+        elif type(module) not in (nn.Linear, Conv1D) or type(weight) is not nn.Parameter:
+            skipped[name] = f"{type(module).__name__} with a weight of type {type(weight).__name__}"
+        elif names[id(module)] > 1:
+            skipped[name] = "it stands at several places of the model"
+        elif owners[id(weight)] > 1:
+            skipped[name] = "its weight belongs to another module, too"
+        elif low_rank.has_other_hooks(module):
+            skipped[name] = "it has forward hooks"
+        elif weight.is_meta or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            skipped[name] = f"no kernel for {weight.dtype} on {weight.device.type}"
+        elif not TWO_FOUR.fits(weight_of(module).shape[1]) or not check_pattern(weight_of(module), TWO_FOUR):
+            skipped[name] = "not 2:4: a group of four has more than two non-zeros"
+        else:
+            sites[name] = module
+    return sites, skipped

@@ -1,0 +1,152 @@
+"""Packed 2:4 linears in vLLM: which layers are packed, their parameters for vLLM's weight loaders, and the product.
+
+vLLM merges q, k and v, and gate and up, along the outputs: rows of packed weights stand one below the other as those of
+dense ones do. Tensor parallelism splits outputs anywhere, and inputs at whole bytes of the bitmask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.utils import set_weight_attrs
+
+from sparseforge_fx.deploy.checkpoints.packed_files import BITMASK, METHOD, VALUES, Header
+from sparseforge_fx.deploy.lowering.targets import TARGETS
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import ROWS
+from sparseforge_fx.kernels.packed import Packed, check_packed
+from sparseforge_fx.kernels.sparse_linear import OP
+
+
+class PackedVllmConfig(QuantizationConfig):
+    """``quantization_config`` of a packed checkpoint as vLLM carries it."""
+
+    def __init__(self, header: Header):
+        super().__init__()
+        self.header = header
+        self.modules = dict(header.modules)  # by vLLM's names
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # the header is in config.json
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PackedVllmConfig:
+        return cls(Header.from_json(config))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        parts = self.parts(prefix)
+        packed = [name for name in parts if name in self.modules]
+        if not isinstance(layer, LinearBase):
+            if packed:
+                raise SparseForgeError(
+                    f"'{prefix}' is packed, and in vLLM a {type(layer).__name__}, which has to be dense: serve what "
+                    "sf.unpack_checkpoint writes"
+                )
+            return None
+        if not packed:
+            return UnquantizedLinearMethod()
+        if len(packed) < len(parts):
+            dense = next(name for name in parts if name not in self.modules)
+            raise SparseForgeError(
+                f"vLLM merges '{packed[0]}', which is packed, with '{dense}', which is dense: prune both, or "
+                "serve what sf.unpack_checkpoint writes"
+            )
+        return PackedLinearMethod(prefix)
+
+    def parts(self, prefix: str) -> list[str]:
+        """Names in the checkpoint of what vLLM merged into the layer of that name."""
+        parent, dot, leaf = prefix.rpartition(".")
+        if prefix in self.modules:
+            return [prefix]
+        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
+
+
+@register_weight_loader_v2_supported_method
+class PackedLinearMethod(LinearMethodBase):
+    """y = x W^T + b, W [out, in] of one rank packed.
+
+    Until weights are processed ``weight_values`` is [out, P/2] and ``weight_bitmask`` [out, P/8], P = ``in`` rounded up
+    to a multiple of 8, as on disk; then the layout of their device.
+    """
+
+    def __init__(self, prefix: str):
+        self.prefix = prefix
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        width, rows = input_size_per_partition, sum(output_partition_sizes)
+        if width != input_size and width % 8:
+            raise SparseForgeError(
+                f"'{self.prefix}': a share of {width} of {input_size} inputs is no whole bytes of the packed bitmask: "
+                "choose a tensor_parallel_size that gives a multiple of 8"
+            )
+        weight_loader = extra_weight_attrs.pop("weight_loader")
+        padded = width + -width % 8
+        # no bit set: weights that the checkpoint lacks are seen when they are checked
+        data = {
+            VALUES: torch.zeros(rows, padded // 2, dtype=params_dtype),
+            BITMASK: torch.zeros(rows, padded // 8, dtype=torch.uint8),
+        }
+        for name, tensor in data.items():
+            parameter = ModelWeightParameter(data=tensor, input_dim=1, output_dim=0, weight_loader=weight_loader)
+            layer.register_parameter(name, parameter)
+            set_weight_attrs(parameter, extra_weight_attrs)
+        # one of the packed linears has an empty dense weight in the file, which stops loaders that do not know us
+        empty = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        set_weight_attrs(empty, {"weight_loader": lambda *_, **__: None})
+        layer.register_parameter("weight", empty)
+        layer.packed_width, layer.packed_layout = width, "rows"  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if layer.packed_layout != "rows":
+            return
+        values, bitmask, width = getattr(layer, VALUES).data, getattr(layer, BITMASK).data, layer.packed_width
+        try:
+            packed = check_packed(Packed(values, bitmask, width))  # type: ignore[arg-type]
+        except SparseForgeError as error:
+            raise SparseForgeError(f"'{self.prefix}': {error}; copy the checkpoint anew") from error
+        if "weight" in layer._parameters:
+            del layer.weight
+        layout, *_ = TARGETS.get(values.device.type, (ROWS,))
+        if layout is ROWS:
+            return
+        for name, tensor in zip((VALUES, BITMASK), layout.convert(packed), strict=True):
+            layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        layer.packed_layout = layout.name  # type: ignore[assignment]
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        values, meta = getattr(layer, VALUES), getattr(layer, BITMASK)
+        return OP(x, values, meta, layer.packed_layout, layer.packed_width, bias, "none")

@@ -1,0 +1,355 @@
+"""Models by name: a folder, a hub id or a GGUF file in; a plain Hugging Face folder out, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.models import low_rank
+from sparseforge_fx.models.loading_bar import loading_bar
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HUB_TIMEOUT = 10.0  # seconds until the hub counts as not reachable
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class Location(NamedTuple):
+    """What the ``from_pretrained`` functions want: a folder or hub id, and options that belong to it."""
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def gguf(self) -> bool:
+        return "gguf_file" in self.options
+
+    def quick(self) -> AbstractContextManager[None]:
+        """Inside, transformers reads the header of a GGUF file quickly."""
+        if not self.gguf:
+            return nullcontext()
+        from sparseforge_fx.models.gguf import quick_reader
+
+        return quick_reader()
+
+
+def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tuple[nn.Module, Any]:
+    """The model, in eval mode on the CPU, and its tokenizer (None for a model without a vocabulary).
+
+    Args:
+        name: a Hugging Face folder, a hub id, or a GGUF file (or a folder that holds one and nothing else to load).
+        dtype: ``bfloat16``, ``float16``, ``float32``. None: the checkpoint's own; bfloat16 for a GGUF file, whose
+            weights are dequantised.
+
+    Raises SparseForgeError: nothing of that name, the hub is not reachable, not a model, weights missing from the
+    checkpoint, weights that stay quantised, no tokenizer. Code that comes with a checkpoint is never run.
+    """
+    where = locate(name)
+    wanted = find_dtype(dtype)
+    config = load_config(where)
+    tokenizer = load_tokenizer(where, config)
+    options: dict[str, Any] = {"dtype": wanted or "auto", "config": config}
+    if where.gguf:
+        options["dtype"] = wanted or torch.bfloat16
+        if hasattr(transformers, "GgufConfig"):  # before it came, every GGUF file was dequantised
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    elif is_packed(config):
+        raise SparseForgeError(f"the weights of {name} are packed: load it with sf.load, or see sf.unpack_checkpoint")
+    elif getattr(config, "quantization_config", None) is not None:
+        raise SparseForgeError(
+            f"the weights of {name} are quantised: give a checkpoint in bfloat16, float16 or float32"
+        )
+    with explained(f"cannot load the model {name}"), where.quick(), loading_bar(str(name)):
+        model, loading = model_class(config).from_pretrained(
+            where.name, output_loading_info=True, **options, **where.options
+        )
+    absent = sorted(loading.get("missing_keys") or ())
+    if absent:
+        raise SparseForgeError(
+            f"the checkpoint {name} lacks {len(absent)} weights of its model, {absent[0]} the first of them"
+        )
+    if names := low_rank.branch_names(loading.get("unexpected_keys") or ()):
+        low_rank.rebuild(model, _read_tensors(where, names))
+    if where.gguf and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain now, and must be loaded as such
+    return model.eval(), tokenizer
+
+
+def load_skeleton(name: str | Path) -> nn.Module:
+    """The model without weights, on the meta device: shapes and graph only, whatever its size."""
+    where = locate(name)
+    config = load_config(where)
+    cls = model_class(config)
+    with explained(f"cannot build the model of {name}"), torch.device("meta"):
+        model = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
+    return model.eval()
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write a plain Hugging Face folder, with nothing in it that says sparse: every loader takes it for a dense one.
+
+    Low-rank branches (``slorb_block``) are further tensors in it: :func:`load_model` rebuilds them, other loaders leave
+    them out.
+    Raises SparseForgeError if ``folder`` exists and is not empty, unless ``overwrite``.
+    """
+    with new_folder(Path(folder), overwrite=overwrite) as partial:
+        write_checkpoint(model, tokenizer, partial)
+
+
+def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
+    """``save_pretrained`` of both into a folder."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill; it becomes ``folder`` when the block ends well, and vanishes when it does not.
+
+    A symbolic link stays one: what it points to is replaced. A mount point, which cannot be replaced, is filled: its
+    former content goes when the new one is complete.
+    Raises SparseForgeError if ``folder`` is a file, cannot be written, or is not empty and ``overwrite`` is False.
+    """
+    finish_replacement(folder)
+    check_output(folder, overwrite=overwrite)
+    folder = Path(os.path.realpath(folder))
+    inside = _stays(folder)
+    partial = folder / PARTIAL if inside else folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        if not inside:
+            try:
+                _replace(folder, partial)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.EXDEV) or not folder.is_dir():
+                    raise
+            # a mount that looks like a folder: bound from elsewhere on the same disk
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+            shutil.move(partial, folder / PARTIAL)
+        os.replace(folder / PARTIAL, folder / COMPLETE)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        finish_replacement(folder)  # had it failed between two renames, the old one comes back
+        raise
+    _empty_out(folder)
+
+
+#: in a folder that cannot be replaced: what is being written; what is complete and still has the old content beside it;
+#: what is on its way up; the old content
+PARTIAL, COMPLETE, MOVING, OLD = (f".sparseforge-{n}" for n in ("partial", "complete", "moving", "old"))
+LOST = "lost+found"  # of a file system, at its root
+
+
+def finish_replacement(folder: Path) -> None:
+    """Put things right after a kill during :func:`new_folder`: a new folder that was complete takes its place."""
+    folder = Path(os.path.realpath(folder))
+    partial, old = (folder.with_name(f".{folder.name}.{n}") for n in ("partial", "old"))
+    if old.exists():
+        if not folder.exists():
+            os.replace(partial if partial.exists() else old, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir():
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        _empty_out(folder)
+
+
+def check_output(folder: Path, *, overwrite: bool = False) -> None:
+    """Raise SparseForgeError if a result cannot or must not be written to ``folder``."""
+    if folder.exists() and not folder.is_dir():
+        raise SparseForgeError(f"the output {folder} is a file: name a folder")
+    if not overwrite and folder.exists() and any(f.name != LOST for f in folder.iterdir()):
+        raise SparseForgeError(f"the output folder {folder} is not empty: name another one, or allow overwriting")
+    folder = Path(os.path.realpath(folder))
+    if folder.is_dir():
+        _check_writable(folder, folder)
+    if not folder.is_dir() or not _stays(folder):
+        check_parent(folder)
+
+
+def check_parent(path: Path) -> None:
+    """Raise SparseForgeError unless something can be written at ``path``, whose parents need not be there yet."""
+    path = Path(os.path.abspath(path))
+    there = next(p for p in path.parents if p.exists())
+    if not there.is_dir():
+        raise SparseForgeError(f"{path} cannot be written: {there} is a file; name another place")
+    _check_writable(there, path)
+
+
+def _check_writable(folder: Path, wanted: Path) -> None:
+    """By trying: rights say nothing of read-only file systems, nor to the root user."""
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=".sparseforge-"))
+    except OSError as error:
+        raise SparseForgeError(
+            f"{wanted} cannot be written: {folder} takes no new files ({error.strerror}); name another place"
+        ) from error
+
+
+def _stays(folder: Path) -> bool:
+    """Is this a folder that cannot be renamed: a mount point, or one whose parent is not ours to write?"""
+    return folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK))
+
+
+def _replace(folder: Path, new: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _empty_out(folder: Path) -> None:
+    """Let the complete new content in a folder take the place of the old; begins where a kill ended it."""
+    complete, moving, old = (folder / name for name in (COMPLETE, MOVING, OLD))
+    if complete.exists():
+        old.mkdir(exist_ok=True)
+        for entry in folder.iterdir():
+            if entry.name not in (COMPLETE, OLD, LOST):
+                os.replace(entry, old / entry.name)
+        os.replace(complete, moving)
+    if moving.exists():
+        for entry in moving.iterdir():
+            os.replace(entry, folder / entry.name)
+        moving.rmdir()
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# -- finding ---------------------------------------------------------------------------------------------------------
+def locate(name: str | Path) -> Location:
+    """Where the files of a model are. Asks the hub, with a short timeout, only for what is no local path."""
+    text = os.path.expanduser(str(name))
+    path = Path(text)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SparseForgeError(
+                f"{name} is a file but not a .gguf file: give a model folder, a hub id or a GGUF file"
+            )
+        return Location(str(path.resolve().parent), {"gguf_file": path.name})
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return Location(str(path), {})
+        found = sorted(path.glob("*.gguf"))
+        if len(found) == 1:
+            return Location(str(path), {"gguf_file": found[0].name})
+        several = f"{len(found)} GGUF files: name one" if found else "no config.json: it is not a Hugging Face model"
+        raise SparseForgeError(f"the folder {name} holds {several}")
+    if not _HUB_ID.fullmatch(text) or path.suffix == ".gguf":
+        raise SparseForgeError(f"there is no model folder or file {name}: check the path")
+    return Location(text, _ask_hub(text))
+
+
+def _ask_hub(name: str) -> dict[str, Any]:
+    """Options for a hub id: cached files only, if the hub does not answer at once. (from_pretrained would retry.)"""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except GatedRepoError as error:
+        raise SparseForgeError(
+            f"the model {name} is gated: ask for access on its hub page and log in with 'hf auth login'"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SparseForgeError(
+            f"there is no folder {name} here and no model of that name on the hub (or it is private)"
+        ) from error
+    except Exception as error:  # an open set of types: DNS, proxy, TLS, timeout, offline mode, server errors
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return {"local_files_only": True}
+        raise SparseForgeError(
+            f"there is no folder {name} here, and the hub cannot be asked for it "
+            f"({type(error).__name__}: {_one_line(error)})"
+        ) from error
+    return {}
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+def load_config(where: Location) -> Any:
+    """The configuration of a model."""
+    with explained(f"cannot read the configuration of {where.name}"), where.quick():
+        return transformers.AutoConfig.from_pretrained(where.name, trust_remote_code=False, **where.options)
+
+
+def load_tokenizer(where: Location, config: Any) -> Any:
+    """The tokenizer, or None for a model without a vocabulary."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(text, "vocab_size", None):
+        return None
+    with explained(f"the model {where.name} has no tokenizer that can be loaded"), where.quick():
+        return transformers.AutoTokenizer.from_pretrained(where.name, trust_remote_code=False, **where.options)
+
+
+def _read_tensors(where: Location, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint's safetensors files by name."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    folder = Path(where.name)
+    if not folder.is_dir():  # a hub id, whose files are here by now
+        folder = Path(snapshot_download(where.name, allow_patterns=["*.safetensors"], local_files_only=True))
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in set(names) & set(file.keys())}
+    return found
+
+
+def is_packed(config: Any) -> bool:
+    """Did ``save_packed`` write it?"""
+    found = getattr(config, "quantization_config", None)
+    return isinstance(found, dict) and found.get("quant_method") == "sparseforge"
+
+
+def model_class(config: Any) -> Any:
+    """The class that wrote the checkpoint, if transformers has it; else the configuration's causal language model."""
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of that name. Raises SparseForgeError for others than :data:`DTYPES`."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise SparseForgeError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside into a SparseForgeError: ``what``, and the reason in one line."""
+    try:
+        yield
+    except SparseForgeError:
+        raise
+    except (
+        Exception
+    ) as error:  # an open set of types: json, safetensors, gguf, tokenizers, validation of configurations
+        raise SparseForgeError(f"{what}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,146 @@
+"""SLoRB's branch y + (x X^T) S^T beside a linear of a model: where it may stand, where it starts, how it is kept.
+
+A branch is a child ``slorb`` of its linear, added by a forward hook: X [rank, in], S [out, rank], rank = in / block. In
+a checkpoint it is two more tensors, ``<linear>.slorb.x`` and ``<linear>.slorb.s``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.passes.find_linears import LinearSite, eligible
+
+CHILD = "slorb"
+_NAME = re.compile(rf"(.+)\.{CHILD}\.([xs])")
+
+
+class LowRankBranch(nn.Module):
+    """X [rank, in] and S [out, rank] of one linear."""
+
+    def __init__(self, x: Tensor, s: Tensor):
+        super().__init__()
+        self.x, self.s = nn.Parameter(x.detach()), nn.Parameter(s.detach())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(inputs, self.x), self.s)
+
+    @staticmethod
+    def add(owner: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of the linear that owns a branch."""
+        return output + owner.get_submodule(CHILD)(args[0])
+
+
+# -- at a model's linears --------------------------------------------------------------------------------------------
+def attach(owner: nn.Module, branch: LowRankBranch) -> None:
+    """Let ``owner`` add the branch to what it answers."""
+    owner.add_module(CHILD, branch)
+    owner.register_forward_hook(LowRankBranch.add)
+
+
+def detach(owner: nn.Module) -> LowRankBranch | None:
+    """Take the branch off; None where there is none."""
+    branch = owner._modules.get(CHILD)
+    if not isinstance(branch, LowRankBranch):
+        return None
+    del owner._modules[CHILD]
+    for key in [k for k, hook in owner._forward_hooks.items() if hook is LowRankBranch.add]:
+        del owner._forward_hooks[key]
+    return branch
+
+
+def hand_on(old: nn.Module, new: nn.Module) -> None:
+    """Move the branch, if there is one, to the module that takes the place of ``old``."""
+    branch = detach(old)
+    if branch is not None:
+        attach(new, branch)
+
+
+def branches(model: nn.Module) -> dict[str, LowRankBranch]:
+    """The branches of a model by the names of their linears."""
+    found = ((name, module._modules.get(CHILD)) for name, module in model.named_modules())
+    return {name: branch for name, branch in found if isinstance(branch, LowRankBranch)}
+
+
+def has_other_hooks(module: nn.Module) -> bool:
+    """Does something else than a branch see what the module takes or gives?"""
+    return bool(module._forward_pre_hooks) or any(h is not LowRankBranch.add for h in module._forward_hooks.values())
+
+
+def branch_names(names: Iterable[str]) -> dict[str, str]:
+    """Of names in a checkpoint those of branches -> the linear's name."""
+    return {name: match[1] for name in names if (match := _NAME.fullmatch(name))}
+
+
+def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Attach the branches whose tensors a checkpoint holds. Raises SparseForgeError for tensors that fit no linear."""
+    linears = dict(model.named_modules())
+    for name in sorted(set(branch_names(tensors).values())):
+        x, s = (tensors.get(f"{name}.{CHILD}.{leaf}") for leaf in "xs")
+        owner = linears.get(name)
+        sizes = ("nf", "nx") if isinstance(owner, Conv1D) else ("out_features", "in_features")
+        wide = tuple(getattr(owner, size, None) for size in sizes)
+        fits = x is not None and s is not None and x.dim() == s.dim() == 2 and x.shape[0] == s.shape[1]
+        if not fits or wide != (s.shape[0], x.shape[1]):  # type: ignore[union-attr]
+            raise SparseForgeError(f"the low-rank branch of {name} fits no linear here: copy the checkpoint anew")
+        like = owner.weight  # type: ignore[union-attr]
+        attach(owner, LowRankBranch(*(t.to(like.device, like.dtype) for t in (x, s))))  # type: ignore[arg-type,union-attr]
+
+
+# -- in training -----------------------------------------------------------------------------------------------------
+def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
+    """Raise SparseForgeError, naming the weight, where a branch could not stay beside the linear after training."""
+    assert program.source is not None
+    modules = dict(program.source.named_modules())
+    nodes = {node.name: node for node in program.graph.nodes}
+    for site in eligible(sites):
+        name, _, leaf = site.fqn.rpartition(".")
+        owner = modules.get(name)
+        stacks = [nodes[use.node].meta.get("nn_module_stack") or {"": ("", "")} for use in site.uses]
+        reason = None
+        if type(owner) not in (nn.Linear, Conv1D) or leaf != "weight":
+            reason = f"it belongs to a {type(owner).__name__}, no plain nn.Linear or Conv1D"
+        elif site.ties:
+            reason = f"it is also {site.ties[0]}"
+        elif any(modules.get(list(stack.values())[-1][0]) is not owner for stack in stacks):
+            reason = "it is used without calling its module"
+        if reason:
+            raise SparseForgeError(f"slorb_block: {site.fqn} can have no low-rank branch, {reason}: exclude it")
+
+
+@dataclass
+class Branch:
+    """What training knows of a branch: the weight it stands beside, its S [out, in / block], written in place."""
+
+    weight: MaskedWeight
+    s: Tensor
+
+    def means(self) -> Tensor:
+        """Mean over each block of the masked weight, [out, in / block], float32."""
+        w = self.weight
+        masked = (w.weight.detach() * w.mask).movedim(w.dim, -1)
+        return masked.unflatten(-1, (self.s.shape[1], -1)).mean(-1, dtype=torch.float32)
+
+
+@contextmanager
+def handed_over(branches: Sequence[Branch], wanted: Callable[[], bool]) -> Iterator[None]:
+    """What the block takes from the masked weights goes to S, as the mean of every block of inputs.
+
+    From a mask of ones to a hard one this is AST's eq. 6, S = mean of W (1 - m); masks that harden by and by hand over
+    the same in parts. ``wanted()`` says after the block whether to.
+    """
+    before = [b.means() for b in branches]
+    yield
+    if branches and wanted():
+        with torch.no_grad():
+            for b, mean in zip(branches, before, strict=True):
+                b.s += (mean - b.means()).to(b.s.dtype)

@@ -1,0 +1,180 @@
+"""Distillation from the dense teacher, with logits of a vocabulary never in memory three times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseforge_fx.data.reading import IGNORE
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.rows import real_rows
+from sparseforge_fx.graph.taps import Taps
+
+#: losses on intermediate values, and whether they look at attention: SquareHead (arXiv 2310.06927: squared error of the
+#: hidden states over the teacher's energy), TinyBERT (arXiv 1909.10351: squared errors of hidden states and attention
+#: scores), MobileBERT (arXiv 2004.02984: squared error of hidden states, KL of attention)
+FEATURES = {"squarehead": False, "tinybert": True, "mobilebert": True}
+DIVERGENCES = ("kl", "reverse_kl")
+
+
+class Loss(NamedTuple):
+    """``total`` carries the gradient; ``task`` and ``kl`` are detached parts for the curves (nats per scored token)."""
+
+    total: Tensor
+    task: Tensor
+    kl: Tensor
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """w_task * CE + w_kl * KL over rows, its gradient made chunk by chunk in the forward (as fused linear losses
+    do)."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, labels, w_task, w_kl, chunk, reverse):
+        rows = student.shape[0]
+        scored = (labels != IGNORE).sum().clamp(min=1)
+        grad = torch.empty_like(student)
+        task = torch.zeros((), dtype=torch.float32, device=student.device)
+        kl = torch.zeros_like(task)
+        for start in range(0, rows, chunk):
+            part = slice(start, start + chunk)
+            log_p = F.log_softmax(student[part].float(), -1)
+            p = log_p.exp()
+            delta = torch.zeros_like(p)
+            if w_kl and teacher is not None:
+                log_q = F.log_softmax(teacher[part].float(), -1)
+                q = log_q.exp()
+                if reverse:
+                    gap = log_p - log_q
+                    mean = (p * gap).sum(-1, keepdim=True)
+                    kl += mean.sum()
+                    delta.add_(p * (gap - mean), alpha=w_kl / rows)
+                else:
+                    kl += (q * (log_q - log_p)).sum()
+                    delta.add_(p - q, alpha=w_kl / rows)
+            if w_task:
+                target = labels[part]
+                valid = target != IGNORE
+                index = target.clamp(min=0)[:, None]
+                task -= (log_p.gather(1, index)[:, 0] * valid).sum()
+                weight = (valid * (w_task / scored))[:, None].float()
+                delta.addcmul_(p, weight).scatter_add_(1, index, -weight)
+            grad[part] = delta.to(grad.dtype)
+        ctx.save_for_backward(grad)
+        task, kl = task / scored, kl / rows
+        ctx.mark_non_differentiable(task, kl)
+        return w_task * task + w_kl * kl, task, kl
+
+    @staticmethod
+    def backward(ctx, grad_total, *_):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total.to(grad.dtype), None, None, None, None, None, None
+
+
+def logits_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    *,
+    w_task: float = 1.0,
+    w_kl: float = 1.0,
+    divergence: str = "kl",
+    chunk_bytes: int | None = None,
+) -> Loss:
+    """w_task * cross-entropy(student, labels) + w_kl * divergence from the teacher, at temperature 1.
+
+    Args:
+        student, teacher: logits [..., vocab] of the same shape; teacher may be None if ``w_kl`` is 0.
+        labels: [...] class ids; -100 is not scored by the cross-entropy (mean over scored rows). The KL is the mean
+            over all rows.
+        divergence: ``kl``: KL(teacher || student); ``reverse_kl``: KL(student || teacher) (MiniLLM, arXiv 2306.08543,
+            at each token).
+        chunk_bytes: float32 bytes of logits that are worked on at a time. Default: 1 MiB on a CPU, where the dozen
+            temporaries of a chunk then stay in its cache, and 128 MiB elsewhere.
+
+    One extra tensor of the logits' size and dtype is kept for the backward: their gradient. Source: arXiv 2605.06402
+    (1.0/1.0 in the authors' release).
+    """
+    vocab = student.shape[-1]
+    chunk_bytes = chunk_bytes or (1 << 20 if student.device.type == "cpu" else 1 << 27)
+    chunk = max(1, chunk_bytes // (4 * vocab))
+    flat_teacher = None if teacher is None else teacher.reshape(-1, vocab)
+    reverse = divergence == "reverse_kl"
+    flat = student.reshape(-1, vocab)
+    return Loss(*_ChunkedLoss.apply(flat, flat_teacher, labels.reshape(-1), w_task, w_kl, chunk, reverse))
+
+
+def plain_logits_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    *,
+    w_task: float = 1.0,
+    w_kl: float = 1.0,
+    divergence: str = "kl",
+) -> Loss:
+    """:func:`logits_loss` by autograd, in float32 and whole: for second derivatives."""
+    log_p = student.reshape(-1, student.shape[-1]).float().log_softmax(-1)
+    scored = (labels != IGNORE).sum().clamp(min=1)
+    task = F.nll_loss(log_p, labels.reshape(-1), ignore_index=IGNORE, reduction="sum") / scored
+    kl = torch.zeros_like(task)
+    if teacher is not None and w_kl:
+        log_q = teacher.reshape(-1, teacher.shape[-1]).float().log_softmax(-1)
+        pair = (log_q, log_p) if divergence == "reverse_kl" else (log_p, log_q)
+        kl = F.kl_div(*pair, log_target=True, reduction="batchmean")
+    return Loss(w_task * task + w_kl * kl, task.detach(), kl.detach())
+
+
+def check_losses(divergence: str, features: str | None) -> None:
+    """Raise a SparseForgeError unless there are such losses."""
+    if divergence not in DIVERGENCES:
+        raise SparseForgeError(f"unknown divergence {divergence!r}; choose one of {', '.join(DIVERGENCES)}")
+    if features is not None and features not in FEATURES:
+        raise SparseForgeError(f"unknown features {features!r}; choose one of {', '.join(FEATURES)}")
+
+
+def feature_loss(kind: str, student: Taps, teacher: Taps, real: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Distance of intermediate values, summed over the layers (AST's table 5; sources in :data:`FEATURES`).
+
+    ``real``: name of a mask -> bool [batch, positions], False where there is padding, which does not count.
+    """
+    masks = real or {}
+    total = torch.zeros((), device=student.hidden[0].device)
+    for s, t, name in zip(student.hidden, teacher.hidden, _names(student.hidden_rows, student.hidden), strict=True):
+        s, t = (_known(value.float(), masks.get(name)) for value in (s, t))
+        error = (s - t).square().mean()
+        total = total + (error / (t.square().mean() + 2**-7) if kind == "squarehead" else error)
+    names = _names(student.attention_rows, student.attention)
+    for s, t, name in zip(student.attention, teacher.attention, names, strict=True):
+        mask = masks.get(name)
+        counts = torch.ones(t.shape[0], 1, t.shape[2], 1, dtype=torch.bool, device=t.device)
+        if mask is not None and mask.shape == (t.shape[0], t.shape[2]):
+            counts = mask[:, None, :, None]
+        seen = torch.isfinite(t) & counts
+        if kind == "tinybert":
+            total = total + torch.where(seen, s - t, 0.0).square().sum() / seen.expand_as(s).sum().clamp(min=1)
+        else:
+            p, log_q = t.softmax(-1), s.log_softmax(-1)
+            each = torch.where(seen, p * (t.log_softmax(-1) - log_q), 0.0).sum(-1)
+            total = total + each.sum() / counts[..., 0].expand_as(each).sum().clamp(min=1)
+    return total
+
+
+def _names(names: list[str | None], values: list[Tensor]) -> list[str]:
+    """A name for each value; an empty one where nothing is known of its rows."""
+    return [name or "" for name in names] or [""] * len(values)
+
+
+def _known(value: Tensor, mask: Tensor | None) -> Tensor:
+    rows = real_rows(value, mask)
+    return value if rows is None else rows
+
+
+def relative_error(student: Any, teacher: Any) -> Tensor:
+    """||student - teacher||^2 / ||teacher||^2, the loss for outputs that are not logits (SquareHead's
+    normalisation)."""
+    return (student.float() - teacher.float()).square().mean() / teacher.float().square().mean().clamp(min=1e-12)

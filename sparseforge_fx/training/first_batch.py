@@ -1,0 +1,100 @@
+"""What is found out about a run's first batch before a weight changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_fx.data.reading import LABELS, SPAN, Reader, Reading, example_of
+from sparseforge_fx.errors import SparseForgeError, one_line
+from sparseforge_fx.graph.capture import as_call
+from sparseforge_fx.graph.forward import signature_of
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.training.objective import Objective
+
+
+def example_inputs_of(model: nn.Module, batch: Any) -> Any:
+    """What to capture with: the inputs in a batch; None where token ids are all, of which capture makes better ones."""
+    inputs = example_of(model, batch)
+    ids = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else None
+    if isinstance(inputs, Mapping) and set(inputs) == {"input_ids"}:
+        ids = inputs["input_ids"]
+    is_text = getattr(model, "main_input_name", None) == "input_ids" and isinstance(ids, Tensor) and ids.dim() == 2
+    return None if is_text and not getattr(model.config, "is_encoder_decoder", False) else inputs
+
+
+@torch.no_grad()
+def check_batch(program: Program, reader: Reader, objective: Objective, batch: Any) -> None:
+    """One forward pass, so that data which does not fit is refused, and what is not used is noted, before a weight
+    changes."""
+    found = reader.read(*as_call(batch))
+    ids, model = found.given.get("input_ids"), program.source
+    assert model is not None
+    if isinstance(ids, Tensor):
+        check_length(model, ids.shape[-1])
+        table = _embeddings(model)
+        if ids.numel() and table is not None and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
+            raise SparseForgeError(
+                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of "
+                f"{table.num_embeddings}: use the model's own tokenizer"
+            )
+    try:
+        output = program.module()(*found.args, **found.kwargs)
+    except (RuntimeError, AssertionError, IndexError, TypeError, ValueError) as error:
+        shapes = ", ".join(f"{n} {list(v.shape)}" for n, v in found.given.items() if isinstance(v, Tensor))
+        raise SparseForgeError(
+            f"the model cannot take the first batch of the data ({shapes}): {one_line(error)}"
+        ) from error
+    dense = objective.answer(output)
+    if torch.isnan(dense.value).any():
+        raise SparseForgeError(
+            "the dense model answers the first batch of the data with NaN: check its weights and the data"
+        )
+    ours = objective.loss(dense, None, found, task_alone=True)
+    if ours is None and objective.w_task and "labels" not in found.given:
+        reader.note("the batches hold no labels: the dense model's answers are all that is learnt from")
+    if ours is not None:
+        _compare_with_the_models_own(model, batch, found, ours.total, reader)
+
+
+def _compare_with_the_models_own(model: nn.Module, batch: Any, found: Reading, ours: Tensor, reader: Reader) -> None:
+    """A model that makes a loss of labels knows best what they are: say where it differs."""
+    takes = signature_of(model).parameters
+    labels = [n for n in (*LABELS, *SPAN) if n in takes and found.given.get(n) is not None]
+    if not labels:
+        return
+    modes = {m: m.training for m in model.modules()}
+    try:
+        output = model.eval()(**{n: v for n, v in found.given.items() if n in takes and v is not None})
+        theirs = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
+    except Exception:  # an open set: whatever the model raises; without its own loss there is nothing to compare
+        theirs = None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if isinstance(theirs, Tensor) and theirs.numel() == 1 and not torch.isclose(theirs.float(), ours, rtol=0.02):
+        reader.note(
+            f"on the first batch the model's own loss is {theirs.item():.4g} and the task loss used here is "
+            f"{ours.item():.4g}: labels on padding, or weights that only the model knows of, are the usual reasons"
+        )
+
+
+def _embeddings(model: nn.Module) -> nn.Embedding | None:
+    """The table that token ids index, where the model says which it is."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # no model of transformers', or one with two towers
+        return None
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raise a SparseForgeError if the model has fewer positions."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise SparseForgeError(
+            f"sequences of {length} tokens are longer than the model's {limit} positions: pass length={limit}"
+        )

@@ -1,0 +1,131 @@
+"""``prepare`` and ``finalize``: into the soft-masked model, and out of it to exact N:M."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparseforge_fx.data.reading import example_of
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.graph.forward import unwrapped
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.methods.base import MethodConfig
+from sparseforge_fx.models import low_rank
+from sparseforge_fx.models.low_rank import LowRankBranch, attach
+from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.insert_low_rank import branch_names
+from sparseforge_fx.pattern import check_pattern
+from sparseforge_fx.ranges import AtLeastZero, Count, checked
+from sparseforge_fx.training.distillation import check_losses
+from sparseforge_fx.training.sparse_model import SparseModel
+from sparseforge_fx.training.undo import dense_again_on_error
+
+
+@checked
+@torch.inference_mode(False)
+@torch.enable_grad()  # training needs both, whatever the caller stands in
+def prepare(
+    model: nn.Module,
+    example_inputs: Any = None,
+    config: MethodConfig | None = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    calibration: Sequence[Any] | None = None,
+    w_task: AtLeastZero = 1.0,
+    w_kl: AtLeastZero = 1.0,
+    divergence: str = "kl",
+    features: str | None = None,
+    w_features: AtLeastZero = 1.0,
+    slorb_block: Count | None = None,
+    compile: bool = False,
+) -> SparseModel:
+    """Capture ``model`` and give it soft masks, curvature probes and a dense teacher, for a loop of one's own.
+
+    Args:
+        example_inputs: as for :func:`sparseforge_fx.capture.capture`; ``labels`` in it are left to the loss.
+        config: what :func:`configure`, :func:`paper_preset` or :func:`tuned_preset` made; holds the number of steps.
+        include, exclude: globs over weight or module names.
+        calibration: batches for a config with a layer-wise ``start``.
+        w_task, w_kl, divergence, features, w_features: the loss, as for :func:`sparseforge_fx.sparsify`.
+        slorb_block: width of SLoRB's blocks; None for no low-rank branch.
+
+    Raises SparseForgeError if nothing is eligible (with the reasons), or if weights are not finite.
+    """
+    if config is None:
+        raise SparseForgeError(
+            "prepare needs a config that knows the run's length: pass paper_preset(steps) or tuned_preset(steps)"
+        )
+    if not config.by_gradient:
+        raise SparseForgeError(f"{type(config).__name__} learns without gradients: run it with sparsify()")
+    check_losses(divergence, features)
+    check_weights(model)
+    program = capture(model, None if example_inputs is None else example_of(model, example_inputs))
+    sites = find_linears(program, config.pattern, include, exclude)
+    check_sites(program, sites)
+    if config.start != "dense" and calibration is None:
+        raise SparseForgeError(
+            "this preset starts from a layer-wise solution: pass calibration=[batches], or use paper_preset"
+        )
+    with dense_again_on_error(program) as written:
+        sparse = SparseModel(
+            program, sites, config, w_task=w_task, w_kl=w_kl, divergence=divergence,
+            features=features, w_features=w_features, slorb_block=slorb_block,
+        )  # fmt: skip
+        if calibration is not None and config.start != "dense":
+            written += sparse.copies() if w_kl else []  # calibrate has copies of its own
+            sparse.calibrate(calibration)
+        if compile:
+            sparse.compile()
+    return sparse
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise a SparseForgeError unless the weights are here, all of them: a capture would take its time first."""
+    absent = next((n for n, p in unwrapped(model).named_parameters() if p.is_meta), None)
+    if absent is not None:
+        parts = set(map(str, getattr(model, "hf_device_map", {}).values())) & {"cpu", "disk"}
+        why = f"{' and '.join(sorted(parts))} hold them until they are asked for" if parts else "it has a shape alone"
+        raise SparseForgeError(
+            f"{absent} is on the meta device ({why}): load the model with all of its weights, and without a device_map "
+            "that offloads them"
+        )
+
+
+def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
+    """Raise a SparseForgeError if there is nothing to prune, or a weight that cannot be ranked."""
+    if program.source is not None and low_rank.branches(program.source):
+        raise SparseForgeError("the model has low-rank branches already: start from the dense model")
+    if not eligible(sites):
+        reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
+        raise SparseForgeError(f"nothing to prune: {reasons}")
+    for site in eligible(sites):
+        value = program.tensor(site.fqn)
+        if not torch.isfinite(value).all():
+            raise SparseForgeError(f"{site.fqn} holds NaN or infinite values: repair the checkpoint first")
+
+
+def finalize(sparse: SparseModel) -> nn.Module:
+    """Fix the masks, fold them into the weights (exact N:M, in place) and return the source model object.
+
+    SLoRB branches become a child ``slorb`` of the module that owns the weight, added by a forward hook.
+    """
+    sparse.fix()
+    hardened, records = run_passes(sparse.program, [lambda p: harden_masks(p, sparse.method.config.pattern)])
+    sparse.pass_records += records
+    sparse.release()
+    sparse.program = hardened
+    for site in eligible(sparse.sites):
+        if not check_pattern(hardened.tensor(site.fqn), sparse.method.config.pattern, site.reduction_dim):
+            raise AssertionError(f"{site.fqn} is not {sparse.method.config.pattern} after hardening")
+    source = sparse.dense.source
+    assert source is not None
+    for branch in sparse.branches:
+        x, s = (hardened.tensor(name) for name in branch_names(branch.weight.fqn))
+        attach(source.get_submodule(branch.weight.fqn.rpartition(".")[0]), LowRankBranch(x, s))
+    return source

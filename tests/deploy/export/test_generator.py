@@ -1,0 +1,376 @@
+"""export_generator, load_generator: tokens equal to generate(), one copy of the weights, and errors in one sentence."""
+
+import io
+import json
+import shutil
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import fresh
+import pytest
+import torch
+import transformers
+from tiny_models import build
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import sparseforge_fx as sf
+from sparseforge_fx.deploy.export.archive import CHECKSUMS, seal
+from sparseforge_fx.deploy.export.generation import SPEC_FILE
+from sparseforge_fx.errors import SparseForgeError
+
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """exported(name, format): (model, path, report), each made once."""
+    made = {}
+
+    def make(name, format="pt2"):
+        if (name, format) not in made:
+            torch.manual_seed(0)
+            model = build(name).eval()
+            sf.sparsify(model)
+            model.generation_config.eos_token_id = None
+            path = tmp_path_factory.mktemp("generator") / "g.pt2"
+            report = sf.export_generator(model, path, tokenizer(), format=format, max_length=LENGTH, gate=False)
+            made[name, format] = model, path, report
+        return made[name, format]
+
+    return make
+
+
+def tokenizer():
+    words = ["<pad>", "<s>", "</s>", *(chr(97 + i) for i in range(26))]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+
+
+def prompts(rows=2, length=7, padded=3):
+    ids = torch.randint(3, 50, (rows, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :padded] = 0
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mistral", "qwen3", "gemma3"])
+def test_greedy_tokens_are_those_of_generate(exported, name):
+    model, path, report = exported(name)
+    ids, mask = prompts()
+    generator = sf.load_generator(path)
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    assert torch.equal(generator.generate(ids, mask, max_new_tokens=20), want)
+    one = ids[1:, :1]  # no prefill
+    want = model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=20, do_sample=False)
+    assert torch.equal(generator.generate(one, max_new_tokens=20), want)
+    assert report["sites"] and report["file_bytes"] == path.stat().st_size
+
+
+def test_one_copy_of_the_weights(exported):
+    model, path, report = exported("llama")
+    generator = sf.load_generator(path)
+    first, second = generator._prefill.state_dict(), generator._decode.state_dict()
+    assert first.keys() == second.keys() and all(first[n].data_ptr() == second[n].data_ptr() for n in first)
+    with zipfile.ZipFile(path) as archive:
+        stored = sum(i.file_size for i in archive.infolist() if "/data/weights/weight_" in i.filename)
+    embedding = model.lm_head.weight.nbytes + model.model.embed_tokens.weight.nbytes
+    assert stored < report["lowered_bytes"] + embedding + 3000  # norms, and a few bytes for every stand-in
+
+
+def test_compiled_graphs(exported, tmp_path):
+    model, path, _ = exported("llama", "aoti")
+    ids, mask = prompts()
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    generator = sf.load_generator(path)
+    assert torch.equal(generator.generate(ids, mask, max_new_tokens=20), want)
+    one = ids[1:, :1].expand(3, 1)  # of strides that the graph was not compiled for
+    want = model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=20, do_sample=False)
+    assert torch.equal(generator.generate(one, max_new_tokens=20), want)
+    with zipfile.ZipFile(path) as archive:
+        libraries = [archive.read(n) for n in archive.namelist() if n.endswith(".so")]
+        stored = [i.filename for i in archive.infolist() if "/data/weights/weight_" in i.filename]
+    assert len(libraries) == 2 and all(b"aoti_torch_cpu_sparse_linear" in library for library in libraries)
+    packed_and_plain = {p.data_ptr() for p in model.parameters()}
+    assert len(stored) <= len(packed_and_plain) + 16  # not twice
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("format", ["pt2", "aoti"])
+def test_on_a_gpu_no_token_is_worse_than_rounding_makes_it(tmp_path, format):
+    torch.manual_seed(0)
+    model = build("llama").eval()
+    sf.sparsify(model)
+    model.to("cuda", torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    report = sf.export_generator(model, tmp_path / "g.pt2", format=format, max_length=LENGTH, gate=False)
+    assert {site["layout"] for site in report["sites"]} == {"planes"}
+    ids = prompts(padded=0)[0].cuda()
+    out = sf.load_generator(tmp_path / "g.pt2").generate(ids, max_new_tokens=20)
+    with torch.no_grad():
+        logits = model(out).logits.float()[:, ids.shape[1] - 1 : -1]
+    chosen = logits.gather(-1, out[:, ids.shape[1] :, None])[..., 0]
+    assert (logits.amax(-1) - chosen).max() < 0.05 * logits.abs().max()
+
+
+def test_text_in_a_fresh_process(exported):
+    model, path, _ = exported("llama")
+    code = "import sparseforge_fx as sf; print(sf.load_generator(sys.argv[1]).text(['a b c', 'd'], max_new_tokens=5))"
+    ids = torch.tensor([[3, 4, 5], [0, 0, 6]])
+    want = model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=5, do_sample=False)[:, 3:]
+    assert fresh.run(code, path).strip() == str(tokenizer().batch_decode(want, skip_special_tokens=True))
+
+
+def test_sampling(exported):
+    generator = sf.load_generator(exported("llama")[1])
+    ids, mask = prompts()
+    draw = lambda **options: generator.generate(ids, mask, max_new_tokens=12, do_sample=True, **options)  # noqa: E731
+    assert torch.equal(draw(seed=3), draw(seed=3)) and not torch.equal(draw(seed=3), draw(seed=4))
+    greedy = generator.generate(ids, mask, max_new_tokens=12)
+    assert torch.equal(draw(top_k=1), greedy) and torch.equal(draw(top_p=1e-6), greedy)
+    assert torch.equal(draw(temperature=1e-4, seed=0), greedy)
+
+
+def test_the_first_sampled_token_follows_the_distribution(exported):
+    model, path, _ = exported("llama")
+    ids = prompts(rows=1, padded=0)[0]
+    many = ids.expand(4000, -1)
+    drawn = sf.load_generator(path).generate(many, max_new_tokens=1, do_sample=True, seed=0)[:, -1]
+    want = model(ids).logits[0, -1].softmax(-1)
+    got = drawn.bincount(minlength=want.numel()) / 4000
+    assert (got - want).abs().max() < 5 * (0.25 / 4000) ** 0.5
+
+
+def test_sequences_end(exported):
+    model, path, _ = exported("llama")
+    generator = sf.load_generator(path)
+    ids, mask = prompts(rows=3, padded=0)
+    free = generator.generate(ids, max_new_tokens=12)
+    generator.eos = [int(free[0, 9])]  # the third new token of the first row
+    model.generation_config.eos_token_id = generator.eos
+    try:
+        want = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    finally:
+        model.generation_config.eos_token_id = None
+    got = generator.generate(ids, max_new_tokens=12)
+    assert torch.equal(got, want) and (got[0, 10:] == generator.pad).all()
+
+
+def test_a_second_export_gives_the_same_bytes(exported, tmp_path):
+    model, path, _ = exported("llama")
+    sf.export_generator(model, tmp_path / "other.pt2", tokenizer(), max_length=LENGTH, gate=False)
+    assert (tmp_path / "other.pt2").read_bytes() == path.read_bytes()
+
+
+def test_a_mask_that_is_not_left_padding_is_refused(exported):
+    generator = sf.load_generator(exported("llama")[1])
+    ids, mask = prompts()
+    for wrong in (mask.flip(1), mask[:, 1:]):
+        with pytest.raises(SparseForgeError, match="pad on the left"):
+            generator.generate(ids, wrong, max_new_tokens=4)
+
+
+def test_a_tokenizer_that_writes_no_tokenizer_json_is_refused(exported, tmp_path):
+    class Slow:
+        def save_pretrained(self, folder):
+            Path(folder, "tokenizer.model").write_bytes(b"\xff\x00")
+
+    with pytest.raises(SparseForgeError, match="Slow writes no tokenizer"):
+        sf.export_generator(exported("llama")[0], tmp_path / "g.pt2", Slow(), max_length=16, gate=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_is_left_alone(exported):
+    model, _, _ = exported("llama")
+    assert model.config.use_cache and not hasattr(model, "key_cache_0")
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": LENGTH}, "do not fit a cache of 40"),
+        (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": 0}, "do not fit"),
+        (torch.ones(1, 4), {}, "int64 ids"),
+        (torch.ones(1, 0, dtype=torch.long), {}, "int64 ids"),
+        (
+            torch.ones(1, 4, dtype=torch.long),
+            {"max_new_tokens": 4, "do_sample": True, "temperature": -1.0},
+            "temperature",
+        ),
+    ],
+)
+def test_what_the_runner_refuses(exported, ids, options, message):
+    generator = sf.load_generator(exported("llama")[1])
+    with pytest.raises(SparseForgeError, match=message):
+        generator.generate(ids, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"max_length": 65}, "more than the 64 positions"),
+        ("llama", {"max_length": 1}, "room for a prompt"),
+        ("llama", {"format": "gguf"}, "unknown format"),
+        ("bert", {}, "no causal language model"),
+        ("mlp", {}, "no causal language model"),
+    ],
+)
+def test_what_is_not_exported(name, options, message, tmp_path):
+    with pytest.raises(SparseForgeError, match=message):
+        sf.export_generator(build(name), tmp_path / "g.pt2", **{"max_length": 16, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_space_model_is_refused(tmp_path):
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with pytest.raises(SparseForgeError, match="does not keep keys and values in a static cache"):
+        sf.export_generator(transformers.MambaForCausalLM(config), tmp_path / "g.pt2", max_length=16)
+
+
+def rewritten(path, target, change, more=None, sealed=True):
+    """The archive with the bytes of each file changed by ``change(name, bytes)``, where None drops it, and ``more``
+    files by name; with the checksums of that, or with the old ones."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            data = change(name, old.read(name))
+            if data is not None and not (sealed and name.endswith(CHECKSUMS)):
+                new.writestr(name, data)
+        for name, data in (more or {}).items():
+            new.writestr(f"model/{name}", data)
+    if sealed:
+        seal(target)
+
+
+def same(name, data):
+    return data
+
+
+def with_spec(**fields):
+    return lambda name, data: json.dumps({**json.loads(data), **fields}).encode() if name.endswith(SPEC_FILE) else data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_spec(version=99), "version 99"),
+        (with_spec(version=None), "version None"),
+        (with_spec(version=1), "version 1 of"),  # before there were checksums
+        (with_spec(max_length=1 << 40), "describes its cache or tokens wrongly"),
+        (with_spec(max_length="40"), "describes its cache or tokens wrongly"),
+        (with_spec(cache=[[[1, LENGTH, 1 << 20]] * 2] * 2), "made for another cache"),
+        (with_spec(cache=[[[1, LENGTH - 1, 16]] * 2] * 2), "describes its cache or tokens wrongly"),
+        (with_spec(cache=None), "describes its cache or tokens wrongly"),
+        (with_spec(dtype="object"), "describes its cache or tokens wrongly"),
+        pytest.param(
+            with_spec(device="cuda"),
+            "there is none here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here"),
+        ),
+        (with_spec(format="pickle"), "describes its cache or tokens wrongly"),
+        (with_spec(eos_token_id=7), "describes its cache or tokens wrongly"),
+        (with_spec(eos_token_id=[1 << 70]), "describes its cache or tokens wrongly"),
+        (with_spec(pad_token_id=[]), "describes its cache or tokens wrongly"),
+        (lambda name, data: None if name.endswith(SPEC_FILE) else data, "not a file of sf.export_generator"),
+        (lambda name, data: b"{" if name.endswith(SPEC_FILE) else data, "no export, or it is damaged"),
+        (lambda name, data: b"[" * 100_000 if name.endswith(SPEC_FILE) else data, "no export, or it is damaged"),
+        (lambda name, data: b"[]" if name.endswith(SPEC_FILE) else data, "version None"),
+        (lambda name, data: None if name.endswith("models/decode.json") else data, "cannot be loaded"),
+        (lambda name, data: data[:-9] if name.endswith("models/prefill.json") else data, "cannot be loaded"),
+        (lambda name, data: data[:-2] if name.endswith("weight_0") else data, "cannot be loaded"),
+        (lambda name, data: b"" if name.endswith("weight_0") else data, "something else than tensors"),
+        (lambda name, data: b"{" if name.endswith("tokenizer.tokenizer.json") else data, "cannot be loaded"),
+    ],
+)
+def test_damaged_files(exported, tmp_path, change, message):
+    rewritten(exported("llama")[1], tmp_path / "bad.pt2", change)
+    with pytest.raises(SparseForgeError, match=message):
+        sf.load_generator(tmp_path / "bad.pt2")
+
+
+@pytest.mark.parametrize("place", ["data/weights/weight_0", "data/constants/tensor_0", "models/decode.json", "version"])
+def test_a_changed_bit_is_noticed(exported, tmp_path, place):
+    change = lambda name, data: bytes([data[0] ^ 1, *data[1:]]) if name.endswith(place) else data  # noqa: E731
+    rewritten(exported("llama")[1], tmp_path / "bad.pt2", change, sealed=False)  # all that a zip checks is right
+    for check in (sf.load_generator, sf.check_export):
+        with pytest.raises(SparseForgeError, match=f"not what was written .*{place}' differs"):
+            check(tmp_path / "bad.pt2")
+
+
+def test_a_bit_that_flips_on_the_disk_is_noticed(exported, tmp_path):
+    path = exported("llama")[1]
+    with zipfile.ZipFile(path) as archive:
+        weight = archive.read("model/data/weights/weight_0")
+    data = bytearray(path.read_bytes())
+    data[data.index(weight) + len(weight) // 2] ^= 4
+    (tmp_path / "bad.pt2").write_bytes(data)
+    with pytest.raises(SparseForgeError, match="it is damaged"):
+        sf.load_generator(tmp_path / "bad.pt2")
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def with_pickle(name, data):
+    """The description of weights, one of which is to be unpickled."""
+    if not name.endswith("prefill_weights_config.json"):
+        return data
+    content = json.loads(data)
+    next(iter(content["config"].values())).update(use_pickle=True)
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "message"),
+    [
+        (same, "data/weights/prefill.pt", "something else than tensors"),
+        (same, "data/constants/opaque_obj_0", "something else than tensors"),
+        (lambda n, d: None if n.endswith("prefill.pt") else d, "data/sample_inputs/prefill.pt", "has a pickle in it"),
+        (lambda n, d: None if n.endswith("weight_0") else with_pickle(n, d), "data/weights/weight_0", "something else"),
+        (same, "data/aotinductor/model/model.so", "compiled code"),
+    ],
+)
+def test_nothing_is_unpickled_or_run(exported, tmp_path, change, place, message):
+    evil = io.BytesIO()
+    torch.save(Evil(tmp_path / "ran"), evil)
+    rewritten(exported("llama")[1], tmp_path / "bad.pt2", change, {place: evil.getvalue()})
+    with pytest.raises(SparseForgeError, match=message):
+        sf.load_generator(tmp_path / "bad.pt2")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_inflates(exported, tmp_path):
+    path = tmp_path / "bad.pt2"
+    rewritten(exported("llama")[1], path, lambda name, data: None if name.endswith(SPEC_FILE) else data)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"model/extra/{SPEC_FILE}", b" " * (300 << 20))
+    tracemalloc.start()
+    with pytest.raises(SparseForgeError, match="not one that torch writes"):
+        sf.load_generator(path)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
+def test_truncated_and_absent_files(exported, tmp_path):
+    shutil.copy(exported("llama")[1], tmp_path / "bad.pt2")
+    data = (tmp_path / "bad.pt2").read_bytes()
+    (tmp_path / "bad.pt2").write_bytes(data[: len(data) // 2])
+    with pytest.raises(SparseForgeError, match="damaged"):
+        sf.load_generator(tmp_path / "bad.pt2")
+    with pytest.raises(SparseForgeError, match="is not there"):
+        sf.load_generator(tmp_path / "none.pt2")
+
+
+def test_without_a_tokenizer(exported, tmp_path):
+    rewritten(exported("llama")[1], tmp_path / "g.pt2", lambda n, data: None if "/extra/tokenizer" in n else data)
+    with pytest.raises(SparseForgeError, match="no tokenizer"):
+        sf.load_generator(tmp_path / "g.pt2").text("a b")

@@ -1,0 +1,135 @@
+"""The gate: what it measures, what it decides, and the tables that it keeps."""
+
+import json
+
+import pytest
+import torch
+
+from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering.targets import find_target
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import PLANES, ROWS
+
+CPU = torch.device("cpu")
+SHAPE = cost.Shape(16, 32, "float32")
+
+
+def timing(tokens, ratio, shape=SHAPE, layout="rows"):
+    return cost.Timing(shape, layout, tokens, 10.0 * ratio, (9.0 * ratio, 11.0 * ratio), 10.0, (9.0, 11.0))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "reason"),
+    [
+        ({1: 1.5, 8: 1.2}, None),
+        ({1: 1.5, 8: 0.98}, None),  # within the noise
+        ({1: 1.5, 8: 0.9}, "slower than dense at 8 tokens (0.90x)"),
+        ({1: 1.02, 8: 0.99}, "no faster than dense (at best 1.02x, at 1 tokens)"),
+        ({1: 1.5}, "not measured at 8 tokens"),
+    ],
+)
+def test_verdict(ratios, reason):
+    assert cost.verdict({t: timing(t, r) for t, r in ratios.items()}, [1, 8]) == reason
+
+
+def test_only_the_token_counts_asked_for_matter():
+    assert cost.verdict({t: timing(t, r) for t, r in {1: 1.5, 2048: 0.5}.items()}, [1]) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "planes", "chosen"),
+    [
+        ((1.5, 1.1), (1.2, 1.3), ROWS),  # products 1.65 and 1.56
+        ((1.5, 1.0), (1.2, 1.3), PLANES),
+        ((1.5, 0.9), (1.1, 1.0), PLANES),  # the other is slower somewhere
+        ((1.5, 1.5), None, ROWS),
+        (None, (1.2, 1.2), PLANES),
+        ((0.9, 1.0), (0.8, 1.0), "rows: slower than dense at 1 tokens (0.90x); planes: slower than dense at 1 tokens (0.80x)"),
+        ((0.9, 1.0), None, "slower than dense at 1 tokens (0.90x)"),
+        (None, None, "not measured at 1, 8 tokens"),
+    ],
+)  # fmt: skip
+def test_the_layout_that_gains_most(rows, planes, chosen):
+    given = {"rows": rows, "planes": planes, "of another machine": (9.0, 9.0)}
+    timings = {
+        name: {t: timing(t, r, layout=name) for t, r in zip((1, 8), ratios, strict=True)}
+        for name, ratios in given.items() if ratios
+    }  # fmt: skip
+    layout, reason = cost.choose(timings, [ROWS, PLANES], [1, 8])
+    assert (layout or reason) == chosen
+
+
+def test_measuring_a_tiny_shape():
+    layouts = [ROWS, PLANES, PLANES._replace(name="none", refuses=lambda *_: "never")]
+    by_layout = cost.measure(SHAPE, [1, 3], CPU, layouts, rounds=3, seconds=1e-4)
+    assert {name: set(found) for name, found in by_layout.items()} == {"rows": {1, 3}, "planes": {1, 3}}
+    for row in (row for found in by_layout.values() for row in found.values()):
+        low, high = row.sparse_quartiles
+        assert 0 < low <= row.sparse_us <= high and row.dense_us > 0
+        described = row.describe()
+        assert described["ratio"] == row.dense_us / row.sparse_us
+        assert described["sparse_gb_per_s"] * row.sparse_us * 1e3 == pytest.approx(16 * 32 * (2 + 1 / 8))
+
+
+def test_each_shape_is_measured_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cost, "measure", lambda shape, *_: seen.append(shape) or {"rows": {1: timing(1, 2.0)}})
+    assert set(cost.timings([SHAPE, SHAPE], [1], CPU, find_target("cpu", CPU), None)) == {SHAPE}
+    assert seen == [SHAPE]
+
+
+def test_a_table_goes_through_a_file_and_needs_no_measuring(tmp_path, monkeypatch):
+    table = cost.as_table([timing(1, 1.5), timing(8, 1.1), timing(1, 0.9, SHAPE._replace(dtype="bfloat16"), "planes")])
+    cost.save_table(table, tmp_path / "table.json")
+    assert cost.load_table(tmp_path / "table.json") == table
+    assert "device" in json.loads((tmp_path / "table.json").read_text())
+    monkeypatch.setattr(cost, "measure", None)
+    other = SHAPE._replace(out_features=17)
+    found = cost.timings([SHAPE, other], [1], CPU, find_target("cpu", CPU), table)
+    assert found[SHAPE] == table[SHAPE]
+    assert cost.choose(found[other], [ROWS], [1]) == (None, "not measured at 1 tokens")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "[" * 100_000, '{"version": 99, "rows": []}', '{"version": 2}', '{"version": 2, "rows": [{"out": 1}]}',
+     '{"version": 2, "rows": [{"out": 1, "in": 4, "dtype": "float32", "layout": "rows", "tokens": 1, "dense_us": 0, "sparse_us": 1,'
+     ' "dense_quartiles": [0, 0], "sparse_quartiles": [1, 1]}]}'],
+)  # fmt: skip
+def test_files_that_are_no_table(tmp_path, text):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(SparseForgeError, match="cost table"):
+        cost.load_table(path)
+    with pytest.raises(SparseForgeError, match="not a cost table"):
+        cost.load_table(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("out", -1), ("in", 1 << 70), ("in", "x"), ("in", True), ("dtype", "object"), ("layout", 3), ("tokens", 1.5),
+     ("dense_us", float("inf")), ("sparse_us", -1), ("sparse_us", "1"), ("dense_quartiles", []),
+     ("sparse_quartiles", [1, float("nan")])],
+)  # fmt: skip
+def test_a_damaged_row(tmp_path, entry, value):
+    row = {**timing(1, 1.5).describe(), entry: value}
+    (tmp_path / "table.json").write_text(json.dumps({"version": 2, "rows": [row]}))
+    with pytest.raises(SparseForgeError, match="is not a cost table") as caught:
+        cost.load_table(tmp_path / "table.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("batch", [[], [0], [4, -1]])
+def test_token_counts_that_make_no_sense(batch):
+    with pytest.raises(SparseForgeError, match="token counts"):
+        cost.check_request(batch, None)
+
+
+def test_targets():
+    assert find_target("auto", CPU) == find_target("cpu", CPU)
+    with pytest.raises(SparseForgeError, match="unknown target"):
+        find_target("tpu", CPU)
+    with pytest.raises(SparseForgeError, match="no sparse kernels for meta"):
+        find_target("auto", torch.device("meta"))
+    with pytest.raises(SparseForgeError, match="move the model"):
+        find_target("cpu", torch.device("cuda"))

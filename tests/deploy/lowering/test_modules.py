@@ -1,0 +1,96 @@
+"""lower_modules: packed linears inside the model that it was, which goes on generating and training around them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sparseforge_fx as sf
+from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.errors import SparseForgeError
+
+
+def sparse_copy(found):
+    model = copy.deepcopy(found.model)
+    sf.sparsify(model, example_inputs=found.example)
+    return model, copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(("name", "count"), [("llama", 14), ("gpt2", 4), ("opt", 6)])
+def test_generate_gives_the_same_tokens(captured_once, name, count):
+    found = captured_once(name)
+    model, dense = sparse_copy(found)
+    report = sf.lower_modules(model, gate=False)
+    assert len(report["sites"]) == count == sum(isinstance(m, SparseLinear) for m in model.modules())
+    assert [s["name"] for s in report["skipped"]] == ["lm_head"]
+    assert report["lowered_bytes"] <= 0.6 * report["dense_bytes"]
+    assert report["scratch_bytes"] == max(s["out"] * s["in"] * 4 for s in report["sites"])
+    batch = found.batch()
+    torch.testing.assert_close(model(**batch).logits, dense(**batch).logits, rtol=1e-4, atol=1e-5)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**batch, **options), dense.generate(**batch, **options))
+
+
+def test_the_dense_weight_is_there_to_look_at(captured_once):
+    found = captured_once("mlp")
+    model, dense = sparse_copy(found)
+    sf.lower_modules(model, gate=False)
+    assert torch.equal(model[0].weight, dense[0].weight) and model[0].bias is not None
+    assert {"0.values", "0.where", "0.bias"} <= set(model.state_dict())
+    assert not {"0.weight"} & set(model.state_dict())
+
+
+def test_gradients_reach_what_is_around(captured_once):
+    found = captured_once("mlp")
+    model, dense = sparse_copy(found)
+    sf.lower_modules(model, gate=False)
+    x = found.batch().requires_grad_()
+    (got,) = torch.autograd.grad(model(x).square().sum(), x)
+    (want,) = torch.autograd.grad(dense(x).square().sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_export(captured_once):
+    found = captured_once("mlp")
+    model, dense = sparse_copy(found)
+    sf.lower_modules(model, gate=False)
+    program = torch.export.export(model, (found.batch(),))
+    torch.testing.assert_close(program.module()(found.batch()), dense(found.batch()), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gate(captured_once):
+    found = captured_once("mlp")
+    model, _ = sparse_copy(found)
+    shape = cost.Shape(24, 16, "float32")
+    table = cost.as_table([cost.Timing(shape, "rows", 1, 15.0, (15.0, 15.0), 10.0, (10.0, 10.0))])
+    report = sf.lower_modules(model, table=table, batch=[1])
+    assert [s["name"] for s in report["sites"]] == ["0"]
+    assert {s["name"]: s["reason"] for s in report["skipped"]} == {
+        "2": "gate: not measured at 1 tokens", "4": "not 2:4: a group of four has more than two non-zeros",
+    }  # fmt: skip
+    assert isinstance(model[2], nn.Linear)
+
+
+def test_what_cannot_be_replaced_keeps_its_reason():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)), nn.LayerNorm(8))
+    net[1].weight = net[0].weight
+    net[3].register_forward_hook(lambda *_: None)
+    sf.sparsify(net, example_inputs=torch.randn(2, 8), exclude=["4"])
+    report = sf.lower_modules(net, gate=False)
+    assert [s["name"] for s in report["sites"]] == ["2"]
+    assert {s["name"]: s["reason"] for s in report["skipped"]} == {
+        "0": "its weight belongs to another module, too",
+        "1": "its weight belongs to another module, too",
+        "3": "it has forward hooks",
+        "4": "not 2:4: a group of four has more than two non-zeros",
+    }
+
+
+def test_nothing_to_lower():
+    with pytest.raises(SparseForgeError, match="nothing to lower: 0: not 2:4"):
+        sf.lower_modules(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(SparseForgeError, match="wrap it"):
+        sf.lower_modules(nn.Linear(8, 8))

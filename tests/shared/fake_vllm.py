@@ -1,0 +1,178 @@
+"""A stand-in for vLLM, as small as our plugin needs: names, signatures and sharding rules of vLLM 0.33's linear layers.
+
+``vllm.distributed.RANK`` and ``SIZE`` say which rank of how many a layer belongs to.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+FILES = {
+    "__init__.py": "",
+    "distributed.py": "RANK, SIZE = 0, 1",
+    "model_executor/__init__.py": "",
+    "model_executor/layers/__init__.py": "",
+    "model_executor/utils.py": """
+def set_weight_attrs(weight, attributes):
+    for name, value in (attributes or {}).items():
+        assert not hasattr(weight, name), name
+        setattr(weight, name, value)
+""",
+    "model_executor/parameter.py": """
+from torch.nn import Parameter
+from vllm import distributed
+
+class ModelWeightParameter(Parameter):
+    def __new__(cls, data, **_):
+        return super().__new__(cls, data=data, requires_grad=False)
+
+    def __init__(self, data, input_dim, output_dim, weight_loader):
+        self.input_dim, self.output_dim, self.weight_loader = input_dim, output_dim, weight_loader
+
+    def take(self, dim, offset, size, loaded, shard):
+        place, part = self.data.narrow(dim, offset, size), loaded.narrow(dim, shard * size, size)
+        assert place.shape == part.shape
+        place.copy_(part)
+
+    def load_row_parallel_weight(self, loaded_weight):
+        self.take(self.input_dim, 0, self.data.shape[self.input_dim], loaded_weight, distributed.RANK)
+
+    def load_merged_column_weight(self, loaded_weight, *, shard_offset, shard_size, **_):
+        self.take(self.output_dim, shard_offset, shard_size, loaded_weight, distributed.RANK)
+
+    def load_qkv_weight(self, loaded_weight, *, shard_offset, shard_size, shard_id, num_heads):
+        rank = distributed.RANK if shard_id == "q" else distributed.RANK // num_heads
+        self.take(self.output_dim, shard_offset, shard_size, loaded_weight, rank)
+""",
+    "model_executor/layers/quantization/base_config.py": """
+from abc import ABC, abstractmethod
+
+class QuantizeMethodBase(ABC):
+    @abstractmethod
+    def create_weights(self, layer, *weight_args, **extra_weight_attrs): ...
+    @abstractmethod
+    def apply(self, layer, *args, **kwargs): ...
+    def process_weights_after_loading(self, layer): ...
+
+class QuantizationConfig(ABC):
+    def __init__(self):
+        self.packed_modules_mapping = {}
+    @abstractmethod
+    def get_name(self): ...
+    @abstractmethod
+    def get_supported_act_dtypes(self): ...
+    @classmethod
+    @abstractmethod
+    def get_min_capability(cls): ...
+    @staticmethod
+    @abstractmethod
+    def get_config_filenames(): ...
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config): ...
+    @abstractmethod
+    def get_quant_method(self, layer, prefix): ...
+""",
+    "model_executor/layers/quantization/__init__.py": """
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+QUANTIZATION_METHODS = ["fp8"]
+REGISTERED = []
+
+def register_quantization_config(quantization):
+    def wrap(cls):
+        if quantization in QUANTIZATION_METHODS:
+            raise ValueError(quantization)
+        assert issubclass(cls, QuantizationConfig)
+        QUANTIZATION_METHODS.append(quantization)
+        REGISTERED.append(cls)
+        return cls
+    return wrap
+""",
+    "model_executor/layers/linear.py": """
+import torch
+from vllm import distributed
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+V2 = ["UnquantizedLinearMethod"]
+
+def register_weight_loader_v2_supported_method(cls):
+    V2.append(cls.__name__)
+    return cls
+
+class LinearMethodBase(QuantizeMethodBase): ...
+
+class UnquantizedLinearMethod(LinearMethodBase):
+    def create_weights(self, layer, *weight_args, **extra_weight_attrs): ...
+    def apply(self, layer, x, bias=None): ...
+
+class LinearBase(torch.nn.Module):
+    def __init__(self, input_size, output_sizes, quant_config, prefix, *, split_inputs=False, bias=False):
+        super().__init__()
+        self.quant_method = quant_config.get_quant_method(self, prefix=prefix)
+        assert type(self.quant_method).__name__ in V2
+        width = input_size // distributed.SIZE if split_inputs else input_size
+        self.quant_method.create_weights(
+            layer=self, input_size_per_partition=width, output_partition_sizes=output_sizes, input_size=input_size,
+            output_size=sum(output_sizes), params_dtype=torch.get_default_dtype(), weight_loader=self.weight_loader_v2)
+        self.bias = torch.nn.Parameter(torch.ones(sum(output_sizes)), requires_grad=False) if bias else None
+
+    def forward(self, x):
+        return self.quant_method.apply(self, x, self.bias)
+
+class MergedColumnParallelLinear(LinearBase):
+    def __init__(self, input_size, output_sizes, **options):
+        self.output_sizes = [size // distributed.SIZE for size in output_sizes]
+        super().__init__(input_size, self.output_sizes, **options)
+
+    def weight_loader_v2(self, param, loaded_weight, loaded_shard_id):
+        offset, size = sum(self.output_sizes[:loaded_shard_id]), self.output_sizes[loaded_shard_id]
+        param.load_merged_column_weight(
+            loaded_weight=loaded_weight, shard_id=loaded_shard_id, shard_offset=offset, shard_size=size)
+
+class QKVParallelLinear(LinearBase):
+    def __init__(self, hidden_size, head_size, total_num_heads, total_num_kv_heads, **options):
+        self.replicas = max(1, distributed.SIZE // total_num_kv_heads)
+        q = total_num_heads // distributed.SIZE * head_size
+        kv = max(1, total_num_kv_heads // distributed.SIZE) * head_size
+        self.places = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}
+        super().__init__(hidden_size, [q, kv, kv], **options)
+
+    def weight_loader_v2(self, param, loaded_weight, loaded_shard_id):
+        offset, size = self.places[loaded_shard_id]
+        param.load_qkv_weight(loaded_weight=loaded_weight, num_heads=self.replicas, shard_id=loaded_shard_id,
+            shard_offset=offset, shard_size=size)
+
+class RowParallelLinear(LinearBase):
+    def __init__(self, input_size, output_size, **options):
+        super().__init__(input_size, [output_size], split_inputs=True, **options)
+
+    def weight_loader_v2(self, param, loaded_weight):
+        param.load_row_parallel_weight(loaded_weight=loaded_weight)
+""",
+}
+
+
+def write(folder: Path) -> Path:
+    """The package ``vllm`` in ``folder``."""
+    for name, text in FILES.items():
+        path = folder / "vllm" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def forget():
+    for name in list(sys.modules):
+        if name.split(".")[0] == "vllm" or name == "sparseforge_fx.deploy.vllm.linear":
+            del sys.modules[name]
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """A folder with a package ``vllm`` that imports find."""
+    monkeypatch.syspath_prepend(write(tmp_path))
+    forget()
+    yield tmp_path
+    forget()

@@ -1,0 +1,281 @@
+"""A saved state goes on in the run that wrote it and in no other, and what is wrong with it is seen before anything
+changes."""
+
+import copy
+
+import pytest
+import torch
+
+import sparseforge_fx as sf
+from sparseforge_fx.errors import AS_IT_WAS, SparseForgeError
+from sparseforge_fx.methods.soft_mask import SparseForgeConfig
+from sparseforge_fx.training import checkpoint
+from sparseforge_fx.training.checkpoint import load_state, misfit, save_state
+from sparseforge_fx.training.train import train
+
+QUIET = {"steps": 6, "batch_size": 2, "length": 12, "compile": False, "show_progress": False, "save_seconds": 0.0}
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(step, row):
+    if step == 3:
+        raise Stop
+
+
+SAVED: list[bytes] = []  # once for all tests
+
+
+@pytest.fixture
+def stopped(captured_once, tmp_path):
+    """A model, ids, and the state of a run that was stopped in its fourth step."""
+    found = captured_once("llama")
+    ids = torch.randint(3, 97, (16, 12), generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "state.pt"
+    if not SAVED:
+        with pytest.raises(Stop):
+            sf.sparsify(found.model, ids, method="gmp", slorb_block=16, resume_from=path, on_step=stop, **QUIET)
+        assert load_state(path)["step"] == 3
+        SAVED.append(path.read_bytes())
+        found.reset()
+    path.write_bytes(SAVED[0])
+    return found, ids, path
+
+
+def resume(found, ids, path, **changes):
+    return sf.sparsify(found.model, ids, **QUIET | {"method": "gmp", "slorb_block": 16, "resume_from": path} | changes)
+
+
+def untouched(found):
+    return all(torch.equal(v, found.first[k]) for k, v in found.model.state_dict().items())
+
+
+# -- another run -----------------------------------------------------------------------------------------------------
+OTHER = {
+    "lr": ({"lr": 1e-2}, r"lr 0\.01 instead of 0\.0005"),
+    "seed": ({"seed": 1}, "seed 1 instead of 0"),
+    "cross-entropy": ({"w_task": 0.5}, r"w_task 0\.5 instead of 1\.0"),
+    "divergence": ({"divergence": "reverse_kl"}, "divergence reverse_kl instead of kl"),
+    "features": ({"features": "squarehead"}, "features squarehead instead of None"),
+    "batch": ({"batch_size": 4}, "batch_size 4 instead of 2.*other data"),
+    "accumulate": ({"accumulate": 2}, "accumulate 2 instead of 1"),
+    "branch": ({"slorb_block": 8}, "slorb_block 8 instead of 16"),
+    "method": ({"method": "imp"}, "made with ramp cubic instead of rounds"),
+    "steps": ({"steps": 7}, "made with steps 6 instead of 7"),
+    "sites": ({"exclude": ["*up_proj*"]}, "another set of sites"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_other_options_are_named(stopped, what):
+    changes, says = OTHER[what]
+    with pytest.raises(SparseForgeError, match=says) as error:
+        resume(*stopped, **changes)
+    assert "\n" not in str(error.value) and AS_IT_WAS not in str(error.value)
+    assert untouched(stopped[0])
+
+
+def test_other_weights_and_other_data(stopped):
+    found, ids, path = stopped
+    with pytest.raises(SparseForgeError, match="has other data;"):
+        resume(found, ids.flip(0), path)
+    with torch.no_grad():
+        found.model.model.norm.weight[5] += 0.5  # no site, and one entry of it
+    with pytest.raises(SparseForgeError, match="has other weights;"):
+        resume(found, ids, path)
+
+
+def test_the_same_run_goes_on_with_its_branches(stopped):
+    found, ids, path = stopped
+    saved = load_state(path)["curves"]
+    rest = resume(found, ids, path).report["curves"]
+    assert len(rest) == 6 and rest[:3] == saved
+    resumed = {k: v.clone() for k, v in found.model.state_dict().items()}
+    for module in found.model.modules():
+        sf.low_rank.detach(module)
+    found.reset()
+    resume(found, ids, path.with_name("none.pt"))
+    whole = found.model.state_dict()
+    assert any("slorb" in k for k in whole) and all(torch.equal(v, whole[k]) for k, v in resumed.items())
+    for module in found.model.modules():
+        sf.low_rank.detach(module)
+
+
+# -- edits -----------------------------------------------------------------------------------------------------------
+def _first(entries):
+    return next(iter(entries))
+
+
+def _replace(*way, by):
+    """Put ``by(old)`` in the place of an entry; a name that is None is the first."""
+
+    def edit(state):
+        for step in way[:-1]:
+            state = state[_first(state) if step is None else step]
+        last = _first(state) if way[-1] is None else way[-1]
+        state[last] = by(state[last])
+
+    return edit
+
+
+def _drop(*way):
+    def edit(state):
+        for step in way[:-1]:
+            state = state[_first(state) if step is None else step]
+        del state[_first(state) if way[-1] is None else way[-1]]
+
+    return edit
+
+
+EDITS = {f"no {key}": _drop(key) for key in ("run", "step", "masters", "masks", "optimizer", "method", "curves")}
+EDITS |= {
+    f"{key} is {kind}": _replace(key, by=lambda _, v=value: copy.deepcopy(v))
+    for key in ("run", "step", "masters", "masks", "optimizer", "method", "handed_over", "curves")
+    for kind, value in {"none": None, "text": "x", "a list": [1]}.items()
+}
+EDITS |= {
+    "foreign entry": lambda state: state.update(more=1),
+    "negative step": _replace("step", by=lambda _: -1),
+    "step beyond the end": _replace("step", by=lambda _: 7),
+    "another step": _replace("step", by=lambda _: 2),
+    "step is true": _replace("step", by=lambda _: True),
+    "a master less": _drop("masters", 0),
+    "a master's shape": _replace("masters", 0, by=lambda m: m[:1]),
+    "a master's dtype": _replace("masters", 0, by=lambda m: m.double()),
+    "a master is a number": _replace("masters", 0, by=lambda m: 1.0),
+    "a master is sparse": _replace("masters", 0, by=lambda m: m.to_sparse()),
+    "no mask of a weight": _drop("masks", None),
+    "a mask's shape": _replace("masks", None, by=lambda m: m.t()[:3]),
+    "a mask's dtype": _replace("masks", None, by=lambda m: m.half()),
+    "no moments": _drop("optimizer", "state"),
+    "a moment less": _drop("optimizer", "state", 0, "exp_avg"),
+    "a moment's shape": _replace("optimizer", "state", 0, "exp_avg", by=lambda m: m[:1]),
+    "second moment's shape": _replace("optimizer", "state", 0, "exp_avg_sq", by=lambda m: m.new_zeros(1)),
+    "a moment's dtype": _replace("optimizer", "state", 0, "exp_avg", by=lambda m: m.half()),
+    "a count is a vector": _replace("optimizer", "state", 0, "step", by=lambda m: torch.ones(4)),
+    "moments of a stranger": _replace("optimizer", "state", by=lambda s: {**s, 999: s[0]}),
+    "no groups": _replace("optimizer", "param_groups", by=lambda g: []),
+    "a group's parameters": _replace("optimizer", "param_groups", 0, "params", by=lambda p: p[1:]),
+    "a group's betas": _replace("optimizer", "param_groups", 0, "betas", by=lambda b: (0.5,)),
+    "a group's rate": _replace("optimizer", "param_groups", 0, "lr", by=lambda b: "x"),
+    "no plain": _drop("method", "plain"),
+    "fixed is a number": _replace("method", "plain", "fixed", by=lambda _: 1),
+    "no config": _drop("method", "config"),
+    "config of a stranger": _replace("method", "config", by=lambda _: "x"),
+    "held is a list": _replace("method", "held", by=lambda _: []),
+    "a curve less": _drop("curves", 0),
+    "a curve of text": _replace("curves", 0, by=lambda row: {**row, "loss": "x"}),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_edits_are_refused_before_anything_changes(stopped, what):
+    """Written anew by this package, so that only the content is wrong."""
+    found, ids, path = stopped
+    state = load_state(path)
+    EDITS[what](state)
+    save_state(path, state)
+    with pytest.raises(SparseForgeError) as error:
+        resume(found, ids, path)
+    assert "\n" not in str(error.value) and AS_IT_WAS not in str(error.value), error.value
+    assert untouched(found)
+    assert all(p.requires_grad and p.grad is None for p in found.model.parameters())
+
+
+@pytest.fixture
+def masks_under_way(tiny, tmp_path):
+    """A state with curvature and soft masks in it, and a fresh model for it."""
+    found, path = tiny("mlp"), tmp_path / "state.pt"
+    config = SparseForgeConfig(steps=8, heat_end=0.1, quench_end=0.9)
+
+    class Batches:
+        def batch(self, step):
+            return found.batch(seed=step)
+
+    def run(**options):
+        found.reset()
+        sparse = found.sparse(config)
+        options |= {"state_path": path, "save_seconds": 0.0, "show_progress": False, "compile": False}
+        return train(sparse, Batches(), sparse.parameters(), lr=1e-2, **options)
+
+    with pytest.raises(Stop):
+        run(on_step=stop)
+    return found, path, run
+
+
+@pytest.mark.parametrize("kind", ["curvature", "soft"])
+@pytest.mark.parametrize("how", ["shape", "dtype", "no tensor", "of another weight", "whole kind"])
+def test_edits_of_what_a_method_holds(masks_under_way, kind, how):
+    found, path, run = masks_under_way
+    state = load_state(path)
+    held = state["method"]["held"][kind]
+    fqn = _first(held)
+    if how == "whole kind":
+        del state["method"]["held"][kind]
+    elif how == "of another weight":
+        held["none.weight"] = held[fqn]
+    else:
+        held[fqn] = {"shape": held[fqn][:3, :5], "dtype": held[fqn].double(), "no tensor": 1.0}[how]
+    save_state(path, state)
+    with pytest.raises(SparseForgeError, match="damaged"):
+        run()
+    assert untouched(found)
+
+
+def test_a_flipped_byte_anywhere(stopped):
+    path = stopped[2]
+    whole = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    places = [0, 1, len(whole) - 1, *torch.randint(0, len(whole), (60,), generator=generator).tolist()]
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(SparseForgeError, match=r"state\.pt") as error:
+            load_state(path)
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole + b"x")
+    with pytest.raises(SparseForgeError):
+        load_state(path)
+
+
+def test_the_state_of_an_older_release(stopped):
+    found, ids, path = stopped
+    torch.save({**load_state(path), "version": 1}, path)
+    with pytest.raises(SparseForgeError, match="of another release or a damaged one"):
+        resume(found, ids, path)
+    assert untouched(found)
+
+
+def test_a_file_that_claims_more_than_it_holds(tmp_path):
+    """Compressed, it would be read as gigabytes."""
+    import hashlib
+    import zipfile
+
+    path = tmp_path / "state.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("state/data.pkl", bytes(1 << 24))
+    body = path.read_bytes()
+    path.write_bytes(body + checkpoint.MARK + hashlib.sha256(body).digest())
+    with pytest.raises(SparseForgeError, match="not a training state"):
+        load_state(path)
+
+
+def test_misfit_names_the_place():
+    wanted = {"a": [torch.zeros(2), 1.0], "b": {"c": "x"}}
+    assert misfit(copy.deepcopy(wanted), wanted, "state") is None
+    assert misfit({"a": [torch.zeros(2), 1], "b": {"c": "y"}}, wanted, "state") is None
+    assert misfit({"a": [torch.zeros(3), 1.0], "b": {"c": "x"}}, wanted, "state") == (
+        "state[a][0] is float32 [3] instead of float32 [2]"
+    )
+    assert misfit({"a": [torch.zeros(2), 1.0], "b": {}}, wanted, "state") == "state[b] lacks c"
+    assert misfit({"a": wanted["a"], "b": {"c": 1}}, wanted, "state") == "state[b][c] is of type int instead of str"
+
+
+def test_a_place_where_no_state_can_be_written_is_seen_first(captured_once, tmp_path):
+    found = captured_once("mlp")
+    (tmp_path / "file").write_text("")
+    data = [torch.randn(2, 16)]
+    with pytest.raises(SparseForgeError, match="is a file"):
+        sf.sparsify(found.model, data, resume_from=tmp_path / "file" / "state.pt", **QUIET)
+    assert untouched(found)

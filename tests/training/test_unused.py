@@ -1,0 +1,53 @@
+"""Arguments that have no part in a run are named in its report; those that have are not."""
+
+import pytest
+import torch
+from torch import nn
+
+import sparseforge_fx as sf
+from sparseforge_fx.data.tokens import TokenData
+from sparseforge_fx.errors import SparseForgeError
+
+QUIET = {"show_progress": False, "compile": False}
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4))
+
+
+def named(notes):
+    return {note.split()[0] for note in notes if "is given and not used" in note}
+
+
+X = [torch.randn(4, 16)] * 2
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"data": X, "method": "wanda", "lr": 1e-3, "w_kl": 0.5, "steps": 3, "calibration": 8}, {"lr", "w_kl", "steps"}),
+        ({"data": X, "method": "magnitude", "length": 8, "example_inputs": X[0]}, {"data", "length"}),
+        ({"data": X, "method": "ast", "steps": 2, "batch_size": 2, "calibration": 9}, {"batch_size", "calibration"}),
+        ({"data": X, "method": "wanda", "calibration": 8, "separator": " ", "tokenizer": object()}, {"separator", "tokenizer"}),
+        ({"data": X, "method": "wanda", "calibration": 8}, set()),
+        ({"data": X, "method": "ast", "steps": 2, "lr": 1e-3, "w_kl": 2.0, "accumulate": 2}, set()),
+        ({"example_inputs": X[0]}, set()),
+    ],
+)  # fmt: skip
+def test_of_a_module(options, expected):
+    assert named(sf.sparsify(mlp(), **options, **QUIET).report["notes"]) == expected
+
+
+@pytest.mark.parametrize("data, expected", [("tensor", set()), ("rows", {"length"}), ("packed", {"length"})])
+def test_of_token_ids(captured_once, data, expected):
+    found = captured_once("llama")
+    ids = torch.cat([found.batch(seed)["input_ids"] for seed in range(4)])
+    given = {"tensor": ids.flatten(), "rows": ids, "packed": TokenData(ids.flatten(), 12)}[data]
+    options = {"method": "wanda", "length": 6, "batch_size": 2, "calibration": 4}
+    assert named(sf.sparsify(found.model, given, **options, **QUIET).report["notes"]) == expected
+
+
+def test_two_lengths_of_one_run():
+    with pytest.raises(SparseForgeError, match="steps=3 and tokens=9"):
+        sf.sparsify(mlp(), X, steps=3, tokens=9)
