@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 from sparseforge_fx.graph.program import Program
 
+P = TypeVar("P", bound=Program)
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +31,7 @@ class PassRecord(NamedTuple):
     op_changes: dict[str, int]
 
 
-def run_passes(program: Program, passes: Iterable[Pass]) -> tuple[Program, list[PassRecord]]:
+def run_passes(program: P, passes: Iterable[Pass]) -> tuple[P, list[PassRecord]]:
     """Run ``passes`` in order on a copy of ``program``; the graph given is left as it was, tensors are shared.
 
     After each pass the program is linted, recompiled and checked against its signature. A pass is one function
@@ -40,7 +41,8 @@ def run_passes(program: Program, passes: Iterable[Pass]) -> tuple[Program, list[
     records = []
     for one in passes:
         before = program.op_counts()
-        program, modified = one(program)
+        result, modified = one(program)
+        program = cast(P, result)  # a pass edits what it is given
         program.validate()
         changes = _difference(before, program.op_counts())
         name = getattr(one, "func", one).__name__  # type: ignore[attr-defined]

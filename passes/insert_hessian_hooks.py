@@ -29,8 +29,8 @@ def insert_hessian_hooks(
     written to (DistributedDataParallel: ``init_sync=False``). An ``activation`` probe gets the program's mask of
     padding, where its inputs are positions that the mask speaks of.
     """
-    names = {node: fqn for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
-    inputs = {n.name: n for n in program.graph.find_nodes(op="placeholder") if n.name in program.signature.user_inputs}
+    names = program.names(InputKind.PARAMETER)
+    inputs = {node.name: node for node in program.user_inputs()}
     masks = mask_names(program.graph, inputs.values())
     probes: dict[Node, Node] = {}
     modified = 0

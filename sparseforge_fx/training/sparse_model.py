@@ -12,7 +12,7 @@ from sparseforge_fx.data.reading import Reader, Reading
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.compile import compile_repeated_blocks, count_blocks
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.curvature import Curvature, fold_on_backward, hutchinson_diagonal
@@ -43,7 +43,7 @@ class SparseModel(nn.Module):
 
     def __init__(
         self,
-        program: Program,
+        program: Exported,
         sites: Sequence[LinearSite],
         config: MethodConfig,
         *,

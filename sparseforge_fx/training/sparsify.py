@@ -19,7 +19,7 @@ from sparseforge_fx.data.text import unused_text
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.adapters import adapter_notes, find_adapters
 from sparseforge_fx.graph.capture import as_call, capture
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.methods.catalog import find_method, find_options
 from sparseforge_fx.methods.layerwise import Solve, prune_layer_by_layer, undone_on_error
@@ -284,7 +284,7 @@ def _by_text(layer_notes: Mapping[str, str]) -> list[str]:
 
 
 def _anneal(
-    program: Program,
+    program: Exported,
     sites: list[LinearSite],
     config: MethodConfig,
     batches,
@@ -332,7 +332,7 @@ def _anneal(
 
 @torch.no_grad()
 def _prune_once(
-    program: Program, sites: list[LinearSite], pattern: AnyPattern, solve: Solve | None, batches: list[Reading]
+    program: Exported, sites: list[LinearSite], pattern: AnyPattern, solve: Solve | None, batches: list[Reading]
 ) -> dict[str, str]:
     masked, _ = run_passes(program, train_passes(sites))
     weights = [

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.passes import find_linears
 from sparseforge_fx.training.sparse_model import SparseModel
 
@@ -27,7 +27,7 @@ class Tiny:
 
     model: nn.Module
     example: Any
-    program: Program
+    program: Exported
     first: dict[str, Tensor] = field(repr=False)
 
     def reset(self) -> Tiny:
@@ -120,7 +120,7 @@ def tiny() -> Callable[[str], Tiny]:
 @pytest.fixture
 def captured_once(monkeypatch, tiny):
     """``tiny`` again, whose models sparsify, prepare and export take as they were captured before."""
-    programs: dict[int, Program] = {}
+    programs: dict[int, Exported] = {}
 
     def reset(name: str) -> Tiny:
         found = tiny(name)
@@ -130,7 +130,7 @@ def captured_once(monkeypatch, tiny):
     def remembered(model, example_inputs=None):
         return programs.get(id(model)) or capture(model, example_inputs)
 
-    for name in ("prepare", "sparsify", "deploy.export"):  # the package's attributes of these names are the functions
+    for name in ("training.prepare", "training.sparsify", "deploy.export.export"):
         monkeypatch.setattr(importlib.import_module(f"sparseforge_fx.{name}"), "capture", remembered)
     return reset
 

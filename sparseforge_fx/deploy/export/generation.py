@@ -25,7 +25,7 @@ from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.lower import lower_captured
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 
 GENERATOR_VERSION = 2  # with checksums
 SPEC_FILE = "sparseforge_generator.json"
@@ -158,14 +158,14 @@ class Step(nn.Module):
         return self.model(input_ids=input_ids, past_key_values=held, use_cache=True, **given).logits[:, -1]
 
 
-def share(prefill: Program, decode: Program) -> None:
+def share(prefill: Exported, decode: Exported) -> None:
     """Let the second program hold the tensors of the first: the same passes made both from one model."""
     for name, tensor in decode.state.items():
         assert torch.equal(prefill.state[name], tensor), f"{name} differs between the two graphs"
         decode.state[name] = prefill.state[name]
 
 
-def without_weights(program: Program) -> Program:
+def without_weights(program: Exported) -> Exported:
     """A copy whose tensors are stand-ins of one element."""
     copy = program.copy()
     for name, tensor in copy.state.items():

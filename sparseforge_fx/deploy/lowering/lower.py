@@ -14,6 +14,7 @@ from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.targets import find_target
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS, Layout
 from sparseforge_fx.kernels.sparse_linear import OP
@@ -67,7 +68,7 @@ def lower(
 
 
 def lower_captured(
-    program: Program,
+    program: Exported,
     *,
     target: str = "auto",
     batch: Sequence[int] = (1, 8, 64, 2048),
@@ -75,7 +76,7 @@ def lower_captured(
     gate: bool = True,
     portable: bool = False,
     durable: bool = False,
-) -> tuple[Program, dict[str, Any]]:
+) -> tuple[Exported, dict[str, Any]]:
     """:func:`lower` from a captured program to a program and the report. Linears that are packed already stay so.
 
     Args:
@@ -117,10 +118,10 @@ def lower_captured(
 
 def packed_weights(program: Program) -> dict[str, dict[str, Any]]:
     """Outputs, inputs, layout and bytes (packed, dense) of each packed weight of the graph, by the weight's name."""
-    found = {}
+    found, names = {}, program.names()
     for node in program.graph.find_nodes(op="call_function", target=OP):
         use = sparse_use(node)
-        values, meta = program.name_of(use.values), program.name_of(use.meta)
+        values, meta = names[use.values], names[use.meta]
         tensor = program.tensor(values)
         # of lower_sparse_linears, or a buffer of SparseLinear
         name = (
