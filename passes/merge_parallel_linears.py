@@ -19,22 +19,21 @@ from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.passes.find_linears import LinearSite, eligible
+from sparseforge_fx.passes.find_linears import Find, eligible
 from sparseforge_fx.passes.rewrite import sparse_use
 
 aten = torch.ops.aten
 
 
-def merge_parallel_linears(program: Program, sites: Sequence[LinearSite]) -> PassResult:
-    """Merge the sites among the ``aten.linear`` nodes that read the same value, where all have a bias or none has, and
-    likewise ``sparse_linear`` nodes of a layout whose rows follow one another as dense ones do.
+def merge_parallel_linears(program: Program, find: Find) -> PassResult:
+    """Merge the sites that ``find`` gives among the ``aten.linear`` nodes that read the same value, where all have a
+    bias or none has, and likewise ``sparse_linear`` nodes of a layout whose rows follow one another as dense ones do.
 
     A weight with several uses or names stays alone: merged, it would be stored twice. The merged tensors are new, rows
-    in graph order, each bit as it was; ``modified`` counts the linears that went into merged ones. ``sites`` must come
-    from :func:`find_linears` on this program, or on the one that it is a copy of.
+    in graph order, each bit as it was; ``modified`` counts the linears that went into merged ones.
     """
     lifted = program.names(InputKind.PARAMETER, InputKind.BUFFER)
-    alone = {s.fqn for s in eligible(sites) if len(s.uses) == 1 and not s.ties}
+    alone = {s.fqn for s in eligible(find(program)) if len(s.uses) == 1 and not s.ties}
     groups: dict[tuple, list[tuple[Node, list[Node]]]] = defaultdict(list)
     for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight, bias = (*node.args, None)[:3]

@@ -16,7 +16,7 @@ from sparseforge_fx.graph.program import Program
 from sparseforge_fx.methods.base import MethodConfig
 from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.low_rank import LowRankBranch, attach
-from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes
+from sparseforge_fx.passes import LinearSite, find_linears, harden_passes, run_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.pattern import check_pattern
@@ -116,7 +116,7 @@ def finalize(sparse: SparseModel) -> nn.Module:
     SLoRB branches become a child ``slorb`` of the module that owns the weight, added by a forward hook.
     """
     sparse.fix()
-    hardened, records = run_passes(sparse.program, [lambda p: harden_masks(p, sparse.method.config.pattern)])
+    hardened, records = run_passes(sparse.program, harden_passes(sparse.method.config.pattern))
     sparse.pass_records += records
     sparse.release()
     sparse.program = hardened

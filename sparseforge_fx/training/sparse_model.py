@@ -21,7 +21,7 @@ from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.low_rank import Branch
-from sparseforge_fx.passes import LinearSite, insert_hessian_hooks, run_passes, train_passes
+from sparseforge_fx.passes import LinearSite, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
 from sparseforge_fx.passes.insert_low_rank import branch_names
@@ -103,7 +103,7 @@ class SparseModel(nn.Module):
 
     def _insert_probes(self) -> None:
         estimator = self._estimator
-        probed, _ = run_passes(self.program, [lambda p: insert_hessian_hooks(p, estimator)])  # type: ignore[arg-type]
+        probed, _ = run_passes(self.program, train_passes(self.sites, estimator=estimator))
         module = probed.module()
         if self.features is not None:
             module = tap(module, self._seen[0], attention=distill.FEATURES[self.features])

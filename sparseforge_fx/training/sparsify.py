@@ -26,7 +26,7 @@ from sparseforge_fx.methods.layerwise import Solve, prune_layer_by_layer, undone
 from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.models.dense import check_parent
-from sparseforge_fx.passes import LinearSite, find_linears, harden_masks, run_passes, train_passes
+from sparseforge_fx.passes import LinearSite, find_linears, harden_passes, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import AnyPattern, check_pattern, density, parse_pattern
@@ -345,7 +345,7 @@ def _prune_once(
             magnitude(weights, pattern)
         else:
             notes = prune_layer_by_layer(masked, weights, batches, solve)
-        run_passes(masked, [lambda p: harden_masks(p, pattern)])
+        run_passes(masked, harden_passes(pattern))
         assert all(check_pattern(w.weight, pattern, w.dim) for w in weights)
     return notes
 

@@ -20,7 +20,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.sparse_linear import OP
-from sparseforge_fx.passes import inline_kernels, run_passes
+from sparseforge_fx.passes import package_passes, run_passes
 from sparseforge_fx.passes.rewrite import sparse_use
 
 # the function of kernels/cpu/aoti.cpp
@@ -60,7 +60,7 @@ def with_kernels(program: Exported) -> Exported:
     """On a CUDA device: the program with the Triton kernels in the place of the sparse operator."""
     if _devices(program) <= {"cpu"}:
         return program
-    program, _ = run_passes(program, [inline_kernels])
+    program, _ = run_passes(program, package_passes())
     left = {sparse_use(n).layout for n in program.graph.find_nodes(op="call_function", target=OP)}
     if left:
         raise SparseForgeError(

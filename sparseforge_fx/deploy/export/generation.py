@@ -40,7 +40,7 @@ def export_generator(
     format: str = "pt2",
     max_length: int = 1024,
     target: str = "auto",
-    batch: Sequence[int] = (1, 8, 64),
+    tokens: Sequence[int] = cost.TOKENS,
     table: str | Path | cost.Table | None = None,
     gate: bool = True,
 ) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def export_generator(
         tokenizer: travels in the file, so that text can be generated.
         format: ``pt2`` or ``aoti``, as for :func:`sparseforge_fx.export`.
         max_length: tokens of prompt and answer together; the cache holds so many.
-        target, batch, table, gate: as for :func:`sparseforge_fx.lower`.
+        target, tokens, table, gate: as for :func:`sparseforge_fx.lower`.
 
     Returns its report with ``file_bytes`` and the bytes of the cache per sequence, ``cache_bytes``. Raises
     SparseForgeError, with nothing written, for models without a key/value cache (state-space models, encoders).
@@ -65,7 +65,7 @@ def export_generator(
     if limit and max_length > limit:
         raise SparseForgeError(f"max_length {max_length} is more than the {limit} positions of the model")
     step = Step(model, max_length)
-    options: dict[str, Any] = {"target": target, "batch": batch, "table": table, "gate": gate, "durable": True}
+    options: dict[str, Any] = {"target": target, "tokens": tokens, "table": table, "gate": gate, "durable": True}
     prefill, report = lower_captured(capture(step, step.example(length=3)), **options)
     known = cost.as_table(cost.read_row(row) for row in report["table"]) if gate else None
     decode, _ = lower_captured(capture(step, step.example(length=1)), **{**options, "table": known})
