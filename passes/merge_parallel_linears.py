@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS
+from sparseforge_fx.kernels.packed import BITMASK, VALUES
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.find_linears import Find, eligible
@@ -90,9 +91,9 @@ def _merge(program: Program, nodes: list[Node], names: list[list[str]]) -> None:
 
 
 def _module_of(fqn: str) -> str:
-    """``a.q_proj.weight``, ``a.q_proj.values`` -> ``a.q_proj``; a tensor of another name stands for itself."""
+    """``a.q_proj.weight``, ``a.q_proj.weight_values`` -> ``a.q_proj``; a tensor of another name stands for itself."""
     parent, _, leaf = fqn.rpartition(".")
-    return parent if leaf in ("weight", "values", "where", "bias") else fqn
+    return parent if leaf in ("weight", VALUES, BITMASK, "bias") else fqn
 
 
 def merged_name(modules: Sequence[str]) -> str:

@@ -84,7 +84,7 @@ def test_packed_tensors_take_the_place_of_the_weight(lowered):
     net, _, _, _, after, _ = lowered
     assert not (SITES | {"two.weight"}) & set(after.state)
     for fqn in SITES:
-        values, meta = after.tensor(f"{fqn}_values"), after.tensor(f"{fqn}_meta")
+        values, meta = after.tensor(f"{fqn}_values"), after.tensor(f"{fqn}_bitmask")
         weight = net.get_parameter(fqn)
         weight = weight.t() if fqn == "down.weight" else weight
         assert torch.equal(unpack(Packed(values, meta, weight.shape[1])), weight)

@@ -135,10 +135,10 @@ def test_packed_linears_merge_too(bias):
     program, after, (record,) = merged(net, torch.randn(2, 4, 8))
     sparse = "sparseforge.sparse_linear.default"
     assert record.modified == 3 and record.op_changes[sparse] == -2
-    assert torch.equal(after.tensor("q_k_v.values"), torch.cat([net.q.values, net.k.values, net.v.values]))
-    assert torch.equal(after.tensor("q_k_v.where"), torch.cat([net.q.where, net.k.where, net.v.where]))
-    assert ("q_k_v.bias" in after.state) == bias and "q.values" not in after.state
-    assert {"gate.values", "up.values", "shared.values"} <= set(after.state)  # a bias and none; used twice
+    assert torch.equal(after.tensor("q_k_v.weight_values"), torch.cat([net.q.weight_values, net.k.weight_values, net.v.weight_values]))
+    assert torch.equal(after.tensor("q_k_v.weight_bitmask"), torch.cat([net.q.weight_bitmask, net.k.weight_bitmask, net.v.weight_bitmask]))
+    assert ("q_k_v.bias" in after.state) == bias and "q.weight_values" not in after.state
+    assert {"gate.weight_values", "up.weight_values", "shared.weight_values"} <= set(after.state)  # a bias and none; used twice
     torch.testing.assert_close(after.module()(x), net(x), rtol=1e-6, atol=1e-6)
     _, (record,) = run_passes(after, [MERGE])
     assert record.modified == 0 and program.op_counts()[sparse] == 8

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparseforge_fx.deploy.checkpoints.packed_files import (
-    BITMASK,
     INDEX,
     METHOD,
-    VALUES,
     Header,
     Site,
     check_folder,
@@ -24,7 +22,7 @@ from sparseforge_fx.deploy.checkpoints.packed_files import (
 from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig, packed_linears
 from sparseforge_fx.deploy.lowering.modules import find_sparse, weight_of
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.kernels.packed import BITMASK, VALUES, Packed, pack
 from sparseforge_fx.models.dense import (
     DTYPES,
     Location,
@@ -161,7 +159,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str,
         raise SparseForgeError("weights of the model are on the meta device: load it without offloading first")
     if damaged := [n for n, packed in found.items() if not packed.values.isfinite().all()]:
         raise SparseForgeError(f"'{damaged[0]}' has NaN or inf in its weight: train or load it anew")
-    gone = {f"{name}.{leaf}" for name in found for leaf in ("weight", "values", "where")}
+    gone = {f"{name}.{leaf}" for name in found for leaf in ("weight", VALUES, BITMASK)}
     state = {key: value for key, value in model.state_dict().items() if key not in gone}
     for name, packed in found.items():
         state[f"{name}.{VALUES}"], state[f"{name}.{BITMASK}"] = packed.values, packed.bitmask

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import FORMAT_VERSION
+from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, VALUES
 
 METHOD = "sparseforge"  # quant_method in config.json
-VALUES, BITMASK = "weight_values", "weight_bitmask"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_JSON = 100 << 20  # bytes of a json file or header; safetensors has the same limit
 MOST_MODULES = 1 << 17  # of a model, whatever its files say

@@ -118,11 +118,7 @@ def packed_weights(program: Program) -> dict[str, dict[str, Any]]:
         use = sparse_use(node)
         values, meta = names[use.values], names[use.meta]
         tensor = program.tensor(values)
-        # of lower_sparse_linears, or a buffer of SparseLinear
-        name = (
-            values.removesuffix("_values") if values.endswith("_values") else f"{values.removesuffix('values')}weight"
-        )
-        found[name] = {
+        found[values.removesuffix("_values")] = {
             "out": tensor.shape[0],
             "in": use.in_features,
             "layout": use.layout,

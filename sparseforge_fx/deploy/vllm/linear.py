@@ -20,11 +20,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
-from sparseforge_fx.deploy.checkpoints.packed_files import BITMASK, METHOD, VALUES, Header
+from sparseforge_fx.deploy.checkpoints.packed_files import METHOD, Header
 from sparseforge_fx.deploy.lowering.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import ROWS
-from sparseforge_fx.kernels.packed import Packed, check_packed
+from sparseforge_fx.kernels.packed import BITMASK, VALUES, Packed, check_packed
 from sparseforge_fx.kernels.sparse_linear import OP
 
 

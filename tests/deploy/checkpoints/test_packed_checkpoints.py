@@ -81,7 +81,7 @@ def test_no_packed_weight_is_ever_dense(tmp_path, name, monkeypatch):
         monkeypatch.setattr(home, function, forbidden)
     model, tokenizer = sf.load(tmp_path / "p")
     found = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-    assert len(found) == SITES[name] and not any(m.values.is_meta for m in found.values())
+    assert len(found) == SITES[name] and not any(m.weight_values.is_meta for m in found.values())
     assert not {f"{n}.weight" for n in found} & {n for n, _ in model.named_parameters()}
     assert tokenizer.decode(tokenizer("two of four").input_ids) == "two of four" and not model.training
 

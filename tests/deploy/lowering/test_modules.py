@@ -38,7 +38,7 @@ def test_the_dense_weight_is_there_to_look_at(captured_once):
     model, dense = sparse_copy(found)
     sf.lower_modules(model, gate=False)
     assert torch.equal(model[0].weight, dense[0].weight) and model[0].bias is not None
-    assert {"0.values", "0.where", "0.bias"} <= set(model.state_dict())
+    assert {"0.weight_values", "0.weight_bitmask", "0.bias"} <= set(model.state_dict())
     assert not {"0.weight"} & set(model.state_dict())
 
 
