@@ -72,8 +72,8 @@ def calls():
                 patch.setattr(torch, name, function)
             for module in (cusparselt, cutlass):
                 patch.setattr(module, "available", lambda device: True)
-            for layout in ("cusparselt", "cutlass"):
-                patch.setitem(sparse_linear.KERNELS, ("cpu", layout), sparse_linear.KERNELS["cuda", layout])
+            for layout in (CUSPARSELT, CUTLASS):
+                patch.setitem(LAYOUTS, layout.name, layout._replace(elsewhere=layout.kernels["cuda"]))
             patch.setattr(cusparselt, "_algorithms", {})
         yield seen
 

@@ -32,6 +32,7 @@ from sparseforge_fx.deploy.checkpoints.packed_files import (
     weight_files,
 )
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import native_layout
 from sparseforge_fx.kernels.packed import Packed, check_packed
 from sparseforge_fx.models import low_rank
 
@@ -180,10 +181,7 @@ def packed_linears(model: nn.Module) -> dict[str, SparseLinear]:
 
 def change_to_device(module: SparseLinear) -> None:
     """Give a packed linear the layout that its device reads; one without kernels of its own keeps that of the disk."""
-    from sparseforge_fx.deploy.lowering.targets import TARGETS
-
-    if module.weight_values.device.type in TARGETS:
-        module.change_layout(TARGETS[module.weight_values.device.type][0])
+    module.change_layout(native_layout(module.weight_values.device))
 
 
 def _has_header(folder: Path, header: Header) -> bool:

@@ -16,10 +16,10 @@ from torch.fx import GraphModule
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.gate import Gate
 from sparseforge_fx.deploy.lowering.lower import sparse_sites
-from sparseforge_fx.deploy.lowering.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.frame import Frame
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.kernels.layouts import layouts_of
 from sparseforge_fx.passes import LinearSite, deploy_passes, run_passes
 from sparseforge_fx.passes.find_linears import eligible
 
@@ -110,11 +110,10 @@ def _lower(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) 
         log.warning("a graph stays dense: it could not be lowered to aten (%s)", error)
         return None
     devices = {frame.tensor(s.fqn).device for s in eligible(_frozen_sites(frame))}
-    if len(devices) != 1 or (device := devices.pop()).type not in TARGETS:
+    if len(devices) != 1 or not (layouts := layouts_of(device := devices.pop())):
         return None
     tokens = tuple(options.get("tokens", cost.TOKENS))
     known = cost.check_request(tokens, options.get("table"))
-    layouts = TARGETS[device.type]
 
     def measure(shapes: Sequence[cost.Shape]) -> cost.Table:
         if known is not None:

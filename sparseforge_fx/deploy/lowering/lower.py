@@ -12,12 +12,11 @@ from torch.fx import GraphModule
 
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.gate import Gate
-from sparseforge_fx.deploy.lowering.targets import find_target
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.program import Program
-from sparseforge_fx.kernels.layouts import LAYOUTS
+from sparseforge_fx.kernels.layouts import LAYOUTS, find_target
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import LinearSite, deploy_passes, export_passes, find_linears, run_passes
 from sparseforge_fx.passes.find_linears import eligible

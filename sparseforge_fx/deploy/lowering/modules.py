@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering import cost
-from sparseforge_fx.deploy.lowering.targets import find_target
 from sparseforge_fx.errors import SparseForgeError, add_sentence
-from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout
+from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout, find_target
 from sparseforge_fx.kernels.packed import BITMASK, VALUES, Packed, pack, why_dense
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
 from sparseforge_fx.models import low_rank

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sparseforge_fx.deploy.lowering import cost
-from sparseforge_fx.deploy.lowering.targets import find_target
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.layouts import PLANES, ROWS
+from sparseforge_fx.kernels.layouts import PLANES, ROWS, find_target
 
 CPU = torch.device("cpu")
 SHAPE = cost.Shape(16, 32, "float32")

@@ -10,9 +10,8 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
-from sparseforge_fx.deploy.lowering.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.layouts import LAYOUTS, PLANES, ROWS
+from sparseforge_fx.kernels.layouts import LAYOUTS, PLANES
 from sparseforge_fx.kernels.packed import pack
 from sparseforge_fx.kernels.sparse_linear import OP
 
@@ -73,8 +72,8 @@ def test_the_gate_decides_by_shape(sparse_llama):
 def test_each_weight_gets_the_layout_that_gains_most(sparse_llama, monkeypatch, tmp_path):
     """A machine with three layouts, one of which takes only wide weights and belongs to no file."""
     found = sparse_llama
-    own = PLANES._replace(refuses=lambda out, *_: None if out == 128 else "too narrow", durable=False)
-    monkeypatch.setitem(TARGETS, "cpu", (ROWS, own))
+    only_wide = lambda out, *_: None if out == 128 else "too narrow"  # noqa: E731
+    own = PLANES._replace(refuses=only_wide, durable=False, kernels={"cpu": PLANES.elsewhere})
     monkeypatch.setitem(LAYOUTS, "planes", own)
 
     def measure(shape, tokens, device, layouts):
