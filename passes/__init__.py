@@ -21,14 +21,24 @@ from sparseforge_fx.passes.insert_low_rank import insert_low_rank
 from sparseforge_fx.passes.insert_soft_masks import insert_soft_masks
 from sparseforge_fx.passes.lower_sparse_linears import lower_sparse_linears
 from sparseforge_fx.passes.merge_parallel_linears import merge_parallel_linears
+from sparseforge_fx.pattern import AnyPattern
 
 
-def train_passes(sites: Sequence[LinearSite], *, slorb_block: int | None = None) -> list[Pass]:
+def train_passes(
+    sites: Sequence[LinearSite], *, slorb_block: int | None = None, estimator: str | None = None
+) -> list[Pass]:
     """The passes from a captured program to a trainable one."""
     passes: list[Pass] = [partial(insert_soft_masks, sites=sites)]  # first: the others look for its operator
     if slorb_block is not None:
         passes.append(partial(insert_low_rank, block=slorb_block))  # looks for its operator, too
-    return passes  # insert_hessian_hooks runs on a copy of this result: the graph of the probe steps
+    if estimator is not None:
+        passes.append(partial(insert_hessian_hooks, estimator=estimator))  # type: ignore[arg-type]
+    return passes
+
+
+def harden_passes(pattern: AnyPattern) -> list[Pass]:
+    """The passes from a trained program to exact weights."""
+    return [partial(harden_masks, pattern=pattern)]
 
 
 def deploy_passes(
@@ -51,6 +61,7 @@ __all__ = [
     "find_linears",
     "fuse_epilogues",
     "harden_masks",
+    "harden_passes",
     "inline_kernels",
     "insert_hessian_hooks",
     "insert_low_rank",

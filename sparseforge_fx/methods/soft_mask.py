@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods import schedule
-from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
+from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
 from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, Estimator
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import (
@@ -46,7 +46,7 @@ SAMPLE = 1 << 15  # scores that a weight's quantiles are taken from; their error
 
 
 @dataclass(frozen=True)
-class SparseForgeConfig(MethodConfig):
+class SparseForgeConfig(TrainedConfig):
     """Constants of the annealing; times are shares of the run, rates are per mask update.
 
     Attributes:

@@ -11,6 +11,7 @@ from two_processes import run_two
 
 from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, hutchinson_diagonal, sample_labels
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
+from sparseforge_fx.training.distillation import Distillation
 
 
 # -- Hutchinson ------------------------------------------------------------------------------------------------------
@@ -276,11 +277,11 @@ def test_every_estimator_is_alive_and_leaves_nothing_behind(tiny, estimator):
     assert all((v >= 0).all() and v.sum() > 0 for v in values.values())
     assert {id(p) for p in sparse.parameters()} == {id(p) for p in found.model.parameters()}  # no probe, no teacher
     probes = (
-        [p for n, p in sparse._hidden["probe"].named_parameters() if "probe" in n] if sparse._hidden["probe"] else []
+        [p for n, p in sparse.probe.module.named_parameters() if "probe" in n] if sparse.probe.module else []
     )
     assert len(probes) == (len(values) if estimator in ("gauss_newton", "activation") else 0)
     assert all(p.grad is None for p in probes)
-    assert all(p.grad is None for p in sparse._hidden["teacher"].parameters())
+    assert all(p.grad is None for p in sparse.teacher.module.parameters())
     assert not any("probe" in n for n, _ in sparse.named_parameters())
 
 
@@ -361,7 +362,7 @@ def curvatures(rows: slice) -> dict[str, dict[str, torch.Tensor]]:
     x[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
     found = {}
     for estimator in ESTIMATORS:
-        sparse = prepare(Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), w_kl=1.0).train()
+        sparse = prepare(Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), objective=Distillation(kl=1.0)).train()
         with torch.no_grad():
             for p in sparse.parameters():
                 p.mul_(0.8)  # away from the teacher
