@@ -88,6 +88,36 @@ def leaderboard_groups() -> dict[tuple[str, int], list[dict]]:
     return groups
 
 
+#: (method, tokens) of the leaderboard -> how a stranger reads it
+MAIN = {
+    ("dense", 0): "dense",
+    ("alps", 0): "ALPS, without training: the best of the one-shot methods",
+    ("maskllm", 122_880): "MaskLLM: learned masks over frozen weights; the best of the other trained methods",
+    ("sparseforge-paper", 122_880): "SparseForge, `paper` preset: soft masks, annealed from the dense model",
+    ("sparsegpt+kd", 122_880): "SparseGPT's solution, fixed masks, distillation",
+    (
+        "sparseforge-tuned",
+        122_880,
+    ): "SparseForge, `tuned` preset: the layer-wise ALPS solution, fixed masks, distillation",
+}
+
+
+def main_table() -> str:
+    """The rows of the leaderboard that answer the first question."""
+    groups = leaderboard_groups()
+    if any(key not in groups for key in MAIN):
+        return NONE
+    tasks = list(groups["dense", 0][0]["zero_shot"])
+    rows = []
+    for key, name in MAIN.items():
+        perplexity, _, seeds = scores(groups[key])
+        rows.append((name, f"{key[1]:,}", perplexity, accuracy(groups[key], tasks)[0], seeds))
+    text = (
+        f"{setting(groups['dense', 0][0])}, the mean of {len(tasks)} tasks ± its standard error. Every linear but the head is exactly 2:4."
+    )
+    return blocks([(text, table(("method", "training tokens", "perplexity", "zero-shot", "seeds"), "lrrrr", rows))])
+
+
 def leaderboard_table() -> str:
     groups = leaderboard_groups()
     if not groups:

@@ -31,8 +31,8 @@ def cpu_runs(few_rows: bool) -> list[dict]:
     return [run for run in runs if any(case["rows"] == 1 for case in run["cases"]) == few_rows]
 
 
-def kernel_table(large_only: bool = False) -> str:
-    """Every shape and number of threads, or the shapes of 7B models at the most threads."""
+def kernel_table() -> str:
+    """Every shape and number of threads."""
     parts = []
     for run in cpu_runs(few_rows=True):
         counts = sorted({case["rows"] for case in run["cases"]})
@@ -40,11 +40,9 @@ def kernel_table(large_only: bool = False) -> str:
         for case in run["cases"]:
             key = f"{case['out']}x{case['in']}", case["dtype"], case["threads"]
             groups[key][case["rows"]] = case["median_of_ratios"]
-        most = max(threads for _, _, threads in groups)
         rows = [
             (shape, dtype, threads, *(f"{found[m]:.2f}x" for m in counts))
             for (shape, dtype, threads), found in groups.items()
-            if not large_only or (threads == most and min(map(int, shape.split("x"))) >= 4096)
         ]
         text = (
             f"{run['device']} ({run['instruction_set']}), load average {run['load_average'][0]} at the end, commit {run['commit']};"

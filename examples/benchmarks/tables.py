@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import quality_tables as quality
@@ -16,15 +15,15 @@ import speed_tables as speed
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = {
+    "main": quality.main_table,
     "quality": quality.quality_table,
     "leaderboard": quality.leaderboard_table,
     "ablations": quality.ablation_table,
     "estimator-quality": quality.estimator_quality_table,
     "quantized": quality.quantized_table,
     "overhead": speed.overhead_table,
-    "kernels": partial(speed.kernel_table, large_only=True),
     "many-rows": speed.many_rows_table,
-    "all-kernels": speed.kernel_table,
+    "kernels": speed.kernel_table,
     "decode": speed.decode_table,
     "generation": speed.generation_table,
     "prefill": speed.prefill_table,
