@@ -106,7 +106,7 @@ class SparseForgeConfig(TrainedConfig):
 
 
 def paper_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> SparseForgeConfig:
-    """The authors' constants (DESIGN section 3), scaled to a run of ``steps``.
+    """The authors' constants (arXiv 2605.06402), scaled to a run of ``steps``.
 
     K = 30 of 20,000 steps; with fewer steps K shrinks (to 5 from 150 steps on, to 1 below 60) and the per-update
     rates (a = 0.1, gamma = 0.975, beta = 0.985) are rescaled so that the run travels the same way in fewer updates.

@@ -1,4 +1,4 @@
-"""The annealing's equations (DESIGN section 3) on weights without a model, then every combination on a real graph."""
+"""The annealing's equations (arXiv 2605.06402) on weights without a model, then every combination on a real graph."""
 
 import itertools
 import math
