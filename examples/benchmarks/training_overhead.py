@@ -18,6 +18,7 @@ import typer
 from common import medians_and_spread, model_and_ids, save, seconds_in_turn, use
 
 from sparseforge_fx import SparseModel, paper_preset, prepare
+from sparseforge_fx.graph.compile import compile_repeated_blocks
 from sparseforge_fx.report import peak_memory_bytes
 
 
@@ -64,7 +65,7 @@ def main(
 
 def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict:
     """The steps that are compared. The dense one runs the dense graph of the same capture against the same teacher."""
-    dense = sparse.dense.module() if sparse._runners["graph"] is sparse.graph else compiled_dense(sparse)
+    dense = sparse.dense.module() if sparse.compiled is None else compile_repeated_blocks(sparse.dense.module())
     weights = [p for p in sparse.parameters() if p.requires_grad]
 
     def backward(loss: Any) -> None:
@@ -89,13 +90,6 @@ def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict:
         "mask_update": lambda: sparse.method._update(0.05),
     }
 
-
-def compiled_dense(sparse: SparseModel):
-    from sparseforge_fx.graph.compile import compile_repeated_blocks
-
-    if "dense" not in sparse._hidden:
-        sparse._hidden["dense"] = compile_repeated_blocks(sparse.dense.module())
-    return sparse._hidden["dense"]
 
 
 def measure(sparse: SparseModel, ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
