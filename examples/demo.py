@@ -20,13 +20,14 @@ import random
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 OUTPUT = Path("demo_out")
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 PROMPT = "The city lies on the river and"
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,24 @@ class Text:
     held_out: str
 
 
+class Scores:
+    """A row for every model: its perplexity on the held-out tokens."""
+
+    def __init__(self, held_out, scale: Scale, say: Say) -> None:
+        self.held_out, self.scale, self.say = held_out, scale, say
+        self.rows: list[dict] = []
+
+    def add(self, name: str, model, tokens: int, seconds: float) -> float:
+        from sparseforge_fx.evaluation.perplexity import perplexity
+
+        result = perplexity(model, self.held_out, context=self.scale.context, max_windows=self.scale.windows)
+        measured = asdict(result)
+        measured["evaluation_seconds"] = measured.pop("seconds")
+        self.rows.append({"method": name, "training_tokens": tokens, "seconds": seconds, **measured})
+        self.say(f"{name}: perplexity {result.perplexity:.2f} on {result.tokens_scored:,} held-out tokens")
+        return result.perplexity
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few short steps")
@@ -67,10 +86,9 @@ def main() -> None:
     import transformers
 
     import sparseforge_fx as sf
-    from sparseforge_fx.evaluation.perplexity import perplexity
     from sparseforge_fx.models.compute_dtype import cast, choose_dtype
-    from sparseforge_fx.models.dense import load_model, new_folder, write_checkpoint
-    from sparseforge_fx.report import environment, plot_curves, write_json
+    from sparseforge_fx.models.dense import load_model
+    from sparseforge_fx.report import environment, write_json
 
     transformers.utils.logging.disable_progress_bar()
     text = find_text()
@@ -79,10 +97,7 @@ def main() -> None:
     dense, tokenizer = load_model(file)
     say(f"model: {file.name}, {sum(p.numel() for p in dense.parameters()):,} parameters, dequantised to {dense.dtype}")
     if options.prepare:
-        with new_folder(options.prepare, overwrite=True) as folder:
-            write_checkpoint(dense, tokenizer, folder / "model")
-            (folder / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text.train))
-            (folder / "held_out.txt").write_text(text.held_out)
+        write_inputs(dense, tokenizer, text, options.prepare)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     computing = choose_dtype(dense.dtype, device)
@@ -90,29 +105,53 @@ def main() -> None:
     for note in computing.notes():
         say(note)
 
-    held_out = tokenizer(text.held_out, return_tensors="pt", verbose=False)["input_ids"][0]
-    rows = []
-
-    def measure(name: str, model: torch.nn.Module, tokens: int, seconds: float) -> float:
-        result = perplexity(model, held_out, context=scale.context, max_windows=scale.windows)
-        measured = asdict(result)
-        measured["evaluation_seconds"] = measured.pop("seconds")
-        rows.append({"method": name, "training_tokens": tokens, "seconds": seconds, **measured})
-        say(f"{name}: perplexity {result.perplexity:.2f} on {result.tokens_scored:,} held-out tokens")
-        return result.perplexity
-
-    measure("dense", dense, 0, 0.0)
+    scores = Scores(tokenizer(text.held_out, return_tensors="pt", verbose=False)["input_ids"][0], scale, say)
+    scores.add("dense", dense, 0, 0.0)
     before = complete(dense, tokenizer)
     pruned = sf.sparsify(copy.deepcopy(dense), method="magnitude")
-    magnitude = measure("magnitude", pruned.model, 0, pruned.report["seconds"])
+    magnitude = scores.add("magnitude", pruned.model, 0, pruned.report["seconds"])
     del pruned
+    result = train(dense, tokenizer, text, scale, say)
+    report = result.report
+    trained = scores.add("SparseForge", result.model, report["tokens"], report["seconds"])
+
+    restore_dtype()
+    write_outputs(result, tokenizer)
+    reloaded, tokenizer = load_model(OUTPUT)
+    exact = count_exact(reloaded, report["sites"])
+    cast(reloaded, computing.dtype)
+    after = complete(reloaded, tokenizer)
+    summary = {
+        "model": file.name,
+        "text": text.name,
+        "scale": asdict(scale),
+        "quick": options.quick,
+        "rows": scores.rows,
+        "sites": len(report["sites"]),
+        "sites_exactly_2_4": exact,
+        "compute_dtype": computing.describe(),
+        "completion": {"dense": before, "sparse": after},
+        "seconds": time.monotonic() - began,
+        **environment(),
+    }
+    write_json(OUTPUT / "demo.json", summary)
+    print_summary(summary)
+    if exact != summary["sites"]:
+        sys.exit("the checkpoint is not exactly 2:4")
+    if not trained < magnitude:
+        sys.exit("SparseForge is not better than magnitude pruning")
+
+
+def train(model, tokenizer, text: Text, scale: Scale, say: Say):
+    """What sf.sparsify gives back; every twentieth step is said."""
+    import sparseforge_fx as sf
 
     def on_step(step: int, row: dict[str, float]) -> None:
         if step % 20 == 0 or step + 1 == scale.steps:
             say(f"step {step + 1} of {scale.steps}: loss {row['loss']:.3f}, KL {row['kl']:.3f}, {row['seconds']:.1f} s")
 
-    result = sf.sparsify(
-        dense,
+    return sf.sparsify(
+        model,
         text.train,
         tokenizer=tokenizer,
         steps=scale.steps,
@@ -123,42 +162,6 @@ def main() -> None:
         on_step=on_step,
         show_progress=False,
     )
-    sparse, report = result.model, result.report
-    trained = measure("SparseForge", sparse, report["tokens"], report["seconds"])
-
-    restore_dtype()
-    with new_folder(OUTPUT, overwrite=True) as folder:
-        write_checkpoint(sparse, tokenizer, folder)
-        write_json(folder / "report.json", report)
-        plot_curves(report["curves"], folder / "curves.png")
-    reloaded, tokenizer = load_model(OUTPUT)
-    exact = count_exact(reloaded, report["sites"])
-    cast(reloaded, computing.dtype)
-    after = complete(reloaded, tokenizer)
-    summary = {
-        "model": file.name,
-        "text": text.name,
-        "scale": asdict(scale),
-        "quick": options.quick,
-        "rows": rows,
-        "sites": len(report["sites"]),
-        "sites_exactly_2_4": exact,
-        "compute_dtype": computing.describe(),
-        "completion": {"dense": before, "sparse": after},
-        "seconds": time.monotonic() - began,
-        **environment(),
-    }
-    write_json(OUTPUT / "demo.json", summary)
-
-    print_table(rows, text.name)
-    print(f"dense : {before}")
-    print(f"sparse: {after}")
-    print(f"{exact} of {len(report['sites'])} linears in {OUTPUT}/ are exactly 2:4")
-    print(f"{OUTPUT}/ holds the checkpoint, report.json, curves.png and demo.json; all in {summary['seconds']:.0f} s")
-    if exact != len(report["sites"]):
-        sys.exit("the checkpoint is not exactly 2:4")
-    if not trained < magnitude:
-        sys.exit("SparseForge is not better than magnitude pruning")
 
 
 # -- what it works on ------------------------------------------------------------------------------------------------
@@ -222,6 +225,26 @@ def split(documents: Sequence[str], held_out: int) -> tuple[list[str], list[str]
     return [d for d in documents[:-held_out] if not sentences(d) & seen], held
 
 
+# -- what it writes --------------------------------------------------------------------------------------------------
+def write_inputs(model, tokenizer, text: Text, place: Path) -> None:
+    from sparseforge_fx.models.dense import new_folder, write_checkpoint
+
+    with new_folder(place, overwrite=True) as folder:
+        write_checkpoint(model, tokenizer, folder / "model")
+        (folder / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text.train))
+        (folder / "held_out.txt").write_text(text.held_out)
+
+
+def write_outputs(result, tokenizer) -> None:
+    from sparseforge_fx.models.dense import new_folder, write_checkpoint
+    from sparseforge_fx.report import plot_curves, write_json
+
+    with new_folder(OUTPUT, overwrite=True) as folder:
+        write_checkpoint(result.model, tokenizer, folder)
+        write_json(folder / "report.json", result.report)
+        plot_curves(result.report["curves"], folder / "curves.png")
+
+
 # -- what it shows ---------------------------------------------------------------------------------------------------
 def complete(model, tokenizer) -> str:
     """A greedy continuation of PROMPT."""
@@ -238,6 +261,14 @@ def count_exact(model, sites: list[dict]) -> int:
         weight = weight.t() if site["transposed"] else weight
         exact += bool(((weight.reshape(weight.shape[0], -1, 4) != 0).sum(-1) <= 2).all())
     return exact
+
+
+def print_summary(summary: dict) -> None:
+    print_table(summary["rows"], summary["text"])
+    for which, text in summary["completion"].items():
+        print(f"{which:6}: {text}")
+    print(f"{summary['sites_exactly_2_4']} of {summary['sites']} linears in {OUTPUT}/ are exactly 2:4")
+    print(f"{OUTPUT}/ holds the checkpoint, report.json, curves.png and demo.json; all in {summary['seconds']:.0f} s")
 
 
 def print_table(rows: list[dict], text: str) -> None:

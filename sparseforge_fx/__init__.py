@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     from sparseforge_fx.methods.catalog import configure
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
     from sparseforge_fx.models.dense import load_model, save_model
+    from sparseforge_fx.training.distillation import Distillation
     from sparseforge_fx.training.prepare import finalize, prepare
+    from sparseforge_fx.training.recipe import Recipe
     from sparseforge_fx.training.sparse_model import SparseModel
     from sparseforge_fx.training.sparsify import SparsifyResult, sparsify
 
 _HOMES = {
+    "Distillation": "training.distillation",
+    "Recipe": "training.recipe",
     "SparseForgeConfig": "methods.soft_mask",
     "SparseModel": "training.sparse_model",
     "SparsifyResult": "training.sparsify",
@@ -57,7 +61,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "Distillation",
     "Generator",
+    "Recipe",
     "SparseForgeConfig",
     "SparseForgeError",
     "SparseModel",

@@ -7,7 +7,8 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sparseforge_fx.errors import SparseForgeError
 
@@ -47,7 +48,7 @@ def check_numbers(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         values: name -> value; names that have no hint are passed over.
     """
     for name, hint in hints.items():
-        kinds = [hint] if get_origin(hint) is Annotated else get_args(hint) or [hint]
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
         if name not in values or (values[name] is None and type(None) in kinds):
             continue
         for kind in kinds:

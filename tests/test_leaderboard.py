@@ -1,23 +1,21 @@
 """What the leaderboard runs next: sweeps first, then seeds at the best rate, and nothing twice."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
 
-FILE = Path(__file__).parents[1] / "examples" / "benchmarks" / "leaderboard.py"
+FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 
 @pytest.fixture
 def board(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("leaderboard", FILE)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "leaderboard", module)
-    spec.loader.exec_module(module)
-    module.RESULTS = tmp_path
-    return module
+    monkeypatch.syspath_prepend(FOLDER)
+    import leaderboard
+
+    monkeypatch.setattr(leaderboard, "RESULTS", tmp_path)
+    return leaderboard
 
 
 def finish(run, valid):

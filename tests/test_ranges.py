@@ -14,6 +14,7 @@ from sparseforge_fx.methods.catalog import TRAINED, find_options
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.pattern import TWO_FOUR
 from sparseforge_fx.ranges import Count, Positive, Range, Share, check_numbers, checked
+from sparseforge_fx.training.distillation import Distillation
 
 BAD = (math.nan, math.inf, -math.inf, -1, "4", True)
 
@@ -47,9 +48,17 @@ def test_every_field_says_its_range():
 
 
 REFUSED = {
-    "steps": 0, "tokens": -5, "batch_size": 0, "length": 0, "accumulate": 0, "lr": math.nan, "w_task": -1.0,
-    "w_kl": math.nan, "w_features": math.inf, "slorb_block": 0, "calibration": 0, "save_seconds": math.nan,
+    "steps": 0, "tokens": -5, "batch_size": 0, "length": 0, "accumulate": 0, "lr": math.nan,
+    "slorb_block": 0, "calibration": 0, "save_seconds": math.nan,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("task", -1.0), ("kl", math.nan), ("feature_weight", math.inf), ("temperature", 0.0)]
+)
+def test_numbers_of_the_objective(name, value):
+    with pytest.raises(SparseForgeError, match=f"^{name} is {value}: give a finite number"):
+        Distillation(**{name: value})
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -73,8 +82,8 @@ def test_options_of_the_method_are_looked_at_before_the_data(change):
 
 
 def test_numbers_of_prepare_and_configure():
-    with pytest.raises(SparseForgeError, match="w_kl is nan: give a finite number from 0"):
-        sf.prepare(nn.Linear(4, 4), torch.randn(2, 4), sf.paper_preset(4), w_kl=math.nan)
+    with pytest.raises(SparseForgeError, match="kl is nan: give a finite number from 0"):
+        sf.prepare(nn.Linear(4, 4), torch.randn(2, 4), sf.paper_preset(4), objective=Distillation(kl=math.nan))
     with pytest.raises(SparseForgeError, match=r"steps is 1\.5: give a whole number from 1"):
         sf.configure("gmp", 1.5)
 

@@ -19,14 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import typer
+from common import random_two_four, save
 
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.packed import Packed, pack
 from sparseforge_fx.kernels.sparse_linear import OP
-from sparseforge_fx.pattern import TWO_FOUR, hard_mask
-from sparseforge_fx.report import environment, write_json
 
-RESULTS = Path(__file__).parent / "results" / "kernels"
 LARGE = "4096x4096,11008x4096,4096x11008"
 SMALL = "576x576,192x576,1536x576,576x1536,960x576,3072x576"  # SmolLM2-135M; the last two are q/k/v and gate/up merged
 
@@ -57,15 +55,13 @@ def main(
         "rotated_bytes_of_dense_weights": rotate_bytes,
         "load_average": Path("/proc/loadavg").read_text().split()[:3],
         "cases": cases,
-        **environment(),
     }
-    write_json(RESULTS / f"{label}.json", record)
+    save("kernels", label, record)
 
 
 def weights(out: int, in_features: int, dtype: torch.dtype, rotate_bytes: int) -> tuple[list, list[Packed]]:
     """Copies of one 2:4 weight, dense and packed."""
-    weight = torch.randn(out, in_features)
-    weight = (weight * hard_mask(weight.abs(), TWO_FOUR)).to(dtype)
+    weight = random_two_four(out, in_features).to(dtype)
     first = pack(weight)
     copies = min(64, max(2, -(-rotate_bytes // weight.nbytes)))
     packed_copies = min(64, max(2, -(-rotate_bytes // first.nbytes)))

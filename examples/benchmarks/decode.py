@@ -12,19 +12,17 @@ the gate chose for decoding.
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from common import language_model, save, use
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.export.throughput import compare, random_prompts, with_transformers
-from sparseforge_fx.report import environment, write_json
 
-RESULTS = Path(__file__).parent / "results" / "decode"
 #: published shapes, so that no network is needed
 SHAPES = {
     "opt-125m": OPTConfig(),
@@ -46,11 +44,8 @@ def main(
     compile: bool = False,
     label: str = "",
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch.cuda finds no device: leave --device away to measure on the CPU")
-    if threads:
-        torch.set_num_threads(threads)
-    dense = load(model, getattr(torch, dtype)).to(device).eval().requires_grad_(False)
+    use(device, threads)
+    dense = load(model, getattr(torch, dtype), device).requires_grad_(False)
     sf.sparsify(dense)
     modules = copy.deepcopy(dense)
     report = sf.lower_modules(modules, tokens=batch)
@@ -82,20 +77,19 @@ def main(
         "sites": len(report["sites"]),
         "kept_dense": [s for s in report["skipped"] if s["reason"].startswith("gate")],
         "site_bytes": {"dense": report["dense_bytes"], "lowered": report["lowered_bytes"]},
-        **environment(),
     }
-    threads = torch.get_num_threads()
-    write_json(RESULTS / f"{label or f'{Path(model).name}-{dtype}-{device}-{threads}threads'}.json", record)
+    save("decode", label or f"{Path(model).name}-{dtype}-{device}-{torch.get_num_threads()}threads", record)
     for rows, found in {**results, "prefill": prefilled}.items():
         print(rows, {name: (round(f["tokens_per_second"], 1), round(f["ratio"], 3)) for name, f in found.items()})
 
 
-def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """A model with its weights, or one of SHAPES with random ones."""
     if name not in SHAPES:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return language_model(name, dtype, device)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name].to_dict()), dtype=dtype)
+    config = AutoConfig.for_model(**SHAPES[name].to_dict())
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
 
 
 def measure(contenders: dict[str, Any], rows: int, prompt: int, tokens: int, rounds: int) -> dict[str, dict]:

@@ -8,19 +8,14 @@ optimizer) take turns in one process. ``amortised``: at the paper preset's probe
 
 from __future__ import annotations
 
-import statistics
-import time
 from pathlib import Path
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM
+from common import medians_and_spread, model_and_ids, save, seconds_in_turn, use
 
 from sparseforge_fx import SparseModel, paper_preset, prepare
 from sparseforge_fx.methods.curvature import ESTIMATORS
-from sparseforge_fx.report import environment, write_json
-
-RESULTS = Path(__file__).parent / "results" / "estimator_cost"
 
 
 def main(
@@ -32,36 +27,26 @@ def main(
     threads: int = 0,
     label: str = "",
 ) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    options = {"attn_implementation": "eager"}  # the fused attention has no second derivative
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, **options).eval().to(device)
-    net.get_input_embeddings().weight.requires_grad_(False)
-    ids = torch.randint(0, net.config.vocab_size, (batch_size, length), device=device)
+    use(device, threads)
+    # the fused attention has no second derivative
+    net, ids = model_and_ids(model, device, batch_size, length, attn_implementation="eager")
     prepared = {name: prepare(net, None, paper_preset(150, curvature=name)).train() for name in ESTIMATORS}
     runs = {"none": lambda: step(prepared["squared_gradient"], ids, probe=False)}
     runs |= {name: lambda sparse=sparse: step(sparse, ids, probe=True) for name, sparse in prepared.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            clock = time.perf_counter()
-            run()
-            if turn:  # the first warms up
-                times[name].append(time.perf_counter() - clock)
-    median = {name: statistics.median(t) for name, t in times.items()}
+    seconds_in_turn(runs, 1)  # warms up
+    found = medians_and_spread(seconds_in_turn(runs, rounds))
+    median = found["median_seconds"]
     every = paper_preset(150).probe_every
     record = {
         "model": Path(model).name,
         "batch_size": batch_size,
         "length": length,
         "rounds": rounds,
-        "median_seconds": median,
-        "spread": {name: [min(t), max(t)] for name, t in times.items()},
+        **found,
         "over_none": {name: t / median["none"] for name, t in median.items()},
         "amortised": {name: 1 + (t / median["none"] - 1) / every for name, t in median.items()},
-        **environment(),
     }
-    write_json(RESULTS / f"{label or Path(model).name + '-' + device}.json", record)
+    save("estimator_cost", label or f"{Path(model).name}-{device}", record)
     print(record["over_none"])
 
 
@@ -74,8 +59,6 @@ def step(sparse: SparseModel, ids: torch.Tensor, *, probe: bool) -> None:
     sparse.step()
     for p in sparse.parameters():
         p.grad = None
-    if ids.is_cuda:
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -19,18 +19,18 @@ from typing import Annotated
 
 import torch
 import typer
+from common import language_model, token_ids, use, windowed_perplexity
+from records import RESULTS
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
-from sparseforge_fx import SparseForgeConfig, prepare
+from sparseforge_fx import SparseForgeConfig, SparseModel, prepare
 from sparseforge_fx.data.tokens import tokenize
-from sparseforge_fx.evaluation.perplexity import perplexity
 from sparseforge_fx.methods.curvature import hutchinson_diagonal
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 from sparseforge_fx.report import environment, write_json
 
-RESULTS = Path(__file__).parent / "results" / "estimator_quality"
 POINTS = (2, 6, 15, 30)  # probes after which the masks are measured
 FLOOR = 0.01
 Values = dict[str, Tensor]
@@ -49,64 +49,71 @@ def main(
     label: str = "",
 ) -> None:
     """Measure what is not in the json yet."""
-    if threads:
-        torch.set_num_threads(threads)
-    out = RESULTS / f"{label or Path(model).name}.json"
-    state = out.with_suffix(".state")
+    use(threads=threads)
+    out = RESULTS / "estimator_quality" / f"{label or Path(model).name}.json"
     tokenizer = AutoTokenizer.from_pretrained(model)
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    text = tokenizer(valid.read_text(), return_tensors="pt", verbose=False).input_ids[0]
+    net = language_model(model, torch.float32)
     corpus = tokenize(data, tokenizer, length=length, limit_tokens=max(POINTS) * batch_size * length)
     batches = [corpus.batch(k, batch_size, 0)["input_ids"] for k in range(max(POINTS))]
     sparse = prepare(net, {"input_ids": batches[0]}, SparseForgeConfig(steps=100, curvature="gauss_newton"))
-    names = [w.fqn for w in sparse.method.weights]
-    weights = {name: net.get_parameter(name) for name in names}
-    dense = {name: w.detach().clone() for name, w in weights.items()}
+    weights = {w.fqn: net.get_parameter(w.fqn) for w in sparse.method.weights}
     record = json.loads(out.read_text()) if out.exists() else {
         "model": Path(model).name, "data": Path(data).name, "batch_size": batch_size, "length": length,
         "windows": windows, "vectors": vectors, "perplexity": {}, "probe_seconds": {}, **environment(),
     }  # fmt: skip
-
-    def measure(name: str, probes: int, scores: Values | None) -> None:
-        done = record["perplexity"].setdefault(name, {})
-        if str(probes) in done:
-            return
-        with torch.no_grad():
-            for fqn, w in weights.items() if scores is not None else ():
-                assert scores is not None
-                w.copy_(dense[fqn] * hard_mask(scores[fqn], TWO_FOUR))
-            done[str(probes)] = perplexity(net, text, context=1024, max_windows=windows).perplexity
-            for fqn, w in weights.items():
-                w.copy_(dense[fqn])
-        write_json(out, record)
-        print(time.strftime("%H:%M:%S"), name, probes, round(done[str(probes)], 1), flush=True)
-
-    def by(h: Values, floor: float = 0.0) -> Values:
-        return {n: dense[n].square() * (v + floor * v.mean()) for n, v in h.items()}
-
-    measure("dense", 0, None)
-    measure("magnitude", 0, {n: w.abs() for n, w in dense.items()})
-    first_order(sparse, batches[:8], lambda probes, h: measure("gauss_newton", probes, by(h)))
+    masked = MaskedPerplexity(net, weights, token_ids(valid, tokenizer), windows, out, record)
+    masked.measure("dense", 0, None)
+    masked.measure("magnitude", 0, {n: w.abs() for n, w in masked.dense.items()})
+    masked.measure("gauss_newton", 8, masked.scores(first_order(sparse, batches[:8])))
     sparse.release()
-
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in weights)
+    second_order(masked, batches, vectors, vectors_until)
+
+
+class MaskedPerplexity:
+    """Perplexity of ``net`` under masks of scores, by (name, probes) in ``record``, which is written to ``out``."""
+
+    def __init__(self, net: PreTrainedModel, weights: Values, text: Tensor, windows: int, out: Path, record: dict):
+        self.net, self.weights, self.text, self.windows, self.out, self.record = (
+            net,
+            weights,
+            text,
+            windows,
+            out,
+            record,
+        )
+        self.dense = {name: w.detach().clone() for name, w in weights.items()}
+
+    def scores(self, h: Values, floor: float = 0.0) -> Values:
+        return {n: self.dense[n].square() * (v + floor * v.mean()) for n, v in h.items()}
+
+    @torch.no_grad()
+    def measure(self, name: str, probes: int, scores: Values | None) -> None:
+        """Without scores: of the dense model. What the record has is not measured again."""
+        done = self.record["perplexity"].setdefault(name, {})
+        if str(probes) in done:
+            return
+        for fqn, score in (scores or {}).items():
+            self.weights[fqn].copy_(self.dense[fqn] * hard_mask(score, TWO_FOUR))
+        done[str(probes)] = windowed_perplexity(self.net, self.text, self.windows)
+        for fqn, w in self.weights.items():
+            w.copy_(self.dense[fqn])
+        write_json(self.out, self.record)
+        print(time.strftime("%H:%M:%S"), name, probes, round(done[str(probes)], 1), flush=True)
+
+
+def second_order(masked: MaskedPerplexity, batches: list[Tensor], vectors: int, vectors_until: int) -> None:
+    """Hutchinson's products summed over the probes in every way, measured at POINTS, from where the last run ended."""
+    state = masked.out.with_suffix(".state")
     start, sums = torch.load(state) if state.exists() else (0, {})
     for probe, ids in enumerate(batches[start:], start):
         count = vectors if probe < vectors_until else 1
         clock = time.perf_counter()
-        drawn = [draw(net, ids, weights, seed=1000 * probe + v) for v in range(count)]
-        record["probe_seconds"].setdefault(str(count), []).append((time.perf_counter() - clock) / count)
-        for fqn in names:
-            one = drawn[0][fqn]
-            parts = {"clamped": one.clamp(min=0), "absolute": one.abs(), "root": one.square(), "signed": one}
-            if count > 1:
-                several = torch.stack([d[fqn] for d in drawn])
-                parts[f"absolute, {vectors} vectors"] = several.abs().mean(0)
-                parts[f"absolute of means, {vectors} vectors"] = several.mean(0).abs()
-            for kind, value in parts.items():
-                total = sums.setdefault(kind, {})
-                total[fqn] = total[fqn] + value if fqn in total else value
+        drawn = [draw(masked.net, ids, masked.weights, seed=1000 * probe + v) for v in range(count)]
+        seconds = (time.perf_counter() - clock) / count
+        masked.record["probe_seconds"].setdefault(str(count), []).append(seconds)
+        add(sums, drawn)
         del drawn
         print(time.strftime("%H:%M:%S"), f"probe {probe + 1}", flush=True)
         if probe + 1 not in POINTS:
@@ -115,22 +122,35 @@ def main(
             if "vectors" in kind and probe + 1 > vectors_until:
                 continue
             h = {n: v.clamp(min=0).sqrt() if kind == "root" else v.clamp(min=0) for n, v in total.items()}
-            measure(kind, probe + 1, by(h))
+            masked.measure(kind, probe + 1, masked.scores(h))
             if kind in ("clamped", "absolute"):
-                measure(f"{kind}, floor", probe + 1, by(h, FLOOR))
+                masked.measure(f"{kind}, floor", probe + 1, masked.scores(h, FLOOR))
         torch.save((probe + 1, sums), state)
     state.unlink(missing_ok=True)
 
 
-def first_order(sparse, batches: list[Tensor], measure) -> None:
-    """Gauss-Newton's sum over the batches, for comparison."""
+def add(sums: dict[str, Values], drawn: list[Values]) -> None:
+    """One probe's vectors to the sums, by kind and weight."""
+    for fqn, one in drawn[0].items():
+        parts = {"clamped": one.clamp(min=0), "absolute": one.abs(), "root": one.square(), "signed": one}
+        if len(drawn) > 1:
+            several = torch.stack([d[fqn] for d in drawn])
+            parts[f"absolute, {len(drawn)} vectors"] = several.abs().mean(0)
+            parts[f"absolute of means, {len(drawn)} vectors"] = several.mean(0).abs()
+        for kind, value in parts.items():
+            total = sums.setdefault(kind, {})
+            total[fqn] = total[fqn] + value if fqn in total else value
+
+
+def first_order(sparse: SparseModel, batches: list[Tensor]) -> Values:
+    """Gauss-Newton's average over the batches, for comparison."""
     sparse.train()
     for ids in batches:
         sparse(input_ids=ids)
         sparse.last_loss.total.backward()
         for p in sparse.parameters():
             p.grad = None
-    measure(len(batches), {n: v.float() for n, v in sparse.method.curvature.values.items()})
+    return {n: v.float() for n, v in sparse.method.curvature.values.items()}
 
 
 def draw(net, ids: Tensor, weights: Values, seed: int) -> Values:

@@ -25,16 +25,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from common import save, use
 from torch import nn
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.export.throughput import random_prompts
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
-from sparseforge_fx.report import environment, write_json
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "formats"
 WITHOUT_US = ("dense", "pt2-portable", "aoti")
 
 
@@ -55,8 +54,7 @@ def main(
     ] = False,
     label: str = "",
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch.cuda finds no device: leave --device away to measure on the CPU")
+    use(device)
     loaded, tokenizer = sf.load_model(model, dtype=dtype)
     if not any(check_pattern(m.weight, TWO_FOUR) for m in loaded.modules() if isinstance(m, nn.Linear)):
         sf.sparsify(loaded)
@@ -104,10 +102,9 @@ def main(
         "prompt": prompt,
         "formats": rows,
         "sites": {"dense": report["dense_bytes"], "lowered": report["lowered_bytes"], "packed": len(report["sites"])},
-        **environment(),
     }
     name = f"{Path(model).name}-{dtype}{'' if device == 'cpu' else f'-{device}'}"
-    write_json(RESULTS / f"{label or name}.json", record)
+    save("formats", label or name, record)
 
 
 def _writers(

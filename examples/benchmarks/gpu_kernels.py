@@ -12,14 +12,14 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
+from common import in_turn, random_two_four, save
 from torch.sparse import to_sparse_semi_structured
 
 from sparseforge_fx.errors import SparseForgeError
@@ -28,10 +28,7 @@ from sparseforge_fx.kernels.gpu.planes import planes_to_dense, to_planes
 from sparseforge_fx.kernels.gpu.planes_linear import expand_planes, planes_linear, tune
 from sparseforge_fx.kernels.gpu.tiles import DECODE_ROWS, bucket
 from sparseforge_fx.kernels.packed import pack
-from sparseforge_fx.pattern import TWO_FOUR, hard_mask
-from sparseforge_fx.report import environment, write_json
 
-RESULTS = Path(__file__).parent / "results" / "kernels"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 SHAPES = {  # out, in; q/k/v and gate/up as one linear each, as the deployed graph merges them
     "llama-7b": ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (11008, 4096)),
@@ -45,6 +42,7 @@ DRY_SHAPES = {"dry": ((32, 64), (48, 80))}
 COLD_BYTES = 256 << 20  # of weights between two uses of the same one; more than five times an H200's L2
 
 Call = Callable[[torch.Tensor], torch.Tensor]
+Shapes = Mapping[str, Sequence[tuple[int, int]]]
 
 
 def main(
@@ -58,44 +56,73 @@ def main(
     dry: Annotated[bool, typer.Option(help="tiny shapes on the CPU, nothing written")] = False,
     label: str = "",
 ) -> None:
-    if not dry and not torch.cuda.is_available():
-        print("gpu_kernels.py needs a CUDA device and torch.cuda finds none: try --dry", file=sys.stderr)
-        raise typer.Exit(1)
     unknown = set(shapes.split(",")) - set(SHAPES)
     if unknown:
         print(f"unknown shapes {', '.join(sorted(unknown))}: choose from {', '.join(SHAPES)}", file=sys.stderr)
         raise typer.Exit(2)
+    if dry:
+        sweep(DRY_SHAPES, (1, 3, 8, 130), torch.device("cpu"), None, cold_bytes=1, rounds=rounds)
+        return
+    if not torch.cuda.is_available():
+        print("gpu_kernels.py needs a CUDA device and torch.cuda finds none: try --dry", file=sys.stderr)
+        raise typer.Exit(1)
+    sweep(
+        {name: SHAPES[name] for name in shapes.split(",")},
+        ROWS,
+        torch.device("cuda"),
+        label or "cuda-" + torch.cuda.get_device_name().lower().replace(" ", "-"),
+        minutes=minutes,
+        rounds=rounds,
+        compiled=compiled,
+        tune_tiles=tune_tiles,
+    )
+
+
+def sweep(
+    shapes: Shapes,
+    counts: Sequence[int],
+    device: torch.device,
+    name: str | None,
+    *,
+    cold_bytes: int = COLD_BYTES,
+    minutes: float = 8.0,
+    rounds: int = 7,
+    compiled: bool = False,
+    tune_tiles: bool = False,
+) -> None:
+    """Every shape at every number of rows, until the minutes are over; then results/kernels/NAME.json, if there is a
+    name."""
     stop = time.monotonic() + 60 * minutes
-    device = torch.device("cpu" if dry else "cuda")
-    chosen = DRY_SHAPES if dry else {name: SHAPES[name] for name in shapes.split(",")}
-    record: dict[str, Any] = {"minutes": minutes, "rounds": rounds, "tuned": tune_tiles and not dry, **environment()}
-    record["cusparselt"] = None if dry or not cusparselt.available(device) else torch.backends.cusparselt.version()
-    record["rows"] = rows = []
-    record["complete"] = False
-    name = label or "cuda-" + (record["device"].lower().replace(" ", "-") if not dry else "dry")
-    jobs = list(dict.fromkeys((out, width) for sizes in chosen.values() for out, width in sizes))
+    rows: list[dict[str, Any]] = []
+    complete = False
     try:
-        for out, width in jobs:
-            site = Site(out, width, device, COLD_BYTES if not dry else 1)
-            for m in ROWS if not dry else (1, 3, 8, 130):
+        for out, width in dict.fromkeys(shape for sizes in shapes.values() for shape in sizes):
+            site = Site(out, width, device, cold_bytes)
+            for m in counts:
                 if time.monotonic() > stop:
                     return
-                row = measure(site, m, rounds, compiled and not dry, tune_tiles and not dry)
-                rows.append(row)
-                print(line(row), flush=True)
-        record["complete"] = True
+                rows.append(measure(site, m, rounds, compiled, tune_tiles))
+                print(line(rows[-1]), flush=True)
+        complete = True
     finally:
-        models = {m: [list(s) for s in sizes] for m, sizes in chosen.items()}
-        if not dry:
-            write_json(RESULTS / f"{name}.json", record | {"shapes": models})
+        if name is not None:
+            record = {
+                "minutes": minutes,
+                "rounds": rounds,
+                "tuned": tune_tiles,
+                "cusparselt": torch.backends.cusparselt.version() if cusparselt.available(device) else None,
+                "rows": rows,
+                "complete": complete,
+                "shapes": {model: [list(shape) for shape in sizes] for model, sizes in shapes.items()},
+            }
+            save("kernels", name, record)
 
 
 class Site:
     """One weight [out, in], bfloat16 and 2:4, in as many copies as a cold cache takes, in each backend's layout."""
 
     def __init__(self, out: int, width: int, device: torch.device, cold_bytes: int) -> None:
-        weight = torch.randn(out, width, device=device) * width**-0.5
-        weight = (weight * hard_mask(weight.abs(), TWO_FOUR)).bfloat16()
+        weight = random_two_four(out, width, device, scale=width**-0.5).bfloat16()
         values, meta = to_planes(pack(weight))
         if not torch.equal(planes_to_dense(values, meta, width, weight.dtype), weight):
             raise SparseForgeError(f"packing of {out} x {width} is not exact on this device: report this")
@@ -179,10 +206,7 @@ def measure(site: Site, m: int, rounds: int, compiled: bool, tune_tiles: bool) -
             runs[name] = timer(calls, x)
         except Exception as failure:  # one candidate's failure must not lose the others' numbers
             row["results"][name] = {"failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(1e6 * run())
+    times = {name: [1e6 * t for t in seconds] for name, seconds in in_turn(runs, rounds).items()}
     packed_bytes = sum(t.nbytes for t in site.planes[0])
     for name, values in times.items():
         median = statistics.median(values)

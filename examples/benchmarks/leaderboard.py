@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import records
 import typer
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "leaderboard"
+RESULTS = records.RESULTS / "leaderboard"
 ONE_SHOT = ("dense", "magnitude", "wanda", "sparsegpt", "alps")
 #: name -> arguments of quality.py; sparsegpt+kd is the start that the field takes, a fixed mask, and our distillation
 TRAINED = {

@@ -7,24 +7,17 @@ Methods are interleaved in one process; inputs are correlated Gaussian tokens, t
 
 from __future__ import annotations
 
-import statistics
-import time
-from pathlib import Path
-
 import torch
 import typer
+from common import medians_and_spread, save, seconds_in_turn, use
 
 from sparseforge_fx.methods.alps import prune_alps
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
-from sparseforge_fx.report import environment, write_json
-
-RESULTS = Path(__file__).parent / "results" / "one_shot_speed"
 
 
 def main(out_features: int = 4096, in_features: int = 4096, rounds: int = 3, threads: int = 0) -> None:
-    if threads:
-        torch.set_num_threads(threads)
+    use(threads=threads)
     torch.manual_seed(0)
     weight = torch.randn(out_features, in_features) * 0.02
     mix = torch.eye(in_features) + torch.randn(in_features, in_features) * (0.3 / in_features**0.5)
@@ -42,21 +35,13 @@ def main(out_features: int = 4096, in_features: int = 4096, rounds: int = 3, thr
         return float((delta @ hessian * delta).sum() / (weight @ hessian * weight).sum())
 
     errors = {name: error(solve()) for name, solve in solvers.items()}
-    times: dict[str, list[float]] = {name: [] for name in solvers}
-    for _ in range(rounds):
-        for name, solve in solvers.items():
-            clock = time.perf_counter()
-            solve()
-            times[name].append(time.perf_counter() - clock)
     record = {
         "shape": [out_features, in_features],
         "rounds": rounds,
-        "median_seconds": {name: statistics.median(t) for name, t in times.items()},
-        "spread": {name: [min(t), max(t)] for name, t in times.items()},
+        **medians_and_spread(seconds_in_turn(solvers, rounds)),
         "relative_output_error": errors,
-        **environment(),
     }
-    write_json(RESULTS / f"{out_features}x{in_features}-{record['threads']}threads.json", record)
+    save("one_shot_speed", f"{out_features}x{in_features}-{torch.get_num_threads()}threads", record)
     print(record["median_seconds"], errors)
 
 

@@ -12,7 +12,9 @@ from collections import defaultdict
 from statistics import mean
 
 import matplotlib
-from tables import RESULTS, cpu_runs, label, leaderboard_runs, read
+from quality_tables import label, leaderboard_runs
+from records import RESULTS, read
+from speed_tables import cpu_runs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

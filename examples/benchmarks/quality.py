@@ -12,21 +12,22 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common import CONTEXT, language_model, token_ids, use, windowed_perplexity
+from records import RESULTS
+from transformers import AutoTokenizer, PreTrainedModel
 
 import sparseforge_fx as sf
 from sparseforge_fx.data.tokens import tokenize
-from sparseforge_fx.evaluation.perplexity import perplexity
 from sparseforge_fx.evaluation.zero_shot import zero_shot
 from sparseforge_fx.methods.catalog import TRAINED
 from sparseforge_fx.report import environment, write_json
 
-RESULTS = Path(__file__).parent / "results" / "quality"
+Score = Callable[[PreTrainedModel], dict[str, float]]
 
 
 def main(
@@ -47,7 +48,7 @@ def main(
     w_kl: float = 1.0,
     threads: int = 0,
     label: str = "",
-    folder: Annotated[Path, typer.Option(help="where the json goes")] = RESULTS,
+    folder: Annotated[Path, typer.Option(help="where the json goes")] = RESULTS / "quality",
     tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
     quantize: Annotated[str, typer.Option(help="bits by commas: score the sparse model so quantised, too")] = "",
     compile: str = "auto",
@@ -57,65 +58,37 @@ def main(
     ] = None,
 ) -> None:
     """Run one (method, preset, seed, budget), or "dense", and write results/quality/NAME.json."""
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        settings = json.loads(options)
-    except json.JSONDecodeError as error:
-        sys.exit(f"--options is not json ({error}): give fields of the method's config as '{{\"name\": value}}'")
+    use(threads=threads)
+    settings = read_options(options)
     kind = preset if method == "sparseforge" else "paper" if method in TRAINED else "oneshot"
     name = label or f"{method}-{kind}-{tokens}-seed{seed}"
-    out = folder / f"{name}.json"
+    out, state = folder / f"{name}.json", folder / f"{name}.state"
     if out.exists():
         print(f"{out} is there already")
         return
     tokenizer = AutoTokenizer.from_pretrained(model)
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-    texts = {"valid": valid, "test": test}
-    ids = {k: tokenizer(p.read_text(), return_tensors="pt", verbose=False).input_ids[0] for k, p in texts.items()}
+    net = language_model(model)
+    ids = {"valid": token_ids(valid, tokenizer), "test": token_ids(test, tokenizer)}
 
-    def score(which: str) -> float:
-        return perplexity(net, ids[which], context=1024, max_windows=windows).perplexity
+    def score(scored: PreTrainedModel) -> dict[str, float]:
+        return {which: windowed_perplexity(scored, ids[which], windows) for which in ids}
 
-    if dense_from is not None and (known := json.loads(dense_from.read_text()))["windows"] == windows:
-        dense = known["dense_perplexity"]
-    else:
-        dense = {which: score(which) for which in texts}
+    dense = known_score(dense_from, windows) or score(net)
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, limit_tokens=tokens, separator="\n\n")
-
-    def on_step(step: int, row: dict) -> None:
-        print(
-            json.dumps({k: row[k] for k in ("step", "loss", "task", "kl", "seconds", "flip_rate")}),
-            flush=True,
-        )
-
     if method in TRAINED:
-        settings |= {
-            "preset": preset if method == "sparseforge" else None,
-            "tokens": tokens,
-            "w_task": w_task,
-            "w_kl": w_kl,
-            "lr": lr,
-        }
-        settings["resume_from"] = folder / f"{name}.state"
-    how: bool | str = {"on": True, "off": False}.get(compile, compile)
+        settings |= {"tokens": tokens, "objective": sf.Distillation(w_task, w_kl), "lr": lr, "state_path": state}
+    if method == "sparseforge":
+        settings["preset"] = preset
     if method == "dense":
         report = {"sites": [], **environment()}
         sparse = dense
     else:
         report = sf.sparsify(
             net, corpus if method != "magnitude" else None, method=method, batch_size=batch_size, length=length, calibration=calibration,
-            seed=seed, compile=how, show_progress=False, on_step=on_step, **settings,
+            seed=seed, compile={"on": True, "off": False}.get(compile, compile), show_progress=False, on_step=print_step, **settings,
         ).report  # fmt: skip
         report.pop("density")
-        sparse = {which: score(which) for which in texts}
-    accuracy = zero_shot(net, tokenizer, limit=tasks) if tasks else None
-    quantized = {}
-    for bits in filter(None, quantize.split(",")):
-        whole, net = net, copy.deepcopy(net)  # score() reads net
-        sf.quantize(net, int(bits))
-        quantized[bits] = {which: score(which) for which in texts}
-        net = whole
+        sparse = score(net)
     record = {
         "label": name,
         "model": Path(model).name,
@@ -123,17 +96,39 @@ def main(
         "tokens": report.get("tokens", 0),
         "data": [Path(d).name for d in data],
         "windows": windows,
-        "context": 1024,
+        "context": CONTEXT,
         "dense_perplexity": dense,
         "sparse_perplexity": sparse,
-        "zero_shot": accuracy,
-        "quantized_perplexity": quantized,
-        "report": {k: v for k, v in report.items() if k not in ("sites", "skipped", "passes")}
-        | {"sites": len(report["sites"])},
+        "zero_shot": zero_shot(net, tokenizer, limit=tasks) if tasks else None,
+        "quantized_perplexity": {bits: quantized_score(net, int(bits), score) for bits in quantize.split(",") if bits},
+        "report": {k: v for k, v in report.items() if k not in ("skipped", "passes")} | {"sites": len(report["sites"])},
     }
     write_json(out, record)
-    (folder / f"{name}.state").unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
     print(f"{name}: dense {dense}, sparse {sparse}")
+
+
+def read_options(text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        sys.exit(f"--options is not json ({error}): give fields of the method's config as '{{\"name\": value}}'")
+
+
+def known_score(record: Path | None, windows: int) -> dict[str, float] | None:
+    """The dense model's, if that run scored as many windows."""
+    known = json.loads(record.read_text()) if record is not None else {}
+    return known["dense_perplexity"] if known.get("windows") == windows else None
+
+
+def quantized_score(model: PreTrainedModel, bits: int, score: Score) -> dict[str, float]:
+    rounded = copy.deepcopy(model)
+    sf.quantize(rounded, bits)
+    return score(rounded)
+
+
+def print_step(step: int, row: dict[str, float]) -> None:
+    print(json.dumps({k: row[k] for k in ("step", "loss", "task", "kl", "seconds", "flip_rate")}), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,17 @@ steps: it would flatter the ratio. Curvature estimators are timed in the same ro
 
 from __future__ import annotations
 
-import statistics
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM
+from common import medians_and_spread, model_and_ids, save, seconds_in_turn, use
 
-from sparseforge_fx import SparseModel, distill, paper_preset, prepare
-from sparseforge_fx.report import environment, peak_memory_bytes, write_json
-
-RESULTS = Path(__file__).parent / "results" / "training_overhead"
+from sparseforge_fx import SparseModel, paper_preset, prepare
+from sparseforge_fx.graph.compile import compile_repeated_blocks
+from sparseforge_fx.report import peak_memory_bytes
 
 
 def main(
@@ -34,12 +32,8 @@ def main(
     compile: Annotated[bool, typer.Option(help="also time the same steps under torch.compile")] = False,
     label: str = "",
 ) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval().to(device)
-    embedding = net.get_input_embeddings().weight
-    embedding.requires_grad_(False)
-    ids = torch.randint(0, net.config.vocab_size, (batch_size, length), device=device)
+    use(device, threads)
+    net, ids = model_and_ids(model, device, batch_size, length)
     clock = time.perf_counter()
     sparse = prepare(net, None, paper_preset(150))
     prepared = time.perf_counter() - clock
@@ -64,19 +58,17 @@ def main(
         "modes": {mode: summarise(t) for mode, t in times.items()},
         "extra_memory": memory,
         "peak_memory_bytes": peak_memory_bytes(),
-        **environment(),
     }
-    write_json(RESULTS / f"{label or Path(model).name + '-' + device}.json", record)
+    save("training_overhead", label or f"{Path(model).name}-{device}", record)
     print(record["modes"], record["extra_memory"])
 
 
 def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict:
     """The steps that are compared. The dense one runs the dense graph of the same capture against the same teacher."""
-    dense = sparse.dense.module() if sparse._runners["graph"] is sparse.graph else compiled_dense(sparse)
+    dense = sparse.dense.module() if sparse.compiled is None else compile_repeated_blocks(sparse.dense.module())
     weights = [p for p in sparse.parameters() if p.requires_grad]
 
-    def backward(loss: distill.Loss | None) -> None:
-        assert loss is not None
+    def backward(loss: Any) -> None:
         loss.total.backward()
         for p in weights:
             p.grad = None
@@ -99,38 +91,18 @@ def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict:
     }
 
 
-def compiled_dense(sparse: SparseModel):
-    from sparseforge_fx.graph.compile import compile_repeated_blocks
-
-    if "dense" not in sparse._hidden:
-        sparse._hidden["dense"] = compile_repeated_blocks(sparse.dense.module())
-    return sparse._hidden["dense"]
-
 
 def measure(sparse: SparseModel, ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
     todo = kinds(sparse, ids)
     todo["probe"]()  # curvature for the first mask update
     for run in todo.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in todo}
-    for _ in range(rounds):
-        for name, run in todo.items():
-            _sync(ids)
-            clock = time.perf_counter()
-            run()
-            _sync(ids)
-            times[name].append(time.perf_counter() - clock)
-    return times
-
-
-def _sync(ids: torch.Tensor) -> None:
-    if ids.is_cuda:
-        torch.cuda.synchronize()
+    return seconds_in_turn(todo, rounds)
 
 
 def summarise(times: dict[str, list[float]]) -> dict:
-    median = {name: statistics.median(values) for name, values in times.items()}
-    out: dict = {"median_seconds": median, "spread": {n: [min(v), max(v)] for n, v in times.items()}}
+    out: dict = medians_and_spread(times)
+    median = out["median_seconds"]
     for steps in (150, 20_000):
         preset = paper_preset(steps)
         cost = median["heating"] + (median["probe"] - median["heating"]) / preset.probe_every

@@ -46,7 +46,7 @@ def summary(report: dict[str, Any]) -> Table:
     densities = list(report.get("density", {}).values())
     curves = report.get("curves") or []
     rows: dict[str, Any] = {
-        "model": report.get("command", {}).get("model"),
+        "model": (report.get("recipe") or {}).get("model"),
         "method": " ".join(filter(None, (report["method"], report.get("preset")))),
         "pattern": report.get("pattern"),
         "sites": f"{len(report['sites'])} linears, {report.get('site_parameters', 0):,} weights",

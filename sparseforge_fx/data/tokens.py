@@ -35,13 +35,13 @@ class TokenData:
         length: tokens per sequence.
         bos: a token in front of every sequence, one of its `length`; it is not among `ids`.
 
-    `len(data)` is the number of full sequences, `data[i]` a LongTensor [length]: a map-style data set for a DataLoader.
+    `len(data)` is the number of full sequences.
 
     Raises:
         SparseForgeError: ids not integer or not 1-D, or fewer than one sequence of them.
     """
 
-    def __init__(self, ids: Any, length: int, bos: int | None = None, *, _rows: np.ndarray | None = None) -> None:
+    def __init__(self, ids: Any, length: int, bos: int | None = None) -> None:
         array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else ids
         if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
             shape = f"{getattr(array, 'dtype', type(ids).__name__)} {list(getattr(array, 'shape', []))}"
@@ -57,66 +57,20 @@ class TokenData:
                 "give more text or a smaller length"
             )
         self.length, self.bos = length, bos
-        self._ids = array
+        self.ids = array  # [tokens], in the stored integer type, with the remainder
         self._sequences = array[: array.size // width * width].reshape(-1, width)  # a view
-        self._rows = _rows  # which sequences are part of this data; None: all
 
     def __len__(self) -> int:
-        return len(self._sequences if self._rows is None else self._rows)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Sequence `index`, LongTensor [length]."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
-        return self._take(np.array([index % len(self)]))[0]
-
-    def _take(self, indices: np.ndarray) -> torch.Tensor:
-        rows = indices if self._rows is None else self._rows[indices]
-        text = torch.from_numpy(self._sequences[rows].astype(np.int64))
-        return text if self.bos is None else torch.cat([text.new_full((len(text), 1), self.bos), text], 1)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of text, with the remainder that fills no sequence."""
-        return self._ids.size if self._rows is None else self._rows.size * self._sequences.shape[1]
-
-    @property
-    def ids(self) -> np.ndarray:
-        """All token ids in order, [tokens], in the stored integer type; a view unless this is part of a split."""
-        return self._ids if self._rows is None else self._sequences[self._rows].reshape(-1)
+        return len(self._sequences)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """12 hexadecimal digits that depend on the token ids and the length, not on where or how they are stored."""
         shape = str(self.length) if self.bos is None else f"{self.length} behind {self.bos}"
         digest = hashlib.blake2b(shape.encode(), digest_size=6)
-        ids = self.ids
-        for start in range(0, ids.size, 1 << 20):
-            digest.update(np.ascontiguousarray(ids[start : start + (1 << 20)], dtype="<i8").tobytes())
+        for start in range(0, self.ids.size, 1 << 20):
+            digest.update(np.ascontiguousarray(self.ids[start : start + (1 << 20)], dtype="<i8").tobytes())
         return digest.hexdigest()
-
-    def __repr__(self) -> str:
-        return f"TokenData({len(self)} sequences of {self.length}, {self.tokens} tokens)"
-
-    def split(self, held_out: float | int) -> tuple[TokenData, TokenData]:
-        """(train, held-out), disjoint, the same on every call. `held_out`: a fraction below 1, or how many sequences.
-
-        Held-out sequences lie evenly over the data, because a mix of sources need not be the same mix at its end. A
-        document cut by a sequence's border can have a part on either side: split the sources where that counts.
-        """
-        total = len(self)
-        count = max(1, round(held_out * total)) if isinstance(held_out, float) else held_out
-        if count < 1 or count >= total:
-            raise SparseForgeError(
-                f"held_out={held_out} of {total} sequences leaves one side empty: "
-                f"use a fraction in (0, 1) or 1 to {total - 1}"
-            )
-        chosen = (2 * np.arange(count) + 1) * total // (2 * count)
-        mask = np.zeros(total, dtype=bool)
-        mask[chosen] = True
-        rows = np.arange(total) if self._rows is None else self._rows
-        train, held = (TokenData(self._ids, self.length, self.bos, _rows=rows[part]) for part in (~mask, mask))
-        return train, held
 
     def batch(self, k: int, batch_size: int, seed: int | None) -> dict[str, torch.Tensor]:
         """Batch number `k`: {"input_ids": LongTensor [batch_size, length]}, a pure function of its arguments.
@@ -132,11 +86,10 @@ class TokenData:
             for epoch in np.unique(epochs):
                 here = epochs == epoch
                 within[here] = _permutation(len(self), seed, int(epoch))[within[here]]
-        return {"input_ids": self._take(within)}
-
-    def batches(self, batch_size: int, seed: int | None = 0, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-        """`batch(start)`, `batch(start + 1)`, ... without end; the batches before `start` are not read."""
-        return (self.batch(k, batch_size, seed) for k in itertools.count(start))
+        text = torch.from_numpy(self._sequences[within].astype(np.int64))
+        return {
+            "input_ids": text if self.bos is None else torch.cat([text.new_full((batch_size, 1), self.bos), text], 1)
+        }
 
 
 @functools.lru_cache(maxsize=4)

@@ -19,7 +19,7 @@ from sparseforge_fx.pattern import AnyPattern, hard_mask
 
 def prune_alps(
     weight: Tensor,
-    hessian: Tensor,
+    moments: Tensor,
     pattern: AnyPattern,
     *,
     damping: float = 0.01,
@@ -32,7 +32,7 @@ def prune_alps(
 
     Args:
         weight: [out, in]; groups of M run along ``in``.
-        hessian: [in, in], X^T X of the layer's inputs (any positive scale).
+        moments: [in, in], X^T X of the layer's inputs (any positive scale).
         damping: share of the mean diagonal added to the diagonal.
         iterations: of ADMM; each costs two [out, in] x [in, in] products, beside one eigendecomposition.
         rho, growth: the penalty at the start (on the Hessian scaled to a diagonal of ones), its factor per iteration.
@@ -41,16 +41,16 @@ def prune_alps(
     Inputs that are never active have their smallest weights pruned first; what is kept of them stays as it was.
     Returns the weight [out, in] float32 and its boolean mask. Raises SparseForgeError if the Hessian is not finite.
     """
-    if not torch.isfinite(hessian).all():
+    if not torch.isfinite(moments).all():
         raise SparseForgeError(
             "the calibration inputs of a layer are not finite; check the model's weights and the data"
         )
-    dead = unseen(hessian)
+    dead = unseen(moments)
 
     def choose(values: Tensor) -> Tensor:
         return hard_mask(rank_unseen(values.abs(), weight, dead), pattern)
 
-    h = hessian.float().clone()
+    h = moments.float().clone()
     mean = h.diagonal().mean()
     h.diagonal().add_(damping * mean if mean > 0 else 1.0)
     scale = h.diagonal().rsqrt()  # inputs of unit energy: one penalty fits all columns
@@ -67,5 +67,5 @@ def prune_alps(
         dual.sub_(kept).mul_(rho)  # V + rho (X - D)
         rho *= growth
     mask = choose(kept)
-    fitted = refit(weight, hessian, mask, kept * scale, damping=damping, iterations=refit_iterations)
+    fitted = refit(weight, moments, mask, kept * scale, damping=damping, iterations=refit_iterations)
     return torch.where(dead, weight.float() * mask, fitted), mask

@@ -1,34 +1,33 @@
-"""What a method works on, and what the training loop asks of it. Methods know masks and weights, never
-architectures."""
+"""What the training loop asks of a method. Methods know masks and weights, never architectures."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.curvature import Curvature
+from sparseforge_fx.methods.misfit import misfit
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, Pattern, distance_from_binary, hard_mask, to_groups
-from sparseforge_fx.ranges import Count, check_numbers
-from sparseforge_fx.training.checkpoint import misfit
+from sparseforge_fx.pattern import Pattern, distance_from_binary, hard_mask, to_groups
+from sparseforge_fx.ranges import Count
 
 SAMPLE = 1 << 15  # mask entries of a weight that the curves are taken from
 
 
 @dataclass(frozen=True)
-class MethodConfig(ABC):
-    """A trained method's constants; every method's config extends this one.
+class TrainedConfig(MethodConfig, ABC):
+    """A trained method's constants.
 
     Attributes:
         steps: optimizer steps of the whole run.
-        pattern: what the weights must end in.
         start: ``dense``, or the layer-wise method whose masks and survivors the run starts from.
     """
 
@@ -37,26 +36,16 @@ class MethodConfig(ABC):
     own_optimizer: ClassVar[bool] = False  # True: part of the method is in the optimizer, no other will do
     prunes_on_the_way: ClassVar[bool] = True  # False: until the end, masks are scales or drawn anew for every step
 
-    steps: Count
-    pattern: AnyPattern = TWO_FOUR
+    steps: Count = field(kw_only=True)
     start: Literal["dense", "wanda", "sparsegpt", "alps"] = "dense"
 
     def __post_init__(self) -> None:
-        check_numbers(get_type_hints(type(self), include_extras=True), vars(self))
+        super().__post_init__()
         self.choose("start", ("dense", *LAYERWISE))
-
-    def choose(self, name: str, allowed: Sequence[str]) -> None:
-        """Raise a SparseForgeError unless the field has one of the allowed values."""
-        if getattr(self, name) not in allowed:
-            raise SparseForgeError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
 
     @abstractmethod
     def build(self, weights: Sequence[MaskedWeight]) -> TrainedMethod:
         """The method with these constants over these weights."""
-
-    def describe(self) -> dict[str, Any]:
-        """For the report."""
-        return asdict(self) | {"pattern": str(self.pattern)}
 
 
 class TrainedMethod(ABC):
@@ -65,7 +54,7 @@ class TrainedMethod(ABC):
     #: what a resumed run needs beside the tensors of :meth:`held`: names of attributes with plain values
     plain: tuple[str, ...] = ("step", "fixed", "flip_rate")
 
-    def __init__(self, config: MethodConfig, weights: Sequence[MaskedWeight]):
+    def __init__(self, config: TrainedConfig, weights: Sequence[MaskedWeight]):
         self.config: Any = config  # each method reads the fields of its own
         self.pattern: Any = config.pattern
         self.steps = config.steps

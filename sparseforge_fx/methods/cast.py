@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
+from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
 from sparseforge_fx.methods.optimizers import AdamS
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import hard_mask
@@ -22,7 +22,7 @@ from sparseforge_fx.ranges import AtLeastZero, Count
 
 
 @dataclass(frozen=True)
-class CastConfig(MethodConfig):
+class CastConfig(TrainedConfig):
     """Constants of CAST.
 
     Attributes:

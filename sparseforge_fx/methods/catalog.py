@@ -7,21 +7,22 @@ from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.base import MethodConfig
+from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.cast import CastConfig
+from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.gradual import GradualConfig
 from sparseforge_fx.methods.learned import MaskLLMConfig, MaskProConfig
-from sparseforge_fx.methods.one_shot import LAYERWISE
+from sparseforge_fx.methods.one_shot import LAYERWISE, MagnitudeConfig
 from sparseforge_fx.methods.soft_mask import paper_preset, tuned_preset
 from sparseforge_fx.methods.ste import ast_preset, sr_ste_preset
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, parse_pattern
 from sparseforge_fx.ranges import Count, checked
 
-Preset = Callable[..., MethodConfig]  # (steps, pattern, **changes of single fields)
+Preset = Callable[..., TrainedConfig]  # (steps, pattern, **changes of single fields)
 
 
-def _preset(base: type[MethodConfig], **constants: Any) -> Preset:
-    def make(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> MethodConfig:
+def _preset(base: type[TrainedConfig], **constants: Any) -> Preset:
+    def make(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> TrainedConfig:
         return replace(base(steps=steps, pattern=pattern, **constants), **changes)
 
     return make
@@ -38,48 +39,67 @@ TRAINED: dict[str, dict[str, Preset]] = {
     "maskllm": {"paper": _preset(MaskLLMConfig, start="sparsegpt")},
     "maskpro": {"paper": _preset(MaskProConfig, start="sparsegpt")},
 }
-METHODS = ("magnitude", *LAYERWISE, *TRAINED)
-
-
-def find_method(name: str, preset: str | None = None) -> tuple[str | None, Preset | None]:
-    """The name of a trained method's preset and the preset; (None, None) for a one-shot method.
-
-    Raises SparseForgeError if there is no such method or preset.
-    """
-    if name not in METHODS:
-        raise SparseForgeError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
-    presets = TRAINED.get(name, {})
-    if preset is not None and preset not in presets:
-        raise SparseForgeError(f"unknown preset {preset!r} of {name}; choose one of {', '.join(presets) or 'none'}")
-    if not presets:
-        return None, None
-    chosen = preset or next(iter(presets))
-    return chosen, presets[chosen]
+ONE_SHOT: dict[str, type[MethodConfig]] = {"magnitude": MagnitudeConfig, **LAYERWISE}
+METHODS = (*ONE_SHOT, *TRAINED)
 
 
 @checked
 def configure(
-    method: str, steps: Count, *, preset: str | None = None, pattern: str | AnyPattern = "2:4", **changes: Any
-) -> MethodConfig:
-    """The constants of a trained method over a run of ``steps``, for :func:`sparseforge_fx.prepare`.
+    method: str, steps: Count | None = None, *, preset: str | None = None, pattern: str | AnyPattern = "2:4",
+    **changes: Any,
+) -> MethodConfig:  # fmt: skip
+    """A method's constants, for :func:`sparseforge_fx.sparsify` and :func:`sparseforge_fx.prepare`.
 
-    Raises SparseForgeError for a method without training, an unknown preset, or a field that the method has not.
+    Args:
+        method: a name of :data:`METHODS`.
+        steps: optimizer steps of the run, of a method that trains.
+        preset: of ``sparseforge``: ``tuned`` (the default) or ``paper``.
+        pattern: ``"2:4"``, any N:M, ``"50%"``, or a pattern.
+        changes: fields of the method's config.
+
+    Raises SparseForgeError for an unknown method, preset or field, and for steps where there are none or none are
+    given.
     """
-    _, make = find_method(method, preset)
-    if make is None:
-        raise SparseForgeError(f"{method} does not train: call sparsify(model, data, method={method!r})")
-    unknown = set(changes) - set(find_options(method, preset))
+    find_preset(method, preset)
+    unknown = set(changes) - set(find_options(method))
     if unknown:
         raise SparseForgeError(f"method {method} has no option {', '.join(sorted(unknown))}")
-    return make(steps, parse_pattern(pattern), **changes)
+    shape = parse_pattern(pattern)
+    if method in ONE_SHOT:
+        if steps is not None:
+            raise SparseForgeError(f"{method} does not train: leave out steps")
+        return ONE_SHOT[method](shape, **changes)
+    if steps is None:
+        raise SparseForgeError(f"{method} trains: give the number of steps of the run")
+    return TRAINED[method][find_preset(method, preset) or ""](steps, shape, **changes)
 
 
-def find_options(name: str, preset: str | None = None) -> dict[str, Any]:
+def find_preset(method: str, preset: str | None = None) -> str | None:
+    """The name of a trained method's preset, by default its first; None for a method that does not train.
+
+    Raises SparseForgeError if there is no such method or preset.
+    """
+    if method not in METHODS:
+        raise SparseForgeError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    presets = TRAINED.get(method, {})
+    if preset is not None and preset not in presets:
+        raise SparseForgeError(f"unknown preset {preset!r} of {method}; choose one of {', '.join(presets) or 'none'}")
+    return preset or next(iter(presets), None)
+
+
+def find_options(method: str) -> dict[str, Any]:
     """What can be set of a method beside its pattern and its steps: option -> type."""
-    _, configure = find_method(name, preset)
-    if configure is not None:
-        config = type(configure(1))
-        hints = get_type_hints(config)
-        return {f.name: hints[f.name] for f in fields(config) if f.name not in ("steps", "pattern")}
-    hints = get_type_hints(LAYERWISE[name]) if name in LAYERWISE else {}
-    return {option: kind for option, kind in hints.items() if option not in ("pattern", "return")}
+    config = _config_class(method)
+    hints = get_type_hints(config)
+    return {f.name: hints[f.name] for f in fields(config) if f.name not in ("steps", "pattern")}
+
+
+def find_name(config: MethodConfig) -> str:
+    """A method of which this is a config; with all of its fields as changes, :func:`configure` gives it again."""
+    return next(name for name in METHODS if _config_class(name) is type(config))
+
+
+def _config_class(method: str) -> type[MethodConfig]:
+    if method in ONE_SHOT:
+        return ONE_SHOT[method]
+    return type(next(iter(TRAINED[method].values()))(1))

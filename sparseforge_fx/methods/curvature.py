@@ -155,9 +155,3 @@ def hutchinson_diagonal(
                 if hv is not None and name in total:
                     total[name] += (v * hv).float() / samples
     return total
-
-
-def sample_labels(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Labels [...] drawn from the model's own distribution: with them gauss_newton estimates the true Fisher."""
-    flat = logits.detach().float().flatten(0, -2).softmax(-1)
-    return torch.multinomial(flat, 1, generator=generator)[:, 0].reshape(logits.shape[:-1])

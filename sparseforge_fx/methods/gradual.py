@@ -14,14 +14,14 @@ from typing import Literal
 import torch
 
 from sparseforge_fx.methods import schedule
-from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
+from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import hard_mask
 from sparseforge_fx.ranges import Count, ShareAboveZero
 
 
 @dataclass(frozen=True)
-class GradualConfig(MethodConfig):
+class GradualConfig(TrainedConfig):
     """Constants of gradual magnitude pruning.
 
     Attributes:

@@ -14,8 +14,7 @@ from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.methods.calibrate import layer_by_layer
 from sparseforge_fx.methods.unseen import tell_unseen
-from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.training.undo import put_back
+from sparseforge_fx.methods.weights import MaskedWeight, put_back
 
 
 class LayerSolution(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
+from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, all_patterns, from_groups, hard_mask, to_groups
 from sparseforge_fx.ranges import AtLeastZero, Positive, Share
@@ -27,7 +27,7 @@ from sparseforge_fx.ranges import AtLeastZero, Positive, Share
 class LearnedMasks(TrainedMethod):
     """Frozen weights, a logit tensor per weight, masks that are drawn anew for every step."""
 
-    def __init__(self, config: MethodConfig, weights: Sequence[MaskedWeight]):
+    def __init__(self, config: TrainedConfig, weights: Sequence[MaskedWeight]):
         super().__init__(config, weights)
         self.generator = torch.Generator().manual_seed(config.steps)
         self.logits: dict[str, nn.Parameter] = {}
@@ -89,7 +89,7 @@ class LearnedMasks(TrainedMethod):
 
 # -- MaskLLM -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class MaskLLMConfig(MethodConfig):
+class MaskLLMConfig(TrainedConfig):
     """Constants of MaskLLM (its table 7).
 
     Attributes:
@@ -207,7 +207,7 @@ class MaskLLM(LearnedMasks):
 
 # -- MaskPro -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class MaskProConfig(MethodConfig):
+class MaskProConfig(TrainedConfig):
     """Constants of MaskPro.
 
     Attributes:

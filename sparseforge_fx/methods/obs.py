@@ -23,7 +23,7 @@ class ObsResult(NamedTuple):
 
 def prune_obs(
     weight: Tensor,
-    hessian: Tensor,
+    moments: Tensor,
     pattern: AnyPattern,
     *,
     mask: Tensor | None = None,
@@ -36,7 +36,7 @@ def prune_obs(
 
     Args:
         weight: [out, in]; groups of M run along ``in``.
-        hessian: [in, in], X^T X of the layer's inputs (any positive scale).
+        moments: [in, in], X^T X of the layer's inputs (any positive scale).
         mask: given, it is kept; None: chosen every M columns (unstructured: every block) as the largest
             w^2 / [H^-1]_jj^2.
         damping: share of the mean diagonal added to the diagonal; raised tenfold until the Cholesky factor exists.
@@ -49,16 +49,16 @@ def prune_obs(
     larger ones; what is kept of them stays as it was.
     Raises SparseForgeError if the Hessian is not finite.
     """
-    if not torch.isfinite(hessian).all():
+    if not torch.isfinite(moments).all():
         raise SparseForgeError(
             "the calibration inputs of a layer are not finite; check the model's weights and the data"
         )
     if grid is not None:
-        swept = prune_obs(weight, hessian, pattern, mask=mask, damping=damping, block=block)
+        swept = prune_obs(weight, moments, pattern, mask=mask, damping=damping, block=block)
         mask, damping = swept.mask, swept.damping
         scales = [find_scales(part, grid) for part in swept.weight.split(grid.check().group, 1)]
     w = weight.detach().to(torch.float32, copy=True)
-    factor, damping, dead = _inverse_factor(hessian.float(), damping)
+    factor, damping, dead = _inverse_factor(moments.float(), damping)
     diag = factor.diagonal()
     columns = w.shape[1]
     group = pattern.m if isinstance(pattern, Pattern) else block
@@ -87,13 +87,13 @@ def prune_obs(
     return ObsResult(w, keep, damping)
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, Tensor]:
+def _inverse_factor(moments: Tensor, damping: float) -> tuple[Tensor, float, Tensor]:
     """Upper Cholesky factor of the damped inverse; the damping used; which inputs are dead."""
-    diag = hessian.diagonal()
-    dead = unseen(hessian)
-    mean = diag.mean() if bool((diag > 0).any()) else torch.ones((), device=hessian.device)
+    diag = moments.diagonal()
+    dead = unseen(moments)
+    mean = diag.mean() if bool((diag > 0).any()) else torch.ones((), device=moments.device)
     while True:
-        damped = hessian.clone()
+        damped = moments.clone()
         damped.diagonal().add_(damping * mean)
         damped[dead, dead] = mean
         lower, info = torch.linalg.cholesky_ex(damped)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from sparseforge_fx.methods.alps import prune_alps
+from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.grid import Grid
-from sparseforge_fx.methods.layerwise import LayerSolution, Solve
+from sparseforge_fx.methods.layerwise import LayerSolution
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
-from sparseforge_fx.ranges import Count, Range, checked
+from sparseforge_fx.ranges import Count, Range
 
 #: share of the mean diagonal; OBS gives up beyond
 Damping = Annotated[float, Range(0, 1e6, above=True)]
+
+
+@dataclass(frozen=True)
+class MagnitudeConfig(MethodConfig):
+    """Keep the N largest |w| of every group of M; looks at no data."""
 
 
 @torch.no_grad()
@@ -28,55 +36,73 @@ def magnitude(weights: Sequence[MaskedWeight], pattern: AnyPattern) -> None:
         w.mask.copy_(hard_mask(w.weight.abs(), pattern, w.dim))
 
 
-def wanda(pattern: AnyPattern) -> Solve:
+@dataclass(frozen=True)
+class LayerwiseConfig(MethodConfig, ABC):
+    """The constants of a layer-wise method."""
+
+    @abstractmethod
+    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+        """Weight and mask of one layer (a :data:`~sparseforge_fx.methods.layerwise.Solve`)."""
+
+
+@dataclass(frozen=True)
+class WandaConfig(LayerwiseConfig):
     """Keep the largest |w_ij| ||x_j|| (eq. 1): of every group; unstructured, of every output row. Survivors stay as
     they are."""
 
-    def solve(weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         scores = weight.abs().float() * moments.diagonal().sqrt()
         columns = weight.shape[1]
-        per_row = int(pattern.density * columns + 1e-6)  # rows together must not exceed the share of the tensor
-        kept = Pattern(per_row, columns) if isinstance(pattern, Unstructured) else pattern
+        per_row = int(self.pattern.density * columns + 1e-6)  # rows together must not exceed the share of the tensor
+        kept = Pattern(per_row, columns) if isinstance(self.pattern, Unstructured) else self.pattern
         chosen = hard_mask(rank_unseen(scores, weight, unseen(moments)), kept)
         return LayerSolution(weight * chosen, chosen)
 
-    return solve
 
-
-@checked
-def sparsegpt(
-    pattern: AnyPattern,
-    *,
-    damping: Damping = 0.01,
-    choose_masks: bool = True,
-    bits: Annotated[int, Range(2, 8)] | None = None,
-    bits_group: Count = 128,
-) -> Solve:
+@dataclass(frozen=True)
+class SparseGPTConfig(LayerwiseConfig):
     """Optimal Brain Surgeon (methods/obs.py).
 
-    ``choose_masks=False`` keeps the largest entries of the present mask. ``bits`` puts the survivors on an integer grid
-    in the same sweep, one scale per row and ``bits_group`` inputs.
+    Attributes:
+        damping: share of the mean diagonal of X^T X that is added to its diagonal.
+        choose_masks: False keeps the largest entries of the present mask.
+        bits, bits_group: puts the survivors on an integer grid in the same sweep, one scale per row and so many inputs.
     """
-    grid = None if bits is None else Grid(bits, bits_group).check()
 
-    def solve(weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
-        fixed = None if choose_masks else hard_mask(mask, pattern)
-        result = prune_obs(weight, moments, pattern, mask=fixed, damping=damping, grid=grid)
-        note = f"damping raised to {result.damping:g}" if result.damping > damping else ""
+    damping: Damping = 0.01
+    choose_masks: bool = True
+    bits: Annotated[int, Range(2, 8)] | None = None
+    bits_group: Count = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits is not None:
+            Grid(self.bits, self.bits_group).check()
+
+    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+        fixed = None if self.choose_masks else hard_mask(mask, self.pattern)
+        grid = None if self.bits is None else Grid(self.bits, self.bits_group)
+        result = prune_obs(weight, moments, self.pattern, mask=fixed, damping=self.damping, grid=grid)
+        note = f"damping raised to {result.damping:g}" if result.damping > self.damping else ""
         return LayerSolution(result.weight, result.mask, note)
 
-    return solve
 
+@dataclass(frozen=True)
+class AlpsConfig(LayerwiseConfig):
+    """Masks by ADMM over the whole layer, then least squares on them (methods/alps.py).
 
-@checked
-def alps(pattern: AnyPattern, *, damping: Damping = 0.01, iterations: Count = 30) -> Solve:
-    """Masks by ADMM over the whole layer, then least squares on them (methods/alps.py)."""
+    Attributes:
+        damping: share of the mean diagonal of X^T X that is added to its diagonal.
+        iterations: of ADMM.
+    """
 
-    def solve(weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
-        return LayerSolution(*prune_alps(weight, moments, pattern, damping=damping, iterations=iterations))
+    damping: Damping = 0.01
+    iterations: Count = 30
 
-    return solve
+    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+        found = prune_alps(weight, moments, self.pattern, damping=self.damping, iterations=self.iterations)
+        return LayerSolution(*found)
 
 
 #: layer-wise methods by the names that users type
-LAYERWISE: dict[str, Callable[..., Solve]] = {"wanda": wanda, "sparsegpt": sparsegpt, "alps": alps}
+LAYERWISE: dict[str, type[LayerwiseConfig]] = {"wanda": WandaConfig, "sparsegpt": SparseGPTConfig, "alps": AlpsConfig}

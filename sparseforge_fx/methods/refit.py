@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def refit(
-    dense: Tensor, hessian: Tensor, mask: Tensor, start: Tensor, *, damping: float = 0.01, iterations: int = 20
+    dense: Tensor, moments: Tensor, mask: Tensor, start: Tensor, *, damping: float = 0.01, iterations: int = 20
 ) -> Tensor:
     """W that minimises tr((W - dense) H (W - dense)^T) over the entries where ``mask`` is one.
 
     Args:
         dense, mask, start: [out, in]; ``start`` is where the iteration begins and is zero off the mask.
-        hessian: [in, in], X^T X of the layer's inputs at any positive scale, positive semi-definite.
+        moments: [in, in], X^T X of the layer's inputs at any positive scale, positive semi-definite.
         damping: share of the mean diagonal that is added to the diagonal; it keeps W near ``dense`` where the inputs
             say nothing.
         iterations: each costs one [out, in] x [in, in] product; the error falls in every one.
@@ -26,7 +26,7 @@ def refit(
     Returns float32 [out, in], zero off the mask. Rows that have converged stay where they are.
     """
     mask = mask.to(torch.float32)
-    h = hessian.float().clone()
+    h = moments.float().clone()
     h.diagonal().add_(damping * h.diagonal().mean())
     scale = h.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
     w = start.float() * mask

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods import schedule
-from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
+from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
 from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, Estimator
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import (
@@ -46,7 +46,7 @@ SAMPLE = 1 << 15  # scores that a weight's quantiles are taken from; their error
 
 
 @dataclass(frozen=True)
-class SparseForgeConfig(MethodConfig):
+class SparseForgeConfig(TrainedConfig):
     """Constants of the annealing; times are shares of the run, rates are per mask update.
 
     Attributes:
@@ -106,7 +106,7 @@ class SparseForgeConfig(MethodConfig):
 
 
 def paper_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> SparseForgeConfig:
-    """The authors' constants (DESIGN section 3), scaled to a run of ``steps``.
+    """The authors' constants (arXiv 2605.06402), scaled to a run of ``steps``.
 
     K = 30 of 20,000 steps; with fewer steps K shrinks (to 5 from 150 steps on, to 1 below 60) and the per-update
     rates (a = 0.1, gamma = 0.975, beta = 0.985) are rescaled so that the run travels the same way in fewer updates.

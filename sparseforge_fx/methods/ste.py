@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.methods import schedule
-from sparseforge_fx.methods.base import MethodConfig, TrainedMethod
+from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
 from sparseforge_fx.methods.optimizers import AnnealedDecayAdamW
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, hard_mask
@@ -24,7 +24,7 @@ from sparseforge_fx.ranges import AtLeastZero, Count, Share
 
 
 @dataclass(frozen=True)
-class StraightThroughConfig(MethodConfig):
+class StraightThroughConfig(TrainedConfig):
     """Constants of SR-STE and AST.
 
     Attributes:

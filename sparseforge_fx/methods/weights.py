@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -15,3 +17,13 @@ class MaskedWeight:
     weight: Tensor
     mask: Tensor
     dim: int
+
+
+@torch.no_grad()
+def put_back(copies: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Write the copies back; was there a value that had changed?"""
+    changed = False
+    for tensor, copy in copies:
+        changed = changed or not torch.equal(tensor, copy)
+        tensor.copy_(copy)  # even if equal: -0.0 is 0.0 to a comparison
+    return changed

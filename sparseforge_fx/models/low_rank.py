@@ -1,4 +1,4 @@
-"""SLoRB's branch y + (x X^T) S^T beside a linear of a model: where it may stand, where it starts, how it is kept.
+"""SLoRB's branch y + (x X^T) S^T beside a linear of a model, and how a checkpoint keeps it.
 
 A branch is a child ``slorb`` of its linear, added by a forward hook: X [rank, in], S [out, rank], rank = in / block. In
 a checkpoint it is two more tensors, ``<linear>.slorb.x`` and ``<linear>.slorb.s``.
@@ -7,18 +7,12 @@ a checkpoint it is two more tensors, ``<linear>.slorb.x`` and ``<linear>.slorb.s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.graph.program import Program
-from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.passes.find_linears import LinearSite, eligible
 
 CHILD = "slorb"
 _NAME = re.compile(rf"(.+)\.{CHILD}\.([xs])")
@@ -94,53 +88,3 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise SparseForgeError(f"the low-rank branch of {name} fits no linear here: copy the checkpoint anew")
         like = owner.weight  # type: ignore[union-attr]
         attach(owner, LowRankBranch(*(t.to(like.device, like.dtype) for t in (x, s))))  # type: ignore[arg-type,union-attr]
-
-
-# -- in training -----------------------------------------------------------------------------------------------------
-def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
-    """Raise SparseForgeError, naming the weight, where a branch could not stay beside the linear after training."""
-    assert program.source is not None
-    modules = dict(program.source.named_modules())
-    nodes = {node.name: node for node in program.graph.nodes}
-    for site in eligible(sites):
-        name, _, leaf = site.fqn.rpartition(".")
-        owner = modules.get(name)
-        stacks = [nodes[use.node].meta.get("nn_module_stack") or {"": ("", "")} for use in site.uses]
-        reason = None
-        if type(owner) not in (nn.Linear, Conv1D) or leaf != "weight":
-            reason = f"it belongs to a {type(owner).__name__}, no plain nn.Linear or Conv1D"
-        elif site.ties:
-            reason = f"it is also {site.ties[0]}"
-        elif any(modules.get(list(stack.values())[-1][0]) is not owner for stack in stacks):
-            reason = "it is used without calling its module"
-        if reason:
-            raise SparseForgeError(f"slorb_block: {site.fqn} can have no low-rank branch, {reason}: exclude it")
-
-
-@dataclass
-class Branch:
-    """What training knows of a branch: the weight it stands beside, its S [out, in / block], written in place."""
-
-    weight: MaskedWeight
-    s: Tensor
-
-    def means(self) -> Tensor:
-        """Mean over each block of the masked weight, [out, in / block], float32."""
-        w = self.weight
-        masked = (w.weight.detach() * w.mask).movedim(w.dim, -1)
-        return masked.unflatten(-1, (self.s.shape[1], -1)).mean(-1, dtype=torch.float32)
-
-
-@contextmanager
-def handed_over(branches: Sequence[Branch], wanted: Callable[[], bool]) -> Iterator[None]:
-    """What the block takes from the masked weights goes to S, as the mean of every block of inputs.
-
-    From a mask of ones to a hard one this is AST's eq. 6, S = mean of W (1 - m); masks that harden by and by hand over
-    the same in parts. ``wanted()`` says after the block whether to.
-    """
-    before = [b.means() for b in branches]
-    yield
-    if branches and wanted():
-        with torch.no_grad():
-            for b, mean in zip(branches, before, strict=True):
-                b.s += (mean - b.means()).to(b.s.dtype)

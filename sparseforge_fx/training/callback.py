@@ -8,7 +8,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.training.checkpoint import load_state, misfit, save_state
+from sparseforge_fx.methods.misfit import misfit
+from sparseforge_fx.training.checkpoint import load_state, save_state
 from sparseforge_fx.training.sparse_model import SparseModel
 
 STATE = "sparseforge.pt"  # beside the Trainer's own files in checkpoint-N
@@ -39,7 +40,7 @@ class SparseForgeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         sparse = _unwrap(model)
         _check_arguments(args)
-        if sparse.method.config.own_optimizer and not sparse._optimized:
+        if sparse.method.config.own_optimizer and not sparse.optimized:
             raise SparseForgeError(
                 f"part of {type(sparse.method).__name__} is in its optimizer: "
                 "pass Trainer(optimizers=(sparse.optimizer(lr=...), None))"
@@ -75,11 +76,11 @@ class SparseForgeCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         sparse = _unwrap(model)
-        distils = sparse.objective.w_kl or sparse.features is not None
+        distils = sparse.distillation.kl or sparse.distillation.features is not None
         if distils and not self._own_loss_used:
             raise SparseForgeError(
                 "the Trainer's loss is not the model's, so nothing is distilled from the dense model: add outputs.loss "
-                "to it (compute_loss_func, compute_loss), or prepare the model with w_kl=0"
+                "to it (compute_loss_func, compute_loss), or prepare the model with objective=Distillation(kl=0)"
             )
         self._own_loss_used = False
 

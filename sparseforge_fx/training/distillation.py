@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,46 @@ from sparseforge_fx.data.reading import IGNORE
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.rows import real_rows
 from sparseforge_fx.graph.taps import Taps
+from sparseforge_fx.ranges import AtLeastZero, Positive, check_numbers
 
 #: losses on intermediate values, and whether they look at attention: SquareHead (arXiv 2310.06927: squared error of the
 #: hidden states over the teacher's energy), TinyBERT (arXiv 1909.10351: squared errors of hidden states and attention
 #: scores), MobileBERT (arXiv 2004.02984: squared error of hidden states, KL of attention)
 FEATURES = {"squarehead": False, "tinybert": True, "mobilebert": True}
 DIVERGENCES = ("kl", "reverse_kl")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a run minimises: task * (loss on the labels) + kl * (distance from the dense model's answer), and a
+    distance of intermediate values where ``features`` names one.
+
+    Attributes:
+        task, kl: the weights of both. Where the answer is no distribution, the distance is the relative squared error.
+        divergence: ``kl``: KL(teacher || student); ``reverse_kl``: KL(student || teacher) (MiniLLM, arXiv 2306.08543).
+        temperature: T by which both models' scores are divided before they are compared; the divergence counts T^2
+            times, so that its gradient keeps its size (arXiv 1503.02531, section 2).
+        features, feature_weight: ``squarehead``, ``tinybert`` or ``mobilebert`` (:data:`FEATURES`), and its weight;
+            the values are found in the graph.
+    """
+
+    task: AtLeastZero = 1.0
+    kl: AtLeastZero = 1.0
+    divergence: Literal["kl", "reverse_kl"] = "kl"
+    temperature: Positive = 1.0
+    features: Literal["squarehead", "tinybert", "mobilebert"] | None = None
+    feature_weight: AtLeastZero = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(get_type_hints(type(self), include_extras=True), vars(self))
+        if self.divergence not in DIVERGENCES:
+            raise SparseForgeError(f"unknown divergence {self.divergence!r}; choose one of {', '.join(DIVERGENCES)}")
+        if self.features is not None and self.features not in FEATURES:
+            raise SparseForgeError(f"unknown features {self.features!r}; choose one of {', '.join(FEATURES)}")
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values, for the report and for saved states."""
+        return asdict(self)
 
 
 class Loss(NamedTuple):
@@ -34,7 +69,7 @@ class _ChunkedLoss(torch.autograd.Function):
     do)."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, w_task, w_kl, chunk, reverse):
+    def forward(ctx, student, teacher, labels, w_task, w_kl, chunk, reverse, temperature):
         rows = student.shape[0]
         scored = (labels != IGNORE).sum().clamp(min=1)
         grad = torch.empty_like(student)
@@ -46,16 +81,21 @@ class _ChunkedLoss(torch.autograd.Function):
             p = log_p.exp()
             delta = torch.zeros_like(p)
             if w_kl and teacher is not None:
-                log_q = F.log_softmax(teacher[part].float(), -1)
+                soft_log_p, soft_p = log_p, p
+                if temperature != 1:
+                    soft_log_p = F.log_softmax(student[part].float() / temperature, -1)
+                    soft_p = soft_log_p.exp()
+                log_q = F.log_softmax(teacher[part].float() / temperature, -1)
                 q = log_q.exp()
+                pull = temperature * w_kl / rows  # T^2 of the divergence, 1/T of the scores
                 if reverse:
-                    gap = log_p - log_q
-                    mean = (p * gap).sum(-1, keepdim=True)
+                    gap = soft_log_p - log_q
+                    mean = (soft_p * gap).sum(-1, keepdim=True)
                     kl += mean.sum()
-                    delta.add_(p * (gap - mean), alpha=w_kl / rows)
+                    delta.add_(soft_p * (gap - mean), alpha=pull)
                 else:
-                    kl += (q * (log_q - log_p)).sum()
-                    delta.add_(p - q, alpha=w_kl / rows)
+                    kl += (q * (log_q - soft_log_p)).sum()
+                    delta.add_(soft_p - q, alpha=pull)
             if w_task:
                 target = labels[part]
                 valid = target != IGNORE
@@ -65,14 +105,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 delta.addcmul_(p, weight).scatter_add_(1, index, -weight)
             grad[part] = delta.to(grad.dtype)
         ctx.save_for_backward(grad)
-        task, kl = task / scored, kl / rows
+        task, kl = task / scored, temperature**2 * kl / rows
         ctx.mark_non_differentiable(task, kl)
         return w_task * task + w_kl * kl, task, kl
 
     @staticmethod
     def backward(ctx, grad_total, *_):
         (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None, None, None, None
+        return grad * grad_total.to(grad.dtype), None, None, None, None, None, None, None
 
 
 def logits_loss(
@@ -83,9 +123,10 @@ def logits_loss(
     w_task: float = 1.0,
     w_kl: float = 1.0,
     divergence: str = "kl",
+    temperature: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> Loss:
-    """w_task * cross-entropy(student, labels) + w_kl * divergence from the teacher, at temperature 1.
+    """w_task * cross-entropy(student, labels) + w_kl * T^2 * divergence from the teacher at temperature T.
 
     Args:
         student, teacher: logits [..., vocab] of the same shape; teacher may be None if ``w_kl`` is 0.
@@ -105,7 +146,7 @@ def logits_loss(
     flat_teacher = None if teacher is None else teacher.reshape(-1, vocab)
     reverse = divergence == "reverse_kl"
     flat = student.reshape(-1, vocab)
-    return Loss(*_ChunkedLoss.apply(flat, flat_teacher, labels.reshape(-1), w_task, w_kl, chunk, reverse))
+    return Loss(*_ChunkedLoss.apply(flat, flat_teacher, labels.reshape(-1), w_task, w_kl, chunk, reverse, temperature))
 
 
 def plain_logits_loss(
@@ -116,25 +157,20 @@ def plain_logits_loss(
     w_task: float = 1.0,
     w_kl: float = 1.0,
     divergence: str = "kl",
+    temperature: float = 1.0,
 ) -> Loss:
     """:func:`logits_loss` by autograd, in float32 and whole: for second derivatives."""
-    log_p = student.reshape(-1, student.shape[-1]).float().log_softmax(-1)
+    scores = student.reshape(-1, student.shape[-1]).float()
+    log_p = scores.log_softmax(-1)
     scored = (labels != IGNORE).sum().clamp(min=1)
     task = F.nll_loss(log_p, labels.reshape(-1), ignore_index=IGNORE, reduction="sum") / scored
     kl = torch.zeros_like(task)
     if teacher is not None and w_kl:
-        log_q = teacher.reshape(-1, teacher.shape[-1]).float().log_softmax(-1)
-        pair = (log_q, log_p) if divergence == "reverse_kl" else (log_p, log_q)
-        kl = F.kl_div(*pair, log_target=True, reduction="batchmean")
+        soft_log_p = log_p if temperature == 1 else (scores / temperature).log_softmax(-1)
+        log_q = (teacher.reshape(-1, teacher.shape[-1]).float() / temperature).log_softmax(-1)
+        pair = (log_q, soft_log_p) if divergence == "reverse_kl" else (soft_log_p, log_q)
+        kl = temperature**2 * F.kl_div(*pair, log_target=True, reduction="batchmean")
     return Loss(w_task * task + w_kl * kl, task.detach(), kl.detach())
-
-
-def check_losses(divergence: str, features: str | None) -> None:
-    """Raise a SparseForgeError unless there are such losses."""
-    if divergence not in DIVERGENCES:
-        raise SparseForgeError(f"unknown divergence {divergence!r}; choose one of {', '.join(DIVERGENCES)}")
-    if features is not None and features not in FEATURES:
-        raise SparseForgeError(f"unknown features {features!r}; choose one of {', '.join(FEATURES)}")
 
 
 def feature_loss(kind: str, student: Taps, teacher: Taps, real: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -54,7 +54,7 @@ def check_batch(program: Program, reader: Reader, objective: Objective, batch: A
             "the dense model answers the first batch of the data with NaN: check its weights and the data"
         )
     ours = objective.loss(dense, None, found, task_alone=True)
-    if ours is None and objective.w_task and "labels" not in found.given:
+    if ours is None and objective.weights.task and "labels" not in found.given:
         reader.note("the batches hold no labels: the dense model's answers are all that is learnt from")
     if ours is not None:
         _compare_with_the_models_own(model, batch, found, ours.total, reader)

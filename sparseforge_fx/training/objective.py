@@ -13,7 +13,7 @@ from torch import Tensor
 from sparseforge_fx.data.reading import IGNORE, Reading
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.rows import MASK
-from sparseforge_fx.training.distillation import Loss, logits_loss, plain_logits_loss, relative_error
+from sparseforge_fx.training.distillation import Distillation, Loss, logits_loss, plain_logits_loss, relative_error
 
 SPAN_LOGITS = ("start_logits", "end_logits")
 HIDDEN = "last_hidden_state"
@@ -49,7 +49,7 @@ class Targets(NamedTuple):
 
 @dataclass
 class Objective:
-    """w_task * task + w_kl * distance from the dense teacher, over rows that are real.
+    """The loss of a :class:`Distillation` on what a model answers, over rows that are real.
 
     Scores of classes: cross-entropy with the labels, and ``divergence`` (``kl`` or ``reverse_kl``) from the teacher.
     Several classes at once (float labels of the scores' shape): binary cross-entropy; values: squared error; the
@@ -57,13 +57,12 @@ class Objective:
     rules for its heads (``config.problem_type``, float labels, one logit).
 
     Attributes:
+        weights: what is minimised.
         config: of a transformers model, or None.
         note: takes a sentence about what is given and not used.
     """
 
-    w_task: float
-    w_kl: float
-    divergence: str
+    weights: Distillation
     config: Any
     note: Callable[[str], None]
 
@@ -147,7 +146,7 @@ class Objective:
         value: Any
         labels: Any
         value, taught, labels = (p if p is None or keep is None else p[keep] for p in parts)
-        w_task, w_kl = (1.0, 0.0) if task_alone else (self.w_task, self.w_kl)
+        w_task, w_kl = (1.0, 0.0) if task_alone else (self.weights.task, self.weights.kl)
         if student.scores if found is None else found.kind == "classes":
             if student.span:  # a position that is padding cannot be the answer
                 value, taught = (_without_padding(t, reading.real.get(MASK)) for t in (value, taught))
@@ -158,7 +157,8 @@ class Objective:
                 value.new_full(value.shape[:-1], IGNORE, dtype=torch.long) if labels is None else labels,
                 w_task=0.0 if labels is None else w_task,
                 w_kl=0.0 if taught is None else w_kl,
-                divergence=self.divergence,
+                divergence=self.weights.divergence,
+                temperature=self.weights.temperature,
             )
         distance = value.new_zeros((), dtype=torch.float32) if taught is None else relative_error(value, taught)
         task = torch.zeros_like(distance)

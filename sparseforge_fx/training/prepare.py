@@ -11,18 +11,20 @@ from torch import nn
 from sparseforge_fx.data.reading import example_of
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import unwrapped
-from sparseforge_fx.graph.program import Program
-from sparseforge_fx.methods.base import MethodConfig
+from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.low_rank import LowRankBranch, attach
 from sparseforge_fx.passes import LinearSite, find_linears, harden_passes, run_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.pattern import check_pattern
-from sparseforge_fx.ranges import AtLeastZero, Count, checked
-from sparseforge_fx.training.distillation import check_losses
+from sparseforge_fx.ranges import Count, checked
+from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.sparse_model import SparseModel
+from sparseforge_fx.training.trainable import choose_trainable
 from sparseforge_fx.training.undo import dense_again_on_error
 
 
@@ -37,22 +39,21 @@ def prepare(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     calibration: Sequence[Any] | None = None,
-    w_task: AtLeastZero = 1.0,
-    w_kl: AtLeastZero = 1.0,
-    divergence: str = "kl",
-    features: str | None = None,
-    w_features: AtLeastZero = 1.0,
+    objective: Distillation | None = None,
     slorb_block: Count | None = None,
     compile: bool = False,
 ) -> SparseModel:
     """Capture ``model`` and give it soft masks, curvature probes and a dense teacher, for a loop of one's own.
 
+    What trains is what :func:`sparseforge_fx.sparsify` trains: the sites and all vectors (norms, biases); other
+    matrices do not require grad until :func:`finalize`.
+
     Args:
-        example_inputs: as for :func:`sparseforge_fx.capture.capture`; ``labels`` in it are left to the loss.
+        example_inputs: as for :func:`sparseforge_fx.graph.capture.capture`; ``labels`` in it are left to the loss.
         config: what :func:`configure`, :func:`paper_preset` or :func:`tuned_preset` made; holds the number of steps.
         include, exclude: globs over weight or module names.
         calibration: batches for a config with a layer-wise ``start``.
-        w_task, w_kl, divergence, features, w_features: the loss, as for :func:`sparseforge_fx.sparsify`.
+        objective: the loss; default: cross-entropy and KL from the dense model, both with the weight 1.
         slorb_block: width of SLoRB's blocks; None for no low-rank branch.
 
     Raises SparseForgeError if nothing is eligible (with the reasons), or if weights are not finite.
@@ -61,9 +62,10 @@ def prepare(
         raise SparseForgeError(
             "prepare needs a config that knows the run's length: pass paper_preset(steps) or tuned_preset(steps)"
         )
+    if not isinstance(config, TrainedConfig):
+        raise SparseForgeError(f"{type(config).__name__} is of a method that does not train: run it with sparsify()")
     if not config.by_gradient:
         raise SparseForgeError(f"{type(config).__name__} learns without gradients: run it with sparsify()")
-    check_losses(divergence, features)
     check_weights(model)
     program = capture(model, None if example_inputs is None else example_of(model, example_inputs))
     sites = find_linears(program, config.pattern, include, exclude)
@@ -73,16 +75,27 @@ def prepare(
             "this preset starts from a layer-wise solution: pass calibration=[batches], or use paper_preset"
         )
     with dense_again_on_error(program) as written:
-        sparse = SparseModel(
-            program, sites, config, w_task=w_task, w_kl=w_kl, divergence=divergence,
-            features=features, w_features=w_features, slorb_block=slorb_block,
-        )  # fmt: skip
+        sparse = prepare_captured(program, sites, config, objective, slorb_block=slorb_block)
         if calibration is not None and config.start != "dense":
-            written += sparse.copies() if w_kl else []  # calibrate has copies of its own
+            written += sparse.copies() if sparse.teacher is not None else []  # calibrate has copies of its own
             sparse.calibrate(calibration)
         if compile:
             sparse.compile()
     return sparse
+
+
+def prepare_captured(
+    program: Exported,
+    sites: Sequence[LinearSite],
+    config: TrainedConfig,
+    objective: Distillation | None = None,
+    *,
+    slorb_block: int | None = None,
+) -> SparseModel:
+    """The soft-masked model of a captured one, whose parameters require grad where they train. To be called inside of
+    :func:`dense_again_on_error`."""
+    set_back = choose_trainable(program, sites, config)
+    return SparseModel(program, sites, config, objective, slorb_block=slorb_block, set_back=set_back)
 
 
 def check_weights(model: nn.Module) -> None:
@@ -97,7 +110,7 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
-def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
+def check_sites(program: Exported, sites: Sequence[LinearSite]) -> None:
     """Raise a SparseForgeError if there is nothing to prune, or a weight that cannot be ranked."""
     if program.source is not None and low_rank.branches(program.source):
         raise SparseForgeError("the model has low-rank branches already: start from the dense model")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from sparseforge_fx.data.batches import count_tokens
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.methods import schedule
-from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.models.low_rank import Branch
+from sparseforge_fx.ranges import AtLeastZero, Count, Share, check_numbers
 from sparseforge_fx.training import processes
-from sparseforge_fx.training.checkpoint import load_state, misfit, save_state
+from sparseforge_fx.training.checkpoint import load_state, save_state
+from sparseforge_fx.training.distillation import Loss
+from sparseforge_fx.training.master_weights import MasterWeights
+from sparseforge_fx.training.saved_run import restore, state_of
 from sparseforge_fx.training.sparse_model import SparseModel
 
 
@@ -31,47 +34,37 @@ class Batches(Protocol):
     def batch(self, step: int) -> Any: ...
 
 
-class MasterWeights:
-    """float32 copies of half-precision parameters for the optimizer: an update of 1e-5 vanishes in a bfloat16
-    weight."""
+@dataclass(frozen=True)
+class Optimization:
+    """How weights move.
 
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        self.parameters = list(parameters)
-        self.masters = [nn.Parameter(p.detach().float()) if p.dtype.itemsize < 4 else p for p in self.parameters]
+    Attributes:
+        lr: peak rate; linear warm-up over the share ``warmup`` of the run, cosine to ``lr_floor`` of the peak.
+        betas, weight_decay: AdamW's.
+        clip: largest gradient norm over all parameters; 0 for none.
+        accumulate: micro-batches per step.
+    """
 
-    @torch.no_grad()
-    def take_gradients(self) -> None:
-        for p, master in zip(self.parameters, self.masters, strict=True):
-            if master is not p:
-                master.grad = None if p.grad is None else p.grad.float()
+    lr: AtLeastZero
+    warmup: Share = 0.05
+    lr_floor: Share = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: AtLeastZero = 0.0
+    clip: AtLeastZero = 1.0
+    accumulate: Count = 1
 
-    @torch.no_grad()
-    def write_back(self) -> None:
-        for p, master in zip(self.parameters, self.masters, strict=True):
-            if master is not p:
-                p.copy_(master)
-
-    def serve(self, weights: Iterable[MaskedWeight], branches: Iterable[Branch] = ()) -> None:
-        """Let a method see and write the masters instead of the rounded weights."""
-        master_of = {id(p): m for p, m in zip(self.parameters, self.masters, strict=True)}
-        for w in weights:
-            w.weight = master_of.get(id(w.weight), w.weight)
-        for b in branches:
-            b.s = master_of.get(id(b.s), b.s)
+    def __post_init__(self) -> None:
+        check_numbers(get_type_hints(type(self), include_extras=True), vars(self))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise SparseForgeError(f"betas are {self.betas!r}: give two numbers from 0 to below 1")
 
 
 def train(
     sparse: SparseModel,
     data: Batches,
     parameters: Iterable[nn.Parameter],
+    optimization: Optimization,
     *,
-    lr: float,
-    warmup: float = 0.05,
-    lr_floor: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
-    weight_decay: float = 0.0,
-    clip: float = 1.0,
-    accumulate: int = 1,
     state_path: Path | None = None,
     run: Mapping[str, Any] | None = None,
     save_seconds: float = 600.0,
@@ -80,13 +73,10 @@ def train(
     show_progress: bool = True,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Run the method's steps with AdamW and return the curves, one dict per step.
+    """Run the method's steps with its optimizer and return the curves, one dict per step.
 
     Args:
         parameters: what trains; half-precision ones get float32 masters.
-        lr: peak rate; linear warm-up over the share ``warmup`` of the run, cosine to ``lr_floor`` of the peak.
-        clip: largest gradient norm over all parameters; 0 for none.
-        accumulate: micro-batches per step.
         state_path: the state is saved there every ``save_seconds``, and at once where a layer-wise solution is the
             start, and read from there if it exists: a killed run continues to the same bits on a CPU.
         run: further plain values (weights, data, seed) that a saved state must agree in, beside the arguments here.
@@ -95,98 +85,127 @@ def train(
     Raises SparseForgeError at the first loss or gradient that is not finite; the last saved state is then untouched.
     Raises it, with nothing changed, for a saved state that is damaged or another run's.
     """
-    accelerator = accelerator or processes.accelerator()
-    master = MasterWeights(parameters)
-    master.serve(sparse.method.weights, sparse.branches)
-    optimizer = sparse.optimizer(master.masters, lr=lr, betas=betas, weight_decay=weight_decay)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])  # a method's own parameters may have a rate of their own
-    by_gradient = sparse.method.config.by_gradient
-    curves: list[dict[str, float]] = []
-    start, steps = 0, sparse.method.steps
-    run = {
-        **(run or {}), **sparse.losses, "lr": lr, "warmup": warmup, "lr_floor": lr_floor, "betas": list(betas),
-        "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "processes": accelerator.num_processes,
-    }  # fmt: skip
+    loop = _Loop(sparse, data, parameters, optimization, accelerator or processes.accelerator())
+    main, steps = loop.accelerator.is_main_process, sparse.method.steps
+    told = {**(run or {}), **sparse.distillation.describe(), **asdict(optimization)}
+    told |= {"betas": list(optimization.betas), "processes": loop.accelerator.num_processes}
+
+    def save(step: int) -> None:
+        if state_path is not None and main:
+            save_state(state_path, state_of(sparse, loop.master, loop.optimizer, step, loop.curves, told))
+
+    start = 0
     if state_path is not None and state_path.exists():
-        start, curves = _restore(sparse, master, optimizer, load_state(state_path), run)
-    elif state_path is not None and sparse.method.config.start != "dense" and accelerator.is_main_process:
-        save_state(state_path, _state(sparse, master, optimizer, 0, curves, run))  # a layer-wise start takes long
+        start, loop.curves = restore(sparse, loop.master, loop.optimizer, load_state(state_path), told)
+    elif sparse.method.config.start != "dense":
+        save(0)  # a layer-wise start takes long
     sparse.train()
     saved = time.monotonic()
     if compile is True:
         sparse.compile()
-    with _progress(show_progress and accelerator.is_main_process) as bar:
+    with _progress(show_progress and main) as bar:
         task = bar.add_task("sparsify", total=steps, completed=start, rate="", loss="")
         for step in range(start, steps):
-            began = time.monotonic()
-            factor = schedule.learning_rate((step + 1) / (steps + 1), warmup, lr_floor)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            parts, tokens = [], 0
-            for micro in range(accumulate):
-                index = (step * accumulate + micro) * accelerator.num_processes + accelerator.process_index
-                batch = send_to_device(
-                    data.batch(index),
-                    accelerator.device if accelerator.num_processes > 1 else _device(master.parameters),
-                )
-                with torch.set_grad_enabled(by_gradient):
-                    loss = _loss(sparse, batch)
-                if not torch.isfinite(loss.total):
-                    raise SparseForgeError(
-                        f"the loss is {loss.total.item()} at step {step}: "
-                        f"lower the learning rate ({lr:g}) or check the data"
-                    )
-                if by_gradient:
-                    (loss.total / accumulate).backward()
-                sparse.method.observe(loss.total.detach(), partial(_total, sparse, batch))
-                parts.append(loss)
-                tokens += count_tokens(batch)
-            if accelerator.num_processes > 1:
-                counted = accelerator.reduce(torch.tensor(tokens, device=accelerator.device))
-                tokens = int(counted.item())  # type: ignore[union-attr]
-                for p in master.parameters:
-                    if p.grad is not None:
-                        p.grad = accelerator.reduce(p.grad, reduction="mean")  # type: ignore[assignment]
-            master.take_gradients()
-            norm = torch.nn.utils.clip_grad_norm_(master.masters, clip if clip and by_gradient else float("inf"))
-            if not torch.isfinite(norm):
-                raise SparseForgeError(
-                    f"the gradient is not finite at step {step}: lower the learning rate ({lr:g}) or check the data"
-                )
-            optimizer.step()
-            sparse.step()  # before the masters are written back: a method may move weights, too
-            master.write_back()
-            optimizer.zero_grad()
-            for p in master.parameters:
-                p.grad = None
-            seconds = time.monotonic() - began
-            row = {
-                "step": step + 1,
-                "tokens": (curves[-1]["tokens"] if curves else 0) + tokens,
-                "loss": sum(p.total.item() for p in parts) / accumulate,
-                "task": sum(p.task.item() for p in parts) / accumulate,
-                "kl": sum(p.kl.item() for p in parts) / accumulate,
-                "lr": lr * factor,
-                "grad_norm": float(norm),
-                "seconds": seconds,
-                **sparse.method.metrics(),
-            }
-            curves.append(row)
-            bar.update(task, advance=1, rate=f"{tokens / seconds:,.0f} tokens/s", loss=f"loss {row['loss']:.3f}")
+            row = loop.step(step)
+            rate = f"{loop.tokens / row['seconds']:,.0f} tokens/s"
+            bar.update(task, advance=1, rate=rate, loss=f"loss {row['loss']:.3f}")
             if on_step is not None:
                 on_step(step, row)
-            if (
-                compile == "auto"
-                and sparse.features is None
-                and step == start + 1
-                and worth_compiling(seconds, steps - step - 1)
-            ):
+            may_compile = compile == "auto" and step == start + 1 and sparse.distillation.features is None
+            if may_compile and worth_compiling(row["seconds"], steps - step - 1):
                 sparse.compile()
-            if state_path is not None and accelerator.is_main_process and time.monotonic() - saved > save_seconds:
-                save_state(state_path, _state(sparse, master, optimizer, step + 1, curves, run))
+            if time.monotonic() - saved > save_seconds:
+                save(step + 1)
                 saved = time.monotonic()
-    return curves
+    return loop.curves
+
+
+class _Loop:
+    """What one step needs of the run."""
+
+    def __init__(
+        self,
+        sparse: SparseModel,
+        data: Batches,
+        parameters: Iterable[nn.Parameter],
+        optimization: Optimization,
+        accelerator: Accelerator,
+    ):
+        self.sparse, self.data, self.how, self.accelerator = sparse, data, optimization, accelerator
+        self.master = MasterWeights(parameters)
+        self.master.serve(sparse.method.weights, sparse.branches)
+        self.optimizer = sparse.optimizer(
+            self.master.masters, lr=optimization.lr, betas=optimization.betas, weight_decay=optimization.weight_decay
+        )
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # a method's own parameters may have a rate of their own
+        self.curves: list[dict[str, float]] = []
+        self.tokens = 0  # of the last step
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimizer step and the masks' step after it; returns the row of the curves, which it also keeps."""
+        began, sparse, master, how = time.monotonic(), self.sparse, self.master, self.how
+        factor = schedule.learning_rate((step + 1) / (sparse.method.steps + 1), how.warmup, how.lr_floor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        parts = self._backward(step)
+        master.take_gradients()
+        clip = how.clip if how.clip and sparse.method.config.by_gradient else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(master.masters, clip)
+        if not torch.isfinite(norm):
+            raise SparseForgeError(
+                f"the gradient is not finite at step {step}: lower the learning rate ({how.lr:g}) or check the data"
+            )
+        self.optimizer.step()
+        sparse.step()  # before the masters are written back: a method may move weights, too
+        master.write_back()
+        self.optimizer.zero_grad()
+        for p in master.parameters:
+            p.grad = None
+        row = {
+            "step": step + 1,
+            "tokens": (self.curves[-1]["tokens"] if self.curves else 0) + self.tokens,
+            "loss": sum(p.total.item() for p in parts) / how.accumulate,
+            "task": sum(p.task.item() for p in parts) / how.accumulate,
+            "kl": sum(p.kl.item() for p in parts) / how.accumulate,
+            "lr": how.lr * factor,
+            "grad_norm": float(norm),
+            "seconds": time.monotonic() - began,
+            **sparse.method.metrics(),
+        }
+        self.curves.append(row)
+        return row
+
+    def _backward(self, step: int) -> list[Loss]:
+        """The losses of the step's micro-batches; the gradients of their mean, over all processes, are in the
+        parameters."""
+        sparse, accelerator, count = self.sparse, self.accelerator, self.how.accumulate
+        by_gradient = sparse.method.config.by_gradient
+        several = accelerator.num_processes > 1
+        parts, self.tokens = [], 0
+        for micro in range(count):
+            index = (step * count + micro) * accelerator.num_processes + accelerator.process_index
+            device = accelerator.device if several else self.master.parameters[0].device
+            batch = send_to_device(self.data.batch(index), device)
+            with torch.set_grad_enabled(by_gradient):
+                loss = _loss(sparse, batch)
+            if not torch.isfinite(loss.total):
+                raise SparseForgeError(
+                    f"the loss is {loss.total.item()} at step {step}: "
+                    f"lower the learning rate ({self.how.lr:g}) or check the data"
+                )
+            if by_gradient:
+                (loss.total / count).backward()
+            sparse.method.observe(loss.total.detach(), partial(_total, sparse, batch))
+            parts.append(loss)
+            self.tokens += count_tokens(batch)
+        if several:
+            counted = accelerator.reduce(torch.tensor(self.tokens, device=accelerator.device))
+            self.tokens = int(counted.item())  # type: ignore[union-attr]
+            for p in self.master.parameters:
+                if p.grad is not None:
+                    p.grad = accelerator.reduce(p.grad, reduction="mean")  # type: ignore[assignment]
+        return parts
 
 
 #: seen on two CPU cores in bf16: compiling saves a sixth of a step, and costs about this many seconds with one block
@@ -203,7 +222,7 @@ def _total(sparse: SparseModel, batch: Any) -> Tensor:
     return _loss(sparse, batch).total
 
 
-def _loss(sparse: SparseModel, batch: Any):
+def _loss(sparse: SparseModel, batch: Any) -> Loss:
     try:
         sparse(*(batch if isinstance(batch, tuple | list) else (batch,)))
     except torch.OutOfMemoryError:
@@ -215,133 +234,11 @@ def _loss(sparse: SparseModel, batch: Any):
         ) from error
     loss = sparse.last_loss
     if loss is None:
-        raise SparseForgeError("there is nothing to learn from: no labels, no logits and w_kl = 0")
+        raise SparseForgeError("there is nothing to learn from: no labels, no logits and kl = 0")
     return loss
-
-
-def _models(sparse: SparseModel, master: MasterWeights) -> list[nn.Parameter]:
-    """The masters of the model's parameters; the method's own are in its state."""
-    own = {id(p) for p in sparse.method.parameters()}
-    return [m for m, p in zip(master.masters, master.parameters, strict=True) if id(p) not in own]
-
-
-def _state(
-    sparse: SparseModel,
-    master: MasterWeights,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    curves: list,
-    run: Mapping[str, Any],
-) -> dict[str, Any]:
-    return {
-        "run": dict(run),
-        "step": step,
-        "masters": [m.detach() for m in _models(sparse, master)],
-        "masks": {w.fqn: w.mask for w in sparse.method.weights},
-        "optimizer": optimizer.state_dict(),
-        "method": sparse.method.state(),
-        "handed_over": sparse.handed_over,
-        "curves": curves,
-    }
-
-
-@torch.no_grad()
-def _restore(
-    sparse: SparseModel,
-    master: MasterWeights,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    run: Mapping[str, Any],
-) -> tuple[int, list]:
-    """Everything is looked at before anything is written: the first step with a wrong shape may be a crash."""
-    mine = _state(sparse, master, optimizer, 0, [], run)
-    _refuse(misfit(dict.fromkeys(state), dict.fromkeys(("format", "version", *mine)), "the state"))
-    _check_run(state["run"], mine["run"])
-    saved, masks = state["masters"], state["masks"]
-    if isinstance(saved, list) and isinstance(masks, dict):
-        shapes = [getattr(m, "shape", None) for m in saved]
-        if shapes != [m.shape for m in mine["masters"]] or set(masks) != set(mine["masks"]):
-            raise SparseForgeError(
-                "the saved training state belongs to another model or another set of sites, or is damaged; "
-                "delete it to start anew"
-            )
-    for name in ("masters", "masks", "step", "handed_over"):
-        _refuse(misfit(state[name], mine[name], name))
-    sparse.method.check_state(state["method"])
-    _refuse(_wrong_progress(state, sparse.method.steps) or _wrong_optimizer(state["optimizer"], optimizer))
-    sparse.method.load_state(state["method"])
-    for master_weight, value in zip(_models(sparse, master), saved, strict=True):
-        master_weight.copy_(value)
-    master.write_back()
-    for w in sparse.method.weights:
-        w.mask.copy_(masks[w.fqn])
-    optimizer.load_state_dict(state["optimizer"])
-    sparse.steps_done, sparse.handed_over = state["step"], state["handed_over"]
-    return state["step"], list(state["curves"])
-
-
-def _refuse(wrong: str | None) -> None:
-    if wrong is not None:
-        raise SparseForgeError(f"the saved training state is damaged ({wrong}); delete it to start anew")
-
-
-def _check_run(saved: Any, mine: dict[str, Any]) -> None:
-    """Raise SparseForgeError, naming what differs, unless the state was saved by a run like this one."""
-    if not isinstance(saved, dict):
-        _refuse("run is no dictionary")
-    named = [f"{k} {v} instead of {saved.get(k)}" for k, v in mine.items() if k not in HASHES and v != saved.get(k)]
-    named += [f"other {k}" for k in HASHES if mine.get(k) != saved.get(k)]
-    if named:
-        raise SparseForgeError(
-            f"the saved training state belongs to another run, this one has {', '.join(named)}; "
-            "repeat that run's options, or delete the state to start anew"
-        )
-
-
-#: entries of ``run`` that say nothing to a reader but whether they are the same
-HASHES = ("weights", "data")
-
-
-def _wrong_progress(state: dict[str, Any], steps: int) -> str | None:
-    """What is wrong with a state's step and curves."""
-    step, curves = state["step"], state["curves"]
-    if not 0 <= step <= steps:
-        return f"step is {step} of {steps}"
-    if not isinstance(curves, list) or len(curves) != step:
-        return f"curves is no list of {step} steps"
-    plain = all(isinstance(row, dict) and all(type(v) in (int, float) for v in row.values()) for row in curves)
-    return None if plain else "curves holds something else than numbers"
-
-
-def _wrong_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
-    """What is wrong with an optimizer's state: each tensor must have its parameter's shape, or be a count."""
-    mine = optimizer.state_dict()
-    groups = [group | {"lr": 0.0} for group in mine["param_groups"]]
-    try:
-        if [group | {"lr": group["lr"] * 0.0} for group in saved["param_groups"]] != groups or set(saved) != set(mine):
-            return "optimizer has other groups"
-    except (TypeError, KeyError):
-        return "optimizer has no groups"
-    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    names = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else set()
-    if not isinstance(saved["state"], dict) or not set(saved["state"]) <= set(parameters):
-        return "optimizer is of other parameters"
-    for index, entries in saved["state"].items():
-        if not isinstance(entries, dict) or set(entries) != names:
-            return f"optimizer[{index}] holds other moments"
-        for name, value in entries.items():
-            wanted = torch.zeros(()) if name == "step" else parameters[index]
-            if wrong := misfit(value, wanted, f"optimizer[{index}][{name}]"):
-                return wrong
-    return None
-
 
 def _progress(show: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     more = (TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     console = Console(stderr=True)  # a bar is no result: a pipe gets none
     return Progress(*columns, *more, console=console, disable=not (show and console.is_terminal), transient=False)
-
-
-def _device(parameters: list[nn.Parameter]) -> torch.device:
-    return parameters[0].device

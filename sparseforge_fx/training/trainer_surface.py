@@ -1,10 +1,12 @@
-"""What trainers ask of a model beside ``forward``: its signature, and a hold on the embeddings inside the graph."""
+"""What trainers ask of a model beside ``forward``: its signature, gradient checkpointing, a hold on the embeddings
+inside the graph, a state dict that safetensors takes."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.graph.compile import shallow_twin
+from sparseforge_fx.graph.compile import count_blocks, shallow_twin
 from sparseforge_fx.graph.forward import signature_of
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.training.distillation import Distillation
 
 
 class ForwardOfSource:
@@ -90,3 +94,81 @@ def hook_embeddings(module: GraphModule, name: str, handle: Embedded) -> GraphMo
             env[node].meta = dict(node.meta)
     twin.graph = graph
     return twin
+
+
+class TrainerSurface(nn.Module):
+    """The part of a :class:`SparseModel` that the Hugging Face Trainer asks for."""
+
+    dense: Program
+    distillation: Distillation
+    graph: GraphModule
+    embedded: tuple[str, Embedded] | None
+    checkpointing: bool
+
+    def make_runners(self) -> None:
+        """What was asked for has changed: make anew what runs."""
+        raise NotImplementedError
+
+    def activation_checkpointing_enable(
+        self, *, every_n_layers: int = 1, offload: bool = False, **options: Any
+    ) -> None:
+        """Compute every repeated block again in the backward pass instead of keeping its activations.
+        Raises SparseForgeError where it cannot."""
+        del options  # of torch.utils.checkpoint, for modules
+        if every_n_layers != 1 or offload:
+            raise SparseForgeError(
+                "activations are checkpointed at every block, without offloading: take every_n_layers=1"
+            )
+        if self.distillation.features is not None:
+            raise SparseForgeError("features cannot be distilled under activation checkpointing: choose one of the two")
+        if not count_blocks(self.graph):
+            raise SparseForgeError("the model has no repeated blocks whose activations could be checkpointed")
+        self.checkpointing = True
+        self.make_runners()
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The older name of :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(**options)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """A module that hands the embeddings on inside the graph: forward hooks on it change them (NEFTune)."""
+        if self.embedded is None:
+            source = self.dense.source
+            table = source.get_input_embeddings() if hasattr(source, "get_input_embeddings") else None  # type: ignore[union-attr, operator]
+            name = next((n for n, m in source.named_modules() if m is table), None) if source is not None else None
+            if name is None:
+                raise SparseForgeError("the model does not say which module its input embeddings are")
+            self.embedded = (name, Embedded(self))
+            self.make_runners()
+        return self.embedded[1]
+
+    def _get_name(self) -> str:
+        """The source's: by it the Trainer's own losses know whether labels are shifted."""
+        return type(self).__name__ if self.dense.source is None else self.dense.source._get_name()
+
+    #: the mean over micro-batches is the Trainer's work, not the model's
+    accepts_loss_kwargs = False
+
+    @property
+    def config(self) -> Any:
+        """The source model's config, as the Trainer expects; None without one. The annealing's is ``method.config``."""
+        return getattr(self.dense.source, "config", None)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, but a tied tensor comes under its first name only: safetensors refuses shared memory."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name in self._aliases():
+            state.pop(prefix + name, None)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What :meth:`state_dict` gave; sets weights and masks. The rest of the annealing is in ``method.state()``."""
+        first = {name: state_dict[one] for name, one in self._aliases().items() if one in state_dict}
+        return super().load_state_dict({**first, **state_dict}, *args, **kwargs)
+
+    def _aliases(self) -> dict[str, str]:
+        """Further names of tied parameters -> the first name."""
+        first: dict[int, str] = {}
+        names = {name: first.setdefault(id(p), name) for name, p in self.named_parameters(remove_duplicate=False)}
+        return {name: one for name, one in names.items() if name != one}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import AS_IT_WAS, add_sentence
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.methods.weights import put_back
 from sparseforge_fx.models.low_rank import detach
 
 
@@ -38,13 +38,3 @@ def dense_again_on_error(program: Program) -> Iterator[list[tuple[Tensor, Tensor
             for key in set(registered) - hooks:
                 del registered[key]
         raise
-
-
-@torch.no_grad()
-def put_back(copies: Iterable[tuple[Tensor, Tensor]]) -> bool:
-    """Write the copies back; was there a value that had changed?"""
-    changed = False
-    for tensor, copy in copies:
-        changed = changed or not torch.equal(tensor, copy)
-        tensor.copy_(copy)  # even if equal: -0.0 is 0.0 to a comparison
-    return changed

@@ -1,30 +1,32 @@
-"""Arguments of ``sparsify`` that were given and have no part in the run: each gets a sentence in the report."""
+"""What was asked of ``sparsify`` and has no part in the run: each gets a sentence in the report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from inspect import signature
+from collections.abc import Mapping
 from typing import Any
 
 from sparseforge_fx.data.batches import is_text
+from sparseforge_fx.training.recipe import Recipe
 
-TRAINING = ("steps", "tokens", "accumulate", "lr", "w_task", "w_kl", "divergence", "features", "w_features")
+TRAINING = ("steps", "tokens", "accumulate", "lr", "objective")
 TEXT = ("tokenizer", "text_column", "separator", "cache_dir")
 PACKING = ("batch_size", "length")
 
 
 def unused_arguments(
-    function: Callable, given: Mapping[str, Any], *, method: str, trains: bool, calibrates: bool, batches: Any
+    recipe: Recipe, beside: Mapping[str, Any], *, data: Any, method: str, trains: bool, calibrates: bool, batches: Any
 ) -> list[str]:
-    """A sentence for each argument that differs from its default and is not looked at.
+    """A sentence for each field that differs from its default and is not looked at.
 
     Args:
-        given: the arguments by name.
+        beside: arguments that are no fields of the recipe, None where they were not given.
+        data: what was given as data.
         trains, calibrates: does the method train, does it look at a calibration set?
         batches: what the data became; None where there is none.
     """
     ids = getattr(batches, "data", None)  # packed token ids, of text or of the user
-    defaults = {n: p.default for n, p in signature(function).parameters.items()}
+    defaults = vars(Recipe()) | dict.fromkeys(beside)
+    given = {**vars(recipe), **beside, "data": data}
     why: dict[str, str] = {}
     if not trains:
         why |= dict.fromkeys(TRAINING, f"{method} does not train")
@@ -34,16 +36,16 @@ def unused_arguments(
         why["calibration"] = "nothing is calibrated in this run"
     if not (trains or calibrates):
         why |= dict.fromkeys(("data", *TEXT, *PACKING), f"{method} looks at the weights alone")
-    elif not is_text(given["data"]):
+    elif not is_text(data):
         why |= dict.fromkeys(TEXT, f"the data is {'batches' if ids is None else 'token ids'}, not text")
     if batches is not None and ids is None:
         why |= dict.fromkeys(PACKING, "the data's own batches are taken as they are")
-    elif ids is not None and ids.length != given["length"]:
+    elif ids is not None and ids.length != recipe.length:
         why["length"] = f"the data's own sequences of {ids.length} are taken as they are"
-    differ = [n for n in why if n in given and given[n] is not defaults[n] and _differs(given[n], defaults[n])]
+    differ = [n for n in why if given[n] is not defaults[n] and _differs(given[n], defaults[n])]
     return [f"{n} is given and not used: {why[n]}" for n in differ]
 
 
 def _differs(value: Any, default: Any) -> bool:
-    plain = isinstance(value, str | int | float | bool | None)
+    plain = isinstance(value, str | int | float | bool | None) or type(value) is type(default)
     return not plain or value != default

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from sparseforge_fx import cli
 from sparseforge_fx.cli.app import quiet
-from sparseforge_fx.cli.sparsify import STATE, STATE_OF, parse_tokens
+from sparseforge_fx.cli.run_folder import STATE, STATE_OF
 from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning
 from sparseforge_fx.models import dense as models
+from sparseforge_fx.training.recipe import parse_tokens
 
 SHORT = [
     "--length",
@@ -132,7 +133,7 @@ def test_sparsify_writes_a_plain_checkpoint_a_report_and_curves(sparse):
     assert not [n for n in os.listdir(sparse.parent) if n.startswith(".")]  # nothing half-written beside it
     report = json.loads((sparse / "report.json").read_text())
     assert report["method"] == "sparseforge" and report["tokens"] == 96 and len(report["curves"]) == 3
-    assert report["command"]["tokens"] == "96" and report["seed"] == 0
+    assert report["recipe"]["tokens"] == 96 and report["seed"] == 0
     assert len(report["sites"]) == 7 and all(s["reason"] for s in report["skipped"])
     model, _ = models.load_model(sparse)
     for site in report["sites"]:
@@ -296,7 +297,7 @@ def refused(home, out, *arguments, says):
         ("{home}/dense", ["--method", "sparsegpt"], "needs data"),
         ("{home}/dense", ["--pattern", "4:2"], "is not N:M"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--tokens", "20X"], "is not a number of tokens"),
-        ("{home}/dense", ["--data", "{home}/train.txt", "--tokens", "10"], "less than one step of 32 tokens"),
+        ("{home}/dense", ["--data", "{home}/train.txt", "--tokens", "10"], "less than one step of 32"),
         ("{home}/dense", ["--include", "*.nothing"], "nothing to prune"),
         ("{home}/nan", ["--data", "{home}/train.txt"], "holds NaN or infinite values"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--set", "heat=1"], "write NAME=VALUE"),
@@ -366,7 +367,7 @@ def test_bad_input_of_the_other_commands(home, arguments, says):
 @pytest.mark.parametrize(
     ("entry", "value"),
     [("method", 3), ("sites", None), ("skipped", "x"), ("skipped", [{}]), ("density", []), ("curves", [{"loss": 1}]),
-     ("tokens", "many"), ("lr", []), ("seconds", None), ("versions", []), ("command", 1), ("notes", 1)],
+     ("tokens", "many"), ("lr", []), ("seconds", None), ("versions", []), ("recipe", 1), ("notes", 1)],
 )  # fmt: skip
 def test_a_damaged_report(sparse, tmp_path, entry, value):
     report = json.loads((sparse / "report.json").read_text()) | {entry: value}
@@ -419,11 +420,44 @@ def test_a_resumed_run_computes_in_the_dtype_in_which_it_began(half, home, tmp_p
     arguments = ("sparsify", half, "--data", home / "train.txt", "-o", tmp_path / "out", *SHORT, "--save-seconds", "0")
     with monkeypatch.context() as patch:
         patch.setattr("sparseforge_fx.models.compute_dtype.time_steps", slow_halves)
-        patch.setattr(models, "write_checkpoint", full_disk)
+        patch.setattr("sparseforge_fx.training.sparsify.write_checkpoint", full_disk)
         assert run(*arguments).exit_code == 2
     monkeypatch.setattr("sparseforge_fx.models.compute_dtype.time_steps", never_timed)
     ok(*arguments, "--resume")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["compute_dtype"]["dtype"] == "float32"
+
+
+# -- recipes ---------------------------------------------------------------------------------------------------------
+def test_a_run_is_repeated_from_its_folder(home, sparse, tmp_path):
+    ok("sparsify", "--config", sparse, "-o", tmp_path / "again", "--compile", "off")
+    one, two = (load_file(folder / "model.safetensors") for folder in (sparse, tmp_path / "again"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert (sparse / "recipe.yaml").read_text() == (tmp_path / "again" / "recipe.yaml").read_text()
+
+
+def test_options_go_before_the_recipe(home, sparse, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"model: {home / 'dense'}\nmethod: wanda\ndata: {home / 'train.txt'}\nseed: 3\n")
+    options = ("--method", "sparsegpt", "--set", "damping=0.5", "--calibration", "4", "--length", "16")
+    ok("sparsify", "--config", tmp_path / "run.yaml", "-o", tmp_path / "out", *options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["method"], report["seed"], report["config"]["damping"]) == ("sparsegpt", 3, 0.5)
+    assert "damping: 0.5" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("data: self", "there is no model: name a folder"),
+        ("model: {home}/dense\nlearning_rate: 1", "no entry learning_rate"),
+        ("model: {home}/dense\nmethod: ast", "method ast needs data"),
+        ("model: {home}/dense\ndata: {home}/train.txt\ntokens: 96", "less than one step"),
+        (None, "there is no recipe"),
+    ],
+)
+def test_bad_recipes(home, tmp_path, recipe, says):
+    if recipe is not None:
+        (tmp_path / "run.yaml").write_text(recipe.format(home=home))
+    refused(home, tmp_path / "out", "sparsify", "--config", tmp_path / "run.yaml", "-o", tmp_path / "out", says=says)
 
 
 # -- killed and resumed ----------------------------------------------------------------------------------------------
@@ -493,7 +527,8 @@ def test_a_training_state_of_another_model(home, stopped, tmp_path):
     out = shutil.copytree(stopped, tmp_path / "out")
     moved = write_checkpoint(tmp_path / "model", num_hidden_layers=1, hidden_size=16)
     arguments = [str(moved) if a == str(home / "dense") else a for a in command(home, out)]
-    started = json.loads((out / STATE_OF).read_text()) | {"model": str(moved)}
+    started = json.loads((out / STATE_OF).read_text())
+    started["recipe"]["model"] = str(moved)
     (out / STATE_OF).write_text(json.dumps(started))
     refused(home, out, *arguments, "--resume", says="has other weights")
 
@@ -523,8 +558,8 @@ def test_resuming_before_the_first_saved_state_starts_anew(home, sparse, tmp_pat
     if left != "no folder":
         out.mkdir()
     if left == "options":
-        options = json.loads((sparse / "report.json").read_text())["command"]
-        (out / STATE_OF).write_text(json.dumps(options))
+        recipe = json.loads((sparse / "report.json").read_text())["recipe"]
+        (out / STATE_OF).write_text(json.dumps({"recipe": recipe}))
     elif left == "half a state":
         (out / f"{STATE}.partial").write_bytes(b"PK half")
     elif left == "logs":

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import sparseforge_fx as sf
 from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.training.distillation import Distillation
 
 TRAINED = [
     ("sparseforge", {"preset": "paper", "curvature": "gauss_newton"}),
@@ -67,7 +68,7 @@ def captured_llama():
 @pytest.fixture
 def llama(monkeypatch):
     model, program, first = captured_llama()
-    monkeypatch.setattr(importlib.import_module("sparseforge_fx.training.sparsify"), "capture", lambda *_: program)
+    monkeypatch.setattr(importlib.import_module("sparseforge_fx.training.inputs"), "capture", lambda *_: program)
 
     def reset():
         model.load_state_dict(first)
@@ -114,7 +115,7 @@ def test_features(llama, kind):
         for ids in texts():
             whole, mask = (ids, torch.ones_like(ids)) if width is None else padded(ids, width, "right")
             batches.append({"input_ids": whole, "attention_mask": mask})
-        options = {"steps": 2, "show_progress": False, "features": kind, "preset": "paper", "compile": False}
+        options = {"steps": 2, "show_progress": False, "objective": Distillation(features=kind), "preset": "paper", "compile": False}
         curves = sf.sparsify(model, batches, **options).report["curves"]
         results.append(torch.tensor([row["loss"] for row in curves]))
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)

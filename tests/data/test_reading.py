@@ -10,6 +10,7 @@ from torch import nn
 from sparseforge_fx.data.reading import Reader, by_name, example_of, is_causal_lm, shifted_labels
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.training.distillation import Distillation
 
 IDS = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -185,7 +186,7 @@ def test_the_models_own_loss_of_a_pair_of_texts():
     for width in (10, 6):
         batch = seq2seq()
         batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, width - 6), value=-100)
-        sparse = sf.prepare(model, batch, sf.paper_preset(4), w_kl=0.0).train()
+        sparse = sf.prepare(model, batch, sf.paper_preset(4), objective=Distillation(kl=0.0)).train()
         torch.testing.assert_close(sparse(**batch).loss, model(**batch).loss, rtol=1e-5, atol=1e-6)
 
 

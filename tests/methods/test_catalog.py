@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.catalog import METHODS, TRAINED, find_method, find_options
+from sparseforge_fx.methods.catalog import METHODS, ONE_SHOT, TRAINED, configure, find_name, find_options, find_preset
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern
 
@@ -23,21 +23,37 @@ def test_presets_build_and_describe_themselves(method, preset):
 
 
 def test_the_first_preset_is_the_default():
-    assert find_method("sparseforge")[0] == "tuned"
-    assert find_method("sparseforge", "paper")[0] == "paper"
-    assert find_method("magnitude") == (None, None)
+    assert find_preset("sparseforge") == "tuned"
+    assert find_preset("sparseforge", "paper") == "paper"
+    assert find_preset("magnitude") is None
 
 
 @pytest.mark.parametrize(("name", "preset"), [("sparsforge", None), ("", None), ("ast", "tuned"), ("wanda", "paper")])
 def test_what_does_not_exist_is_refused_with_what_does(name, preset):
     with pytest.raises(SparseForgeError, match="choose one of"):
-        find_method(name, preset)
+        find_preset(name, preset)
 
 
 def test_options_are_what_sparsify_takes():
     assert find_options("sparsegpt")["bits"] == int | None and find_options("gmp")["end"] is float
-    assert "score" in find_options("sparseforge") and "steps" not in find_options("sparseforge", "paper")
+    assert "score" in find_options("sparseforge") and "steps" not in find_options("sparseforge")
     assert find_options("magnitude") == {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_config_says_its_method(method):
+    """With its fields as options, that method gives the config again."""
+    config = configure(method, *([] if method in ONE_SHOT else [7]), pattern="1:4")
+    options = {name: getattr(config, name) for name in find_options(method)}
+    steps = {} if method in ONE_SHOT else {"steps": 7}
+    assert configure(find_name(config), **steps, pattern="1:4", **options) == config
+
+
+def test_steps_belong_to_methods_that_train():
+    with pytest.raises(SparseForgeError, match="alps does not train: leave out steps"):
+        configure("alps", 7)
+    with pytest.raises(SparseForgeError, match="ast trains: give the number of steps"):
+        configure("ast")
 
 
 def test_no_method_has_two_names():

@@ -1,7 +1,5 @@
 """The four curvature estimators against exact Hessians, per-token loops and hooks on the source model."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +7,9 @@ from torch.autograd.functional import hessian
 from transformers.modeling_outputs import SequenceClassifierOutput
 from two_processes import run_two
 
-from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, hutchinson_diagonal, sample_labels
+from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, hutchinson_diagonal
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
+from sparseforge_fx.training.distillation import Distillation
 
 
 # -- Hutchinson ------------------------------------------------------------------------------------------------------
@@ -276,11 +275,11 @@ def test_every_estimator_is_alive_and_leaves_nothing_behind(tiny, estimator):
     assert all((v >= 0).all() and v.sum() > 0 for v in values.values())
     assert {id(p) for p in sparse.parameters()} == {id(p) for p in found.model.parameters()}  # no probe, no teacher
     probes = (
-        [p for n, p in sparse._hidden["probe"].named_parameters() if "probe" in n] if sparse._hidden["probe"] else []
+        [p for n, p in sparse.probe.module.named_parameters() if "probe" in n] if sparse.probe.module else []
     )
     assert len(probes) == (len(values) if estimator in ("gauss_newton", "activation") else 0)
     assert all(p.grad is None for p in probes)
-    assert all(p.grad is None for p in sparse._hidden["teacher"].parameters())
+    assert all(p.grad is None for p in sparse.teacher.module.parameters())
     assert not any("probe" in n for n, _ in sparse.named_parameters())
 
 
@@ -298,34 +297,6 @@ def test_squares_of_small_half_precision_gradients_survive():
     sparse.step()
     (value,) = sparse.method.curvature.values.values()
     torch.testing.assert_close(value, torch.full((8, 8), 1e-8), rtol=1e-2, atol=0)
-
-
-# -- labels from the model -------------------------------------------------------------------------------------------
-def test_sampled_labels_follow_the_models_distribution():
-    logits = torch.tensor([2.0, 0.0, -1.0]).expand(2, 20_000, 3)
-    labels = sample_labels(logits, torch.Generator().manual_seed(0))
-    assert labels.shape == (2, 20_000) and labels.dtype == torch.int64
-    p = logits[0, 0].softmax(0)
-    for row in labels:
-        share = torch.bincount(row, minlength=3) / 20_000
-        assert ((share - p).abs() < 4 * (p * (1 - p) / 20_000).sqrt()).all()
-    assert torch.equal(labels, sample_labels(logits, torch.Generator().manual_seed(0)))
-
-
-def test_fisher_of_softmax_regression_from_sampled_labels():
-    """g = p - e_y with y ~ p: E[g_i^2] x_j^2 = p_i (1 - p_i) x_j^2, the exact Fisher (and Hessian) diagonal."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(3, 2), torch.randn(5, 2)
-    p = (x @ weight.t()).softmax(-1)
-    exact = (p * (1 - p)).t() @ x.square()
-    draws = 20_000
-    logits = (x @ weight.t())[:, None].expand(5, draws, 3)
-    g = p[:, None] - F.one_hot(sample_labels(logits, torch.Generator().manual_seed(1)), 3)
-    sampled = (g.square().mean(1).t()) @ x.square()
-    assert exact.min() > 0
-    torch.testing.assert_close(sampled, exact, rtol=5 / math.sqrt(draws * exact.min().item()), atol=0)
-    full = hessian(lambda w: F.cross_entropy(x @ w.t(), p.argmax(-1), reduction="sum"), weight).reshape(6, 6)
-    torch.testing.assert_close(full.diagonal(), exact.flatten(), rtol=1e-4, atol=1e-5)
 
 
 # -- several processes -----------------------------------------------------------------------------------------------
@@ -361,7 +332,7 @@ def curvatures(rows: slice) -> dict[str, dict[str, torch.Tensor]]:
     x[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
     found = {}
     for estimator in ESTIMATORS:
-        sparse = prepare(Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), w_kl=1.0).train()
+        sparse = prepare(Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), objective=Distillation(kl=1.0)).train()
         with torch.no_grad():
             for p in sparse.parameters():
                 p.mul_(0.8)  # away from the teacher

@@ -7,7 +7,7 @@ from torch import nn
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer
 from sparseforge_fx.methods.obs import prune_obs
-from sparseforge_fx.methods.one_shot import sparsegpt
+from sparseforge_fx.methods.one_shot import SparseGPTConfig
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import find_linears, run_passes, train_passes
 from sparseforge_fx.passes.insert_soft_masks import mask_name
@@ -51,7 +51,7 @@ def test_sparsegpt_equals_the_same_by_hand(tiny, name, dim):
     found = tiny(name)
     batches = [found.batch(seed, rows=4, length=16) for seed in range(4)]
     masked, weights = soft_masked(found.program)
-    notes = prune_layer_by_layer(masked, weights, batches, sparsegpt(TWO_FOUR))
+    notes = prune_layer_by_layer(masked, weights, batches, SparseGPTConfig(TWO_FOUR).solve)
     got = {w.fqn: (w.weight.detach().clone(), w.mask.clone()) for w in weights}
     found.reset()
     # the order that the graph has; a layer that reads what another one read is not upset by that one's pruning
@@ -74,7 +74,7 @@ def test_layerwise_solution_beats_magnitude_on_the_output(tiny):
     with torch.no_grad():
         dense = [found.model(**b).logits for b in batches]
     masked, weights = soft_masked(found.program)
-    prune_layer_by_layer(masked, weights, batches, sparsegpt(TWO_FOUR))
+    prune_layer_by_layer(masked, weights, batches, SparseGPTConfig(TWO_FOUR).solve)
     layerwise = output_error(found, batches, dense)
     found.reset()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_masks_that_are_given_are_kept(tiny):
         w.mask.copy_(torch.rand(w.mask.shape, generator=generator))
     wanted = {w.fqn: hard_mask(w.mask, TWO_FOUR, w.dim) for w in weights}
     before = {w.fqn: w.weight.detach().clone() for w in weights}
-    prune_layer_by_layer(masked, weights, [found.batch(rows=8)], sparsegpt(TWO_FOUR, choose_masks=False))
+    prune_layer_by_layer(masked, weights, [found.batch(rows=8)], SparseGPTConfig(TWO_FOUR, choose_masks=False).solve)
     for w in weights:
         assert torch.equal(w.mask.bool(), wanted[w.fqn])
         assert not w.weight[~wanted[w.fqn]].any()
@@ -101,7 +101,7 @@ def test_masks_that_are_given_are_kept(tiny):
 def test_only_the_weights_that_are_asked_for(tiny):
     found = tiny("llama")
     masked, weights = soft_masked(found.program)
-    prune_layer_by_layer(masked, weights[3:5], [found.batch()], sparsegpt(TWO_FOUR))
+    prune_layer_by_layer(masked, weights[3:5], [found.batch()], SparseGPTConfig(TWO_FOUR).solve)
     for i, w in enumerate(weights):
         assert torch.equal(w.weight, found.first[w.fqn]) == (i not in (3, 4))
         assert (w.mask == 1).all() == (i not in (3, 4))
@@ -111,7 +111,7 @@ def test_raised_damping_is_reported_by_name():
     """One token: a Hessian of rank one, which no tiny damping makes definite."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16))
     masked, weights = soft_masked(capture(model, torch.randn(2, 16)))
-    notes = prune_layer_by_layer(masked, weights, [torch.randn(1, 16)], sparsegpt(TWO_FOUR, damping=1e-13))
+    notes = prune_layer_by_layer(masked, weights, [torch.randn(1, 16)], SparseGPTConfig(TWO_FOUR, damping=1e-13).solve)
     assert set(notes) == {"0.weight", "2.weight"} and all("damping raised to" in note for note in notes.values())
     assert all(torch.isfinite(w.weight).all() for w in weights)
 
@@ -122,7 +122,7 @@ def test_bfloat16_weights_hold_the_rounded_solution(tiny):
     first = model[0].weight.detach().bfloat16()
     expected = prune_obs(first, x.float().t() @ x.float() / 64, TWO_FOUR)
     masked, weights = soft_masked(capture(model.bfloat16(), x[:4]))
-    prune_layer_by_layer(masked, weights, [x], sparsegpt(TWO_FOUR))
+    prune_layer_by_layer(masked, weights, [x], SparseGPTConfig(TWO_FOUR).solve)
     assert weights[0].weight.dtype == weights[0].mask.dtype == torch.bfloat16
     assert torch.equal(weights[0].weight, expected.weight.bfloat16())
     assert torch.equal(weights[0].mask.bool(), expected.mask)

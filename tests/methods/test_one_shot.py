@@ -2,7 +2,7 @@
 
 import torch
 
-from sparseforge_fx.methods.one_shot import magnitude, sparsegpt, wanda
+from sparseforge_fx.methods.one_shot import SparseGPTConfig, WandaConfig, magnitude
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, Unstructured
 
@@ -36,20 +36,20 @@ def test_magnitude_in_half_precision():
 def test_wanda_by_hand():
     weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0]])
     x = torch.tensor([[3.0, 0.0, 1.0, 0.0], [4.0, 1.0, 0.0, 0.2]])  # norms 5, 1, 1, 0.2
-    result = wanda(Pattern(2, 4))(weight, torch.ones_like(weight), x.t() @ x / 2)
+    result = WandaConfig(Pattern(2, 4)).solve(weight, torch.ones_like(weight), x.t() @ x / 2)
     assert result.mask.int().tolist() == [[1, 0, 1, 0], [1, 1, 0, 0]]
     assert torch.equal(result.weight, weight * result.mask)
 
 
 def test_wanda_without_a_structure_compares_within_rows():
     weight = torch.tensor([[100.0, 90.0, 80.0, 70.0, 60.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
-    result = wanda(Unstructured(0.4))(weight, torch.ones_like(weight), torch.diag(torch.tensor([1.0, 1, 1, 1, 9])))
+    result = WandaConfig(Unstructured(0.4)).solve(weight, torch.ones_like(weight), torch.diag(torch.tensor([1.0, 1, 1, 1, 9])))
     assert result.mask.int().tolist() == [[1, 1, 0, 0, 1], [1, 1, 1, 0, 0]]  # equal scores: the earlier
 
 
 def test_wanda_is_magnitude_where_all_inputs_weigh_the_same():
     weight = MaskedWeight("w", torch.randn(6, 16), torch.ones(6, 16), 1)
-    result = wanda(Pattern(2, 4))(weight.weight, weight.mask, torch.eye(16))
+    result = WandaConfig(Pattern(2, 4)).solve(weight.weight, weight.mask, torch.eye(16))
     magnitude([weight], Pattern(2, 4))
     assert torch.equal(result.mask, weight.mask.bool())
 
@@ -57,7 +57,7 @@ def test_wanda_is_magnitude_where_all_inputs_weigh_the_same():
 def test_sparsegpt_keeps_the_share_of_an_unstructured_block():
     torch.manual_seed(0)
     weight, x = torch.randn(32, 40), torch.randn(200, 40) @ torch.randn(40, 40)
-    result = sparsegpt(Unstructured(0.6))(weight, torch.ones_like(weight), x.t() @ x)
+    result = SparseGPTConfig(Unstructured(0.6)).solve(weight, torch.ones_like(weight), x.t() @ x)
     assert result.mask.sum() == round(0.4 * weight.numel())
     assert not result.weight[~result.mask].any()
     kept = weight * (weight.abs() >= weight.abs().flatten().kthvalue(32 * 24).values)

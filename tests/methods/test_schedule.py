@@ -1,4 +1,4 @@
-"""Every schedule against DESIGN section 3: values by hand, monotone, right at both ends."""
+"""Every schedule against arXiv 2605.06402: values by hand, monotone, right at both ends."""
 
 import math
 

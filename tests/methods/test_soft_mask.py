@@ -1,4 +1,4 @@
-"""The annealing's equations (DESIGN section 3) on weights without a model, then every combination on a real graph."""
+"""The annealing's equations (arXiv 2605.06402) on weights without a model, then every combination on a real graph."""
 
 import itertools
 import math
@@ -14,6 +14,7 @@ from sparseforge_fx.methods.curvature import ESTIMATORS
 from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig, paper_preset, tuned_preset
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, Unstructured, check_pattern, hard_mask
+from sparseforge_fx.training.distillation import Distillation
 
 TWO_FOUR = Pattern(2, 4)
 # magnitude needs no curvature; one update per step, no pull, no ramp of the sparsity
@@ -558,7 +559,7 @@ def test_masked_weights_get_straight_through_gradients(tiny, name):
     """The gradient of a masked weight is that of the weight W * m in the dense model, also where m is 0."""
     found = tiny(name)
     batch = found.batch()
-    sparse = found.sparse(SparseForgeConfig(steps=10), w_kl=0.0).train()
+    sparse = found.sparse(SparseForgeConfig(steps=10), Distillation(kl=0.0)).train()
     generator = torch.Generator().manual_seed(1)
     for w in sparse.method.weights:
         w.mask.copy_(hard_mask(torch.rand(w.mask.shape, generator=generator), TWO_FOUR, w.dim))

@@ -7,12 +7,11 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.methods.grid import Grid
 from sparseforge_fx.methods.obs import prune_obs
-from sparseforge_fx.methods.one_shot import LAYERWISE, alps, sparsegpt, wanda
+from sparseforge_fx.methods.one_shot import LAYERWISE, SparseGPTConfig
 from sparseforge_fx.methods.unseen import rank_unseen, tell_unseen
 from sparseforge_fx.pattern import Pattern, Unstructured, check_pattern, hard_mask
 
 TWO_FOUR = Pattern(2, 4)
-SOLVERS = {"wanda": wanda, "sparsegpt": sparsegpt, "alps": alps}
 
 
 def layer(dead, out=12, width=16):
@@ -24,22 +23,22 @@ def layer(dead, out=12, width=16):
 
 
 @pytest.mark.parametrize("pattern", [TWO_FOUR, Pattern(1, 4), Pattern(4, 8), Unstructured(0.5)], ids=str)
-@pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.parametrize("method", LAYERWISE)
 def test_a_layer_without_a_token_is_pruned_by_magnitude(method, pattern):
     weight, moments = layer(slice(None))
-    result = SOLVERS[method](pattern)(weight, torch.ones_like(weight), moments)
+    result = LAYERWISE[method](pattern).solve(weight, torch.ones_like(weight), moments)
     grouped = Pattern(8, 16) if method == "wanda" and isinstance(pattern, Unstructured) else pattern  # by rows
     assert torch.equal(result.weight, weight * result.mask)
     assert torch.equal(result.mask.bool(), hard_mask(weight.abs(), grouped))
     assert result.mask.float().mean() == pattern.density
 
 
-@pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.parametrize("method", LAYERWISE)
 def test_dead_inputs_beside_live_ones(method):
     """One group dead as a whole, and three of four in another: there the live weight stays and the largest dead one."""
     dead = [4, 5, 6, 7, 8, 9, 11]
     weight, moments = layer(dead)
-    result = SOLVERS[method](TWO_FOUR)(weight, torch.ones_like(weight), moments)
+    result = LAYERWISE[method](TWO_FOUR).solve(weight, torch.ones_like(weight), moments)
     mask = result.mask.bool()
     assert torch.equal(mask[:, 4:8], hard_mask(weight[:, 4:8].abs(), TWO_FOUR))
     assert torch.equal(result.weight[:, dead], (weight * mask)[:, dead])  # they keep their values
@@ -48,7 +47,7 @@ def test_dead_inputs_beside_live_ones(method):
     assert torch.equal(mask[:, [8, 9, 11]].int().argmax(1), weight[:, [8, 9, 11]].abs().argmax(1))
     seen = [0, 1, 2, 3, 12, 13, 14, 15]
     small = moments[seen][:, seen]
-    alone = SOLVERS[method](TWO_FOUR)(weight[:, seen], torch.ones(12, 8), small)
+    alone = LAYERWISE[method](TWO_FOUR).solve(weight[:, seen], torch.ones(12, 8), small)
     assert method != "wanda" or torch.equal(alone.mask, mask[:, seen])  # live groups as if the dead were not there
 
 
@@ -64,7 +63,7 @@ def test_dead_weights_on_a_grid_are_rounded_values_of_their_own():
 def test_a_given_mask_stays_and_so_do_its_dead_weights():
     weight, moments = layer([0, 1, 2, 3])
     wanted = torch.tensor([1.0, 1, 0, 0] * 4).expand(12, 16)
-    result = sparsegpt(TWO_FOUR, choose_masks=False)(weight, wanted, moments)
+    result = SparseGPTConfig(TWO_FOUR, choose_masks=False).solve(weight, wanted, moments)
     assert torch.equal(result.mask, wanted.bool())
     assert torch.equal(result.weight[:, :4], (weight * wanted)[:, :4])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +12,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sparseforge_fx.deploy.export import export
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.passes import find_linears
+from sparseforge_fx.training import inputs, prepare
+from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.sparse_model import SparseModel
 
 VOCABULARY = 97
@@ -35,9 +37,9 @@ class Tiny:
         self.model.eval().requires_grad_(True).zero_grad()
         return self
 
-    def sparse(self, config, *, w_task: float = 1.0, w_kl: float = 1.0, **options) -> SparseModel:
+    def sparse(self, config, objective: Distillation | None = None, **options) -> SparseModel:
         """What sf.prepare gives, without capturing again."""
-        return SparseModel(self.program, self.sites, config, w_task=w_task, w_kl=w_kl, **options)
+        return SparseModel(self.program, self.sites, config, objective, **options)
 
     @property
     def sites(self):
@@ -130,8 +132,8 @@ def captured_once(monkeypatch, tiny):
     def remembered(model, example_inputs=None):
         return programs.get(id(model)) or capture(model, example_inputs)
 
-    for name in ("training.prepare", "training.sparsify", "deploy.export.export"):
-        monkeypatch.setattr(importlib.import_module(f"sparseforge_fx.{name}"), "capture", remembered)
+    for module in (prepare, inputs, export):
+        monkeypatch.setattr(module, "capture", remembered)
     return reset
 
 

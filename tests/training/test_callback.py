@@ -14,6 +14,7 @@ from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.passes import find_linears
 from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.training.callback import STATE, SparseForgeCallback
+from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.sparse_model import SparseModel
 
 STEPS = 4
@@ -29,7 +30,7 @@ def prepared(dense, steps=STEPS):
     model = copy.deepcopy(dense)
     example = {"input_ids": torch.randint(0, 250, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     program = capture(model, example)
-    return model, SparseModel(program, find_linears(program), sf.paper_preset(steps), w_task=1.0, w_kl=1.0)
+    return model, SparseModel(program, find_linears(program), sf.paper_preset(steps), Distillation(task=1.0, kl=1.0))
 
 
 def padded_rows(count=16, length=12):

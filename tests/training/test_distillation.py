@@ -9,7 +9,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.taps import Taps
 from sparseforge_fx.training.distillation import (
     FEATURES,
-    check_losses,
+    Distillation,
     feature_loss,
     logits_loss,
     plain_logits_loss,
@@ -212,18 +212,39 @@ def test_feature_losses_vanish_where_student_and_teacher_agree(kind):
 @pytest.mark.parametrize(("divergence", "features"), [("KL", None), ("kl", "squarehed")])
 def test_losses_that_do_not_exist(divergence, features):
     with pytest.raises(SparseForgeError, match="choose one of"):
-        check_losses(divergence, features)
+        Distillation(divergence=divergence, features=features)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl"])
-def test_the_loss_that_differentiates_twice_is_the_chunked_one(divergence):
+@pytest.mark.parametrize("rows_at_once", [1, 100])
+def test_temperature(divergence, temperature, rows_at_once):
+    """T^2 times the divergence of both distributions at T, by PyTorch's own functions; the task stays at 1."""
+    student, teacher, labels = example()
+    student.requires_grad_()
+    options = {"divergence": divergence, "temperature": temperature, "w_task": 0.5, "w_kl": 2.0}
+    loss = logits_loss(student, teacher, labels, **options, chunk_bytes=rows_at_once * VOCAB * 4)
+    logits = student.detach().double().flatten(0, -2).requires_grad_()
+    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (logits, teacher.double().flatten(0, -2)))
+    pair = (log_q, log_p) if divergence == "reverse_kl" else (log_p, log_q)
+    kl = temperature**2 * F.kl_div(*pair, log_target=True, reduction="batchmean")
+    total = 0.5 * F.cross_entropy(logits, labels.flatten(), ignore_index=-100) + 2.0 * kl
+    torch.testing.assert_close(loss.kl.double(), kl, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss.total.double(), total, rtol=1e-5, atol=1e-7)
+    (got,), (wanted,) = torch.autograd.grad(loss.total, student), torch.autograd.grad(total, logits)
+    torch.testing.assert_close(got.double().flatten(0, -2), wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl"])
+def test_the_loss_that_differentiates_twice_is_the_chunked_one(divergence, temperature):
     """Same value, parts and gradient; and a Hessian, where the chunked one has none."""
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 7, dtype=torch.float32, requires_grad=True), torch.randn(2, 7)
     labels = torch.tensor([3, -100])
 
     def loss(rows, function=plain_logits_loss):
-        return function(rows, teacher, labels, w_task=0.7, w_kl=0.4, divergence=divergence)
+        return function(rows, teacher, labels, w_task=0.7, w_kl=0.4, divergence=divergence, temperature=temperature)
 
     once, twice = loss(student, logits_loss), loss(student)
     exact = torch.autograd.functional.hessian(lambda rows: loss(rows).total, student.detach())
@@ -232,6 +253,6 @@ def test_the_loss_that_differentiates_twice_is_the_chunked_one(divergence):
     (first,), (second,) = (torch.autograd.grad(found.total, student) for found in (once, twice))
     torch.testing.assert_close(first, second)
     p = student.detach()[0].softmax(-1)
-    if divergence == "kl":  # both parts have the Hessian of the log-partition
+    if divergence == "kl" and temperature == 1:  # both parts have the Hessian of the log-partition
         torch.testing.assert_close(exact[0, :, 0, :], (0.7 + 0.4 / 2) * (p.diag() - p[:, None] * p))
     assert exact.abs().max() > 0.01

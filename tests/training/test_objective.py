@@ -9,12 +9,13 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 import sparseforge_fx as sf
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.objective import Answer, Objective
 
 
 def objective(config=None, **changes):
     notes = []
-    made = Objective(**({"w_task": 1.0, "w_kl": 1.0, "divergence": "kl"} | changes), config=config, note=notes.append)
+    made = Objective(Distillation(**changes), config=config, note=notes.append)
     return made, notes
 
 
@@ -118,13 +119,13 @@ def test_the_task_is_the_models_own_loss(cls, changes, labels):
     shape = (4, 3, 12) if cls == "BertForMultipleChoice" else (4, 12)
     batch = {"input_ids": torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(0))}
     batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), **labels}
-    sparse = sf.prepare(model, batch, sf.paper_preset(4), w_kl=0.0).train()
+    sparse = sf.prepare(model, batch, sf.paper_preset(4), objective=Distillation(kl=0.0)).train()
     torch.testing.assert_close(sparse(**batch).loss, model(**batch).loss, rtol=1e-5, atol=1e-6)
     assert sparse.reader.notes == []
 
 
 def test_a_span_does_not_begin_in_padding():
-    made, _ = objective(w_task=0.0)
+    made, _ = objective(task=0.0)
     real = torch.ones(2, 5, dtype=torch.bool)
     real[:, 3:] = False
     student, teacher = (Answer(torch.randn(2, 2, 5), "start_logits", True) for _ in range(2))

@@ -10,6 +10,7 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.pattern import check_pattern
+from sparseforge_fx.training.distillation import Distillation
 
 TWO_FOUR = sf.SparseForgeConfig(steps=1).pattern
 
@@ -96,14 +97,14 @@ def test_losses_are_those_of_sparsify(captured_once):
     found = captured_once("llama")
     config = sf.paper_preset(10)
     plain = sf.prepare(found.model, found.example, config).train()(**found.batch()).loss
-    reverse = sf.prepare(found.model, found.example, config, divergence="reverse_kl").train()
+    reverse = sf.prepare(found.model, found.example, config, objective=Distillation(divergence="reverse_kl")).train()
     reverse.method.weights[0].mask.mul_(0.5)
     assert reverse(**found.batch()).loss != plain
-    features = sf.prepare(found.model, found.example, config, features="squarehead", w_features=2.0).train()
+    features = sf.prepare(found.model, found.example, config, objective=Distillation(features="squarehead", feature_weight=2.0)).train()
     features.method.weights[0].mask.mul_(0.5)
     assert features(**found.batch()).loss > plain
     with pytest.raises(SparseForgeError, match="divergence"):
-        sf.prepare(found.model, found.example, config, divergence="js")
+        sf.prepare(found.model, found.example, config, objective=Distillation(divergence="js"))
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

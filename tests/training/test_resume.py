@@ -9,9 +9,11 @@ import torch
 import sparseforge_fx as sf
 from sparseforge_fx.errors import AS_IT_WAS, SparseForgeError
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
+from sparseforge_fx.models import low_rank
 from sparseforge_fx.training import checkpoint
-from sparseforge_fx.training.checkpoint import load_state, misfit, save_state
-from sparseforge_fx.training.train import train
+from sparseforge_fx.training.checkpoint import load_state, save_state
+from sparseforge_fx.training.distillation import Distillation
+from sparseforge_fx.training.train import Optimization, train
 
 QUIET = {"steps": 6, "batch_size": 2, "length": 12, "compile": False, "show_progress": False, "save_seconds": 0.0}
 
@@ -36,7 +38,7 @@ def stopped(captured_once, tmp_path):
     path = tmp_path / "state.pt"
     if not SAVED:
         with pytest.raises(Stop):
-            sf.sparsify(found.model, ids, method="gmp", slorb_block=16, resume_from=path, on_step=stop, **QUIET)
+            sf.sparsify(found.model, ids, method="gmp", slorb_block=16, state_path=path, on_step=stop, **QUIET)
         assert load_state(path)["step"] == 3
         SAVED.append(path.read_bytes())
         found.reset()
@@ -45,7 +47,7 @@ def stopped(captured_once, tmp_path):
 
 
 def resume(found, ids, path, **changes):
-    return sf.sparsify(found.model, ids, **QUIET | {"method": "gmp", "slorb_block": 16, "resume_from": path} | changes)
+    return sf.sparsify(found.model, ids, **QUIET | {"method": "gmp", "slorb_block": 16, "state_path": path} | changes)
 
 
 def untouched(found):
@@ -56,9 +58,9 @@ def untouched(found):
 OTHER = {
     "lr": ({"lr": 1e-2}, r"lr 0\.01 instead of 0\.0005"),
     "seed": ({"seed": 1}, "seed 1 instead of 0"),
-    "cross-entropy": ({"w_task": 0.5}, r"w_task 0\.5 instead of 1\.0"),
-    "divergence": ({"divergence": "reverse_kl"}, "divergence reverse_kl instead of kl"),
-    "features": ({"features": "squarehead"}, "features squarehead instead of None"),
+    "cross-entropy": ({"objective": Distillation(task=0.5)}, r"task 0\.5 instead of 1\.0"),
+    "divergence": ({"objective": Distillation(divergence="reverse_kl")}, "divergence reverse_kl instead of kl"),
+    "features": ({"objective": Distillation(features="squarehead")}, "features squarehead instead of None"),
     "batch": ({"batch_size": 4}, "batch_size 4 instead of 2.*other data"),
     "accumulate": ({"accumulate": 2}, "accumulate 2 instead of 1"),
     "branch": ({"slorb_block": 8}, "slorb_block 8 instead of 16"),
@@ -94,13 +96,13 @@ def test_the_same_run_goes_on_with_its_branches(stopped):
     assert len(rest) == 6 and rest[:3] == saved
     resumed = {k: v.clone() for k, v in found.model.state_dict().items()}
     for module in found.model.modules():
-        sf.low_rank.detach(module)
+        low_rank.detach(module)
     found.reset()
     resume(found, ids, path.with_name("none.pt"))
     whole = found.model.state_dict()
     assert any("slorb" in k for k in whole) and all(torch.equal(v, whole[k]) for k, v in resumed.items())
     for module in found.model.modules():
-        sf.low_rank.detach(module)
+        low_rank.detach(module)
 
 
 # -- edits -----------------------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def masks_under_way(tiny, tmp_path):
         found.reset()
         sparse = found.sparse(config)
         options |= {"state_path": path, "save_seconds": 0.0, "show_progress": False, "compile": False}
-        return train(sparse, Batches(), sparse.parameters(), lr=1e-2, **options)
+        return train(sparse, Batches(), sparse.parameters(), Optimization(lr=1e-2), **options)
 
     with pytest.raises(Stop):
         run(on_step=stop)
@@ -261,21 +263,10 @@ def test_a_file_that_claims_more_than_it_holds(tmp_path):
         load_state(path)
 
 
-def test_misfit_names_the_place():
-    wanted = {"a": [torch.zeros(2), 1.0], "b": {"c": "x"}}
-    assert misfit(copy.deepcopy(wanted), wanted, "state") is None
-    assert misfit({"a": [torch.zeros(2), 1], "b": {"c": "y"}}, wanted, "state") is None
-    assert misfit({"a": [torch.zeros(3), 1.0], "b": {"c": "x"}}, wanted, "state") == (
-        "state[a][0] is float32 [3] instead of float32 [2]"
-    )
-    assert misfit({"a": [torch.zeros(2), 1.0], "b": {}}, wanted, "state") == "state[b] lacks c"
-    assert misfit({"a": wanted["a"], "b": {"c": 1}}, wanted, "state") == "state[b][c] is of type int instead of str"
-
-
 def test_a_place_where_no_state_can_be_written_is_seen_first(captured_once, tmp_path):
     found = captured_once("mlp")
     (tmp_path / "file").write_text("")
     data = [torch.randn(2, 16)]
     with pytest.raises(SparseForgeError, match="is a file"):
-        sf.sparsify(found.model, data, resume_from=tmp_path / "file" / "state.pt", **QUIET)
+        sf.sparsify(found.model, data, state_path=tmp_path / "file" / "state.pt", **QUIET)
     assert untouched(found)

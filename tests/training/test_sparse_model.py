@@ -12,7 +12,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.curvature import hutchinson_diagonal
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
 from sparseforge_fx.pattern import check_pattern, hard_mask
-from sparseforge_fx.training.distillation import feature_loss
+from sparseforge_fx.training.distillation import Distillation, feature_loss
 
 TWO_FOUR = sf.SparseForgeConfig(steps=1).pattern
 
@@ -39,11 +39,17 @@ def test_before_the_first_step_it_is_the_model(captured_once):
         torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-6)  # the teacher still agrees
     sparse.train()(**batch).loss.backward()
-    grads = {n: p.grad.clone() for n, p in found.model.named_parameters()}
+    grads = {n: p.grad.clone() for n, p in found.model.named_parameters() if p.requires_grad}
+    vectors = {n for n, p in found.model.named_parameters() if p.dim() < 2}
+    assert set(grads) == {*found.weights, *vectors}
     found.model.zero_grad()
     expected.loss.backward()
     for n, p in found.model.named_parameters():
-        torch.testing.assert_close(grads[n], p.grad, rtol=1e-3, atol=1e-5)
+        assert (p.grad is not None) == (n in grads)
+        if n in grads:
+            torch.testing.assert_close(grads[n], p.grad, rtol=1e-3, atol=1e-5)
+    sf.finalize(sparse)
+    assert all(p.requires_grad and p.grad is None for p in found.model.parameters())
 
 
 def test_a_mapping_as_the_only_argument(captured_once):
@@ -56,7 +62,7 @@ def test_a_mapping_as_the_only_argument(captured_once):
 # -- labels and masks ------------------------------------------------------------------------------------------------
 def test_labels_are_the_next_tokens_where_none_are_given(captured_once):
     found = captured_once("llama")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), w_kl=0.0)
+    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), objective=Distillation(kl=0.0))
     batch = found.batch()
     ids = batch["input_ids"]
     with torch.no_grad():
@@ -74,7 +80,7 @@ def test_labels_are_the_next_tokens_where_none_are_given(captured_once):
 
 def test_loss_is_task_and_divergence_in_the_given_weights(captured_once):
     found = captured_once("llama")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), w_task=0.25, w_kl=3.0)
+    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), objective=Distillation(task=0.25, kl=3.0))
     batch = found.batch()
     with torch.no_grad():
         teacher = found.model(**batch).logits
@@ -138,7 +144,7 @@ def test_padding_with_a_captured_mask(tiny):
 # -- models that are no language models ------------------------------------------------------------------------------
 def test_encoder_is_distilled_by_its_hidden_states(captured_once):
     found = captured_once("bert")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), w_kl=2.0)
+    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), objective=Distillation(kl=2.0))
     batch = found.batch()
     with torch.no_grad():
         teacher = found.model(**batch).last_hidden_state
@@ -179,7 +185,7 @@ def test_classifier_scores_its_labels():
     torch.testing.assert_close(output.loss, expected)
     assert sparse(x=x).loss < 1e-6  # no labels: the teacher alone, which still agrees
     assert sparse(x=x, labels=y.float()).loss < 1e-6  # no classes
-    without = sf.prepare(model, {"x": x}, sf.paper_preset(10), w_kl=0.0).train()
+    without = sf.prepare(model, {"x": x}, sf.paper_preset(10), objective=Distillation(kl=0.0)).train()
     without(x=x)
     assert without.last_loss is None
     without(x=x, labels=y.float())
@@ -261,25 +267,25 @@ def test_teacher_stays_the_dense_model(captured_once):
     sparse = sf.prepare(found.model, found.example, config, include=["*layers*"], calibration=calibration)
     for step in range(8):
         own_loop(sparse, [found.batch(step)])
-        torch.testing.assert_close(sparse._teach(sparse.reader.read((), batch)).value, dense, rtol=0, atol=0)
+        torch.testing.assert_close(sparse.teacher(sparse.reader.read((), batch)).logits, dense, rtol=0, atol=0)
     assert not torch.equal(frozen, found.first["model.layers.0.mlp.up_proj.weight"])
     parameters = {p.data_ptr() for p in sparse.parameters() if p.requires_grad or p is frozen}
-    assert not parameters & {p.data_ptr() for p in sparse._hidden["teacher"].parameters()}
+    assert not parameters & {p.data_ptr() for p in sparse.teacher.module.parameters()}
 
 
 def test_teacher_shares_what_never_changes(captured_once):
     found = captured_once("llama")
     embedding = found.model.model.embed_tokens.weight.requires_grad_(False)
     sparse = sf.prepare(found.model, found.example, sf.paper_preset(10))
-    pointers = {n: p.data_ptr() for n, p in sparse._hidden["teacher"].named_parameters()}
+    pointers = {n: p.data_ptr() for n, p in sparse.teacher.module.named_parameters()}
     assert pointers["model.embed_tokens.weight"] == embedding.data_ptr()
-    assert all(not p.requires_grad for p in sparse._hidden["teacher"].parameters())
+    assert all(not p.requires_grad for p in sparse.teacher.module.parameters())
 
 
 def test_without_a_divergence_there_is_no_teacher(captured_once):
     found = captured_once("llama")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), w_kl=0.0)
-    assert sparse._hidden["teacher"] is None
+    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), objective=Distillation(kl=0.0))
+    assert sparse.teacher is None
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -287,7 +293,7 @@ def stored_bytes(sparse):
     """Bytes of every tensor that the object can reach, each storage once."""
     method = sparse.method
     tensors = [*sparse.parameters(), *sparse.buffers(), *sparse.program.state.values(), *sparse.dense.state.values()]
-    for module in (m for m in sparse._hidden.values() if m is not None):
+    for module in filter(None, (sparse.teacher.module, sparse.probe.module)):
         tensors += [
             *module.parameters(),
             *module.buffers(),
@@ -364,7 +370,7 @@ def test_to_another_dtype_keeps_masks_shared(dtype):
         optimizer.step()
         sparse.step()
         optimizer.zero_grad()
-        buffers, probed = dict(sparse.graph.named_buffers()), dict(sparse._hidden["probe"].named_buffers())
+        buffers, probed = dict(sparse.graph.named_buffers()), dict(sparse.probe.module.named_buffers())
         for w in sparse.method.weights:
             assert w.mask.dtype == dtype
             assert w.mask is buffers[f"{w.fqn}_mask"] is probed[f"{w.fqn}_mask"]
@@ -377,7 +383,7 @@ def test_to_another_dtype_keeps_masks_shared(dtype):
 def test_probes_weigh_nothing_after_a_change_of_dtype():
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.LayerNorm(64))
     sparse = sf.prepare(model, torch.randn(2, 64), sf.paper_preset(10)).to(torch.bfloat16)
-    probes = [p for n, p in sparse._hidden["probe"].named_parameters() if "probe" in n]
+    probes = [p for n, p in sparse.probe.module.named_parameters() if "probe" in n]
     assert [p.untyped_storage().nbytes() for p in probes] == [2]
 
 
@@ -395,24 +401,24 @@ def test_to_the_meta_device_and_names(captured_once):
 def test_features_are_distilled_beside_the_logits(tiny, features):
     found = tiny("llama")
     plain, batch = found.sparse(sf.paper_preset(10)), found.batch()
-    sparse = found.sparse(sf.paper_preset(10), features=features, w_features=0.5)
+    sparse = found.sparse(sf.paper_preset(10), Distillation(features=features, feature_weight=0.5))
     equal = sparse.train()(**batch).loss
     torch.testing.assert_close(equal, plain.train()(**batch).loss)  # the student is the teacher still
     for model in (plain, sparse):
         for w in model.method.weights:
             w.mask.copy_(hard_mask(w.weight.abs(), TWO_FOUR, w.dim))
     apart, without = sparse(**batch).loss, plain(**batch).loss
-    distance = feature_loss(features, *sparse._seen)
+    distance = feature_loss(features, sparse.seen, sparse.teacher.seen)
     torch.testing.assert_close(apart, without + 0.5 * distance)
     assert distance > 0.01
     apart.backward()
     assert all(torch.isfinite(w.weight.grad).all() and w.weight.grad.any() for w in sparse.method.weights)
-    assert len(sparse._seen[0].hidden) == len(sparse._seen[1].hidden) == 2  # of one pass
+    assert len(sparse.seen.hidden) == len(sparse.teacher.seen.hidden) == 2  # of one pass
 
 
 def test_features_alone_need_a_teacher_too(tiny):
     found = tiny("llama")
-    sparse = found.sparse(sf.paper_preset(10), w_task=0.0, w_kl=0.0, features="squarehead")
+    sparse = found.sparse(sf.paper_preset(10), Distillation(task=0.0, kl=0.0, features="squarehead"))
     sparse.train()(**found.batch()).loss.backward()
     with pytest.raises(SparseForgeError, match="compile=False"):
         sparse.compile()
@@ -420,6 +426,6 @@ def test_features_alone_need_a_teacher_too(tiny):
 
 def test_features_are_not_looked_at_in_eval_mode(tiny):
     found = tiny("llama")
-    sparse = found.sparse(sf.paper_preset(10), features="tinybert").eval()
+    sparse = found.sparse(sf.paper_preset(10), Distillation(features="tinybert")).eval()
     loss = sparse(**found.batch()).loss
     torch.testing.assert_close(loss, found.sparse(sf.paper_preset(10)).eval()(**found.batch()).loss)

@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import sparseforge_fx as sf
+from sparseforge_fx.data.drawn_text import draw_text
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.catalog import METHODS, TRAINED
 from sparseforge_fx.pattern import Pattern, check_pattern, hard_mask, parse_pattern
-from sparseforge_fx.training.sparsify import draw_text
+from sparseforge_fx.training.distillation import Distillation
 
 TWO_FOUR = Pattern(2, 4)
 SMALL = {
@@ -135,7 +136,7 @@ def test_training_brings_the_model_nearer_than_magnitude(captured_once, preset):
     by_size = divergence(found, dense, batches)
     found.reset()
     options = SMALL | {"steps": 40, "lr": 3e-3, "batch_size": 8, "calibration": 16}
-    sf.sparsify(found.model, ids, preset=preset, w_task=0.0, **options)
+    sf.sparsify(found.model, ids, preset=preset, objective=Distillation(task=0.0), **options)
     assert divergence(found, dense, batches) < 0.6 * by_size
 
 
@@ -199,7 +200,7 @@ def test_resume_from_a_file(captured_once, tmp_path, method, preset):
         return [p.detach().clone() for p in found.model.parameters()], [row["loss"] for row in result.report["curves"]]
 
     straight, curve = run()
-    saved = {"resume_from": str(tmp_path / "state.pt"), "save_seconds": 0.0}
+    saved = {"state_path": str(tmp_path / "state.pt"), "save_seconds": 0.0}
     for stop in (2, 10):
         assert run(stop, **saved) is None
     weights, resumed = run(**saved)
@@ -604,7 +605,7 @@ def test_a_layer_wise_start_is_saved_before_the_first_step(captured_once, tmp_pa
     def killed(step, row):
         raise KeyboardInterrupt
 
-    options |= {"resume_from": tmp_path / "state.pt"}
+    options |= {"state_path": tmp_path / "state.pt"}
     model = captured_once("llama").model
     with pytest.raises(KeyboardInterrupt):
         sf.sparsify(model, ids, **options, on_step=killed)

@@ -17,8 +17,9 @@ from two_processes import run_two
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig, tuned_preset
 from sparseforge_fx.pattern import Pattern, check_pattern
+from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.prepare import finalize, prepare
-from sparseforge_fx.training.train import MasterWeights, train, worth_compiling
+from sparseforge_fx.training.train import MasterWeights, Optimization, train, worth_compiling
 
 QUIET = {"show_progress": False, "compile": False}
 DENSE = SparseForgeConfig(steps=12, heat_end=0.3, quench_end=0.7, masked_decay=1e-3)
@@ -70,7 +71,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tiny, tmp_path, name, config):
                 raise Killed
 
         try:
-            curves = train(sparse, Batches(found), sparse.parameters(), lr=1e-2, on_step=on_step, **QUIET, **options)
+            curves = train(sparse, Batches(found), sparse.parameters(), Optimization(lr=1e-2), on_step=on_step, **QUIET, **options)
         except Killed:
             return None
         finalize(sparse)
@@ -94,14 +95,14 @@ SCRIPT = """
 import os, signal, sys, torch
 import tiny_models
 from pathlib import Path
-from sparseforge_fx.training.train import train
+from sparseforge_fx.training.train import Optimization, train
 from test_train import Batches, DENSE, QUIET
 torch.set_num_threads(1)
 found = tiny_models._captured("mlp").reset()
 sparse = found.sparse(DENSE)
 kill = lambda step, row: step == 8 and os.kill(os.getpid(), signal.SIGKILL)
 saved = {"state_path": Path(sys.argv[1]), "save_seconds": 0.0}
-train(sparse, Batches(found), sparse.parameters(), lr=1e-2, on_step=kill, **saved, **QUIET)
+train(sparse, Batches(found), sparse.parameters(), Optimization(lr=1e-2), on_step=kill, **saved, **QUIET)
 """
 
 
@@ -115,7 +116,7 @@ def test_sigkill(tiny, tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     found = tiny("mlp")
     straight = found.sparse(DENSE)
-    curves = train(straight, Batches(found), straight.parameters(), lr=1e-2, **QUIET)
+    curves = train(straight, Batches(found), straight.parameters(), Optimization(lr=1e-2), **QUIET)
     expected = {k: v.clone() for k, v in found.model.state_dict().items()}
     found.reset()
     sparse = found.sparse(DENSE)
@@ -124,7 +125,7 @@ def test_sigkill(tiny, tmp_path):
         sparse,
         Batches(found),
         sparse.parameters(),
-        lr=1e-2,
+        Optimization(lr=1e-2),
         state_path=path,
         on_step=lambda step, row: steps.append(step),
         **QUIET,
@@ -136,7 +137,7 @@ def test_sigkill(tiny, tmp_path):
 
 def saved_state(found, path, config=DENSE):
     sparse = found.sparse(config)
-    train(sparse, Batches(found), sparse.parameters(), lr=1e-2, state_path=path, save_seconds=0.0, **QUIET)
+    train(sparse, Batches(found), sparse.parameters(), Optimization(lr=1e-2), state_path=path, save_seconds=0.0, **QUIET)
     found.reset()
 
 
@@ -162,7 +163,7 @@ def test_a_state_that_does_not_fit_changes_nothing(tiny, tmp_path, what):
     if what == "other sites":
         sparse.method.weights.pop()
     with pytest.raises(SparseForgeError, match=message):
-        train(sparse, Batches(found), sparse.parameters(), lr=1e-2, state_path=path, **QUIET)
+        train(sparse, Batches(found), sparse.parameters(), Optimization(lr=1e-2), state_path=path, **QUIET)
     assert all(torch.equal(v, found.first[k]) for k, v in found.model.state_dict().items())
     assert all((w.mask == 1).all() for w in sparse.method.weights)
 
@@ -171,7 +172,7 @@ def test_state_is_saved_as_often_as_asked(tiny, tmp_path):
     found = tiny("mlp")
     path = tmp_path / "state.pt"
     sparse = found.sparse(DENSE)
-    train(sparse, Batches(found), sparse.parameters(), lr=1e-2, state_path=path, save_seconds=600.0, **QUIET)
+    train(sparse, Batches(found), sparse.parameters(), Optimization(lr=1e-2), state_path=path, save_seconds=600.0, **QUIET)
     assert not path.exists()
 
 
@@ -196,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
             sparse,
             Poisoned(found),
             sparse.parameters(),
-            lr=1e-2,
+            Optimization(lr=1e-2),
             state_path=path,
             save_seconds=0.0,
             on_step=on_step,
@@ -215,16 +216,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny, bad):
     sparse = found.sparse(DENSE)
     hook = found.model[2].bias.register_hook(lambda g: g * bad)
     with pytest.raises(SparseForgeError, match="gradient is not finite at step 0"):
-        train(sparse, Batches(found), sparse.parameters(), lr=1e-2, **QUIET)
+        train(sparse, Batches(found), sparse.parameters(), Optimization(lr=1e-2), **QUIET)
     hook.remove()
     assert all(torch.equal(v, found.first[k]) for k, v in found.model.state_dict().items())
 
 
 def test_nothing_to_learn_from(tiny):
     found = tiny("mlp")
-    sparse = found.sparse(DENSE, w_kl=0.0)
+    sparse = found.sparse(DENSE, Distillation(kl=0.0))
     with pytest.raises(SparseForgeError, match="nothing to learn from"):
-        train(sparse, Batches(found), sparse.parameters(), lr=1e-2, **QUIET)
+        train(sparse, Batches(found), sparse.parameters(), Optimization(lr=1e-2), **QUIET)
 
 
 # -- steps and curves ------------------------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(tiny):
                 return {"input_ids": whole[step][micro * rows : (micro + 1) * rows]}
 
         sparse = found.sparse(config)
-        curves = train(sparse, Parts(), sparse.parameters(), lr=1e-3, accumulate=accumulate, **QUIET)
+        curves = train(sparse, Parts(), sparse.parameters(), Optimization(lr=1e-3, accumulate=accumulate), **QUIET)
         results.append((curves, {k: v.clone() for k, v in found.model.state_dict().items()}))
     for curves, weights in results[1:]:
         for row, expected in zip(curves, results[0][0], strict=True):
@@ -261,7 +262,7 @@ def test_curves_and_callbacks(tiny):
     sparse = found.sparse(SparseForgeConfig(steps=20))
     seen = []
     curves = train(
-        sparse, Batches(found, rows=2), sparse.parameters(), lr=1e-3, warmup=0.2, accumulate=2,
+        sparse, Batches(found, rows=2), sparse.parameters(), Optimization(lr=1e-3, warmup=0.2, accumulate=2),
         on_step=lambda step, row: seen.append((step, row)), **QUIET,
     )  # fmt: skip
     assert [(step, row) for step, row in enumerate(curves)] == seen
@@ -284,7 +285,7 @@ def test_training_lowers_the_loss(tiny):
             return found.batch(seed=0, rows=4)
 
     sparse = found.sparse(SparseForgeConfig(steps=30))
-    curves = train(sparse, One(), sparse.parameters(), lr=5e-3, **QUIET)
+    curves = train(sparse, One(), sparse.parameters(), Optimization(lr=5e-3), **QUIET)
     assert curves[-1]["loss"] < curves[0]["loss"] - 0.5
     finalize(sparse)
     for w in sparse.method.weights:
@@ -303,7 +304,7 @@ def test_clipping_bounds_the_gradient_of_all_parameters_together(tiny, monkeypat
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     sparse = found.sparse(DENSE)
-    curves = train(sparse, Batches(found), sparse.parameters(), lr=1e-2, clip=0.01, **QUIET)
+    curves = train(sparse, Batches(found), sparse.parameters(), Optimization(lr=1e-2, clip=0.01), **QUIET)
     assert max(row["grad_norm"] for row in curves) > 0.02
     for row, norm in zip(curves, norms, strict=True):
         assert norm == pytest.approx(min(row["grad_norm"], 0.01), rel=1e-3, abs=1e-7)
@@ -312,7 +313,7 @@ def test_clipping_bounds_the_gradient_of_all_parameters_together(tiny, monkeypat
 def test_only_what_is_given_trains(tiny):
     found = tiny("mlp")
     sparse = found.sparse(DENSE)
-    train(sparse, Batches(found), [found.model[0].bias], lr=1e-2, **QUIET)
+    train(sparse, Batches(found), [found.model[0].bias], Optimization(lr=1e-2), **QUIET)
     moved = {k for k, v in found.model.state_dict().items() if not torch.equal(v, found.first[k])}
     assert "0.bias" in moved
     assert moved <= {"0.bias", "0.weight", "2.weight"}  # masked_decay acts on sites
@@ -327,7 +328,7 @@ def test_batches_of_a_tokenizer(tiny):
             return BatchEncoding(dict(found.batch(step)))
 
     sparse = found.sparse(SparseForgeConfig(steps=2))
-    curves = train(sparse, Encoded(), sparse.parameters(), lr=1e-3, **QUIET)
+    curves = train(sparse, Encoded(), sparse.parameters(), Optimization(lr=1e-3), **QUIET)
     assert curves[-1]["tokens"] == 48
 
 
@@ -378,7 +379,7 @@ def test_a_bfloat16_model_moves_as_a_float32_model_does():
             def batch(self, step, x=x, dtype=dtype):
                 return x.to(dtype)
 
-        train(sparse, One(), [p for p in sparse.parameters() if p.dim() == 2], lr=5e-5, **QUIET)
+        train(sparse, One(), [p for p in sparse.parameters() if p.dim() == 2], Optimization(lr=5e-5), **QUIET)
         moved[dtype] = (model[2].weight.detach() - first).float().abs().mean().item()
     # 60 steps of at most 5e-5; weights of 0.1 are 5e-4 apart
     assert moved[torch.float32] > 1e-3
@@ -394,7 +395,7 @@ def test_decay_of_masked_weights_is_not_lost_in_bfloat16():
     sparse = found.sparse(config)
     weight = sparse.method.weights[0]
     weight.mask[:, ::2] = 0
-    train(sparse, Batches(found), sparse.parameters(), lr=0.0, **QUIET)
+    train(sparse, Batches(found), sparse.parameters(), Optimization(lr=0.0), **QUIET)
     first, last = found.first["0.weight"].float(), found.model[0].weight.detach().float()
     torch.testing.assert_close(last[:, 1::2], first[:, 1::2], rtol=0, atol=0)
     torch.testing.assert_close(last[:, ::2], first[:, ::2] * 0.999**49, rtol=2**-8, atol=0)
@@ -405,12 +406,12 @@ RANKS = """
 import sys, torch
 import tiny_models
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
-from sparseforge_fx.training.train import train
+from sparseforge_fx.training.train import Optimization, train
 from test_train import Halves, QUIET, RANKS_CONFIG
 torch.set_num_threads(1)
 found = tiny_models._captured("mlp").reset()
 sparse = found.sparse(RANKS_CONFIG)
-curves = train(sparse, Halves(found), sparse.parameters(), lr=1e-2, **QUIET)
+curves = train(sparse, Halves(found), sparse.parameters(), Optimization(lr=1e-2), **QUIET)
 rank = torch.distributed.get_rank()
 masks = {w.fqn: w.mask for w in sparse.method.weights}
 result = {"weights": found.model.state_dict(), "masks": masks, "tokens": curves[-1]["tokens"]}
@@ -453,6 +454,6 @@ def test_processes_see_different_batches_and_none_twice(tiny, accumulate):
             reduce=lambda value, reduction="sum": value, gather=lambda value: value,
         )  # fmt: skip
         sparse = found.sparse(SparseForgeConfig(steps=3))
-        train(sparse, Data(found), sparse.parameters(), lr=1e-3, accumulate=accumulate, accelerator=alone, **QUIET)
+        train(sparse, Data(found), sparse.parameters(), Optimization(lr=1e-3, accumulate=accumulate), accelerator=alone, **QUIET)
     assert sorted(step for step, _ in seen) == list(range(6 * accumulate))
     assert sorted(step // 2 // accumulate for step, rank in seen if rank) == sorted([0, 1, 2] * accumulate)

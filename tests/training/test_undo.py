@@ -11,6 +11,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.errors import AS_IT_WAS, SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.methods import layerwise, learned
+from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.undo import dense_again_on_error, put_back
 
 QUIET = {"steps": 4, "batch_size": 2, "length": 12, "calibration": 4, "compile": False, "show_progress": False}
@@ -65,7 +66,7 @@ METHODS = {
     "ast with branches": {"method": "ast", "slorb_block": 16},
     "cast": {"method": "cast"},
     "maskllm": {"method": "maskllm"},
-    "no teacher": {"method": "gmp", "w_kl": 0.0},
+    "no teacher": {"method": "gmp", "objective": Distillation(kl=0.0)},
 }
 
 
@@ -105,7 +106,7 @@ def test_other_places_to_fail(monkeypatch, where, model_in_use):
     else:
         module = sys.modules["sparseforge_fx.training.prepare"]
         name = {
-            "finalize": "harden_masks",
+            "finalize": "harden_passes",
             "after the masks were folded": "check_pattern",
             "attaching branches": "attach",
         }
@@ -129,7 +130,7 @@ def test_other_places_to_fail(monkeypatch, where, model_in_use):
 def test_methods_without_training(monkeypatch, method, model_in_use):
     model = model_in_use
     before = everything(model)
-    real, count = sys.modules["sparseforge_fx.training.sparsify"].check_pattern, []
+    real, count = sys.modules["sparseforge_fx.training.one_shot"].check_pattern, []
 
     def failing(*args):
         count.append(1)
@@ -137,7 +138,7 @@ def test_methods_without_training(monkeypatch, method, model_in_use):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(sys.modules["sparseforge_fx.training.sparsify"], "check_pattern", failing)
+    monkeypatch.setattr(sys.modules["sparseforge_fx.training.one_shot"], "check_pattern", failing)
     data = None if method == "magnitude" else torch.randint(3, 97, (8, 12))
     options = {k: v for k, v in QUIET.items() if k not in ("steps", "compile")}
     with pytest.raises(KeyboardInterrupt) as error:
@@ -207,7 +208,7 @@ def test_the_teacher_is_the_copy(tiny):
     """Beside the teacher no second copy of the weights is made."""
     found = tiny("llama")
     model, sparse = found.model, found.sparse(sf.paper_preset(4))
-    teacher = {id(t) for t in sparse._hidden["teacher"].parameters()}
+    teacher = {id(t) for t in sparse.teacher.module.parameters()}
     assert all(id(copy_) in teacher for _, copy_ in sparse.copies())
     assert {id(p) for p, _ in sparse.copies()} == {id(p) for p in model.parameters() if p.requires_grad}
 

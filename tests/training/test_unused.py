@@ -7,6 +7,7 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.data.tokens import TokenData
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.training.distillation import Distillation
 
 QUIET = {"show_progress": False, "compile": False}
 
@@ -20,18 +21,19 @@ def named(notes):
     return {note.split()[0] for note in notes if "is given and not used" in note}
 
 
+KL = Distillation(kl=0.5)
 X = [torch.randn(4, 16)] * 2
 
 
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"data": X, "method": "wanda", "lr": 1e-3, "w_kl": 0.5, "steps": 3, "calibration": 8}, {"lr", "w_kl", "steps"}),
+        ({"data": X, "method": "wanda", "lr": 1e-3, "objective": KL, "steps": 3, "calibration": 8}, {"lr", "objective", "steps"}),
         ({"data": X, "method": "magnitude", "length": 8, "example_inputs": X[0]}, {"data", "length"}),
         ({"data": X, "method": "ast", "steps": 2, "batch_size": 2, "calibration": 9}, {"batch_size", "calibration"}),
         ({"data": X, "method": "wanda", "calibration": 8, "separator": " ", "tokenizer": object()}, {"separator", "tokenizer"}),
         ({"data": X, "method": "wanda", "calibration": 8}, set()),
-        ({"data": X, "method": "ast", "steps": 2, "lr": 1e-3, "w_kl": 2.0, "accumulate": 2}, set()),
+        ({"data": X, "method": "ast", "steps": 2, "lr": 1e-3, "objective": KL, "accumulate": 2}, set()),
         ({"example_inputs": X[0]}, set()),
     ],
 )  # fmt: skip

@@ -8,8 +8,7 @@ from adapted_models import TARGET, adapted, layers, lowered
 from packed_models import GREEDY, IDS, SITES, pack_to, remembered, sparse_model
 
 import sparseforge_fx as sf
-from sparseforge_fx import deploy
-from sparseforge_fx.deploy import transformers_hook
+from sparseforge_fx.deploy import adapters, transformers_hook
 from sparseforge_fx.deploy.checkpoints.quantizer import packed_linears
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
@@ -120,7 +119,7 @@ def test_registered_if_peft_came_first(monkeypatch):  # in the other tests it ca
     monkeypatch.setattr(config, "__post_init__", config.__post_init__.__wrapped__)
     monkeypatch.setattr(utils, "_maybe_include_all_linear_layers", utils._maybe_include_all_linear_layers.__wrapped__)
     monkeypatch.delitem(sys.modules, "sparseforge_fx.deploy.adapters.lora_layer")
-    monkeypatch.setattr(deploy, "lora_layer", None)
+    monkeypatch.setattr(adapters, "lora_layer", None)
     assert config()._custom_modules is None
     transformers_hook.install()
     assert list(config()._custom_modules) == [SparseLinear]

@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 
 import sparseforge_fx as sf
-from sparseforge_fx import deploy
-from sparseforge_fx.deploy import transformers_hook
+from sparseforge_fx.deploy import checkpoints, transformers_hook
 from sparseforge_fx.deploy.checkpoints.quantizer import METHOD, PackedConfig, packed_linears
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
@@ -185,7 +184,7 @@ def test_registered_if_transformers_came_first(
     for table in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(table, METHOD)
     monkeypatch.delitem(sys.modules, transformers_hook.QUANTIZER)
-    monkeypatch.setattr(deploy, "quantizer", None)
+    monkeypatch.setattr(checkpoints, "quantizer", None)
     finders = list(sys.meta_path)
     transformers_hook.install()
     assert METHOD in auto.AUTO_QUANTIZER_MAPPING and METHOD in auto.AUTO_QUANTIZATION_CONFIG_MAPPING

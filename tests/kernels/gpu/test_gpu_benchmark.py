@@ -1,6 +1,5 @@
 """The GPU sweep's code on tiny CPU tensors: everything but the device."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,24 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-FILE = Path(__file__).parents[3] / "examples" / "benchmarks" / "gpu_kernels.py"
+FOLDER = Path(__file__).parents[3] / "examples" / "benchmarks"
+TINY = {"tiny": ((32, 64), (48, 64))}
 
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("gpu_kernels", FILE)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_kernels", module)
-    spec.loader.exec_module(module)
-    module.RESULTS = tmp_path
-    return module
+    monkeypatch.syspath_prepend(FOLDER)
+    import common
+    import gpu_kernels
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    return gpu_kernels
 
 
-def test_a_dry_run_measures_every_candidate_and_writes_nothing(bench, capsys):
+def test_a_dry_run_measures_every_candidate_and_writes_nothing(bench, capsys, tmp_path):
     bench.main(rounds=2, dry=True)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 8 and all("dense" in p and "planes" in p and "failed" not in p for p in printed)
-    assert not list(bench.RESULTS.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_hold_what_the_json_needs(bench):
@@ -38,35 +38,44 @@ def test_rows_hold_what_the_json_needs(bench):
     json.dumps(row, allow_nan=False)
 
 
-def test_a_wrong_candidate_gets_no_time(bench, monkeypatch):
-    monkeypatch.setattr(bench, "planes_linear", lambda x, values, meta, in_features: x.new_zeros(len(x), len(values)))
-    row = bench.measure(bench.Site(32, 64, torch.device("cpu"), 1), 3, 2, False, False)
+def test_a_wrong_candidate_gets_no_time(bench):
+    site = bench.Site(32, 64, torch.device("cpu"), 1)
+    site.planes[0][0].zero_()  # the values of the copy that is compared
+    row = bench.measure(site, 3, 2, False, False)
     assert "wrong" in row["results"]["planes"]["failed"] and "median_us" not in row["results"]["planes"]
+    assert "wrong" in row["results"]["decompress"]["failed"] and "median_us" in row["results"]["dense"]
     assert "wrong" in bench.line(row)
 
 
-def test_the_budget_stops_it_and_what_there_is_is_written(bench, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "environment", lambda: {"device": "A GPU"})
-    monkeypatch.setattr(bench.torch, "device", lambda name: torch.empty(0).device)
-    monkeypatch.setattr(bench, "SHAPES", {"tiny": ((32, 64), (48, 64))})
-    monkeypatch.setattr(bench, "tune", lambda *_: (8, 128, 8))
-    monkeypatch.setattr(bench, "COLD_BYTES", 1)
-    bench.main(minutes=0.0, shapes="tiny", rounds=1)
-    written = json.loads((bench.RESULTS / "cuda-a-gpu.json").read_text())
-    assert not written["complete"] and written["rows"] == [] and written["shapes"] == {"tiny": [[32, 64], [48, 64]]}
-    monkeypatch.setattr(bench, "ROWS", (1, 200))
-    bench.main(minutes=1.0, shapes="tiny", rounds=1)
-    written = json.loads((bench.RESULTS / "cuda-a-gpu.json").read_text())
+def test_tiles_that_cannot_be_tuned_are_said_and_the_rest_is_timed(bench):
+    row = bench.measure(bench.Site(32, 64, torch.device("cpu"), 1), 3, 1, False, True)
+    assert "have tiles to tune" in row["tune_failed"] and "median_us" in row["results"]["planes"]
+
+
+def test_what_was_measured_is_written_with_what_a_number_needs(bench, tmp_path):
+    bench.sweep(TINY, (1, 200), torch.device("cpu"), "a-device", cold_bytes=1, rounds=1)
+    written = json.loads((tmp_path / "kernels" / "a-device.json").read_text())
     assert written["complete"] and [(r["out"], r["m"]) for r in written["rows"]] == [
         (32, 1),
         (32, 200),
         (48, 1),
         (48, 200),
     ]
+    assert written["shapes"] == {"tiny": [[32, 64], [48, 64]]} and not written["tuned"]
+    assert {"device", "threads", "commit", "versions"} <= set(written)
 
 
+def test_the_budget_stops_it_and_what_there_is_is_written(bench, tmp_path):
+    bench.sweep(TINY, (1, 200), torch.device("cpu"), "late", cold_bytes=1, rounds=1, minutes=0.0)
+    written = json.loads((tmp_path / "kernels" / "late.json").read_text())
+    assert not written["complete"] and written["rows"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"), [(["--shapes", "no-such"], 2, "unknown shapes no-such"), ([], 1, "CUDA device")]
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_it_says_so():
-    done = subprocess.run([sys.executable, str(FILE)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "CUDA device" in done.stderr and "Traceback" not in done.stderr
+def test_what_it_cannot_do_it_says(options, code, said):
+    script = [sys.executable, str(FOLDER / "gpu_kernels.py"), *options]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr

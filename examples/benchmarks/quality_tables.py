@@ -1,0 +1,203 @@
+"""Tables of what a method or an estimate is worth: perplexity and zero-shot accuracy."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from statistics import mean
+
+from records import NONE, blocks, read, table, with_spread
+
+
+def label(run: dict) -> str:
+    name = run["method"]
+    if name != "sparseforge":
+        return name
+    report = run["report"]
+    changed = f", {run['note']}" if run.get("note") else ""
+    return f"sparseforge ({report['preset']} preset{changed})"
+
+
+def test_mean(runs: list[dict]) -> float:
+    return mean(r["sparse_perplexity"]["test"] for r in runs)
+
+
+def scores(runs: list[dict]) -> tuple[str, str, str]:
+    """Perplexity of the test text with its spread over seeds, that of the validation text, and how many seeds."""
+    valid = mean(r["sparse_perplexity"]["valid"] for r in runs)
+    return with_spread([r["sparse_perplexity"]["test"] for r in runs]), f"{valid:.2f}", str(len(runs))
+
+
+def quality_table() -> str:
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for run in read("quality"):
+        groups[label(run), run["tokens"]].append(run)
+    if not groups:
+        return NONE
+    first = next(iter(groups.values()))[0]
+    text = (
+        f"{first['model']}: WikiText-2 test perplexity, first {first['windows']} windows of {first['context']} tokens"
+        f" (dense {first['dense_perplexity']['test']:.2f}); every linear except the head exactly 2:4; {first['report']['device']}."
+    )
+    rows = []
+    for (name, tokens), runs in sorted(groups.items(), key=lambda item: -test_mean(item[1])):
+        report = runs[0]["report"]
+        calibration = report.get("calibration_sequences", 0)
+        rows.append((name, f"{tokens:,}", steps(report), calibration, *scores(runs), report["commit"] or ""))
+    names = (
+        "method", "training tokens", "steps x tokens", "calibration sequences", "test perplexity", "validation", "seeds", "commit",
+    )  # fmt: skip
+    return blocks([(text, table(names, "lrrrrrrl", rows))])
+
+
+def steps(report: dict) -> str:
+    """Optimizer steps and tokens of each."""
+    if not report.get("curves"):
+        return ""
+    return f"{len(report['curves'])} x {report['batch_size'] * report['length'] * report['accumulate']:,}"
+
+
+def leaderboard_runs() -> tuple[list[dict], dict[str, dict], list[dict]]:
+    """The runs at full length; of each method the best of its sweep; the variants."""
+    full, sweeps, variants = [], defaultdict(list), []
+    for run in read("leaderboard"):
+        kind = run["label"].split("-")[0]
+        if kind == "sweep":
+            sweeps[re.sub(r"^sweep-|-[\d.]+(e-?\d+)?-\d+$", "", run["label"])].append(run)
+        elif kind == "ablation":
+            variants.append(run)
+        else:
+            full.append(run)
+    best = {m: min(runs, key=lambda r: (r["sparse_perplexity"]["valid"], -rate(r))) for m, runs in sweeps.items()}
+    return full, best, variants
+
+
+def rate(run: dict) -> float:
+    """The learning rate that was swept; maskpro's is its logits'."""
+    return run["report"]["config"].get("logit_lr", run["report"]["lr"])
+
+
+def leaderboard_groups() -> dict[tuple[str, int], list[dict]]:
+    """(method, tokens) -> its seeds; the best run of each sweep among them."""
+    full, best, _ = leaderboard_runs()
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for run in full:
+        groups[re.sub(r"-\d+-seed\d+$", "", run["label"]), run["tokens"]].append(run)
+    for method, run in best.items():
+        groups[method, run["tokens"]].append(run)
+    return groups
+
+
+#: (method, tokens) of the leaderboard -> how a stranger reads it
+MAIN = {
+    ("dense", 0): "dense",
+    ("alps", 0): "ALPS, without training: the best of the one-shot methods",
+    ("maskllm", 122_880): "MaskLLM: learned masks over frozen weights; the best of the other trained methods",
+    ("sparseforge-paper", 122_880): "SparseForge, `paper` preset: soft masks, annealed from the dense model",
+    ("sparsegpt+kd", 122_880): "SparseGPT's solution, fixed masks, distillation",
+    (
+        "sparseforge-tuned",
+        122_880,
+    ): "SparseForge, `tuned` preset: the layer-wise ALPS solution, fixed masks, distillation",
+}
+
+
+def main_table() -> str:
+    """The rows of the leaderboard that answer the first question."""
+    groups = leaderboard_groups()
+    if any(key not in groups for key in MAIN):
+        return NONE
+    tasks = list(groups["dense", 0][0]["zero_shot"])
+    rows = []
+    for key, name in MAIN.items():
+        perplexity, _, seeds = scores(groups[key])
+        rows.append((name, f"{key[1]:,}", perplexity, accuracy(groups[key], tasks)[0], seeds))
+    text = (
+        f"{setting(groups['dense', 0][0])}, the mean of {len(tasks)} tasks ± its standard error. Every linear but the head is exactly 2:4."
+    )
+    return blocks([(text, table(("method", "training tokens", "perplexity", "zero-shot", "seeds"), "lrrrr", rows))])
+
+
+def leaderboard_table() -> str:
+    groups = leaderboard_groups()
+    if not groups:
+        return NONE
+    scored = next(r for runs in groups.values() for r in runs if r["zero_shot"])
+    tasks = list(scored["zero_shot"])
+    text = f"{setting(scored)} (length-normalised where lm-eval has it), ± one standard error of the mean over the tasks; {scored['report']['device']}."
+    rows = []
+    order = sorted(groups.items(), key=lambda item: (item[0][1], -test_mean(item[1])))
+    for (method, tokens), runs in order:
+        average, share = accuracy(runs, tasks)
+        swept = f"{rate(runs[0]):g}" if tokens else ""
+        rows.append((method, f"{tokens:,}", swept, *scores(runs), average, *share))
+    names = ("method", "tokens", "lr", "perplexity", "validation", "seeds", "zero-shot mean", *tasks)
+    return blocks([(text, table(names, "lrrrrrr" + "r" * len(tasks), rows))])
+
+
+def setting(run: dict) -> str:
+    documents = next(iter(run["zero_shot"].values()))["documents"]
+    return (
+        f"{run['model']}, WikiText-2 test perplexity over the first {run['windows']} windows of {run['context']} tokens;"
+        f" zero-shot accuracy in % over {documents} documents of each task"
+    )
+
+
+def accuracy(runs: list[dict], tasks: list[str]) -> tuple[str, list[str]]:
+    """Of the mean over the tasks, with its standard error; of each task. Empty where no run has tasks."""
+    scored = [r["zero_shot"] for r in runs if r["zero_shot"]]
+    if not scored:
+        return "", [""] * len(tasks)
+    share = {t: mean(z[t].get("acc_norm", z[t]["acc"]) for z in scored) for t in tasks}
+    errors = [scored[0][t].get("acc_norm_stderr", scored[0][t]["acc_stderr"]) for t in tasks]
+    error = sum(e * e for e in errors) ** 0.5 / len(tasks)  # seeds answer the same documents
+    return f"{100 * mean(share.values()):.1f} ± {100 * error:.1f}", [f"{100 * share[t]:.0f}" for t in tasks]
+
+
+def ablation_table() -> str:
+    _, _, variants = leaderboard_runs()
+    rows = []
+    for run in sorted(variants, key=lambda r: (r["label"].split("-")[1], r["sparse_perplexity"]["test"])):
+        flips = [row["flip_rate"] for row in run["report"]["curves"] if row["flip_rate"]]
+        test, valid, _ = scores([run])
+        name = re.sub(r"^ablation-|-\d+$", "", run["label"])
+        rows.append((name, f"{run['tokens']:,}", test, valid, f"{100 * flips[-1]:.2f} %" if flips else ""))
+    return table(("variant", "tokens", "perplexity", "validation", "mask flips, last update"), "lrrrr", rows)
+
+
+def estimator_quality_table() -> str:
+    """Perplexity by what is averaged, over probes."""
+    parts = []
+    for run in read("estimator_quality"):
+        found = run["perplexity"]
+        points = sorted({int(p) for row in found.values() for p in row if p != "0"})
+        text = (
+            f"{run['model']}, probes of {run['batch_size']} x {run['length']} tokens, {run['device']}, commit {run['commit']}; "
+            f"dense {found['dense']['0']:.1f}, magnitude {found['magnitude']['0']:,.0f}."
+        )
+        rows = [
+            (name, *(f"{row[str(p)]:,.0f}" if str(p) in row else "" for p in points))
+            for name, row in found.items()
+            if set(row) != {"0"}
+        ]
+        parts.append((text, table(("estimate", *(f"{p} probes" for p in points)), "l" + "r" * len(points), rows)))
+    return blocks(parts)
+
+
+def quantized_table() -> str:
+    runs = read("quantized")
+    if not runs:
+        return NONE
+    # whose own sweep rounds is quantised already: "" is without
+    found = [
+        {str(run["report"].get("options", {}).get("bits", "")): run["sparse_perplexity"], **run["quantized_perplexity"]}
+        for run in runs
+    ]
+    bits = sorted({b for known in found for b in known if b}, key=int, reverse=True)
+    text = f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens."
+    rows = [
+        (run["label"], *(f"{known[b]['test']:.2f}" if b in known else "" for b in ("", *bits)), run["report"]["commit"])
+        for run, known in zip(runs, found, strict=True)
+    ]
+    names = ("run", "not quantised", *(f"{b} bits" for b in bits), "commit")
+    return blocks([(text, table(names, "lr" + "r" * len(bits) + "l", rows))])

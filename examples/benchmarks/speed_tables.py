@@ -1,0 +1,171 @@
+"""Tables of what a kernel, a step, a method or a whole model takes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from records import blocks, machine, read, table
+
+
+def overhead_table() -> str:
+    rows = []
+    for run in read("training_overhead"):
+        extra = sum(run["extra_memory"].values())
+        for mode, result in run["modes"].items():
+            s = result["median_seconds"]
+            amortised = (result[f"amortised_over_dense_at_{steps}_steps"] for steps in (150, 20000))
+            rows.append((
+                f"{run['model']}, {run['device']}", mode, f"{s['dense']:.2f} s", f"{s['heating'] / s['dense']:.3f}x", f"{s['probe'] / s['dense']:.3f}x",
+                f"{s['mask_update']:.2f} s", *(f"{a:.3f}x" for a in amortised), f"{extra:.1f}",
+            ))  # fmt: skip
+    names = (
+        "model, device", "mode", "dense step", "heating", "with probe", "mask update", "amortised, K of 150 steps", "of 20,000 steps",
+        "extra bytes/weight",
+    )  # fmt: skip
+    return table(names, "llrrrrrrr", rows)
+
+
+def cpu_runs(few_rows: bool) -> list[dict]:
+    """The runs of cpu_kernels.py from one token on, or those of more."""
+    runs = [run for run in read("kernels") if "instruction_set" in run]
+    return [run for run in runs if any(case["rows"] == 1 for case in run["cases"]) == few_rows]
+
+
+def kernel_table() -> str:
+    """Every shape and number of threads."""
+    parts = []
+    for run in cpu_runs(few_rows=True):
+        counts = sorted({case["rows"] for case in run["cases"]})
+        groups: dict[tuple, dict[int, float]] = defaultdict(dict)
+        for case in run["cases"]:
+            key = f"{case['out']}x{case['in']}", case["dtype"], case["threads"]
+            groups[key][case["rows"]] = case["median_of_ratios"]
+        rows = [
+            (shape, dtype, threads, *(f"{found[m]:.2f}x" for m in counts))
+            for (shape, dtype, threads), found in groups.items()
+        ]
+        text = (
+            f"{run['device']} ({run['instruction_set']}), load average {run['load_average'][0]} at the end, commit {run['commit']};"
+            f" weights rotated over {run['rotated_bytes_of_dense_weights'] / 1e6:.0f} MB."
+        )
+        names = ("weight", "dtype", "threads", *(f"M = {m}" for m in counts))
+        parts.append((text, table(names, "llr" + "r" * len(counts), rows)))
+    return blocks(parts)
+
+
+def many_rows_table() -> str:
+    """Where expanding the weight begins to win over the kernels."""
+    rows = []
+    for case in (case for run in cpu_runs(few_rows=False) for case in run["cases"]):
+        times = (f"{case['median_microseconds'][n] / 1e3:.2f} ms" for n in ("dense", "sparse_kernel", "expanded"))
+        rows.append((f"{case['out']}x{case['in']}", case["dtype"], case["threads"], case["rows"], *times))
+    names = ("weight", "dtype", "threads", "M", "dense", "kernel", "expanded, then dense")
+    return table(names, "llrrrrr", rows)
+
+
+def decode_table() -> str:
+    rows = []
+    for run in read("decode"):
+        for batch, found in run["batches"].items():
+            for name, result in found.items():
+                packed = name != "dense" and not name.startswith("dense,")
+                low, high = result["quartiles"]
+                rows.append((
+                    run["model"], f"{run['dtype']}, {machine(run)}", batch, name, f"{result['tokens_per_second']:.1f} ({low:.1f} to {high:.1f})",
+                    f"{result['ratio']:.2f}x", "yes" if result["same_greedy_text"] else "no", run["sites"] if packed else "",
+                    f"{run['site_bytes']['lowered'] / run['site_bytes']['dense'] if packed else 1:.2f}x",
+                ))  # fmt: skip
+    names = (
+        "model", "dtype, device, threads", "batch", "contender", "tokens/s", "over dense", "greedy text as dense", "linears packed", "their bytes",
+    )  # fmt: skip
+    return table(names, "llrlrrlrr", rows)
+
+
+def prefill_table() -> str:
+    rows = []
+    for run in read("decode"):
+        for name, result in (run.get("prefill") or {"contenders": {}})["contenders"].items():
+            low, high = result["quartiles"]
+            rows.append((
+                run["model"], f"{run['dtype']}, {machine(run)}", run["prefill"]["tokens"], name,
+                f"{result['tokens_per_second']:.0f} ({low:.0f} to {high:.0f})", f"{result['ratio']:.2f}x",
+            ))  # fmt: skip
+    names = ("model", "dtype, device, threads", "prompt", "contender", "tokens/s", "over dense")
+    return table(names, "llrlrr", rows)
+
+
+def one_shot_table() -> str:
+    rows = []
+    for run in read("one_shot_speed"):
+        where = f"{run['shape'][0]} x {run['shape'][1]}, {machine(run)}"
+        for method, seconds in run["median_seconds"].items():
+            low, high = run["spread"][method]
+            error = f"{run['relative_output_error'][method]:.4f}"
+            rows.append((where, method, f"{seconds:.2f} ({low:.2f} to {high:.2f})", error))
+    return table(("layer, device, threads", "method", "seconds", "error of the output"), "llrr", rows)
+
+
+def estimator_table() -> str:
+    rows = []
+    for run in read("estimator_cost"):
+        for name, seconds in run["median_seconds"].items():
+            low, high = run["spread"][name]
+            rows.append((
+                f"{run['model']}, {machine(run)}", name, f"{seconds:.2f} s ({low:.2f} to {high:.2f})",
+                f"{run['over_none'][name]:.2f}x", f"{run['amortised'][name]:.3f}x",
+            ))  # fmt: skip
+    names = (
+        "model, device, threads", "estimator", "probe step", "over a step without", "amortised, one probe in K steps",
+    )  # fmt: skip
+    return table(names, "llrrr", rows)
+
+
+def formats_table() -> str:
+    parts = []
+    for run in read("formats"):
+        batches = list(next(iter(run["formats"].values()))["tokens_per_second"])
+        rows = []
+        for name, row in run["formats"].items():
+            error = row.get("logits_relative_error")
+            speeds = (
+                f"{row['tokens_per_second'][b]:.1f} ({row['ratio'][b]:.2f}x)" if row["cache"] else "no cache"
+                for b in batches
+            )
+            rows.append((
+                name, f"{row['file_bytes'] / 1e6:.0f} MB", f"{row['load_seconds']:.1f} s", f"{row['peak_bytes'] / 1e6:.0f} MB",
+                "" if error is None else f"{error:.0e}", "yes" if row["same_greedy_text"] else "no", *speeds,
+            ))  # fmt: skip
+        text = f"{run['model']}, {run['dtype']}, {machine(run)} threads; {run['sites']['packed']} packed linears; commit {run['commit']}."
+        names = (
+            "format", "bytes", "loads in", "peak memory", "logits off by", "greedy text as dense", *(f"tokens/s, batch {b}" for b in batches),
+        )  # fmt: skip
+        parts.append((text, table(names, "lrrrrl" + "r" * len(batches), rows)))
+    return blocks(parts)
+
+
+#: the same runtime over dense and over packed linears
+RUNTIMES = {
+    "transformers' generate()": ("dense", "packed"),
+    "exported generator, compiled (aoti)": ("generator-aoti-dense", "generator-aoti"),
+}
+
+
+def generation_table() -> str:
+    rows, batches = [], []
+    for run in read("formats"):
+        found = run["formats"]
+        batches = batches or list(found["dense"]["tokens_per_second"])
+        where = f", {run['device']}" if run.get("on") == "cuda" else ""
+        for name, (dense, packed) in RUNTIMES.items():
+            if packed not in found or dense not in found:
+                continue
+            pairs = [(found[dense]["tokens_per_second"][b], found[packed]["tokens_per_second"][b]) for b in batches]
+            rows.append((
+                f"{run['model']}, {run['dtype']}{where}", name, *(f"{d:.1f} -> {p:.1f} (**{p / d:.2f}x**)" for d, p in pairs),
+                f"{found[dense]['file_bytes'] / 1e6:.0f} -> {found[packed]['file_bytes'] / 1e6:.0f} MB",
+                "yes" if found[packed]["same_greedy_text"] else "no",
+            ))  # fmt: skip
+    names = (
+        "model, dtype", "runtime", *(f"tokens/s, batch {b}" for b in batches), "file", "greedy text as dense",
+    )  # fmt: skip
+    return table(names, "ll" + "r" * (len(batches) + 1) + "l", rows)

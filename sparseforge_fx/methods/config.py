@@ -1,0 +1,34 @@
+"""What every method's constants have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
+from sparseforge_fx.ranges import check_numbers
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """A method's constants; every method's config extends this one.
+
+    Attributes:
+        pattern: what the weights must end in.
+    """
+
+    pattern: AnyPattern = TWO_FOUR
+
+    def __post_init__(self) -> None:
+        check_numbers(get_type_hints(type(self), include_extras=True), vars(self))
+
+    def choose(self, name: str, allowed: Sequence[str]) -> None:
+        """Raise a SparseForgeError unless the field has one of the allowed values."""
+        if getattr(self, name) not in allowed:
+            raise SparseForgeError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values, for the report."""
+        return asdict(self) | {"pattern": str(self.pattern)}

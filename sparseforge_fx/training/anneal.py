@@ -1,0 +1,85 @@
+"""A run that trains: prepare, calibrate where the start asks for it, train, finalize."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from sparseforge_fx.data.batches import count_rows, count_steps
+from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.training import fingerprint
+from sparseforge_fx.training.inputs import Run
+from sparseforge_fx.training.prepare import finalize, prepare_captured
+from sparseforge_fx.training.recipe import Recipe
+from sparseforge_fx.training.train import Optimization, train
+from sparseforge_fx.training.undo import dense_again_on_error
+from sparseforge_fx.training.unused import unused_arguments
+
+
+def anneal(
+    run: Run,
+    recipe: Recipe,
+    beside: Mapping[str, Any],
+    report: dict[str, Any],
+    *,
+    accelerator: Accelerator,
+    state_path: str | Path | None,
+    **how: Any,
+) -> None:
+    """Train the run's model to exact N:M, and say in the report how it went. ``how`` goes to :func:`train`."""
+    assert run.batches is not None
+    per_step = recipe.accumulate * accelerator.num_processes
+    steps = None if recipe.tokens is None else count_steps(run.batches, recipe.tokens, per_step)
+    config = recipe.config(True, steps)
+    assert isinstance(config, TrainedConfig)
+    calibrated = run.first(recipe.calibration) if config.start != "dense" else None
+    report["notes"] += unused_arguments(
+        recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=calibrated is not None,
+        batches=run.batches,
+    )  # fmt: skip
+    if recipe.slorb_block is not None:
+        report["notes"].append(
+            "the low-rank branches (slorb_block) are saved beside the weights: sf.load rebuilds them, transformers' "
+            "own from_pretrained leaves them out"
+        )
+    report |= {"config": config.describe(), "lr": recipe.lr}
+    path = None if state_path is None else Path(state_path)
+    identity = _identity(run, recipe, path)  # of the dense weights
+    with dense_again_on_error(run.program) as written:
+        sparse = prepare_captured(run.program, run.sites, config, recipe.objective, slorb_block=recipe.slorb_block)
+        try:
+            written += sparse.copies()
+            if calibrated is not None and not (path and path.exists()):
+                clock = time.monotonic()
+                report["layer_notes"] = sparse.calibrate(calibrated)
+                report["calibration_sequences"] = sum(count_rows(b) for b in calibrated)
+                report["calibration_seconds"] = time.monotonic() - clock
+            report["passes"] = [r._asdict() for r in sparse.pass_records]
+            curves = train(
+                sparse, run.batches, sparse.trainable(), Optimization(recipe.lr, accumulate=recipe.accumulate),
+                state_path=path, run=identity, accelerator=accelerator, **how,
+            )  # fmt: skip
+            report["notes"] += [n for n in sparse.reader.notes if n not in report["notes"]]
+            finalize(sparse)
+        finally:
+            sparse.release()
+    report["curves"] = curves
+    report["tokens"] = curves[-1]["tokens"] if curves else 0
+    report["epochs"] = run.batches.passes(config.steps * per_step)
+    if (report["epochs"] or 0) > 1:
+        report["notes"].append(f"the run went over its data {report['epochs']:.1f} times")
+
+
+def _identity(run: Run, recipe: Recipe, path: Path | None) -> dict[str, Any]:
+    """What a saved state must agree in, beside what :func:`train` knows itself."""
+    assert run.batches is not None
+    known = {name: getattr(recipe, name) for name in ("seed", "batch_size", "length", "calibration", "slorb_block")}
+    known["dtype"] = str(run.program.tensor(eligible(run.sites)[0].fqn).dtype)
+    if path is not None:
+        known |= {"weights": fingerprint.of_tensors(run.program.state), "data": fingerprint.of_batches(run.batches)}
+    return known

@@ -1,0 +1,118 @@
+"""What a run works on: the data as batches, the captured model, its sites, and what is said of the first batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from sparseforge_fx.data.batches import Batches, as_batches, count_rows, is_text
+from sparseforge_fx.data.chats import leading_bos
+from sparseforge_fx.data.drawn_text import draw_text
+from sparseforge_fx.data.reading import Reader
+from sparseforge_fx.data.text import unused_text
+from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.graph.exported import Exported
+from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.methods.one_shot import LayerwiseConfig
+from sparseforge_fx.models.compute_dtype import dtype_of
+from sparseforge_fx.models.dense import DTYPES
+from sparseforge_fx.passes import LinearSite, find_linears
+from sparseforge_fx.training.first_batch import check_batch, check_length, example_inputs_of
+from sparseforge_fx.training.objective import Objective
+from sparseforge_fx.training.prepare import check_sites
+from sparseforge_fx.training.recipe import STEPS, Recipe
+
+
+@dataclass
+class Run:
+    """What :func:`open_run` gives. ``data`` is what was given, ``batches`` what became of it (None: nothing is looked
+    at); ``notes`` is the report's list."""
+
+    program: Exported
+    sites: list[LinearSite]
+    reader: Reader
+    data: Any
+    batches: Batches | None
+    notes: list[str]
+
+    def first(self, sequences: int) -> list[Any]:
+        """The first batches that hold so many sequences, none twice; a note where the data has fewer."""
+        assert self.batches is not None
+        chosen: list[Any] = []
+        found, rows = self.batches.first_pass(), 0
+        while rows < sequences:
+            batch = next(found, None)
+            if batch is None:
+                self.notes.append(f"asked for {sequences} calibration sequences, the data has {rows}")
+                break
+            chosen.append(batch)
+            rows += count_rows(batch)
+        return chosen
+
+
+def open_run(
+    model: nn.Module,
+    data: Any,
+    recipe: Recipe,
+    config: MethodConfig,
+    accelerator: Accelerator | None,
+    *,
+    tokenizer: Any,
+    cache_dir: str | Path | None,
+    example_inputs: Any,
+) -> Run:
+    """Read the data as far as the run needs it, capture the model, find its sites, try the first batch.
+
+    Raises SparseForgeError for whatever does not fit, before a weight changes.
+    """
+    torch.manual_seed(recipe.seed)
+    batches = None
+    if isinstance(config, TrainedConfig | LayerwiseConfig):
+        needed = _tokens_needed(recipe, config, accelerator)
+        drawn = data
+        if isinstance(data, str) and data == "self":
+            check_length(model, recipe.length)
+            begun = tokenizer is not None and leading_bos(tokenizer) is not None
+            drawn = draw_text(model, needed, length=recipe.length, seed=recipe.seed, keep_start=begun)
+        batches = as_batches(
+            drawn,
+            tokenizer,
+            batch_size=recipe.batch_size,
+            length=recipe.length,
+            seed=recipe.seed,
+            limit_tokens=needed,
+            cache_dir=cache_dir,
+            text_column=recipe.text_column,
+            separator=recipe.separator,
+        )
+        if example_inputs is None:
+            example_inputs = example_inputs_of(model, batches.batch(0))
+    program = capture(model, example_inputs)
+    sites = find_linears(program, config.pattern, recipe.include, recipe.exclude)
+    check_sites(program, sites)
+    text = is_text(data) and not (isinstance(data, str) and data == "self")
+    notes = [*program.notes, *(unused_text(data, recipe.text_column) if text else ())]
+    if recipe.dtype is not None and DTYPES.get(recipe.dtype) != (own := dtype_of(model)):
+        notes.append(f"dtype {recipe.dtype} is for the command line: the model given computes in {own}")
+    reader = Reader(program)
+    if batches is not None:
+        objective = Objective(recipe.objective, getattr(model, "config", None), reader.note)
+        check_batch(program, reader, objective, batches.batch(0))
+    return Run(program, sites, reader, data, batches, notes)
+
+
+def _tokens_needed(recipe: Recipe, config: MethodConfig, accelerator: Accelerator | None) -> int:
+    """Of text: no more is read than the run takes."""
+    if isinstance(config, LayerwiseConfig):
+        return recipe.calibration * recipe.length
+    if recipe.tokens is not None:
+        return recipe.tokens
+    processes = accelerator.num_processes if accelerator is not None else 1
+    steps = config.steps if isinstance(config, TrainedConfig) else STEPS
+    return steps * recipe.batch_size * recipe.length * recipe.accumulate * processes

@@ -1,0 +1,40 @@
+"""float32 copies of half-precision parameters for the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.training.low_rank import Branch
+
+
+class MasterWeights:
+    """float32 copies of half-precision parameters for the optimizer: an update of 1e-5 vanishes in a bfloat16
+    weight."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters = list(parameters)
+        self.masters = [nn.Parameter(p.detach().float()) if p.dtype.itemsize < 4 else p for p in self.parameters]
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            if master is not p:
+                master.grad = None if p.grad is None else p.grad.float()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            if master is not p:
+                p.copy_(master)
+
+    def serve(self, weights: Iterable[MaskedWeight], branches: Iterable[Branch] = ()) -> None:
+        """Let a method see and write the masters instead of the rounded weights."""
+        master_of = {id(p): m for p, m in zip(self.parameters, self.masters, strict=True)}
+        for w in weights:
+            w.weight = master_of.get(id(w.weight), w.weight)
+        for b in branches:
+            b.s = master_of.get(id(b.s), b.s)

@@ -1,0 +1,55 @@
+"""A run without training: masks (and survivors) from the weights, or from a calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sparseforge_fx.data.batches import count_rows
+from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.graph.capture import as_call
+from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.one_shot import LayerwiseConfig, magnitude
+from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.passes import harden_passes, run_passes, train_passes
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.insert_soft_masks import mask_name
+from sparseforge_fx.pattern import check_pattern
+from sparseforge_fx.training.inputs import Run
+from sparseforge_fx.training.recipe import Recipe
+from sparseforge_fx.training.unused import unused_arguments
+
+
+def prune_once(
+    run: Run, recipe: Recipe, config: MethodConfig, beside: Mapping[str, Any], report: dict[str, Any]
+) -> None:
+    """Prune the run's model by a method that does not train, and say in the report how."""
+    batches = run.first(recipe.calibration) if run.batches is not None else None
+    report["notes"] += unused_arguments(
+        recipe, beside, data=run.data, method=report["method"], trains=False, calibrates=batches is not None,
+        batches=run.batches,
+    )  # fmt: skip
+    report["config"] = config.describe()
+    report["calibration_sequences"] = sum(count_rows(b) for b in batches or ())
+    report["layer_notes"] = _prune(run, config, [run.reader.read(*as_call(b)) for b in batches or ()])
+
+
+@torch.no_grad()
+def _prune(run: Run, config: MethodConfig, batches: list[Reading]) -> dict[str, str]:
+    masked, _ = run_passes(run.program, train_passes(run.sites))
+    weights = [
+        MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim)
+        for s in eligible(run.sites)
+    ]
+    notes: dict[str, str] = {}
+    with undone_on_error(weights):
+        if isinstance(config, LayerwiseConfig):
+            notes = prune_layer_by_layer(masked, weights, batches, config.solve)
+        else:
+            magnitude(weights, config.pattern)
+        run_passes(masked, harden_passes(config.pattern))
+        assert all(check_pattern(w.weight, config.pattern, w.dim) for w in weights)
+    return notes

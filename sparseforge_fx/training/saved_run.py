@@ -1,0 +1,131 @@
+"""What a run under way consists of: gathered into a state, and put back from one that is whole and its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.methods.misfit import misfit
+from sparseforge_fx.training.master_weights import MasterWeights
+from sparseforge_fx.training.sparse_model import SparseModel
+
+
+def _own_masters(sparse: SparseModel, master: MasterWeights) -> list[nn.Parameter]:
+    """The masters of the model's parameters; the method's own are in its state."""
+    own = {id(p) for p in sparse.method.parameters()}
+    return [m for m, p in zip(master.masters, master.parameters, strict=True) if id(p) not in own]
+
+
+def state_of(
+    sparse: SparseModel,
+    master: MasterWeights,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    curves: list,
+    run: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "run": dict(run),
+        "step": step,
+        "masters": [m.detach() for m in _own_masters(sparse, master)],
+        "masks": {w.fqn: w.mask for w in sparse.method.weights},
+        "optimizer": optimizer.state_dict(),
+        "method": sparse.method.state(),
+        "handed_over": sparse.handed_over,
+        "curves": curves,
+    }
+
+
+@torch.no_grad()
+def restore(
+    sparse: SparseModel,
+    master: MasterWeights,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    run: Mapping[str, Any],
+) -> tuple[int, list]:
+    """Everything is looked at before anything is written: the first step with a wrong shape may be a crash."""
+    mine = state_of(sparse, master, optimizer, 0, [], run)
+    _refuse(misfit(dict.fromkeys(state), dict.fromkeys(("format", "version", *mine)), "the state"))
+    _check_run(state["run"], mine["run"])
+    saved, masks = state["masters"], state["masks"]
+    if isinstance(saved, list) and isinstance(masks, dict):
+        shapes = [getattr(m, "shape", None) for m in saved]
+        if shapes != [m.shape for m in mine["masters"]] or set(masks) != set(mine["masks"]):
+            raise SparseForgeError(
+                "the saved training state belongs to another model or another set of sites, or is damaged; "
+                "delete it to start anew"
+            )
+    for name in ("masters", "masks", "step", "handed_over"):
+        _refuse(misfit(state[name], mine[name], name))
+    sparse.method.check_state(state["method"])
+    _refuse(_wrong_progress(state, sparse.method.steps) or _wrong_optimizer(state["optimizer"], optimizer))
+    sparse.method.load_state(state["method"])
+    for master_weight, value in zip(_own_masters(sparse, master), saved, strict=True):
+        master_weight.copy_(value)
+    master.write_back()
+    for w in sparse.method.weights:
+        w.mask.copy_(masks[w.fqn])
+    optimizer.load_state_dict(state["optimizer"])
+    sparse.steps_done, sparse.handed_over = state["step"], state["handed_over"]
+    return state["step"], list(state["curves"])
+
+
+def _refuse(wrong: str | None) -> None:
+    if wrong is not None:
+        raise SparseForgeError(f"the saved training state is damaged ({wrong}); delete it to start anew")
+
+
+def _check_run(saved: Any, mine: dict[str, Any]) -> None:
+    """Raise SparseForgeError, naming what differs, unless the state was saved by a run like this one."""
+    if not isinstance(saved, dict):
+        _refuse("run is no dictionary")
+    named = [f"{k} {v} instead of {saved.get(k)}" for k, v in mine.items() if k not in HASHES and v != saved.get(k)]
+    named += [f"other {k}" for k in HASHES if mine.get(k) != saved.get(k)]
+    if named:
+        raise SparseForgeError(
+            f"the saved training state belongs to another run, this one has {', '.join(named)}; "
+            "repeat that run's options, or delete the state to start anew"
+        )
+
+
+#: entries of ``run`` that say nothing to a reader but whether they are the same
+HASHES = ("weights", "data")
+
+
+def _wrong_progress(state: dict[str, Any], steps: int) -> str | None:
+    """What is wrong with a state's step and curves."""
+    step, curves = state["step"], state["curves"]
+    if not 0 <= step <= steps:
+        return f"step is {step} of {steps}"
+    if not isinstance(curves, list) or len(curves) != step:
+        return f"curves is no list of {step} steps"
+    plain = all(isinstance(row, dict) and all(type(v) in (int, float) for v in row.values()) for row in curves)
+    return None if plain else "curves holds something else than numbers"
+
+
+def _wrong_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
+    """What is wrong with an optimizer's state: each tensor must have its parameter's shape, or be a count."""
+    mine = optimizer.state_dict()
+    groups = [group | {"lr": 0.0} for group in mine["param_groups"]]
+    try:
+        if [group | {"lr": group["lr"] * 0.0} for group in saved["param_groups"]] != groups or set(saved) != set(mine):
+            return "optimizer has other groups"
+    except (TypeError, KeyError):
+        return "optimizer has no groups"
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    names = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else set()
+    if not isinstance(saved["state"], dict) or not set(saved["state"]) <= set(parameters):
+        return "optimizer is of other parameters"
+    for index, entries in saved["state"].items():
+        if not isinstance(entries, dict) or set(entries) != names:
+            return f"optimizer[{index}] holds other moments"
+        for name, value in entries.items():
+            wanted = torch.zeros(()) if name == "step" else parameters[index]
+            if wrong := misfit(value, wanted, f"optimizer[{index}][{name}]"):
+                return wrong
+    return None

@@ -1,0 +1,51 @@
+"""The dense model beside the one that trains: what it answers, and what it computes on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.taps import Taps, tap
+from sparseforge_fx.training.distillation import FEATURES
+
+
+def dense_copies(program: Program, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The model's tensors that training writes (parameters that require grad, and ``weights``), each with a copy."""
+    sites = {id(weight) for weight in weights}
+    written = {id(v): v for v in program.state.values() if isinstance(v, nn.Parameter)}
+    return [
+        (value, nn.Parameter(value.detach().clone(), requires_grad=False))
+        for value in written.values()
+        if value.requires_grad or id(value) in sites
+    ]
+
+
+class Teacher:
+    """The dense program over ``copies`` of what changes; the rest of its tensors is shared with the model.
+
+    Args:
+        copies: of :func:`dense_copies`.
+        features: a name of :data:`FEATURES`: the values that it compares are kept in ``seen``.
+    """
+
+    def __init__(self, program: Program, copies: Sequence[tuple[Tensor, Tensor]], features: str | None = None):
+        frozen = program.copy()
+        clones = {id(value): clone for value, clone in copies}
+        for fqn, value in list(frozen.state.items()):
+            frozen.state[fqn] = clones.get(id(value), value)  # ties stay ties
+        self.module = frozen.module()
+        self.seen = Taps()
+        if features is not None:
+            self.module = tap(self.module, self.seen, attention=FEATURES[features])
+        self.run: Callable[..., Any] = self.module
+
+    @torch.no_grad()
+    def __call__(self, batch: Reading) -> Any:
+        """The dense model's output."""
+        self.seen.clear()
+        return self.run(*batch.args, **batch.kwargs)

@@ -1,0 +1,110 @@
+"""The benchmark scripts on a tiny model, in this process: their code, and what their json needs; no number of theirs."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoint import write_checkpoint, write_text
+
+FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
+MODEL = {"model": "the tiny one", "label": "tiny"}
+STEPS = {**MODEL, "batch_size": 1, "length": 16, "rounds": 1}
+#: script -> its options, and what its json holds beside commit, device and versions
+SCRIPTS = {
+    "cpu_kernels": (
+        {"label": "tiny", "shapes": "32x64", "rows": "1", "threads": "1", "seconds_per_case": 0.0},
+        {"cases"},
+    ),
+    "decode": ({**MODEL, "batch": [1], "prefill": 8, "tokens": 2, "rounds": 1}, {"batches", "prefill", "gate"}),
+    "estimator_cost": (STEPS, {"median_seconds", "over_none", "amortised"}),
+    "one_shot_speed": (
+        {"out_features": 8, "in_features": 16, "rounds": 1},
+        {"median_seconds", "relative_output_error"},
+    ),
+    "training_overhead": (STEPS, {"prepare_seconds", "modes", "extra_memory"}),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import common
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_writes_what_it_measured_and_where(name, model, results):
+    options, holds = SCRIPTS[name]
+    if "model" in options:
+        options = {**options, "model": str(model)}
+    importlib.import_module(name).main(**options)
+    (file,) = (results / name.replace("cpu_", "")).glob("*.json")
+    record = json.loads(file.read_text())
+    assert record.keys() >= {*holds, "commit", "device", "threads", "versions"}
+
+
+def test_turns_are_taken_in_order(results):
+    import common
+
+    order = []
+    found = common.in_turn({name: lambda name=name: order.append(name) or len(order) for name in "ab"}, 2)
+    assert order == ["a", "b", "a", "b"] and found == {"a": [1, 3], "b": [2, 4]}
+    assert common.medians_and_spread({"a": [3.0, 1.0, 2.0]}) == {
+        "median_seconds": {"a": 2.0},
+        "spread": {"a": [1.0, 3.0]},
+    }
+
+
+def test_quality_is_one_json_that_is_not_made_twice(model, results, capsys):
+    import quality
+
+    text = write_text(results / "text.txt")
+    run = {"model": str(model), "data": [str(text)], "valid": text, "test": text, "folder": results / "runs"}
+    run |= {"tokens": 256, "length": 64, "batch_size": 1, "calibration": 2, "windows": 1, "compile": "off"}
+    quality.main(**run, label="tuned", quantize="8")
+    record = json.loads((results / "runs" / "tuned.json").read_text())
+    assert record["tokens"] == 256 and record["report"]["sites"] == 14 and record["report"]["preset"] == "tuned"
+    scores = (record["dense_perplexity"], record["sparse_perplexity"], record["quantized_perplexity"]["8"])
+    assert all(found["valid"] == found["test"] > 1 for found in scores) and len({s["test"] for s in scores}) == 3
+    assert not list((results / "runs").glob("*.state"))
+    capsys.readouterr()
+    quality.main(**run, label="tuned")
+    assert "is there already" in capsys.readouterr().out
+    quality.main(**run, method="dense", label="dense", dense_from=results / "runs" / "tuned.json")
+    assert json.loads((results / "runs" / "dense.json").read_text())["sparse_perplexity"] == scores[0]
+    with pytest.raises(SystemExit, match="--options is not json"):
+        quality.main(**run, label="other", options="{")
+
+
+def test_estimates_are_compared_once(model, results, monkeypatch):
+    import estimator_quality
+
+    monkeypatch.setattr(estimator_quality, "RESULTS", results)
+    monkeypatch.setattr(estimator_quality, "POINTS", (1, 8))
+    text = write_text(results / "text.txt")
+    run = {"model": str(model), "data": str(text), "valid": text, "batch_size": 1, "length": 16, "windows": 1}
+    estimator_quality.main(**run, vectors=2, vectors_until=1, label="tiny")
+    file = results / "estimator_quality" / "tiny.json"
+    found = json.loads(file.read_text())["perplexity"]
+    assert set(found["absolute"]) == {"1", "8"} and set(found["absolute of means, 2 vectors"]) == {"1"}
+    assert set(found["gauss_newton"]) == {"8"} and not file.with_suffix(".state").exists()
+    monkeypatch.setattr(estimator_quality, "windowed_perplexity", lambda *_: pytest.fail("measured twice"))
+    estimator_quality.main(**run, vectors=2, vectors_until=1, label="tiny")
+    assert json.loads(file.read_text())["perplexity"] == found
+
+
+def test_without_a_gpu_a_script_says_so(results, monkeypatch):
+    import common
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="finds no device"):
+        common.use("cuda")
