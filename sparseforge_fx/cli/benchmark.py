@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from sparseforge_fx.cli.app import Model, Tokens, command, pick_device, readable_bytes, stdout
+
+if TYPE_CHECKING:
+    from sparseforge_fx.deploy.lowering.report import PackingReport
 
 
 @command
@@ -65,5 +68,5 @@ def benchmark(
         console.print(f"wrote {output}", markup=False)
 
 
-def _count(report: dict) -> int:
+def _count(report: PackingReport) -> int:
     return len(report["sites"]) + sum(s["reason"].startswith("gate") for s in report["skipped"])

@@ -61,7 +61,7 @@ def export(
             report = export_model(moved, output, portable=portable, **options)
         size = report["file_bytes"]
     console = stdout()
-    after = readable_bytes(report["packed_bytes" if format == "safetensors" else "lowered_bytes"])
+    after = readable_bytes(report["lowered_bytes"])
     before = readable_bytes(report["dense_bytes"])
     console.print(f"{len(report['sites'])} packed linears: {before} dense, {after} now", highlight=False)
     for note in report.get("notes", ()):

@@ -21,7 +21,9 @@ from sparseforge_fx.deploy.checkpoints.packed_files import (
 )
 from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig, packed_linears
 from sparseforge_fx.deploy.lowering.modules import find_sparse, weight_of
+from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import ROWS
 from sparseforge_fx.kernels.packed import BITMASK, VALUES, Packed, pack
 from sparseforge_fx.models.dense import (
     DTYPES,
@@ -42,7 +44,7 @@ from sparseforge_fx.models.loading_bar import loading_bar
 
 def save_packed(
     model: Any, tokenizer: Any, folder: str | Path, *, max_shard_size: str | int = "5GB", overwrite: bool = False
-) -> dict[str, Any]:
+) -> PackingReport:
     """Write a Hugging Face folder in which every exactly 2:4 nn.Linear and Conv1D is packed, whole or not at all.
 
     The rest is as ``save_pretrained`` writes it; the header is ``quantization_config`` in config.json. The same model
@@ -139,7 +141,7 @@ def unpack_checkpoint(packed: str | Path, dense: str | Path, *, overwrite: bool 
 
 def pack_checkpoint(
     dense: str | Path, packed: str | Path, *, max_shard_size: str | int = "5GB", overwrite: bool = False
-) -> dict[str, Any]:
+) -> PackingReport:
     """A folder of a 2:4 model -> a packed folder; returns the report of :func:`save_packed`."""
     check_output(Path(packed), overwrite=overwrite)
     model, tokenizer = load_model(dense)
@@ -147,7 +149,7 @@ def pack_checkpoint(
 
 
 @torch.no_grad()
-def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str, Any]]:
+def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingReport]:
     """The state dict with packed weights in place of dense ones, the header of it, the report."""
     linears, skipped = find_sparse(model)
     found: dict[str, Packed] = {name: module.packed() for name, module in packed_linears(model).items()}
@@ -167,11 +169,16 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str,
         name: Site(packed.shape[0], packed.in_features, str(packed.values.dtype).removeprefix("torch."))
         for name, packed in sorted(found.items())
     }
-    report = {
-        "sites": [{"name": n, "out": s[0], "in": s[1], "bytes": found[n].nbytes} for n, s in modules.items()],
+    dense = {name: p.shape.numel() * p.values.element_size() for name, p in found.items()}
+    report: PackingReport = {
+        "sites": [
+            {"name": n, "out": s[0], "in": s[1], "layout": ROWS.name, "bytes": found[n].nbytes}
+            for n, s in modules.items()
+        ],
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
-        "dense_bytes": sum(p.shape.numel() * p.values.element_size() for p in found.values()),
-        "packed_bytes": sum(p.nbytes for p in found.values()),
+        "dense_bytes": sum(dense.values()),
+        "lowered_bytes": sum(p.nbytes for p in found.values()),
+        "scratch_bytes": max(dense.values()),
     }
     header = Header(modules, model_modules=sum(1 for _ in model.modules()))
     state[header.sentinel] = torch.empty(0, dtype=torch.uint8)

@@ -19,6 +19,7 @@ from sparseforge_fx.deploy.export.aoti import package
 from sparseforge_fx.deploy.export.archive import seal
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.lower import lower_captured
+from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.models.dense import check_parent
@@ -37,7 +38,7 @@ def export(
     tokens: Sequence[int] = cost.TOKENS,
     table: str | Path | cost.Table | None = None,
     gate: bool = True,
-) -> dict[str, Any]:
+) -> PackingReport:
     """Lower a 2:4 model and write its graph and packed weights to one file; batch and sequence stay dynamic.
 
     Args:

@@ -23,6 +23,7 @@ from sparseforge_fx.deploy.export.aoti import package
 from sparseforge_fx.deploy.export.export import FORMATS, check_path, replace_file
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.lower import lower_captured
+from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
@@ -43,7 +44,7 @@ def export_generator(
     tokens: Sequence[int] = cost.TOKENS,
     table: str | Path | cost.Table | None = None,
     gate: bool = True,
-) -> dict[str, Any]:
+) -> PackingReport:
     """Lower a 2:4 causal language model and write one file that :func:`sparseforge_fx.load_generator` runs.
 
     Args:

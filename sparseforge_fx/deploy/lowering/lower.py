@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.gate import Gate
+from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
@@ -69,7 +70,7 @@ def lower_captured(
     gate: bool = True,
     portable: bool = False,
     durable: bool = False,
-) -> tuple[Exported, dict[str, Any]]:
+) -> tuple[Exported, PackingReport]:
     """:func:`lower` from a captured program to a program and the report. Linears that are packed already stay so.
 
     Args:
@@ -85,10 +86,11 @@ def lower_captured(
         raise SparseForgeError(f"nothing to lower: {reasons}; run sparsify first")
     device = (program.tensor(eligible(sites)[0].fqn) if eligible(sites) else next(iter(program.state.values()))).device
     layouts = [layout for layout in find_target(target, device) if layout.durable or not durable]
-    for name, weight in before.items():
-        if durable and not LAYOUTS[weight["layout"]].durable:
-            raise SparseForgeError(f"no file may hold the layout {weight['layout']} of {name}: export the dense model")
-    dense_bytes = sum(s.numel * s.dtype.itemsize for s in eligible(sites)) + sum(w["dense"] for w in before.values())
+    for site, _ in before:
+        if durable and not LAYOUTS[site["layout"]].durable:
+            told = f"no file may hold the layout {site['layout']} of {site['name']}: export the dense model"
+            raise SparseForgeError(told)
+    dense_bytes = sum(s.numel * s.dtype.itemsize for s in eligible(sites)) + sum(dense for _, dense in before)
     measure = partial(cost.timings, tokens=tokens, device=device, layouts=layouts, known=known)
     choose = Gate(layouts, tokens, measure if gate and not portable else None)
     program, records = run_passes(program, deploy_passes(sparse_sites, choose, fuse=not portable))
@@ -97,34 +99,37 @@ def lower_captured(
         program, expanding = run_passes(program, export_passes())
         records += expanding
     stayed = sum(s.numel * s.dtype.itemsize for s in choose.sites if s.reason and s.reason.startswith("gate: "))
-    return program, {
-        "sites": [{"name": name, **{k: w[k] for k in ("out", "in", "layout", "bytes")}} for name, w in packed.items()],
+    report: PackingReport = {
+        "sites": [site for site, _ in packed],
         "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in choose.sites if s.reason],
         "table": cost.describe(choose.timings),
         "tokens": list(tokens),
         "dense_bytes": dense_bytes,
-        "lowered_bytes": sum(w["bytes"] for w in packed.values()) + stayed,
-        "scratch_bytes": max((w["dense"] for w in packed.values()), default=0),
+        "lowered_bytes": sum(site["bytes"] for site, _ in packed) + stayed,
+        "scratch_bytes": max((dense for _, dense in packed), default=0),
         "passes": [r._asdict() for r in records],
         **environment(),
     }
+    return program, report
 
 
-def packed_weights(program: Program) -> dict[str, dict[str, Any]]:
-    """Outputs, inputs, layout and bytes (packed, dense) of each packed weight of the graph, by the weight's name."""
-    found, names = {}, program.names()
+def packed_weights(program: Program) -> list[tuple[PackedSite, int]]:
+    """Each packed weight of the graph, and its bytes in dense form."""
+    found: dict[str, tuple[PackedSite, int]] = {}
+    names = program.names()
     for node in program.graph.find_nodes(op="call_function", target=OP):
         use = sparse_use(node)
         values, meta = names[use.values], names[use.meta]
         tensor = program.tensor(values)
-        found[values.removesuffix("_values")] = {
+        site: PackedSite = {
+            "name": values.removesuffix("_values"),
             "out": tensor.shape[0],
             "in": use.in_features,
             "layout": use.layout,
             "bytes": tensor.nbytes + program.tensor(meta).nbytes,
-            "dense": tensor.shape[0] * use.in_features * tensor.element_size(),
         }
-    return found
+        found[values] = site, tensor.shape[0] * use.in_features * tensor.element_size()
+    return list(found.values())
 
 
 def sparse_sites(program: Program) -> list[LinearSite]:

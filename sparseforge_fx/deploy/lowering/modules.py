@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
 from sparseforge_fx.errors import SparseForgeError, add_sentence
 from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout, find_target
 from sparseforge_fx.kernels.packed import BITMASK, VALUES, Packed, pack, why_dense
@@ -98,7 +99,7 @@ def lower_modules(
     tokens: Sequence[int] = cost.TOKENS,
     table: str | Path | cost.Table | None = None,
     gate: bool = True,
-) -> dict[str, Any]:
+) -> PackingReport:
     """Replace every nn.Linear and Conv1D whose weight is exactly 2:4, and gains from it, by a :class:`SparseLinear`.
 
     In place; their dense weights are freed. Options as for :func:`sparseforge_fx.lower`. Returns the report: sites,
@@ -115,7 +116,7 @@ def lower_modules(
     shapes = {name: cost.Shape.of(weight.shape[0], weight.shape[1], weight.dtype) for name, weight in weights.items()}
     timings = cost.timings(shapes.values(), tokens, device, layouts, known) if gate else {}
     before = after = scratch = 0
-    lowered = []
+    lowered: list[PackedSite] = []
     with _dense_again_on_error(model) as done:
         for name, module in sites.items():
             weight = weights.pop(name)
@@ -131,8 +132,8 @@ def lower_modules(
             done.append(name)
             size = sparse.weight_values.nbytes + sparse.weight_bitmask.nbytes
             scratch = max(scratch, weight.nbytes)
-            shape = {"out": sparse.out_features, "in": sparse.in_features}
-            lowered.append({"name": name, **shape, "layout": layout.name, "bytes": size})
+            out, width = sparse.out_features, sparse.in_features
+            lowered.append({"name": name, "out": out, "in": width, "layout": layout.name, "bytes": size})
             after += size
     return {
         "sites": lowered,

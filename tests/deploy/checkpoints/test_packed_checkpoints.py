@@ -45,7 +45,7 @@ def test_exact_both_ways(tmp_path, name, dtype):
     report = sf.save_packed(model, byte_tokenizer(), tmp_path / "packed")
     assert len(report["sites"]) == SITES[name] and [s["name"] for s in report["skipped"]] == ["lm_head"]
     share = 9 / 16 if dtype.itemsize == 2 else 17 / 32
-    assert report["packed_bytes"] == share * report["dense_bytes"]
+    assert report["lowered_bytes"] == share * report["dense_bytes"]
     assert not hasattr(model.config, "quantization_config") and not model.config.to_dict().get("quantization_config")
     sf.unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
     want, got = tensors(tmp_path / "dense"), tensors(tmp_path / "again")
