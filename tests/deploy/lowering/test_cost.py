@@ -122,13 +122,3 @@ def test_a_damaged_row(tmp_path, entry, value):
 def test_token_counts_that_make_no_sense(tokens):
     with pytest.raises(SparseForgeError, match="token counts"):
         cost.check_request(tokens, None)
-
-
-def test_targets():
-    assert find_target("auto", CPU) == find_target("cpu", CPU)
-    with pytest.raises(SparseForgeError, match="unknown target"):
-        find_target("tpu", CPU)
-    with pytest.raises(SparseForgeError, match="no sparse kernels for meta"):
-        find_target("auto", torch.device("meta"))
-    with pytest.raises(SparseForgeError, match="move the model"):
-        find_target("cpu", torch.device("cuda"))
