@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -78,6 +78,10 @@ class LinearSite:
     def is_used_by(self, nodes: Collection[str]) -> bool:
         """Is one of the nodes that multiply by it among these?"""
         return any(use.node in nodes for use in self.uses)
+
+
+#: the linears of a graph, those that are not to be touched with their reason
+Find = Callable[[Program], list[LinearSite]]
 
 
 def find_linears(

@@ -14,7 +14,7 @@ from sparseforge_fx.data.reading import Reader, Reading
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.compile import compile_repeated_blocks
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
@@ -45,7 +45,7 @@ class SparseModel(TrainerSurface):
 
     def __init__(
         self,
-        program: Program,
+        program: Exported,
         sites: Sequence[LinearSite],
         config: TrainedConfig,
         distillation: Distillation | None = None,

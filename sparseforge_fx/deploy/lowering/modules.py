@@ -96,7 +96,7 @@ def lower_modules(
     model: nn.Module,
     *,
     target: str = "auto",
-    batch: Sequence[int] = (1, 8, 64, 2048),
+    tokens: Sequence[int] = cost.TOKENS,
     table: str | Path | cost.Table | None = None,
     gate: bool = True,
 ) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def lower_modules(
     In place; their dense weights are freed. Options as for :func:`sparseforge_fx.lower`. Returns the report: sites,
     skipped modules with reasons, the cost table, bytes before and after. Raises SparseForgeError if no weight is 2:4.
     """
-    known = cost.check_request(batch, table)
+    known = cost.check_request(tokens, table)
     sites, skipped = find_sparse(model)
     if not sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
@@ -114,14 +114,14 @@ def lower_modules(
     device = next(iter(weights.values())).device
     layouts = find_target(target, device)
     shapes = {name: cost.Shape.of(weight.shape[0], weight.shape[1], weight.dtype) for name, weight in weights.items()}
-    timings = cost.timings(shapes.values(), batch, device, layouts, known) if gate else {}
+    timings = cost.timings(shapes.values(), tokens, device, layouts, known) if gate else {}
     before = after = scratch = 0
     lowered = []
     with _dense_again_on_error(model) as done:
         for name, module in sites.items():
             weight = weights.pop(name)
             before += weight.nbytes
-            layout, against = cost.choose(timings[shapes[name]], layouts, batch) if gate else (layouts[0], None)
+            layout, against = cost.choose(timings[shapes[name]], layouts, tokens) if gate else (layouts[0], None)
             if layout is None:
                 skipped[name] = f"gate: {against}"
                 after += weight.nbytes
@@ -139,7 +139,7 @@ def lower_modules(
         "sites": lowered,
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
         "table": cost.describe(timings),
-        "batch": list(batch),
+        "tokens": list(tokens),
         "dense_bytes": before,
         "lowered_bytes": after,
         "scratch_bytes": scratch,

@@ -119,10 +119,10 @@ def test_a_damaged_row(tmp_path, entry, value):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("batch", [[], [0], [4, -1]])
-def test_token_counts_that_make_no_sense(batch):
+@pytest.mark.parametrize("tokens", [[], [0], [4, -1]])
+def test_token_counts_that_make_no_sense(tokens):
     with pytest.raises(SparseForgeError, match="token counts"):
-        cost.check_request(batch, None)
+        cost.check_request(tokens, None)
 
 
 def test_targets():

@@ -65,7 +65,7 @@ def test_the_gate(captured_once):
     model, _ = sparse_copy(found)
     shape = cost.Shape(24, 16, "float32")
     table = cost.as_table([cost.Timing(shape, "rows", 1, 15.0, (15.0, 15.0), 10.0, (10.0, 10.0))])
-    report = sf.lower_modules(model, table=table, batch=[1])
+    report = sf.lower_modules(model, table=table, tokens=[1])
     assert [s["name"] for s in report["sites"]] == ["0"]
     assert {s["name"]: s["reason"] for s in report["skipped"]} == {
         "2": "gate: not measured at 1 tokens", "4": "not 2:4: a group of four has more than two non-zeros",
