@@ -65,10 +65,19 @@ def test_the_module_that_was_tapped_stays_as_it_was(tiny):
     assert not taps.hidden
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return x + self.two(self.one(x).relu())
+
+
 class Stack(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
+        self.layers = nn.ModuleList(Block() for _ in range(3))
 
     def forward(self, x):
         for layer in self.layers:
