@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from sparseforge_fx.passes.base import Pass, PassRecord, PassResult, run_passes
+from sparseforge_fx.passes.base import Choose, Find, Pass, PassRecord, PassResult, run_passes
 from sparseforge_fx.passes.expand_sparse_linears import expand_sparse_linears
-from sparseforge_fx.passes.find_linears import Find, LinearSite, find_linears
+from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.fuse_epilogues import fuse_epilogues
 from sparseforge_fx.passes.harden_masks import harden_masks
 from sparseforge_fx.passes.inline_kernels import inline_kernels
 from sparseforge_fx.passes.insert_hessian_hooks import insert_hessian_hooks
 from sparseforge_fx.passes.insert_low_rank import insert_low_rank
 from sparseforge_fx.passes.insert_soft_masks import insert_soft_masks
-from sparseforge_fx.passes.lower_sparse_linears import Choose, lower_sparse_linears
+from sparseforge_fx.passes.lower_sparse_linears import lower_sparse_linears
 from sparseforge_fx.passes.merge_parallel_linears import merge_parallel_linears
 from sparseforge_fx.pattern import AnyPattern
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.kernels.layouts import Layout
 from sparseforge_fx.passes.dump import Dump
+from sparseforge_fx.passes.find_linears import LinearSite
 
 DUMP_VARIABLE = "SPARSEFORGE_DUMP"
 P = TypeVar("P", bound=Program)
@@ -25,6 +27,10 @@ class PassResult(NamedTuple):
 
 
 Pass = Callable[[Program], PassResult]
+#: a graph -> its linears, those that are not to be touched with their reason
+Find = Callable[[Program], list[LinearSite]]
+#: sites -> the layout of each that is to be packed, by the weight's name; the others get a reason
+Choose = Callable[[Sequence[LinearSite]], Mapping[str, Layout]]
 
 
 class PassRecord(NamedTuple):

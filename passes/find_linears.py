@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -80,10 +80,6 @@ class LinearSite:
         return any(use.node in nodes for use in self.uses)
 
 
-#: the linears of a graph, those that are not to be touched with their reason
-Find = Callable[[Program], list[LinearSite]]
-
-
 def find_linears(
     program: Program,
     pattern: AnyPattern = TWO_FOUR,
@@ -107,8 +103,7 @@ def find_linears(
     sites: dict[tuple, LinearSite] = {}
     others: dict[tuple, set[str]] = defaultdict(set)  # operators that read a weight in any other way
     parameters = {fqn: value for _, fqn, value in program.lifted(InputKind.PARAMETER)}
-    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-    lifted = [found for found in program.lifted(*kinds) if found[2].layout == torch.strided]  # others have no storage
+    lifted = [found for found in program.lifted() if found[2].layout == torch.strided]  # others have no storage
     for node, fqn, value in lifted:
         uses, rest = _uses(node)
         if not uses and (value.dim() < 2 or fqn not in parameters):
@@ -320,7 +315,7 @@ def _computed_weights(program: Program, listed: set[str]) -> list[LinearSite]:
     A weight computed from listed parameters (weight norm, merged adapters) is reported as their reason already.
     """
     sources = {}  # node computed from parameters, buffers and constants alone -> the matrices among them
-    for node, fqn, value in program.lifted(InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+    for node, fqn, value in program.lifted():
         sources[node] = {fqn} if value.dim() >= 2 else set()
     out = []
     for node in program.graph.nodes:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from torch.export.graph_signature import InputKind
 
 from sparseforge_fx.graph.program import Program
-from sparseforge_fx.kernels.layouts import Layout
 from sparseforge_fx.kernels.packed import pack, packed_names, why_dense
 from sparseforge_fx.kernels.sparse_linear import OP
-from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.passes.find_linears import Find, LinearSite, eligible
+from sparseforge_fx.passes.base import Choose, Find, PassResult
+from sparseforge_fx.passes.find_linears import LinearSite, eligible
 from sparseforge_fx.passes.rewrite import drop_dead_moves, rewrite_use
-
-#: sites -> the layout of each that is to be packed, by the weight's name; the others get a reason
-Choose = Callable[[Sequence[LinearSite]], Mapping[str, Layout]]
 
 
 def keep_dense(program: Program, sites: Sequence[LinearSite]) -> list[LinearSite]:

@@ -19,8 +19,8 @@ from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS
 from sparseforge_fx.kernels.packed import BITMASK, VALUES
 from sparseforge_fx.kernels.sparse_linear import OP
-from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.passes.find_linears import Find, eligible
+from sparseforge_fx.passes.base import Find, PassResult
+from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.rewrite import sparse_use
 
 aten = torch.ops.aten
