@@ -90,4 +90,4 @@ def test_a_model_without_blocks_or_attention():
     with pytest.raises(SparseForgeError, match="no repeated blocks"):
         tap(mlp, Taps())
     with pytest.raises(SparseForgeError, match="no scaled_dot_product_attention"):
-        tap(capture(Stack(), torch.randn(2, 4)).module(), Taps(), attention=True)
+        tap(capture(Stack(), torch.randn(2, 3, 4)).module(), Taps(), attention=True)
