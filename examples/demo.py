@@ -227,7 +227,8 @@ def split(documents: Sequence[str], held_out: int) -> tuple[list[str], list[str]
 
 # -- what it writes --------------------------------------------------------------------------------------------------
 def write_inputs(model, tokenizer, text: Text, place: Path) -> None:
-    from sparseforge_fx.models.dense import new_folder, write_checkpoint
+    from sparseforge_fx.files import new_folder
+    from sparseforge_fx.models.dense import write_checkpoint
 
     with new_folder(place, overwrite=True) as folder:
         write_checkpoint(model, tokenizer, folder / "model")
@@ -236,7 +237,8 @@ def write_inputs(model, tokenizer, text: Text, place: Path) -> None:
 
 
 def write_outputs(result, tokenizer) -> None:
-    from sparseforge_fx.models.dense import new_folder, write_checkpoint
+    from sparseforge_fx.files import new_folder
+    from sparseforge_fx.models.dense import write_checkpoint
     from sparseforge_fx.report import plot_curves, write_json
 
     with new_folder(OUTPUT, overwrite=True) as folder:

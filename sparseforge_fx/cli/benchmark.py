@@ -27,7 +27,8 @@ def benchmark(
     from sparseforge_fx.deploy.export.throughput import compare, random_prompts, with_transformers
     from sparseforge_fx.deploy.lowering.modules import lower_modules
     from sparseforge_fx.errors import SparseForgeError
-    from sparseforge_fx.models.dense import check_parent, load_model
+    from sparseforge_fx.files import check_parent
+    from sparseforge_fx.models.dense import load_model
     from sparseforge_fx.report import environment, write_json
 
     if min(*batch, prompt, tokens, rounds) < 1:

@@ -36,7 +36,7 @@ def export(
     from sparseforge_fx.deploy.export.export import export as export_model
     from sparseforge_fx.deploy.export.generation import export_generator
     from sparseforge_fx.errors import SparseForgeError
-    from sparseforge_fx.models.dense import check_output
+    from sparseforge_fx.files import check_output
 
     if format not in FORMATS:
         raise SparseForgeError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")

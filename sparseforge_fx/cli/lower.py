@@ -28,7 +28,8 @@ def lower(
     """Time every 2:4 linear dense and packed, and say which would run packed, which dense, and why."""
     from sparseforge_fx.deploy.lowering import cost
     from sparseforge_fx.deploy.lowering.lower import lower as lower_model
-    from sparseforge_fx.models.dense import check_parent, load_model
+    from sparseforge_fx.files import check_parent
+    from sparseforge_fx.models.dense import load_model
 
     cost.check_request(batch, table)
     if output is not None and output.is_dir():

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from sparseforge_fx.data.chats import leading_bos
 from sparseforge_fx.data.text import load_text, open_sources, stable_hash
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.files import new_file
 
 CACHE_FORMAT = 1  # part of every cache name: raise it when the same inputs would give other tokens
 
@@ -156,10 +156,8 @@ def tokenize(
             tokenizer=tokenizer,
         )
         blocks = _token_blocks(documents, tokenizer, separator, limit_tokens)
-        if not _write(path, (np.asarray(block, dtype=dtype) for block in blocks), limit_tokens):
-            raise SparseForgeError(
-                f"{' and '.join(s.name for s in sources)} holds no text: check the source and its text column"
-            )
+        nothing = f"{' and '.join(s.name for s in sources)} holds no text: check the source and its text column"
+        _write(path, (np.asarray(block, dtype=dtype) for block in blocks), limit_tokens, nothing)
     return TokenData(np.memmap(path, dtype=dtype, mode="r"), length, leading_bos(tokenizer))
 
 
@@ -188,39 +186,32 @@ def _token_blocks(
         yield block
 
 
-def _write(path: Path, blocks: Iterable[np.ndarray], limit: int | None) -> int:
-    """Tokens written to `path`, which is replaced only by the finished file; with none, nothing appears."""
+def _write(path: Path, blocks: Iterable[np.ndarray], limit: int | None, nothing: str) -> None:
+    """Tokens to `path`, which is replaced only by the finished file. Raises SparseForgeError `nothing` for none."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
     console = Console(stderr=True)
-    written, scratch = 0, ""
+    written = 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with (
             Progress(
                 *Progress.get_default_columns(), MofNCompleteColumn(), console=console, disable=not console.is_terminal
             ) as bar,
-            tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as file,
+            new_file(path, shared=True) as partial,
+            open(partial, "wb") as file,
         ):
-            scratch = file.name
             task = bar.add_task("Tokenising", total=limit)
             for block in blocks:
                 file.write(block.tobytes())
                 written += block.size
                 bar.update(task, completed=written)
-            file.flush()
-            os.fsync(file.fileno())
-        if written:
-            os.replace(scratch, path)
+            if not written:
+                raise SparseForgeError(nothing)
     except OSError as error:
         raise SparseForgeError(
             f"cannot write the token cache in {path.parent} ({error}): choose another cache_dir"
         ) from error
-    finally:
-        if scratch and os.path.exists(scratch):
-            os.remove(scratch)
-    return written
 
 
 def _tokenizer_identity(tokenizer: Any, vocabulary: Mapping[str, int]) -> tuple[Any, ...]:

@@ -24,11 +24,11 @@ from sparseforge_fx.deploy.checkpoints.packed_files import (
 from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig, packed_linears
 from sparseforge_fx.deploy.lowering.modules import find_sparse, weight_of
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.files import check_output, new_folder
 from sparseforge_fx.kernels.packed import Packed, pack
 from sparseforge_fx.models.dense import (
     DTYPES,
     Location,
-    check_output,
     explained,
     is_packed,
     load_config,
@@ -36,7 +36,6 @@ from sparseforge_fx.models.dense import (
     load_tokenizer,
     locate,
     model_class,
-    new_folder,
     save_model,
 )
 from sparseforge_fx.models.loading_bar import loading_bar
