@@ -29,14 +29,14 @@ def lower(
     from sparseforge_fx.deploy.lowering import cost
     from sparseforge_fx.deploy.lowering.lower import lower as lower_model
     from sparseforge_fx.files import check_parent
-    from sparseforge_fx.models.dense import load_model
+    from sparseforge_fx.models.dense import load_dense
 
     cost.check_request(batch, table)
     if output is not None and output.is_dir():
         raise IsADirectoryError(f"{output} is a folder: name a file")
     if output is not None:
         check_parent(output)
-    loaded = load_model(model, dtype=dtype)[0].to(pick_device(device))
+    loaded = load_dense(model, dtype=dtype)[0].to(pick_device(device))
     report = lower_model(loaded, target=target, batch=batch, table=table).report
     assert isinstance(report, dict)
     console = stdout()

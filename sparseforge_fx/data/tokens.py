@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from sparseforge_fx.data.chats import leading_bos
-from sparseforge_fx.data.text import load_text, open_sources, stable_hash
+from sparseforge_fx.data.sources import open_sources, stable_hash
+from sparseforge_fx.data.text import load_text
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import new_file
 
@@ -105,7 +106,7 @@ def tokenize(
     *,
     length: int = 512,
     seed: int | None = 0,
-    limit_tokens: int | None = None,
+    tokens: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     separator: str | None = None,
     text_column: str | None = None,
@@ -118,7 +119,7 @@ def tokenize(
             it; it adds no other special token of its own.
         length: tokens per sequence. It does not change what is stored, so other lengths use the same cache file.
         seed: order of the documents; None keeps file order.
-        limit_tokens: exactly so many tokens, if there are that many; no more text is read than this needs.
+        tokens: exactly so many tokens, if there are that many; no more text is read than this needs.
         cache_dir: where the token file goes; default the Hugging Face home, `$HF_HOME/sparseforge_fx`.
         separator: text after every document; None: the tokenizer's end-of-sequence token, else its separator token.
         text_column, max_document_chars: see `load_text`. Pieces of a cut document are shuffled like documents, and each
@@ -134,12 +135,12 @@ def tokenize(
         raise SparseForgeError(
             "the tokenizer has no end-of-sequence token to put between documents: pass separator='\\n\\n'"
         )
-    if limit_tokens is not None and limit_tokens < length:
-        raise SparseForgeError(f"limit_tokens={limit_tokens} is less than one sequence: use at least length={length}")
+    if tokens is not None and tokens < length:
+        raise SparseForgeError(f"tokens={tokens} is less than one sequence: use at least length={length}")
     sources = open_sources(source)
     vocabulary = tokenizer.get_vocab()
     dtype = np.dtype(np.uint16 if max(vocabulary.values()) < 2**16 else np.uint32)
-    options = (CACHE_FORMAT, seed, limit_tokens, separator, text_column, max_document_chars)
+    options = (CACHE_FORMAT, seed, tokens, separator, text_column, max_document_chars)
     key = stable_hash(*(s.identity for s in sources), _tokenizer_identity(tokenizer, vocabulary), options)
     if cache_dir is None:
         from huggingface_hub.constants import HF_HOME
@@ -152,12 +153,12 @@ def tokenize(
             text_column,
             seed=seed,
             max_document_chars=max_document_chars,
-            stream=limit_tokens is not None,
+            stream=tokens is not None,
             tokenizer=tokenizer,
         )
-        blocks = _token_blocks(documents, tokenizer, separator, limit_tokens)
+        blocks = _token_blocks(documents, tokenizer, separator, tokens)
         nothing = f"{' and '.join(s.name for s in sources)} holds no text: check the source and its text column"
-        _write(path, (np.asarray(block, dtype=dtype) for block in blocks), limit_tokens, nothing)
+        _write(path, (np.asarray(block, dtype=dtype) for block in blocks), tokens, nothing)
     return TokenData(np.memmap(path, dtype=dtype, mode="r"), length, leading_bos(tokenizer))
 
 

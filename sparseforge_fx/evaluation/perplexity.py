@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sparseforge_fx.data.text import Column, open_sources
+from sparseforge_fx.data.rows import Column
+from sparseforge_fx.data.sources import open_sources
 from sparseforge_fx.data.tokens import TokenData
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.modes import eval_mode

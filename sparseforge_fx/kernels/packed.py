@@ -15,6 +15,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 FORMAT_VERSION = 1
+METHOD = "sparseforge"  # quant_method in config.json of a checkpoint in this format
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # same size in bytes -> integers
 
 

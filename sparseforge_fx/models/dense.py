@@ -1,4 +1,4 @@
-"""Models by name: a folder, a hub id or a GGUF file in; a plain Hugging Face folder out, whole or not at all."""
+"""Dense models by name: a folder, a hub id or a GGUF file in; a plain Hugging Face folder out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import transformers
 from torch import nn
 
 from sparseforge_fx.errors import SparseForgeError, one_line
-from sparseforge_fx.files import new_folder
+from sparseforge_fx.kernels.packed import METHOD
 from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.loading_bar import loading_bar
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+UNPACK = "load it with sf.load, then save what model.dequantize() gives"
 HUB_TIMEOUT = 10.0  # seconds until the hub counts as not reachable
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -42,28 +43,31 @@ class Location(NamedTuple):
         return quick_reader()
 
 
-def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tuple[nn.Module, Any]:
-    """The model, in eval mode on the CPU, and its tokenizer (None for a model without a vocabulary).
+def load_dense(
+    name: str | Path, *, dtype: str | torch.dtype | None = None, device: Any = None, device_map: Any = None
+) -> tuple[nn.Module, Any]:
+    """The model, in eval mode, and its tokenizer (None for a model without a vocabulary).
 
     Args:
         name: a Hugging Face folder, a hub id, or a GGUF file (or a folder that holds one and nothing else to load).
         dtype: ``bfloat16``, ``float16``, ``float32``. None: the checkpoint's own; bfloat16 for a GGUF file, whose
             weights are dequantised.
+        device: all of the model goes there; None: the CPU. device_map: or what ``from_pretrained`` takes.
 
     Raises SparseForgeError: nothing of that name, the hub is not reachable, not a model, weights missing from the
-    checkpoint, weights that stay quantised, no tokenizer. Code that comes with a checkpoint is never run.
+    checkpoint, weights that are packed or stay quantised, no tokenizer. Code that comes with a checkpoint is never run.
     """
     where = locate(name)
     wanted = find_dtype(dtype)
     config = load_config(where)
     tokenizer = load_tokenizer(where, config)
-    options: dict[str, Any] = {"dtype": wanted or "auto", "config": config}
+    options: dict[str, Any] = {"dtype": wanted or "auto", "config": config, **where_to(device, device_map)}
     if where.gguf:
         options["dtype"] = wanted or torch.bfloat16
         if hasattr(transformers, "GgufConfig"):  # before it came, every GGUF file was dequantised
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     elif is_packed(config):
-        raise SparseForgeError(f"the weights of {name} are packed: load it with sf.load, or see sf.unpack_checkpoint")
+        raise SparseForgeError(f"the weights of {name} are packed, and must be dense here: {UNPACK}")
     elif getattr(config, "quantization_config", None) is not None:
         raise SparseForgeError(
             f"the weights of {name} are quantised: give a checkpoint in bfloat16, float16 or float32"
@@ -94,19 +98,10 @@ def load_skeleton(name: str | Path) -> nn.Module:
     return model.eval()
 
 
-def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write a plain Hugging Face folder, with nothing in it that says sparse: every loader takes it for a dense one.
-
-    Low-rank branches (``slorb_block``) are further tensors in it: :func:`load_model` rebuilds them, other loaders leave
-    them out.
-    Raises SparseForgeError if ``folder`` exists and is not empty, unless ``overwrite``.
-    """
-    with new_folder(Path(folder), overwrite=overwrite) as partial:
-        write_checkpoint(model, tokenizer, partial)
-
-
 def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
-    """``save_pretrained`` of both into a folder."""
+    """``save_pretrained`` of both into a folder, which then does not say that it is sparse: every loader takes it for a
+    dense one. Low-rank branches (``slorb_block``) are further tensors: :func:`load_dense` rebuilds them, other loaders
+    leave them out."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -193,9 +188,17 @@ def _read_tensors(where: Location, names: Iterable[str]) -> dict[str, torch.Tens
 
 
 def is_packed(config: Any) -> bool:
-    """Did ``save_packed`` write it?"""
-    found = getattr(config, "quantization_config", None)
-    return isinstance(found, dict) and found.get("quant_method") == "sparseforge"
+    """Did ``save_packed`` write this configuration, or config.json as a dict?"""
+    for name in ("quantization_config", "quant_method"):
+        config = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+    return config == METHOD
+
+
+def where_to(device: Any, device_map: Any) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that put a model somewhere."""
+    if device is not None and device_map is not None:
+        raise SparseForgeError("device and device_map both say where the model goes: give one of the two")
+    return {} if device is None and device_map is None else {"device_map": device_map or {"": device}}
 
 
 def model_class(config: Any) -> Any:

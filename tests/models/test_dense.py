@@ -22,16 +22,16 @@ def equal(one, two):
 
 # -- folders ---------------------------------------------------------------------------------------------------------
 def test_save_and_load_give_the_same_model_and_tokenizer(folder, tmp_path):
-    model, tokenizer = models.load_model(folder)
+    model, tokenizer = models.load_dense(folder)
     assert not model.training
-    models.save_model(model, tokenizer, tmp_path / "new" / "out")
-    again, tokens = models.load_model(tmp_path / "new" / "out")
+    models.write_checkpoint(model, tokenizer, tmp_path / "new" / "out")
+    again, tokens = models.load_dense(tmp_path / "new" / "out")
     assert equal(model, again)
     assert tokens("Hello, world")["input_ids"] == tokenizer("Hello, world")["input_ids"]
 
 
 def test_the_written_folder_does_not_say_sparse(folder, tmp_path):
-    models.save_model(*models.load_model(folder), tmp_path / "out")
+    models.write_checkpoint(*models.load_dense(folder), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not {"sparsity_config", "quantization_config", "compression_config"} & config.keys()
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -39,10 +39,10 @@ def test_the_written_folder_does_not_say_sparse(folder, tmp_path):
 
 def test_the_checkpoint_decides_the_dtype_unless_told(folder, tmp_path):
     half = tiny_llama().to(torch.bfloat16)
-    models.save_model(half, byte_tokenizer(), tmp_path / "half")
-    assert models.load_model(tmp_path / "half")[0].dtype == torch.bfloat16
-    assert models.load_model(tmp_path / "half", dtype="float32")[0].dtype == torch.float32
-    assert models.load_model(folder, dtype=torch.float16)[0].dtype == torch.float16
+    models.write_checkpoint(half, byte_tokenizer(), tmp_path / "half")
+    assert models.load_dense(tmp_path / "half")[0].dtype == torch.bfloat16
+    assert models.load_dense(tmp_path / "half", dtype="float32")[0].dtype == torch.float32
+    assert models.load_dense(folder, dtype=torch.float16)[0].dtype == torch.float16
 
 
 def test_the_class_that_wrote_the_checkpoint_loads_it(tmp_path):
@@ -51,13 +51,13 @@ def test_the_class_that_wrote_the_checkpoint_loads_it(tmp_path):
     bert = BertForMaskedLM(
         BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     )
-    models.save_model(bert, byte_tokenizer(), tmp_path / "bert")
-    assert type(models.load_model(tmp_path / "bert")[0]) is BertForMaskedLM
+    models.write_checkpoint(bert, byte_tokenizer(), tmp_path / "bert")
+    assert type(models.load_dense(tmp_path / "bert")[0]) is BertForMaskedLM
     vit = ViTForImageClassification(
         ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
     )
-    models.save_model(vit, None, tmp_path / "vit")
-    model, tokenizer = models.load_model(tmp_path / "vit")
+    models.write_checkpoint(vit, None, tmp_path / "vit")
+    model, tokenizer = models.load_dense(tmp_path / "vit")
     assert type(model) is ViTForImageClassification and tokenizer is None
 
 
@@ -71,12 +71,12 @@ def test_a_skeleton_has_shapes_and_ties_but_no_weights(folder):
 def test_a_gguf_file_loads_as_a_plain_model_that_can_be_saved(tmp_path):
     source = tiny_llama()
     write_gguf(tmp_path / "tiny.gguf", source)
-    model, tokenizer = models.load_model(tmp_path / "tiny.gguf", dtype="float32")
+    model, tokenizer = models.load_dense(tmp_path / "tiny.gguf", dtype="float32")
     assert equal(model, source)
     assert tokenizer("fox")["input_ids"] == byte_tokenizer()("fox")["input_ids"]
-    assert models.load_model(tmp_path / "tiny.gguf")[0].dtype == torch.bfloat16
-    models.save_model(model, tokenizer, tmp_path / "out")
-    assert equal(models.load_model(tmp_path / "out")[0], source)
+    assert models.load_dense(tmp_path / "tiny.gguf")[0].dtype == torch.bfloat16
+    models.write_checkpoint(model, tokenizer, tmp_path / "out")
+    assert equal(models.load_dense(tmp_path / "out")[0], source)
     assert models.locate(tmp_path).gguf  # the only file in the folder
 
 
@@ -147,16 +147,16 @@ def broken(tmp_path, folder, kind):
 )
 def test_broken_checkpoints_give_one_sentence(tmp_path, folder, kind, says):
     with pytest.raises(SparseForgeError, match=says) as caught:
-        models.load_model(broken(tmp_path, folder, kind))
+        models.load_dense(broken(tmp_path, folder, kind))
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_names_and_dtypes(folder, tmp_path):
     for name in ("./nothing", tmp_path / "nothing", "a/b/c", "x.gguf"):
         with pytest.raises(SparseForgeError, match="there is no model folder or file"):
-            models.load_model(name)
+            models.load_dense(name)
     with pytest.raises(SparseForgeError, match="unknown dtype"):
-        models.load_model(folder, dtype="int8")
+        models.load_dense(folder, dtype="int8")
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------
