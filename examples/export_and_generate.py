@@ -26,7 +26,7 @@ def main() -> None:
     ids = torch.randint(3, model.config.vocab_size, (1, 8))
     logits = model(ids).logits
     text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
-    options = {"batch": [1, 8], "gate": gate}
+    options = {"tokens": [1, 8], "gate": gate}
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
@@ -35,7 +35,7 @@ def main() -> None:
         graph = torch.export.load(path).module()
         print(f"pt2: {path.stat().st_size:,} bytes, logits differ by {error(graph(input_ids=ids), logits):.0e}")
 
-        sf.export(model, path, portable=True, batch=[1, 8])  # plain aten operators: torch alone runs it
+        sf.export(model, path, portable=True, tokens=[1, 8])  # plain aten operators: torch alone runs it
         graph = torch.export.load(path).module()
         print(f"portable: {path.stat().st_size:,} bytes, logits differ by {error(graph(input_ids=ids), logits):.0e}")
 

@@ -1,16 +1,15 @@
 """Graph edits, and nothing else. Each pass is one file with one function ``(program, ...) -> PassResult``.
 
-The two orders, with the reason for each pass's place, are the lists below: into the trainable program, and into the
-deployed one. ``merge_parallel_linears`` comes before the second: the cost gate has to see the shapes that it makes.
+Every ordered list of passes that the product runs is one of the five functions below, each pass with the reason for its
+place. ``run_passes`` runs a list; SPARSEFORGE_DUMP=folder in the environment writes what each pass did to the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from sparseforge_fx.kernels.layouts import ROWS, Layout
-from sparseforge_fx.passes.base import Pass, PassRecord, PassResult, run_passes
+from sparseforge_fx.passes.base import Choose, Find, Pass, PassRecord, PassResult, run_passes
 from sparseforge_fx.passes.expand_sparse_linears import expand_sparse_linears
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.fuse_epilogues import fuse_epilogues
@@ -27,37 +26,59 @@ from sparseforge_fx.pattern import AnyPattern
 def train_passes(
     sites: Sequence[LinearSite], *, slorb_block: int | None = None, estimator: str | None = None
 ) -> list[Pass]:
-    """The passes from a captured program to a trainable one."""
+    """From a captured program to a trainable one.
+
+    Each pass leaves alone what is there already: with an ``estimator``, on a program that came out of this list without
+    one, it gives the twin of the probe steps over the same weights, masks and branches.
+    """
     passes: list[Pass] = [partial(insert_soft_masks, sites=sites)]  # first: the others look for its operator
     if slorb_block is not None:
-        passes.append(partial(insert_low_rank, block=slorb_block))  # looks for its operator, too
+        passes.append(partial(insert_low_rank, block=slorb_block))  # beside a masked linear; its own are not masked
     if estimator is not None:
-        passes.append(partial(insert_hessian_hooks, estimator=estimator))  # type: ignore[arg-type]
+        passes.append(partial(insert_hessian_hooks, estimator=estimator))  # last: an argument of the masked linears
     return passes
 
 
 def harden_passes(pattern: AnyPattern) -> list[Pass]:
-    """The passes from a trained program to exact weights."""
-    return [partial(harden_masks, pattern=pattern)]
+    """From a trained program to exact weights and plain linears."""
+    return [partial(harden_masks, pattern=pattern)]  # takes masks and probes out; branches stay
 
 
-def deploy_passes(
-    sites: Sequence[LinearSite], layout_of: Callable[[LinearSite], Layout] = lambda _: ROWS, *, fuse: bool = True
-) -> list[Pass]:
-    """The passes from a program with exactly 2:4 weights to packed operators; ``sites`` are chosen after merging."""
-    passes: list[Pass] = [partial(lower_sparse_linears, sites=sites, layout_of=layout_of)]
+def deploy_passes(find: Find, choose: Choose, *, fuse: bool = True) -> list[Pass]:
+    """From a program with 2:4 weights to packed operators.
+
+    Both functions are asked when a pass runs: ``find`` for the linears of the graph as it is then, ``choose`` for the
+    layouts of those that are to be packed.
+    """
+    passes: list[Pass] = [
+        partial(merge_parallel_linears, find=find),  # first: it is the merged shapes that are timed and packed
+        partial(lower_sparse_linears, find=find, choose=choose),
+    ]
     if fuse:
-        passes.append(fuse_epilogues)  # looks for the operator that the pass before puts in
-    return passes  # for a graph without our operators: no fusing, expand_sparse_linears instead
+        passes.append(fuse_epilogues)  # last: looks for the operator that the pass before puts in
+    return passes
+
+
+def export_passes() -> list[Pass]:
+    """From packed operators to a file that runs without ours; after :func:`deploy_passes` with ``fuse=False``."""
+    return [expand_sparse_linears]  # leaves operators with an activation in them alone
+
+
+def package_passes() -> list[Pass]:
+    """From packed operators to a package that runs without Python on a GPU."""
+    return [inline_kernels]  # after fusing: the kernels take bias and activation
 
 
 __all__ = [
+    "Choose",
+    "Find",
     "LinearSite",
     "Pass",
     "PassRecord",
     "PassResult",
     "deploy_passes",
     "expand_sparse_linears",
+    "export_passes",
     "find_linears",
     "fuse_epilogues",
     "harden_masks",
@@ -68,6 +89,7 @@ __all__ = [
     "insert_soft_masks",
     "lower_sparse_linears",
     "merge_parallel_linears",
+    "package_passes",
     "run_passes",
     "train_passes",
 ]

@@ -14,7 +14,7 @@ from sparseforge_fx.kernels.layouts import LAYOUTS
 from sparseforge_fx.kernels.packed import unpack
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.passes.rewrite import aten, call_like, sparse_use
+from sparseforge_fx.passes.rewrite import aten, sparse_use
 
 
 def expand_sparse_linears(program: Program) -> PassResult:
@@ -30,7 +30,7 @@ def expand_sparse_linears(program: Program) -> PassResult:
         with program.graph.inserting_before(node):
             traced = _trace(use.values, use.meta, use.layout, use.in_features)
             weight = _insert(traced, node, use.values, use.meta)
-            linear = call_like(node, aten.linear.default, use.x, weight, use.bias)
+        linear = program.insert_before(node, aten.linear.default, use.x, weight, use.bias)
         program.replace(node, linear)
         modified += 1
     return PassResult(program, modified)

@@ -103,8 +103,7 @@ def find_linears(
     sites: dict[tuple, LinearSite] = {}
     others: dict[tuple, set[str]] = defaultdict(set)  # operators that read a weight in any other way
     parameters = {fqn: value for _, fqn, value in program.lifted(InputKind.PARAMETER)}
-    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-    lifted = [found for found in program.lifted(*kinds) if found[2].layout == torch.strided]  # others have no storage
+    lifted = [found for found in program.lifted() if found[2].layout == torch.strided]  # others have no storage
     for node, fqn, value in lifted:
         uses, rest = _uses(node)
         if not uses and (value.dim() < 2 or fqn not in parameters):
@@ -316,7 +315,7 @@ def _computed_weights(program: Program, listed: set[str]) -> list[LinearSite]:
     A weight computed from listed parameters (weight norm, merged adapters) is reported as their reason already.
     """
     sources = {}  # node computed from parameters, buffers and constants alone -> the matrices among them
-    for node, fqn, value in program.lifted(InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+    for node, fqn, value in program.lifted():
         sources[node] = {fqn} if value.dim() >= 2 else set()
     out = []
     for node in program.graph.nodes:

@@ -37,10 +37,9 @@ def fuse_epilogues(program: Program) -> PassResult:
             name, last = "silu_mul", product
         if name is None:
             continue
-        with program.graph.inserting_before(node):
-            fused = program.graph.call_function(OP, use._replace(activation=name))
         whole = read is node
-        fused.meta = {**node.meta, "val": (last if whole else node).meta["val"]}
+        value = (last if whole else node).meta["val"]
+        fused = program.insert_before(node, OP, *use._replace(activation=name), value=value)
         program.replace(last, fused if whole else read)
         if not whole:
             program.replace(node, fused)

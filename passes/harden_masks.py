@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
@@ -21,7 +23,7 @@ def harden_masks(program: Program, pattern: AnyPattern = TWO_FOUR) -> PassResult
     once, whatever the number of its users; probes and masks leave the program. Hardening a hardened program changes
     nothing.
     """
-    names = {node: fqn for node, fqn, _ in program.lifted(InputKind.PARAMETER, InputKind.BUFFER)}
+    names = program.names(InputKind.PARAMETER, InputKind.BUFFER)
     nodes = program.graph.find_nodes(op="call_function", target=OP)
     folded: set[Node] = set()
     spent: dict[Node, None] = {}  # masks and probes, in order
@@ -37,26 +39,20 @@ def harden_masks(program: Program, pattern: AnyPattern = TWO_FOUR) -> PassResult
             with torch.no_grad():
                 value.copy_(torch.where(keep, value, torch.zeros_like(value)) + 0.0)  # + 0.0 turns -0.0 into 0.0
         spent |= dict.fromkeys(p for p in (mask, probe) if p is not None)
-        program.replace(node, _dense(node))
+        program.replace(node, _dense(program, node))
     for placeholder in spent:
         program.drop(placeholder)
     return PassResult(program, len(nodes))
 
 
-def _dense(node: Node) -> Node:
+def _dense(program: Program, node: Node) -> Node:
     """The plain operator of a masked one, before it in the graph, with its value and module stack."""
     x, weight, _, bias, _, transposed, *_ = node.args
-    new = node.graph.call_function
-    with node.graph.inserting_before(node):
-        if not transposed:
-            dense = new(aten.linear.default, (x, weight) if bias is None else (x, weight, bias))
-        elif bias is None:
-            dense = new(aten.matmul.default, (x, weight))
-        elif x.meta["val"].dim() == 2:  # type: ignore[union-attr]
-            dense = new(aten.addmm.default, (bias, x, weight))
-        else:
-            swapped = new(aten.t.default, (weight,))
-            swapped.meta = {**node.meta, "val": weight.meta["val"].t()}  # type: ignore[union-attr]
-            dense = new(aten.linear.default, (x, swapped, bias))
-    dense.meta["val"] = node.meta["val"]
-    return dense
+    insert, value = partial(program.insert_before, node), node.meta["val"]
+    if not transposed:
+        return insert(aten.linear.default, *((x, weight) if bias is None else (x, weight, bias)), value=value)
+    if bias is None:
+        return insert(aten.matmul.default, x, weight, value=value)
+    if x.meta["val"].dim() == 2:  # type: ignore[union-attr]
+        return insert(aten.addmm.default, bias, x, weight, value=value)
+    return insert(aten.linear.default, x, insert(aten.t.default, weight), bias, value=value)

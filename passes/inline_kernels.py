@@ -47,7 +47,7 @@ def inline_kernels(program: Program) -> PassResult:
         with program.graph.inserting_before(node):
             words = _call(program.graph, as_words(packed), aten.view.dtype, use.values, as_words(packed).dtype)
             use = use._replace(values=words)
-            new = _branches(program.exported.graph_module, use, node.meta["val"], limits)
+            new = _branches(program.graph_module, use, node.meta["val"], limits)
         program.replace(node, new)
         modified += 1
     return PassResult(program, modified)

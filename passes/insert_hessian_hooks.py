@@ -1,17 +1,22 @@
-"""Give every soft-masked linear a probe whose gradient is a curvature estimate (see kernels/soft_masked_linear.py)."""
+"""Probes: a parameter of zeros beside every masked weight, whose gradient is a curvature estimate of that weight.
+
+There are no hooks: the estimate comes out of autograd as the probe's gradient (see kernels/soft_masked_linear.py).
+"""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.graph.rows import mask_names, positions_of
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
+
+#: that are the gradient of a probe
+ESTIMATORS = ("gauss_newton", "activation")
 
 
 def probe_name(fqn: str) -> str:
@@ -19,18 +24,21 @@ def probe_name(fqn: str) -> str:
     return f"{fqn}_probe"
 
 
-def insert_hessian_hooks(
-    program: Program, estimator: Literal["gauss_newton", "activation"] = "gauss_newton"
-) -> PassResult:
-    """Add one probe per masked weight: of its shape for ``gauss_newton``, of shape [in] for ``activation``.
+def insert_hessian_hooks(program: Program, estimator: str = "gauss_newton") -> PassResult:
+    """Give every masked linear a probe, one per weight: of its shape for ``gauss_newton``, [in] for ``activation``.
 
-    The probe is a parameter of zeros that changes no value; autograd sums its "gradient" over a weight's users and over
-    micro-batches as it does any gradient's. It takes the memory of one element, an expanded zero, and so must not be
-    written to (DistributedDataParallel: ``init_sync=False``). An ``activation`` probe gets the program's mask of
-    padding, where its inputs are positions that the mask speaks of.
+    A probe is a parameter of zeros that changes no value and whose "gradient" is the estimate: autograd sums it over a
+    weight's users and over micro-batches as it does any gradient. It takes the memory of one element, an expanded zero,
+    and so must not be written to (DistributedDataParallel: ``init_sync=False``). An ``activation`` probe gets the
+    program's mask of padding, where its inputs are positions that the mask speaks of. Linears that have a probe are
+    left alone.
+
+    Raises SparseForgeError for an estimator that needs no probes.
     """
-    names = {node: fqn for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
-    inputs = {n.name: n for n in program.graph.find_nodes(op="placeholder") if n.name in program.signature.user_inputs}
+    if estimator not in ESTIMATORS:
+        raise SparseForgeError(f"no probe gives the estimator {estimator!r}: choose {' or '.join(ESTIMATORS)}")
+    names = program.names(InputKind.PARAMETER)
+    inputs = {node.name: node for node in program.user_inputs()}
     masks = mask_names(program.graph, inputs.values())
     probes: dict[Node, Node] = {}
     modified = 0

@@ -27,7 +27,7 @@ def insert_low_rank(program: Program, block: int = 16) -> PassResult:
     program computes what it computed. As a LoRA adapter: A = X, B = S, rank in/block, scale 1.
     Raises SparseForgeError if ``block`` does not divide a site's input width.
     """
-    names = {node: fqn for node, fqn, _ in program.lifted(InputKind.PARAMETER, InputKind.BUFFER)}
+    names = program.names(InputKind.PARAMETER, InputKind.BUFFER)
     present = set(program.state)
     branches: dict[Node, tuple[Node, Node]] = {}
     modified = 0
@@ -56,15 +56,8 @@ def _add_branch(program: Program, fqn: str, pruned: Tensor, block: int) -> tuple
 
 def _add_to(program: Program, node: Node, x: Node, a: Node, b: Node) -> None:
     """node -> node + (x a^T) b^T, for every reader of node and in the program's outputs."""
-    graph = program.graph
-    with graph.inserting_before(node.next):
-        down = graph.call_function(aten.linear.default, (x, a))
-        up = graph.call_function(aten.linear.default, (down, b))
-        total = graph.call_function(aten.add.Tensor, (node, up))
-    for new in (down, up, total):
-        new.meta = dict(node.meta)
-    down.meta["val"] = aten.linear.default(x.meta["val"], a.meta["val"])
-    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-    for spec in program.signature.output_specs:
-        if getattr(spec.arg, "name", None) == node.name:
-            spec.arg.name = total.name
+    value = node.meta["val"]
+    down = program.insert_after(node, aten.linear.default, x, a)
+    up = program.insert_after(down, aten.linear.default, down, b, value=value)
+    total = program.insert_after(up, aten.add.Tensor, node, up, value=value)
+    program.redirect(node, total)

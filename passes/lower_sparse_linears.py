@@ -2,59 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch.export.graph_signature import InputKind
 
 from sparseforge_fx.graph.program import Program
-from sparseforge_fx.kernels.layouts import ROWS, Layout
-from sparseforge_fx.kernels.packed import pack
+from sparseforge_fx.kernels.packed import pack, packed_names, why_dense
 from sparseforge_fx.kernels.sparse_linear import OP
-from sparseforge_fx.passes.base import PassResult
+from sparseforge_fx.passes.base import Choose, Find, PassResult
 from sparseforge_fx.passes.find_linears import LinearSite, eligible
 from sparseforge_fx.passes.rewrite import drop_dead_moves, rewrite_use
-from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 
 
 def keep_dense(program: Program, sites: Sequence[LinearSite]) -> list[LinearSite]:
-    """The sites, in place, with a reason on those whose weight is not exactly 2:4 or cannot be read."""
+    """The sites, in place, with a reason on those whose weight cannot be packed."""
     for site in eligible(sites):
-        value = program.tensor(site.fqn)
-        if value.is_meta:
-            site.reason = "on the meta device"
-        elif not check_pattern(value, TWO_FOUR, site.reduction_dim):
-            site.reason = "not 2:4: a group of four has more than two non-zeros"
-        elif value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            site.reason = f"no kernel for {value.dtype}"
+        weight = program.tensor(site.fqn).detach()
+        site.reason = why_dense(weight.t() if site.transposed else weight)
     return list(sites)
 
 
-def lower_sparse_linears(
-    program: Program, sites: Sequence[LinearSite], layout_of: Callable[[LinearSite], Layout] = lambda _: ROWS
-) -> PassResult:
-    """Pack the weight of every eligible site and let each of its uses call the sparse operator.
+def lower_sparse_linears(program: Program, find: Find, choose: Choose) -> PassResult:
+    """Pack the weights that ``choose`` has a layout for, of those that ``find`` gives, and let each of their uses call
+    the sparse operator.
 
-    The packed tensors are buffers ``<weight>_values`` and ``<weight>_meta`` in the layout that the site gets; a
-    weight with several uses or names is packed once, and its dense parameter leaves the program. ``sites`` must come
-    from :func:`find_linears` on this program, or on the one that it is a copy of.
+    The packed tensors are buffers of the names that files have for them; a weight with several uses or names is packed
+    once, and its dense parameter leaves the program.
 
     Raises SparseForgeError if the weight of an eligible site is not 2:4 (see :func:`keep_dense`).
     """
+    sites = find(program)
+    layouts = choose(sites)
     placeholders = {fqn: node for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
     modified = 0
     for site in eligible(sites):
-        if site.fqn not in placeholders:  # lowered already
+        if site.fqn not in layouts or site.fqn not in placeholders:  # stays dense, or is packed already
             continue
         weight = program.tensor(site.fqn).detach()
-        layout = layout_of(site)
-        values, meta = layout.convert(pack(weight.t() if site.transposed else weight))
-        packed = (
-            program.add_buffer(f"{site.fqn}_values", values),
-            program.add_buffer(f"{site.fqn}_meta", meta),
-            layout.name,
-            site.in_features,
-        )
+        layout = layouts[site.fqn]
+        tensors = layout.convert(pack(weight.t() if site.transposed else weight))
+        buffers = map(program.add_buffer, packed_names(site.fqn), tensors)
+        packed = (*buffers, layout.name, site.in_features)
         for use in site.uses:
             rewrite_use(program, use, OP, lambda x, bias, packed=packed: (x, *packed, bias, "none"))
             modified += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,24 +17,24 @@ from torch.fx import Node
 
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS
+from sparseforge_fx.kernels.packed import BITMASK, VALUES
 from sparseforge_fx.kernels.sparse_linear import OP
-from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.passes.find_linears import LinearSite, eligible
-from sparseforge_fx.passes.rewrite import call_like, sparse_use
+from sparseforge_fx.passes.base import Find, PassResult
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.rewrite import sparse_use
 
 aten = torch.ops.aten
 
 
-def merge_parallel_linears(program: Program, sites: Sequence[LinearSite]) -> PassResult:
-    """Merge the sites among the ``aten.linear`` nodes that read the same value, where all have a bias or none has, and
-    likewise ``sparse_linear`` nodes of a layout whose rows follow one another as dense ones do.
+def merge_parallel_linears(program: Program, find: Find) -> PassResult:
+    """Merge the sites that ``find`` gives among the ``aten.linear`` nodes that read the same value, where all have a
+    bias or none has, and likewise ``sparse_linear`` nodes of a layout whose rows follow one another as dense ones do.
 
     A weight with several uses or names stays alone: merged, it would be stored twice. The merged tensors are new, rows
-    in graph order, each bit as it was; ``modified`` counts the linears that went into merged ones. ``sites`` must come
-    from :func:`find_linears` on this program, or on the one that it is a copy of.
+    in graph order, each bit as it was; ``modified`` counts the linears that went into merged ones.
     """
-    lifted = {n: name for n, name, _ in program.lifted(InputKind.PARAMETER, InputKind.BUFFER)}
-    alone = {s.fqn for s in eligible(sites) if len(s.uses) == 1 and not s.ties}
+    lifted = program.names(InputKind.PARAMETER, InputKind.BUFFER)
+    alone = {s.fqn for s in eligible(find(program)) if len(s.uses) == 1 and not s.ties}
     groups: dict[tuple, list[tuple[Node, list[Node]]]] = defaultdict(list)
     for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight, bias = (*node.args, None)[:3]
@@ -60,7 +61,7 @@ def merge_parallel_linears(program: Program, sites: Sequence[LinearSite]) -> Pas
 def _merge(program: Program, nodes: list[Node], names: list[list[str]]) -> None:
     """``names``: of each node the tensors that have a row for each output, in the order of its arguments."""
     first = nodes[0]
-    spent = {fqn: node for node, fqn, _ in program.lifted(InputKind.PARAMETER, InputKind.BUFFER)}
+    spent = {fqn: node for node, fqn in program.names(InputKind.PARAMETER, InputKind.BUFFER).items()}
     old = [[program.tensor(fqn) for fqn in row] for row in names]
     module = merged_name([_module_of(row[0]) for row in names])
     leaves = [*(n.rpartition(".")[2] for n in names[0][:2]), "bias"] if first.target == OP else ["weight", "bias"]
@@ -73,15 +74,15 @@ def _merge(program: Program, nodes: list[Node], names: list[list[str]]) -> None:
             merged.append(program.add_parameter(name, together, requires_grad=grad))
         else:
             merged.append(program.add_buffer(name, together))
-    with program.graph.inserting_before(first):
-        if first.target == OP:
-            use = sparse_use(first)
-            bias = merged[2] if len(merged) > 2 else None
-            wide = call_like(first, OP, *use._replace(values=merged[0], meta=merged[1], bias=bias))
-        else:
-            wide = call_like(first, aten.linear.default, first.args[0], *merged)
-        parts = call_like(first, aten.split_with_sizes.default, wide, [len(row[0]) for row in old], -1)
-        outputs = [call_like(node, operator.getitem, parts, index) for index, node in enumerate(nodes)]
+    insert = partial(program.insert_before, first)
+    if first.target == OP:
+        use = sparse_use(first)
+        bias = merged[2] if len(merged) > 2 else None
+        wide = insert(OP, *use._replace(values=merged[0], meta=merged[1], bias=bias))
+    else:
+        wide = insert(aten.linear.default, first.args[0], *merged)
+    parts = insert(aten.split_with_sizes.default, wide, [len(row[0]) for row in old], -1)
+    outputs = [insert(operator.getitem, parts, index) for index in range(len(nodes))]
     for node, output in zip(nodes, outputs, strict=True):
         program.replace(node, output)
     for fqn in dict.fromkeys(fqn for row in names for fqn in row):
@@ -90,9 +91,9 @@ def _merge(program: Program, nodes: list[Node], names: list[list[str]]) -> None:
 
 
 def _module_of(fqn: str) -> str:
-    """``a.q_proj.weight``, ``a.q_proj.values`` -> ``a.q_proj``; a tensor of another name stands for itself."""
+    """``a.q_proj.weight``, ``a.q_proj.weight_values`` -> ``a.q_proj``; a tensor of another name stands for itself."""
     parent, _, leaf = fqn.rpartition(".")
-    return parent if leaf in ("weight", "values", "where", "bias") else fqn
+    return parent if leaf in ("weight", VALUES, BITMASK, "bias") else fqn
 
 
 def merged_name(modules: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ def sparse_use(node: Node) -> SparseUse:
 
 def rewrite_use(program: Program, use: LinearUse, target: Callable, arguments: Arguments) -> Node:
     """Put ``target`` in the place of one linear node, whatever its orientation; returns the new node."""
-    node = next(n for n in program.graph.nodes if n.name == use.node)
+    node = program.node(use.node)
     assert callable(node.target)
     x_arg, w_arg, _ = LINEAR_OPS[node.target]
     x = node.args[w_arg if use.left else x_arg]
@@ -46,30 +47,16 @@ def rewrite_use(program: Program, use: LinearUse, target: Callable, arguments: A
         bias = node.args[2]
     elif node.target == aten.addmm.default:
         bias = node.args[0]
-    with program.graph.inserting_before(node):
-        if use.left and x.meta["val"].dim() > 1:  # type: ignore[union-attr]  # W @ x = (x^T W^T)^T
-            turned = call_like(node, aten.transpose.int, x, -2, -1)
-            new = call_like(node, target, *arguments(turned, bias))
-            last = call_like(node, aten.transpose.int, new, -2, -1)
-            last = call_like(node, aten.contiguous.default, last)  # a view may follow, as it may follow W @ x
-        else:
-            new = last = program.graph.call_function(target, arguments(x, bias))  # type: ignore[arg-type]
-            new.meta["val"] = node.meta["val"]
+    insert = partial(program.insert_before, node)
+    if use.left and x.meta["val"].dim() > 1:  # type: ignore[union-attr]  # W @ x = (x^T W^T)^T
+        turned = insert(aten.transpose.int, x, -2, -1)
+        new = insert(target, *arguments(turned, bias))
+        last = insert(aten.transpose.int, new, -2, -1)
+        last = insert(aten.contiguous.default, last)  # a view may follow, as it may follow W @ x
+    else:
+        new = last = insert(target, *arguments(x, bias), value=node.meta["val"])  # type: ignore[arg-type]
     program.replace(node, last)
     return new
-
-
-def call_like(like: Node, target: Callable, *args: Any) -> Node:
-    """A node with the module stack of ``like`` and the fake value of its own."""
-    node = like.graph.call_function(target, args)
-    node.meta = {**like.meta, "val": target(*_values(args))}
-    return node
-
-
-def _values(args: Any) -> Any:
-    if isinstance(args, list | tuple):
-        return type(args)(_values(a) for a in args)
-    return args.meta["val"] if isinstance(args, Node) else args
 
 
 def drop_dead_moves(program: Program, weight: Node) -> None:

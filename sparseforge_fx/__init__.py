@@ -29,11 +29,15 @@ if TYPE_CHECKING:
     from sparseforge_fx.methods.catalog import configure
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
     from sparseforge_fx.training.callback import SparseForgeCallback
+    from sparseforge_fx.training.distillation import Distillation
     from sparseforge_fx.training.prepare import finalize, prepare
+    from sparseforge_fx.training.recipe import Recipe
     from sparseforge_fx.training.sparse_model import SparseModel
     from sparseforge_fx.training.sparsify import SparsifyResult, sparsify
 
 _HOMES = {
+    "Distillation": "training.distillation",
+    "Recipe": "training.recipe",
     "SparseForgeCallback": "training.callback",
     "SparseForgeConfig": "methods.soft_mask",
     "SparseModel": "training.sparse_model",
@@ -61,7 +65,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "Distillation",
     "Generator",
+    "Recipe",
     "SparseForgeCallback",
     "SparseForgeConfig",
     "SparseForgeError",

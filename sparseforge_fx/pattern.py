@@ -138,10 +138,10 @@ def all_patterns(pattern: Pattern, device: torch.device | str = "cpu") -> Tensor
 
 def check_pattern(weight: Tensor, pattern: AnyPattern, dim: int = -1) -> bool:
     """True if every group of M along ``dim`` has at most N non-zeros (unstructured: the tensor no more than its
-    share)."""
+    share). A dimension that is no multiple of M has groups of another size: False."""
     if isinstance(pattern, Unstructured):
         return int(torch.count_nonzero(weight)) <= round(pattern.density * weight.numel())
-    return bool(((to_groups(weight, pattern, dim) != 0).sum(-1) <= pattern.n).all())
+    return pattern.fits(weight.shape[dim]) and bool(((to_groups(weight, pattern, dim) != 0).sum(-1) <= pattern.n).all())
 
 
 def density(weight: Tensor) -> float:

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -18,7 +18,16 @@ from sparseforge_fx.files import new_file
 from sparseforge_fx.passes import LinearSite
 
 
-def environment() -> dict[str, Any]:
+class Environment(TypedDict):
+    """See :func:`environment`."""
+
+    versions: dict[str, str]
+    device: str
+    threads: int
+    commit: str | None
+
+
+def environment() -> Environment:
     """Versions, device and commit: what a number needs beside it."""
     packages = ("torch", "transformers", "accelerate", "datasets", "numpy", "triton")
     versions = {"python": platform.python_version()}

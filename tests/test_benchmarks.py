@@ -64,6 +64,25 @@ def test_turns_are_taken_in_order(results):
     }
 
 
+def read_by_the_tables(file, results):
+    import quality_tables
+    import records
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "RESULTS", results)
+        record = json.loads(file.read_text())
+        for folder in ("quality", "leaderboard"):
+            record["label"] = "sparseforge-tuned-256-seed0"
+            record["zero_shot"] = {"a task": {"acc": 0.5, "acc_stderr": 0.1, "documents": 2}}
+            (results / folder).mkdir()
+            (results / folder / "tuned.json").write_text(json.dumps(record))
+        score = f"{record['sparse_perplexity']['test']:.2f}"
+        row = quality_tables.quality_table().splitlines()[-1]
+        assert row.startswith(f"| sparseforge (tuned preset) | 256 | 4 x 64 | 2 | {score} |")
+        row = quality_tables.leaderboard_table().splitlines()[-1]
+        assert row.startswith(f"| sparseforge-tuned | 256 | 0.0005 | {score} |") and "| 50.0 ± 10.0 | 50 |" in row
+
+
 def test_quality_is_one_json_that_is_not_made_twice(model, results, capsys):
     import quality
 
@@ -81,6 +100,7 @@ def test_quality_is_one_json_that_is_not_made_twice(model, results, capsys):
     assert "is there already" in capsys.readouterr().out
     quality.main(**run, method="dense", label="dense", dense_from=results / "runs" / "tuned.json")
     assert json.loads((results / "runs" / "dense.json").read_text())["sparse_perplexity"] == scores[0]
+    read_by_the_tables(results / "runs" / "tuned.json", results)
     with pytest.raises(SystemExit, match="--options is not json"):
         quality.main(**run, label="other", options="{")
 

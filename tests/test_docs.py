@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import operator
 import os
 import re
 import subprocess
@@ -54,8 +55,8 @@ def test_the_code_calls_what_there_is(page):
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sf":
                 assert node.attr in sf.__all__, f"{page}: sf.{node.attr}"
-            if isinstance(node, ast.Call) and (name := ast.unparse(node.func)).startswith("sf."):
-                known = inspect.signature(getattr(sf, name[3:])).parameters
+            if isinstance(node, ast.Call) and re.fullmatch(r"sf(\.\w+)+", name := ast.unparse(node.func)):
+                known = inspect.signature(operator.attrgetter(name[3:])(sf)).parameters
                 unknown = {k.arg for k in node.keywords} - set(known)
                 assert not unknown or any(p.kind is p.VAR_KEYWORD for p in known.values()), f"{page}: {name} {unknown}"
 

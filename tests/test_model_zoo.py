@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from sparseforge_fx.deploy.lowering.gate import Gate
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture, make_example_inputs
+from sparseforge_fx.kernels.layouts import ROWS
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import (
     deploy_passes,
     find_linears,
     harden_masks,
-    merge_parallel_linears,
     run_passes,
     train_passes,
 )
@@ -215,9 +216,7 @@ def test_model(entry: Entry):
     )
 
     # lowered: the same over packed weights
-    chosen = keep_dense(program, find_linears(program))
-    merged, _ = run_passes(program, [lambda p: merge_parallel_linears(p, chosen)])
-    chosen = keep_dense(merged, find_linears(merged))
-    lowered, _ = run_passes(merged, deploy_passes(chosen))
-    assert lowered.op_counts()[str(OP)] == sum(len(s.uses) for s in eligible(chosen)) > 0
+    chosen = Gate([ROWS], [1], None)
+    lowered, _ = run_passes(program, deploy_passes(lambda p: keep_dense(p, find_linears(p)), chosen))
+    assert lowered.op_counts()[str(OP)] == sum(len(s.uses) for s in eligible(chosen.sites)) > 0
     check(step(lowered.module(), batch, []), expected, depth)

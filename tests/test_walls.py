@@ -10,6 +10,11 @@ ROOT = Path(__file__).parents[1]
 
 RULES = (
     walls.rooms_without_a_row,
+    walls.upward_arrows,
+    walls.cycles,
+    walls.long_files,
+    walls.long_functions,
+    walls.wide_signatures,
     walls.bare_passes,
     walls.relative_imports,
     walls.packages_not_installed,
@@ -47,10 +52,7 @@ def test_a_sound_tree_has_no_faults(build):
         sparseforge_fx__kernels__two="import torch\n\n\ndef f(): ...\n",
         sparseforge_fx__errors="",
     )
-    rules = (
-        *RULES, walls.upward_arrows, walls.cycles, walls.long_files, walls.long_functions, walls.wide_signatures,
-    )  # fmt: skip
-    assert [rule(root) for rule in rules] == [[]] * len(rules)
+    assert [rule(root) for rule in RULES] == [[]] * len(RULES)
 
 
 @pytest.mark.parametrize(

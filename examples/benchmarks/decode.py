@@ -48,7 +48,7 @@ def main(
     dense = load(model, getattr(torch, dtype), device).requires_grad_(False)
     sf.sparsify(dense)
     modules = copy.deepcopy(dense)
-    report = sf.lower_modules(modules, batch=batch)
+    report = sf.lower_modules(modules, tokens=batch)
     contenders = {"dense": dense, "modules": modules}
     if compile:
         for name, source, backend in (
@@ -58,7 +58,7 @@ def main(
         ):
             contenders[name] = copy.deepcopy(source)
             options = {"mode": "reduce-overhead" if device == "cuda" else "default"}
-            how = {"options": {"batch": batch, **options}} if backend == "sparseforge" else options
+            how = {"options": {"tokens": batch, **options}} if backend == "sparseforge" else options
             contenders[name].forward = torch.compile(contenders[name].forward, backend=backend, **how)
     results = {str(rows): measure(contenders, rows, prompt, tokens, rounds) for rows in batch}
     prefilled = measure(contenders, 1, prefill, 1, rounds) if prefill else {}

@@ -75,7 +75,7 @@ def main(
         here = Path(place) / f"{Path(model).name}-{dtype}-{device}"
         here.mkdir(parents=True, exist_ok=True)
         table = here / "table.json"
-        report = sf.lower(loaded, batch=batch, table=table if table.exists() else None).report
+        report = sf.lower(loaded, tokens=batch, table=table if table.exists() else None).report
         cost.save_table(cost.as_table(cost.read_row(row) for row in report["table"]), table)
         writers = _writers(loaded, tokenizer, list(batch), prompt + text_tokens, table)
         chosen = ["dense", *(f for f in formats.split(",") if f and f != "dense")] if formats else list(writers)
@@ -115,11 +115,11 @@ def _writers(
     dense = partial(write_checkpoint, model, tokenizer)
 
     def graph(**options: Any) -> Callable[[Path], object]:
-        return lambda path: sf.export(model, path, batch=batch, table=table, **options)
+        return lambda path: sf.export(model, path, tokens=batch, table=table, **options)
 
     def generator(**options: Any) -> Callable[[Path], object]:
         return lambda path: sf.export_generator(
-            model, path, **{"batch": batch, "max_length": length, "table": table, **options}
+            model, path, **{"tokens": batch, "max_length": length, "table": table, **options}
         )
 
     return {

@@ -76,7 +76,7 @@ def main(
     dense = known_score(dense_from, windows) or score(net)
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
     if method in TRAINED:
-        settings |= {"tokens": tokens, "w_task": w_task, "w_kl": w_kl, "lr": lr, "resume_from": state}
+        settings |= {"tokens": tokens, "objective": sf.Distillation(w_task, w_kl), "lr": lr, "state_path": state}
     if method == "sparseforge":
         settings["preset"] = preset
     if method == "dense":

@@ -54,7 +54,8 @@ def steps(report: dict) -> str:
     """Optimizer steps and tokens of each."""
     if not report.get("curves"):
         return ""
-    return f"{len(report['curves'])} x {report['batch_size'] * report['length'] * report['accumulate']:,}"
+    run = report.get("recipe", report)  # older files have no recipe
+    return f"{len(report['curves'])} x {run['batch_size'] * run['length'] * run['accumulate']:,}"
 
 
 def leaderboard_runs() -> tuple[list[dict], dict[str, dict], list[dict]]:
@@ -112,9 +113,7 @@ def main_table() -> str:
     for key, name in MAIN.items():
         perplexity, _, seeds = scores(groups[key])
         rows.append((name, f"{key[1]:,}", perplexity, accuracy(groups[key], tasks)[0], seeds))
-    text = (
-        f"{setting(groups['dense', 0][0])}, the mean of {len(tasks)} tasks ± its standard error. Every linear but the head is exactly 2:4."
-    )
+    text = f"{setting(groups['dense', 0][0])}, the mean of {len(tasks)} tasks ± its standard error. Every linear but the head is exactly 2:4."
     return blocks([(text, table(("method", "training tokens", "perplexity", "zero-shot", "seeds"), "lrrrr", rows))])
 
 

@@ -10,6 +10,7 @@ steps: it would flatter the ratio. Curvature estimators are timed in the same ro
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ import typer
 from common import medians_and_spread, model_and_ids, save, seconds_in_turn, use
 
 from sparseforge_fx import SparseModel, paper_preset, prepare
+from sparseforge_fx.graph.compile import compile_repeated_blocks
 from sparseforge_fx.report import peak_memory_bytes
 
 
@@ -38,15 +40,16 @@ def main(
     prepared = time.perf_counter() - clock
     sparse.train()
     modes = {"eager": 0.0}
-    times: dict[str, dict[str, list[float]]] = {"eager": measure(sparse, ids, rounds)}
+    times: dict[str, dict[str, list[float]]] = {"eager": measure(kinds(sparse, ids), rounds)}
     memory = extra_memory(sparse)
     if compile:
         clock = time.perf_counter()
         sparse.compile()
-        for kind in kinds(sparse, ids).values():
+        compiled = kinds(sparse, ids)
+        for kind in compiled.values():
             kind()
         modes["compiled"] = time.perf_counter() - clock
-        times["compiled"] = measure(sparse, ids, rounds)
+        times["compiled"] = measure(compiled, rounds)
     record = {
         "model": Path(model).name,
         "batch_size": batch_size,
@@ -62,9 +65,9 @@ def main(
     print(record["modes"], record["extra_memory"])
 
 
-def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict:
+def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict[str, Callable[[], None]]:
     """The steps that are compared. The dense one runs the dense graph of the same capture against the same teacher."""
-    dense = sparse.dense.module() if sparse._runners["graph"] is sparse.graph else compiled_dense(sparse)
+    dense = sparse.dense.module() if sparse.compiled is None else compile_repeated_blocks(sparse.dense.module())
     weights = [p for p in sparse.parameters() if p.requires_grad]
 
     def backward(loss: Any) -> None:
@@ -90,16 +93,7 @@ def kinds(sparse: SparseModel, ids: torch.Tensor) -> dict:
     }
 
 
-def compiled_dense(sparse: SparseModel):
-    from sparseforge_fx.graph.compile import compile_repeated_blocks
-
-    if "dense" not in sparse._hidden:
-        sparse._hidden["dense"] = compile_repeated_blocks(sparse.dense.module())
-    return sparse._hidden["dense"]
-
-
-def measure(sparse: SparseModel, ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    todo = kinds(sparse, ids)
+def measure(todo: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     todo["probe"]()  # curvature for the first mask update
     for run in todo.values():
         run()

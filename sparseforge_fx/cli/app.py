@@ -46,6 +46,10 @@ DtypeOption = Annotated[
         "float32.",
     ),
 ]
+Tokens = Annotated[
+    list[int] | None,
+    typer.Option("--tokens", help="Token counts (batch x sequence) that matter (repeatable); default: sf.lower's."),
+]
 Exclude = Annotated[list[str], typer.Option("--exclude", help="Keep what matches this glob dense (repeatable).")]
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from sparseforge_fx.cli.app import Model, command, pick_device, readable_bytes, stdout
+from sparseforge_fx.cli.app import Model, Tokens, command, pick_device, readable_bytes, stdout
+
+if TYPE_CHECKING:
+    from sparseforge_fx.deploy.lowering.report import PackingReport
 
 
 @command
@@ -17,7 +20,8 @@ def benchmark(
     model: Model,
     batch: Annotated[list[int], typer.Option(help="Sequences that are generated together (repeatable).")] = [1, 8],  # noqa: B006
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32,
-    tokens: Annotated[int, typer.Option(help="Tokens that are generated.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated.")] = 32,
+    tokens: Tokens = None,
     rounds: Annotated[int, typer.Option(help="Dense and packed take turns so often.")] = 5,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -25,21 +29,22 @@ def benchmark(
 ) -> None:
     """Generate with MODEL dense and packed in turn."""
     from sparseforge_fx.deploy.export.throughput import compare, random_prompts, with_transformers
+    from sparseforge_fx.deploy.lowering.cost import TOKENS
     from sparseforge_fx.deploy.lowering.modules import lower_modules
     from sparseforge_fx.errors import SparseForgeError
     from sparseforge_fx.files import check_parent
     from sparseforge_fx.models.dense import load_dense
     from sparseforge_fx.report import environment, write_json
 
-    if min(*batch, prompt, tokens, rounds) < 1:
-        raise SparseForgeError("batch, prompt, tokens and rounds are at least 1")
+    if min(*batch, prompt, new_tokens, rounds) < 1:
+        raise SparseForgeError("batch, prompt, new-tokens and rounds are at least 1")
     if output is not None:
         check_parent(output)
     dense: Any = load_dense(model, dtype=dtype)[0].to(pick_device(device)).eval()
     if not getattr(dense, "can_generate", lambda: False)():
         raise SparseForgeError(f"{model} is no language model that generates text")
     packed = copy.deepcopy(dense)
-    report = lower_modules(packed, batch=batch)
+    report = lower_modules(packed, tokens=tokens or TOKENS)
     contenders = {"dense": with_transformers(dense), "packed": with_transformers(packed)}
     table = Table(title=f"{len(report['sites'])} of {_count(report)} 2:4 linears packed", title_justify="left")
     for name in ("batch", "model", "tokens/s", "quartiles", "over dense", "same text"):
@@ -47,7 +52,7 @@ def benchmark(
     results = {}
     for rows in batch:
         ids = random_prompts(rows, prompt, dense.config.get_text_config().vocab_size, dense.device)
-        results[str(rows)] = compare(contenders, ids, tokens, rounds)
+        results[str(rows)] = compare(contenders, ids, new_tokens, rounds)
         for name, found in results[str(rows)].items():
             low, high = found["quartiles"]
             same = "yes" if found["same_greedy_text"] else "no"
@@ -64,5 +69,5 @@ def benchmark(
         console.print(f"wrote {output}", markup=False)
 
 
-def _count(report: dict) -> int:
+def _count(report: PackingReport) -> int:
     return len(report["sites"]) + sum(s["reason"].startswith("gate") for s in report["skipped"])

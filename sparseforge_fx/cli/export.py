@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseforge_fx.cli.app import Model, command, pick_device, readable_bytes, stdout
+from sparseforge_fx.cli.app import Model, Tokens, command, pick_device, readable_bytes, stdout
 
 FORMATS = ("pt2", "aoti", "safetensors")
 
@@ -24,7 +24,7 @@ def export(
     portable: Annotated[
         bool, typer.Option("--portable", help="pt2 of plain aten operators: torch alone runs it.")
     ] = False,
-    batch: Annotated[list[int], typer.Option(help="Token counts (batch x sequence) that matter.")] = [1, 8],  # noqa: B006
+    tokens: Tokens = None,
     gate: Annotated[bool, typer.Option(help="Pack only what was measured to be faster here.")] = True,
     table: Annotated[Path | None, typer.Option(help="Decide by a table that `lower -o` wrote.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
@@ -36,6 +36,7 @@ def export(
     from sparseforge_fx.deploy.export.export import check_path
     from sparseforge_fx.deploy.export.export import export as export_model
     from sparseforge_fx.deploy.export.generation import export_generator
+    from sparseforge_fx.deploy.lowering.cost import TOKENS
     from sparseforge_fx.errors import SparseForgeError
     from sparseforge_fx.files import check_output
 
@@ -54,14 +55,14 @@ def export(
         check_path(output)
         loaded, tokenizer = load(model, dtype=dtype)
         moved: Any = loaded.to(pick_device(device))
-        options: dict[str, Any] = {"format": format, "batch": batch, "gate": gate, "table": table}
+        options: dict[str, Any] = {"format": format, "tokens": tokens or TOKENS, "gate": gate, "table": table}
         if generator:
             report = export_generator(moved, output, tokenizer, max_length=max_length, **options)
         else:
             report = export_model(moved, output, portable=portable, **options)
         size = report["file_bytes"]
     console = stdout()
-    after = readable_bytes(report["packed_bytes" if format == "safetensors" else "lowered_bytes"])
+    after = readable_bytes(report["lowered_bytes"])
     before = readable_bytes(report["dense_bytes"])
     console.print(f"{len(report['sites'])} packed linears: {before} dense, {after} now", highlight=False)
     for note in report.get("notes", ()):

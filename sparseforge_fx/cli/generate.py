@@ -57,7 +57,7 @@ def _from_folder(model: str, prompts: list[str], seed: int | None, device: str |
         raise SparseForgeError(f"{model} is no language model that generates text")
     loaded = loaded.to(pick_device(device)).eval()
     try:
-        lower_modules(loaded, batch=[len(prompts)])
+        lower_modules(loaded, tokens=[len(prompts)])
     except SparseForgeError as error:  # dense, or packed already: it generates all the same
         print(f"note: {error}", file=sys.stderr)
     tokenizer.padding_side = "left"

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sparseforge_fx.cli.app import Model, command, grouped, pick_device, readable_bytes, stdout
+from sparseforge_fx.cli.app import Model, Tokens, command, grouped, pick_device, readable_bytes, stdout
 
 
 @command
 def lower(
     model: Model,
-    batch: Annotated[list[int], typer.Option(help="Token counts (batch x sequence) that matter.")] = [1, 8],  # noqa: B006
+    tokens: Tokens = None,
     target: Annotated[str, typer.Option(help="auto, or the device whose kernels are meant.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -31,13 +31,14 @@ def lower(
     from sparseforge_fx.files import check_parent
     from sparseforge_fx.models.dense import load_dense
 
-    cost.check_request(batch, table)
+    counts = tokens or cost.TOKENS
+    cost.check_request(counts, table)
     if output is not None and output.is_dir():
         raise IsADirectoryError(f"{output} is a folder: name a file")
     if output is not None:
         check_parent(output)
     loaded = load_dense(model, dtype=dtype)[0].to(pick_device(device))
-    report = lower_model(loaded, target=target, batch=batch, table=table).report
+    report = lower_model(loaded, target=target, tokens=counts, table=table).report
     assert isinstance(report, dict)
     console = stdout()
     timings = Table(title="microseconds, dense and packed", title_justify="left")

@@ -33,19 +33,25 @@ class Batches(Protocol):
         """How often so many batches go over the data; None if its end has not been met."""
 
 
+def leaves(batch: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(keys and indices on the way, value) of everything in a batch of nested dicts, lists and tuples, in order."""
+    if isinstance(batch, Mapping | list | tuple):
+        for key, value in batch.items() if isinstance(batch, Mapping) else enumerate(batch):
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, batch
+
+
 def main_tensor(batch: Any) -> torch.Tensor:
     """What a batch is counted by: `input_ids`, else the first tensor that has rows.
 
     Raises SparseForgeError if there is none.
     """
-    named = batch if isinstance(batch, Mapping) else {}
-    values = named.values() if named else batch if isinstance(batch, tuple | list) else [batch]
-    for value in (named.get("input_ids"), *values):
-        if isinstance(value, torch.Tensor) and value.dim():
-            return value
-        if isinstance(value, Mapping | tuple | list) and value:
-            return main_tensor(value)
-    kinds = ", ".join(sorted({type(v).__name__ for v in values})) or "nothing"
+    found = list(leaves(batch))
+    tensors = [(path, value) for path, value in found if isinstance(value, torch.Tensor) and value.dim()]
+    if tensors:
+        return next((value for path, value in tensors if path == ("input_ids",)), tensors[0][1])
+    kinds = ", ".join(sorted({type(value).__name__ for _, value in found})) or "nothing"
     raise SparseForgeError(f"a batch holds no tensor but {kinds}: give dicts, tuples or tensors of torch")
 
 

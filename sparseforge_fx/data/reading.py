@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call, trainable_input
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import named_parameters, positional_names
-from sparseforge_fx.graph.program import Program
 from sparseforge_fx.graph.rows import DECODER_MASK, MASK
 
 IGNORE = -100  # a label that is not scored
@@ -59,7 +59,7 @@ class Reader:
     ``notes`` gathers, once each, the sentences about what was given and is not used.
     """
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Exported):
         assert program.source is not None
         self._model = program.source
         self._in_spec = program.exported.call_spec.in_spec

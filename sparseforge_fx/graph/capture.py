@@ -1,4 +1,4 @@
-"""nn.Module -> Program, by torch.export: any module with example inputs; Hugging Face models without."""
+"""nn.Module -> program, by torch.export: any module with example inputs; Hugging Face models without."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.errors import SparseForgeError, one_line
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import spelled_out, unwrapped
 from sparseforge_fx.graph.modes import eval_mode
-from sparseforge_fx.graph.program import Program
 
 
-def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = True) -> Program:
-    """Trace ``model`` into a Program whose parameters are the model's own Parameter objects.
+def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = True) -> Exported:
+    """Trace ``model`` into a program whose parameters are the model's own Parameter objects.
 
     Args:
         model: any module that torch.export takes. It is traced in eval mode (an exported graph would bake dropout in)
             and without a key/value cache, and gets its modes and settings back.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. None: made from the config
             of a Hugging Face model. The first two dimensions of every tensor (batch, sequence) stay dynamic where the
-            model allows it; the notes of the Program name those that had to be fixed.
+            model allows it; the notes of the program name those that had to be fixed.
         dynamic: False fixes both at the example's sizes: a quarter of the time, for who only looks at the graph.
 
     Raises SparseForgeError naming the line of the model that torch.export could not take, and what to try.
@@ -48,7 +48,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
     with _no_cache(model), traceable, torch.enable_grad(), eagerly, spelled_out(model, kwargs), eval_mode(model):
         args, kwargs = pytree.tree_map(trainable_input, (args, kwargs))
         exported, notes = _export(model, args, kwargs, dynamic)
-    return Program(exported, model, notes)
+    return Exported(exported, model, notes)
 
 
 def _leave_inference_mode(model: nn.Module) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.export.graph_signature import InputKind, InputSpec
+from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -21,60 +21,70 @@ class Frame(Program):
 
     What passes add becomes an input after the others, ``added`` in this order: the graph holds no weight, so that it
     serves every layer of the same code. What passes drop stays an input that nothing reads.
+
+    Args:
+        module: owns the graph.
+        parameters: names of the placeholders that are parameters.
+        state: tensors by name.
+        added: placeholders that passes added, by name; those that are no parameters are buffers.
     """
 
-    def __init__(self, module: GraphModule, fqns: dict[Node, str], values: dict[str, Tensor], added: dict[str, Node]):
-        self.module_, self.fqns, self.values, self.added = module, fqns, values, added
-        self.source, self.notes = None, ()
+    def __init__(
+        self, module: GraphModule, parameters: dict[Node, str], state: dict[str, Tensor], added: dict[str, Node]
+    ):
+        super().__init__()
+        self._module, self._parameters, self._state, self.added = module, parameters, state, added
 
     @classmethod
-    def from_dynamo(cls, module: GraphModule, inputs: Sequence[Any]) -> Frame:
+    def from_dynamo(cls, module: GraphModule, inputs: Sequence[Any]) -> Self:
         """Lower to aten operators, sizes staying symbols. Raises whatever torch cannot trace."""
         fakes = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
         mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
         with mode:
             lowered = make_fx(module, tracing_mode="real", pre_dispatch=True)(*fakes)
-        frame = cls(lowered, {}, {}, {})
-        for index, (node, value) in enumerate(zip(lowered.graph.find_nodes(op="placeholder"), inputs, strict=True)):
-            if isinstance(value, torch.nn.Parameter):
-                frame.fqns[node] = f"input_{index}.weight"
-                frame.values[frame.fqns[node]] = value
-        return frame
+        placeholders = zip(lowered.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        given = {
+            node: (f"input_{index}.weight", value)
+            for index, (node, value) in enumerate(placeholders)
+            if isinstance(value, torch.nn.Parameter)
+        }
+        return cls(lowered, {node: fqn for node, (fqn, _) in given.items()}, dict(given.values()), {})
 
     @property
-    def graph(self) -> Graph:
-        return self.module_.graph
+    def graph_module(self) -> GraphModule:
+        return self._module
 
     @property
     def state(self) -> dict[str, Tensor]:
-        return self.values
-
-    def tensor(self, fqn: str) -> Tensor:
-        return self.values[fqn]
-
-    def spec_of(self, node: Node) -> InputSpec | None:
-        return None
+        return self._state
 
     def lifted(self, *kinds: InputKind) -> Iterator[tuple[Node, str, Tensor]]:
-        if InputKind.PARAMETER in kinds:
-            for node, fqn in list(self.fqns.items()):
-                yield node, fqn, self.values[fqn]
+        buffers = {node: fqn for fqn, node in self.added.items() if node not in self._parameters}
+        for kind, found in ((InputKind.PARAMETER, dict(self._parameters)), (InputKind.BUFFER, buffers)):
+            if not kinds or kind in kinds:
+                for node, fqn in found.items():
+                    yield node, fqn, self.tensor(fqn)
 
-    def copy(self) -> Frame:
+    def user_inputs(self) -> list[Node]:
+        lifted = self.names()
+        return [node for node in self.graph.find_nodes(op="placeholder") if node not in lifted]
+
+    def copy(self) -> Self:
         mapping: dict[Node, Node] = {}
         graph = Graph()
         output = graph.output(graph.graph_copy(self.graph, mapping))
         output.meta = copy.copy(self.graph.output_node().meta)
-        return Frame(
-            GraphModule(self.module_, graph),
-            {mapping[n]: fqn for n, fqn in self.fqns.items()},
-            dict(self.values),
-            {fqn: mapping[n] for fqn, n in self.added.items()},
+        return type(self)(
+            GraphModule(self._module, graph),
+            {mapping[node]: fqn for node, fqn in self._parameters.items()},
+            dict(self._state),
+            {fqn: mapping[node] for fqn, node in self.added.items()},
         )
 
     def add_parameter(self, fqn: str, value: Tensor, *, requires_grad: bool = True) -> Node:
+        """As of any program, but the tensor is not wrapped: a compiled graph takes it as an input like another."""
         node = self.add_buffer(fqn, value)
-        self.fqns[node] = fqn
+        self._parameters[node] = fqn
         return node
 
     def add_buffer(self, fqn: str, value: Tensor) -> Node:
@@ -83,28 +93,25 @@ class Frame(Program):
         with self.graph.inserting_after(placeholders[-1]):
             node = self.graph.placeholder("added_" + fqn.replace(".", "_"))
         node.meta["val"] = mode.from_tensor(value, static_shapes=True)
-        self.values[fqn], self.added[fqn] = value, node
+        self._state[fqn], self.added[fqn] = value, node
         return node
 
     def drop(self, placeholder: Node) -> None:
         assert not placeholder.users, f"{placeholder} is still read"
-        fqn = self.fqns.pop(placeholder)
-        self.values.pop(fqn)
+        fqn = self.names()[placeholder]
+        self._parameters.pop(placeholder, None)
+        self._state.pop(fqn)
         if self.added.pop(fqn, None) is not None:
             self.graph.erase_node(placeholder)
 
     def extra_inputs(self) -> list[Tensor]:
         """The tensors that the graph takes after those of Dynamo."""
-        return [self.values[fqn] for fqn in self.added]
-
-    def replace(self, old: Node, new: Node) -> None:
-        new.meta = copy.copy(old.meta) | {k: v for k, v in new.meta.items() if k == "val"}
-        old.replace_all_uses_with(new)
-        self.graph.erase_node(old)
+        return [self._state[fqn] for fqn in self.added]
 
     def validate(self) -> None:
         self.graph.lint()
-        self.module_.recompile()
+        self._module.recompile()
 
     def module(self) -> GraphModule:
-        return self.module_
+        """The graph, which takes its tensors as inputs."""
+        return self._module

@@ -64,7 +64,7 @@ class _KeepAttention(nn.Module):
         return query
 
 
-def tap(module: GraphModule, taps: Taps, *, hidden: bool = True, attention: bool = False) -> GraphModule:
+def tap(module: GraphModule, taps: Taps, *, attention: bool = False) -> GraphModule:
     """A twin of an exported module (same parameters, same results) that fills ``taps`` as it runs.
 
     Raises SparseForgeError if the graph has no repeated blocks, or no attention, to tap.
@@ -72,7 +72,7 @@ def tap(module: GraphModule, taps: Taps, *, hidden: bool = True, attention: bool
     twin = shallow_twin(module)
     graph = torch.fx.Graph(tracer_cls=module.graph._tracer_cls)
     graph._codegen = module.graph._codegen
-    wanted = set(block_outputs(module)) if hidden else set()
+    wanted = set(block_outputs(module))
     count = 0
     masks = mask_names(module.graph, module.graph.find_nodes(op="placeholder"))
     taps.hidden_rows = [masks.get(node) for node in module.graph.nodes if node in wanted]
@@ -96,7 +96,7 @@ def tap(module: GraphModule, taps: Taps, *, hidden: bool = True, attention: bool
             value = env[node]
             env[node] = graph.call_module(name, (value,))
             env[node].meta = dict(value.meta)
-    if hidden and not wanted:
+    if not wanted:
         raise SparseForgeError("the model has no repeated blocks, so there are no hidden states to distil")
     found = count - len(wanted)
     if attention and not found:

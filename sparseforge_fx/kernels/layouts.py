@@ -1,17 +1,36 @@
-"""The ways in which a packed weight is kept for its kernels, each with the way back to the format on disk."""
+"""The table of layouts: the ways in which a packed weight is kept for its kernels.
+
+An entry has the way from the format on disk and back, what it refuses, whether files may hold it, and its kernels by
+device. The operator (``sparse_linear.py``), files, lowering and the command line all look here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.gpu import cusparselt, cutlass
 from sparseforge_fx.kernels.gpu.planes import from_planes
-from sparseforge_fx.kernels.gpu.planes_linear import as_planes, as_words, tune_planes
+from sparseforge_fx.kernels.gpu.planes_linear import as_planes, as_words, planes_dense, planes_product, tune_planes
 from sparseforge_fx.kernels.packed import Packed
+from sparseforge_fx.kernels.rows import rows_dense, rows_dense_on_cpu, rows_product_on_cpu
+
+
+class Kernel(NamedTuple):
+    """How a device works with a layout.
+
+    Attributes:
+        dense: (values, meta, in_features) -> weight [out, in].
+        linear: (x [rows, in], values, meta, in_features, bias, activation) -> [rows, out], or None where ``dense``
+            followed by ``F.linear`` serves better.
+    """
+
+    dense: Callable[[Tensor, Tensor, int], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor, int, Tensor | None, str], Tensor | None] = lambda *_: None
 
 
 class Layout(NamedTuple):
@@ -20,6 +39,8 @@ class Layout(NamedTuple):
     Attributes:
         convert: the packed weight -> (values, meta).
         restore: (values, meta, in_features) -> the packed weight, which unpacks to the same bits.
+        kernels: by type of device, those made for it.
+        elsewhere: the kernel of all other devices; None: there is none.
         refuses: (out, in, dtype, device): why its kernels cannot take such a weight; None where they can.
         by_rows: the rows of both tensors are the outputs', so that weights of one width can be stacked.
         durable: the same for all GPUs and versions of libraries: it may be written to a file.
@@ -29,6 +50,8 @@ class Layout(NamedTuple):
     name: str
     convert: Callable[[Packed], tuple[Tensor, Tensor]]
     restore: Callable[[Tensor, Tensor, int], Packed]
+    kernels: Mapping[str, Kernel]
+    elsewhere: Kernel | None = None
     refuses: Callable[[int, int, torch.dtype, torch.device], str | None] = lambda *_: None
     by_rows: bool = True
     durable: bool = True
@@ -40,19 +63,74 @@ def _from_planes(values: Tensor, meta: Tensor, in_features: int) -> Packed:
 
 
 #: what is on disk: the CPU's kernels read it as it is
-ROWS = Layout("rows", lambda packed: (packed.values, packed.bitmask), Packed)
+ROWS = Layout(
+    "rows",
+    lambda packed: (packed.values, packed.bitmask),
+    Packed,
+    {"cpu": Kernel(rows_dense_on_cpu, rows_product_on_cpu)},
+    elsewhere=Kernel(rows_dense),
+)
 #: decoding on a GPU, by Triton
-PLANES = Layout("planes", as_planes, _from_planes, tune=tune_planes)
+PLANES = Layout(
+    "planes",
+    as_planes,
+    _from_planes,
+    {"cuda": Kernel(planes_dense, planes_product)},
+    elsewhere=Kernel(planes_dense, planes_product),
+    tune=tune_planes,
+)
 #: prefill on sparse tensor cores, sm_80 and later
 CUSPARSELT = Layout(
     "cusparselt",
     cusparselt.as_blob,
     cusparselt.from_blob,
-    cusparselt.why_not,
+    {"cuda": Kernel(cusparselt.blob_dense, cusparselt.blob_product)},
+    refuses=cusparselt.why_not,
     by_rows=False,
     durable=False,
     tune=cusparselt.tune,
 )
 #: the same, sm_80 to sm_89
-CUTLASS = Layout("cutlass", cutlass.as_cutlass, cutlass.from_cutlass, cutlass.why_not, by_rows=False, durable=False)
+CUTLASS = Layout(
+    "cutlass",
+    cutlass.as_cutlass,
+    cutlass.from_cutlass,
+    {"cuda": Kernel(cutlass.cutlass_dense, cutlass.cutlass_product)},
+    refuses=cutlass.why_not,
+    by_rows=False,
+    durable=False,
+)
+#: by name; of a device's own, the first serves every number of rows, and is taken where nothing is measured
 LAYOUTS = {layout.name: layout for layout in (ROWS, PLANES, CUSPARSELT, CUTLASS)}
+
+
+def kernel_of(layout: str, device: torch.device) -> Kernel:
+    """How that device works with the layout of that name. Raises SparseForgeError if it does not."""
+    entry = LAYOUTS.get(layout)
+    found = None if entry is None else entry.kernels.get(device.type, entry.elsewhere)
+    if found is None:
+        raise SparseForgeError(f"no kernel for a packed weight of layout '{layout}' on {device.type}: repack it")
+    return found
+
+
+def layouts_of(device: torch.device) -> tuple[Layout, ...]:
+    """Those with kernels made for this type of device."""
+    return tuple(layout for layout in LAYOUTS.values() if device.type in layout.kernels)
+
+
+def native_layout(device: torch.device) -> Layout:
+    """What a weight that comes from a file is kept in on this device."""
+    return next(iter(layouts_of(device)), ROWS)
+
+
+def find_target(name: str, device: torch.device) -> tuple[Layout, ...]:
+    """The layouts of the target of that name; ``auto``: that of the device which the weights are on."""
+    targets = list(dict.fromkeys(kind for layout in LAYOUTS.values() for kind in layout.kernels))
+    if name not in ("auto", *targets):
+        raise SparseForgeError(f"unknown target {name!r}; choose auto, {', '.join(targets)}")
+    kind = device.type if name == "auto" else name
+    if kind not in targets:
+        raise SparseForgeError(f"there are no sparse kernels for {kind}; move the model to one of {', '.join(targets)}")
+    if kind != device.type:
+        raise SparseForgeError(f"the model is on {device.type} and the target is {kind}: move the model first")
+    return layouts_of(device)

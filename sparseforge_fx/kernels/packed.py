@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.pattern import TWO_FOUR, hard_mask
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
 
 FORMAT_VERSION = 1
 METHOD = "sparseforge"  # quant_method in config.json of a checkpoint in this format
+#: what kernels multiply by; others can be packed and unpacked
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # same size in bytes -> integers
 
 
@@ -42,6 +44,26 @@ class Packed(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of both tensors."""
         return self.values.nbytes + self.bitmask.nbytes
+
+
+def packed_names(weight: str) -> tuple[str, str]:
+    """Names of the two tensors of a packed weight by the weight's own: in files, modules and graphs, in any layout."""
+    return f"{weight}_values", f"{weight}_bitmask"
+
+
+#: of a module's weight
+VALUES, BITMASK = packed_names("weight")
+
+
+def why_dense(weight: Tensor) -> str | None:
+    """Why a weight [out, in] is not packed, in one clause; None if it is exactly 2:4 and there are kernels for it."""
+    if weight.is_meta:
+        return "on the meta device"
+    if weight.dtype not in DTYPES:
+        return f"no kernel for {weight.dtype}"
+    if not check_pattern(weight, TWO_FOUR):
+        return "not 2:4: a group of four has more than two non-zeros"
+    return None
 
 
 def pack(weight: Tensor) -> Packed:

@@ -1,26 +1,22 @@
 """``sparseforge::sparse_linear``: a linear whose 2:4 weight stays packed.
 
 A plain operator: it exports, compiles with any batch size in one graph, and trains what lies around it (gradients to x
-and bias, none to the packed weight). What runs is chosen by device and by the weight's layout: see ``KERNELS``. Once
+and bias, none to the packed weight). What runs is chosen by device and by the weight's layout: see ``layouts.py``. Once
 the C++ library for CPUs is in use, usual calls on packed rows skip this file: ``cpu/operator.cpp`` does the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.activations import ACTIVATIONS
-from sparseforge_fx.kernels.gpu.cusparselt import blob_dense, blob_product
-from sparseforge_fx.kernels.gpu.cutlass import cutlass_dense, cutlass_product
-from sparseforge_fx.kernels.gpu.planes_linear import planes_dense, planes_product
-from sparseforge_fx.kernels.packed import Packed, check_shapes, unpack
+from sparseforge_fx.kernels.layouts import kernel_of
+from sparseforge_fx.kernels.packed import Packed, unpack
 
 aten = torch.ops.aten
 
@@ -31,55 +27,6 @@ def reference(x: Tensor, packed: Packed, bias: Tensor | None = None, activation:
     Every kernel is tested against this one function.
     """
     return ACTIVATIONS[activation].forward(F.linear(x, unpack(packed), bias))
-
-
-class Kernel(NamedTuple):
-    """How one device works with one layout.
-
-    Attributes:
-        dense: (values, meta, in_features) -> weight [out, in].
-        linear: (x [rows, in], values, meta, in_features, bias, activation) -> [rows, out], or None where ``dense``
-            followed by ``F.linear`` serves better.
-    """
-
-    dense: Callable[[Tensor, Tensor, int], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor, int, Tensor | None, str], Tensor | None]
-
-
-def _unpack_rows(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
-    return unpack(check_shapes(Packed(values, bitmask, in_features)))
-
-
-def _rows_dense_on_cpu(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
-    fast = values.element_size() in (2, 4) and cpu.available()
-    if not fast:
-        return _unpack_rows(values, bitmask, in_features)
-    return cpu.rows_dense(*check_shapes(Packed(values, bitmask, in_features)))
-
-
-def _rows_linear_on_cpu(
-    x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None, activation: str
-) -> Tensor | None:
-    if x.shape[0] > cpu.max_rows(x.dtype):
-        return None
-    check_shapes(Packed(values, bitmask, in_features))
-    return cpu.rows_linear(x, values, bitmask, in_features, bias, activation)
-
-
-# (device type, layout); a device without an entry of its own unpacks "rows" in plain torch
-KERNELS: dict[tuple[str, str], Kernel] = {
-    ("cpu", "rows"): Kernel(_rows_dense_on_cpu, _rows_linear_on_cpu),
-    ("cuda", "cusparselt"): Kernel(blob_dense, blob_product),
-    ("cuda", "cutlass"): Kernel(cutlass_dense, cutlass_product),
-}
-_ANY_DEVICE = {"rows": Kernel(_unpack_rows, lambda *_: None), "planes": Kernel(planes_dense, planes_product)}
-
-
-def _kernel(device: torch.device, layout: str) -> Kernel:
-    found = KERNELS.get((device.type, layout)) or _ANY_DEVICE.get(layout)
-    if found is None:
-        raise SparseForgeError(f"no kernel for a packed weight of layout '{layout}' on {device.type}: repack it")
-    return found
 
 
 _ARGUMENTS = "Tensor values, Tensor meta, str layout, int in_features"
@@ -145,7 +92,7 @@ def _check(x: Tensor, values: Tensor, meta: Tensor, in_features: int, bias: Tens
 @torch.library.impl("sparseforge::sparse_linear", "CompositeExplicitAutograd")
 def _linear(x, values, meta, layout, in_features, bias=None, activation="none"):
     width = _check(x, values, meta, in_features, bias, activation)
-    kernel = _kernel(x.device, layout)
+    kernel = kernel_of(layout, x.device)
     rows = x.reshape(-1, in_features)
     y = kernel.linear(rows, values, meta, in_features, bias, activation)
     if y is None:
@@ -155,7 +102,7 @@ def _linear(x, values, meta, layout, in_features, bias=None, activation="none"):
 
 @torch.library.impl("sparseforge::dense_weight", "CompositeExplicitAutograd")
 def _dense(values, meta, layout, in_features):
-    return _kernel(values.device, layout).dense(values, meta, in_features)
+    return kernel_of(layout, values.device).dense(values, meta, in_features)
 
 
 @torch.library.register_fake("sparseforge::sparse_linear")

@@ -16,6 +16,9 @@ from sparseforge_fx.methods.refit import refit
 from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.pattern import AnyPattern, hard_mask
 
+#: the penalty at the start (on X^T X scaled to a diagonal of ones), and its factor per iteration
+RHO, GROWTH = 0.03, 1.12
+
 
 def prune_alps(
     weight: Tensor,
@@ -24,9 +27,6 @@ def prune_alps(
     *,
     damping: float = 0.01,
     iterations: int = 30,
-    rho: float = 0.03,
-    growth: float = 1.12,
-    refit_iterations: int = 20,
 ) -> tuple[Tensor, Tensor]:
     """Mask and survivors that keep the layer's outputs.
 
@@ -35,8 +35,6 @@ def prune_alps(
         moments: [in, in], X^T X of the layer's inputs (any positive scale).
         damping: share of the mean diagonal added to the diagonal.
         iterations: of ADMM; each costs two [out, in] x [in, in] products, beside one eigendecomposition.
-        rho, growth: the penalty at the start (on the Hessian scaled to a diagonal of ones), its factor per iteration.
-        refit_iterations: of the least squares at the end.
 
     Inputs that are never active have their smallest weights pruned first; what is kept of them stays as it was.
     Returns the weight [out, in] float32 and its boolean mask. Raises SparseForgeError if the Hessian is not finite.
@@ -59,13 +57,13 @@ def prune_alps(
     values = values.clamp(min=0)
     pulled = (target @ vectors) * values  # H W, in the eigenbasis
     kept = target * choose(target)
-    dual = torch.zeros_like(kept)
+    dual, rho = torch.zeros_like(kept), RHO
     for _ in range(iterations):
         free = ((pulled + (rho * kept - dual) @ vectors) / (values + rho)) @ vectors.t()
         dual.div_(rho).add_(free)
         kept = dual * choose(dual)
         dual.sub_(kept).mul_(rho)  # V + rho (X - D)
-        rho *= growth
+        rho *= GROWTH
     mask = choose(kept)
-    fitted = refit(weight, moments, mask, kept * scale, damping=damping, iterations=refit_iterations)
+    fitted = refit(weight, moments, mask, kept * scale, damping=damping)
     return torch.where(dead, weight.float() * mask, fitted), mask

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparseforge_fx.data.batches import Batches
+from sparseforge_fx.data.batches import Batches, leaves
 from sparseforge_fx.data.tokens import TokenData
 
 SAMPLE = 1024  # entries of a tensor that are hashed as they are
@@ -49,18 +49,12 @@ def of_batches(batches: Batches) -> str | None:
 
 
 def _of_value(value: Any) -> str:
-    return of_tensors(dict(_leaves("", value)))
-
-
-def _leaves(name: str, value: Any) -> Iterable[tuple[str, Tensor]]:
     """The tensors of a batch, by the way to them; of any other value its text is part of the name."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _leaves(f"{name}.{key}", entry)
-    elif isinstance(value, list | tuple):
-        for index, entry in enumerate(value):
-            yield from _leaves(f"{name}.{index}", entry)
-    elif isinstance(value, str | int | float | bool | None):
-        yield f"{name}={value!r}", torch.empty(0, dtype=torch.uint8)
+    found = {}
+    for path, leaf in leaves(value):
+        name = "".join(f".{key}" for key in path)
+        if isinstance(leaf, Tensor):
+            found[name] = leaf
+        elif isinstance(leaf, str | int | float | bool | None):
+            found[f"{name}={leaf!r}"] = torch.empty(0, dtype=torch.uint8)
+    return of_tensors(found)

@@ -16,7 +16,7 @@ from sparseforge_fx.data.drawn_text import draw_text
 from sparseforge_fx.data.reading import Reader
 from sparseforge_fx.data.sources import unused_text
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.one_shot import LayerwiseConfig
@@ -34,7 +34,7 @@ class Run:
     """What :func:`open_run` gives. ``data`` is what was given, ``batches`` what became of it (None: nothing is looked
     at); ``notes`` is the report's list."""
 
-    program: Program
+    program: Exported
     sites: list[LinearSite]
     reader: Reader
     data: Any

@@ -11,8 +11,8 @@ from torch import nn
 from sparseforge_fx.data.reading import example_of
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import unwrapped
-from sparseforge_fx.graph.program import Program
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.models import low_rank
@@ -85,7 +85,7 @@ def prepare(
 
 
 def prepare_captured(
-    program: Program,
+    program: Exported,
     sites: Sequence[LinearSite],
     config: TrainedConfig,
     objective: Distillation | None = None,
@@ -110,7 +110,7 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
-def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
+def check_sites(program: Exported, sites: Sequence[LinearSite]) -> None:
     """Raise a SparseForgeError if there is nothing to prune, or a weight that cannot be ranked."""
     if program.source is not None and low_rank.branches(program.source):
         raise SparseForgeError("the model has low-rank branches already: start from the dense model")

@@ -14,7 +14,7 @@ from sparseforge_fx.data.reading import Reader, Reading
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.compile import compile_repeated_blocks
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
@@ -45,7 +45,7 @@ class SparseModel(TrainerSurface):
 
     def __init__(
         self,
-        program: Program,
+        program: Exported,
         sites: Sequence[LinearSite],
         config: TrainedConfig,
         distillation: Distillation | None = None,
@@ -93,7 +93,7 @@ class SparseModel(TrainerSurface):
                 getattr(config, "curvature_vectors", 1),
                 self._tapped,
             )
-        self._compiled: dict[str, Any] | None = None
+        self.compiled: dict[str, Any] | None = None
         self.checkpointing = False
         self.embedded: tuple[str, Embedded] | None = None
         self._run: dict[str, Callable[..., Any]] = {"graph": self.graph}  # not a child of its own
@@ -117,7 +117,7 @@ class SparseModel(TrainerSurface):
         del args
         if self.distillation.features is not None:
             raise SparseForgeError("intermediate values cannot be kept under torch.compile: pass compile=False")
-        self._compiled = options
+        self.compiled = options
         self.make_runners()
 
     def make_runners(self) -> None:
@@ -132,8 +132,8 @@ class SparseModel(TrainerSurface):
         if student and self.embedded is not None:
             module = hook_embeddings(module, *self.embedded)
         again = student and self.checkpointing
-        if self._compiled is not None:
-            return compile_repeated_blocks(module, checkpoint=again, **self._compiled)
+        if self.compiled is not None:
+            return compile_repeated_blocks(module, checkpoint=again, **self.compiled)
         return compile_repeated_blocks(module, compile=False, checkpoint=True) if again else module
 
     def train(self, mode: bool = True) -> SparseModel:

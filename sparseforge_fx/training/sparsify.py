@@ -87,8 +87,7 @@ def sparsify(
         model: any nn.Module that torch.export takes.
         data: training data: a hub id, a text / jsonl / parquet file, a folder of them, a list of strings (these need a
             ``tokenizer``), token ids [n] or [n, length], a DataLoader, or any list of batches. None: the recipe's or,
-            without one, the weights alone decide (``magnitude``). ``"self"``: text drawn from the language model
-            itself.
+            without one, the weights alone decide (``magnitude``). ``"self"``: text drawn from the model itself.
         recipe: the run; default ``Recipe()``.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept (default: the Hugging Face home).

@@ -15,8 +15,8 @@ from torch.fx import GraphModule
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.compile import count_blocks, shallow_twin
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import signature_of
-from sparseforge_fx.graph.program import Program
 from sparseforge_fx.training.distillation import Distillation
 
 
@@ -99,7 +99,7 @@ def hook_embeddings(module: GraphModule, name: str, handle: Embedded) -> GraphMo
 class TrainerSurface(nn.Module):
     """The part of a :class:`SparseModel` that the Hugging Face Trainer asks for."""
 
-    dense: Program
+    dense: Exported
     distillation: Distillation
     graph: GraphModule
     embedded: tuple[str, Embedded] | None

@@ -89,7 +89,7 @@ for line in (
     "sparsify {home}/dense --method magnitude -o {home}/quiet",
     "sparsify {home}/dense --data {home}/train.txt -o {home}/trained --length 16 --batch-size 2 --tokens 32 --calibration 4",
     "evaluate {home}/quiet --dense {home}/dense --data {home}/test.txt --context 32 --max-windows 2",
-    "lower {home}/quiet --batch 1 --device cpu",
+    "lower {home}/quiet --tokens 1 --device cpu",
     "generate {home}/quiet -p The --max-new-tokens 2",
     "report {home}/quiet",
     "export {home}/quiet -o {home}/quiet_packed --format safetensors",
@@ -191,14 +191,14 @@ def test_lower_measures_and_decides_again_from_its_table(home, tmp_path, monkeyp
 
     monkeypatch.setattr(cost, "measure", measure)
     ok("sparsify", home / "dense", "--method", "magnitude", "-o", tmp_path / "sparse")
-    first = ok("lower", tmp_path / "sparse", "--batch", "1", "--device", "cpu", "-o", tmp_path / "table.json")
+    first = ok("lower", tmp_path / "sparse", "--tokens", "1", "--device", "cpu", "-o", tmp_path / "table.json")
     assert "2 packed" in first and "gate: slower than dense at 1 tokens (0.50x)" in " ".join(first.split())
     monkeypatch.setattr(cost, "measure", None)
-    again = ok("lower", tmp_path / "sparse", "--batch", "1", "--device", "cpu", "--table", tmp_path / "table.json")
+    again = ok("lower", tmp_path / "sparse", "--tokens", "1", "--device", "cpu", "--table", tmp_path / "table.json")
     assert again == first.replace(f"wrote {tmp_path / 'table.json'}\n", "")
-    bad = run("lower", tmp_path / "sparse", "--batch", "0", "-o", tmp_path / "none.json")
+    bad = run("lower", tmp_path / "sparse", "--tokens", "0", "-o", tmp_path / "none.json")
     assert bad.exit_code == 2 and "token counts" in bad.stderr and not (tmp_path / "none.json").exists()
-    bad = run("lower", home / "dense", "--batch", "1", "--device", "cpu", "-o", tmp_path / "none.json")
+    bad = run("lower", home / "dense", "--tokens", "1", "--device", "cpu", "-o", tmp_path / "none.json")
     assert bad.exit_code == 2 and "nothing to lower" in bad.stderr and not (tmp_path / "none.json").exists()
 
 

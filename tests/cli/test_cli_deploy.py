@@ -83,7 +83,7 @@ def test_a_damaged_packed_folder(folder, tmp_path):
 
 
 def test_benchmark(folder, tmp_path, always_faster):
-    options = ("--prompt", "4", "--tokens", "3", "--rounds", "2", "--device", "cpu", "--dtype", "float32")
+    options = ("--prompt", "4", "--new-tokens", "3", "--tokens", "2", "--rounds", "2", "--device", "cpu", "--dtype", "float32")
     said = ok("benchmark", folder, "--batch", "2", *options, "-o", tmp_path / "speed.json")
     assert said.startswith("7 of 7 2:4 linears packed")
     found = json.loads((tmp_path / "speed.json").read_text())["batches"]["2"]

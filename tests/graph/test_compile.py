@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.graph.compile import SharedBlock, compile_repeated_blocks, count_blocks
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes import find_linears, insert_hessian_hooks, insert_soft_masks
 
@@ -286,7 +286,7 @@ def test_without_repeats_the_whole_graph_is_compiled():
 
 def _masked(layers: int) -> GraphModule:
     """A Llama after the training passes: soft masks, and probes whose gradient is the curvature."""
-    program = Program(_export(_llama(layers), (), {"input_ids": IDS}))
+    program = Exported(_export(_llama(layers), (), {"input_ids": IDS}))
     insert_soft_masks(program, find_linears(program))
     insert_hessian_hooks(program)
     module = program.module()

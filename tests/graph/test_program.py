@@ -1,159 +1,128 @@
-"""Edits of an ExportedProgram: graph, signature and state stay in step whatever is added, dropped or replaced."""
-
-import io
+"""The interface of programs, on each of its two backings."""
 
 import pytest
 import torch
-from rounding import same_products
 from torch import nn
 from torch.export.graph_signature import InputKind
 
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.frame import Frame
 
 aten = torch.ops.aten
 
 
-def kinds(program):
-    return [s.kind for s in program.signature.input_specs]
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
 
 
-def test_its_tensors_are_the_models(program, net):
-    parameters = {fqn: value for _, fqn, value in program.lifted(InputKind.PARAMETER)}
-    assert all(parameters[n] is p for n, p in net.named_parameters(remove_duplicate=False))
-    module = program.module()
-    assert all(p is net.get_parameter(n) for n, p in module.named_parameters())
-    assert program.source is net and program.tensor("up.weight") is net.up.weight
+def frame_of(model, x):
+    frames = []
+
+    def backend(module, inputs):
+        frames.append(Frame.from_dynamo(module, inputs))
+        return module
+
+    torch.compile(model, backend=backend)(x)
+    torch._dynamo.reset()
+    return frames[0]
 
 
-def test_lifted_gives_each_kind_in_graph_order():
-    class Buffers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(2))
-            self.register_buffer("kept", torch.randn(2))
-            self.register_buffer("temporary", torch.randn(2), persistent=False)
-
-        def forward(self, x):
-            return x * self.w + self.kept * self.temporary + torch.tensor([1.0, 2.0])
-
-    model = Buffers()
-    program = capture(model, torch.randn(3, 2))
-    assert [f for _, f, _ in program.lifted(InputKind.PARAMETER)] == ["w"]
-    assert [f for _, f, _ in program.lifted(InputKind.BUFFER)] == ["kept", "temporary"]
-    assert len(list(program.lifted(InputKind.CONSTANT_TENSOR))) == 1
-    assert torch.equal(program.tensor("temporary"), model.temporary)
-    twin, x = program.copy(), torch.randn(5, 2)
-    assert same_products(twin.module()(x), model(x))
+def run(program, model, x):
+    if isinstance(program, Frame):
+        return program.module()(*_inputs(program, model, x), *program.extra_inputs())[0]
+    return program.module()(x)
 
 
-def test_a_copy_has_its_own_graph_over_the_same_tensors(program, x):
-    twin = program.copy()
-    assert twin.graph is not program.graph and all(twin.state[k] is v for k, v in program.state.items())
-    twin.add_buffer("extra", torch.ones(1))
-    twin.validate()
-    assert "extra" not in program.state and len(kinds(program)) + 1 == len(kinds(twin))
-    assert program.op_counts() == twin.op_counts() and twin.source is program.source
-    assert same_products(twin.module()(x), program.module()(x))
+def _inputs(program, model, x):
+    """What Dynamo calls the graph with: inputs in its order, parameters among them."""
+    names = program.names(InputKind.PARAMETER)
+    given = [n for n in program.graph.find_nodes(op="placeholder") if n not in program.added.values()]
+    return [program.tensor(names[node]) if node in names else x for node in given]
 
 
-def test_added_tensors_stand_in_the_order_that_export_wants(program, net, x):
-    expected = net(x)
-    for name in ("a", "b"):
-        program.add_buffer(f"up.mask_{name}", torch.ones(2))
-        program.add_parameter(f"up.probe_{name}", torch.zeros(3), requires_grad=name == "a")
+@pytest.fixture(params=["exported", "frame"])
+def case(request):
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(5, 8)
+    return (capture(model, x) if request.param == "exported" else frame_of(model, x)), model, x
+
+
+def tanh_of(program):
+    (node,) = program.graph.find_nodes(op="call_function", target=aten.tanh.default)
+    return node
+
+
+def test_inputs_and_weights_are_told_apart(case):
+    program, model, _ = case
+    weights = list(program.lifted(InputKind.PARAMETER))
+    assert {id(value) for _, _, value in weights} == {id(p) for p in model.parameters()}
+    (user,) = program.user_inputs()
+    assert user not in {node for node, _, _ in weights}
+    assert program.names() == program.names(InputKind.PARAMETER) == {node: fqn for node, fqn, _ in weights}
+    assert not list(program.lifted(InputKind.BUFFER))
+
+
+def test_a_node_by_name_and_a_sentence_where_there_is_none(case):
+    program, *_ = case
+    node = tanh_of(program)
+    assert program.node(node.name) is node
+    with pytest.raises(SparseForgeError, match="no node 'lost': find the linears of this very program"):
+        program.node("lost")
+
+
+def test_calls_are_inserted_before_and_behind_a_node(case):
+    program, model, x = case
+    node = tanh_of(program)
+    node.meta["mark"] = 1
+    first = program.insert_before(node, aten.neg.default, node.args[0])
+    node.args = (first,)
+    last = program.insert_after(node, aten.mul.Tensor, node, 2.0)
+    program.redirect(node, last)
     program.validate()
-    order = [InputKind.PARAMETER, InputKind.BUFFER, InputKind.USER_INPUT]
-    assert kinds(program) == sorted(kinds(program), key=order.index)
-    placeholders = [n.name for n in program.graph.find_nodes(op="placeholder")]
-    assert placeholders == [s.arg.name for s in program.signature.input_specs]
-    module = program.module()
-    assert same_products(module(x), expected)
-    assert module.up.probe_a.requires_grad and not module.up.probe_b.requires_grad
-    assert module.up.mask_a is program.state["up.mask_a"]
+    order = list(program.graph.nodes)
+    assert order[order.index(node) - 1] is first and order[order.index(node) + 1] is last
+    assert last.args[0] is node and first.meta["mark"] == last.meta["mark"] == 1
+    assert last.meta["val"].shape == node.meta["val"].shape and last.meta["val"] is not node.meta["val"]
+    assert torch.equal(run(program, model, x), model.down(-2 * torch.tanh(model.up(x))))
 
 
-def test_names_that_look_alike_do_not_collide(x):
-    model = nn.Module()
-    model.a = nn.ModuleDict({"b": nn.Linear(8, 8)})
-    model.a_b = nn.Linear(8, 8)
-    model.forward = lambda x: model.a_b(model.a["b"](x))
-    program = capture(model, x)
-    program.add_buffer("a.b.mask", torch.ones(1))
-    program.add_buffer("a_b.mask", torch.zeros(1))
+def test_what_is_added_is_read_and_dropped_again(case):
+    program, model, x = case
+    before, node = list(program.names()), tanh_of(program)
+    scale, shift = program.add_parameter("scale", torch.full((6,), 2.0)), program.add_buffer("shift", torch.ones(6))
+    total = program.insert_after(node, aten.mul.Tensor, node, scale)
+    total = program.insert_after(total, aten.add.Tensor, total, shift)
+    program.redirect(node, total)
+    total.args[0].args = (node, scale)
     program.validate()
-    module = program.module()
-    assert same_products(module(x), model(x)) and module.a.b.mask == 1 and module.a_b.mask == 0
-
-
-def test_a_name_is_added_once(program):
-    with pytest.raises(ValueError, match=r"already has a tensor named up\.weight"):
-        program.add_parameter("up.weight", torch.zeros(1))
-
-
-def test_dropping_undoes_adding(program, x):
-    state, specs, code = dict(program.state), list(program.signature.input_specs), program.exported.graph_module.code
-    node = program.add_parameter("up.extra", torch.zeros(1))
-    program.drop(node)
-    program.validate()
-    assert (dict(program.state), program.signature.input_specs) == (state, specs)
-    assert program.exported.graph_module.code == code
+    assert torch.equal(run(program, model, x), model.down(2 * torch.tanh(model.up(x)) + 1))
+    assert program.names(InputKind.BUFFER) == {shift: "shift"} and program.names()[scale] == "scale"
+    assert torch.equal(program.tensor("shift"), torch.ones(6)) and "scale" in program.state
     with pytest.raises(AssertionError, match="still read"):
-        program.drop(program.graph.find_nodes(op="placeholder")[0])
-
-
-def test_replacing_the_node_that_is_returned(x):
-    class Tanh(nn.Module):
-        def forward(self, x):
-            y = torch.tanh(x)
-            return y, y + 1
-
-    program = capture(Tanh(), x)
-    (old,) = program.graph.find_nodes(op="call_function", target=aten.tanh.default)
-    old.meta["mark"] = 1
-    with program.graph.inserting_before(old):
-        new = program.graph.call_function(aten.sin.default, old.args)
-    new.meta["val"] = old.meta["val"]
-    program.replace(old, new)
+        program.drop(shift)
+    program.redirect(total, node)
+    for spent in (total, total.args[0]):
+        program.graph.erase_node(spent)
+    for placeholder in (scale, shift):
+        program.drop(placeholder)
     program.validate()
-    assert new.meta["mark"] == 1 and program.op_counts() == {"aten.sin.default": 1, "aten.add.Tensor": 1}
-    assert torch.equal(program.module()(x)[0], torch.sin(x))
-    assert torch.equal(torch.export.unflatten(program.exported)(x)[1], torch.sin(x) + 1)
+    assert list(program.names()) == before and not {"scale", "shift"} & set(program.state)
+    assert torch.equal(run(program, model, x), model(x))
 
 
-def test_an_edited_program_saves_and_loads(program, x):
+def test_a_copy_has_its_own_graph_over_the_same_tensors(case):
+    program, model, x = case
     twin = program.copy()
-    twin.add_parameter("up.p", torch.zeros(2))
-    twin.add_buffer("up.b", torch.ones(2))
-    file = io.BytesIO()
-    torch.export.save(twin.exported, file)
-    file.seek(0)
-    loaded = Program(torch.export.load(file))
-    assert same_products(loaded.module()(x), twin.module()(x)) and torch.equal(loaded.tensor("up.b"), torch.ones(2))
-    loaded.copy().validate()
-
-
-def test_sizes_of_the_branch_not_taken_are_refused():
-    """The trace took one branch; running it on a size of the other would compute something else than the model."""
-
-    class EvenOdd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.even, self.odd = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.even(x) if x.shape[1] % 2 == 0 else self.odd(x)
-
-    model = EvenOdd()
-    program = capture(model, torch.randn(2, 4, 8)).copy()
-    program.validate()
-    module, x = program.module(), torch.randn(3, 6, 8)
-    assert same_products(module(x), model(x))
-    with pytest.raises(AssertionError, match="% 2"):
-        module(torch.randn(2, 5, 8))
-
-
-def test_spec_of(program):
-    first = program.graph.find_nodes(op="placeholder")[0]
-    assert program.spec_of(first).target == "up.weight"
-    assert program.spec_of(program.graph.output_node()) is None
+    assert type(twin) is type(program) and (twin.source, twin.notes) == (program.source, program.notes)
+    node = tanh_of(twin)
+    twin.replace(node, twin.insert_before(node, aten.sin.default, node.args[0]))
+    twin.validate()
+    assert torch.equal(run(twin, model, x), model.down(torch.sin(model.up(x))))
+    assert torch.equal(run(program, model, x), model(x))
+    assert all(value is program.state[fqn] for fqn, value in twin.state.items())

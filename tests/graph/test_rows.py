@@ -39,7 +39,7 @@ def test_encoder_and_decoder_have_masks_of_their_own(target):
     model, batch = t5(), seq2seq()
     batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, target - 6), value=-100)
     program = capture(model, example_of(model, batch))
-    inputs = {n.name: n for n in program.graph.find_nodes(op="placeholder") if n.name in program.signature.user_inputs}
+    inputs = {node.name: node for node in program.user_inputs()}
     names = mask_names(program.graph, inputs.values())
     nodes = {n.name: n for n in program.graph.nodes}
     for site in find_linears(program):

@@ -65,9 +65,29 @@ def test_the_module_that_was_tapped_stays_as_it_was(tiny):
     assert not taps.hidden
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return x + self.two(self.one(x).relu())
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def test_a_model_without_blocks_or_attention():
     mlp = capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(2, 4)).module()
     with pytest.raises(SparseForgeError, match="no repeated blocks"):
         tap(mlp, Taps())
     with pytest.raises(SparseForgeError, match="no scaled_dot_product_attention"):
-        tap(mlp, Taps(), hidden=False, attention=True)
+        tap(capture(Stack(), torch.randn(2, 3, 4)).module(), Taps(), attention=True)

@@ -15,7 +15,16 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import sparse_linear
 from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.gpu import cusparselt, cutlass
-from sparseforge_fx.kernels.layouts import CUSPARSELT, CUTLASS, LAYOUTS, PLANES, ROWS
+from sparseforge_fx.kernels.layouts import (
+    CUSPARSELT,
+    CUTLASS,
+    LAYOUTS,
+    PLANES,
+    ROWS,
+    find_target,
+    layouts_of,
+    native_layout,
+)
 from sparseforge_fx.kernels.packed import Packed, pack, unpack
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP
 
@@ -72,8 +81,8 @@ def calls():
                 patch.setattr(torch, name, function)
             for module in (cusparselt, cutlass):
                 patch.setattr(module, "available", lambda device: True)
-            for layout in ("cusparselt", "cutlass"):
-                patch.setitem(sparse_linear.KERNELS, ("cpu", layout), sparse_linear.KERNELS["cuda", layout])
+            for layout in (CUSPARSELT, CUTLASS):
+                patch.setitem(LAYOUTS, layout.name, layout._replace(elsewhere=layout.kernels["cuda"]))
             patch.setattr(cusparselt, "_algorithms", {})
         yield seen
 
@@ -171,3 +180,18 @@ def test_what_may_be_stacked_and_saved():
             parts = zip(layout.convert(first), layout.convert(second), layout.convert(both), strict=True)
             assert all(torch.equal(torch.cat([a, b]), c) for a, b, c in parts)
     assert [name for name, layout in LAYOUTS.items() if not layout.durable] == ["cusparselt", "cutlass"]
+
+
+def test_targets():
+    assert find_target("auto", CPU) == find_target("cpu", CPU) == layouts_of(CPU) == (ROWS,)
+    with pytest.raises(SparseForgeError, match="unknown target"):
+        find_target("tpu", CPU)
+    with pytest.raises(SparseForgeError, match="no sparse kernels for meta"):
+        find_target("auto", torch.device("meta"))
+    with pytest.raises(SparseForgeError, match="move the model"):
+        find_target("cpu", torch.device("cuda"))
+
+
+def test_what_a_device_has_and_in_which_order():
+    assert [layout.name for layout in layouts_of(torch.device("cuda"))] == ["planes", "cusparselt", "cutlass"]
+    assert [native_layout(torch.device(kind)) for kind in ("cpu", "cuda", "meta")] == [ROWS, PLANES, ROWS]

@@ -5,7 +5,17 @@ from hypothesis import strategies as st
 from sparse_cases import bits, random_weight
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import Packed, check_packed, pack, unpack, unpack_mask
+from sparseforge_fx.kernels.packed import (
+    BITMASK,
+    VALUES,
+    Packed,
+    check_packed,
+    pack,
+    packed_names,
+    unpack,
+    unpack_mask,
+    why_dense,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -89,3 +99,24 @@ def test_damaged_data_is_refused(change, message):
     packed = pack(random_weight((2, 16), torch.float32, 0))
     with pytest.raises(SparseForgeError, match=message):
         check_packed(Packed(*change(packed)))
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 0]]), None),
+        (torch.zeros(2, 8, dtype=torch.bfloat16), None),
+        (torch.ones(2, 8), "not 2:4: a group of four has more than two non-zeros"),
+        (torch.zeros(2, 6), "not 2:4: a group of four has more than two non-zeros"),
+        (torch.zeros(2, 8, dtype=torch.float64), "no kernel for torch.float64"),
+        (torch.zeros(2, 8, dtype=torch.int8), "no kernel for torch.int8"),
+        (torch.zeros(2, 8, device="meta"), "on the meta device"),
+    ],
+)
+def test_why_a_weight_stays_dense(weight, reason):
+    assert why_dense(weight) == reason
+
+
+def test_names_are_those_of_files():
+    assert packed_names("a.q_proj.weight") == ("a.q_proj.weight_values", "a.q_proj.weight_bitmask")
+    assert (VALUES, BITMASK) == ("weight_values", "weight_bitmask")

@@ -1,7 +1,10 @@
 """The sparse operator becomes plain ones: the same numbers, packed tensors kept, and nothing else touched."""
 
+from functools import partial
+
 import pytest
 import torch
+from chosen_layouts import all_in
 from rounding import same_products
 from torch import nn
 
@@ -32,7 +35,7 @@ def lowered(dtype=torch.float32, layout="rows", *more):
     net = Net().to(dtype)
     sf.sparsify(net, example_inputs=torch.randn(2, 3, 12, dtype=dtype))
     program = capture(net, torch.randn(2, 3, 12, dtype=dtype))
-    one = lambda p: lower_sparse_linears(p, sparse_sites(p), lambda _: LAYOUTS[layout])  # noqa: E731
+    one = partial(lower_sparse_linears, find=sparse_sites, choose=all_in(LAYOUTS[layout]))
     program, _ = run_passes(program, [one, *more])
     return net, program
 

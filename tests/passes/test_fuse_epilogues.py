@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from chosen_layouts import all_in_rows
 from torch import nn
 from transformers.activations import NewGELUActivation
 
@@ -15,7 +16,6 @@ from sparseforge_fx.passes import (
     deploy_passes,
     find_linears,
     fuse_epilogues,
-    merge_parallel_linears,
     run_passes,
 )
 
@@ -53,8 +53,7 @@ def lower(net, x):
     torch.manual_seed(0)
     sf.sparsify(net.eval(), example_inputs=x)
     program = capture(net, x)
-    program, _ = run_passes(program, [lambda p: merge_parallel_linears(p, find_linears(p))])
-    return run_passes(program, deploy_passes(find_linears(program)))
+    return run_passes(program, deploy_passes(find_linears, all_in_rows))
 
 
 def names(program):
@@ -226,8 +225,7 @@ def test_language_models(captured_once):
     for name, activations in expected.items():
         found = captured_once(name)
         sf.sparsify(found.model)
-        program, _ = run_passes(found.program, [lambda p: merge_parallel_linears(p, find_linears(p))])
-        program, _ = run_passes(program, deploy_passes(find_linears(program)))
+        program, _ = run_passes(found.program, deploy_passes(find_linears, all_in_rows))
         assert names(program) == sorted(activations)
         batch = found.batch(rows=3, length=7)
         torch.testing.assert_close(program.module()(**batch).logits, found.model(**batch).logits, rtol=1e-4, atol=1e-5)

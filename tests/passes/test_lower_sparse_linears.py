@@ -1,9 +1,11 @@
 """Linears over 2:4 weights -> sparse_linear over packed ones: every orientation, ties once, the rest untouched."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from chosen_layouts import all_in_rows
 from rounding import same_products
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -47,8 +49,20 @@ def lowered():
     sf.sparsify(net, example_inputs=x, exclude=["dense"])
     program = capture(net, x)
     sites = keep_dense(program, find_linears(program))
-    after, (record,) = run_passes(program, [lambda p: lower_sparse_linears(p, sites)])
+    after, (record,) = run_passes(program, [lower(sites)])
     return net, x, program, sites, after, record
+
+
+def lower(sites):
+    return partial(lower_sparse_linears, find=lambda _: sites, choose=all_in_rows)
+
+
+def test_what_is_not_chosen_stays_dense(lowered):
+    net, x, program, sites, _, _ = lowered
+    only_up = lambda sites: {"up.weight": all_in_rows(sites)["up.weight"]}  # noqa: E731
+    after, (record,) = run_passes(program, [partial(lower_sparse_linears, find=lambda _: sites, choose=only_up)])
+    assert record.modified == 1 and {"down.weight", "one.weight", "w"} <= set(after.state)
+    torch.testing.assert_close(after.module()(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 def test_operator_counts(lowered):
@@ -70,7 +84,7 @@ def test_packed_tensors_take_the_place_of_the_weight(lowered):
     net, _, _, _, after, _ = lowered
     assert not (SITES | {"two.weight"}) & set(after.state)
     for fqn in SITES:
-        values, meta = after.tensor(f"{fqn}_values"), after.tensor(f"{fqn}_meta")
+        values, meta = after.tensor(f"{fqn}_values"), after.tensor(f"{fqn}_bitmask")
         weight = net.get_parameter(fqn)
         weight = weight.t() if fqn == "down.weight" else weight
         assert torch.equal(unpack(Packed(values, meta, weight.shape[1])), weight)
@@ -83,7 +97,7 @@ def test_once_more_changes_nothing(lowered):
     *_, sites, after, _ = lowered
     for again in (sites, find_linears(after)):
         found = keep_dense(after, again) if again is not sites else again
-        twice, (record,) = run_passes(after, [lambda p, found=found: lower_sparse_linears(p, found)])
+        twice, (record,) = run_passes(after, [lower(found)])
         assert record.modified == 0 and [str(n) for n in twice.graph.nodes] == [str(n) for n in after.graph.nodes]
 
 
@@ -98,7 +112,7 @@ def test_an_eligible_site_that_is_not_sparse_is_refused_and_the_program_kept():
     program = capture(net, x)
     before = copy.deepcopy(dict(program.state))
     with pytest.raises(SparseForgeError, match="more than two non-zeros"):
-        run_passes(program, [lambda p: lower_sparse_linears(p, find_linears(p))])
+        run_passes(program, [partial(lower_sparse_linears, find=find_linears, choose=all_in_rows)])
     assert program.state.keys() == before.keys() and same_products(program.module()(x), net(x))
 
 
@@ -113,8 +127,7 @@ def test_saving_and_loading_keeps_the_values(lowered, tmp_path):
 def test_language_models(captured_once, name):
     found = captured_once(name)
     sf.sparsify(found.model)
-    sites = keep_dense(found.program, find_linears(found.program))
-    after, (record,) = run_passes(found.program, [lambda p: lower_sparse_linears(p, sites)])
+    after, (record,) = run_passes(found.program, [lower(keep_dense(found.program, find_linears(found.program)))])
     assert record.modified == {"llama": 14, "gpt2": 4, "opt": 6}[name]
     batch = found.batch(rows=3, length=7)
     torch.testing.assert_close(after.module()(**batch).logits, found.model(**batch).logits, rtol=1e-4, atol=1e-5)

@@ -1,9 +1,11 @@
 """Linears of one input become one: the same bits out, fewer operators, and nothing else touched."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from chosen_layouts import all_in_rows
 from rounding import same_products
 from torch import nn
 
@@ -31,10 +33,12 @@ class Attention(nn.Module):
         return self.norm(self.shared(y) + self.shared(torch.relu(y)))
 
 
-def merged(net, x, sites=None):
+MERGE = partial(merge_parallel_linears, find=find_linears)
+
+
+def merged(net, x):
     program = capture(net, x)
-    sites = find_linears(program) if sites is None else sites
-    return program, *run_passes(program, [lambda p: merge_parallel_linears(p, sites)])
+    return program, *run_passes(program, [MERGE])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -42,7 +46,7 @@ def test_one_linear_instead_of_three(bias):
     net, x = Attention(bias), torch.randn(3, 5, 8)
     before = copy.deepcopy(net.state_dict())
     program, after, (record,) = merged(net, torch.randn(2, 4, 8))
-    assert record.modified == 3 and record.name == "<lambda>"
+    assert record.modified == 3 and record.name == "merge_parallel_linears"
     changed = {"aten.linear.default": -2, "aten.split_with_sizes.default": 1, "<built-in function getitem>": 3}
     assert record.op_changes == changed
     weight = after.tensor("q_k_v.weight")
@@ -58,7 +62,7 @@ def test_one_linear_instead_of_three(bias):
 def test_once_more_changes_nothing():
     net, x = Attention(), torch.randn(2, 4, 8)
     _, after, _ = merged(net, x)
-    again, (record,) = run_passes(after, [lambda p: merge_parallel_linears(p, find_linears(p))])
+    again, (record,) = run_passes(after, [MERGE])
     assert record.modified == 0 and record.op_changes == {}
     assert [str(n) for n in again.graph.nodes] == [str(n) for n in after.graph.nodes]
 
@@ -66,11 +70,11 @@ def test_once_more_changes_nothing():
 def test_only_sites_are_merged():
     net, x = Attention(), torch.randn(2, 4, 8)
     program = capture(net, x)
-    sites = find_linears(program, exclude=["k"])
-    after, (record,) = run_passes(program, [lambda p: merge_parallel_linears(p, sites)])
+    but_one = partial(find_linears, exclude=["k"])
+    after, (record,) = run_passes(program, [partial(merge_parallel_linears, find=but_one)])
     assert record.modified == 2 and "q_v.weight" in after.state and "k.weight" in after.state
     torch.testing.assert_close(after.module()(x), net(x), rtol=1e-6, atol=1e-6)
-    untouched, (record,) = run_passes(program, [lambda p: merge_parallel_linears(p, [])])
+    untouched, (record,) = run_passes(program, [partial(merge_parallel_linears, find=lambda _: [])])
     assert record.modified == 0
     assert [n.name for n in untouched.graph.nodes] == [n.name for n in program.graph.nodes]
 
@@ -108,7 +112,7 @@ def test_the_merged_program_trains_and_saves(tmp_path):
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_language_models(tiny, name):
     found = tiny(name)
-    after, (record,) = run_passes(found.program, [lambda p: merge_parallel_linears(p, found.sites)])
+    after, (record,) = run_passes(found.program, [MERGE])
     layers = 2 if name == "llama" else 1
     assert record.modified == layers * (5 if name == "llama" else 3)
     batch = found.batch(rows=3, length=7)
@@ -131,12 +135,12 @@ def test_packed_linears_merge_too(bias):
     program, after, (record,) = merged(net, torch.randn(2, 4, 8))
     sparse = "sparseforge.sparse_linear.default"
     assert record.modified == 3 and record.op_changes[sparse] == -2
-    assert torch.equal(after.tensor("q_k_v.values"), torch.cat([net.q.values, net.k.values, net.v.values]))
-    assert torch.equal(after.tensor("q_k_v.where"), torch.cat([net.q.where, net.k.where, net.v.where]))
-    assert ("q_k_v.bias" in after.state) == bias and "q.values" not in after.state
-    assert {"gate.values", "up.values", "shared.values"} <= set(after.state)  # a bias and none; used twice
+    assert torch.equal(after.tensor("q_k_v.weight_values"), torch.cat([net.q.weight_values, net.k.weight_values, net.v.weight_values]))
+    assert torch.equal(after.tensor("q_k_v.weight_bitmask"), torch.cat([net.q.weight_bitmask, net.k.weight_bitmask, net.v.weight_bitmask]))
+    assert ("q_k_v.bias" in after.state) == bias and "q.weight_values" not in after.state
+    assert {"gate.weight_values", "up.weight_values", "shared.weight_values"} <= set(after.state)  # a bias and none; used twice
     torch.testing.assert_close(after.module()(x), net(x), rtol=1e-6, atol=1e-6)
-    _, (record,) = run_passes(after, [lambda p: merge_parallel_linears(p, find_linears(p))])
+    _, (record,) = run_passes(after, [MERGE])
     assert record.modified == 0 and program.op_counts()[sparse] == 8
 
 
@@ -185,7 +189,8 @@ def test_packed_linears_with_an_activation_stay_alone():
     net, x = Net(), torch.randn(2, 4, 8)
     sf.sparsify(net, example_inputs=x)
     program = capture(net, x)
-    program, _ = run_passes(program, deploy_passes(find_linears(program)))  # unmerged, activations fused
-    after, (record,) = run_passes(program, [lambda p: merge_parallel_linears(p, find_linears(p))])
+    _, *unmerged = deploy_passes(find_linears, all_in_rows)
+    program, _ = run_passes(program, unmerged)  # activations fused
+    after, (record,) = run_passes(program, [MERGE])
     assert record.modified == 0
     torch.testing.assert_close(after.module()(x), net(x), rtol=1e-5, atol=1e-5)

@@ -9,20 +9,21 @@ from rounding import same_products
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sparseforge_fx.deploy.lowering.gate import Gate
+from sparseforge_fx.deploy.lowering.lower import sparse_sites
 from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.kernels.layouts import ROWS
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import (
     deploy_passes,
     find_linears,
     harden_masks,
     insert_hessian_hooks,
-    merge_parallel_linears,
     run_passes,
     train_passes,
 )
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
-from sparseforge_fx.passes.lower_sparse_linears import keep_dense
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern, to_groups
 
 KINDS = [
@@ -124,11 +125,9 @@ def test_random_graphs(steps, features, seed):
     torch.testing.assert_close(hardened.module()(x), model(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
 
-    sites = keep_dense(program, find_linears(program, include=["*"]))
-    merged, _ = run_passes(program, [lambda p: merge_parallel_linears(p, sites)])
-    chosen = keep_dense(merged, find_linears(merged, include=["*"]))
-    lowered, _ = run_passes(merged, deploy_passes(chosen))
-    assert lowered.op_counts()[str(OP)] == sum(len(s.uses) for s in eligible(chosen))
+    sites, chosen = sparse_sites(program), Gate([ROWS], [1], None)
+    lowered, _ = run_passes(program, deploy_passes(sparse_sites, chosen))
+    assert lowered.op_counts()[str(OP)] == sum(len(s.uses) for s in eligible(chosen.sites))
     torch.testing.assert_close(lowered.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
     values = copy.deepcopy(model.state_dict())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparseforge_fx.deploy.export import export
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.passes import find_linears
 from sparseforge_fx.training import inputs, prepare
 from sparseforge_fx.training.distillation import Distillation
@@ -29,7 +29,7 @@ class Tiny:
 
     model: nn.Module
     example: Any
-    program: Program
+    program: Exported
     first: dict[str, Tensor] = field(repr=False)
 
     def reset(self) -> Tiny:
@@ -122,7 +122,7 @@ def tiny() -> Callable[[str], Tiny]:
 @pytest.fixture
 def captured_once(monkeypatch, tiny):
     """``tiny`` again, whose models sparsify, prepare and export take as they were captured before."""
-    programs: dict[int, Program] = {}
+    programs: dict[int, Exported] = {}
 
     def reset(name: str) -> Tiny:
         found = tiny(name)

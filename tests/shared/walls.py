@@ -27,7 +27,8 @@ ROWS = (
 )
 HEIGHT = {room: height for height, row in enumerate(ROWS) for room in row}
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 80, 12
-WIDE = {(f"{PACKAGE}/training/sparsify.py", "sparsify")}  # the one call that names every option of a run
+#: the call and the command of that name, which take every option of a run
+WIDE = {(f"{PACKAGE}/{folder}/sparsify.py", "sparsify") for folder in ("training", "cli")}
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def _row(site: _Site, mode: str, lost: float, total: float) -> dict[str, Any]:
 
 
 def _exact(weight: Tensor) -> bool:
-    return TWO_FOUR.fits(weight.shape[1]) and check_pattern(weight, TWO_FOUR)
+    return check_pattern(weight, TWO_FOUR)
 
 
 def _share(part: float, whole: float) -> float:

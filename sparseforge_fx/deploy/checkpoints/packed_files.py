@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparseforge_fx.deploy.checkpoints.packed_header import BITMASK, VALUES, Header, short
+from sparseforge_fx.deploy.checkpoints.packed_header import Header, short
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.packed import BITMASK, VALUES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_JSON = 100 << 20  # bytes of a json file or header; safetensors has the same limit

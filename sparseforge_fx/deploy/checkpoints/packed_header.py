@@ -1,13 +1,12 @@
-"""The header of a packed checkpoint: what ``quantization_config`` in config.json says, and the names of its tensors."""
+"""The header of a packed checkpoint: what ``quantization_config`` in config.json says."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import FORMAT_VERSION, METHOD
+from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, METHOD, VALUES
 
-VALUES, BITMASK = "weight_values", "weight_bitmask"
 MOST_MODULES = 1 << 17  # of a model, whatever its files say
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of packed weights
 

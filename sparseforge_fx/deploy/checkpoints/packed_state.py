@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx.deploy.checkpoints.packed_header import BITMASK, VALUES, Header, Site
+from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
 from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_sparse, weight_of
+from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.kernels.layouts import ROWS
+from sparseforge_fx.kernels.packed import BITMASK, VALUES, Packed, pack
 
 
 def packed_linears(model: nn.Module) -> dict[str, SparseLinear]:
@@ -19,7 +19,7 @@ def packed_linears(model: nn.Module) -> dict[str, SparseLinear]:
 
 
 @torch.no_grad()
-def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str, Any]]:
+def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingReport]:
     """The state dict with packed weights in place of dense ones, the header of it, the report."""
     linears, skipped = find_sparse(model)
     found: dict[str, Packed] = {name: module.packed() for name, module in packed_linears(model).items()}
@@ -31,7 +31,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str,
         raise SparseForgeError("weights of the model are on the meta device: load it without offloading first")
     if damaged := [n for n, packed in found.items() if not packed.values.isfinite().all()]:
         raise SparseForgeError(f"'{damaged[0]}' has NaN or inf in its weight: train or load it anew")
-    gone = {f"{name}.{leaf}" for name in found for leaf in ("weight", "values", "where")}
+    gone = {f"{name}.{leaf}" for name in found for leaf in ("weight", VALUES, BITMASK)}
     state = {key: value for key, value in model.state_dict().items() if key not in gone}
     for name, packed in found.items():
         state[f"{name}.{VALUES}"], state[f"{name}.{BITMASK}"] = packed.values, packed.bitmask
@@ -39,11 +39,16 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, dict[str,
         name: Site(packed.shape[0], packed.in_features, str(packed.values.dtype).removeprefix("torch."))
         for name, packed in sorted(found.items())
     }
-    report = {
-        "sites": [{"name": n, "out": s[0], "in": s[1], "bytes": found[n].nbytes} for n, s in modules.items()],
+    dense = {name: p.shape.numel() * p.values.element_size() for name, p in found.items()}
+    report: PackingReport = {
+        "sites": [
+            {"name": n, "out": s[0], "in": s[1], "layout": ROWS.name, "bytes": found[n].nbytes}
+            for n, s in modules.items()
+        ],
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
-        "dense_bytes": sum(p.shape.numel() * p.values.element_size() for p in found.values()),
-        "packed_bytes": sum(p.nbytes for p in found.values()),
+        "dense_bytes": sum(dense.values()),
+        "lowered_bytes": sum(p.nbytes for p in found.values()),
+        "scratch_bytes": max(dense.values()),
     }
     header = Header(modules, model_modules=sum(1 for _ in model.modules()))
     state[header.sentinel] = torch.empty(0, dtype=torch.uint8)

@@ -28,8 +28,9 @@ from sparseforge_fx.deploy.checkpoints.packed_files import (
     shard_files,
     weight_files,
 )
-from sparseforge_fx.deploy.checkpoints.packed_header import BITMASK, VALUES, Header, Site
+from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import native_layout
 from sparseforge_fx.kernels.packed import METHOD, Packed, check_packed
 from sparseforge_fx.models import low_rank
 
@@ -81,10 +82,7 @@ class PackedQuantizer(HfQuantizer):
         return dtype
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
-        from transformers.core_model_loading import WeightRenaming
-
-        # the file has the model's own names, which none of the given conversions may touch
-        return [WeightRenaming(rf"\.{VALUES}$", ".values"), WeightRenaming(rf"\.{BITMASK}$", ".where")]
+        return []  # the file has the model's own names
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
         from sparseforge_fx.deploy.lowering.modules import replace
@@ -131,7 +129,7 @@ class PackedQuantizer(HfQuantizer):
         from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
 
         for name, module in packed_linears(model).items():
-            if module.values.is_meta:
+            if module.weight_values.is_meta:
                 raise SparseForgeError(
                     f"'{name}' was put on the disk, from where packed weights cannot run: free memory"
                 )
@@ -139,8 +137,9 @@ class PackedQuantizer(HfQuantizer):
                 check_packed(module.packed())
             except SparseForgeError as error:
                 raise SparseForgeError(f"'{name}': {error}; copy the checkpoint anew") from error
-            if not module.values.isfinite().all():
-                raise SparseForgeError(f"packed module '{name}' has NaN or inf as {module.values.dtype}: pack it anew")
+            values = module.weight_values
+            if not values.isfinite().all():
+                raise SparseForgeError(f"packed module '{name}' has NaN or inf as {values.dtype}: pack it anew")
             module.loading = False
             change_to_device(module)
         model._weight_conversions = []  # save_pretrained would apply the inverse of ours to every name
@@ -176,10 +175,7 @@ class PackedQuantizer(HfQuantizer):
 
 def change_to_device(module: SparseLinear) -> None:
     """Give a packed linear the layout that its device reads; one without kernels of its own keeps that of the disk."""
-    from sparseforge_fx.deploy.lowering.targets import TARGETS
-
-    if module.values.device.type in TARGETS:
-        module.change_layout(TARGETS[module.values.device.type][0])
+    module.change_layout(native_layout(module.weight_values.device))
 
 
 def _has_header(folder: Path, header: Header) -> bool:
@@ -255,9 +251,6 @@ class _Names:
         return next((c for c in candidates if c in self.modules), None)
 
     def tensor(self, name: str, held: Any) -> str:
-        for suffix, buffer in ((VALUES, "values"), (BITMASK, "where")):
-            if name.endswith(f".{suffix}"):
-                name = name.removesuffix(suffix) + buffer
         candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
         return next((c for c in candidates if c in held), name)
 

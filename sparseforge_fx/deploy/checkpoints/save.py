@@ -9,13 +9,14 @@ from typing import Any
 from sparseforge_fx.deploy.checkpoints.packed_files import INDEX, digests
 from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears, packed_state
 from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig
+from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_output, new_folder
 
 
 def save_packed(
     model: Any, tokenizer: Any, folder: str | Path, *, max_shard_size: str | int = "5GB", overwrite: bool = False
-) -> dict[str, Any]:
+) -> PackingReport:
     """Write a Hugging Face folder in which every exactly 2:4 nn.Linear and Conv1D is packed, whole or not at all.
 
     The rest is as ``save_pretrained`` writes it; the header is ``quantization_config`` in config.json. The same model

@@ -17,10 +17,10 @@ from torch._inductor.exc import CppCompileError, InductorError
 from torch.export.pt2_archive._package import package_pt2
 
 from sparseforge_fx.errors import SparseForgeError, one_line
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.sparse_linear import OP
-from sparseforge_fx.passes import inline_kernels, run_passes
+from sparseforge_fx.passes import package_passes, run_passes
 from sparseforge_fx.passes.rewrite import sparse_use
 
 # the function of kernels/cpu/aoti.cpp
@@ -30,7 +30,7 @@ _SHIM = """AOTITorchError aoti_torch_cpu_sparse_linear(
 
 
 def package(
-    programs: dict[str, Program], file: Path, extra_files: dict[str, str] | None = None, **options: Any
+    programs: dict[str, Exported], file: Path, extra_files: dict[str, str] | None = None, **options: Any
 ) -> None:
     """Compile each program and write them to one package under these names; ``options`` are Inductor's.
 
@@ -56,11 +56,11 @@ def package(
     package_pt2(str(file), aoti_files=files, extra_files=extra_files)  # type: ignore[arg-type]
 
 
-def with_kernels(program: Program) -> Program:
+def with_kernels(program: Exported) -> Exported:
     """On a CUDA device: the program with the Triton kernels in the place of the sparse operator."""
     if _devices(program) <= {"cpu"}:
         return program
-    program, _ = run_passes(program, [inline_kernels])
+    program, _ = run_passes(program, package_passes())
     left = {sparse_use(n).layout for n in program.graph.find_nodes(op="call_function", target=OP)}
     if left:
         raise SparseForgeError(
@@ -69,7 +69,7 @@ def with_kernels(program: Program) -> Program:
     return program
 
 
-def _devices(*programs: Program) -> set[str]:
+def _devices(*programs: Exported) -> set[str]:
     """Where sparse operators run."""
     return {n.meta["val"].device.type for p in programs for n in p.graph.find_nodes(op="call_function", target=OP)}
 
@@ -81,7 +81,7 @@ def _explain(error: Exception) -> str:
 
 
 @contextmanager
-def kernels_linked(*programs: Program) -> Iterator[None]:
+def kernels_linked(*programs: Exported) -> Iterator[None]:
     """Within it, Inductor calls the C function for the sparse operator and links the library that has it."""
     library = cpu.archive() if _devices(*programs) else None
     before = os.environ.get("LIBRARY_PATH")

@@ -18,6 +18,7 @@ from sparseforge_fx.deploy.export.aoti import package
 from sparseforge_fx.deploy.export.archive import seal
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.lower import lower_captured
+from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_parent, move_file
 from sparseforge_fx.graph.capture import capture
@@ -33,10 +34,10 @@ def export(
     format: str = "pt2",
     portable: bool = False,
     target: str = "auto",
-    batch: Sequence[int] = (1, 8, 64, 2048),
+    tokens: Sequence[int] = cost.TOKENS,
     table: str | Path | cost.Table | None = None,
     gate: bool = True,
-) -> dict[str, Any]:
+) -> PackingReport:
     """Lower a 2:4 model and write its graph and packed weights to one file; batch and sequence stay dynamic.
 
     Args:
@@ -52,7 +53,7 @@ def export(
             nvidia/cu13 of site-packages after ``pip install nvidia-cuda-crt nvidia-cuda-cccl`` beside torch.
         portable: ``pt2`` of plain aten operators: torch alone runs it. The file is as small, but weights are
             expanded in every call.
-        target, batch, table, gate: as for :func:`sparseforge_fx.lower`. Linears that are packed already
+        target, tokens, table, gate: as for :func:`sparseforge_fx.lower`. Linears that are packed already
             (:func:`sparseforge_fx.load`, :func:`sparseforge_fx.lower_modules`) stay so.
 
     The file has checksums, at which torch does not look: :func:`sparseforge_fx.check_export` does. Load either format
@@ -68,7 +69,7 @@ def export(
     if portable and format != "pt2":
         raise SparseForgeError("portable is for the format pt2: a package of aoti needs no sparseforge_fx anyway")
     captured = capture(model, example_inputs)
-    options: dict[str, Any] = {"target": target, "batch": batch, "table": table, "gate": gate, "durable": True}
+    options: dict[str, Any] = {"target": target, "tokens": tokens, "table": table, "gate": gate, "durable": True}
     program, report = lower_captured(captured, portable=portable, **options)
     plain_outputs(program.exported)
     if format == "aoti":

@@ -23,9 +23,10 @@ from sparseforge_fx.deploy.export.aoti import package
 from sparseforge_fx.deploy.export.export import FORMATS, check_path, replace_file
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.lower import lower_captured
+from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.exported import Exported
 
 GENERATOR_VERSION = 2  # with checksums
 SPEC_FILE = "sparseforge_generator.json"
@@ -40,10 +41,10 @@ def export_generator(
     format: str = "pt2",
     max_length: int = 1024,
     target: str = "auto",
-    batch: Sequence[int] = (1, 8, 64),
+    tokens: Sequence[int] = cost.TOKENS,
     table: str | Path | cost.Table | None = None,
     gate: bool = True,
-) -> dict[str, Any]:
+) -> PackingReport:
     """Lower a 2:4 causal language model and write one file that :func:`sparseforge_fx.load_generator` runs.
 
     Args:
@@ -51,7 +52,7 @@ def export_generator(
         tokenizer: travels in the file, so that text can be generated.
         format: ``pt2`` or ``aoti``, as for :func:`sparseforge_fx.export`.
         max_length: tokens of prompt and answer together; the cache holds so many.
-        target, batch, table, gate: as for :func:`sparseforge_fx.lower`.
+        target, tokens, table, gate: as for :func:`sparseforge_fx.lower`.
 
     Returns its report with ``file_bytes`` and the bytes of the cache per sequence, ``cache_bytes``. Raises
     SparseForgeError, with nothing written, for models without a key/value cache (state-space models, encoders).
@@ -65,7 +66,7 @@ def export_generator(
     if limit and max_length > limit:
         raise SparseForgeError(f"max_length {max_length} is more than the {limit} positions of the model")
     step = Step(model, max_length)
-    options: dict[str, Any] = {"target": target, "batch": batch, "table": table, "gate": gate, "durable": True}
+    options: dict[str, Any] = {"target": target, "tokens": tokens, "table": table, "gate": gate, "durable": True}
     prefill, report = lower_captured(capture(step, step.example(length=3)), **options)
     known = cost.as_table(cost.read_row(row) for row in report["table"]) if gate else None
     decode, _ = lower_captured(capture(step, step.example(length=1)), **{**options, "table": known})
@@ -158,14 +159,14 @@ class Step(nn.Module):
         return self.model(input_ids=input_ids, past_key_values=held, use_cache=True, **given).logits[:, -1]
 
 
-def share(prefill: Program, decode: Program) -> None:
+def share(prefill: Exported, decode: Exported) -> None:
     """Let the second program hold the tensors of the first: the same passes made both from one model."""
     for name, tensor in decode.state.items():
         assert torch.equal(prefill.state[name], tensor), f"{name} differs between the two graphs"
         decode.state[name] = prefill.state[name]
 
 
-def without_weights(program: Program) -> Program:
+def without_weights(program: Exported) -> Exported:
     """A copy whose tensors are stand-ins of one element."""
     copy = program.copy()
     for name, tensor in copy.state.items():

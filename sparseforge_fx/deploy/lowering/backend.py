@@ -14,16 +14,17 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from sparseforge_fx.deploy.lowering import cost
-from sparseforge_fx.deploy.lowering.lower import pack_linears, sparse_sites
-from sparseforge_fx.deploy.lowering.targets import TARGETS
+from sparseforge_fx.deploy.lowering.gate import Gate
+from sparseforge_fx.deploy.lowering.lower import sparse_sites
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.frame import Frame
 from sparseforge_fx.graph.program import Program
-from sparseforge_fx.passes import LinearSite
+from sparseforge_fx.kernels.layouts import layouts_of
+from sparseforge_fx.passes import LinearSite, deploy_passes, run_passes
 from sparseforge_fx.passes.find_linears import eligible
 
 log = logging.getLogger(__name__)
-OPTIONS = ("batch", "table", "gate", "mode")
+OPTIONS = ("tokens", "table", "gate", "mode")
 _measured: dict[tuple, cost.Table] = {}  # a model breaks into many graphs of the same shapes
 
 
@@ -32,9 +33,9 @@ def sparseforge(
 ) -> Callable:
     """Compile one graph of a model whose weights are 2:4.
 
-    Options (of ``torch.compile``): ``batch``, ``table`` and ``gate``, as for :func:`sparseforge_fx.lower`; ``mode``, or
-    the argument of that name, which torch.compile takes only alone: one of Inductor's. ``reduce-overhead`` replays CUDA
-    graphs, without which decoding one token at a time gains little on a GPU.
+    Options (of ``torch.compile``): ``tokens``, ``table`` and ``gate``, as for :func:`sparseforge_fx.lower`; ``mode``,
+    or the argument of that name, which torch.compile takes only alone: one of Inductor's. ``reduce-overhead`` replays
+    CUDA graphs, without which decoding one token at a time gains little on a GPU.
     The dense weights stay in memory beside the packed ones (:func:`sparseforge_fx.lower_modules` frees them); one that
     changes is packed anew when the graph next runs. Weights that are being trained stay dense, and a graph without a
     weight that gains goes to Inductor as it is.
@@ -109,25 +110,24 @@ def _lower(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) 
         log.warning("a graph stays dense: it could not be lowered to aten (%s)", error)
         return None
     devices = {frame.tensor(s.fqn).device for s in eligible(_frozen_sites(frame))}
-    if len(devices) != 1 or (device := devices.pop()).type not in TARGETS:
+    if len(devices) != 1 or not (layouts := layouts_of(device := devices.pop())):
         return None
-    batch = tuple(options.get("batch", (1, 8, 64, 2048)))
-    known = cost.check_request(batch, options.get("table"))
-    layouts = TARGETS[device.type]
+    tokens = tuple(options.get("tokens", cost.TOKENS))
+    known = cost.check_request(tokens, options.get("table"))
 
-    def measure(shapes: list[cost.Shape]) -> cost.Table:
+    def measure(shapes: Sequence[cost.Shape]) -> cost.Table:
         if known is not None:
-            return cost.timings(shapes, batch, device, layouts, known)
-        table = _measured.setdefault((device, batch), {})
-        table |= cost.timings([s for s in shapes if s not in table], batch, device, layouts, None)
-        return cost.timings(shapes, batch, device, layouts, table)
+            return cost.timings(shapes, tokens, device, layouts, known)
+        table = _measured.setdefault((device, tokens), {})
+        table |= cost.timings([s for s in shapes if s not in table], tokens, device, layouts, None)
+        return cost.timings(shapes, tokens, device, layouts, table)
 
-    done = pack_linears(frame, _frozen_sites, layouts, batch, measure if options.get("gate", True) else None)
-    if not (packed := eligible(done.sites)):
+    choose = Gate(layouts, tokens, measure if options.get("gate", True) else None)
+    lowered, records = run_passes(frame, deploy_passes(_frozen_sites, choose))
+    if not (packed := eligible(choose.sites)):
         return None
-    log.info("%d linears run packed: %s", len(packed), [r.op_changes for r in done.records])
-    assert isinstance(done.program, Frame)
-    return done.program
+    log.info("%d linears run packed: %s", len(packed), [r.op_changes for r in records])
+    return lowered
 
 
 def _frozen_sites(program: Program) -> list[LinearSite]:

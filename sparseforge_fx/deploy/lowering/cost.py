@@ -21,6 +21,8 @@ from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 from sparseforge_fx.report import environment, write_json
 
+#: token counts (batch x sequence) that matter where nobody says others: decoding, small batches, a prompt
+TOKENS = (1, 8, 64, 2048)
 NOISE = 0.03  # a ratio within 3 % of one is neither a gain nor a loss
 ROTATED_BYTES = 256 << 20  # weights are rotated over so much memory: in a model each is cold when its turn comes
 TABLE_VERSION = 2
@@ -79,10 +81,10 @@ Timings = dict[str, dict[int, Timing]]
 Table = dict[Shape, Timings]
 
 
-def check_request(batch: Sequence[int], table: str | Path | Table | None) -> Table | None:
-    """The table, read if it is a file. Raises SparseForgeError if ``batch`` is not a list of token counts."""
-    if not batch or min(batch) < 1:
-        raise SparseForgeError(f"batch is {list(batch)}: give token counts of at least 1")
+def check_request(tokens: Sequence[int], table: str | Path | Table | None) -> Table | None:
+    """The table, read if it is a file. Raises SparseForgeError if ``tokens`` is not a list of token counts."""
+    if not tokens or min(tokens) < 1:
+        raise SparseForgeError(f"tokens is {list(tokens)}: give token counts of at least 1")
     return load_table(table) if isinstance(table, str | Path) else table
 
 

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering import cost
-from sparseforge_fx.deploy.lowering.targets import find_target
+from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
 from sparseforge_fx.errors import SparseForgeError, add_sentence
-from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout
-from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout, find_target
+from sparseforge_fx.kernels.packed import BITMASK, VALUES, Packed, pack, why_dense
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
 from sparseforge_fx.models import low_rank
-from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.report import environment
 
 
@@ -34,8 +33,8 @@ class SparseLinear(nn.Module):
         transposed: it stands for a Conv1D, which keeps W as [in, out].
     """
 
-    values: Tensor
-    where: Tensor  # the packed weight's metadata; torch.export cannot take a buffer that is called ``meta``
+    weight_values: Tensor
+    weight_bitmask: Tensor  # in other layouts than that of the disk, whatever they have in its place
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None, layout: Layout = ROWS, *, transposed: bool = False):
         super().__init__()
@@ -43,25 +42,25 @@ class SparseLinear(nn.Module):
         self.transposed = transposed
         self.layout = ROWS.name
         self.loading = False  # while it is, models that initialise their linears' weights get a shape and no data
-        self.register_buffer("values", packed.values)
-        self.register_buffer("where", packed.bitmask)
+        self.register_buffer(VALUES, packed.values)
+        self.register_buffer(BITMASK, packed.bitmask)
         self.bias = bias
         self.change_layout(layout)
 
     @property
     def weight(self) -> Tensor:
         if self.loading:
-            return torch.empty(self.out_features, self.in_features, dtype=self.values.dtype, device="meta")
-        return DENSE_OP(self.values, self.where, self.layout, self.in_features)
+            return torch.empty(self.out_features, self.in_features, dtype=self.weight_values.dtype, device="meta")
+        return DENSE_OP(self.weight_values, self.weight_bitmask, self.layout, self.in_features)
 
     def packed(self) -> Packed:
         """The weight in the format on disk, bit for bit what it was made of."""
-        return LAYOUTS[self.layout].restore(self.values, self.where, self.in_features)
+        return LAYOUTS[self.layout].restore(self.weight_values, self.weight_bitmask, self.in_features)
 
     def change_layout(self, layout: Layout) -> None:
         """Repack, in place."""
         if layout.name != self.layout:
-            self.values, self.where = layout.convert(self.packed())
+            self.weight_values, self.weight_bitmask = layout.convert(self.packed())
             self.layout = layout.name
 
     @torch.no_grad()
@@ -71,7 +70,8 @@ class SparseLinear(nn.Module):
             raise SparseForgeError(
                 f"a weight of shape {list(weight.shape)} cannot replace one of {[self.out_features, self.in_features]}"
             )
-        self.values, self.where = LAYOUTS[self.layout].convert(pack(weight.to(self.values.dtype)))
+        packed = pack(weight.to(self.weight_values.dtype))
+        self.weight_values, self.weight_bitmask = LAYOUTS[self.layout].convert(packed)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
@@ -85,7 +85,7 @@ class SparseLinear(nn.Module):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return OP(x, self.values, self.where, self.layout, self.in_features, self.bias, "none")
+        return OP(x, self.weight_values, self.weight_bitmask, self.layout, self.in_features, self.bias, "none")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.layout}"
@@ -96,16 +96,16 @@ def lower_modules(
     model: nn.Module,
     *,
     target: str = "auto",
-    batch: Sequence[int] = (1, 8, 64, 2048),
+    tokens: Sequence[int] = cost.TOKENS,
     table: str | Path | cost.Table | None = None,
     gate: bool = True,
-) -> dict[str, Any]:
+) -> PackingReport:
     """Replace every nn.Linear and Conv1D whose weight is exactly 2:4, and gains from it, by a :class:`SparseLinear`.
 
     In place; their dense weights are freed. Options as for :func:`sparseforge_fx.lower`. Returns the report: sites,
     skipped modules with reasons, the cost table, bytes before and after. Raises SparseForgeError if no weight is 2:4.
     """
-    known = cost.check_request(batch, table)
+    known = cost.check_request(tokens, table)
     sites, skipped = find_sparse(model)
     if not sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
@@ -114,14 +114,14 @@ def lower_modules(
     device = next(iter(weights.values())).device
     layouts = find_target(target, device)
     shapes = {name: cost.Shape.of(weight.shape[0], weight.shape[1], weight.dtype) for name, weight in weights.items()}
-    timings = cost.timings(shapes.values(), batch, device, layouts, known) if gate else {}
+    timings = cost.timings(shapes.values(), tokens, device, layouts, known) if gate else {}
     before = after = scratch = 0
-    lowered = []
+    lowered: list[PackedSite] = []
     with _dense_again_on_error(model) as done:
         for name, module in sites.items():
             weight = weights.pop(name)
             before += weight.nbytes
-            layout, against = cost.choose(timings[shapes[name]], layouts, batch) if gate else (layouts[0], None)
+            layout, against = cost.choose(timings[shapes[name]], layouts, tokens) if gate else (layouts[0], None)
             if layout is None:
                 skipped[name] = f"gate: {against}"
                 after += weight.nbytes
@@ -130,16 +130,16 @@ def lower_modules(
             sparse = SparseLinear(pack(weight), module.bias, layout, transposed=transposed).train(module.training)
             replace(model, name, sparse)
             done.append(name)
-            size = sparse.values.nbytes + sparse.where.nbytes
+            size = sparse.weight_values.nbytes + sparse.weight_bitmask.nbytes
             scratch = max(scratch, weight.nbytes)
-            shape = {"out": sparse.out_features, "in": sparse.in_features}
-            lowered.append({"name": name, **shape, "layout": layout.name, "bytes": size})
+            out, width = sparse.out_features, sparse.in_features
+            lowered.append({"name": name, "out": out, "in": width, "layout": layout.name, "bytes": size})
             after += size
     return {
         "sites": lowered,
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
         "table": cost.describe(timings),
-        "batch": list(batch),
+        "tokens": list(tokens),
         "dense_bytes": before,
         "lowered_bytes": after,
         "scratch_bytes": scratch,
@@ -192,10 +192,8 @@ def find_sparse(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             skipped[name] = "its weight belongs to another module, too"
         elif low_rank.has_other_hooks(module):
             skipped[name] = "it has forward hooks"
-        elif weight.is_meta or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            skipped[name] = f"no kernel for {weight.dtype} on {weight.device.type}"
-        elif not TWO_FOUR.fits(weight_of(module).shape[1]) or not check_pattern(weight_of(module), TWO_FOUR):
-            skipped[name] = "not 2:4: a group of four has more than two non-zeros"
+        elif (reason := why_dense(weight_of(module))) is not None:
+            skipped[name] = reason
         else:
             sites[name] = module
     return sites, skipped

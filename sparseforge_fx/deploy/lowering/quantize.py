@@ -81,6 +81,6 @@ def _why_not(module: nn.Module, pattern: AnyPattern) -> str | None:
         return f"torchao quantises nn.Linear, not {type(module).__name__}"
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return "it is quantised already"
-    if not pattern.fits(module.in_features) or not check_pattern(weight, pattern):
+    if not check_pattern(weight, pattern):
         return f"it is not {pattern} sparse"
     return None

@@ -20,11 +20,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
-from sparseforge_fx.deploy.checkpoints.packed_header import BITMASK, VALUES, Header
-from sparseforge_fx.deploy.lowering.targets import TARGETS
+from sparseforge_fx.deploy.checkpoints.packed_header import Header
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.layouts import ROWS
-from sparseforge_fx.kernels.packed import METHOD, Packed, check_packed
+from sparseforge_fx.kernels.layouts import ROWS, native_layout
+from sparseforge_fx.kernels.packed import BITMASK, METHOD, VALUES, Packed, check_packed
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.models.dense import UNPACK
 
@@ -141,7 +140,7 @@ class PackedLinearMethod(LinearMethodBase):
             raise SparseForgeError(f"'{self.prefix}': {error}; copy the checkpoint anew") from error
         if "weight" in layer._parameters:
             del layer.weight
-        layout, *_ = TARGETS.get(values.device.type, (ROWS,))
+        layout = native_layout(values.device)
         if layout is ROWS:
             return
         for name, tensor in zip((VALUES, BITMASK), layout.convert(packed), strict=True):

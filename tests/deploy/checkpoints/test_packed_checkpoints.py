@@ -50,7 +50,7 @@ def test_exact_both_ways(tmp_path, name, dtype):
     report = sf.save_packed(model, byte_tokenizer(), tmp_path / "packed")
     assert len(report["sites"]) == SITES[name] and [s["name"] for s in report["skipped"]] == ["lm_head"]
     share = 9 / 16 if dtype.itemsize == 2 else 17 / 32
-    assert report["packed_bytes"] == share * report["dense_bytes"]
+    assert report["lowered_bytes"] == share * report["dense_bytes"]
     assert not hasattr(model.config, "quantization_config") and not model.config.to_dict().get("quantization_config")
     unpack(tmp_path / "packed", tmp_path / "again")
     want, got = tensors(tmp_path / "dense"), tensors(tmp_path / "again")
@@ -86,7 +86,7 @@ def test_no_packed_weight_is_ever_dense(tmp_path, name, monkeypatch):
         monkeypatch.setattr(home, function, forbidden)
     model, tokenizer = sf.load(tmp_path / "p")
     found = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-    assert len(found) == SITES[name] and not any(m.values.is_meta for m in found.values())
+    assert len(found) == SITES[name] and not any(m.weight_values.is_meta for m in found.values())
     assert not {f"{n}.weight" for n in found} & {n for n, _ in model.named_parameters()}
     assert tokenizer.decode(tokenizer("two of four").input_ids) == "two of four" and not model.training
 

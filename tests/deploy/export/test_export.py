@@ -9,18 +9,19 @@ from pathlib import Path
 import fresh
 import pytest
 import torch
+from chosen_layouts import all_in
 from torch import nn
 from torch._inductor.exc import CppCompileError
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.export.aoti import package as package_programs
 from sparseforge_fx.deploy.export.export import plain_outputs
-from sparseforge_fx.deploy.lowering.lower import pack_linears, sparse_sites
+from sparseforge_fx.deploy.lowering.lower import sparse_sites
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.kernels.layouts import PLANES
 from sparseforge_fx.kernels.sparse_linear import OP
-from sparseforge_fx.passes import inline_kernels, run_passes
+from sparseforge_fx.passes import deploy_passes, package_passes, run_passes
 
 WITHOUT_US = ("sparseforge_fx", "transformers")
 RUN = """
@@ -138,7 +139,7 @@ def test_the_gate_decides_here_too(sparse, tmp_path):
     found = sparse("mlp")
     with pytest.raises(SparseForgeError, match="cost table"):
         sf.export(found.model, tmp_path / "m.pt2", found.example, table=tmp_path / "none.json")
-    report = sf.export(found.model, tmp_path / "m.pt2", found.example, table={}, batch=[1])
+    report = sf.export(found.model, tmp_path / "m.pt2", found.example, table={}, tokens=[1])
     assert report["sites"] == [] and {s["reason"][:8] for s in report["skipped"]} == {"gate: no", "not 2:4:"}
 
 
@@ -196,8 +197,8 @@ def test_branches_with_kernels_compile(tmp_path):
     net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.LayerNorm(32)).bfloat16()
     sf.sparsify(net, example_inputs=torch.randn(3, 64).bfloat16())
     program = capture(net, torch.randn(3, 64).bfloat16())
-    program = pack_linears(program, sparse_sites, [PLANES], [1], None).program
-    program, (record,) = run_passes(program, [inline_kernels])
+    program, _ = run_passes(program, deploy_passes(sparse_sites, all_in(PLANES)))
+    _, (record,) = run_passes(program, package_passes())
     assert record.modified == 1
     package_programs({"model": program}, tmp_path / "m.pt2")
     run = torch._inductor.aoti_load_package(str(tmp_path / "m.pt2"))

@@ -165,7 +165,7 @@ def test_the_gate_measures_each_shape_once(mlp, lowered, monkeypatch):
     for _ in range(2):
         dynamo.reset()
         model = copy.deepcopy(mlp)
-        torch.compile(model, backend="sparseforge", options={"batch": [1, 8]})(torch.randn(5, 16))
+        torch.compile(model, backend="sparseforge", options={"tokens": [1, 8]})(torch.randn(5, 16))
     assert lowered == [["silu_mul"]] * 2
     assert sorted(measured) == [cost.Shape(16, 24, "float32"), cost.Shape(48, 16, "float32")]
 
@@ -202,5 +202,5 @@ def test_modes_are_inductors(mlp, monkeypatch):
 
 
 def test_unknown_options(mlp):
-    with pytest.raises(dynamo.exc.BackendCompilerFailed, match="no option speed; batch"):
+    with pytest.raises(dynamo.exc.BackendCompilerFailed, match="no option speed; tokens"):
         torch.compile(mlp, backend="sparseforge", options={"speed": 9})(torch.randn(5, 16))

@@ -10,9 +10,8 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
-from sparseforge_fx.deploy.lowering.targets import TARGETS
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.layouts import LAYOUTS, PLANES, ROWS
+from sparseforge_fx.kernels.layouts import LAYOUTS, PLANES
 from sparseforge_fx.kernels.packed import pack
 from sparseforge_fx.kernels.sparse_linear import OP
 
@@ -57,7 +56,7 @@ def test_the_gate_decides_by_shape(sparse_llama):
     found = sparse_llama
     shapes = {(64, 32): 1.5, (32, 32): 0.8, (128, 32): 1.0}  # merged q/k/v, o, merged gate/up; down is not in the table
     table = cost.as_table(timing(*shape, t, r) for shape, r in shapes.items() for t in (1, 8))
-    fast = sf.lower(found.model, found.example, table=table, batch=[1, 8])
+    fast = sf.lower(found.model, found.example, table=table, tokens=[1, 8])
     reasons = {s["name"].split(".")[-2]: s["reason"] for s in fast.report["skipped"] if s["reason"].startswith("gate")}
     assert reasons == {
         "o_proj": "gate: slower than dense at 1 tokens (0.80x)",
@@ -73,8 +72,8 @@ def test_the_gate_decides_by_shape(sparse_llama):
 def test_each_weight_gets_the_layout_that_gains_most(sparse_llama, monkeypatch, tmp_path):
     """A machine with three layouts, one of which takes only wide weights and belongs to no file."""
     found = sparse_llama
-    own = PLANES._replace(refuses=lambda out, *_: None if out == 128 else "too narrow", durable=False)
-    monkeypatch.setitem(TARGETS, "cpu", (ROWS, own))
+    only_wide = lambda out, *_: None if out == 128 else "too narrow"  # noqa: E731
+    own = PLANES._replace(refuses=only_wide, durable=False, kernels={"cpu": PLANES.elsewhere})
     monkeypatch.setitem(LAYOUTS, "planes", own)
 
     def measure(shape, tokens, device, layouts):
@@ -82,13 +81,13 @@ def test_each_weight_gets_the_layout_that_gains_most(sparse_llama, monkeypatch, 
         return {n: {t: timing(shape[0], shape[1], t, r)._replace(layout=n) for t in tokens} for n, r in gains.items()}
 
     monkeypatch.setattr(cost, "measure", measure)
-    fast = sf.lower(found.model, found.example, batch=[1])
+    fast = sf.lower(found.model, found.example, tokens=[1])
     assert {s["name"].split(".")[-2]: s["layout"] for s in fast.report["sites"]} == {
         "q_proj_k_proj_v_proj": "rows", "o_proj": "rows", "gate_proj_up_proj": "planes", "down_proj": "rows",
     }  # fmt: skip
     batch = found.batch()
     torch.testing.assert_close(fast(**batch).logits, found.model(**batch).logits, rtol=1e-4, atol=1e-5)
-    report = sf.export(found.model, tmp_path / "m.pt2", found.example, batch=[1])
+    report = sf.export(found.model, tmp_path / "m.pt2", found.example, tokens=[1])
     assert {s["layout"] for s in report["sites"]} == {"rows"}
     modules = copy.deepcopy(found.model)
     up = modules.model.layers[0].mlp.up_proj
@@ -103,7 +102,7 @@ def test_measuring(sparse_llama, monkeypatch):
     measure = cost.measure
     monkeypatch.setattr(cost, "measure", lambda *a: measure(*a, rounds=2, seconds=1e-5))
     monkeypatch.setattr(cost, "ROTATED_BYTES", 1 << 14)
-    report = sf.lower(found.model, found.example, batch=[1]).report
+    report = sf.lower(found.model, found.example, tokens=[1]).report
     assert len(report["table"]) == 4 and all(row["ratio"] > 0 for row in report["table"])
     assert len(report["sites"]) + sum(s["reason"].startswith("gate") for s in report["skipped"]) == 8
 
@@ -134,7 +133,7 @@ def test_a_lowered_graph_compiles_in_one_piece(captured_once):
     ("options", "message"),
     [
         ({}, "nothing to lower: 0.weight: not 2:4"),
-        ({"batch": []}, "token counts"),
+        ({"tokens": []}, "token counts"),
         ({"target": "tpu"}, "unknown target"),
         ({"table": "no/such/file.json"}, "not a cost table"),
     ],

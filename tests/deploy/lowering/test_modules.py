@@ -38,7 +38,7 @@ def test_the_dense_weight_is_there_to_look_at(captured_once):
     model, dense = sparse_copy(found)
     sf.lower_modules(model, gate=False)
     assert torch.equal(model[0].weight, dense[0].weight) and model[0].bias is not None
-    assert {"0.values", "0.where", "0.bias"} <= set(model.state_dict())
+    assert {"0.weight_values", "0.weight_bitmask", "0.bias"} <= set(model.state_dict())
     assert not {"0.weight"} & set(model.state_dict())
 
 
@@ -65,7 +65,7 @@ def test_the_gate(captured_once):
     model, _ = sparse_copy(found)
     shape = cost.Shape(24, 16, "float32")
     table = cost.as_table([cost.Timing(shape, "rows", 1, 15.0, (15.0, 15.0), 10.0, (10.0, 10.0))])
-    report = sf.lower_modules(model, table=table, batch=[1])
+    report = sf.lower_modules(model, table=table, tokens=[1])
     assert [s["name"] for s in report["sites"]] == ["0"]
     assert {s["name"]: s["reason"] for s in report["skipped"]} == {
         "2": "gate: not measured at 1 tokens", "4": "not 2:4: a group of four has more than two non-zeros",

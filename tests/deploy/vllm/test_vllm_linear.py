@@ -10,9 +10,8 @@ from fake_vllm import vllm  # noqa: F401  (a fixture)
 from packed_models import pack_to, sparse_model
 from safetensors.torch import load_file
 
-from sparseforge_fx.deploy.lowering import targets
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.layouts import PLANES
+from sparseforge_fx.kernels.layouts import LAYOUTS, PLANES, ROWS
 
 LAYER = "model.layers.0"
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -74,7 +73,8 @@ def load(layers, folder, skip=()):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_block_of_llama(linear, folder, size, layout, monkeypatch):
     if layout == "planes":
-        monkeypatch.setitem(targets.TARGETS, "cpu", (PLANES,))
+        for entry in (ROWS._replace(kernels={}), PLANES._replace(kernels={"cpu": PLANES.elsewhere})):
+            monkeypatch.setitem(LAYOUTS, entry.name, entry)
     ranks = []
     for rank in range(size):
         layers = build(config_of(linear, folder), rank, size)

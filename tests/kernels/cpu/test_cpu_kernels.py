@@ -19,8 +19,9 @@ from sparse_cases import assert_correct, random_linear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.activations import ACTIVATIONS
+from sparseforge_fx.kernels.layouts import LAYOUTS, Kernel
 from sparseforge_fx.kernels.packed import unpack
-from sparseforge_fx.kernels.sparse_linear import DENSE_OP, KERNELS, OP, Kernel, sparse_linear
+from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP, sparse_linear
 
 ISAS = cpu.instruction_sets()
 DTYPES = [torch.bfloat16, torch.float32]
@@ -42,6 +43,7 @@ def test_the_operator_runs_on_the_level_that_the_environment_names(isa):
 import torch
 from sparse_cases import assert_correct, random_linear
 from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.layouts import LAYOUTS, Kernel
 from sparseforge_fx.kernels.sparse_linear import OP
 for dtype in (torch.bfloat16, torch.float32):
     packed, bias = random_linear(40, 132, dtype)
@@ -248,11 +250,15 @@ def test_both_halves_of_the_operator_give_the_same_bits(only_python):
         assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
 
 
+def on_cpu(monkeypatch, layout, kernel):
+    monkeypatch.setitem(LAYOUTS, layout, LAYOUTS[layout]._replace(kernels={"cpu": kernel}))
+
+
 def test_usual_calls_never_reach_python(monkeypatch):
     def reached(*_):
         raise AssertionError
 
-    monkeypatch.setitem(KERNELS, ("cpu", "rows"), Kernel(reached, reached))
+    on_cpu(monkeypatch, "rows", Kernel(reached, reached))
     for dtype, rows in itertools.product((torch.bfloat16, torch.float32, torch.float16), (0, 1, 200)):
         packed, bias = random_linear(8, 36, dtype)
         x = torch.randn(rows, 1, 36).to(dtype)
@@ -268,7 +274,7 @@ def test_usual_calls_never_reach_python(monkeypatch):
 def test_other_layouts_and_wrong_input_reach_python(monkeypatch):
     packed, bias = random_linear(8, 36, torch.float32)
     kernel = Kernel(lambda values, *_: values + 1, lambda x, *_: x.new_full((x.shape[0], 8), 7))
-    monkeypatch.setitem(KERNELS, ("cpu", "planes"), kernel)
+    on_cpu(monkeypatch, "planes", kernel)
     x = torch.randn(2, 3, 36)
     for inputs in (x, x.clone().requires_grad_()):
         assert torch.equal(OP(inputs, *packed[:2], "planes", 36, bias), torch.full((2, 3, 8), 7.0))

@@ -103,4 +103,4 @@ class TestOnAGpu:
         sf.lower_modules(modules, gate=False)
         for got in (graph(input_ids=ids).logits, modules(ids).logits):
             assert (got - want).norm() < 0.02 * want.norm()
-        assert sf.lower(model, batch=[1, 16]).report["table"]
+        assert sf.lower(model, tokens=[1, 16]).report["table"]

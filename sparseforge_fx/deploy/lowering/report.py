@@ -1,0 +1,41 @@
+"""What every way of packing a model reports: lowering a graph, lowering modules, writing a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+PackedSite = TypedDict("PackedSite", {"name": str, "out": int, "in": int, "layout": str, "bytes": int})
+
+
+class DenseSite(TypedDict):
+    """A linear that stayed dense, and why."""
+
+    name: str
+    reason: str
+    shape: NotRequired[list[int]]
+
+
+class PackingReport(TypedDict):
+    """The packed linears, the others, and the bytes of those that are 2:4 before and after.
+
+    ``scratch_bytes``: the largest packed weight in dense form. Where the cost gate decided: the token counts, the rows
+    of its table, the records of the passes, and the machine (see ``sparseforge_fx.report.environment``). Of an export:
+    its format, the bytes of the file and of a generator's cache for one sequence, and what the user must know.
+    """
+
+    sites: list[PackedSite]
+    skipped: list[DenseSite]
+    dense_bytes: int
+    lowered_bytes: int
+    scratch_bytes: int
+    tokens: NotRequired[list[int]]
+    table: NotRequired[list[dict[str, Any]]]
+    passes: NotRequired[list[dict[str, Any]]]
+    versions: NotRequired[dict[str, str]]
+    device: NotRequired[str]
+    threads: NotRequired[int]
+    commit: NotRequired[str | None]
+    format: NotRequired[str]
+    notes: NotRequired[list[str]]
+    file_bytes: NotRequired[int]
+    cache_bytes: NotRequired[int]
