@@ -61,9 +61,9 @@ class Scores:
         self.rows: list[dict] = []
 
     def add(self, name: str, model, tokens: int, seconds: float) -> float:
-        from sparseforge_fx.evaluation.perplexity import perplexity
+        import sparseforge_fx as sf
 
-        result = perplexity(model, self.held_out, context=self.scale.context, max_windows=self.scale.windows)
+        result = sf.perplexity(model, self.held_out, context=self.scale.context, max_windows=self.scale.windows)
         measured = asdict(result)
         measured["evaluation_seconds"] = measured.pop("seconds")
         self.rows.append({"method": name, "training_tokens": tokens, "seconds": seconds, **measured})
@@ -87,14 +87,12 @@ def main() -> None:
 
     import sparseforge_fx as sf
     from sparseforge_fx.models.compute_dtype import cast, choose_dtype
-    from sparseforge_fx.models.dense import load_model
-    from sparseforge_fx.report import environment, write_json
 
     transformers.utils.logging.disable_progress_bar()
     text = find_text()
     say(f"text: {text.name}; {len(text.train):,} documents to train on")
     file = find_model()
-    dense, tokenizer = load_model(file)
+    dense, tokenizer = sf.load(file)
     say(f"model: {file.name}, {sum(p.numel() for p in dense.parameters()):,} parameters, dequantised to {dense.dtype}")
     if options.prepare:
         write_inputs(dense, tokenizer, text, options.prepare)
@@ -116,8 +114,8 @@ def main() -> None:
     trained = scores.add("SparseForge", result.model, report["tokens"], report["seconds"])
 
     restore_dtype()
-    write_outputs(result, tokenizer)
-    reloaded, tokenizer = load_model(OUTPUT)
+    result.save(OUTPUT, tokenizer, overwrite=True)
+    reloaded, tokenizer = sf.load(OUTPUT)
     exact = count_exact(reloaded, report["sites"])
     cast(reloaded, computing.dtype)
     after = complete(reloaded, tokenizer)
@@ -132,9 +130,9 @@ def main() -> None:
         "compute_dtype": computing.describe(),
         "completion": {"dense": before, "sparse": after},
         "seconds": time.monotonic() - began,
-        **environment(),
+        **{name: report[name] for name in ("versions", "device", "threads", "commit")},
     }
-    write_json(OUTPUT / "demo.json", summary)
+    (OUTPUT / "demo.json").write_text(json.dumps(summary, indent=1) + "\n")
     print_summary(summary)
     if exact != summary["sites"]:
         sys.exit("the checkpoint is not exactly 2:4")
@@ -227,22 +225,10 @@ def split(documents: Sequence[str], held_out: int) -> tuple[list[str], list[str]
 
 # -- what it writes --------------------------------------------------------------------------------------------------
 def write_inputs(model, tokenizer, text: Text, place: Path) -> None:
-    from sparseforge_fx.models.dense import new_folder, write_checkpoint
-
-    with new_folder(place, overwrite=True) as folder:
-        write_checkpoint(model, tokenizer, folder / "model")
-        (folder / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text.train))
-        (folder / "held_out.txt").write_text(text.held_out)
-
-
-def write_outputs(result, tokenizer) -> None:
-    from sparseforge_fx.models.dense import new_folder, write_checkpoint
-    from sparseforge_fx.report import plot_curves, write_json
-
-    with new_folder(OUTPUT, overwrite=True) as folder:
-        write_checkpoint(result.model, tokenizer, folder)
-        write_json(folder / "report.json", result.report)
-        plot_curves(result.report["curves"], folder / "curves.png")
+    for part in (model, tokenizer):
+        part.save_pretrained(place / "model")
+    (place / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text.train))
+    (place / "held_out.txt").write_text(text.held_out)
 
 
 # -- what it shows ---------------------------------------------------------------------------------------------------

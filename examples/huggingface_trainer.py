@@ -13,18 +13,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import sparseforge_fx as sf
-from sparseforge_fx.data.text import load_text
-from sparseforge_fx.training.callback import SparseForgeCallback
 
 
 def main() -> None:
     torch.manual_seed(0)
     if len(sys.argv) > 2:
-        model, tokenizer = sf.load_model(sys.argv[1], dtype="float32")
+        model, tokenizer = sf.load(sys.argv[1], dtype="float32")
         steps = int(sys.argv[3]) if len(sys.argv) > 3 else 60
         documents = [
             tokenizer(text, truncation=True, max_length=512)["input_ids"]
-            for text in load_text(sys.argv[2], limit=steps * 8)
+            for text in sf.load_text(sys.argv[2], limit=steps * 8)
         ]
     else:
         model, steps = tiny_model(), 6
@@ -46,7 +44,7 @@ def main() -> None:
             disable_tqdm=True,
         )
         trainer = Trainer(
-            sparse, arguments, train_dataset=documents, data_collator=collate, callbacks=[SparseForgeCallback()]
+            sparse, arguments, train_dataset=documents, data_collator=collate, callbacks=[sf.SparseForgeCallback()]
         )
         trainer.train()
     assert sf.finalize(sparse) is model

@@ -17,7 +17,7 @@ import sparseforge_fx as sf
 def main() -> None:
     torch.manual_seed(0)
     if len(sys.argv) > 1:
-        model, gate = sf.load_model(sys.argv[1])[0].eval(), True
+        model, gate = sf.load(sys.argv[1])[0], True
     else:  # nothing so small gains: no gate, to see the path
         model, gate = tiny_model().eval(), False
         sf.sparsify(model)

@@ -10,20 +10,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparseforge_fx as sf
-from sparseforge_fx.data.batches import as_batches
 
 
 def main() -> None:
     torch.manual_seed(0)
     if len(sys.argv) > 2:
-        model, tokenizer = sf.load_model(
-            sys.argv[1], dtype="float32"
-        )  # AdamW's small updates vanish in bfloat16 weights
+        model, tokenizer = sf.load(sys.argv[1], dtype="float32")  # AdamW's small updates vanish in bfloat16 weights
         steps = int(sys.argv[3]) if len(sys.argv) > 3 else 60
-        data = as_batches(sys.argv[2], tokenizer, batch_size=4, length=512, seed=0, limit_tokens=steps * 4 * 512)
+        data = sf.as_batches(sys.argv[2], tokenizer, batch_size=4, length=512, seed=0, tokens=steps * 4 * 512)
     else:
         model, steps = tiny_model(), 12
-        data = as_batches(torch.randint(0, 128, (64, 32)), batch_size=4, length=32, seed=0)
+        data = sf.as_batches(torch.randint(0, 128, (64, 32)), batch_size=4, length=32, seed=0)
 
     config = sf.paper_preset(steps)  # or tuned_preset(steps) with prepare(..., calibration=[batches])
     sparse = sf.prepare(model, data.batch(0), config)  # .loss of its output: cross-entropy + KL from the dense model

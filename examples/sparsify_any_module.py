@@ -17,7 +17,7 @@ import sparseforge_fx as sf
 
 def main() -> None:
     torch.manual_seed(0)
-    vision = sf.load_model(sys.argv[1])[0] if len(sys.argv) > 1 else tiny_vit()
+    vision = sf.load(sys.argv[1])[0] if len(sys.argv) > 1 else tiny_vit()
     size, channels = vision.config.image_size, vision.config.num_channels
     pictures = [{"pixel_values": torch.randn(4, channels, size, size, dtype=vision.dtype)} for _ in range(8)]
     show("vision transformer", sf.sparsify(vision, pictures, steps=8, batch_size=4, calibration=16))

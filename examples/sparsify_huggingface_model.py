@@ -17,7 +17,7 @@ import sparseforge_fx as sf
 def main() -> None:
     if len(sys.argv) > 3:
         source, text, out = sys.argv[1:4]
-        model, tokenizer = sf.load_model(source)
+        model, tokenizer = sf.load(source)
         run = {"tokens": int(sys.argv[4])} if len(sys.argv) > 4 else {}
     else:
         model, tokenizer, text, out = tiny_model(), None, "self", None
@@ -33,7 +33,7 @@ def main() -> None:
     for skipped in result.report["skipped"]:
         print(f"  {skipped['name']}: {skipped['reason']}")
     if out:
-        sf.save_model(model, tokenizer, out)
+        result.save(out, tokenizer)
         print(f"wrote {out}: AutoModelForCausalLM.from_pretrained({out!r}) loads it")
 
 

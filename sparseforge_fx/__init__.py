@@ -13,8 +13,11 @@ from sparseforge_fx.deploy import transformers_hook
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
+    from sparseforge_fx.data.batches import as_batches
+    from sparseforge_fx.data.text import load_text
     from sparseforge_fx.deploy.adapters.lora import merge_lora
-    from sparseforge_fx.deploy.checkpoints.packed import load, pack_checkpoint, save_packed, unpack_checkpoint
+    from sparseforge_fx.deploy.checkpoints.load import load
+    from sparseforge_fx.deploy.checkpoints.save import save_packed
     from sparseforge_fx.deploy.export.archive import check_export
     from sparseforge_fx.deploy.export.export import export
     from sparseforge_fx.deploy.export.generation import export_generator
@@ -22,9 +25,10 @@ if TYPE_CHECKING:
     from sparseforge_fx.deploy.lowering.lower import lower
     from sparseforge_fx.deploy.lowering.modules import lower_modules
     from sparseforge_fx.deploy.lowering.quantize import quantize
+    from sparseforge_fx.evaluation.perplexity import perplexity
     from sparseforge_fx.methods.catalog import configure
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
-    from sparseforge_fx.models.dense import load_model, save_model
+    from sparseforge_fx.training.callback import SparseForgeCallback
     from sparseforge_fx.training.distillation import Distillation
     from sparseforge_fx.training.prepare import finalize, prepare
     from sparseforge_fx.training.recipe import Recipe
@@ -34,40 +38,42 @@ if TYPE_CHECKING:
 _HOMES = {
     "Distillation": "training.distillation",
     "Recipe": "training.recipe",
+    "SparseForgeCallback": "training.callback",
     "SparseForgeConfig": "methods.soft_mask",
     "SparseModel": "training.sparse_model",
     "SparsifyResult": "training.sparsify",
+    "as_batches": "data.batches",
     "check_export": "deploy.export.archive",
     "configure": "methods.catalog",
     "Generator": "deploy.export.generator",
     "export": "deploy.export.export",
     "export_generator": "deploy.export.generation",
     "finalize": "training.prepare",
-    "load": "deploy.checkpoints.packed",
+    "load": "deploy.checkpoints.load",
     "load_generator": "deploy.export.generator",
-    "load_model": "models.dense",
+    "load_text": "data.text",
     "lower": "deploy.lowering.lower",
     "lower_modules": "deploy.lowering.modules",
     "merge_lora": "deploy.adapters.lora",
-    "pack_checkpoint": "deploy.checkpoints.packed",
     "paper_preset": "methods.soft_mask",
+    "perplexity": "evaluation.perplexity",
     "prepare": "training.prepare",
     "quantize": "deploy.lowering.quantize",
-    "save_model": "models.dense",
-    "save_packed": "deploy.checkpoints.packed",
+    "save_packed": "deploy.checkpoints.save",
     "sparsify": "training.sparsify",
     "tuned_preset": "methods.soft_mask",
-    "unpack_checkpoint": "deploy.checkpoints.packed",
 }
 
 __all__ = [
     "Distillation",
     "Generator",
     "Recipe",
+    "SparseForgeCallback",
     "SparseForgeConfig",
     "SparseForgeError",
     "SparseModel",
     "SparsifyResult",
+    "as_batches",
     "check_export",
     "configure",
     "export",
@@ -75,19 +81,17 @@ __all__ = [
     "finalize",
     "load",
     "load_generator",
-    "load_model",
+    "load_text",
     "lower",
     "lower_modules",
     "merge_lora",
-    "pack_checkpoint",
     "paper_preset",
+    "perplexity",
     "prepare",
     "quantize",
-    "save_model",
     "save_packed",
     "sparsify",
     "tuned_preset",
-    "unpack_checkpoint",
 ]
 
 

@@ -9,10 +9,16 @@ class SparseForgeWarning(UserWarning):
     """All goes on, but less well than it could. Of all warnings, these are what the command line prints (as notes)."""
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of another library's error, for a sentence of ours; its class where it says nothing."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-    return text if len(text) <= 200 else text[:197] + "..."
+def one_line(error: BaseException, *, lines: int | None = 1, limit: int | None = 200) -> str:
+    """What another library's error says, for a sentence of ours; its class where it says nothing.
+
+    Args:
+        lines: so many of its first lines, joined by blanks; None: all of them.
+        limit: characters; None: as many as there are.
+    """
+    kept = str(error).strip().splitlines()[:lines]
+    text = " ".join(" ".join(kept).split()) or type(error).__name__
+    return text if limit is None or len(text) <= limit else text[: limit - 3] + "..."
 
 
 AS_IT_WAS = "the model is dense again, as it was"

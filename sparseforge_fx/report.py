@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from sparseforge_fx.files import new_file
 from sparseforge_fx.passes import LinearSite
 
 
@@ -97,10 +98,9 @@ def describe_sites(sites: Sequence[LinearSite]) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
-    os.replace(partial, path)
+    text = json.dumps(value, indent=1, allow_nan=False, default=str) + "\n"
+    with new_file(path) as file:
+        file.write_text(text)
 
 
 def plot_curves(curves: Sequence[dict[str, float]], path: Path) -> None:

@@ -53,7 +53,7 @@ def main(
     out = RESULTS / "estimator_quality" / f"{label or Path(model).name}.json"
     tokenizer = AutoTokenizer.from_pretrained(model)
     net = language_model(model, torch.float32)
-    corpus = tokenize(data, tokenizer, length=length, limit_tokens=max(POINTS) * batch_size * length)
+    corpus = tokenize(data, tokenizer, length=length, tokens=max(POINTS) * batch_size * length)
     batches = [corpus.batch(k, batch_size, 0)["input_ids"] for k in range(max(POINTS))]
     sparse = prepare(net, {"input_ids": batches[0]}, SparseForgeConfig(steps=100, curvature="gauss_newton"))
     weights = {w.fqn: net.get_parameter(w.fqn) for w in sparse.method.weights}

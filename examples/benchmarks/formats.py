@@ -31,6 +31,7 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.export.throughput import random_prompts
 from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.models.dense import write_checkpoint
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 
 HERE = Path(__file__).parent
@@ -55,7 +56,7 @@ def main(
     label: str = "",
 ) -> None:
     use(device)
-    loaded, tokenizer = sf.load_model(model, dtype=dtype)
+    loaded, tokenizer = sf.load(model, dtype=dtype)
     if not any(check_pattern(m.weight, TWO_FOUR) for m in loaded.modules() if isinstance(m, nn.Linear)):
         sf.sparsify(loaded)
     loaded.to(device)
@@ -111,7 +112,7 @@ def _writers(
     model: Any, tokenizer: Any, batch: list[int], length: int, table: Path
 ) -> dict[str, Callable[[Path], object]]:
     packed = partial(sf.save_packed, model, tokenizer)
-    dense = partial(sf.save_model, model, tokenizer)
+    dense = partial(write_checkpoint, model, tokenizer)
 
     def graph(**options: Any) -> Callable[[Path], object]:
         return lambda path: sf.export(model, path, tokens=batch, table=table, **options)

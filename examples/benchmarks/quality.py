@@ -74,7 +74,7 @@ def main(
         return {which: windowed_perplexity(scored, ids[which], windows) for which in ids}
 
     dense = known_score(dense_from, windows) or score(net)
-    corpus = tokenize(list(data), tokenizer, length=length, seed=seed, limit_tokens=tokens, separator="\n\n")
+    corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
     if method in TRAINED:
         settings |= {"tokens": tokens, "objective": sf.Distillation(w_task, w_kl), "lr": lr, "state_path": state}
     if method == "sparseforge":

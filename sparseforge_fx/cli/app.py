@@ -72,8 +72,7 @@ def guard(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except (SparseForgeError, OSError) as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            print(f"error: {text}", file=sys.stderr)
+            print(f"error: {one_line(error, lines=None, limit=None)}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             print("; ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)

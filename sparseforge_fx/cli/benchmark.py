@@ -32,14 +32,15 @@ def benchmark(
     from sparseforge_fx.deploy.lowering.cost import TOKENS
     from sparseforge_fx.deploy.lowering.modules import lower_modules
     from sparseforge_fx.errors import SparseForgeError
-    from sparseforge_fx.models.dense import check_parent, load_model
+    from sparseforge_fx.files import check_parent
+    from sparseforge_fx.models.dense import load_dense
     from sparseforge_fx.report import environment, write_json
 
     if min(*batch, prompt, new_tokens, rounds) < 1:
         raise SparseForgeError("batch, prompt, new-tokens and rounds are at least 1")
     if output is not None:
         check_parent(output)
-    dense: Any = load_model(model, dtype=dtype)[0].to(pick_device(device)).eval()
+    dense: Any = load_dense(model, dtype=dtype)[0].to(pick_device(device)).eval()
     if not getattr(dense, "can_generate", lambda: False)():
         raise SparseForgeError(f"{model} is no language model that generates text")
     packed = copy.deepcopy(dense)

@@ -31,13 +31,14 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
 ) -> None:
     """Write MODEL, which is 2:4, as an ExportedProgram, an AOTInductor package, or a packed checkpoint."""
-    from sparseforge_fx.deploy.checkpoints.packed import load_any, save_packed
+    from sparseforge_fx.deploy.checkpoints.load import load
+    from sparseforge_fx.deploy.checkpoints.save import save_packed
     from sparseforge_fx.deploy.export.export import check_path
     from sparseforge_fx.deploy.export.export import export as export_model
     from sparseforge_fx.deploy.export.generation import export_generator
     from sparseforge_fx.deploy.lowering.cost import TOKENS
     from sparseforge_fx.errors import SparseForgeError
-    from sparseforge_fx.models.dense import check_output
+    from sparseforge_fx.files import check_output
 
     if format not in FORMATS:
         raise SparseForgeError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
@@ -45,14 +46,14 @@ def export(
         if generator or portable:
             raise SparseForgeError("--generator and --portable are for graphs; a packed checkpoint has none")
         check_output(output)
-        loaded, tokenizer = load_any(model, dtype=dtype)
+        loaded, tokenizer = load(model, dtype=dtype)
         report = save_packed(loaded, tokenizer, output)
         size = sum(f.stat().st_size for f in output.iterdir())
     else:
         if generator and portable:
             raise SparseForgeError("--generator needs this package's operators: leave --portable out")
         check_path(output)
-        loaded, tokenizer = load_any(model, dtype=dtype)
+        loaded, tokenizer = load(model, dtype=dtype)
         moved: Any = loaded.to(pick_device(device))
         options: dict[str, Any] = {"format": format, "tokens": tokens or TOKENS, "gate": gate, "table": table}
         if generator:

@@ -45,12 +45,12 @@ def generate(
 def _from_folder(model: str, prompts: list[str], seed: int | None, device: str | None, options: dict) -> list[str]:
     import torch
 
-    from sparseforge_fx.deploy.checkpoints.packed import load_any
+    from sparseforge_fx.deploy.checkpoints.load import load
     from sparseforge_fx.deploy.lowering.modules import lower_modules
     from sparseforge_fx.errors import SparseForgeError
 
     loaded: Any
-    loaded, tokenizer = load_any(model)
+    loaded, tokenizer = load(model)
     if tokenizer is None:
         raise SparseForgeError(f"{model} has no tokenizer: copy the files of one into the folder")
     if not getattr(loaded, "can_generate", lambda: False)():

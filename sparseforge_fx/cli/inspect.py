@@ -33,13 +33,13 @@ def inspect(
 ) -> None:
     """Which linears are eligible, which not and why; bytes dense and sparse. Needs no weights."""
     from sparseforge_fx.graph.capture import capture
-    from sparseforge_fx.models.dense import load_model, load_skeleton
+    from sparseforge_fx.models.dense import load_dense, load_skeleton
     from sparseforge_fx.passes import find_linears
     from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import describe_sites
 
     shape = parse_pattern(pattern)
-    loaded = load_skeleton(model) if meta else load_model(model)[0]
+    loaded = load_skeleton(model) if meta else load_dense(model)[0]
     program = capture(loaded, dynamic=False)
     sites = find_linears(program, shape, include, exclude)
     found = describe_sites(sites)

@@ -28,7 +28,8 @@ def lower(
     """Time every 2:4 linear dense and packed, and say which would run packed, which dense, and why."""
     from sparseforge_fx.deploy.lowering import cost
     from sparseforge_fx.deploy.lowering.lower import lower as lower_model
-    from sparseforge_fx.models.dense import check_parent, load_model
+    from sparseforge_fx.files import check_parent
+    from sparseforge_fx.models.dense import load_dense
 
     counts = tokens or cost.TOKENS
     cost.check_request(counts, table)
@@ -36,7 +37,7 @@ def lower(
         raise IsADirectoryError(f"{output} is a folder: name a file")
     if output is not None:
         check_parent(output)
-    loaded = load_model(model, dtype=dtype)[0].to(pick_device(device))
+    loaded = load_dense(model, dtype=dtype)[0].to(pick_device(device))
     report = lower_model(loaded, target=target, tokens=counts, table=table).report
     assert isinstance(report, dict)
     console = stdout()

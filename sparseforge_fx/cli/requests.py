@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError, model_validator
 
+from sparseforge_fx.errors import one_line
+
 MAX_BODY = 8 * 2**20  # bytes of a request
 SAMPLING = (  # what a request may set in transformers' GenerationConfig: other fields multiply the work
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
@@ -192,7 +194,7 @@ def guarded(app: Any, models: Any, model: str, new_tokens: int) -> Any:
     from jinja2 import TemplateError
 
     async def unreadable(_: Any, error: Exception) -> Any:
-        told = " ".join(str(error).split())[:300]
+        told = one_line(error, lines=None, limit=300)
         return JSONResponse(_told(f"this request cannot be answered ({type(error).__name__}: {told})"), 400)
 
     for kind in (KeyError, TypeError, ValueError, AttributeError, TemplateError):  # of a body that the gate let through

@@ -22,7 +22,7 @@ class RunFolder:
 
     def check(self, recipe: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Is the output folder free, or the run in it this one? Raises SparseForgeError where neither is so."""
-        from sparseforge_fx.models.dense import check_output, finish_replacement
+        from sparseforge_fx.files import check_output, finish_replacement
 
         if resume and overwrite:
             raise SparseForgeError("--resume goes on with a run and --overwrite forgets it: give one of the two")

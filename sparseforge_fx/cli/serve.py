@@ -65,8 +65,8 @@ def serve(
 
 def _check_model(model: str) -> None:
     """Raise SparseForgeError for what the server would only find out while it starts, or at the first request."""
-    from sparseforge_fx.deploy.checkpoints.packed_files import METHOD, check_folder
-    from sparseforge_fx.models.dense import load_config, load_tokenizer, locate
+    from sparseforge_fx.deploy.checkpoints.packed_files import check_folder
+    from sparseforge_fx.models.dense import is_packed, load_config, load_tokenizer, locate
 
     where = locate(model)
     if where.gguf:
@@ -74,9 +74,7 @@ def _check_model(model: str) -> None:
     if "@" in model:  # transformers' server takes what comes after it for a revision
         raise SparseForgeError(f"the server cannot load {model}, whose name has an '@': rename the folder")
     config = load_config(where)
-    method: Any = getattr(config, "quantization_config", None)
-    method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
-    if method == METHOD and Path(where.name).is_dir():
+    if is_packed(config) and Path(where.name).is_dir():
         check_folder(Path(where.name))
     tokenizer = load_tokenizer(where, config)
     if tokenizer is None:

@@ -94,7 +94,7 @@ def _recipe(
     wrong before a model is loaded."""
     from dataclasses import replace
 
-    from sparseforge_fx.data.text import open_sources
+    from sparseforge_fx.data.sources import open_sources
     from sparseforge_fx.methods.catalog import find_options, find_preset
     from sparseforge_fx.training.recipe import Recipe
 
@@ -126,7 +126,7 @@ def _run(
     import torch
 
     from sparseforge_fx.models.compute_dtype import ComputeDtype, cast, choose_dtype, dtype_of
-    from sparseforge_fx.models.dense import find_dtype, load_model
+    from sparseforge_fx.models.dense import find_dtype, load_dense
     from sparseforge_fx.training.processes import Processes
     from sparseforge_fx.training.sparsify import sparsify as run
 
@@ -135,7 +135,7 @@ def _run(
     processes.first_does(lambda: folder.check(plain, resume=resume, overwrite=overwrite))
     where, wanted = pick_device(device), find_dtype(recipe.dtype)
     assert recipe.model is not None
-    loaded, tokenizer = load_model(recipe.model)
+    loaded, tokenizer = load_dense(recipe.model)
     begun = folder.begun(resume)
     if "compute_dtype" in begun or (begun and folder.state.is_file()):  # a second measurement might choose otherwise
         computing = ComputeDtype.read(begun.get("compute_dtype"))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler, IterableDataset
 
-from sparseforge_fx.data.text import stable_hash
+from sparseforge_fx.data.sources import stable_hash
 from sparseforge_fx.data.tokens import TokenData, tokenize
 from sparseforge_fx.errors import SparseForgeError
 
@@ -97,7 +97,7 @@ def as_batches(
     batch_size: int,
     length: int,
     seed: int,
-    limit_tokens: int | None = None,
+    tokens: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     text_column: str | None = None,
     separator: str | None = None,
@@ -107,7 +107,7 @@ def as_batches(
     Args:
         data: one of
             - `TokenData` (keeps its own length);
-            - text: any `source` of `load_text`, for which `tokenizer`, `limit_tokens`, `cache_dir`, `text_column` and
+            - text: any `source` of `load_text`, for which `tokenizer`, `tokens`, `cache_dir`, `text_column` and
               `separator` serve as in `tokenize`;
             - token ids: integer tensor or array [tokens], or [sequences, length], whose rows then are the sequences;
             - batches: a DataLoader, or anything that can be iterated again and again, of dicts, tuples or tensors. They
@@ -132,7 +132,7 @@ def as_batches(
             tokenizer,
             length=length,
             seed=seed,
-            limit_tokens=limit_tokens,
+            tokens=tokens,
             cache_dir=cache_dir,
             text_column=text_column,
             separator=separator,

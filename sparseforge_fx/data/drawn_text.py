@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.modes import eval_mode
 
 
 @torch.no_grad()
@@ -23,9 +24,7 @@ def draw_text(
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     rows = []
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # dropout would be in the text
-    try:
+    with eval_mode(model):  # dropout would be in the text
         for _ in range(-(-tokens // (batch * length))):
             first = torch.full((batch, 1), start or 0, device=device)
             text = model.generate(  # type: ignore[operator]
@@ -40,7 +39,4 @@ def draw_text(
                 pad_token_id=start or 0,
             )
             rows.append(text[:, :length] if keep_start else text[:, 1:])
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return torch.cat(rows)

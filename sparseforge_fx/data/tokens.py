@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ import numpy as np
 import torch
 
 from sparseforge_fx.data.chats import leading_bos
-from sparseforge_fx.data.text import load_text, open_sources, stable_hash
+from sparseforge_fx.data.sources import open_sources, stable_hash
+from sparseforge_fx.data.text import load_text
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.files import new_file
 
 CACHE_FORMAT = 1  # part of every cache name: raise it when the same inputs would give other tokens
 
@@ -105,7 +106,7 @@ def tokenize(
     *,
     length: int = 512,
     seed: int | None = 0,
-    limit_tokens: int | None = None,
+    tokens: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     separator: str | None = None,
     text_column: str | None = None,
@@ -118,7 +119,7 @@ def tokenize(
             it; it adds no other special token of its own.
         length: tokens per sequence. It does not change what is stored, so other lengths use the same cache file.
         seed: order of the documents; None keeps file order.
-        limit_tokens: exactly so many tokens, if there are that many; no more text is read than this needs.
+        tokens: exactly so many tokens, if there are that many; no more text is read than this needs.
         cache_dir: where the token file goes; default the Hugging Face home, `$HF_HOME/sparseforge_fx`.
         separator: text after every document; None: the tokenizer's end-of-sequence token, else its separator token.
         text_column, max_document_chars: see `load_text`. Pieces of a cut document are shuffled like documents, and each
@@ -134,12 +135,12 @@ def tokenize(
         raise SparseForgeError(
             "the tokenizer has no end-of-sequence token to put between documents: pass separator='\\n\\n'"
         )
-    if limit_tokens is not None and limit_tokens < length:
-        raise SparseForgeError(f"limit_tokens={limit_tokens} is less than one sequence: use at least length={length}")
+    if tokens is not None and tokens < length:
+        raise SparseForgeError(f"tokens={tokens} is less than one sequence: use at least length={length}")
     sources = open_sources(source)
     vocabulary = tokenizer.get_vocab()
     dtype = np.dtype(np.uint16 if max(vocabulary.values()) < 2**16 else np.uint32)
-    options = (CACHE_FORMAT, seed, limit_tokens, separator, text_column, max_document_chars)
+    options = (CACHE_FORMAT, seed, tokens, separator, text_column, max_document_chars)
     key = stable_hash(*(s.identity for s in sources), _tokenizer_identity(tokenizer, vocabulary), options)
     if cache_dir is None:
         from huggingface_hub.constants import HF_HOME
@@ -152,14 +153,12 @@ def tokenize(
             text_column,
             seed=seed,
             max_document_chars=max_document_chars,
-            stream=limit_tokens is not None,
+            stream=tokens is not None,
             tokenizer=tokenizer,
         )
-        blocks = _token_blocks(documents, tokenizer, separator, limit_tokens)
-        if not _write(path, (np.asarray(block, dtype=dtype) for block in blocks), limit_tokens):
-            raise SparseForgeError(
-                f"{' and '.join(s.name for s in sources)} holds no text: check the source and its text column"
-            )
+        blocks = _token_blocks(documents, tokenizer, separator, tokens)
+        nothing = f"{' and '.join(s.name for s in sources)} holds no text: check the source and its text column"
+        _write(path, (np.asarray(block, dtype=dtype) for block in blocks), tokens, nothing)
     return TokenData(np.memmap(path, dtype=dtype, mode="r"), length, leading_bos(tokenizer))
 
 
@@ -188,39 +187,32 @@ def _token_blocks(
         yield block
 
 
-def _write(path: Path, blocks: Iterable[np.ndarray], limit: int | None) -> int:
-    """Tokens written to `path`, which is replaced only by the finished file; with none, nothing appears."""
+def _write(path: Path, blocks: Iterable[np.ndarray], limit: int | None, nothing: str) -> None:
+    """Tokens to `path`, which is replaced only by the finished file. Raises SparseForgeError `nothing` for none."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
     console = Console(stderr=True)
-    written, scratch = 0, ""
+    written = 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with (
             Progress(
                 *Progress.get_default_columns(), MofNCompleteColumn(), console=console, disable=not console.is_terminal
             ) as bar,
-            tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as file,
+            new_file(path, shared=True) as partial,
+            open(partial, "wb") as file,
         ):
-            scratch = file.name
             task = bar.add_task("Tokenising", total=limit)
             for block in blocks:
                 file.write(block.tobytes())
                 written += block.size
                 bar.update(task, completed=written)
-            file.flush()
-            os.fsync(file.fileno())
-        if written:
-            os.replace(scratch, path)
+            if not written:
+                raise SparseForgeError(nothing)
     except OSError as error:
         raise SparseForgeError(
             f"cannot write the token cache in {path.parent} ({error}): choose another cache_dir"
         ) from error
-    finally:
-        if scratch and os.path.exists(scratch):
-            os.remove(scratch)
-    return written
 
 
 def _tokenizer_identity(tokenizer: Any, vocabulary: Mapping[str, int]) -> tuple[Any, ...]:

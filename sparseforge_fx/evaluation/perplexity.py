@@ -8,15 +8,17 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from sparseforge_fx.data.text import Column, open_sources
+from sparseforge_fx.data.rows import Column
+from sparseforge_fx.data.sources import open_sources
 from sparseforge_fx.data.tokens import TokenData
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.modes import eval_mode
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits alive at once: 64 MiB, whatever window and vocabulary
 
@@ -94,7 +96,7 @@ def perplexity(
     total, scored = 0.0, 0
     device = _device(model)
     call = _caller(model)
-    with _eval_mode(model):
+    with eval_mode(model) if isinstance(model, torch.nn.Module) else nullcontext():
         for group in _track(list(_groups(windows, batch_size)), progress):
             batch = torch.stack([torch.cat([front, body[start:end]]) for start, end, _ in group]).to(device, torch.long)
             logits = _logits(call(batch), batch)
@@ -261,25 +263,6 @@ def _nll(logits: torch.Tensor, ids: torch.Tensor, first: int) -> float:
         losses = F.cross_entropy(logits[start - 1 : end - 1].float(), targets, reduction="none")
         total += losses.cpu().double().sum().item()  # on the CPU because not every device has float64
     return total
-
-
-@contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    if not isinstance(model, torch.nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    training = model.training
-    # Modules from torch.export refuse to change: their mode was fixed at capture.
-    with suppress(NotImplementedError):
-        model.eval()
-    try:
-        yield
-    finally:
-        with suppress(NotImplementedError):
-            model.train(training)
-        for module, mode in modes:  # train() gives every submodule one mode; frozen ones had their own
-            module.training = mode
 
 
 def _device(model: Any) -> torch.device:

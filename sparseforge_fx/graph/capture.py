@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import spelled_out, unwrapped
+from sparseforge_fx.graph.modes import eval_mode
 
 
 def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = True) -> Exported:
@@ -42,17 +43,11 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
         raise SparseForgeError(f"{lazy} of {type(model).__name__} has no size yet: call the model once, on any data")
     _leave_inference_mode(model)
     args, kwargs = as_call(make_example_inputs(model) if example_inputs is None else example_inputs)
-    modes = {m: m.training for m in model.modules()}
-    try:
-        # compiled parts run as they were written; inference tensors could not be traced
-        eagerly = torch.compiler.set_stance("force_eager")
-        with _no_cache(model), torch.inference_mode(False), torch.enable_grad(), eagerly, spelled_out(model, kwargs):
-            model.eval()
-            args, kwargs = pytree.tree_map(trainable_input, (args, kwargs))
-            exported, notes = _export(model, args, kwargs, dynamic)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    # compiled parts run as they were written; inference tensors could not be traced
+    eagerly, traceable = torch.compiler.set_stance("force_eager"), torch.inference_mode(False)
+    with _no_cache(model), traceable, torch.enable_grad(), eagerly, spelled_out(model, kwargs), eval_mode(model):
+        args, kwargs = pytree.tree_map(trainable_input, (args, kwargs))
+        exported, notes = _export(model, args, kwargs, dynamic)
     return Exported(exported, model, notes)
 
 

@@ -15,6 +15,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
 
 FORMAT_VERSION = 1
+METHOD = "sparseforge"  # quant_method in config.json of a checkpoint in this format
 #: what kernels multiply by; others can be packed and unpacked
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # same size in bytes -> integers

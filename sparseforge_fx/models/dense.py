@@ -1,12 +1,9 @@
-"""Models by name: a folder, a hub id or a GGUF file in; a plain Hugging Face folder out, whole or not at all."""
+"""Dense models by name: a folder, a hub id or a GGUF file in; a plain Hugging Face folder out."""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,11 +13,13 @@ import torch
 import transformers
 from torch import nn
 
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, one_line
+from sparseforge_fx.kernels.packed import METHOD
 from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.loading_bar import loading_bar
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+UNPACK = "load it with sf.load, then save what model.dequantize() gives"
 HUB_TIMEOUT = 10.0  # seconds until the hub counts as not reachable
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -44,28 +43,31 @@ class Location(NamedTuple):
         return quick_reader()
 
 
-def load_model(name: str | Path, dtype: str | torch.dtype | None = None) -> tuple[nn.Module, Any]:
-    """The model, in eval mode on the CPU, and its tokenizer (None for a model without a vocabulary).
+def load_dense(
+    name: str | Path, *, dtype: str | torch.dtype | None = None, device: Any = None, device_map: Any = None
+) -> tuple[nn.Module, Any]:
+    """The model, in eval mode, and its tokenizer (None for a model without a vocabulary).
 
     Args:
         name: a Hugging Face folder, a hub id, or a GGUF file (or a folder that holds one and nothing else to load).
         dtype: ``bfloat16``, ``float16``, ``float32``. None: the checkpoint's own; bfloat16 for a GGUF file, whose
             weights are dequantised.
+        device: all of the model goes there; None: the CPU. device_map: or what ``from_pretrained`` takes.
 
     Raises SparseForgeError: nothing of that name, the hub is not reachable, not a model, weights missing from the
-    checkpoint, weights that stay quantised, no tokenizer. Code that comes with a checkpoint is never run.
+    checkpoint, weights that are packed or stay quantised, no tokenizer. Code that comes with a checkpoint is never run.
     """
     where = locate(name)
     wanted = find_dtype(dtype)
     config = load_config(where)
     tokenizer = load_tokenizer(where, config)
-    options: dict[str, Any] = {"dtype": wanted or "auto", "config": config}
+    options: dict[str, Any] = {"dtype": wanted or "auto", "config": config, **where_to(device, device_map)}
     if where.gguf:
         options["dtype"] = wanted or torch.bfloat16
         if hasattr(transformers, "GgufConfig"):  # before it came, every GGUF file was dequantised
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     elif is_packed(config):
-        raise SparseForgeError(f"the weights of {name} are packed: load it with sf.load, or see sf.unpack_checkpoint")
+        raise SparseForgeError(f"the weights of {name} are packed, and must be dense here: {UNPACK}")
     elif getattr(config, "quantization_config", None) is not None:
         raise SparseForgeError(
             f"the weights of {name} are quantised: give a checkpoint in bfloat16, float16 or float32"
@@ -96,141 +98,13 @@ def load_skeleton(name: str | Path) -> nn.Module:
     return model.eval()
 
 
-def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write a plain Hugging Face folder, with nothing in it that says sparse: every loader takes it for a dense one.
-
-    Low-rank branches (``slorb_block``) are further tensors in it: :func:`load_model` rebuilds them, other loaders leave
-    them out.
-    Raises SparseForgeError if ``folder`` exists and is not empty, unless ``overwrite``.
-    """
-    with new_folder(Path(folder), overwrite=overwrite) as partial:
-        write_checkpoint(model, tokenizer, partial)
-
-
 def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
-    """``save_pretrained`` of both into a folder."""
+    """``save_pretrained`` of both into a folder, which then does not say that it is sparse: every loader takes it for a
+    dense one. Low-rank branches (``slorb_block``) are further tensors: :func:`load_dense` rebuilds them, other loaders
+    leave them out."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill; it becomes ``folder`` when the block ends well, and vanishes when it does not.
-
-    A symbolic link stays one: what it points to is replaced. A mount point, which cannot be replaced, is filled: its
-    former content goes when the new one is complete.
-    Raises SparseForgeError if ``folder`` is a file, cannot be written, or is not empty and ``overwrite`` is False.
-    """
-    finish_replacement(folder)
-    check_output(folder, overwrite=overwrite)
-    folder = Path(os.path.realpath(folder))
-    inside = _stays(folder)
-    partial = folder / PARTIAL if inside else folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        if not inside:
-            try:
-                _replace(folder, partial)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EBUSY, errno.EXDEV) or not folder.is_dir():
-                    raise
-            # a mount that looks like a folder: bound from elsewhere on the same disk
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-            shutil.move(partial, folder / PARTIAL)
-        os.replace(folder / PARTIAL, folder / COMPLETE)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        finish_replacement(folder)  # had it failed between two renames, the old one comes back
-        raise
-    _empty_out(folder)
-
-
-#: in a folder that cannot be replaced: what is being written; what is complete and still has the old content beside it;
-#: what is on its way up; the old content
-PARTIAL, COMPLETE, MOVING, OLD = (f".sparseforge-{n}" for n in ("partial", "complete", "moving", "old"))
-LOST = "lost+found"  # of a file system, at its root
-
-
-def finish_replacement(folder: Path) -> None:
-    """Put things right after a kill during :func:`new_folder`: a new folder that was complete takes its place."""
-    folder = Path(os.path.realpath(folder))
-    partial, old = (folder.with_name(f".{folder.name}.{n}") for n in ("partial", "old"))
-    if old.exists():
-        if not folder.exists():
-            os.replace(partial if partial.exists() else old, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    if folder.is_dir():
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-        _empty_out(folder)
-
-
-def check_output(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise SparseForgeError if a result cannot or must not be written to ``folder``."""
-    if folder.exists() and not folder.is_dir():
-        raise SparseForgeError(f"the output {folder} is a file: name a folder")
-    if not overwrite and folder.exists() and any(f.name != LOST for f in folder.iterdir()):
-        raise SparseForgeError(f"the output folder {folder} is not empty: name another one, or allow overwriting")
-    folder = Path(os.path.realpath(folder))
-    if folder.is_dir():
-        _check_writable(folder, folder)
-    if not folder.is_dir() or not _stays(folder):
-        check_parent(folder)
-
-
-def check_parent(path: Path) -> None:
-    """Raise SparseForgeError unless something can be written at ``path``, whose parents need not be there yet."""
-    path = Path(os.path.abspath(path))
-    there = next(p for p in path.parents if p.exists())
-    if not there.is_dir():
-        raise SparseForgeError(f"{path} cannot be written: {there} is a file; name another place")
-    _check_writable(there, path)
-
-
-def _check_writable(folder: Path, wanted: Path) -> None:
-    """By trying: rights say nothing of read-only file systems, nor to the root user."""
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=".sparseforge-"))
-    except OSError as error:
-        raise SparseForgeError(
-            f"{wanted} cannot be written: {folder} takes no new files ({error.strerror}); name another place"
-        ) from error
-
-
-def _stays(folder: Path) -> bool:
-    """Is this a folder that cannot be renamed: a mount point, or one whose parent is not ours to write?"""
-    return folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK))
-
-
-def _replace(folder: Path, new: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _empty_out(folder: Path) -> None:
-    """Let the complete new content in a folder take the place of the old; begins where a kill ended it."""
-    complete, moving, old = (folder / name for name in (COMPLETE, MOVING, OLD))
-    if complete.exists():
-        old.mkdir(exist_ok=True)
-        for entry in folder.iterdir():
-            if entry.name not in (COMPLETE, OLD, LOST):
-                os.replace(entry, old / entry.name)
-        os.replace(complete, moving)
-    if moving.exists():
-        for entry in moving.iterdir():
-            os.replace(entry, folder / entry.name)
-        moving.rmdir()
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
@@ -277,7 +151,7 @@ def _ask_hub(name: str) -> dict[str, Any]:
             return {"local_files_only": True}
         raise SparseForgeError(
             f"there is no folder {name} here, and the hub cannot be asked for it "
-            f"({type(error).__name__}: {_one_line(error)})"
+            f"({type(error).__name__}: {one_line(error, lines=None)})"
         ) from error
     return {}
 
@@ -314,9 +188,17 @@ def _read_tensors(where: Location, names: Iterable[str]) -> dict[str, torch.Tens
 
 
 def is_packed(config: Any) -> bool:
-    """Did ``save_packed`` write it?"""
-    found = getattr(config, "quantization_config", None)
-    return isinstance(found, dict) and found.get("quant_method") == "sparseforge"
+    """Did ``save_packed`` write this configuration, or config.json as a dict?"""
+    for name in ("quantization_config", "quant_method"):
+        config = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+    return config == METHOD
+
+
+def where_to(device: Any, device_map: Any) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that put a model somewhere."""
+    if device is not None and device_map is not None:
+        raise SparseForgeError("device and device_map both say where the model goes: give one of the two")
+    return {} if device is None and device_map is None else {"device_map": device_map or {"": device}}
 
 
 def model_class(config: Any) -> Any:
@@ -347,9 +229,4 @@ def explained(what: str) -> Iterator[None]:
     except (
         Exception
     ) as error:  # an open set of types: json, safetensors, gguf, tokenizers, validation of configurations
-        raise SparseForgeError(f"{what}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+        raise SparseForgeError(f"{what}: {one_line(error, lines=None)}") from error

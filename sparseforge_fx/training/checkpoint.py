@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.files import new_file
 
 FORMAT, VERSION = "sparseforge-fx training state", 2
 MARK = b"sparseforge-fx SHA-256"
@@ -22,15 +23,10 @@ _TAIL = len(MARK) + hashlib.sha256().digest_size
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with new_file(path) as partial, open(partial, "wb") as file:
         hashing = _Hashing(file)
         torch.save({"format": FORMAT, "version": VERSION, **state}, hashing)  # type: ignore[arg-type]
         file.write(MARK + hashing.digest.digest())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load_state(path: Path) -> dict[str, Any]:

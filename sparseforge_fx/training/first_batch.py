@@ -12,6 +12,7 @@ from sparseforge_fx.data.reading import LABELS, SPAN, Reader, Reading, example_o
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.forward import signature_of
+from sparseforge_fx.graph.modes import eval_mode
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.training.objective import Objective
 
@@ -66,15 +67,12 @@ def _compare_with_the_models_own(model: nn.Module, batch: Any, found: Reading, o
     labels = [n for n in (*LABELS, *SPAN) if n in takes and found.given.get(n) is not None]
     if not labels:
         return
-    modes = {m: m.training for m in model.modules()}
     try:
-        output = model.eval()(**{n: v for n, v in found.given.items() if n in takes and v is not None})
+        with eval_mode(model):
+            output = model(**{n: v for n, v in found.given.items() if n in takes and v is not None})
         theirs = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
     except Exception:  # an open set: whatever the model raises; without its own loss there is nothing to compare
         theirs = None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if isinstance(theirs, Tensor) and theirs.numel() == 1 and not torch.isclose(theirs.float(), ours, rtol=0.02):
         reader.note(
             f"on the first batch the model's own loss is {theirs.item():.4g} and the task loss used here is "

@@ -14,7 +14,7 @@ from sparseforge_fx.data.batches import Batches, as_batches, count_rows, is_text
 from sparseforge_fx.data.chats import leading_bos
 from sparseforge_fx.data.drawn_text import draw_text
 from sparseforge_fx.data.reading import Reader
-from sparseforge_fx.data.text import unused_text
+from sparseforge_fx.data.sources import unused_text
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.methods.base import TrainedConfig
@@ -86,7 +86,7 @@ def open_run(
             batch_size=recipe.batch_size,
             length=recipe.length,
             seed=recipe.seed,
-            limit_tokens=needed,
+            tokens=needed,
             cache_dir=cache_dir,
             text_column=recipe.text_column,
             separator=recipe.separator,

@@ -13,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from sparseforge_fx.files import check_parent, new_folder
 from sparseforge_fx.graph.adapters import adapter_notes
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import find_preset
-from sparseforge_fx.models.dense import check_parent, new_folder, write_checkpoint
+from sparseforge_fx.models.dense import write_checkpoint
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.pattern import density
 from sparseforge_fx.ranges import AtLeastZero, checked

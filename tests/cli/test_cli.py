@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 from sparseforge_fx import cli
 from sparseforge_fx.cli.app import quiet
+from sparseforge_fx.cli.evaluate import _read_tasks, _read_windows
 from sparseforge_fx.cli.run_folder import STATE, STATE_OF
+from sparseforge_fx.deploy.checkpoints.save import save_packed
 from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning
 from sparseforge_fx.models import dense as models
 from sparseforge_fx.training.recipe import parse_tokens
@@ -135,7 +137,7 @@ def test_sparsify_writes_a_plain_checkpoint_a_report_and_curves(sparse):
     assert report["method"] == "sparseforge" and report["tokens"] == 96 and len(report["curves"]) == 3
     assert report["recipe"]["tokens"] == 96 and report["seed"] == 0
     assert len(report["sites"]) == 7 and all(s["reason"] for s in report["skipped"])
-    model, _ = models.load_model(sparse)
+    model, _ = models.load_dense(sparse)
     for site in report["sites"]:
         groups = model.get_parameter(site["name"]).reshape(-1, 4)
         assert int((groups != 0).sum(1).max()) <= 2
@@ -169,7 +171,7 @@ def test_options_reach_the_run(home, tmp_path):
     assert report["preset"] == "paper" and report["pattern"] == "1:4" and report["seed"] == 3 and report["lr"] == 1e-4
     assert len(report["sites"]) == 4 and {"excluded by name"} < {s["reason"] for s in report["skipped"]}
     assert report["compute_dtype"] == {"dtype": "bfloat16", "checkpoint": "float32", "seconds_per_step": {}}
-    assert models.load_model(tmp_path / "out")[0].dtype == torch.float32, "the checkpoint keeps its own dtype"
+    assert models.load_dense(tmp_path / "out")[0].dtype == torch.float32, "the checkpoint keeps its own dtype"
 
 
 def test_overwrite_replaces_the_folder(home, tmp_path):
@@ -250,6 +252,49 @@ def test_evaluate_puts_dense_beside_sparse(home, sparse, tmp_path):
 def test_evaluate_of_a_dense_model_says_so(home):
     text = ok("evaluate", home / "dense", "--data", home / "test.txt", "--context", "32", "--max-windows", "1")
     assert "0 of 7 eligible linears are exactly 2:4" in text and "0.0%" in text
+
+
+def test_evaluate_measures_packed_weights_as_it_does_dense_ones(home, sparse, tmp_path):
+    models_of = {"dense": sparse, "packed": tmp_path / "packed"}
+    save_packed(*models.load_dense(sparse), tmp_path / "packed")
+    numbers = {}
+    for kind, folder in models_of.items():
+        options = ["--data", home / "test.txt", "--context", "32:16", "--max-windows", "3", "--json", tmp_path / "n.json"]
+        assert "7 of 7 eligible linears are exactly 2:4" in ok("evaluate", folder, *options)
+        numbers[kind] = json.loads((tmp_path / "n.json").read_text())["perplexity"]["model"]
+        assert (numbers[kind]["context"], numbers[kind]["stride"], numbers[kind]["windows"]) == (32, 16, 3)
+        del numbers[kind]["seconds"]
+    assert numbers["dense"] == numbers["packed"]
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--context", "many"), "write 1024 or 1024:512, say"),
+        (("--context", "32:"), "write 1024 or 1024:512, say"),
+        (("--tasks", "all:"), "write all:200, say"),
+        (("--tasks", "all:0"), "write all:200, say"),
+    ],
+)
+def test_evaluate_says_how_its_options_are_written(home, option, says):
+    result = run("evaluate", home / "dense", "--data", home / "test.txt", *option)
+    assert result.exit_code == 2 and says in result.stderr
+
+
+def test_parts_of_the_options_of_evaluate():
+    assert [_read_windows(t) for t in ("", "64", ":8", "64:8")] == [(None, None), (64, None), (None, 8), (64, 8)]
+    assert _read_tasks("") == ((), None) and _read_tasks("rte, boolq:20") == (("rte", "boolq"), 20)
+    assert len(_read_tasks("all:5")[0]) == 7
+
+
+def test_packed_weights_are_refused_where_dense_ones_are_needed(home, sparse, tmp_path):
+    save_packed(*models.load_dense(sparse), tmp_path / "packed")
+    for arguments in (
+        ["sparsify", tmp_path / "packed", "-o", tmp_path / "out"],
+        ["inspect", tmp_path / "packed", "--weights"],
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2 and "are packed, and must be dense here: load it with sf.load" in result.stderr
 
 
 def test_report_prints_the_summary(sparse):
@@ -377,8 +422,8 @@ def test_a_damaged_report(sparse, tmp_path, entry, value):
 @pytest.fixture(scope="module")
 def half(home):
     """The model in bfloat16."""
-    model, tokenizer = models.load_model(home / "dense", "bfloat16")
-    models.save_model(model, tokenizer, home / "half")
+    model, tokenizer = models.load_dense(home / "dense", dtype="bfloat16")
+    models.write_checkpoint(model, tokenizer, home / "half")
     return home / "half"
 
 
@@ -545,7 +590,7 @@ def test_interrupting_is_no_traceback(monkeypatch, home, tmp_path):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "load_model", interrupt)
+    monkeypatch.setattr(models, "load_dense", interrupt)
     result = run("sparsify", home / "dense", "-o", tmp_path / "out")
     assert result.exit_code == 130 and result.stderr.strip() == "interrupted"
 
@@ -610,7 +655,7 @@ def test_an_interrupted_run_says_how_to_go_on(home, monkeypatch, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_seen_before_the_model(home, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(models, "load_dense", None)
     out = tmp_path / "file" / "out"
     for arguments in (
         ["sparsify", home / "dense", "-o", out],

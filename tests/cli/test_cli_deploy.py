@@ -26,9 +26,8 @@ def ok(*arguments):
 def folder(tmp_path_factory):
     """A 2:4 model."""
     folder = write_checkpoint(tmp_path_factory.mktemp("cli") / "dense", num_hidden_layers=1)
-    model, tokenizer = sf.load_model(folder)
-    sf.sparsify(model)
-    sf.save_model(model, tokenizer, folder.parent / "sparse")
+    model, tokenizer = sf.load(folder)
+    sf.sparsify(model).save(folder.parent / "sparse", tokenizer)
     return folder.parent / "sparse"
 
 
@@ -54,7 +53,7 @@ def test_a_generator_writes_what_the_folder_writes(folder, tmp_path, always_fast
 def test_a_graph_and_a_packed_folder(folder, tmp_path, always_faster):
     ok("export", folder, "-o", tmp_path / "m.pt2", "--portable", "--device", "cpu")
     ids = torch.tensor([[5, 9, 11]])
-    want = sf.load_model(folder)[0](ids).logits
+    want = sf.load(folder)[0](ids).logits
     torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(input_ids=ids)["logits"], want)
     assert "7 packed linears" in ok("export", folder, "-o", tmp_path / "packed", "--format", "safetensors")
     torch.testing.assert_close(sf.load(tmp_path / "packed")[0](ids).logits, want)

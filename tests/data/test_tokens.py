@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sparseforge_fx.data.batches import as_batches, count_rows, count_steps, count_tokens
 from sparseforge_fx.data.chats import leading_bos
-from sparseforge_fx.data.text import _shuffled, load_text, unused_text
+from sparseforge_fx.data.sources import unused_text
+from sparseforge_fx.data.text import _shuffled, load_text
 from sparseforge_fx.data.tokens import TokenData, tokenize
 from sparseforge_fx.errors import SparseForgeError
 
@@ -521,10 +522,10 @@ class Counting:
 
 def test_the_token_limit_is_exact_and_stops_the_work(tokenizer, tmp_path):
     counting = Counting(tokenizer)
-    packed = tokenize(["abcdefghi"] * 5000, counting, length=8, limit_tokens=2500, cache_dir=tmp_path)
+    packed = tokenize(["abcdefghi"] * 5000, counting, length=8, tokens=2500, cache_dir=tmp_path)
     assert packed.ids.size == 2500 and counting.count <= 600
-    with pytest.raises(SparseForgeError, match="limit_tokens=7"):
-        tokenize(["abc"], tokenizer, length=8, limit_tokens=7, cache_dir=tmp_path)
+    with pytest.raises(SparseForgeError, match="tokens=7"):
+        tokenize(["abc"], tokenizer, length=8, tokens=7, cache_dir=tmp_path)
 
 
 def test_the_second_call_reads_the_cache(tokenizer, tmp_path):
@@ -550,7 +551,7 @@ def test_the_cache_notices_a_change(tmp_path, change):
         os.utime(path, ns=(1, 1))
     changed = {
         "seed": {"seed": 1},
-        "limit": {"limit_tokens": 3},
+        "limit": {"tokens": 3},
         "separator": {"separator": "\n"},
         "column": {"text_column": "title"},
         "pieces": {"max_document_chars": 4},

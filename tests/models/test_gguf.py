@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny_checkpoint import tiny_llama, write_gguf
 
-from sparseforge_fx import SparseForgeError, models
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.models import dense as models
 from sparseforge_fx.models.gguf import quick_reader
 
 
@@ -58,12 +59,12 @@ def test_whatever_reads_a_model_reads_it_quickly(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gguf.GGUFReader, "__init__", slow)
     with pytest.raises(SparseForgeError, match="reader was used"):
-        models.load_model(tmp_path / "tiny.gguf")
+        models.load_dense(tmp_path / "tiny.gguf")
     monkeypatch.undo()
     calls = []
     parts = gguf.GGUFReader._get_field_parts
     monkeypatch.setattr(gguf.GGUFReader, "_get_field_parts", lambda *a: calls.append(1) or parts(*a))
-    models.load_model(tmp_path / "tiny.gguf")
+    models.load_dense(tmp_path / "tiny.gguf")
     assert 0 < len(calls) < 260  # less than one a token
 
 
@@ -73,4 +74,4 @@ def test_a_file_that_ends_in_its_header_is_one_sentence(tmp_path, share):
     content = file.read_bytes()
     file.write_bytes(content[: int(share * content.index(b"token_embd.weight"))])
     with pytest.raises(SparseForgeError, match="cannot read the configuration"):
-        models.load_model(file)
+        models.load_dense(file)

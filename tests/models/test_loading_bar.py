@@ -13,7 +13,7 @@ from sparseforge_fx.models import dense as models
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("loading")
     write_gguf(root / "tiny.gguf", tiny_llama())
-    model, tokenizer = models.load_model(write_checkpoint(root / "dense"))
+    model, tokenizer = models.load_dense(write_checkpoint(root / "dense"))
     sf.sparsify(model, method="magnitude")
     sf.save_packed(model, tokenizer, root / "packed")
     return root
@@ -28,22 +28,22 @@ def theirs_is_on():
         logging.disable_progress_bar()
 
 
-CASES = [("dense", sf.load_model), ("tiny.gguf", sf.load_model), ("packed", sf.load)]
+CASES = ["dense", "tiny.gguf", "packed"]
 
 
-@pytest.mark.parametrize(("name", "load"), CASES)
-def test_a_terminal_sees_one_bar(places, name, load, monkeypatch, capfd):
+@pytest.mark.parametrize("name", CASES)
+def test_a_terminal_sees_one_bar(places, name, monkeypatch, capfd):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    load(places / name)
+    sf.load(places / name)
     out, err = capfd.readouterr()
     assert f"{name} " in err and "100%" in err and "it/s" not in err and not out
     assert "Loading weights" not in err and "Converting" not in err
 
 
-@pytest.mark.parametrize(("name", "load"), CASES)
-def test_a_pipe_sees_nothing(places, name, load, capfd):
-    load(places / name)
+@pytest.mark.parametrize("name", CASES)
+def test_a_pipe_sees_nothing(places, name, capfd):
+    sf.load(places / name)
     assert capfd.readouterr() == ("", "")
 
 
@@ -51,10 +51,10 @@ def test_theirs_is_as_it_was_afterwards(places, monkeypatch):
     before = gguf_weights.tqdm
     asked = []
     monkeypatch.setattr(logging, "_tqdm_hook", lambda factory, args, kwargs: asked.append(1) or factory(*args))
-    models.load_model(places / "dense")
+    models.load_dense(places / "dense")
     weights = (places / "dense" / "model.safetensors").read_bytes()
     (places / "dense" / "model.safetensors").write_bytes(weights[:-100])
     with pytest.raises(sf.SparseForgeError):
-        models.load_model(places / "dense")
+        models.load_dense(places / "dense")
     assert not asked and list(logging.tqdm([1, 2])) == [1, 2] and asked
     assert gguf_weights.tqdm is before

@@ -12,6 +12,7 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.models import low_rank
+from sparseforge_fx.models.dense import write_checkpoint
 from sparseforge_fx.passes.insert_low_rank import branch_names
 
 BLOCK = 8
@@ -193,14 +194,14 @@ def test_a_second_run_is_refused(trained):
 
 def test_dense_folders_keep_them(trained, tmp_path):
     model, wanted = trained
-    sf.save_model(model, byte_tokenizer(), tmp_path / "m")
-    again, _ = sf.load_model(tmp_path / "m")
+    write_checkpoint(model, byte_tokenizer(), tmp_path / "m")
+    again, _ = sf.load(tmp_path / "m")
     assert torch.equal(again(IDS).logits, wanted)
     again.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     byte_tokenizer().save_pretrained(tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert torch.equal(sf.load_model(tmp_path / "shards")[0](IDS).logits, wanted)
-    half, _ = sf.load_model(tmp_path / "m", "bfloat16")
+    assert torch.equal(sf.load(tmp_path / "shards")[0](IDS).logits, wanted)
+    half, _ = sf.load(tmp_path / "m", dtype="bfloat16")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(half(IDS).logits.float(), wanted, atol=0.1, rtol=0.1)
 
@@ -209,11 +210,11 @@ def test_packed_folders_keep_them(trained, tmp_path):
     model, wanted = trained
     report = sf.save_packed(model, byte_tokenizer(), tmp_path / "p")
     assert len(report["sites"]) == 7
-    sf.unpack_checkpoint(tmp_path / "p", tmp_path / "dense")
+    write_checkpoint(sf.load(tmp_path / "p")[0].dequantize(), byte_tokenizer(), tmp_path / "dense")
     for loaded in (
         sf.load(tmp_path / "p")[0],
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "p"),
-        sf.load_model(tmp_path / "dense")[0],
+        sf.load(tmp_path / "dense")[0],
     ):
         torch.testing.assert_close(loaded(IDS).logits, wanted)
     sf.load(tmp_path / "p")[0].save_pretrained(tmp_path / "again")
@@ -245,7 +246,7 @@ def test_deployed_models_keep_them(trained, tmp_path, how):
 @pytest.mark.parametrize("edit", ["no s", "no x", "shape", "no linear"])
 def test_branches_that_fit_nothing_are_refused(trained, tmp_path, edit):
     model, _ = trained
-    sf.save_model(model, byte_tokenizer(), tmp_path / "m")
+    write_checkpoint(model, byte_tokenizer(), tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     state = load_file(file)
     name = next(k for k in state if k.endswith(".slorb.x")).removesuffix(".x")
@@ -257,7 +258,7 @@ def test_branches_that_fit_nothing_are_refused(trained, tmp_path, edit):
         state["model.norm.slorb.x"], state["model.norm.slorb.s"] = torch.ones(2, 32), torch.ones(32, 2)
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(SparseForgeError, match=r"low-rank branch of .* fits no linear here"):
-        sf.load_model(tmp_path / "m")
+        sf.load(tmp_path / "m")
 
 
 def test_other_hooks_still_keep_a_linear_dense(trained):

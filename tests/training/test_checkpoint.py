@@ -54,7 +54,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, moment):
     if moment == "while writing":
         monkeypatch.setattr(checkpoint.torch, "save", half)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", stopped)
+        monkeypatch.setattr("sparseforge_fx.files.os.replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         save_state(path, STATE | {"step": 8})
     assert path.read_bytes() == good

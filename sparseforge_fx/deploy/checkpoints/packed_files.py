@@ -1,4 +1,4 @@
-"""Packed checkpoints as files: the header in config.json, the names of tensors, and checks of what nobody vouches for.
+"""The files of a packed checkpoint, and checks of what nobody vouches for.
 
 Nothing here builds a model or interprets a weight: what a file claims is compared with
 its size and with the header before anything is allocated for it.
@@ -14,39 +14,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparseforge_fx.deploy.checkpoints.packed_header import Header, short
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, VALUES
+from sparseforge_fx.kernels.packed import BITMASK, VALUES
 
-METHOD = "sparseforge"  # quant_method in config.json
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_JSON = 100 << 20  # bytes of a json file or header; safetensors has the same limit
-MOST_MODULES = 1 << 17  # of a model, whatever its files say
 # what transformers and PEFT would load from the folder, too or instead
 _LOADED = ("*.safetensors", "*.safetensors.index.json", "adapter_*", "pytorch_model*", "tf_model*", "flax_model*")
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of packed weights
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
-
-
-class Site(NamedTuple):
-    """A packed linear: W [out, in], dtype as in ``torch``."""
-
-    out_features: int
-    in_features: int
-    dtype: str
-
-    @property
-    def padded(self) -> int:
-        """Columns of the packed weight: ``in`` in whole bytes of the bitmask."""
-        return self.in_features + -self.in_features % 8
-
-    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Its tensors in the file: suffix -> (safetensors dtype, shape)."""
-        dtype = next(k for k, v in DTYPES.items() if v == self.dtype)
-        return {
-            VALUES: (dtype, (self.out_features, self.padded // 2)),
-            BITMASK: ("U8", (self.out_features, self.padded // 8)),
-        }
 
 
 class Stored(NamedTuple):
@@ -57,86 +34,6 @@ class Stored(NamedTuple):
     file: str
 
 
-class Header(NamedTuple):
-    """``quantization_config`` of a packed checkpoint, checked.
-
-    Attributes:
-        modules: packed linears by module name.
-        model_modules: modules of all kinds in the model that was packed, or None: not known.
-        files: SHA-256 of each weight file by file name, or None: not known.
-    """
-
-    modules: dict[str, Site]
-    model_modules: int | None = None
-    files: dict[str, str] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """What stands in config.json."""
-        modules = {n: {"shape": [s.out_features, s.in_features], "dtype": s.dtype} for n, s in self.modules.items()}
-        known = {"model_modules": self.model_modules, "files": self.files}
-        known = {name: value for name, value in known.items() if value is not None}
-        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "pattern": "2:4", "modules": modules, **known}
-
-    @property
-    def most_modules(self) -> int:
-        """No model of this checkpoint has more: other heads and other versions of its class may add a few."""
-        return MOST_MODULES if self.model_modules is None else min(2 * self.model_modules + 100, MOST_MODULES)
-
-    @property
-    def sentinel(self) -> str:
-        """An empty tensor that stands where a dense weight would. A loader that does not know our quant_method stops at
-        its shape; without it, transformers goes on with random weights for those that it misses."""
-        return f"{min(self.modules)}.weight"
-
-    @classmethod
-    def from_json(cls, raw: Any) -> Header:
-        """Raises SparseForgeError that names the entry which is wrong."""
-        if not isinstance(raw, dict) or raw.get("quant_method") != METHOD:
-            method = raw.get("quant_method") if isinstance(raw, dict) else None
-            raise SparseForgeError(
-                f"quant_method {_short(method)} is not '{METHOD}': load it with the tool that wrote it"
-            )
-        version = raw.get("format_version")
-        if type(version) is not int or version < 1:
-            raise SparseForgeError(f"format_version {_short(version)} is no version: the checkpoint is damaged")
-        if version > FORMAT_VERSION:
-            raise SparseForgeError(
-                f"the checkpoint has format version {_short(version)} and this sparseforge_fx knows {FORMAT_VERSION}: "
-                "update sparseforge_fx"
-            )
-        if raw.get("pattern") != "2:4":
-            raise SparseForgeError(f"pattern {_short(raw.get('pattern'))} is not '2:4', the only one that is packed")
-        modules, count, files = raw.get("modules"), raw.get("model_modules"), raw.get("files")
-        if not isinstance(modules, dict) or not modules:
-            raise SparseForgeError("the header lists no packed modules: the checkpoint is damaged")
-        if unknown := set(raw) - {"quant_method", "format_version", "pattern", "modules", "model_modules", "files"}:
-            raise SparseForgeError(f"the header has an unknown entry {_short(min(unknown))}: the checkpoint is damaged")
-        sites = {str(name): _site(str(name), entry) for name, entry in modules.items()}
-        if files is not None and not (
-            isinstance(files, dict) and all(isinstance(v, str) and len(v) == 64 for v in files.values())
-        ):
-            raise SparseForgeError("the header's 'files' are not SHA-256 sums by file name: the checkpoint is damaged")
-        if count is not None and (type(count) is not int or not len(sites) < count <= MOST_MODULES):
-            raise SparseForgeError(f"the header's model_modules {_short(count)} is no such number: it is damaged")
-        return cls(sites, count, files)
-
-
-def _site(name: str, entry: Any) -> Site:
-    shape = entry.get("shape") if isinstance(entry, dict) and set(entry) == {"shape", "dtype"} else None
-    if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or n < 1 for n in shape):
-        raise SparseForgeError(
-            f"the header's entry of module {_short(name)} has no shape [out, in] and dtype: it is damaged"
-        )
-    if shape[1] % 4:
-        raise SparseForgeError(f"module {_short(name)} has {shape[1]} inputs, no multiple of 4: the header is damaged")
-    if entry["dtype"] not in DTYPES.values():
-        raise SparseForgeError(
-            f"module {_short(name)} has dtype {_short(entry['dtype'])}, not one of {', '.join(DTYPES.values())}"
-        )
-    return Site(shape[0], shape[1], entry["dtype"])
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
 def check_folder(folder: Path) -> tuple[dict[str, Any], Header]:
     """config.json and header of a packed checkpoint all of whose files fit each other; reads no weights.
 
@@ -146,16 +43,16 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], Header]:
     """
     config = read_json(folder / "config.json")
     if config.get("quantization_config") is None:
-        raise SparseForgeError(f"{folder} is no packed checkpoint: load it with sf.load_model, or pack it first")
+        raise SparseForgeError(f"{folder} is no packed checkpoint: config.json has no quantization_config")
     header = Header.from_json(config["quantization_config"])
     classes = config.get("architectures")
     if not isinstance(classes, list | None) or not all(isinstance(name, str) for name in classes or ()):
-        raise SparseForgeError(f"architectures {_short(classes)} of config.json are no names of classes: it is damaged")
+        raise SparseForgeError(f"architectures {short(classes)} of config.json are no names of classes: it is damaged")
     stored = check_weights(folder, header, checksums=False)
     for name, layers in _layer_counts(config):  # some configurations make lists so long before a model is built
         if layers > _explained(stored):
             raise SparseForgeError(
-                f"config.json tells of {_short(layers)} layers ({name}), but there are {len(stored)} tensors: "
+                f"config.json tells of {short(layers)} layers ({name}), but there are {len(stored)} tensors: "
                 "it is damaged"
             )
     return config, header
@@ -186,10 +83,10 @@ def shard_files(folder: Path) -> list[Path]:
     for name in names:
         if name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise SparseForgeError(
-                f"{folder / INDEX} names {_short(name)}, no safetensors file of its own folder: it is not opened"
+                f"{folder / INDEX} names {short(name)}, no safetensors file of its own folder: it is not opened"
             )
         if not (folder / name).is_file():
-            raise SparseForgeError(f"the shard {_short(name)} is missing from {folder}: copy the checkpoint anew")
+            raise SparseForgeError(f"the shard {short(name)} is missing from {folder}: copy the checkpoint anew")
     return [folder / name for name in names]
 
 
@@ -208,19 +105,19 @@ def check_weights(folder: Path, header: Header, *, checksums: bool = True) -> di
         for name, info in read_tensors(path).items():
             if name in stored:
                 raise SparseForgeError(
-                    f"tensor {_short(name)} is in both {stored[name].file} and {info.file}: remove one"
+                    f"tensor {short(name)} is in both {stored[name].file} and {info.file}: remove one"
                 )
             stored[name] = info
     if paths != [folder / SINGLE]:
         claimed = _weight_map(folder / INDEX).items()
         if wrong := {name for name, _ in {(name, info.file) for name, info in stored.items()} ^ claimed}:
             raise SparseForgeError(
-                f"{folder / INDEX} and its files disagree about tensor {_short(min(wrong))}: copy the checkpoint anew"
+                f"{folder / INDEX} and its files disagree about tensor {short(min(wrong))}: copy the checkpoint anew"
             )
     if header.files is not None:
         if wrong := header.files.keys() ^ {p.name for p in paths}:
             raise SparseForgeError(
-                f"the weight files are not those of the header: {_short(min(wrong))} is in one of the two only"
+                f"the weight files are not those of the header: {short(min(wrong))} is in one of the two only"
             )
         for path in paths if checksums else ():
             if sha256(path) != header.files[path.name]:
@@ -233,19 +130,19 @@ def check_weights(folder: Path, header: Header, *, checksums: bool = True) -> di
     for name, (dtype, shape) in expected.items():
         found = stored.get(name)
         if found is None:
-            raise SparseForgeError(f"tensor {_short(name)} is missing from the checkpoint: copy it anew")
+            raise SparseForgeError(f"tensor {short(name)} is missing from the checkpoint: copy it anew")
         if (found.dtype, found.shape) != (dtype, shape):
             raise SparseForgeError(
-                f"tensor {_short(name)} is {found.dtype} {_short(list(found.shape))}, but the header "
+                f"tensor {short(name)} is {found.dtype} {short(list(found.shape))}, but the header "
                 f"wants {dtype} {list(shape)}: the checkpoint is damaged"
             )
     for name, info in stored.items():
         if name.endswith((f".{VALUES}", f".{BITMASK}")) and name not in expected:
             raise SparseForgeError(
-                f"tensor {_short(name)} belongs to no packed module of the header: the checkpoint is damaged"
+                f"tensor {short(name)} belongs to no packed module of the header: the checkpoint is damaged"
             )
         if name.endswith(".weight") and name.removesuffix(".weight") in header.modules and info.shape != (0,):
-            raise SparseForgeError(f"tensor {_short(name)} is there packed and dense: the checkpoint is damaged")
+            raise SparseForgeError(f"tensor {short(name)} is there packed and dense: the checkpoint is damaged")
     return stored
 
 
@@ -261,15 +158,15 @@ def read_tensors(path: Path) -> dict[str, Stored]:
     spans, stored = [], {}
     for name, entry in entries.items():
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise SparseForgeError(f"{path}: tensor {_short(name)} has no dtype, shape and offsets: copy the file anew")
+            raise SparseForgeError(f"{path}: tensor {short(name)} has no dtype, shape and offsets: copy the file anew")
         shape, span = entry["shape"], entry["data_offsets"]
         if not (_counts(shape) and _counts(span) and len(span) == 2 and str(entry["dtype"]) in _BYTES):
             raise SparseForgeError(
-                f"{path}: tensor {_short(name)} has a dtype, shape or offsets of no sense: copy the file anew"
+                f"{path}: tensor {short(name)} has a dtype, shape or offsets of no sense: copy the file anew"
             )
         if len(shape) > 16 or math.prod(shape) * _BYTES[entry["dtype"]] != span[1] - span[0]:
             raise SparseForgeError(
-                f"{path}: tensor {_short(name)} of shape {_short(shape)} does not fit its offsets: copy the file anew"
+                f"{path}: tensor {short(name)} of shape {short(shape)} does not fit its offsets: copy the file anew"
             )
         spans.append(tuple(span))
         stored[name] = Stored(entry["dtype"], tuple(shape), path.name)
@@ -277,12 +174,12 @@ def read_tensors(path: Path) -> dict[str, Stored]:
     for first, last in sorted(spans):
         if first != end:
             raise SparseForgeError(
-                f"{path}: tensors overlap or leave a gap at byte {_short(first)}: copy the file anew"
+                f"{path}: tensors overlap or leave a gap at byte {short(first)}: copy the file anew"
             )
         end = last
     if end != size - 8 - length:
         raise SparseForgeError(
-            f"{path}: {_short(end)} bytes of tensors are announced, {size - 8 - length} are there: copy it anew"
+            f"{path}: {short(end)} bytes of tensors are announced, {size - 8 - length} are there: copy it anew"
         )
     return stored
 
@@ -341,7 +238,7 @@ def _opened(path: Path) -> Any:
             raise ValueError
         return open(path, "rb")
     except (OSError, ValueError) as error:
-        raise SparseForgeError(f"cannot read {_short(str(path))} ({type(error).__name__}): check the path") from error
+        raise SparseForgeError(f"cannot read {short(str(path))} ({type(error).__name__}): check the path") from error
 
 
 def _parse(data: bytes, path: Path) -> dict[str, Any]:
@@ -349,7 +246,7 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             name = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-            raise SparseForgeError(f"{path} has the entry {_short(name)} twice: copy it anew")
+            raise SparseForgeError(f"{path} has the entry {short(name)} twice: copy it anew")
         return found
 
     try:
@@ -367,11 +264,3 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
 
 def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        return "(a very large number)"
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -21,19 +21,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparseforge_fx.deploy.checkpoints.model_size import check_size
 from sparseforge_fx.deploy.checkpoints.packed_files import (
     INDEX,
-    METHOD,
     SINGLE,
-    Header,
-    Site,
     check_folder,
     check_weights,
     read_json,
     shard_files,
     weight_files,
 )
+from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import native_layout
-from sparseforge_fx.kernels.packed import Packed, check_packed
+from sparseforge_fx.kernels.packed import METHOD, Packed, check_packed
 from sparseforge_fx.models import low_rank
 
 if TYPE_CHECKING:
@@ -128,6 +126,8 @@ class PackedQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
+
         for name, module in packed_linears(model).items():
             if module.weight_values.is_meta:
                 raise SparseForgeError(
@@ -146,13 +146,14 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        from sparseforge_fx.deploy.checkpoints.packed import packed_state
+        from sparseforge_fx.deploy.checkpoints.packed_state import packed_state
 
         state, header, _ = packed_state(model)
         model.config.quantization_config = self.quantization_config = PackedConfig(**header.to_json())
         return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
         from sparseforge_fx.deploy.lowering.modules import replace
 
         for name, module in packed_linears(model).items():
@@ -170,13 +171,6 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def packed_linears(model: nn.Module) -> dict[str, SparseLinear]:
-    """The packed linears of a model by name."""
-    from sparseforge_fx.deploy.lowering.modules import SparseLinear
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
 def change_to_device(module: SparseLinear) -> None:

@@ -16,7 +16,7 @@ from torch._inductor import config
 from torch._inductor.exc import CppCompileError, InductorError
 from torch.export.pt2_archive._package import package_pt2
 
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.sparse_linear import OP
@@ -75,8 +75,7 @@ def _devices(*programs: Exported) -> set[str]:
 
 
 def _explain(error: Exception) -> str:
-    lines = str(error).splitlines()
-    line = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
+    line = next((line for line in str(error).splitlines() if "error:" in line), one_line(error))
     advice = ": set CUDA_HOME to a CUDA toolkit" if ".h:" in line else ""
     return f"AOTInductor cannot compile this graph here ({line.strip()[:300]}){advice}"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseforge_fx.deploy.checkpoints.packed_files import MOST_JSON
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, one_line
 
 CHECKSUMS = "extra/sparseforge_checksums.json"
 _PLAIN = re.compile(r"(weight|tensor)_\d+")  # what torch reads as bytes; the others are unpickled
@@ -73,8 +73,9 @@ class Archive:
         except SparseForgeError:
             raise
         except Exception as error:  # an open set: whatever zipfile and json make of any bytes
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise SparseForgeError(f"{self.path} is no export, or it is damaged ({reason}): export it anew") from error
+            raise SparseForgeError(
+                f"{self.path} is no export, or it is damaged ({one_line(error)}): export it anew"
+            ) from error
 
 
 def seal(path: Path) -> None:

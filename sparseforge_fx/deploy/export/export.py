@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +20,8 @@ from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.lower import lower_captured
 from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.files import check_parent, move_file
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.models.dense import check_parent
 
 FORMATS = ("pt2", "aoti")
 
@@ -97,7 +96,7 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
         made = Path(folder) / "model.pt2"  # the archive holds this name: the same bytes whatever the file is called
         write(made)
         seal(made)
-        os.replace(made, path)
+        move_file(made, path)
 
 
 def plain_outputs(exported: ExportedProgram) -> None:

@@ -20,11 +20,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
-from sparseforge_fx.deploy.checkpoints.packed_files import METHOD, Header
+from sparseforge_fx.deploy.checkpoints.packed_header import Header
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import ROWS, native_layout
-from sparseforge_fx.kernels.packed import BITMASK, VALUES, Packed, check_packed
+from sparseforge_fx.kernels.packed import BITMASK, METHOD, VALUES, Packed, check_packed
 from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.models.dense import UNPACK
 
 
 class PackedVllmConfig(QuantizationConfig):
@@ -62,8 +63,8 @@ class PackedVllmConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             if packed:
                 raise SparseForgeError(
-                    f"'{prefix}' is packed, and in vLLM a {type(layer).__name__}, which has to be dense: serve what "
-                    "sf.unpack_checkpoint writes"
+                    f"'{prefix}' is packed, and in vLLM a {type(layer).__name__}, which has to be dense: "
+                    f"{UNPACK}, and serve that"
                 )
             return None
         if not packed:
@@ -72,7 +73,7 @@ class PackedVllmConfig(QuantizationConfig):
             dense = next(name for name in parts if name not in self.modules)
             raise SparseForgeError(
                 f"vLLM merges '{packed[0]}', which is packed, with '{dense}', which is dense: prune both, or "
-                "serve what sf.unpack_checkpoint writes"
+                f"{UNPACK}, and serve that"
             )
         return PackedLinearMethod(prefix)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 
-from sparseforge_fx.deploy.checkpoints.packed_files import METHOD
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.packed import METHOD
 
 
 def register() -> None:

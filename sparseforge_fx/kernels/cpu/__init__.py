@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning, one_line
+from sparseforge_fx.files import move_file
 
 ISA_VARIABLE = "SPARSEFORGE_CPU_ISA"
 _SOURCES = (
@@ -148,7 +149,7 @@ def _build(library: Path) -> None:
         )
         objects = [str(path) for path in sorted(Path(folder).glob("*.o"))]
         subprocess.run(["ar", "rcsD", f"{folder}/lib.a", *objects], check=True, capture_output=True)
-        os.replace(f"{folder}/lib.a", library.with_name(f"lib{library.stem}.a"))
-        os.replace(Path(folder) / library.name, library)
+        move_file(Path(folder) / "lib.a", library.with_name(f"lib{library.stem}.a"))
+        move_file(Path(folder) / library.name, library)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.files import new_file
 
 GEMV_ROWS = 4  # more rows of x than this go to tensor cores
 DECODE_ROWS = 128  # and more than this to the dense GEMM
@@ -145,10 +146,8 @@ def remember(device: torch.device, rows: int, words: int, lines: int, dtype: tor
     known = _remembered(file)
     known[_key(rows, words, lines, dtype)] = tile
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps({key: list(value) for key, value in sorted(known.items())}, indent=1) + "\n")
-        os.replace(partial, file)
+        with new_file(file, shared=True) as partial:
+            partial.write_text(json.dumps({key: list(value) for key, value in sorted(known.items())}, indent=1) + "\n")
     except OSError:
         return  # a read-only home costs the next process its tuning, nothing else
 

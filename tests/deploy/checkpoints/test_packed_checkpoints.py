@@ -17,11 +17,11 @@ from tiny_checkpoint import byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import sparseforge_fx as sf
-from sparseforge_fx.deploy.checkpoints import packed as checkpoints
-from sparseforge_fx.deploy.checkpoints import packed_files
+from sparseforge_fx.deploy.checkpoints import packed_files, packed_state, save
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu, packed, sparse_linear
+from sparseforge_fx.models.dense import load_dense, write_checkpoint
 
 SITE = "model.layers.0.mlp.up_proj"
 
@@ -34,6 +34,11 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+def unpack(folder, dense):
+    model, tokenizer = sf.load(folder)
+    write_checkpoint(model.dequantize(), tokenizer, dense)
+
+
 # -- there and back --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -41,18 +46,18 @@ def contents(folder):
 )
 def test_exact_both_ways(tmp_path, name, dtype):
     model = sparse_model(name, dtype)
-    sf.save_model(model, byte_tokenizer(), tmp_path / "dense")
+    write_checkpoint(model, byte_tokenizer(), tmp_path / "dense")
     report = sf.save_packed(model, byte_tokenizer(), tmp_path / "packed")
     assert len(report["sites"]) == SITES[name] and [s["name"] for s in report["skipped"]] == ["lm_head"]
     share = 9 / 16 if dtype.itemsize == 2 else 17 / 32
     assert report["lowered_bytes"] == share * report["dense_bytes"]
     assert not hasattr(model.config, "quantization_config") and not model.config.to_dict().get("quantization_config")
-    sf.unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    unpack(tmp_path / "packed", tmp_path / "again")
     want, got = tensors(tmp_path / "dense"), tensors(tmp_path / "again")
     assert want.keys() == got.keys()
     assert all(torch.equal(want[k], got[k]) and want[k].dtype == got[k].dtype == dtype for k in want)
     assert "quant" not in (tmp_path / "again" / "config.json").read_text()
-    sf.pack_checkpoint(tmp_path / "again", tmp_path / "twice")
+    sf.save_packed(*sf.load(tmp_path / "again"), tmp_path / "twice")
     first, second = contents(tmp_path / "packed"), contents(tmp_path / "twice")
     assert first.keys() == second.keys()
     assert all(first[k] == second[k] for k in first if not k.startswith("tokenizer"))
@@ -77,7 +82,7 @@ def test_no_packed_weight_is_ever_dense(tmp_path, name, monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("a dense weight was built")
 
-    for home, function in ((packed, "unpack"), (sparse_linear, "unpack"), (cpu, "rows_dense"), (checkpoints, "pack")):
+    for home, function in ((packed, "unpack"), (sparse_linear, "unpack"), (cpu, "rows_dense"), (packed_state, "pack")):
         monkeypatch.setattr(home, function, forbidden)
     model, tokenizer = sf.load(tmp_path / "p")
     found = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
@@ -141,30 +146,24 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(checkpoints, "digests", fail)
+    monkeypatch.setattr(save, "digests", fail)
     with pytest.raises(OSError, match="full"):
         pack_to(tmp_path / "p", "opt", overwrite=True)
     assert contents(tmp_path / "p") == before and [p.name for p in tmp_path.iterdir()] == ["p"]
 
 
-def test_each_loader_names_the_other(tmp_path):
+def test_packed_weights_are_refused_where_they_must_be_dense(tmp_path):
     pack_to(tmp_path / "packed")
-    sf.save_model(sparse_model("llama"), byte_tokenizer(), tmp_path / "dense")
-    with pytest.raises(SparseForgeError, match=r"load it with sf\.load_model"):
-        sf.load(tmp_path / "dense")
-    with pytest.raises(SparseForgeError, match=r"load it with sf\.load,"):
-        sf.load_model(tmp_path / "packed")
-    with pytest.raises(SparseForgeError, match="check the path"):
-        sf.load(tmp_path / "nowhere" / "at" / "all")
-    with pytest.raises(SparseForgeError, match="unknown dtype"):
-        sf.load(tmp_path / "packed", dtype="int3")
+    with pytest.raises(SparseForgeError, match=r"are packed, and must be dense here: load it with sf\.load, then") as caught:
+        load_dense(tmp_path / "packed")
+    assert "\n" not in str(caught.value)
 
 
 def test_without_a_tokenizer(tmp_path):
     sf.save_packed(sparse_model("llama"), None, tmp_path / "p")
     model, tokenizer = sf.load(tmp_path / "p")
     assert tokenizer is None and isinstance(model.lm_head, torch.nn.Linear)
-    sf.unpack_checkpoint(tmp_path / "p", tmp_path / "dense")
+    unpack(tmp_path / "p", tmp_path / "dense")
     assert not list((tmp_path / "dense").glob("*token*"))
     byte_tokenizer().save_pretrained(tmp_path / "p")
     (tmp_path / "p" / "tokenizer.json").write_text("{")
@@ -316,7 +315,7 @@ SINGLE = {  # damage to a folder of one weight file: what the sentence says
     "future": (lambda f: header(f, lambda h: h.update(format_version=99)), "update sparseforge_fx"),
     "next version": (lambda f: header(f, lambda h: h.update(format_version=packed.FORMAT_VERSION + 1)), "update sparseforge_fx"),
     "no version": (lambda f: header(f, lambda h: h.update(format_version="1")), "no version"),
-    "somebody else's": (lambda f: header(f, lambda h: h.update(quant_method="gptq")), "tool that wrote it"),
+    "somebody else's": (lambda f: header(f, lambda h: h.update(quant_method="gptq")), "are quantised: give a checkpoint in"),
     "other pattern": (lambda f: header(f, lambda h: h.update(pattern="1:4")), "not '2:4'"),
     "unknown entry": (lambda f: header(f, lambda h: h.update(code="print(1)")), "unknown entry 'code'"),
     "no modules": (lambda f: header(f, lambda h: h.update(modules=[])), "no packed modules"),

@@ -14,10 +14,13 @@ from transformers.quantizers import auto
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy import checkpoints, transformers_hook
-from sparseforge_fx.deploy.checkpoints.quantizer import METHOD, PackedConfig, packed_linears
+from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
+from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import PLANES
+from sparseforge_fx.kernels.packed import METHOD
+from sparseforge_fx.models.dense import write_checkpoint
 
 peft = pytest.importorskip("peft")
 
@@ -107,7 +110,7 @@ def test_a_loader_that_does_not_know_the_method_stops(folder, monkeypatch):
 
 def test_what_the_quantizer_refuses(folder, tmp_path):
     header = PackedConfig(**AutoModelForCausalLM.from_pretrained(folder).config.quantization_config.to_dict())
-    sf.save_model(sparse_model("llama"), None, tmp_path / "dense")
+    write_checkpoint(sparse_model("llama"), None, tmp_path / "dense")
     with pytest.raises(SparseForgeError, match=r"sf\.save_packed first"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=header)
     with pytest.raises(SparseForgeError, match="no version"):

@@ -136,7 +136,7 @@ def test_what_is_refused(linear, folder):
         build(without("self_attn.v_proj"))
     with pytest.raises(SparseForgeError, match="share of 4 of 32 inputs is no whole bytes"):
         build(config_of(linear, folder), size=8)
-    with pytest.raises(SparseForgeError, match=r"which has to be dense: serve what sf\.unpack_checkpoint writes"):
+    with pytest.raises(SparseForgeError, match=r"which has to be dense: load it with sf\.load, then save .*, and serve that"):
         config_of(linear, folder).get_quant_method(torch.nn.Embedding(2, 2), f"{LAYER}.mlp.up_proj")
     with pytest.raises(SparseForgeError, match="format_version"):
         config_of(linear, folder, lambda header: header.pop("format_version"))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from fake_vllm import vllm  # noqa: F401  (a fixture)
 
-from sparseforge_fx.deploy.checkpoints.packed_files import METHOD
 from sparseforge_fx.deploy.vllm.plugin import register
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.packed import METHOD
 
 
 def test_the_entry_point_names_it():

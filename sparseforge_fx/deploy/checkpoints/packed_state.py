@@ -1,0 +1,55 @@
+"""The tensors of a model as a packed checkpoint holds them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
+from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_sparse, weight_of
+from sparseforge_fx.deploy.lowering.report import PackingReport
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.layouts import ROWS
+from sparseforge_fx.kernels.packed import BITMASK, VALUES, Packed, pack
+
+
+def packed_linears(model: nn.Module) -> dict[str, SparseLinear]:
+    """The packed linears of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+@torch.no_grad()
+def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingReport]:
+    """The state dict with packed weights in place of dense ones, the header of it, the report."""
+    linears, skipped = find_sparse(model)
+    found: dict[str, Packed] = {name: module.packed() for name, module in packed_linears(model).items()}
+    found |= {name: pack(weight_of(module)) for name, module in linears.items()}
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
+        raise SparseForgeError(f"nothing to pack: {reasons or 'the model has no linear layer'}; run sparsify first")
+    if any(packed.values.is_meta for packed in found.values()):
+        raise SparseForgeError("weights of the model are on the meta device: load it without offloading first")
+    if damaged := [n for n, packed in found.items() if not packed.values.isfinite().all()]:
+        raise SparseForgeError(f"'{damaged[0]}' has NaN or inf in its weight: train or load it anew")
+    gone = {f"{name}.{leaf}" for name in found for leaf in ("weight", VALUES, BITMASK)}
+    state = {key: value for key, value in model.state_dict().items() if key not in gone}
+    for name, packed in found.items():
+        state[f"{name}.{VALUES}"], state[f"{name}.{BITMASK}"] = packed.values, packed.bitmask
+    modules = {
+        name: Site(packed.shape[0], packed.in_features, str(packed.values.dtype).removeprefix("torch."))
+        for name, packed in sorted(found.items())
+    }
+    dense = {name: p.shape.numel() * p.values.element_size() for name, p in found.items()}
+    report: PackingReport = {
+        "sites": [
+            {"name": n, "out": s[0], "in": s[1], "layout": ROWS.name, "bytes": found[n].nbytes}
+            for n, s in modules.items()
+        ],
+        "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
+        "dense_bytes": sum(dense.values()),
+        "lowered_bytes": sum(p.nbytes for p in found.values()),
+        "scratch_bytes": max(dense.values()),
+    }
+    header = Header(modules, model_modules=sum(1 for _ in model.modules()))
+    state[header.sentinel] = torch.empty(0, dtype=torch.uint8)
+    return state, header, report

@@ -1,0 +1,71 @@
+"""``save_packed``: a 2:4 model as a Hugging Face folder of 9/16 of its linears' bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparseforge_fx.deploy.checkpoints.packed_files import INDEX, digests
+from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears, packed_state
+from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig
+from sparseforge_fx.deploy.lowering.report import PackingReport
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.files import check_output, new_folder
+
+
+def save_packed(
+    model: Any, tokenizer: Any, folder: str | Path, *, max_shard_size: str | int = "5GB", overwrite: bool = False
+) -> PackingReport:
+    """Write a Hugging Face folder in which every exactly 2:4 nn.Linear and Conv1D is packed, whole or not at all.
+
+    The rest is as ``save_pretrained`` writes it; the header is ``quantization_config`` in config.json. The same model
+    gives the same bytes. The model is not changed.
+
+    Args:
+        model: a transformers model, dense with exact zeros or lowered by :func:`sparseforge_fx.lower_modules`.
+        tokenizer: goes into the folder, too; None if there is none.
+        max_shard_size: bytes of the largest weight file, as for ``save_pretrained``.
+
+    Returns the report: sites, the other linears with reasons, bytes of the sites dense and packed.
+    Raises SparseForgeError: no transformers model, quantised, no linear is 2:4, a folder that is not empty.
+    """
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise SparseForgeError(
+            f"{type(model).__name__} is no transformers model: a packed checkpoint needs its config.json"
+        )
+    before = getattr(model.config, "quantization_config", None)
+    if before is not None and not isinstance(before, PackedConfig):
+        raise SparseForgeError("the weights of the model are quantised already: pack it before that")
+    check_output(Path(folder), overwrite=overwrite)
+    state, header, report = packed_state(model)
+    with new_folder(Path(folder), overwrite=overwrite) as partial:
+        model.config.quantization_config = PackedConfig(**header.to_json())
+        try:
+            # its own names, not those of older checkpoints: a packed tensor goes through no conversion
+            model.save_pretrained(partial, state_dict=state, max_shard_size=max_shard_size, save_original_format=False)
+        finally:
+            if before is None:
+                del model.config.quantization_config
+            else:
+                model.config.quantization_config = before
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        _complete(partial, model)
+    return report
+
+
+def _complete(folder: Path, model: Any) -> None:
+    """What ``save_pretrained`` does not know: checksums for the header, and how many weights are in packed ones."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["files"] = digests(folder.glob("*.safetensors"))
+    _write_json(folder / "config.json", config)
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text())
+        packed = sum(m.out_features * m.in_features for m in packed_linears(model).values())
+        index["metadata"]["total_parameters"] = model.num_parameters() + packed
+        _write_json(folder / INDEX, index)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
