@@ -83,8 +83,8 @@ class LinearSite:
 def find_linears(
     program: Program,
     pattern: AnyPattern = TWO_FOUR,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
 ) -> list[LinearSite]:
     """Every matrix of the program, in graph order: sites (``reason is None``), and the others with their reason.
 
@@ -209,9 +209,9 @@ def _overlapping(values: Sequence[Tensor]) -> set[tuple]:
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
-def _matches(fqn: str, globs: Sequence[str]) -> bool:
+def _matches(fqn: str, globs: str | Sequence[str]) -> bool:
     module = fqn.rpartition(".")[0]
-    return any(fnmatchcase(fqn, g) or fnmatchcase(module, g) for g in globs)
+    return any(fnmatchcase(fqn, g) or fnmatchcase(module, g) for g in ([globs] if isinstance(globs, str) else globs))
 
 
 # -- who reads a weight ----------------------------------------------------------------------------------------------

@@ -56,6 +56,12 @@ class Distillation:
         return asdict(self)
 
 
+def check_objective(objective: Any) -> None:
+    """Raise a SparseForgeError unless it is a :class:`Distillation`."""
+    if not isinstance(objective, Distillation):
+        raise SparseForgeError(f"objective is {objective!r}: give a Distillation")
+
+
 class Loss(NamedTuple):
     """``total`` carries the gradient; ``task`` and ``kl`` are detached parts for the curves (nats per scored token)."""
 

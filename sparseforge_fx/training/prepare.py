@@ -22,7 +22,7 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.ranges import Count, checked
-from sparseforge_fx.training.distillation import Distillation
+from sparseforge_fx.training.distillation import Distillation, check_objective
 from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.trainable import choose_trainable
 from sparseforge_fx.training.undo import dense_again_on_error
@@ -36,8 +36,8 @@ def prepare(
     example_inputs: Any = None,
     config: MethodConfig | None = None,
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     calibration: Sequence[Any] | None = None,
     objective: Distillation | None = None,
     slorb_block: Count | None = None,
@@ -66,6 +66,8 @@ def prepare(
         raise SparseForgeError(f"{type(config).__name__} is of a method that does not train: run it with sparsify()")
     if not config.by_gradient:
         raise SparseForgeError(f"{type(config).__name__} learns without gradients: run it with sparsify()")
+    if objective is not None:
+        check_objective(objective)
     check_weights(model)
     program = capture(model, None if example_inputs is None else example_of(model, example_inputs))
     sites = find_linears(program, config.pattern, include, exclude)

@@ -16,7 +16,7 @@ from sparseforge_fx.methods.catalog import configure, find_name, find_preset
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.pattern import AnyPattern
 from sparseforge_fx.ranges import Count, Positive, check_numbers
-from sparseforge_fx.training.distillation import Distillation
+from sparseforge_fx.training.distillation import Distillation, check_objective
 
 FILE = "recipe.yaml"  # in every output folder
 STEPS = 60  # of a run whose length nobody gives
@@ -64,8 +64,8 @@ class Recipe:
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     pattern: str | AnyPattern | None = None
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
+    include: str | Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
     steps: Count | None = None
     tokens: Count | None = None
     batch_size: Count = 4
@@ -79,16 +79,23 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            globs = getattr(self, name)
+            object.__setattr__(self, name, (globs,) if isinstance(globs, str) else tuple(globs))
         if isinstance(self.tokens, str):
             object.__setattr__(self, "tokens", parse_tokens(self.tokens))
         check_numbers(get_type_hints(type(self), include_extras=True), vars(self))
-        if not isinstance(self.objective, Distillation):
-            raise SparseForgeError(f"objective is {self.objective!r}: give a Distillation")
+        check_objective(self.objective)
         if self.steps is not None and self.tokens is not None:
             raise SparseForgeError(
                 f"steps={self.steps} and tokens={self.tokens} both set the length of the run: give one of them"
             )
+
+    @staticmethod
+    def of(recipe: Recipe | None) -> Recipe:
+        """The recipe given, or the default one. Raises SparseForgeError for anything else."""
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise SparseForgeError(f"recipe is {recipe!r}: give a Recipe, or Recipe.read(path)")
+        return recipe or Recipe()
 
     def changed(self, **changes: Any) -> Recipe:
         """With other fields; names that are none are options of the method."""
@@ -178,7 +185,8 @@ class Recipe:
         for name in ("include", "exclude", "options"):
             empty: Any = {} if name == "options" else []
             values[name] = values.get(name) or empty
-            if not isinstance(values[name], type(empty)):
+            glob = isinstance(values[name], str) and name != "options"
+            if not glob and not isinstance(values[name], type(empty)):
                 raise SparseForgeError(f"{name} of a recipe is {values[name]!r}: give a {type(empty).__name__}")
         for name in ("model", "data", "text_column", "separator", "dtype", "method", "preset", "pattern"):
             if not isinstance(values.get(name), str | None):

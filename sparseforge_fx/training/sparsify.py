@@ -100,7 +100,7 @@ def sparsify(
     error of ``on_step``) leaves the model dense as it was, too, to the bit.
     """
     began = time.monotonic()
-    recipe = (recipe or Recipe()).changed(**changes)
+    recipe = Recipe.of(recipe).changed(**changes)
     data = recipe.data if data is None else data
     config = recipe.config(data is not None)  # what is wrong with it is found out before anything is read
     check_weights(model)

@@ -309,3 +309,12 @@ def test_meta_tensors_are_told_apart(x):
     with torch.device("meta"):
         model = Model(lambda m, x: F.linear(F.linear(x, m.a), m.b), a=parameter(8, 8), b=parameter(8, 8))
         assert reasons(model, torch.empty(2, 8)) == {"a": None, "b": None}
+
+
+def test_one_glob_need_not_be_a_list(captured_once):
+    program = captured_once("llama").program
+    by_text, by_list = (
+        [(s.fqn, s.reason) for s in find_linears(program, include=globs, exclude="*layers.1*")]
+        for globs in ("*mlp*", ["*mlp*"])
+    )
+    assert by_text == by_list and any(reason is None for _, reason in by_text)

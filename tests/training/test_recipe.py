@@ -47,6 +47,24 @@ def test_defaults():
     assert (tuned.start, tuned.steps, tuned.pattern) == ("alps", 60, Pattern(2, 4))
 
 
+def test_one_glob_is_a_list_of_one():
+    assert Recipe(include="*mlp*") == Recipe.from_plain({"include": "*mlp*"}) == Recipe(include=["*mlp*"])
+
+
+@pytest.mark.parametrize("recipe", ["run.yaml", {"lr": 1e-3}, sf.paper_preset(4)])
+def test_what_is_not_a_recipe_object(recipe):
+    with pytest.raises(SparseForgeError, match=r"give a Recipe, or Recipe\.read"):
+        sf.sparsify(torch.nn.Linear(4, 4), None, recipe)
+
+
+@pytest.mark.parametrize("objective", [{"kl": 1.0}, "kl", Recipe()])
+def test_what_is_not_an_objective(objective):
+    with pytest.raises(SparseForgeError, match=r"objective is .*: give a Distillation"):
+        sf.sparsify(torch.nn.Linear(4, 4), objective=objective)
+    with pytest.raises(SparseForgeError, match=r"objective is .*: give a Distillation"):
+        sf.prepare(torch.nn.Linear(4, 4), torch.randn(2, 4), sf.paper_preset(4), objective=objective)
+
+
 def test_numbers_as_people_write_them():
     read = Recipe.from_plain(yaml.safe_load("lr: 5e-4\ntokens: 20M\noptions: {damping: 1e-3}\nobjective: {kl: 2}"))
     assert (read.lr, read.tokens, read.options["damping"], read.objective.kl) == (5e-4, 20_000_000, 1e-3, 2)
@@ -67,7 +85,7 @@ def test_numbers_as_people_write_them():
         ("objective: {w_kl: 1}", "objective of a recipe takes divergence, feature_weight"),
         ("objective: {temperature: 0}", "temperature is 0: give a finite number above 0"),
         ("objective: {divergence: js}", "unknown divergence 'js'"),
-        ("include: '*mlp*'", "include of a recipe is .*: give a list"),
+        ("include: 4", "include of a recipe is 4: give a list"),
         ("options: [a]", "options of a recipe is .*: give a dict"),
         ("method: [ast]", "method of a recipe is .*: give text"),
         ("pattern: 0.5", "pattern of a recipe is 0.5: give text"),
