@@ -10,8 +10,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.padding import mask_names, positions_of
 from sparseforge_fx.graph.program import Program
-from sparseforge_fx.graph.rows import mask_names, positions_of
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
 

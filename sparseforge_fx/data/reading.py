@@ -18,7 +18,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call, trainable_input
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import named_parameters, positional_names
-from sparseforge_fx.graph.rows import DECODER_MASK, MASK
+from sparseforge_fx.graph.padding import DECODER_MASK, MASK
 
 IGNORE = -100  # a label that is not scored
 DECODER_IDS = "decoder_input_ids"

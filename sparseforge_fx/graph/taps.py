@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.compile import block_outputs, shallow_twin
-from sparseforge_fx.graph.rows import mask_names
+from sparseforge_fx.graph.padding import mask_names
 
 
 class Taps:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from sparseforge_fx.data.reading import Reading, call_signature
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.capture import as_call
-from sparseforge_fx.graph.rows import mask_names, real_rows
+from sparseforge_fx.graph.padding import mask_names, real_rows
 
 #: called at the first use of a weight, before the node runs, with its name and [in, in] X^T X / tokens; may write the
 #: weight

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseforge_fx.data.reading import IGNORE
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.graph.rows import real_rows
+from sparseforge_fx.graph.padding import real_rows
 from sparseforge_fx.graph.taps import Taps
 from sparseforge_fx.ranges import AtLeastZero, Positive, check_numbers
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseforge_fx.data.reading import IGNORE, Reading
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.graph.rows import MASK
+from sparseforge_fx.graph.padding import MASK
 from sparseforge_fx.training.distillation import Distillation, Loss, logits_loss, plain_logits_loss, relative_error
 
 SPAN_LOGITS = ("start_logits", "end_logits")

@@ -6,7 +6,7 @@ from tiny_models import seq2seq, t5
 
 from sparseforge_fx.data.reading import example_of
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.graph.rows import DECODER_MASK, MASK, mask_names, positions_of, real_rows
+from sparseforge_fx.graph.padding import DECODER_MASK, MASK, mask_names, positions_of, real_rows
 from sparseforge_fx.passes import find_linears
 
 REAL = torch.tensor([[True, True, False], [True, False, False]])
