@@ -200,7 +200,7 @@ class Recipe:
         if not path.is_file():
             raise SparseForgeError(f"there is no recipe {path}: name a YAML file, or {FILE} of an output folder")
         try:
-            return cls.from_plain(yaml.safe_load(path.read_text()))
+            return cls.from_plain(yaml.safe_load(path.read_text(encoding="utf-8")))
         except (yaml.YAMLError, UnicodeDecodeError, SparseForgeError) as error:
             raise SparseForgeError(f"{path}: {one_line(error)}") from error
 

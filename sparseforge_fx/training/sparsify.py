@@ -54,7 +54,7 @@ class SparsifyResult:
             write_checkpoint(self.model, tokenizer, partial)
             plot_curves(self.report.get("curves") or (), partial / "curves.png")
             write_json(partial / "report.json", self.report)
-            (partial / FILE).write_text(self.recipe.to_yaml())
+            (partial / FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
             for other in beside:
                 shutil.copytree(other, partial / other.name)
 
