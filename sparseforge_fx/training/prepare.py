@@ -13,6 +13,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import unwrapped
+from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.models import low_rank
@@ -116,6 +117,8 @@ def check_sites(program: Exported, sites: Sequence[LinearSite]) -> None:
     """Raise a SparseForgeError if there is nothing to prune, or a weight that cannot be ranked."""
     if program.source is not None and low_rank.branches(program.source):
         raise SparseForgeError("the model has low-rank branches already: start from the dense model")
+    if program.graph.find_nodes(op="call_function", target=OP):
+        raise SparseForgeError("linears of the model are packed: start from the dense model (model.dequantize())")
     if not eligible(sites):
         reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
         raise SparseForgeError(f"nothing to prune: {reasons}")

@@ -151,6 +151,15 @@ class Recipe:
             )
         return config
 
+    def resolved(self, has_data: bool) -> Recipe:
+        """With what was left to defaults that depend on the data or on the method."""
+        if isinstance(self.method, MethodConfig):
+            return self
+        name = self.name(has_data)
+        preset = find_preset(name, self.preset)
+        length = STEPS if preset is not None and self.tokens is None else None
+        return replace(self, method=name, preset=preset, steps=self.steps or length)
+
     # -- as plain data -----------------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:
         """As plain values, which :meth:`from_plain` takes."""

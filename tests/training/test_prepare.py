@@ -161,3 +161,11 @@ def test_include_and_exclude(captured_once):
     assert [w.fqn for w in sparse.method.weights] == [
         f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")
     ]
+
+
+def test_linears_that_are_packed():
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.LayerNorm(16)), torch.randn(2, 16)
+    sf.sparsify(model, example_inputs=x)
+    assert sf.lower_modules(model, gate=False)["sites"]
+    with pytest.raises(SparseForgeError, match=r"packed: start from the dense model \(model.dequantize"):
+        sf.sparsify(model, example_inputs=x)

@@ -141,6 +141,17 @@ def test_the_written_recipe_repeats_the_run(captured_once, tmp_path):
     assert losses[0] == losses[1] and again.report["recipe"] == first.report["recipe"]
 
 
+def test_what_was_left_to_defaults_is_written(captured_once, tmp_path):
+    """Without data the file alone would be a run of magnitude."""
+    found = captured_once("llama")
+    sf.sparsify(found.model, [found.batch()], preset="paper", steps=1, **QUIET).save(tmp_path / "out")
+    read = Recipe.read(tmp_path / "out")
+    assert (read.method, read.preset, read.steps) == ("sparseforge", "paper", 1)
+    assert Recipe().resolved(True) == Recipe(method="sparseforge", preset="tuned", steps=60)
+    assert Recipe(tokens=4096).resolved(True).steps is None
+    assert Recipe().resolved(False) == Recipe(method="magnitude")
+
+
 def test_a_config_and_its_name_are_one_run(captured_once):
     found = captured_once("llama")
     ids = torch.randint(3, 97, (8, 12), generator=torch.Generator().manual_seed(0))

@@ -83,8 +83,9 @@ Table = dict[Shape, Timings]
 
 def check_request(tokens: Sequence[int], table: str | Path | Table | None) -> Table | None:
     """The table, read if it is a file. Raises SparseForgeError if ``tokens`` is not a list of token counts."""
-    if not tokens or min(tokens) < 1:
-        raise SparseForgeError(f"tokens is {list(tokens)}: give token counts of at least 1")
+    counts = tokens if isinstance(tokens, Iterable) else [tokens]
+    if not counts or not all(isinstance(count, int) and count >= 1 for count in counts):
+        raise SparseForgeError(f"tokens is {tokens!r}: give a list of token counts of at least 1")
     return load_table(table) if isinstance(table, str | Path) else table
 
 

@@ -122,3 +122,9 @@ def test_a_damaged_row(tmp_path, entry, value):
 def test_token_counts_that_make_no_sense(tokens):
     with pytest.raises(SparseForgeError, match="token counts"):
         cost.check_request(tokens, None)
+
+
+@pytest.mark.parametrize("tokens", [[], [0], "8", 8.0, [1.5], 0])
+def test_token_counts_that_are_none(tokens):
+    with pytest.raises(SparseForgeError, match="give a list of token counts of at least 1"):
+        cost.check_request(tokens, None)
