@@ -22,17 +22,17 @@ def main(out_features: int = 4096, in_features: int = 4096, rounds: int = 3, thr
     weight = torch.randn(out_features, in_features) * 0.02
     mix = torch.eye(in_features) + torch.randn(in_features, in_features) * (0.3 / in_features**0.5)
     x = torch.randn(2 * in_features, in_features) @ mix
-    hessian = x.t() @ x / len(x)
+    moments = x.t() @ x / len(x)
     solvers = {
         "magnitude": lambda: weight * hard_mask(weight.abs(), TWO_FOUR),
-        "wanda": lambda: weight * hard_mask(weight.abs() * hessian.diagonal().sqrt(), TWO_FOUR),
-        "sparsegpt": lambda: prune_obs(weight, hessian, TWO_FOUR).weight,
-        "alps": lambda: prune_alps(weight, hessian, TWO_FOUR)[0],
+        "wanda": lambda: weight * hard_mask(weight.abs() * moments.diagonal().sqrt(), TWO_FOUR),
+        "sparsegpt": lambda: prune_obs(weight, moments, TWO_FOUR).weight,
+        "alps": lambda: prune_alps(weight, moments, TWO_FOUR)[0],
     }
 
     def error(found: torch.Tensor) -> float:
         delta = found - weight
-        return float((delta @ hessian * delta).sum() / (weight @ hessian * weight).sum())
+        return float((delta @ moments * delta).sum() / (weight @ moments * weight).sum())
 
     errors = {name: error(solve()) for name, solve in solvers.items()}
     record = {
