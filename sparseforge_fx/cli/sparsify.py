@@ -100,8 +100,6 @@ def _recipe(
 
     recipe = Recipe() if config is None else Recipe.read(config)
     given = {name: value for name, value in asked.items() if value not in (None, [])}
-    if "tokens" in given:
-        given["steps"] = None
     recipe = recipe.changed(**given)
     if temperature is not None:
         recipe = recipe.changed(objective=replace(recipe.objective, temperature=temperature))

@@ -98,13 +98,23 @@ class Recipe:
         return recipe or Recipe()
 
     def changed(self, **changes: Any) -> Recipe:
-        """With other fields; names that are none are options of the method."""
+        """With other fields; names that are none are options of the method.
+
+        Another method begins without preset and options, which are the former one's; of ``steps`` and ``tokens`` the
+        one that is given replaces the other.
+        """
         known = {f.name for f in fields(self)}
         own = {name: value for name, value in changes.items() if name in known}
         options = {name: value for name, value in changes.items() if name not in known}
+        before: dict[str, Any] = {}
+        if "method" in own and self.method is not None and own["method"] != self.method:
+            before = {"preset": None, "options": {}}
+        for length, other in (("steps", "tokens"), ("tokens", "steps")):
+            if own.get(length) is not None:
+                before[other] = None
         if options:
-            own["options"] = {**self.options, **own.get("options", {}), **options}
-        return replace(self, **own)
+            own["options"] = {**before.get("options", self.options), **own.get("options", {}), **options}
+        return replace(self, **(before | own))
 
     def check_one_step(self) -> None:
         """Of text: raise a SparseForgeError unless the tokens of the run are enough for one step."""

@@ -41,6 +41,16 @@ def test_names_that_are_no_fields_are_options_of_the_method():
     assert changed.config(True, 30).steps == 30 and changed.config(True).start == "sparsegpt"
 
 
+def test_another_method_begins_anew():
+    tuned = Recipe(method="sparseforge", preset="tuned", steps=60, options={"start": "wanda"})
+    assert tuned.changed(method="ast", tokens=4096) == Recipe(method="ast", tokens=4096)
+    assert tuned.changed(method="sparseforge", lr=1e-3).options == {"start": "wanda"}
+    assert tuned.changed(method="ast", decay=1e-3).options == {"decay": 1e-3}
+    assert Recipe(preset="paper").changed(method="sparseforge").preset == "paper"  # none was named before
+    with pytest.raises(SparseForgeError, match="both set the length"):
+        Recipe().changed(steps=3, tokens=9)
+
+
 def test_defaults():
     assert Recipe().config(False).describe() == {"pattern": "2:4"}  # magnitude
     tuned = Recipe().config(True)
