@@ -113,7 +113,7 @@ def _recipe(
     recipe.check_one_step()
     if recipe.data is not None and recipe.data != "self":
         open_sources(recipe.data)
-    return recipe
+    return recipe.resolved(recipe.data is not None)
 
 
 def _run(
