@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,7 +97,7 @@ def hook_embeddings(module: GraphModule, name: str, handle: Embedded) -> GraphMo
     return twin
 
 
-class TrainerSurface(nn.Module):
+class TrainerSurface(nn.Module, ABC):
     """The part of a :class:`SparseModel` that the Hugging Face Trainer asks for."""
 
     dense: Exported
@@ -105,9 +106,9 @@ class TrainerSurface(nn.Module):
     embedded: tuple[str, Embedded] | None
     checkpointing: bool
 
+    @abstractmethod
     def make_runners(self) -> None:
         """What was asked for has changed: make anew what runs."""
-        raise NotImplementedError
 
     def activation_checkpointing_enable(
         self, *, every_n_layers: int = 1, offload: bool = False, **options: Any
