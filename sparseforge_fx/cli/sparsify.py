@@ -103,17 +103,19 @@ def _recipe(
     recipe = recipe.changed(**given)
     if temperature is not None:
         recipe = recipe.changed(objective=replace(recipe.objective, temperature=temperature))
-    chosen = str(recipe.method or ("magnitude" if recipe.data is None else "sparseforge"))
+    has_data = recipe.data is not None
+    chosen = recipe.name(has_data)
     find_preset(chosen, recipe.preset)
-    options = read_assignments(change, find_options(chosen)) | ({"curvature": curvature} if curvature else {})
-    recipe = recipe.changed(options={**recipe.options, **options})
-    recipe.config(recipe.data is not None)
+    recipe = recipe.changed(**read_assignments(change, find_options(chosen)))
+    if curvature is not None:
+        recipe = recipe.changed(curvature=curvature)
+    recipe.config(has_data)
     if recipe.model is None:
         raise SparseForgeError("there is no model: name a folder, a hub id or a GGUF file, or a --config that does")
     recipe.check_one_step()
     if recipe.data is not None and recipe.data != "self":
         open_sources(recipe.data)
-    return recipe.resolved(recipe.data is not None)
+    return recipe.resolved(has_data)
 
 
 def _run(

@@ -51,6 +51,11 @@ def packed_names(weight: str) -> tuple[str, str]:
     return f"{weight}_values", f"{weight}_bitmask"
 
 
+def weight_of_values(values: str) -> str:
+    """The weight's name by that of its values."""
+    return values.removesuffix("_values")
+
+
 #: of a module's weight
 VALUES, BITMASK = packed_names("weight")
 

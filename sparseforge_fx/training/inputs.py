@@ -26,7 +26,7 @@ from sparseforge_fx.passes import LinearSite, find_linears
 from sparseforge_fx.training.first_batch import check_batch, check_length, example_inputs_of
 from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.prepare import check_sites
-from sparseforge_fx.training.recipe import STEPS, Recipe
+from sparseforge_fx.training.recipe import Recipe
 
 
 @dataclass
@@ -107,12 +107,11 @@ def open_run(
     return Run(program, sites, reader, data, batches, notes)
 
 
-def _tokens_needed(recipe: Recipe, config: MethodConfig, accelerator: Accelerator | None) -> int:
+def _tokens_needed(recipe: Recipe, config: TrainedConfig | LayerwiseConfig, accelerator: Accelerator | None) -> int:
     """Of text: no more is read than the run takes."""
     if isinstance(config, LayerwiseConfig):
         return recipe.calibration * recipe.length
     if recipe.tokens is not None:
         return recipe.tokens
     processes = accelerator.num_processes if accelerator is not None else 1
-    steps = config.steps if isinstance(config, TrainedConfig) else STEPS
-    return steps * recipe.batch_size * recipe.length * recipe.accumulate * processes
+    return config.steps * recipe.batch_size * recipe.length * recipe.accumulate * processes

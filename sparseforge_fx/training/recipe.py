@@ -106,15 +106,15 @@ class Recipe:
         known = {f.name for f in fields(self)}
         own = {name: value for name, value in changes.items() if name in known}
         options = {name: value for name, value in changes.items() if name not in known}
-        before: dict[str, Any] = {}
+        dropped: dict[str, Any] = {}
         if "method" in own and self.method is not None and own["method"] != self.method:
-            before = {"preset": None, "options": {}}
+            dropped = {"preset": None, "options": {}}
         for length, other in (("steps", "tokens"), ("tokens", "steps")):
             if own.get(length) is not None:
-                before[other] = None
+                dropped[other] = None
         if options:
-            own["options"] = {**before.get("options", self.options), **own.get("options", {}), **options}
-        return replace(self, **(before | own))
+            own["options"] = {**dropped.get("options", self.options), **own.get("options", {}), **options}
+        return replace(self, **(dropped | own))
 
     def check_one_step(self) -> None:
         """Of text: raise a SparseForgeError unless the tokens of the run are enough for one step."""

@@ -42,7 +42,7 @@ def export(
 
     Args:
         path: a file whose name ends in ``.pt2``; written beside and renamed.
-        example_inputs: as for :func:`sparseforge_fx.capture.capture`.
+        example_inputs: as for :func:`sparseforge_fx.graph.capture.capture`.
         format: ``pt2``: an ExportedProgram, ``torch.export.load(path).module()``. Its sparse linears are this package's
             operator: ``import sparseforge_fx.kernels.sparse_linear`` before loading. ``aoti``: compiled by AOTInductor
             for this machine's kind of processor, ``torch._inductor.aoti_load_package(path)``, or C++ (see

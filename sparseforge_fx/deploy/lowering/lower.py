@@ -18,6 +18,7 @@ from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS, find_target
+from sparseforge_fx.kernels.packed import weight_of_values
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import LinearSite, deploy_passes, export_passes, find_linears, run_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -41,12 +42,12 @@ def lower(
     given is left as it is.
 
     Args:
-        example_inputs: as for :func:`sparseforge_fx.capture.capture`.
+        example_inputs: as for :func:`sparseforge_fx.graph.capture.capture`.
         target: ``cpu``, ``cuda`` or ``auto`` (the device of the weights).
         tokens: token counts (batch x sequence) that matter. A weight is sparse if that was measured to be faster at one
             of them by more than 3 %, and slower at none; decoding alone: ``tokens=[1, 8]``. Where a device has several
             packed layouts, each weight gets the one that gains most.
-        table: measurements to decide by instead of measuring (what :func:`sparseforge_fx.deploy.cost.save_table`
+        table: measurements to decide by instead of measuring (what ``save_table`` of deploy/lowering/cost.py
             wrote); a shape that is not in it stays dense.
         gate: False packs every 2:4 weight, whatever its speed.
 
@@ -122,7 +123,7 @@ def packed_weights(program: Program) -> list[tuple[PackedSite, int]]:
         values, meta = names[use.values], names[use.meta]
         tensor = program.tensor(values)
         site: PackedSite = {
-            "name": values.removesuffix("_values"),
+            "name": weight_of_values(values),
             "out": tensor.shape[0],
             "in": use.in_features,
             "layout": use.layout,

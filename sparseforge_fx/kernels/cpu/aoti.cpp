@@ -1,5 +1,5 @@
 // What a package of AOTInductor calls: sparseforge::sparse_linear on packed rows, without Python and without the
-// dispatcher. Linked into the package's own library (see deploy/aoti.py).
+// dispatcher. Linked into the package's own library (see deploy/export/aoti.py).
 
 #include "rows_linear.h"
 

@@ -2,7 +2,7 @@
 
 ``ASM`` chooses between PTX byte permutes and the same index mathematics in plain Triton, which Triton's interpreter
 (no inline assembly) and other vendors' GPUs run. Three multiplications turn metadata fields into the selector of a byte
-permute; the constants were found by exhaustive search and are checked in ``tests/kernels/test_triton_bits.py``.
+permute; the constants were found by exhaustive search and are checked in ``tests/kernels/gpu/test_triton_bits.py``.
 """
 
 import triton
