@@ -98,7 +98,7 @@ def evaluate(
 
 def _read_windows(text: str) -> tuple[int | None, int | None]:
     """``1024:512`` -> context and stride, None for what is not there."""
-    match = re.fullmatch(r"(\d*)(?::(\d+))?", text)
+    match = re.fullmatch(r"([1-9]\d*)?(?::([1-9]\d*))?", text)
     if match is None:
         raise SparseForgeError(f"--context {text} is not CONTEXT or CONTEXT:STRIDE: write 1024 or 1024:512, say")
     return (int(match[1]) if match[1] else None), (int(match[2]) if match[2] else None)

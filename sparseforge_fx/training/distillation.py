@@ -48,7 +48,7 @@ class Distillation:
         check_numbers(get_type_hints(type(self), include_extras=True), vars(self))
         if self.divergence not in DIVERGENCES:
             raise SparseForgeError(f"unknown divergence {self.divergence!r}; choose one of {', '.join(DIVERGENCES)}")
-        if self.features is not None and self.features not in FEATURES:
+        if self.features not in (None, *FEATURES):
             raise SparseForgeError(f"unknown features {self.features!r}; choose one of {', '.join(FEATURES)}")
 
     def describe(self) -> dict[str, Any]:

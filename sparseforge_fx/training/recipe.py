@@ -207,6 +207,8 @@ class Recipe:
             glob = isinstance(values[name], str) and name != "options"
             if not glob and not isinstance(values[name], type(empty)):
                 raise SparseForgeError(f"{name} of a recipe is {values[name]!r}: give a {type(empty).__name__}")
+        if strange := [key for key in values["options"] if not isinstance(key, str)]:
+            raise SparseForgeError(f"options of a recipe are named by text, not {strange[0]!r}")
         for name in ("model", "data", "text_column", "separator", "dtype", "method", "preset", "pattern"):
             if not isinstance(values.get(name), str | None):
                 raise SparseForgeError(f"{name} of a recipe is {values[name]!r}: give text")

@@ -133,7 +133,7 @@ def sparsify(
     notes = report["notes"]
     notes += [n for n in run.reader.notes if n not in notes]
     notes += _by_text(report.get("layer_notes") or {})
-    recipe = recipe.resolved(data is not None).changed(data=data if isinstance(data, str) else None)
+    recipe = recipe.resolved(data is not None).changed(data=str(data) if isinstance(data, str | Path) else None)
     report |= {
         "options": dict(recipe.options),
         "recipe": recipe.describe(),

@@ -272,6 +272,8 @@ def test_evaluate_measures_packed_weights_as_it_does_dense_ones(home, sparse, tm
     [
         (("--context", "many"), "write 1024 or 1024:512, say"),
         (("--context", "32:"), "write 1024 or 1024:512, say"),
+        (("--context", "0"), "write 1024 or 1024:512, say"),
+        (("--context", "32:0"), "write 1024 or 1024:512, say"),
         (("--tasks", "all:"), "write all:200, say"),
         (("--tasks", "all:0"), "write all:200, say"),
     ],

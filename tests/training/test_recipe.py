@@ -96,6 +96,8 @@ def test_numbers_as_people_write_them():
         ("objective: {temperature: 0}", "temperature is 0: give a finite number above 0"),
         ("objective: {divergence: js}", "unknown divergence 'js'"),
         ("include: 4", "include of a recipe is 4: give a list"),
+        ("objective: {features: [tinybert]}", "unknown features"),
+        ("options: {1: 2}", "named by text, not 1"),
         ("options: [a]", "options of a recipe is .*: give a dict"),
         ("method: [ast]", "method of a recipe is .*: give text"),
         ("pattern: 0.5", "pattern of a recipe is 0.5: give text"),
@@ -160,6 +162,13 @@ def test_what_was_left_to_defaults_is_written(captured_once, tmp_path):
     assert Recipe().resolved(True) == Recipe(method="sparseforge", preset="tuned", steps=60)
     assert Recipe(tokens=4096).resolved(True).steps is None
     assert Recipe().resolved(False) == Recipe(method="magnitude")
+
+
+def test_a_path_is_written_as_the_data(tmp_path):
+    (tmp_path / "ids.txt").write_text("x")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
+    run = sf.sparsify(model, tmp_path / "ids.txt", method="magnitude", example_inputs=torch.randn(2, 8))
+    assert run.recipe.data == run.report["recipe"]["data"] == str(tmp_path / "ids.txt")
 
 
 def test_a_config_and_its_name_are_one_run(captured_once):
