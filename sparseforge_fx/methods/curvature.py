@@ -34,9 +34,10 @@ class Curvature:
     float16), >= 0, and the same on all processes after :meth:`close`.
     """
 
-    def __init__(self, beta: float, estimator: Estimator | None = "gauss_newton"):
+    def __init__(self, beta: float, estimator: Estimator | None = "gauss_newton", vectors: int = 1):
         self.beta = beta
         self.estimator = estimator  # None: nothing is ever estimated
+        self.vectors = vectors  # random ones of a hutchinson probe
         self.values: dict[str, Tensor] = {}
         self._open: dict[str, float] = {}  # what a further part of this step's estimate weighs
 

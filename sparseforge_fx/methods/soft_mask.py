@@ -148,7 +148,9 @@ class SparseForge(TrainedMethod):
     def __init__(self, config: SparseForgeConfig, weights: Sequence[MaskedWeight]):
         super().__init__(config, weights)
         scored = config.start == "dense" and config.score != "magnitude"
-        self.curvature: Curvature = Curvature(config.curvature_beta, config.curvature if scored else None)
+        self.curvature: Curvature = Curvature(
+            config.curvature_beta, config.curvature if scored else None, config.curvature_vectors
+        )
         #: steps that probe before masks move; where the quench ends earlier, one
         warm = WARM_PROBES.get(self.curvature.estimator or "", 1)
         self.warm = warm if config.heat_end * config.steps >= warm else 1

@@ -27,7 +27,6 @@ class CurvatureProbe:
         passes: from ``masked`` to its probed twin.
         weights: the masked weights.
         curvature: where the estimates go.
-        vectors: random vectors of a hutchinson probe.
         tapped: what makes a module keep its intermediate values.
     """
 
@@ -38,10 +37,9 @@ class CurvatureProbe:
         passes: Sequence[Pass],
         weights: Sequence[MaskedWeight],
         curvature: Curvature,
-        vectors: int,
         tapped: Callable[[GraphModule], GraphModule],
     ):
-        self.dense, self.masked, self.weights, self.curvature, self.vectors = dense, masked, weights, curvature, vectors
+        self.dense, self.masked, self.weights, self.curvature = dense, masked, weights, curvature
         self.module: GraphModule | None = None
         self._probes: dict[str, Tensor] = {}  # by the weight's name
         self._hooks: list[Any] = []
@@ -81,8 +79,9 @@ class CurvatureProbe:
             gradients = {w.fqn: w.weight.grad for w in self.weights if w.weight.grad is not None}
             self.curvature.add_signed(gradients, weights)
         elif self.curvature.estimator == "hutchinson":
-            for index in range(self.vectors):
-                self.curvature.add_signed(self._hutchinson(step, index, loss), weights, 1 / self.vectors)
+            vectors = self.curvature.vectors
+            for index in range(vectors):
+                self.curvature.add_signed(self._hutchinson(step, index, loss), weights, 1 / vectors)
         self.curvature.close(self._probes or weights)
 
     def forget(self) -> None:

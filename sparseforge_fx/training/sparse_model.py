@@ -84,15 +84,8 @@ class SparseModel(TrainerSurface):
             self.teacher = Teacher(program, self.copies(), features)
         self.probe: CurvatureProbe | None = None
         if (curvature := self.method.curvature) is not None and curvature.estimator is not None:
-            self.probe = CurvatureProbe(
-                program,
-                self.program,
-                passes(estimator=curvature.estimator),
-                weights,
-                curvature,
-                getattr(config, "curvature_vectors", 1),
-                self._tapped,
-            )
+            probing = passes(estimator=curvature.estimator)
+            self.probe = CurvatureProbe(program, self.program, probing, weights, curvature, self._tapped)
         self.compiled: dict[str, Any] | None = None
         self.checkpointing = False
         self.embedded: tuple[str, Embedded] | None = None
