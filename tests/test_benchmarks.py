@@ -13,6 +13,10 @@ MODEL = {"model": "the tiny one", "label": "tiny"}
 STEPS = {**MODEL, "batch_size": 1, "length": 16, "rounds": 1}
 #: script -> its options, and what its json holds beside commit, device and versions
 SCRIPTS = {
+    "contenders": (
+        {"label": "tiny", "shapes": "32x64", "rows": "1", "threads": "1", "rounds": 2, "rotate_bytes": 1},
+        {"cases", "rotated_bytes"},
+    ),
     "cpu_kernels": (
         {"label": "tiny", "shapes": "32x64", "rows": "1", "threads": "1", "seconds_per_case": 0.0},
         {"cases"},

@@ -3,6 +3,7 @@
     python examples/benchmarks/plots.py
 
 results/perplexity.png: perplexity against training tokens, one line per method, a band over seeds.
+results/frontier.png: perplexity against tokens per second, what is dominated hollow.
 results/kernels.png: what a packed linear gains over the dense one against the number of tokens, one line per weight.
 """
 
@@ -12,6 +13,7 @@ from collections import defaultdict
 from statistics import mean
 
 import matplotlib
+from frontier_tables import batches, dominators
 from quality_tables import label, leaderboard_runs
 from records import RESULTS, read
 from speed_tables import cpu_runs
@@ -32,6 +34,7 @@ def name(run: dict) -> str:
 def main() -> None:
     draw_perplexity()
     draw_kernels()
+    draw_frontier()
 
 
 def draw_perplexity() -> None:
@@ -102,6 +105,24 @@ def draw_kernels() -> None:
     axes[0][0].set_ylim(bottom=0)
     axes[0][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(RESULTS / "kernels.png", dpi=110)
+
+
+def draw_frontier() -> None:
+    """One panel per batch; the size of a point grows with its bytes."""
+    points = read("frontier")
+    if not points:
+        return
+    counts, beaten = batches(points), dominators(points)
+    figure, axes = plt.subplots(1, len(counts), figsize=(6 * len(counts), 4.5), constrained_layout=True, squeeze=False)
+    for axis, count in zip(axes[0], counts, strict=True):
+        for point in points:
+            place = point["tokens_per_second"][count], point["perplexity"]
+            color = "tab:orange" if point["runtime"] == "llama.cpp" else "tab:blue"
+            face = "none" if beaten[point["name"]] else color
+            axis.scatter(*place, s=point["bytes"] / 1e6, facecolors=face, edgecolors=color)
+            axis.annotate(point["name"], place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+        axis.set(xlabel=f"tokens per second, batch {count}", ylabel="WikiText-2 test perplexity", yscale="log")
+    figure.savefig(RESULTS / "frontier.png", dpi=110)
 
 
 if __name__ == "__main__":

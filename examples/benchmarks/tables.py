@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import frontier_tables as frontier
 import quality_tables as quality
 import speed_tables as speed
 
@@ -30,6 +31,8 @@ TABLES = {
     "one-shot": speed.one_shot_table,
     "estimators": speed.estimator_table,
     "formats": speed.formats_table,
+    "frontier": frontier.frontier_table,
+    "contenders": frontier.contenders_table,
 }
 PAGES = ("README.md", "docs/measurements.md")
 

@@ -1,0 +1,158 @@
+"""What a model is worth in each format: perplexity and zero-shot accuracy against speed and bytes; one json a point.
+
+    python examples/benchmarks/frontier.py --text TEST.txt --folder FILES --point "dense=MODEL:float32" \\
+        --point "2:4 int4=PACKED" --point "plan 1.6=PLANNED" --point "llama.cpp Q8_0=FILE.gguf" [--tasks 200] [--prepare]
+
+A point is a name and what sf.load takes, if need be with the dtype to load it in; a .gguf is run by llama.cpp
+(llamacpp.py). Files and qualities that are there are taken as they are, so that a run goes on where it was killed;
+--prepare stops before the speeds, which want a quiet machine and are measured anew every time. They are those of the
+compiled generator (AOTInductor) and of llama.cpp, each in a fresh process, all points in turn, prompt included.
+
+A GGUF's perplexity is of llama.cpp's own logits; its zero-shot accuracy of its weights, dequantised. Which points are
+dominated (another is as good, as fast and as small, and better in one of them) is for tables.py to say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, median, quantiles
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from common import CONTEXT, save, token_ids, use, windowed_perplexity
+from formats import _run as run_generator
+
+import sparseforge_fx as sf
+from sparseforge_fx.evaluation.zero_shot import zero_shot
+from sparseforge_fx.report import write_json
+
+HERE = Path(__file__).parent
+
+
+class Point(NamedTuple):
+    name: str
+    path: str
+    dtype: str | None
+
+    @property
+    def label(self) -> str:
+        """The name as a file's."""
+        return re.sub(r"[^\w.-]+", "-", self.name)
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.endswith(".gguf")
+
+
+def main(
+    point: Annotated[list[str], typer.Option(help="NAME=PATH or NAME=PATH:DTYPE")],
+    text: Annotated[Path, typer.Option(help="test text, for quoting", exists=True)],
+    folder: Annotated[Path, typer.Option(help="exported files and qualities stay here")],
+    batch: Annotated[list[int], typer.Option()] = [1, 8],  # noqa: B006
+    windows: int = 16,
+    tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
+    prompt: int = 16,
+    tokens: int = 64,
+    max_length: Annotated[int, typer.Option(help="what the generator's cache could hold")] = CONTEXT,
+    rounds: int = 3,
+    threads: int = 0,
+    prepare: Annotated[bool, typer.Option("--prepare", help="qualities and files alone")] = False,
+) -> None:
+    use(threads=threads)
+    points = [read_point(each) for each in point]
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {each: prepared(each, folder, text, list(batch), windows, tasks, max_length) for each in points}
+    if prepare:
+        return
+    ids = torch.load(folder / "windows.pt")[:1, :prompt]
+    request = {"ids": ids, "text_tokens": tokens, "tokens": tokens, "rounds": rounds, "batch": list(batch)}
+    torch.save({**request, "device": "cpu", "threads": threads or torch.get_num_threads()}, folder / "request.pt")
+    speeds: dict[Point, dict[str, list[float]]] = {each: {str(b): [] for b in batch} for each in points}
+    for _ in range(rounds):
+        for each in points:
+            for b, found in speed(each, folder)["tokens_per_second"].items():
+                speeds[each][str(b)] += found
+    for each, found in speeds.items():
+        record = {
+            **made[each],
+            "prompt": prompt,
+            "tokens": tokens,
+            "max_length": max_length,
+            "tokens_per_second": {b: median(values) for b, values in found.items()},
+            "quartiles": {b: quantiles(values, n=4)[::2] for b, values in found.items()},
+        }
+        save("frontier", each.label, record)
+        print(each.name, f"perplexity {record['perplexity']:.2f}", record["tokens_per_second"], flush=True)
+
+
+def read_point(given: str) -> Point:
+    name, equals, path = given.partition("=")
+    if not (name and equals and path):
+        sys.exit(f"--point {given!r}: write NAME=PATH, or NAME=PATH:float32")
+    place, _, dtype = path.rpartition(":")
+    known = dtype in ("float32", "bfloat16", "float16")
+    return Point(name, place, dtype) if known else Point(name, path, None)
+
+
+def prepared(
+    point: Point, folder: Path, text: Path, batch: list[int], windows: int, tasks: int, max_length: int
+) -> dict[str, Any]:
+    """The point's quality and bytes, from the folder if they are there; its exported file lies beside them."""
+    asked = {"text": text.name, "windows": windows, "context": CONTEXT, "tasks": tasks, "path": point.path}
+    asked |= {"dtype": point.dtype, "export": None if point.is_gguf else [batch, max_length]}
+    file = folder / f"{point.label}.json"
+    if file.exists() and (known := json.loads(file.read_text()))["asked"] == asked:
+        return known
+    model, tokenizer = sf.load(point.path, dtype=point.dtype)
+    ids = token_ids(text, tokenizer)
+    torch.save(ids[: windows * CONTEXT].view(-1, CONTEXT), folder / "windows.pt")
+    found: dict[str, Any] = {"name": point.name, "asked": asked, "runtime": "llama.cpp" if point.is_gguf else "ours"}
+    weights_alone = windowed_perplexity(model, ids, windows)
+    scores = zero_shot(model, tokenizer, limit=tasks) if tasks else None
+    found |= {"zero_shot": scores, "zero_shot_mean": scores and mean(s["acc"] for s in scores.values())}
+    if point.is_gguf:
+        torch.save(
+            {"windows": torch.load(folder / "windows.pt"), "threads": torch.get_num_threads()}, folder / "request.pt"
+        )
+        found |= llama_cpp("perplexity", point, folder)
+        found |= {"perplexity_of_weights": weights_alone, "bytes": Path(point.path).stat().st_size}
+    else:
+        report = sf.export_generator(
+            model, folder / f"{point.label}.pt2", tokenizer, format="aoti", max_length=max_length, tokens=batch
+        )
+        gated = [s for s in report["skipped"] if s["reason"].startswith("gate")]
+        found |= {"perplexity": weights_alone, "bytes": held_bytes(model), "file_bytes": report["file_bytes"]}
+        found |= {"packed": len(report["sites"]), "kept_dense_by_gate": len(gated)}
+    write_json(file, found)
+    print(point.name, f"perplexity {found['perplexity']:.2f}, {found['bytes'] / 1e6:.0f} MB", flush=True)
+    return found
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of what the model holds, tied weights once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def speed(point: Point, folder: Path) -> dict[str, Any]:
+    """Of one fresh process."""
+    if point.is_gguf:
+        return llama_cpp("speed", point, folder)
+    return run_generator("generator-aoti", folder / f"{point.label}.pt2", folder)
+
+
+def llama_cpp(command: str, point: Point, folder: Path) -> dict[str, Any]:
+    """What llamacpp.py says to the request in the folder."""
+    result = folder / "result.json"
+    arguments = [HERE / "llamacpp.py", command, point.path, folder / "request.pt", result]
+    subprocess.run([sys.executable, *map(str, arguments)], check=True)
+    return json.loads(result.read_text())
+
+
+if __name__ == "__main__":
+    typer.run(main)

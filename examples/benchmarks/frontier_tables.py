@@ -1,0 +1,65 @@
+"""Tables of formats against each other: points of quality, speed and bytes, and the dense contenders of few bits."""
+
+from __future__ import annotations
+
+from records import blocks, machine, read, table
+
+
+def batches(points: list[dict]) -> list[str]:
+    """The batches that all points were timed at."""
+    return [b for b in points[0]["tokens_per_second"] if all(b in p["tokens_per_second"] for p in points)]
+
+
+def dominators(points: list[dict]) -> dict[str, list[str]]:
+    """Who is as good, as fast at every batch and as small as a point, and better in one of them, by the point's name."""
+    counts = batches(points) if points else []
+
+    def worth(point: dict) -> list[float]:
+        return [-point["perplexity"], -point["bytes"], *(point["tokens_per_second"][b] for b in counts)]
+
+    worths = {point["name"]: worth(point) for point in points}
+    return {
+        name: [o for o, w in worths.items() if w != mine and all(a >= b for a, b in zip(w, mine, strict=True))]
+        for name, mine in worths.items()
+    }
+
+
+def frontier_table() -> str:
+    points = sorted(read("frontier"), key=lambda p: p["perplexity"])
+    if not points:
+        return table((), "", ())
+    counts, beaten = batches(points), dominators(points)
+    rows = []
+    for point in points:
+        speeds = (f"{point['tokens_per_second'][b]:.1f}" for b in counts)
+        zero_shot = point["zero_shot_mean"]
+        rows.append((
+            point["name"], f"{point['perplexity']:.2f}", "" if zero_shot is None else f"{100 * zero_shot:.1f}",
+            *speeds, f"{point['bytes'] / 1e6:.0f} MB", ", ".join(beaten[point["name"]]) or "nobody",
+        ))  # fmt: skip
+    asked = points[0]["asked"]
+    text = (
+        f"{machine(points[0])} threads; perplexity of the first {asked['windows']} windows of {asked['context']} tokens of {asked['text']};"
+        f" {points[0]['prompt']} tokens of prompt, {points[0]['tokens']} new ones; commit {points[0]['commit']}."
+    )
+    names = ("point", "perplexity", "zero-shot %", *(f"tokens/s, batch {b}" for b in counts), "bytes", "dominated by")
+    return blocks([(text, table(names, "lrr" + "r" * len(counts) + "rl", rows))])
+
+
+def contenders_table() -> str:
+    """Dense, and the fastest of 8 and of 4 bits that is a whole linear, per shape, dtype, threads and rows."""
+    parts = []
+    for run in read("contenders"):
+        rows = []
+        for case in run["cases"]:
+            whole = {n: r for n, r in case["results"].items() if n != "stream" and not n.endswith("product")}
+            best = []
+            for bits in (0, 8, 4):
+                name = min((n for n, r in whole.items() if r["bits"] == bits), key=lambda n: whole[n]["microseconds"])
+                row = whole[name]
+                best.append(f"{name}: {row['microseconds']:.0f} us, {row['gigabytes_per_second']:.1f} GB/s")
+            rows.append((f"{case['out']}x{case['in']}", case["dtype"], case["threads"], case["rows"], *best))
+        text = f"{run['device']} ({run['instruction_set']}); commit {run['commit']}; weights rotated over {run['rotated_bytes'] / 1e6:.0f} MB."
+        names = ("weight", "dtype", "threads", "M", "dense", "best of 8 bits", "best of 4 bits")
+        parts.append((text, table(names, "llrrlll", rows)))
+    return blocks(parts)
