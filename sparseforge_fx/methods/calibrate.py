@@ -141,9 +141,7 @@ def _run(
             run.run_node(leave[node])
 
 
-def _look_ahead(
-    run: Interpreter, step: Sequence[Node], leave: Mapping[Node, Node], node: Node, source: Node
-) -> Tensor:
+def _look_ahead(run: Interpreter, step: Sequence[Node], leave: Mapping[Node, Node], node: Node, source: Node) -> Tensor:
     """The value of ``source`` that ``node`` will see in the midst of a step, with what vmap hides of it."""
     env, found = dict(run.env), []
     _run(run, step, leave, iter(()), until=(node, lambda: found.append(_plain(run.env[source]))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sparseforge_fx.methods.alps import prune_alps
 from sparseforge_fx.methods.config import MethodConfig
-from sparseforge_fx.methods.grid import Grid
 from sparseforge_fx.methods.layerwise import LayerSolution
 from sparseforge_fx.methods.obs import prune_obs
-from sparseforge_fx.methods.unseen import rank_unseen, unseen
+from sparseforge_fx.methods.rounding import Values, format_of, round_weight
+from sparseforge_fx.methods.unseen import rank_unseen, tell_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
 from sparseforge_fx.ranges import Count, Range
@@ -38,11 +38,33 @@ def magnitude(weights: Sequence[MaskedWeight], pattern: AnyPattern) -> None:
 
 @dataclass(frozen=True)
 class LayerwiseConfig(MethodConfig, ABC):
-    """The constants of a layer-wise method."""
+    """The constants of a layer-wise method.
 
-    @abstractmethod
+    Attributes:
+        values: what the survivors are kept in: ``float``, or put on the grid of ``int8``, ``int4`` or ``int4/128``
+            before the next layer is looked at (methods/rounding.py).
+    """
+
+    values: Values = field(default="float", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        format_of(self.values)
+
     def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         """Weight and mask of one layer (a :data:`~sparseforge_fx.methods.layerwise.Solve`)."""
+        found, format = self.prune(weight, mask, moments), format_of(self.values)
+        against = format.why_not(weight.shape[1])
+        notes = (found.note, tell_unseen(moments), against and f"not in {self.values}: {against}")
+        found = found._replace(note="; ".join(filter(None, notes)))
+        if against or not format.is_quantized:
+            return found
+        rounded = round_weight(found.weight, format, moments, found.mask)
+        return found._replace(weight=rounded.weight, scales=rounded.scales)
+
+    @abstractmethod
+    def prune(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+        """The same before its survivors are rounded."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,7 @@ class WandaConfig(LayerwiseConfig):
     """Keep the largest |w_ij| ||x_j|| (eq. 1): of every group; unstructured, of every output row. Survivors stay as
     they are."""
 
-    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+    def prune(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         scores = weight.abs().float() * moments.diagonal().sqrt()
         columns = weight.shape[1]
         per_row = int(self.pattern.density * columns + 1e-6)  # rows together must not exceed the share of the tensor
@@ -66,23 +88,14 @@ class SparseGPTConfig(LayerwiseConfig):
     Attributes:
         damping: share of the mean diagonal of X^T X that is added to its diagonal.
         choose_masks: False keeps the largest entries of the present mask.
-        bits, bits_group: puts the survivors on an integer grid in the same sweep, one scale per row and so many inputs.
     """
 
     damping: Damping = 0.01
     choose_masks: bool = True
-    bits: Annotated[int, Range(2, 8)] | None = None
-    bits_group: Count = 128
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bits is not None:
-            Grid(self.bits, self.bits_group).check()
-
-    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+    def prune(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         fixed = None if self.choose_masks else hard_mask(mask, self.pattern)
-        grid = None if self.bits is None else Grid(self.bits, self.bits_group)
-        result = prune_obs(weight, moments, self.pattern, mask=fixed, damping=self.damping, grid=grid)
+        result = prune_obs(weight, moments, self.pattern, mask=fixed, damping=self.damping)
         note = f"damping raised to {result.damping:g}" if result.damping > self.damping else ""
         return LayerSolution(result.weight, result.mask, note)
 
@@ -99,7 +112,7 @@ class AlpsConfig(LayerwiseConfig):
     damping: Damping = 0.01
     iterations: Count = 30
 
-    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+    def prune(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         found = prune_alps(weight, moments, self.pattern, damping=self.damping, iterations=self.iterations)
         return LayerSolution(*found)
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.methods.config import MethodConfig
-from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.layerwise import Walked, prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LayerwiseConfig, magnitude
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import harden_passes, run_passes, train_passes
@@ -25,8 +26,9 @@ from sparseforge_fx.training.unused import unused_arguments
 
 def prune_once(
     run: Run, recipe: Recipe, config: MethodConfig, beside: Mapping[str, Any], report: dict[str, Any]
-) -> None:
-    """Prune the run's model by a method that does not train, and say in the report how."""
+) -> dict[str, Tensor]:
+    """Prune the run's model by a method that does not train, and say in the report how. Returns the scales of weights
+    that were put on a grid."""
     batches = run.first(recipe.calibration) if run.batches is not None else None
     report["notes"] += unused_arguments(
         recipe, beside, data=run.data, method=report["method"], trains=False, calibrates=batches is not None,
@@ -34,22 +36,23 @@ def prune_once(
     )  # fmt: skip
     report["config"] = config.describe()
     report["calibration_sequences"] = sum(count_rows(b) for b in batches or ())
-    report["layer_notes"] = _prune(run, config, [run.reader.read(*as_call(b)) for b in batches or ()])
+    report["layer_notes"], scales = _prune(run, config, [run.reader.read(*as_call(b)) for b in batches or ()])
+    return scales
 
 
 @torch.no_grad()
-def _prune(run: Run, config: MethodConfig, batches: list[Reading]) -> dict[str, str]:
+def _prune(run: Run, config: MethodConfig, batches: list[Reading]) -> Walked:
     masked, _ = run_passes(run.program, train_passes(run.sites))
     weights = [
         MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim)
         for s in eligible(run.sites)
     ]
-    notes: dict[str, str] = {}
+    walked = Walked({}, {})
     with undone_on_error(weights):
         if isinstance(config, LayerwiseConfig):
-            notes = prune_layer_by_layer(masked, weights, batches, config.solve)
+            walked = prune_layer_by_layer(masked, weights, batches, config.solve)
         else:
             magnitude(weights, config.pattern)
         run_passes(masked, harden_passes(config.pattern))
         assert all(check_pattern(w.weight, config.pattern, w.dim) for w in weights)
-    return notes
+    return walked

@@ -51,7 +51,7 @@ def test_sparsegpt_equals_the_same_by_hand(tiny, name, dim):
     found = tiny(name)
     batches = [found.batch(seed, rows=4, length=16) for seed in range(4)]
     masked, weights = soft_masked(found.program)
-    notes = prune_layer_by_layer(masked, weights, batches, SparseGPTConfig(TWO_FOUR).solve)
+    notes = prune_layer_by_layer(masked, weights, batches, SparseGPTConfig(TWO_FOUR).solve).notes
     got = {w.fqn: (w.weight.detach().clone(), w.mask.clone()) for w in weights}
     found.reset()
     # the order that the graph has; a layer that reads what another one read is not upset by that one's pruning
@@ -111,7 +111,9 @@ def test_raised_damping_is_reported_by_name():
     """One token: a Hessian of rank one, which no tiny damping makes definite."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16))
     masked, weights = soft_masked(capture(model, torch.randn(2, 16)))
-    notes = prune_layer_by_layer(masked, weights, [torch.randn(1, 16)], SparseGPTConfig(TWO_FOUR, damping=1e-13).solve)
+    notes = prune_layer_by_layer(
+        masked, weights, [torch.randn(1, 16)], SparseGPTConfig(TWO_FOUR, damping=1e-13).solve
+    ).notes
     assert set(notes) == {"0.weight", "2.weight"} and all("damping raised to" in note for note in notes.values())
     assert all(torch.isfinite(w.weight).all() for w in weights)
 
