@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from sparseforge_fx.methods.alps import prune_alps
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.layerwise import LayerSolution
 from sparseforge_fx.methods.obs import prune_obs
-from sparseforge_fx.methods.rounding import Values, format_of, round_weight
-from sparseforge_fx.methods.unseen import rank_unseen, tell_unseen, unseen
+from sparseforge_fx.methods.rounding import Values
+from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
 from sparseforge_fx.ranges import Count, Range
@@ -41,30 +41,19 @@ class LayerwiseConfig(MethodConfig, ABC):
     """The constants of a layer-wise method.
 
     Attributes:
-        values: what the survivors are kept in: ``float``, or put on the grid of ``int8``, ``int4`` or ``int4/128``
-            before the next layer is looked at (methods/rounding.py).
+        values: what the survivors are kept in. Unless ``float``, a second walk over the same data puts the weights on
+            that grid (methods/rounding.py).
     """
 
     values: Values = field(default="float", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        format_of(self.values)
-
-    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
-        """Weight and mask of one layer (a :data:`~sparseforge_fx.methods.layerwise.Solve`)."""
-        found, format = self.prune(weight, mask, moments), format_of(self.values)
-        against = format.why_not(weight.shape[1])
-        notes = (found.note, tell_unseen(moments), against and f"not in {self.values}: {against}")
-        found = found._replace(note="; ".join(filter(None, notes)))
-        if against or not format.is_quantized:
-            return found
-        rounded = round_weight(found.weight, format, moments, found.mask)
-        return found._replace(weight=rounded.weight, scales=rounded.scales)
+        self.choose("values", get_args(Values))
 
     @abstractmethod
-    def prune(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
-        """The same before its survivors are rounded."""
+    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+        """Weight and mask of one layer (a :data:`~sparseforge_fx.methods.layerwise.Solve`)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ class WandaConfig(LayerwiseConfig):
     """Keep the largest |w_ij| ||x_j|| (eq. 1): of every group; unstructured, of every output row. Survivors stay as
     they are."""
 
-    def prune(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         scores = weight.abs().float() * moments.diagonal().sqrt()
         columns = weight.shape[1]
         per_row = int(self.pattern.density * columns + 1e-6)  # rows together must not exceed the share of the tensor
@@ -93,7 +82,7 @@ class SparseGPTConfig(LayerwiseConfig):
     damping: Damping = 0.01
     choose_masks: bool = True
 
-    def prune(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         fixed = None if self.choose_masks else hard_mask(mask, self.pattern)
         result = prune_obs(weight, moments, self.pattern, mask=fixed, damping=self.damping)
         note = f"damping raised to {result.damping:g}" if result.damping > self.damping else ""
@@ -112,7 +101,7 @@ class AlpsConfig(LayerwiseConfig):
     damping: Damping = 0.01
     iterations: Count = 30
 
-    def prune(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
+    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         found = prune_alps(weight, moments, self.pattern, damping=self.damping, iterations=self.iterations)
         return LayerSolution(*found)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import BITS, Format, parse_format
+from sparseforge_fx.methods.refit import refit
 
 SHRINK = torch.linspace(1.0, 0.5, 21)  # shares of the largest |w| that the scale search tries
 #: share of the mean diagonal that is added to the diagonal. GPTQ's 0.01 gives smaller errors on the calibration
@@ -102,6 +103,24 @@ def round_weight(weight: Tensor, format: Format, moments: Tensor | None = None, 
             scales = _storable(_move_scales(codes, scales.float(), target, h), format)
         _move_codes(codes, spread(scales, w.shape[1]), target, h, kept, largest)
     return Rounded(codes.to(torch.int8), scales)
+
+
+@torch.no_grad()
+def follow(weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
+    """The weight on the same places whose answers to inputs X are nearest to those of ``weight`` to inputs Z.
+
+    X has the errors of the rounded layers before; what this layer can take back of them, it does (the asymmetric
+    calibration of GPTAQ, arXiv 2504.02692, here by least squares on the survivors).
+
+    Args:
+        weight: [out, in]
+        moments, cross: [in, in], X^T X and Z^T X.
+    """
+    w, h = weight.detach().float(), moments.float()
+    damped = _damped(h)
+    pull = w @ (cross.float() - h)
+    aim = w + torch.linalg.solve(damped, pull.t()).t()
+    return refit(aim, h, w != 0, w, damping=DAMPING)
 
 
 def codes_of(weight: Tensor, scales: Tensor, format: Format) -> Rounded:

@@ -164,7 +164,7 @@ class SparseModel(TrainerSurface):
         weights = self.method.weights
         solve = LAYERWISE[self.method.config.start](self.method.config.pattern).solve
         with undone_on_error(weights) as dense, low_rank.handed_over(self.branches, self._hands_over):
-            notes = prune_layer_by_layer(self.program, weights, readings, solve).notes
+            notes = prune_layer_by_layer(self.program, weights, readings, solve)
             # survivors that took over what was pruned leave nothing to the branches
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
             self.handed_over = moved and self.method.config.prunes_on_the_way

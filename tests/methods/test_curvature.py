@@ -274,7 +274,9 @@ def test_every_estimator_is_alive_and_leaves_nothing_behind(tiny, estimator):
     sparse, values = curvature_of(found, estimator, found.batch())
     assert all((v >= 0).all() and v.sum() > 0 for v in values.values())
     assert {id(p) for p in sparse.parameters()} == {id(p) for p in found.model.parameters()}  # no probe, no teacher
-    probes = [p for n, p in sparse.probe.module.named_parameters() if "probe" in n] if sparse.probe.module else []
+    probes = (
+        [p for n, p in sparse.probe.module.named_parameters() if "probe" in n] if sparse.probe.module else []
+    )
     assert len(probes) == (len(values) if estimator in ("gauss_newton", "activation") else 0)
     assert all(p.grad is None for p in probes)
     assert all(p.grad is None for p in sparse.teacher.module.parameters())
@@ -330,9 +332,7 @@ def curvatures(rows: slice) -> dict[str, dict[str, torch.Tensor]]:
     x[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
     found = {}
     for estimator in ESTIMATORS:
-        sparse = prepare(
-            Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), objective=Distillation(kl=1.0)
-        ).train()
+        sparse = prepare(Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), objective=Distillation(kl=1.0)).train()
         with torch.no_grad():
             for p in sparse.parameters():
                 p.mul_(0.8)  # away from the teacher

@@ -43,9 +43,7 @@ def test_wanda_by_hand():
 
 def test_wanda_without_a_structure_compares_within_rows():
     weight = torch.tensor([[100.0, 90.0, 80.0, 70.0, 60.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
-    result = WandaConfig(Unstructured(0.4)).solve(
-        weight, torch.ones_like(weight), torch.diag(torch.tensor([1.0, 1, 1, 1, 9]))
-    )
+    result = WandaConfig(Unstructured(0.4)).solve(weight, torch.ones_like(weight), torch.diag(torch.tensor([1.0, 1, 1, 1, 9])))
     assert result.mask.int().tolist() == [[1, 1, 0, 0, 1], [1, 1, 1, 0, 0]]  # equal scores: the earlier
 
 
