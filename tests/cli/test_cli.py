@@ -351,10 +351,10 @@ def refused(home, out, *arguments, says):
         ("{home}/dense", ["--data", "{home}/train.txt", "--set", "score=best"], "the value must be one of"),
         (
             "{home}/dense",
-            ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "bits=four"],
+            ["--data", "{home}/train.txt", "--method", "alps", "--set", "iterations=four"],
             "must be of type int",
         ),
-        ("{home}/dense", ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "bits=1"], "from 2 up to 8"),
+        ("{home}/dense", ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "values=int3"], "must be one of float, int8"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--method", "ast", "--preset", "tuned"], "unknown preset"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--method", "maskllm", "--pattern", "50%"], "take N:M"),
         ("{home}/dense", ["--pattern", "100%"], "is not N:M"),
