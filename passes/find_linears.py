@@ -49,6 +49,7 @@ class LinearSite:
         transposed: stored [in, out] (Conv1D, ``x @ W``) instead of [out, in].
         out_features, in_features: groups of M run along ``in_features``, stored in ``reduction_dim``.
         reason: None for a site; otherwise why this weight stays dense, in one clause.
+        readers: operators that read it in any other way.
     """
 
     fqn: str
@@ -58,6 +59,7 @@ class LinearSite:
     uses: list[LinearUse] = field(default_factory=list)
     transposed: bool = False
     reason: str | None = None
+    readers: tuple[str, ...] = ()
 
     @property
     def reduction_dim(self) -> int:
@@ -129,12 +131,13 @@ def find_linears(
     overlapping = _overlapping([value for _, _, value in lifted])
     for key, site in sites.items():
         names = (site.fqn, *site.ties)
-        named = any(_matches(n, include) for n in names)
+        named = any(matches(n, include) for n in names)
         ids = {id(parameters[n]) for n in names if n in parameters}
         if ids & adapters.own:
             site.reason = "part of a PEFT adapter"
             continue
-        site.reason = _refusal(site, others[key], pattern)
+        site.readers = tuple(sorted(others[key]))
+        site.reason = _refusal(site, pattern)
         if site.reason is not None:
             site.reason += "; merge_and_unload() its adapter first" if others[key] and ids & adapters.bases else ""
             continue
@@ -146,7 +149,7 @@ def find_linears(
             site.reason = "shares memory with another tensor or with itself"
         elif (alias := aliases.of(parameters[site.fqn], site.fqn)) is not None:
             site.reason = f"shares memory with {alias}"
-        elif any(_matches(n, exclude) for n in names):
+        elif any(matches(n, exclude) for n in names):
             site.reason = "excluded by name"
         elif include and not named:
             site.reason = "not among the included names"
@@ -158,17 +161,23 @@ def find_linears(
     return [*sites.values(), *_computed_weights(program, {n for s in sites.values() for n in (s.fqn, *s.ties)})]
 
 
+def copied_head(site: LinearSite) -> bool:
+    """Do embeddings alone stand against this weight? Then its linear can have a copy of its own in another form."""
+    tied = site.reason == f"also read by {aten.embedding.default}" and len(site.shape) == 2
+    return tied and len({u.swapped for u in site.uses}) == 1 and site.dtype.is_floating_point
+
+
 def eligible(sites: Sequence[LinearSite]) -> list[LinearSite]:
     """Those that are to be pruned."""
     return [s for s in sites if s.reason is None]
 
 
-def _refusal(site: LinearSite, others: set[str], pattern: AnyPattern) -> str | None:
+def _refusal(site: LinearSite, pattern: AnyPattern) -> str | None:
     """Why this weight cannot be pruned at all; None if it can."""
-    readers = ", ".join(sorted(others))
+    readers = ", ".join(site.readers)
     if len(site.shape) != 2:
         return f"{len(site.shape)}-D weight, read by {readers or 'nothing'}"
-    if others:
+    if readers:
         return f"{'also ' if site.uses else ''}read by {readers}"
     if not site.uses:
         return "not read by the program"
@@ -209,7 +218,8 @@ def _overlapping(values: Sequence[Tensor]) -> set[tuple]:
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
-def _matches(fqn: str, globs: str | Sequence[str]) -> bool:
+def matches(fqn: str, globs: str | Sequence[str]) -> bool:
+    """Does a weight's name, or its module's, match one of the globs?"""
     module = fqn.rpartition(".")[0]
     return any(fnmatchcase(fqn, g) or fnmatchcase(module, g) for g in ([globs] if isinstance(globs, str) else globs))
 
