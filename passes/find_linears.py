@@ -103,7 +103,6 @@ def find_linears(
     what shares memory with anything else in the model.
     """
     sites: dict[tuple, LinearSite] = {}
-    others: dict[tuple, set[str]] = defaultdict(set)  # operators that read a weight in any other way
     parameters = {fqn: value for _, fqn, value in program.lifted(InputKind.PARAMETER)}
     lifted = [found for found in program.lifted() if found[2].layout == torch.strided]  # others have no storage
     for node, fqn, value in lifted:
@@ -116,7 +115,7 @@ def find_linears(
         else:
             sites[key].ties += (fqn,)
         sites[key].uses += uses
-        others[key] |= {name for other in rest for name in _readers(other)}
+        sites[key].readers = tuple(sorted({*sites[key].readers, *(r for other in rest for r in _readers(other))}))
 
     for site in sites.values():
         site.transposed = bool(site.uses) and site.uses[0].swapped
@@ -136,10 +135,9 @@ def find_linears(
         if ids & adapters.own:
             site.reason = "part of a PEFT adapter"
             continue
-        site.readers = tuple(sorted(others[key]))
         site.reason = _refusal(site, pattern)
         if site.reason is not None:
-            site.reason += "; merge_and_unload() its adapter first" if others[key] and ids & adapters.bases else ""
+            site.reason += "; merge_and_unload() its adapter first" if site.readers and ids & adapters.bases else ""
             continue
         if site.fqn not in parameters:
             site.reason = "a buffer, not a parameter"
@@ -159,12 +157,6 @@ def find_linears(
                 by_default.append("frozen (requires_grad is False)")
             site.reason = f"{by_default[0]}; include it by name to prune it" if by_default else None
     return [*sites.values(), *_computed_weights(program, {n for s in sites.values() for n in (s.fqn, *s.ties)})]
-
-
-def copied_head(site: LinearSite) -> bool:
-    """Do embeddings alone stand against this weight? Then its linear can have a copy of its own in another form."""
-    tied = site.reason == f"also read by {aten.embedding.default}" and len(site.shape) == 2
-    return tied and len({u.swapped for u in site.uses}) == 1 and site.dtype.is_floating_point
 
 
 def eligible(sites: Sequence[LinearSite]) -> list[LinearSite]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import typer
 
-from sparseforge_fx.cli.app import DtypeOption, Exclude, Include, Model, command, pick_device, stdout
+from sparseforge_fx.cli.app import DtypeOption, Model, command, pick_device, stdout
+from sparseforge_fx.cli.assignments import read_assignments
+
+READING_HELP = (
+    "What is read (repeatable): calibration (sequences; default 16), length, batch_size, seed, text_column, separator; "
+    "include, exclude: a glob over weights or modules."
+)
 
 
 @command
@@ -26,10 +32,7 @@ def plan(
         typer.Option("--format", help="That may be chosen, e.g. '2:4 int8' (repeatable); default: all there are."),
     ] = None,
     table: Annotated[Path | None, typer.Option(help="Times to go by, which lower --output wrote.")] = None,
-    calibration: Annotated[int | None, typer.Option(min=1, help="Sequences that are looked at; default 16.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence; default 512.")] = None,
-    include: Include = [],  # noqa: B006
-    exclude: Exclude = [],  # noqa: B006
+    change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help=READING_HELP)] = [],  # noqa: B006
     dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
 ) -> None:
@@ -38,9 +41,12 @@ def plan(
     from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
     from sparseforge_fx.models.dense import find_dtype, load_dense
     from sparseforge_fx.planning import make
+    from sparseforge_fx.training.recipe import Recipe
 
-    given = {"calibration": calibration, "length": length, "include": include, "exclude": exclude}
-    reading = {name: value for name, value in given.items() if value not in (None, [])}
+    hints = get_type_hints(Recipe)
+    reading = read_assignments(
+        change, {name: str if name in ("include", "exclude") else hints[name] for name in make.READING}
+    )
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder: name a file")
     check_parent(output)

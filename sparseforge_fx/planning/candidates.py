@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from sparseforge_fx.formats import DENSE, Format
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.passes import LinearSite, find_linears
-from sparseforge_fx.passes.find_linears import copied_head, matches
+from sparseforge_fx.passes.find_linears import matches
 from sparseforge_fx.pattern import TWO_FOUR, Unstructured
 
+_EMBEDDING = str(torch.ops.aten.embedding.default)
 _ANY_WIDTH = Unstructured(0.5)  # whose groups fit every weight
 
 
@@ -45,7 +48,7 @@ def candidates(
     found: list[Candidate] = []
     reasons: dict[str, str] = {}
     for site in find_linears(program, _ANY_WIDTH, include or ["*"], exclude):
-        copied = copied_head(site) and _named(site, include, exclude)
+        copied = _is_copied(site) and _named(site, include, exclude)
         if site.reason is not None and not copied:
             reasons[site.fqn] = site.reason
             continue
@@ -59,6 +62,12 @@ def candidates(
         else:
             reasons[site.fqn] = by_default.get(site.fqn) or f"no format fits its {site.in_features} inputs"
     return found, reasons
+
+
+def _is_copied(site: LinearSite) -> bool:
+    """Do embeddings alone stand against this weight? Then its linear can have a copy of its own in another form."""
+    tied = site.readers == (_EMBEDDING,) and site.reason == f"also read by {_EMBEDDING}"
+    return tied and len({u.swapped for u in site.uses}) == 1 and site.dtype.is_floating_point
 
 
 def _named(site: LinearSite, include: str | Sequence[str], exclude: str | Sequence[str]) -> bool:

@@ -55,6 +55,7 @@ def plan(
     table: str | Path | cost.Table | None = None,
     tokenizer: Any = None,
     example_inputs: Any = None,
+    cache_dir: str | Path | None = None,
     **reading: Any,
 ) -> Plan:
     """Choose a format for every linear of ``model``, so that the predicted loss is least within one budget.
@@ -74,6 +75,7 @@ def plan(
             machine has kernels for.
         table: times to go by instead of measuring (see ``save_table`` of deploy/lowering/cost.py).
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
+        cache_dir: where the token file of text is kept.
         reading: fields of a :class:`Recipe` that say what is read: include, exclude, calibration (sequences, default
             16), batch_size, length, seed, text_column, separator. An output layer, a router, or a head that is tied to
             an embedding may be quantised; sparse they can be only where ``include`` names them.
@@ -89,11 +91,11 @@ def plan(
     unlabelled = recipe.changed(objective=Distillation(task=0))  # or the lack of labels would be noted
     run = open_run(
         model, data, unlabelled, SparseGPTConfig(), None,
-        tokenizer=tokenizer, cache_dir=None, example_inputs=example_inputs,
+        tokenizer=tokenizer, cache_dir=cache_dir, example_inputs=example_inputs,
     )  # fmt: skip
     run.notes += unused_arguments(
-        recipe, {"tokenizer": tokenizer}, data=data, method="a plan", trains=False, calibrates=True,
-        batches=run.batches,
+        recipe, {"tokenizer": tokenizer, "cache_dir": cache_dir}, data=data, method="a plan", trains=False,
+        calibrates=True, batches=run.batches,
     )  # fmt: skip
     device = next(iter(run.program.state.values())).device
     layouts = find_target("auto", device)
