@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.deploy.lowering import cost
@@ -106,7 +106,7 @@ def plan(
         raise SparseForgeError(f"nothing to plan: {'; '.join(f'{n}: {r}' for n, r in list(skipped.items())[:4])}")
     shapes = [_shape(c, form) for c in found for form in c.formats if form != DENSE]
     times = cost.timings(shapes, tokens, device, layouts, known)
-    losses = _losses(run, recipe, found)
+    losses = predict(run, recipe, found)
     weights = [_priced(c, losses[c.site.fqn], times, tokens, run.notes) for c in found]
     made = Plan(
         weights, tuple(tokens), goal, environment()["device"], torch.get_num_threads(), environment()["versions"],
@@ -180,8 +180,16 @@ def _priced(
     return PlannedWeight(site.fqn, (site.out_features, site.in_features), DENSE, prices)
 
 
-def _losses(run: Run, recipe: Recipe, found: Sequence[Candidate]) -> Losses:
-    """By weight and format, nats per answer: one walk with gradients, one for the moments of the inputs."""
+def predict(
+    run: Run,
+    recipe: Recipe,
+    found: Sequence[Candidate],
+    seen: Callable[[str, Format, Tensor], object] = lambda *_: None,
+) -> Losses:
+    """By weight and format, nats per answer: one walk with gradients, one for the moments of the inputs.
+
+    ``seen`` is told of every solution: the weight's name, the format, and the weight [out, in] in it.
+    """
     batches: list[Reading] = [run.reader.read(*as_call(batch)) for batch in run.first(recipe.calibration)]
     module = run.program.module()
     by_use = {use.node: c for c in found for use in c.site.uses}
@@ -192,12 +200,13 @@ def _losses(run: Run, recipe: Recipe, found: Sequence[Candidate]) -> Losses:
     by_name = {c.site.fqn: c for c in found}
     losses: dict[str, dict[Format, float]] = {c.site.fqn: {} for c in found}
 
-    def visit(name: str, moments: torch.Tensor) -> None:
+    def visit(name: str, moments: Tensor) -> None:
         site = by_name[name].site
         stored = run.program.tensor(name).detach()
         weight = (stored.t() if site.transposed else stored).float()
         for form, solved in solutions(weight, moments, by_name[name].formats[1:]):
             none = torch.zeros(site.out_features, device=weight.device)  # the answer does not depend on it
+            seen(name, form, solved)
             losses[name][form] = predicted_loss(solved - weight, moments, curvature.get(name, none))
 
     sources = {node: (c.site.fqn, LINEAR_OPS[node.target][0]) for node, c in nodes.items()}

@@ -163,7 +163,8 @@ def measure(
     for count in tokens:
         x = torch.randn(count, width, generator=generator, device=device).to(dtype)
         for _, layout, run in runs:
-            layout.tune(*run.copies[0], width, count)
+            values, meta = run.copies[0]
+            layout.tune(values, meta, width, count)
         turns = [dense, *(run for _, _, run in runs)]
         repeats = [run.calibrate(x, seconds) for run in turns]
         samples: list[list[float]] = [[] for _ in turns]

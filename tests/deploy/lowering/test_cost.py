@@ -73,7 +73,9 @@ def test_measuring_a_tiny_shape():
 
 def test_each_shape_is_measured_once(monkeypatch):
     seen = []
-    monkeypatch.setattr(cost, "measure", lambda shapes, *_: seen.extend(shapes) or {SHAPE: {"rows": {1: timing(1, 2.0)}}})
+    monkeypatch.setattr(
+        cost, "measure", lambda shapes, *_: seen.extend(shapes) or {SHAPE: {"rows": {1: timing(1, 2.0)}}}
+    )
     assert set(cost.timings([SHAPE, SHAPE], [1], CPU, find_target("cpu", CPU), None)) == {SHAPE}
     assert seen == [SHAPE]
 
@@ -125,7 +127,9 @@ def test_a_table_of_an_older_version_is_to_be_measured_again(tmp_path):
         cost.load_table(tmp_path / "table.json")
 
 
-@pytest.mark.parametrize(("dense_int8_us", "reason"), [(15.0, None), (9.0, "slower than dense int8 at 1 tokens (0.90x)")])
+@pytest.mark.parametrize(
+    ("dense_int8_us", "reason"), [(15.0, None), (9.0, "slower than dense int8 at 1 tokens (0.90x)")]
+)
 def test_a_sparse_weight_must_beat_the_dense_one_of_the_same_bits(dense_int8_us, reason):
     sparse = SHAPE._replace(format=parse_format("2:4 int8"))
     assert sparse.rival == SHAPE._replace(format=parse_format("dense int8")) and SHAPE.rival is None
