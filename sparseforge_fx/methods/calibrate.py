@@ -40,7 +40,7 @@ def layer_by_layer(
     """
     names = mask_names(module.graph, module.graph.find_nodes(op="placeholder"))
     padded: set[str] = set()
-    flat = [flatten(module, batch) for batch in batches]
+    flat = [_flatten(module, batch) for batch in batches]
     runs = [Interpreter(module, garbage_collect_values=False) for _ in batches]
     feeds = [iter(inputs) for inputs in flat]
     last = _last_uses(module)
@@ -173,7 +173,7 @@ def _second_moment(inputs: Iterable[Tensor], masks: Iterable[Tensor | None]) -> 
     return total / max(1, tokens), told
 
 
-def flatten(module: GraphModule, batch: Any) -> list:
+def _flatten(module: GraphModule, batch: Any) -> list:
     if isinstance(batch, Reading):
         return pytree.tree_leaves((batch.args, batch.kwargs))
     args, kwargs = as_call(batch)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from sparseforge_fx.data.reading import Reading
-from sparseforge_fx.methods.calibrate import flatten
 from sparseforge_fx.training.objective import Answer
 
 #: node that multiplies by a weight -> the weight's name
@@ -46,20 +46,18 @@ def output_curvature(
         answer: output of the model -> what of it is compared.
         draws: labels drawn for every answer.
 
-    Of scores the loss is the log-likelihood of a drawn class; of other answers the squared error relative to the
-    answer's own square. Memory: one batch's activations.
+    Of scores the loss is the log-likelihood of a drawn class; of other answers the squared error of a row relative to
+    its own square. Memory: one batch's activations.
     """
     generator = torch.Generator().manual_seed(seed)
     total: dict[str, Tensor] = {}
     answers = 0
     for batch in batches:
         run = _Watched(module, nodes, total)
-        found = answer(
-            module.graph._codegen.process_outputs(run.run(*flatten(module, batch), enable_io_processing=False))
-        )  # type: ignore[attr-defined]
+        found = answer(run.run(*pytree.tree_leaves((batch.args, batch.kwargs))))
         keep = None if found.span else batch.real_rows(found.value)
         value = found.value if keep is None else found.value[keep]
-        answers += value.shape[:-1].numel() if found.scores else len(value)
+        answers += value.shape[:-1].numel()
         for draw in range(draws):
             loss = _drawn_loss(value, found.scores, generator)
             loss.backward(retain_graph=draw + 1 < draws)
@@ -72,7 +70,7 @@ def _drawn_loss(value: Tensor, scores: bool, generator: torch.Generator) -> Tens
         log_p = value.flatten(0, -2).float().log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
         return -log_p.gather(1, drawn).sum()
-    rows = value.reshape(len(value), -1).float()
+    rows = value.reshape(-1, value.shape[-1]).float()
     noise = torch.randn(rows.shape, generator=generator).to(rows.device)
     scale = math.sqrt(2) / rows.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)
     return (rows * noise * scale).sum()
