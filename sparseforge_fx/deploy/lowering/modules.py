@@ -154,7 +154,7 @@ def lower_modules(
         for name, module in sites.items():
             weight = weights.pop(name)
             before += weight.nbytes
-            layout, against = cost.choose(timings[shapes[name]], layouts, tokens) if gate else (layouts[0], None)
+            layout, against = cost.choose(timings, shapes[name], layouts, tokens) if gate else (layouts[0], None)
             if layout is None:
                 skipped[name] = f"gate: {against}"
                 after += weight.nbytes
