@@ -65,14 +65,8 @@ def layer_by_layer(
                 source = node.args[index]
                 assert isinstance(source, Node)
                 if source not in moments:
-                    found = [
-                        (
-                            run.env[source] if node is step[0] else _look_ahead(run, step, leave, node, source)
-                            for run in group
-                        )
-                        for group in (runs, twins)
-                        if group
-                    ]
+                    see = _seen_by(step, leave, node, source)
+                    found = [map(see, group) for group in (runs, twins) if group]
                     masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
                     moments[source], known = _second_moments(found, masks)
                     if not known:
@@ -161,6 +155,13 @@ def _run(
     finally:
         for node in reversed(entered):
             run.run_node(leave[node])
+
+
+def _seen_by(
+    step: Sequence[Node], leave: Mapping[Node, Node], node: Node, source: Node
+) -> Callable[[Interpreter], Tensor]:
+    """What a run gives ``node``, which stands in ``step``, for its input ``source``."""
+    return lambda run: run.env[source] if node is step[0] else _look_ahead(run, step, leave, node, source)
 
 
 def _look_ahead(run: Interpreter, step: Sequence[Node], leave: Mapping[Node, Node], node: Node, source: Node) -> Tensor:
