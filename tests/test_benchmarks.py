@@ -93,10 +93,10 @@ def test_quality_is_one_json_that_is_not_made_twice(model, results, capsys):
     text = write_text(results / "text.txt")
     run = {"model": str(model), "data": [str(text)], "valid": text, "test": text, "folder": results / "runs"}
     run |= {"tokens": 256, "length": 64, "batch_size": 1, "calibration": 2, "windows": 1, "compile": "off"}
-    quality.main(**run, label="tuned", quantize="8")
+    quality.main(**run, label="tuned", quantize="int8")
     record = json.loads((results / "runs" / "tuned.json").read_text())
     assert record["tokens"] == 256 and record["report"]["sites"] == 14 and record["report"]["preset"] == "tuned"
-    scores = (record["dense_perplexity"], record["sparse_perplexity"], record["quantized_perplexity"]["8"])
+    scores = (record["dense_perplexity"], record["sparse_perplexity"], record["quantized_perplexity"]["int8"])
     assert all(found["valid"] == found["test"] > 1 for found in scores) and len({s["test"] for s in scores}) == 3
     assert not list((results / "runs").glob("*.state"))
     capsys.readouterr()

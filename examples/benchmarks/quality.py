@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from records import RESULTS
 from transformers import AutoTokenizer, PreTrainedModel
 
 import sparseforge_fx as sf
-from sparseforge_fx.data.tokens import tokenize
+from sparseforge_fx.data.tokens import TokenData, tokenize
 from sparseforge_fx.evaluation.zero_shot import zero_shot
 from sparseforge_fx.methods.catalog import TRAINED
 from sparseforge_fx.report import environment, write_json
@@ -50,7 +51,7 @@ def main(
     label: str = "",
     folder: Annotated[Path, typer.Option(help="where the json goes")] = RESULTS / "quality",
     tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
-    quantize: Annotated[str, typer.Option(help="bits by commas: score the sparse model so quantised, too")] = "",
+    quantize: Annotated[str, typer.Option(help="values by commas (int8,int4): score the model so quantised, too")] = "",
     compile: str = "auto",
     options: Annotated[str, typer.Option(help="json of further fields of the method's config")] = "{}",
     dense_from: Annotated[
@@ -100,7 +101,9 @@ def main(
         "dense_perplexity": dense,
         "sparse_perplexity": sparse,
         "zero_shot": zero_shot(net, tokenizer, limit=tasks) if tasks else None,
-        "quantized_perplexity": {bits: quantized_score(net, int(bits), score) for bits in quantize.split(",") if bits},
+        "quantized_perplexity": {
+            values: quantized_score(net, values, score, corpus, calibration) for values in quantize.split(",") if values
+        },
         "report": {k: v for k, v in report.items() if k not in ("skipped", "passes")} | {"sites": len(report["sites"])},
     }
     write_json(out, record)
@@ -121,10 +124,13 @@ def known_score(record: Path | None, windows: int) -> dict[str, float] | None:
     return known["dense_perplexity"] if known.get("windows") == windows else None
 
 
-def quantized_score(model: PreTrainedModel, bits: int, score: Score) -> dict[str, float]:
-    rounded = copy.deepcopy(model)
-    sf.quantize(rounded, bits)
-    return score(rounded)
+def quantized_score(
+    model: PreTrainedModel, values: str, score: Score, corpus: TokenData, calibration: int
+) -> dict[str, float]:
+    """Perplexities, and the seconds that the rounding took."""
+    rounded, clock = copy.deepcopy(model), time.monotonic()
+    sf.quantize(rounded, corpus, values=values, calibration=calibration)
+    return {"seconds": time.monotonic() - clock, **score(rounded)}
 
 
 def print_step(step: int, row: dict[str, float]) -> None:

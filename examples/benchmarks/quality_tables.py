@@ -187,16 +187,21 @@ def quantized_table() -> str:
     runs = read("quantized")
     if not runs:
         return NONE
-    # whose own sweep rounds is quantised already: "" is without
-    found = [
-        {str(run["report"].get("options", {}).get("bits", "")): run["sparse_perplexity"], **run["quantized_perplexity"]}
+    kinds = sorted({kind for run in runs for kind in run["quantized_perplexity"]}, reverse=True)
+    text = f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens."
+
+    def cell(run: dict, kind: str) -> str:
+        found, before = run["quantized_perplexity"].get(kind), run["sparse_perplexity"]["test"]
+        return f"{found['test']:.2f} ({100 * (found['test'] / before - 1):+.1f} %)" if found else ""
+
+    rows = [
+        (
+            run["label"],
+            f"{run['sparse_perplexity']['test']:.2f}",
+            *(cell(run, k) for k in kinds),
+            run["report"]["commit"],
+        )
         for run in runs
     ]
-    bits = sorted({b for known in found for b in known if b}, key=int, reverse=True)
-    text = f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens."
-    rows = [
-        (run["label"], *(f"{known[b]['test']:.2f}" if b in known else "" for b in ("", *bits)), run["report"]["commit"])
-        for run, known in zip(runs, found, strict=True)
-    ]
-    names = ("run", "not quantised", *(f"{b} bits" for b in bits), "commit")
-    return blocks([(text, table(names, "lr" + "r" * len(bits) + "l", rows))])
+    names = ("run", "not quantised", *kinds, "commit")
+    return blocks([(text, table(names, "lr" + "r" * len(kinds) + "l", rows))])

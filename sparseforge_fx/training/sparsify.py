@@ -123,8 +123,7 @@ def sparsify(
         **describe_sites(run.sites),
         **environment(),
     }
-    scales: dict[str, Tensor] = {}
-    beside = {"tokenizer": tokenizer, "cache_dir": cache_dir}
+    beside, scales = {"tokenizer": tokenizer, "cache_dir": cache_dir}, {}
     if accelerator is not None and isinstance(config, TrainedConfig):
         report["preset"] = find_preset(report["method"], recipe.preset)
         anneal(

@@ -209,6 +209,14 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def find_sparse(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
     """Modules whose weight is exactly 2:4, by name; the other linears with a reason."""
+    sites, skipped = find_replaceable(model)
+    against = {name: why_dense(weight_of(module)) for name, module in sites.items()}
+    skipped |= {name: reason for name, reason in against.items() if reason is not None}
+    return {name: module for name, module in sites.items() if name not in skipped}, skipped
+
+
+def find_replaceable(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+    """Modules in whose place a packed one can stand, by name; the other linears with a reason."""
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     sites, skipped = {}, {}
@@ -226,8 +234,6 @@ def find_sparse(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             skipped[name] = "its weight belongs to another module, too"
         elif low_rank.has_other_hooks(module):
             skipped[name] = "it has forward hooks"
-        elif (reason := why_dense(weight_of(module))) is not None:
-            skipped[name] = reason
         else:
             sites[name] = module
     return sites, skipped
