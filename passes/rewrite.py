@@ -39,7 +39,7 @@ class SparseUse(NamedTuple):
     def with_rows(self, rows: Sequence[Node]) -> SparseUse:
         """The same with others in the place of these."""
         names = [name for name in ("values", "meta", "bias", "scales") if getattr(self, name) is not None]
-        return self._replace(**dict(zip(names, rows, strict=True)))
+        return self._replace(**dict(zip(names, rows, strict=True)))  # type: ignore[arg-type]
 
 
 def sparse_use(node: Node) -> SparseUse:

@@ -129,7 +129,7 @@ def quantized_score(
 ) -> dict[str, float]:
     """Perplexities, and the seconds that the rounding took."""
     rounded, clock = copy.deepcopy(model), time.monotonic()
-    sf.quantize(rounded, corpus, values=values, calibration=calibration)
+    sf.quantize(rounded, values, corpus, calibration=calibration)
     return {"seconds": time.monotonic() - clock, **score(rounded)}
 
 

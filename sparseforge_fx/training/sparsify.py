@@ -123,7 +123,7 @@ def sparsify(
         **describe_sites(run.sites),
         **environment(),
     }
-    beside, scales = {"tokenizer": tokenizer, "cache_dir": cache_dir}, {}
+    scales, beside = dict[str, Tensor](), {"tokenizer": tokenizer, "cache_dir": cache_dir}
     if accelerator is not None and isinstance(config, TrainedConfig):
         report["preset"] = find_preset(report["method"], recipe.preset)
         anneal(

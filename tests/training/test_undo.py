@@ -237,7 +237,7 @@ def test_deploying_in_place_that_fails_half_way(monkeypatch, magnitude_pruned, w
     if what == "quantize":
         from sparseforge_fx.deploy.lowering import quantize
 
-        monkeypatch.setattr(quantize, "pack_codes", third_fails(quantize.pack_codes))
+        monkeypatch.setattr(quantize, "round_weight", third_fails(quantize.round_weight))
         with pytest.raises(KeyboardInterrupt):
             sf.quantize(model)
     else:

@@ -32,7 +32,10 @@ class Site(NamedTuple):
         dtype = {"float": floating, "int8": "I8", "int4": "U8"}[format.values]
         width = self.padded // (2 if format.is_sparse else 1) // (2 if format.values == "int4" else 1)
         bitmask = self.padded // 8 if format.is_sparse else 0
-        tensors = {VALUES: (dtype, (out, width)), BITMASK: ("U8", (out, bitmask))}
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+            VALUES: (dtype, (out, width)),
+            BITMASK: ("U8", (out, bitmask)),
+        }
         if format.is_quantized:
             tensors[SCALES] = ("F16", (out, self.in_features // format.group)) if format.group else ("F32", (out, 1))
         return tensors

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
-from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_sparse, weight_of
+from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, weight_of
 from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import ROWS
@@ -21,7 +21,7 @@ def packed_linears(model: nn.Module) -> dict[str, SparseLinear]:
 @torch.no_grad()
 def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingReport]:
     """The state dict with packed weights in place of dense ones, the header of it, the report."""
-    linears, skipped = find_sparse(model)
+    linears, skipped = find_packable(model)
     found: dict[str, Packed] = {name: module.packed() for name, module in packed_linears(model).items()}
     found |= {name: pack(weight_of(module)) for name, module in linears.items()}
     if not found:
@@ -37,7 +37,8 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
     modules = {}
     for name, packed in sorted(found.items()):
         dtype = dtypes.get(name, packed.values.dtype)
-        modules[name] = Site(*packed.shape, str(dtype).removeprefix("torch."), packed.format)
+        out, width = packed.shape
+        modules[name] = Site(out, width, str(dtype).removeprefix("torch."), packed.format)
         tensors = dict(zip((VALUES, BITMASK, SCALES), (packed.values, packed.bitmask, packed.scales), strict=True))
         state |= {f"{name}.{leaf}": tensors[leaf] for leaf in modules[name].tensors()}  # type: ignore[misc]
     dense = {n: s.out_features * s.in_features * getattr(torch, s.dtype).itemsize for n, s in modules.items()}

@@ -139,7 +139,7 @@ def lower_modules(
     skipped modules with reasons, the cost table, bytes before and after. Raises SparseForgeError if no weight is 2:4.
     """
     known = cost.check_request(tokens, table)
-    sites, skipped = find_sparse(model)
+    sites, skipped = find_packable(model)
     if not sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
         raise SparseForgeError(f"nothing to lower: {reasons or 'the model has no linear layer'}; run sparsify first")
@@ -207,16 +207,11 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def find_sparse(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-    """Modules whose weight is exactly 2:4, by name; the other linears with a reason."""
-    sites, skipped = find_replaceable(model)
-    against = {name: why_dense(weight_of(module)) for name, module in sites.items()}
-    skipped |= {name: reason for name, reason in against.items() if reason is not None}
-    return {name: module for name, module in sites.items() if name not in skipped}, skipped
-
-
-def find_replaceable(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-    """Modules in whose place a packed one can stand, by name; the other linears with a reason."""
+def find_packable(
+    model: nn.Module, against: Callable[[Tensor], str | None] = why_dense
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Modules that can be replaced, and whose weight [out, in] nothing is said ``against``, by name; the other linears
+    with a reason. By default those that are exactly 2:4."""
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     sites, skipped = {}, {}
@@ -234,6 +229,8 @@ def find_replaceable(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             skipped[name] = "its weight belongs to another module, too"
         elif low_rank.has_other_hooks(module):
             skipped[name] = "it has forward hooks"
+        elif (reason := against(weight_of(module))) is not None:
+            skipped[name] = reason
         else:
             sites[name] = module
     return sites, skipped

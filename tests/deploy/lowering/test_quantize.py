@@ -1,86 +1,122 @@
-"""Integer weights in place: the pattern stays, the values are near, data makes them nearer, and what fails undoes."""
+"""Models over int8 and int4 codes: zeros stay, values are near, the rest is left alone, scales that are known are kept."""
+
+import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import sparseforge_fx as sf
-from sparseforge_fx.deploy.lowering import quantize as module
+from sparseforge_fx.deploy.lowering import quantize
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.deploy.lowering.round_on_data import first_batches
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import unpack
-from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
+from sparseforge_fx.formats import parse_format
+from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 
-def linear(out, width, dtype=torch.float32, sparse=True, seed=0):
-    torch.manual_seed(seed)
-    made = nn.Linear(width, out, dtype=dtype)
-    if sparse:
-        made.weight.data *= hard_mask(made.weight.data.abs(), TWO_FOUR)
-    return made
+def linear(out, width, dtype=torch.float32, seed=0, spread=0.0, sparse=True):
+    generator = torch.Generator().manual_seed(seed)
+    module = nn.Linear(width, out, dtype=dtype)
+    weight = torch.randn(out, width, generator=generator) * torch.exp(spread * torch.randn(out, 1, generator=generator))
+    module.weight.data = (weight * hard_mask(weight.abs(), TWO_FOUR) if sparse else weight).to(dtype)
+    return module
 
 
-@pytest.mark.parametrize("values", ["int8", "int4", "int4/128"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pattern_and_values_stay(values, dtype):
-    model = nn.Sequential(linear(8, 128, dtype), linear(128, 8, dtype), linear(8, 128, dtype, sparse=False))
-    before = [m.weight.detach().float() for m in model]
-    report = sf.quantize(model, values=values)
-    sparse = f"2:4 {values}" if values != "int4" else "2:4 int4/32"
-    wide = {"0": sparse, "2": sparse.replace("2:4", "dense")}
-    assert report["quantized"] == (wide if values != "int8" else wide | {"1": sparse})
-    assert values == "int8" or "8 inputs are no multiple of the group" in report["skipped"]["1"]
-    for name in report["quantized"]:
-        got = unpack(model[int(name)].packed())
-        assert check_pattern(got, TWO_FOUR) == (name != "2") and not got[before[int(name)] == 0].any()
-        off = (got - before[int(name)]).norm() / before[int(name)].norm()
-        assert 0 < off < (0.01 if values == "int8" else 0.15)
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.sampled_from(["int8", "int4", "int4/128"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0.0, 2.0]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_zeros_stay_zeros_and_values_are_near(out, groups, values, dtype, spread, sparse, seed):
+    form = parse_format(values)
+    width = groups * (form.group or 8)
+    model = nn.Sequential(linear(out, width, dtype, seed, spread, sparse))
+    before = model[0].weight.detach().float()
+    report = sf.quantize(model, values)
+    assert report["sites"][0]["format"] == f"{'2:4' if sparse else 'dense'} {str(form).removeprefix('dense ')}"
+    after = model[0].weight.float()
+    assert model[0].weight.dtype == dtype and (after[before == 0] == 0).all()
+    groups_of = before.unflatten(1, (-1, form.group or width))
+    # the search may cut the largest off to half of itself, never by more than it gains in the sum of squares
+    nearest = groups_of.abs().amax(-1, keepdim=True) / (127 if values == "int8" else 7)
+    plain = ((groups_of / nearest).round() * nearest - groups_of).square().sum(-1)
+    error = (after.unflatten(1, (-1, form.group or width)) - groups_of).square().sum(-1)
+    slack = groups_of.square().sum(-1) * (torch.finfo(dtype).eps ** 2 + 1e-5)
+    assert (error.sqrt() <= 1.02 * plain.sqrt() + slack.sqrt()).all()
 
 
-def test_a_language_model_with_data_is_nearer_than_without(captured_once):
+def test_a_language_model_still_computes(captured_once):
     found = captured_once("llama")
-    sf.sparsify(found.model, method="magnitude")
-    state = {k: v.clone() for k, v in found.model.state_dict().items()}
+    model = type(found.model)(found.model.config).eval()
+    sf.sparsify(model, method="magnitude")
+    batch = found.batch()
+    want = model(**batch).logits
+    report = sf.quantize(model, "int8", dense=False)
+    assert len(report["sites"]) == 14 and [s["name"] for s in report["skipped"]] == ["lm_head"]
+    assert report["lowered_bytes"] < 0.35 * report["dense_bytes"]
+    got = model(**batch).logits
+    assert (got - want).norm() < 0.03 * want.norm() and not torch.equal(got, want)
+
+
+def test_what_is_no_linear_or_too_narrow_is_left_alone():
+    model = nn.Sequential(linear(8, 32), nn.Linear(8, 32), nn.LayerNorm(32), Conv1D(4, 32), nn.Embedding(4, 4))
+    narrow = model[1].weight.detach().clone()
+    report = sf.quantize(model, "int4")
+    assert [(s["name"], s["format"]) for s in report["sites"]] == [("0", "2:4 int4/32"), ("3", "dense int4/32")]
+    assert report["skipped"] == [{"name": "1", "reason": "8 inputs are no multiple of the group of 32"}]
+    assert torch.equal(model[1].weight, narrow) and isinstance(model[3], SparseLinear) and model[3].transposed
+
+
+def test_scales_that_are_known_are_kept_to_the_bit():
+    model = nn.Sequential(linear(16, 64))
+    scales = torch.rand(16, 2).half() + 0.5
+    codes = (model[0].weight.detach() * 3).round().clamp(-7, 7)
+    model[0].weight.data = codes * scales.float().repeat_interleave(32, 1)
+    want = model[0].weight.detach().clone()
+    sf.quantize(model, "int4", scales={"0.weight": scales})
+    assert torch.equal(model[0].weight, want) and torch.equal(model[0].packed().scales, scales)
+
+
+def test_a_run_in_few_bits_is_packed_by_its_own_scales(captured_once, tmp_path):
+    found = captured_once("llama")
+    model = type(found.model)(found.model.config).eval()
+    data = torch.randint(0, model.config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(0))
+    result = sf.sparsify(model, data, method="sparsegpt", values="int8", calibration=4, length=16)
+    weights = {n: model.get_parameter(n).detach().clone() for n in result.scales}
+    assert len(weights) == 14
+    sf.quantize(model, "int8", scales=result.scales, dense=False)
+    for name, weight in weights.items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        assert str(module.format) == "2:4 int8" and torch.equal(module.weight, weight)
+
+
+# -- on data ---------------------------------------------------------------------------------------------------------
+def test_data_makes_the_model_answer_nearer(captured_once):
+    found = captured_once("llama")
+    model = type(found.model)(found.model.config).eval()
+    sf.sparsify(model, method="magnitude")
     batch = found.batch(99, rows=8, length=16)
-    with torch.no_grad():
-        want = found.model(**batch).logits
+    want = model(**batch).logits
     off = {}
     for data in (None, [found.batch(seed, rows=8, length=16) for seed in range(8)]):
-        model = type(found.model)(found.model.config).eval()
-        model.load_state_dict(state)
-        report = sf.quantize(model, data, values="int4", exclude=["lm_head"])
-        assert (
-            report["quantized"]
-            and set(report["quantized"].values()) <= {"2:4 int4/32"}
-            and all("padding" in n for n in report["notes"])
-        )
-        assert report["skipped"]["lm_head"] == "excluded by name"
-        with torch.no_grad():
-            off[data is None] = (model(**batch).logits - want).norm().item()
-        with pytest.raises(SparseForgeError, match="packed already"):
-            sf.quantize(model, values="int4", exclude=["lm_head"])
+        rounded = copy.deepcopy(model)
+        report = sf.quantize(rounded, "int4", data, dense=False)
+        assert {s["format"] for s in report["sites"]} == {"2:4 int4/32"}
+        assert all("padding" in note for note in report["notes"])
+        off[data is None] = (rounded(**batch).logits - want).norm().item()
     assert off[False] < 0.9 * off[True]
 
 
-def test_scales_of_a_run_give_its_weights_to_the_bit():
-    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.LayerNorm(32))
-    result = sf.sparsify(model, [torch.randn(64, 32)], method="sparsegpt", values="int4", calibration=64)
-    assert set(result.scales) == {"0.weight", "2.weight"}
-    weights = [model[i].weight.detach().clone() for i in (0, 2)]
-    sf.quantize(model, values="int4", scales=result.scales)
-    assert all(torch.equal(unpack(model[i].packed()), w) for i, w in zip((0, 2), weights, strict=True))
-
-
-def test_a_conv1d_keeps_its_orientation():
-    model = nn.Sequential(Conv1D(4, 32))
-    x = torch.randn(3, 32)
-    want = model(x)
-    sf.quantize(model)
-    assert isinstance(model[0], SparseLinear) and (model(x) - want).norm() < 0.05 * want.norm()
-
-
-def test_what_the_graph_does_not_read_is_named():
+def test_a_weight_that_data_does_not_reach_is_named():
     class Half(nn.Module):
         def __init__(self):
             super().__init__()
@@ -89,32 +125,21 @@ def test_what_the_graph_does_not_read_is_named():
         def forward(self, x):
             return self.used(x).tanh()
 
-    report = sf.quantize(Half(), [torch.randn(64, 32)], values="int4")
-    assert set(report["quantized"]) == {"used", "spare"}
+    report = sf.quantize(Half(), "int4", [torch.randn(64, 32)])
+    assert {s["name"] for s in report["sites"]} == {"used", "spare"}
     assert report["notes"] == ["spare: the graph does not read it as a linear's weight: its own nearest values"]
+    assert sf.quantize(Half(), tokenizer=str)["notes"] == ["tokenizer is given and not used: there is no data"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"values": "int3"}, "unknown values"),
-        ({"values": "float"}, "choose int8"),
-        ({"exclude": ["*"]}, "excluded by name"),
-        ({"values": "int4/128"}, "no multiple of the group of 128"),
-    ],
-)
-def test_what_is_refused(options, message):
-    model = nn.Sequential(linear(8, 32))
-    with pytest.raises(SparseForgeError, match=message):
-        sf.quantize(model, **options)
-    assert type(model[0]) is nn.Linear
+def test_no_more_sequences_are_looked_at_than_asked_for():
+    batches = first_batches(torch.arange(80).view(10, 8), None, 5, length=8, batch_size=2, seed=0)
+    assert [len(b["input_ids"]) for b in batches] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("data", [None, [torch.randn(64, 32)]])
-def test_what_fails_half_way_leaves_everything_as_it_was(monkeypatch, data):
-    model = nn.Sequential(linear(32, 32), nn.Tanh(), linear(32, 32), nn.LayerNorm(32))
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    real, count = module.pack_codes, []
+def test_rounding_on_data_that_fails_half_way_puts_weights_back(monkeypatch):
+    model = nn.Sequential(linear(32, 32), nn.Tanh(), Conv1D(32, 32), nn.LayerNorm(32))
+    before = copy.deepcopy(model.state_dict())
+    real, count = quantize.pack_codes, []
 
     def second_fails(*arguments):
         count.append(1)
@@ -122,7 +147,34 @@ def test_what_fails_half_way_leaves_everything_as_it_was(monkeypatch, data):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(module, "pack_codes", second_fails)
+    monkeypatch.setattr(quantize, "pack_codes", second_fails)
     with pytest.raises(KeyboardInterrupt):
-        sf.quantize(model, data, values="int4")
+        sf.quantize(model, "int4", [torch.randn(64, 32)])
     assert type(model[0]) is nn.Linear and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ("int3", {}, "is no format"),
+        ("2:4", {}, "choose int8, int4 or int4/128"),
+        ("2:4 int8", {}, "choose int8, int4 or int4/128"),
+        ("int8", {"dense": False}, "nothing to quantise: 0: not 2:4"),
+        ("int8", {"scales": {"1.weight": torch.ones(8, 1)}}, "no linear that can be packed"),
+        ("int8", {"scales": {"0.weight": torch.ones(8, 2)}}, "'0': scales of shape"),
+    ],
+)
+def test_what_is_refused(values, options, message):
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SparseForgeError, match=message):
+        sf.quantize(model, values, **options)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = nn.Sequential(linear(8, 8), linear(8, 8))
+    model[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(SparseForgeError, match=r"'1': .*not finite"):
+        sf.quantize(model)
+    assert type(model[0]) is nn.Linear
