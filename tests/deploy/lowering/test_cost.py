@@ -14,6 +14,12 @@ CPU = torch.device("cpu")
 SHAPE = cost.Shape(16, 32, "float32")
 
 
+@pytest.fixture(autouse=True)
+def few_copies(monkeypatch):
+    """Of tiny weights, 256 MB are very many."""
+    monkeypatch.setattr(cost, "ROTATED_BYTES", 1 << 16)
+
+
 def timing(tokens, ratio, shape=SHAPE, layout="rows"):
     return cost.Timing(shape, layout, tokens, 10.0 * ratio, (9.0 * ratio, 11.0 * ratio), 10.0, (9.0, 11.0))
 
