@@ -1,8 +1,8 @@
-"""Dense int8 and int4 products of kept libraries beside torch's dense linear on this CPU; one json.
+"""Dense int8 and int4 products of kept libraries, and ours, dense and 2:4, beside torch's dense linear on this CPU.
 
     python examples/benchmarks/contenders.py [--label NAME] [--threads 1,2] [--rows 1,8,64] [--compiled] [--shapes ...]
 
-What a user would take instead of a sparse weight of the same bits. Contenders take turns in one process, and every
+One json. What a user would take instead of a sparse weight of the same bits. Contenders take turns in one process, and every
 call takes another copy of its weight, so that weights come from memory. Where a library wants activations in 8 bits,
 they are rounded token by token inside the timed call, in eager operators; a name that ends in "product" is the product
 alone, a bound for what fusing the rounding could give. With --compiled: torchao's weights and plain expressions under
@@ -26,7 +26,11 @@ from common import save, seconds_in_turn
 from cpu_kernels import LARGE, last_level_cache_bytes
 from torch import Tensor
 
+from sparseforge_fx.formats import BITS, Format
 from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.packed import pack_codes, unpack
+from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 SMALL = "1536x576,576x1536,49152x576"  # SmolLM2-135M's gate, down and output head
 TOO_SLOW = 20  # times dense
@@ -54,7 +58,7 @@ def main(
     for shape, dtype in itertools.product(shapes.split(","), (torch.float32, torch.bfloat16)):
         out, width = map(int, shape.split("x"))
         weight = torch.randn(out, width, generator=torch.Generator().manual_seed(0))
-        contenders = of_torch(weight, dtype) | (compiled_ones(weight, dtype) if compiled else {})
+        contenders = of_torch(weight, dtype) | ours(weight) | (compiled_ones(weight, dtype) if compiled else {})
         copies = {name: rotated(c.weight, rotate_bytes) for name, c in contenders.items()}
         for count, m in itertools.product(map(int, threads.split(",")), map(int, rows.split(","))):
             torch.set_num_threads(count)
@@ -111,6 +115,27 @@ def aten_int4(weight: Tensor, dtype: torch.dtype, group: int) -> Contender:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales_and_zeros)
 
     return Contender(4, call, (packed, scales_and_zeros), times_scales(codes, scales, group))
+
+
+def ours(weight: Tensor) -> dict[str, Contender]:
+    """The operator of this package, on dense and on 2:4 codes."""
+    found = {}
+    for pattern, (values, group) in itertools.product(("", " 2:4"), (("int8", None), ("int4", 32), ("int4", 128))):
+        form = Format(pattern.strip() or "dense", values, group)
+        if form.why_not(weight.shape[1]) is not None:
+            continue
+        kept = weight * hard_mask(weight.abs(), TWO_FOUR) if pattern else weight
+        codes, scales = to_int4(kept, group) if group else to_int8(kept)
+        packed = pack_codes(codes, scales if group else scales[:, None], form)
+        name = f"{values}{f'/{group}' if group else ''} ours{pattern}"
+        found[name] = Contender(
+            BITS[values], packed_linear, (packed.values, packed.bitmask, packed.scales), unpack(packed)
+        )
+    return found
+
+
+def packed_linear(x: Tensor, values: Tensor, bitmask: Tensor, scales: Tensor) -> Tensor:
+    return OP(x, values, bitmask, "rows", x.shape[-1], None, "none", scales)
 
 
 def compiled_ones(weight: Tensor, dtype: torch.dtype) -> dict[str, Contender]:
@@ -277,10 +302,13 @@ def error_of(contender: Contender, x: Tensor) -> float | None:
 
 
 def describe(case: dict[str, Any]) -> str:
-    """One line: the shape, dense, and the best of each number of bits."""
+    """One line: the shape, dense, and the best dense and 2:4 of each number of bits."""
     parts = [f"{case['out']}x{case['in']} {case['dtype']} {case['threads']} threads M={case['rows']}"]
-    for bits in (0, 8, 4):
+    for bits, sparse in ((0, False), (8, False), (8, True), (4, False), (4, True)):
         mine = {n: r for n, r in case["results"].items() if r["bits"] == bits and n != "stream"}
+        mine = {n: r for n, r in mine.items() if n.endswith("2:4") == sparse}
+        if not mine:
+            continue
         name = min(mine, key=lambda n: mine[n]["microseconds"])
         row = mine[name]
         parts.append(f"{name} {row['microseconds']:.0f} us ({row['gigabytes_per_second']:.1f} GB/s)")

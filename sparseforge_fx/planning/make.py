@@ -71,8 +71,8 @@ def plan(
             linears is not counted.
         bytes: share of the dense linears' bytes, at most.
         loss: predicted increase in nats per answer (token), at most; what is minimised then is the time.
-        formats: what may be chosen beside dense: ``["2:4", "dense int8", "2:4 int4/32"]``; default: all that this
-            machine has kernels for.
+        formats: what may be chosen beside dense: ``["2:4", "dense int8", "2:4 int4/32"]``; default: 2:4 alone, where
+            there are kernels for it, for that is what ``sparsify`` applies of a plan.
         table: times to go by instead of measuring (see ``save_table`` of deploy/lowering/cost.py).
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept.

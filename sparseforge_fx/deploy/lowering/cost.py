@@ -17,8 +17,9 @@ from torch import Tensor
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
 from sparseforge_fx.kernels.layouts import Layout, layouts_of
-from sparseforge_fx.kernels.packed import Packed, pack
+from sparseforge_fx.kernels.packed import Packed, pack, pack_codes
 from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.methods.rounding import round_weight
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 from sparseforge_fx.report import environment, write_json
 
@@ -125,7 +126,7 @@ def timings(
 
 
 def formats_of(device: torch.device) -> tuple[Format, ...]:
-    """What there are kernels for on such a device, beside dense."""
+    """What a plan chooses from where nobody says more, beside dense."""
     return (SPARSE,) if layouts_of(device) else ()
 
 
@@ -156,14 +157,14 @@ def measure(
     for shape in shapes:
         packed = _random(weight, shape.format)
         for layout in layouts:
-            if layout.refuses(out, width, dtype, device) is None:
+            if layout.refuses(out, width, dtype, device) is None and (layout.quantized or packed.scales is None):
                 found[shape][layout.name] = {}
-                call = partial(_packed, layout.name)
-                runs.append((shape, layout, _Rotation(_copies(layout.convert(packed)), call, device)))
+                call, tensors = partial(_packed, layout.name), (*layout.convert(packed), packed.scales)
+                runs.append((shape, layout, _Rotation(_copies(tensors), call, device)))
     for count in tokens:
         x = torch.randn(count, width, generator=generator, device=device).to(dtype)
         for _, layout, run in runs:
-            values, meta = run.copies[0]
+            values, meta, _ = run.copies[0]
             layout.tune(values, meta, width, count)
         turns = [dense, *(run for _, _, run in runs)]
         repeats = [run.calibrate(x, seconds) for run in turns]
@@ -179,19 +180,23 @@ def measure(
 
 def _random(weight: Tensor, form: Format) -> Packed:
     """A weight of the format, whatever its values."""
-    mask = hard_mask(weight.float().abs(), TWO_FOUR)
-    return pack(weight * mask)
+    if form.is_sparse:
+        weight = weight * hard_mask(weight.float().abs(), TWO_FOUR)
+    if not form.is_quantized:
+        return pack(weight)
+    rounded = round_weight(weight, form)
+    return pack_codes(rounded.codes, rounded.scales, form)
 
 
-def _copies(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+def _copies(tensors: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:
     """So many that together they are beyond the caches."""
-    return [
-        tuple(t.clone() for t in tensors) for _ in range(max(2, -(-ROTATED_BYTES // sum(t.nbytes for t in tensors))))
-    ]
+    size = sum(t.nbytes for t in tensors if t is not None)
+    return [tuple(None if t is None else t.clone() for t in tensors) for _ in range(max(2, -(-ROTATED_BYTES // size)))]
 
 
-def _packed(layout: str, x: Tensor, copy: tuple[Tensor, Tensor]) -> Tensor:
-    return OP(x, *copy, layout, x.shape[-1], None, "none")
+def _packed(layout: str, x: Tensor, copy: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+    values, meta, scales = copy
+    return OP(x, values, meta, layout, x.shape[-1], None, "none", scales)
 
 
 class _Rotation:

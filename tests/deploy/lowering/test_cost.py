@@ -8,10 +8,16 @@ import torch
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import parse_format
-from sparseforge_fx.kernels.layouts import PLANES, ROWS, find_target
+from sparseforge_fx.kernels.layouts import PLANES, ROWS, find_target, layouts_of
 
 CPU = torch.device("cpu")
 SHAPE = cost.Shape(16, 32, "float32")
+
+
+@pytest.fixture(autouse=True)
+def few_copies(monkeypatch):
+    """Of tiny weights, 256 MB are very many."""
+    monkeypatch.setattr(cost, "ROTATED_BYTES", 1 << 16)
 
 
 def timing(tokens, ratio, shape=SHAPE, layout="rows"):
@@ -69,6 +75,19 @@ def test_measuring_a_tiny_shape():
         described = row.describe()
         assert described["ratio"] == row.dense_us / row.packed_us
         assert described["packed_gb_per_s"] * row.packed_us * 1e3 == pytest.approx(16 * 32 * (2 + 1 / 8))
+
+
+def test_every_format_is_timed():
+    formats = ["2:4", "dense int8", "2:4 int8", "dense int4/32", "2:4 int4/128"]
+    shapes = [cost.Shape(16, 128, "float32", parse_format(text)) for text in formats]
+    table = cost.measure(shapes, [1, 3], CPU, layouts_of(CPU), rounds=3, seconds=1e-4)
+    assert set(table) == set(shapes)
+    for shape, by_layout in table.items():
+        assert set(by_layout) == {"rows"} and set(by_layout["rows"]) == {1, 3}
+        row = by_layout["rows"][1]
+        assert row.packed_us > 0 and cost.read_row(row.describe()) == row
+        assert shape.bytes == pytest.approx(16 * 128 * shape.format.bits(128, 32) / 8)
+    assert set(cost.gains(table, shapes[2], "rows")) == {1, 3}  # over dense int8
 
 
 def test_each_shape_is_measured_once(monkeypatch):
