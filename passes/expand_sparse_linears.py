@@ -5,6 +5,9 @@ For the size of the file and for machines that have torch alone, not for speed: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -27,20 +30,22 @@ def expand_sparse_linears(program: Program) -> PassResult:
         use = sparse_use(node)
         if use.activation != "none":
             continue
+        packed = [t for t in (use.values, use.meta, use.scales) if t is not None]
         with program.graph.inserting_before(node):
-            traced = _trace(use.values, use.meta, use.layout, use.in_features)
-            weight = _insert(traced, node, use.values, use.meta)
+            traced = _trace(packed, use.layout, use.in_features, use.x.meta["val"].dtype)
+            weight = _insert(traced, node, *packed)
         linear = program.insert_before(node, aten.linear.default, use.x, weight, use.bias)
         program.replace(node, linear)
         modified += 1
     return PassResult(program, modified)
 
 
-def _trace(values: Node, meta: Node, layout: str, in_features: int) -> GraphModule:
-    def dense(values: Tensor, meta: Tensor) -> Tensor:
-        return unpack(LAYOUTS[layout].restore(values, meta, in_features))
+def _trace(packed: Sequence[Node], layout: str, in_features: int, dtype: torch.dtype) -> GraphModule:
+    def dense(*tensors: Tensor) -> Tensor:
+        values, meta, *scales = tensors
+        return unpack(LAYOUTS[layout].restore(values, meta, in_features, *scales)).to(dtype)
 
-    fakes = values.meta["val"], meta.meta["val"]
+    fakes = [node.meta["val"] for node in packed]
     with fakes[0].fake_mode:
         return make_fx(dense)(*fakes)
 

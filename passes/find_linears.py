@@ -49,6 +49,7 @@ class LinearSite:
         transposed: stored [in, out] (Conv1D, ``x @ W``) instead of [out, in].
         out_features, in_features: groups of M run along ``in_features``, stored in ``reduction_dim``.
         reason: None for a site; otherwise why this weight stays dense, in one clause.
+        readers: operators that read it in any other way.
     """
 
     fqn: str
@@ -58,6 +59,7 @@ class LinearSite:
     uses: list[LinearUse] = field(default_factory=list)
     transposed: bool = False
     reason: str | None = None
+    readers: tuple[str, ...] = ()
 
     @property
     def reduction_dim(self) -> int:
@@ -101,7 +103,6 @@ def find_linears(
     what shares memory with anything else in the model.
     """
     sites: dict[tuple, LinearSite] = {}
-    others: dict[tuple, set[str]] = defaultdict(set)  # operators that read a weight in any other way
     parameters = {fqn: value for _, fqn, value in program.lifted(InputKind.PARAMETER)}
     lifted = [found for found in program.lifted() if found[2].layout == torch.strided]  # others have no storage
     for node, fqn, value in lifted:
@@ -114,7 +115,7 @@ def find_linears(
         else:
             sites[key].ties += (fqn,)
         sites[key].uses += uses
-        others[key] |= {name for other in rest for name in _readers(other)}
+        sites[key].readers = tuple(sorted({*sites[key].readers, *(r for other in rest for r in _readers(other))}))
 
     for site in sites.values():
         site.transposed = bool(site.uses) and site.uses[0].swapped
@@ -129,14 +130,14 @@ def find_linears(
     overlapping = _overlapping([value for _, _, value in lifted])
     for key, site in sites.items():
         names = (site.fqn, *site.ties)
-        named = any(_matches(n, include) for n in names)
+        named = any(matches(n, include) for n in names)
         ids = {id(parameters[n]) for n in names if n in parameters}
         if ids & adapters.own:
             site.reason = "part of a PEFT adapter"
             continue
-        site.reason = _refusal(site, others[key], pattern)
+        site.reason = _refusal(site, pattern)
         if site.reason is not None:
-            site.reason += "; merge_and_unload() its adapter first" if others[key] and ids & adapters.bases else ""
+            site.reason += "; merge_and_unload() its adapter first" if site.readers and ids & adapters.bases else ""
             continue
         if site.fqn not in parameters:
             site.reason = "a buffer, not a parameter"
@@ -146,7 +147,7 @@ def find_linears(
             site.reason = "shares memory with another tensor or with itself"
         elif (alias := aliases.of(parameters[site.fqn], site.fqn)) is not None:
             site.reason = f"shares memory with {alias}"
-        elif any(_matches(n, exclude) for n in names):
+        elif any(matches(n, exclude) for n in names):
             site.reason = "excluded by name"
         elif include and not named:
             site.reason = "not among the included names"
@@ -163,12 +164,12 @@ def eligible(sites: Sequence[LinearSite]) -> list[LinearSite]:
     return [s for s in sites if s.reason is None]
 
 
-def _refusal(site: LinearSite, others: set[str], pattern: AnyPattern) -> str | None:
+def _refusal(site: LinearSite, pattern: AnyPattern) -> str | None:
     """Why this weight cannot be pruned at all; None if it can."""
-    readers = ", ".join(sorted(others))
+    readers = ", ".join(site.readers)
     if len(site.shape) != 2:
         return f"{len(site.shape)}-D weight, read by {readers or 'nothing'}"
-    if others:
+    if readers:
         return f"{'also ' if site.uses else ''}read by {readers}"
     if not site.uses:
         return "not read by the program"
@@ -209,7 +210,8 @@ def _overlapping(values: Sequence[Tensor]) -> set[tuple]:
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
-def _matches(fqn: str, globs: str | Sequence[str]) -> bool:
+def matches(fqn: str, globs: str | Sequence[str]) -> bool:
+    """Does a weight's name, or its module's, match one of the globs?"""
     module = fqn.rpartition(".")[0]
     return any(fnmatchcase(fqn, g) or fnmatchcase(module, g) for g in ([globs] if isinstance(globs, str) else globs))
 

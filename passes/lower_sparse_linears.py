@@ -41,7 +41,9 @@ def lower_sparse_linears(program: Program, find: Find, choose: Choose) -> PassRe
         weight = program.tensor(site.fqn).detach()
         layout = layouts[site.fqn]
         tensors = layout.convert(pack(weight.t() if site.transposed else weight))
-        buffers = map(program.add_buffer, packed_names(site.fqn), tensors)
+        buffers = map(
+            program.add_buffer, packed_names(site.fqn), tensors
+        )  # the weight is 2:4, its values have no scales
         packed = (*buffers, layout.name, site.in_features)
         for use in site.uses:
             rewrite_use(program, use, OP, lambda x, bias, packed=packed: (x, *packed, bias, "none"))

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS
-from sparseforge_fx.kernels.packed import BITMASK, VALUES
+from sparseforge_fx.kernels.packed import BITMASK, SCALES, VALUES
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import Find, PassResult
 from sparseforge_fx.passes.find_linears import eligible
@@ -44,11 +44,13 @@ def merge_parallel_linears(program: Program, find: Find) -> PassResult:
             groups[x, value.dtype, value.device, bias is None].append((node, rows))  # type: ignore[arg-type]
     for node in program.graph.find_nodes(op="call_function", target=OP):
         use = sparse_use(node)
-        rows = [use.values, use.meta] if use.bias is None else [use.values, use.meta, use.bias]
+        rows = use.rows
         alike = use.activation == "none" and LAYOUTS[use.layout].by_rows
         if alike and all(n in lifted for n in rows) and len(use.values.users) == 1:
             value = use.values.meta["val"]
-            key = use.x, value.dtype, value.device, use.bias is None, use.layout, use.in_features
+            width = None if use.scales is None else use.scales.meta["val"].shape[1]
+            kind = use.layout, use.in_features, use.meta.meta["val"].shape[1], width
+            key = use.x, value.dtype, value.device, use.bias is None, *kind
             groups[key].append((node, rows))
     modified = 0
     for group in groups.values():
@@ -64,10 +66,9 @@ def _merge(program: Program, nodes: list[Node], names: list[list[str]]) -> None:
     spent = {fqn: node for node, fqn in program.names(InputKind.PARAMETER, InputKind.BUFFER).items()}
     old = [[program.tensor(fqn) for fqn in row] for row in names]
     module = merged_name([_module_of(row[0]) for row in names])
-    leaves = [*(n.rpartition(".")[2] for n in names[0][:2]), "bias"] if first.target == OP else ["weight", "bias"]
     merged = []
-    for leaf, tensors in zip(leaves, zip(*old, strict=True), strict=False):  # a bias or none
-        name = f"{module}.{leaf}"
+    for position, tensors in enumerate(zip(*old, strict=True)):
+        name = f"{module}.{_leaf(first, position)}"
         together = torch.cat([t.detach() for t in tensors])
         if isinstance(tensors[0], nn.Parameter):
             grad = any(t.requires_grad for row in old for t in row)
@@ -77,8 +78,7 @@ def _merge(program: Program, nodes: list[Node], names: list[list[str]]) -> None:
     insert = partial(program.insert_before, first)
     if first.target == OP:
         use = sparse_use(first)
-        bias = merged[2] if len(merged) > 2 else None
-        wide = insert(OP, *use._replace(values=merged[0], meta=merged[1], bias=bias))
+        wide = insert(OP, *use.with_rows(merged))
     else:
         wide = insert(aten.linear.default, first.args[0], *merged)
     parts = insert(aten.split_with_sizes.default, wide, [len(row[0]) for row in old], -1)
@@ -90,10 +90,18 @@ def _merge(program: Program, nodes: list[Node], names: list[list[str]]) -> None:
             program.drop(spent[fqn])
 
 
+def _leaf(node: Node, position: int) -> str:
+    """The last part of the name of a merged tensor: that of the first one; a bias may have had any."""
+    if node.target != OP:
+        return ("weight", "bias")[position]
+    use = sparse_use(node)
+    return "bias" if use.rows[position] is use.bias else (VALUES, BITMASK, SCALES)[min(position, 2)]
+
+
 def _module_of(fqn: str) -> str:
     """``a.q_proj.weight``, ``a.q_proj.weight_values`` -> ``a.q_proj``; a tensor of another name stands for itself."""
     parent, _, leaf = fqn.rpartition(".")
-    return parent if leaf in ("weight", VALUES, BITMASK, "bias") else fqn
+    return parent if leaf in ("weight", VALUES, BITMASK, SCALES, "bias") else fqn
 
 
 def merged_name(modules: Sequence[str]) -> str:

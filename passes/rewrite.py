@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,11 +29,22 @@ class SparseUse(NamedTuple):
     in_features: int
     bias: Node | None
     activation: str
+    scales: Node | None
+
+    @property
+    def rows(self) -> list[Node]:
+        """The tensors that have a row for each output."""
+        return [t for t in (self.values, self.meta, self.bias, self.scales) if t is not None]
+
+    def with_rows(self, rows: Sequence[Node]) -> SparseUse:
+        """The same with others in the place of these."""
+        names = [name for name in ("values", "meta", "bias", "scales") if getattr(self, name) is not None]
+        return self._replace(**dict(zip(names, rows, strict=True)))  # type: ignore[arg-type]
 
 
 def sparse_use(node: Node) -> SparseUse:
     """A captured node leaves out last arguments that equal their defaults."""
-    return SparseUse(*node.args, *(None, "none")[len(node.args) - 5 :])  # type: ignore[arg-type]
+    return SparseUse(*node.args, *(None, "none", None)[len(node.args) - 5 :])  # type: ignore[arg-type]
 
 
 def rewrite_use(program: Program, use: LinearUse, target: Callable, arguments: Arguments) -> Node:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from sparseforge_fx.evaluation.perplexity import perplexity
     from sparseforge_fx.methods.catalog import configure
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
+    from sparseforge_fx.planning.make import plan
+    from sparseforge_fx.plans import Plan
     from sparseforge_fx.training.callback import SparseForgeCallback
     from sparseforge_fx.training.distillation import Distillation
     from sparseforge_fx.training.prepare import finalize, prepare
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Distillation": "training.distillation",
+    "Plan": "plans",
     "Recipe": "training.recipe",
     "SparseForgeCallback": "training.callback",
     "SparseForgeConfig": "methods.soft_mask",
@@ -57,6 +60,7 @@ _HOMES = {
     "merge_lora": "deploy.adapters.lora",
     "paper_preset": "methods.soft_mask",
     "perplexity": "evaluation.perplexity",
+    "plan": "planning.make",
     "prepare": "training.prepare",
     "quantize": "deploy.lowering.quantize",
     "save_packed": "deploy.checkpoints.save",
@@ -67,6 +71,7 @@ _HOMES = {
 __all__ = [
     "Distillation",
     "Generator",
+    "Plan",
     "Recipe",
     "SparseForgeCallback",
     "SparseForgeConfig",
@@ -87,6 +92,7 @@ __all__ = [
     "merge_lora",
     "paper_preset",
     "perplexity",
+    "plan",
     "prepare",
     "quantize",
     "save_packed",

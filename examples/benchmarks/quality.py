@@ -123,7 +123,7 @@ def known_score(record: Path | None, windows: int) -> dict[str, float] | None:
 
 def quantized_score(model: PreTrainedModel, bits: int, score: Score) -> dict[str, float]:
     rounded = copy.deepcopy(model)
-    sf.quantize(rounded, bits)
+    sf.quantize(rounded, f"int{bits}", dense=False)
     return score(rounded)
 
 

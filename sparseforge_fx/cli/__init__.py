@@ -3,7 +3,7 @@
 Bad input ends in one sentence on standard error and exit code 2, with nothing written.
 """
 
-from sparseforge_fx.cli import benchmark, evaluate, export, generate, inspect, lower, report, serve, sparsify
+from sparseforge_fx.cli import benchmark, evaluate, export, generate, inspect, lower, plan, report, serve, sparsify
 from sparseforge_fx.cli.app import app
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "inspect",
     "lower",
     "main",
+    "plan",
     "report",
     "serve",
     "sparsify",

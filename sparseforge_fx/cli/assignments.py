@@ -19,7 +19,7 @@ def read_assignments(assignments: list[str], options: dict[str, Any]) -> dict[st
         try:
             if kinds == [bool]:
                 out[name] = {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-            elif kinds in ([int], [float]):
+            elif kinds in ([int], [float], [str]):
                 out[name] = kinds[0](value)
             elif value not in kinds:
                 raise ValueError(value)

@@ -45,7 +45,7 @@ def lower(
     for name in ("out x in", "dtype", "layout", "tokens", "dense", "packed", "dense over packed"):
         timings.add_column(name, justify="right")
     for row in report["table"]:
-        times = f"{row['dense_us']:.1f}", f"{row['sparse_us']:.1f}", f"{row['ratio']:.2f}x"
+        times = f"{row['dense_us']:.1f}", f"{row['packed_us']:.1f}", f"{row['ratio']:.2f}x"
         timings.add_row(f"{row['out']} x {row['in']}", row["dtype"], row["layout"], str(row["tokens"]), *times)
     console.print(timings)
     for title, rows in (("packed", report["sites"]), ("dense", report["skipped"])):

@@ -63,6 +63,7 @@ def sparsify(
     change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help=OTHER_FIELD)] = [],  # noqa: B006
     include: Include = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
+    plan: Annotated[str | None, typer.Option(help="A plan (json): only what it makes sparse is trained.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order and sampling; default 0.")] = None,
     dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one.")] = None,
@@ -77,7 +78,7 @@ def sparsify(
         "model": model, "data": data, "text_column": text_column, "separator": separator, "method": method,
         "preset": preset, "tokens": tokens, "pattern": pattern, "lr": lr, "batch_size": batch_size, "length": length,
         "accumulate": accumulate, "calibration": calibration, "slorb_block": slorb_block, "include": sorted(include),
-        "exclude": sorted(exclude), "seed": seed, "dtype": dtype,
+        "exclude": sorted(exclude), "plan": plan, "seed": seed, "dtype": dtype,
     }  # fmt: skip
     recipe = _recipe(config, asked, change, curvature, temperature)
     _run(

@@ -24,42 +24,53 @@ class Kernel(NamedTuple):
     """How a device works with a layout.
 
     Attributes:
-        dense: (values, meta, in_features) -> weight [out, in].
-        linear: (x [rows, in], values, meta, in_features, bias, activation) -> [rows, out], or None where ``dense``
-            followed by ``F.linear`` serves better.
+        dense: (values, meta, in_features, scales) -> weight [out, in]; float32 where there are scales.
+        linear: (x [rows, in], values, meta, in_features, bias, activation, scales) -> [rows, out], or None where
+            ``dense`` followed by ``F.linear`` serves better.
     """
 
-    dense: Callable[[Tensor, Tensor, int], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor, int, Tensor | None, str], Tensor | None] = lambda *_: None
+    dense: Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor, int, Tensor | None, str, Tensor | None], Tensor | None] = lambda *_: None
 
 
 class Layout(NamedTuple):
-    """One layout: a weight is two tensors, ``values`` and ``meta``.
+    """One layout: a weight is two tensors, ``values`` and ``meta``, beside its scales, which are the same in all.
 
     Attributes:
         convert: the packed weight -> (values, meta).
-        restore: (values, meta, in_features) -> the packed weight, which unpacks to the same bits.
+        restore: (values, meta, in_features, scales) -> the packed weight, which unpacks to the same bits.
         kernels: by type of device, those made for it.
         elsewhere: the kernel of all other devices; None: there is none.
         refuses: (out, in, dtype, device): why its kernels cannot take such a weight; None where they can.
         by_rows: the rows of both tensors are the outputs', so that weights of one width can be stacked.
+        quantized: it takes int8 and int4 values, too; the others floating ones alone.
         durable: the same for all GPUs and versions of libraries: it may be written to a file.
         tune: (values, meta, in_features, rows of x): search the kernel's configuration before it is timed.
     """
 
     name: str
     convert: Callable[[Packed], tuple[Tensor, Tensor]]
-    restore: Callable[[Tensor, Tensor, int], Packed]
+    restore: Callable[..., Packed]
     kernels: Mapping[str, Kernel]
     elsewhere: Kernel | None = None
     refuses: Callable[[int, int, torch.dtype, torch.device], str | None] = lambda *_: None
     by_rows: bool = True
+    quantized: bool = False
     durable: bool = True
     tune: Callable[[Tensor, Tensor, int, int], object] = lambda *_: None
 
 
 def _from_planes(values: Tensor, meta: Tensor, in_features: int) -> Packed:
     return from_planes(as_words(values), meta, in_features, values.dtype)
+
+
+def _floating(dense: Callable[..., Tensor], linear: Callable[..., Tensor | None]) -> Kernel:
+    """The kernel of a layout for floating values, which have no scales."""
+    return Kernel(lambda *weight: dense(*weight[:-1]), lambda *call: linear(*call[:-1]))
+
+
+def _without_scales(restore: Callable[[Tensor, Tensor, int], Packed]) -> Callable[..., Packed]:
+    return lambda values, meta, in_features, _=None: restore(values, meta, in_features)
 
 
 #: what is on disk: the CPU's kernels read it as it is
@@ -69,22 +80,23 @@ ROWS = Layout(
     Packed,
     {"cpu": Kernel(rows_dense_on_cpu, rows_product_on_cpu)},
     elsewhere=Kernel(rows_dense),
+    quantized=True,
 )
 #: decoding on a GPU, by Triton
 PLANES = Layout(
     "planes",
     as_planes,
-    _from_planes,
-    {"cuda": Kernel(planes_dense, planes_product)},
-    elsewhere=Kernel(planes_dense, planes_product),
+    _without_scales(_from_planes),
+    {"cuda": _floating(planes_dense, planes_product)},
+    elsewhere=_floating(planes_dense, planes_product),
     tune=tune_planes,
 )
 #: prefill on sparse tensor cores, sm_80 and later
 CUSPARSELT = Layout(
     "cusparselt",
     cusparselt.as_blob,
-    cusparselt.from_blob,
-    {"cuda": Kernel(cusparselt.blob_dense, cusparselt.blob_product)},
+    _without_scales(cusparselt.from_blob),
+    {"cuda": _floating(cusparselt.blob_dense, cusparselt.blob_product)},
     refuses=cusparselt.why_not,
     by_rows=False,
     durable=False,
@@ -94,8 +106,8 @@ CUSPARSELT = Layout(
 CUTLASS = Layout(
     "cutlass",
     cutlass.as_cutlass,
-    cutlass.from_cutlass,
-    {"cuda": Kernel(cutlass.cutlass_dense, cutlass.cutlass_product)},
+    _without_scales(cutlass.from_cutlass),
+    {"cuda": _floating(cutlass.cutlass_dense, cutlass.cutlass_product)},
     refuses=cutlass.why_not,
     by_rows=False,
     durable=False,
@@ -118,9 +130,9 @@ def layouts_of(device: torch.device) -> tuple[Layout, ...]:
     return tuple(layout for layout in LAYOUTS.values() if device.type in layout.kernels)
 
 
-def native_layout(device: torch.device) -> Layout:
+def native_layout(device: torch.device, *, quantized: bool = False) -> Layout:
     """What a weight that comes from a file is kept in on this device."""
-    return next(iter(layouts_of(device)), ROWS)
+    return next((layout for layout in layouts_of(device) if layout.quantized or not quantized), ROWS)
 
 
 def find_target(name: str, device: torch.device) -> tuple[Layout, ...]:

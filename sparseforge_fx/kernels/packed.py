@@ -1,7 +1,7 @@
-"""The packed 2:4 format: the survivors of every group of four, and one bit per weight that says where they stood.
+"""The packed format: survivors in the model's dtype, int8 or int4, a bit per weight that says where they stood, scales.
 
-Neutral of any backend and what is written to disk: 9/16 of the bytes of a dense bfloat16 weight. Each kernel
-converts it, at load time, to the layout that it reads fastest.
+Neutral of any backend and what is written to disk: 9/16 of the bytes of a dense bfloat16 weight for 2:4, 3.5/16 with
+int4 values. Each kernel converts it, at load time, to the layout that it reads fastest.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import GROUPS, Format
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METHOD = "sparseforge"  # quant_method in config.json of a checkpoint in this format
 #: what kernels multiply by; others can be packed and unpacked
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -22,18 +23,23 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # same
 
 
 class Packed(NamedTuple):
-    """A weight [..., out, in] of at most two non-zeros in every four along ``in``.
+    """A weight [..., out, in]: 2:4 (at most two non-zeros in every four along ``in``), or dense in few bits.
 
     Attributes:
-        values: [..., out, P/2], P = ``in`` rounded up to a multiple of 8; the two survivors of each group, in order.
+        values: the survivors of each row in order, ``in`` rounded up to P, a multiple of 8 places. 2:4: [..., out,
+            P/2], dense: [..., out, P]. In a floating dtype, or int8 codes in [-127, 127], or as uint8 two int4 codes in
+            [-7, 7] a byte, in two's complement, the first in the low bits: half as many columns.
         bitmask: uint8 [..., out, P/8]; bit k of byte j is set where element 8 j + k survives. Every group has exactly
-            two bits: one with fewer non-zeros keeps zeros at its earliest free places.
+            two bits: one with fewer non-zeros keeps zeros at its earliest free places. Dense: [..., out, 0].
         in_features: ``in``. Places beyond it hold zeros; a kernel must not read its input there.
+        scales: None for floating values. A weight is its code times its scale: int8: float32 [..., out, 1]; int4:
+            float16 [..., out, in / group], group one of ``formats.GROUPS``.
     """
 
     values: Tensor
     bitmask: Tensor
     in_features: int
+    scales: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -41,14 +47,25 @@ class Packed(NamedTuple):
         return torch.Size((*self.values.shape[:-1], self.in_features))
 
     @property
+    def format(self) -> Format:
+        """The one answer to what a packed weight is kept in."""
+        pattern = "2:4" if self.bitmask.shape[-1] else "dense"
+        if self.scales is None:
+            return Format(pattern)
+        if self.values.dtype == torch.int8:
+            return Format(pattern, "int8")
+        return Format(pattern, "int4", self.in_features // max(1, self.scales.shape[-1]))
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.values.nbytes + self.bitmask.nbytes
+        """Bytes of all tensors."""
+        return self.values.nbytes + self.bitmask.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
-def packed_names(weight: str) -> tuple[str, str]:
-    """Names of the two tensors of a packed weight by the weight's own: in files, modules and graphs, in any layout."""
-    return f"{weight}_values", f"{weight}_bitmask"
+def packed_names(weight: str) -> tuple[str, str, str]:
+    """Names of the tensors of a packed weight by the weight's own: in files, modules and graphs, in any layout. The
+    third, of the scales, is there for int8 and int4 alone."""
+    return f"{weight}_values", f"{weight}_bitmask", f"{weight}_scales"
 
 
 def weight_of_values(values: str) -> str:
@@ -57,7 +74,7 @@ def weight_of_values(values: str) -> str:
 
 
 #: of a module's weight
-VALUES, BITMASK = packed_names("weight")
+VALUES, BITMASK, SCALES = packed_names("weight")
 
 
 def why_dense(weight: Tensor) -> str | None:
@@ -92,14 +109,65 @@ def pack(weight: Tensor) -> Packed:
     return Packed(values.view(weight.dtype), bitmask, in_features)
 
 
+def pack_codes(codes: Tensor, scales: Tensor, format: Format) -> Packed:
+    """Pack the weight ``codes * scales`` in a quantised format. Exact.
+
+    Args:
+        codes: integers [..., out, in], in [-127, 127] for int8 and [-7, 7] for int4; zero wherever the pattern prunes.
+        scales: [..., out, 1] for int8, [..., out, in / group] for int4; positive.
+
+    Raises SparseForgeError if the codes or scales are not those of such a format.
+    """
+    largest, in_features = {"int8": 127, "int4": 7}[format.values], codes.shape[-1]
+    if (against := format.why_not(in_features)) is not None:
+        raise SparseForgeError(f"{format}: {against}")
+    width = in_features // format.group if format.group else 1
+    if scales.shape != (*codes.shape[:-1], width):
+        raise SparseForgeError(
+            f"scales of shape {list(scales.shape)} do not belong to {format} codes {list(codes.shape)}"
+        )
+    if int(codes.abs().amax()) > largest:
+        raise SparseForgeError(f"a code of {format} is beyond {largest}: round and clamp first")
+    scales = scales.to(torch.float16 if format.group else torch.float32)
+    if not (scales.isfinite() & (scales > 0)).all():
+        raise SparseForgeError(
+            f"a scale of {format} is not positive and finite as {scales.dtype}: choose scales in its range"
+        )
+    codes = codes.to(torch.int8)
+    if format.is_sparse:
+        values, bitmask, _, _ = pack(codes)
+    else:
+        values = torch.nn.functional.pad(codes, (0, -in_features % 8))
+        bitmask = torch.empty(*codes.shape[:-1], 0, dtype=torch.uint8, device=codes.device)
+    if format.values == "int4":
+        low, high = values.view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+        values = low & 15 | high << 4
+    return Packed(values.contiguous(), bitmask, in_features, scales.contiguous())
+
+
 def unpack(packed: Packed) -> Tensor:
-    """The dense weight [..., out, in], bit for bit what was packed (-0.0 excepted)."""
+    """The dense weight [..., out, in], bit for bit what was packed (-0.0 excepted); float32 if it is quantised."""
+    dense = unpack_codes(packed)
+    if packed.scales is None:
+        return dense
+    scales = packed.scales.float()
+    return dense.float() * scales.repeat_interleave(packed.in_features // scales.shape[-1], -1)
+
+
+def unpack_codes(packed: Packed) -> Tensor:
+    """What the values of a packed weight stand for, [..., out, in], without the scales: int8 codes if it is
+    quantised."""
+    values = packed.values
+    if values.dtype == torch.uint8:
+        values = (torch.stack((values & 15, values >> 4), -1).flatten(-2).view(torch.int8) ^ 8) - 8
+    if packed.bitmask.shape[-1] == 0:
+        return values[..., : packed.in_features].contiguous()
     kept = unpack_mask(packed.bitmask).unflatten(-1, (-1, 4))
-    first, second = _as_integers(packed.values).unflatten(-1, (-1, 2)).split(1, -1)
+    first, second = _as_integers(values).unflatten(-1, (-1, 2)).split(1, -1)
     # no boolean indexing: its shape depends on data, which would stop a graph and wait for a GPU
     is_first = kept.cumsum(-1, dtype=torch.uint8) == 1
     dense = torch.where(kept, torch.where(is_first, first, second), 0).flatten(-2)
-    return dense[..., : packed.in_features].contiguous().view(packed.values.dtype)
+    return dense[..., : packed.in_features].contiguous().view(values.dtype)
 
 
 def unpack_mask(bitmask: Tensor) -> Tensor:
@@ -109,28 +177,49 @@ def unpack_mask(bitmask: Tensor) -> Tensor:
 
 
 def check_packed(packed: Packed) -> Packed:
-    """``packed`` itself, if it is what :func:`pack` could have made; for data from files.
+    """``packed`` itself, if it is what :func:`pack` or :func:`pack_codes` could have made; for data from files.
 
-    Raises SparseForgeError that says which of shape, dtype, or bitmask is wrong.
+    Raises SparseForgeError that says which of shape, dtype, bitmask, codes or scales is wrong.
     """
-    bitmask = check_shapes(packed).bitmask
+    values, bitmask, _, scales = check_shapes(packed)
     pairs = bitmask - (bitmask >> 1 & 0x55)  # bits counted two by two, then four by four, in no more bytes
     if ((pairs & 0x33) + (pairs >> 2 & 0x33) != 0x22).any():
         raise SparseForgeError("a group of four in the bitmask has not exactly two bits set: the data is damaged")
+    if scales is None:
+        return packed
+    if not (scales.isfinite() & (scales > 0)).all():
+        raise SparseForgeError("a scale is not positive and finite: the data is damaged")
+    if ((values == -128) if values.dtype == torch.int8 else (values & 15 == 8) | (values >> 4 == 8)).any():
+        raise SparseForgeError("a code of the values is not on the symmetric grid: the data is damaged")
     return packed
 
 
 def check_shapes(packed: Packed) -> Packed:
     """``packed`` itself, if shapes and dtypes fit each other; reads no data."""
-    values, bitmask, in_features = packed
+    values, bitmask, in_features, scales = packed
     padded = in_features + -in_features % 8
     if bitmask.dtype != torch.uint8:
         raise SparseForgeError(f"the bitmask of a packed weight is uint8, not {bitmask.dtype}")
-    if in_features < 1 or values.dim() < 2 or values.shape[-1] != padded // 2:
+    sparse, halved = bitmask.shape[-1:] != (0,), values.dtype == torch.uint8 and scales is not None
+    if in_features < 1 or values.dim() < 2 or values.shape[-1] * (1 + sparse) * (1 + halved) != padded:
         raise SparseForgeError(f"packed values of shape {tuple(values.shape)} do not belong to {in_features} inputs")
-    if bitmask.shape != (*values.shape[:-1], padded // 8):
+    if sparse and bitmask.shape != (*values.shape[:-1], padded // 8):
         raise SparseForgeError(
             f"a bitmask of shape {tuple(bitmask.shape)} does not belong to values {tuple(values.shape)}"
+        )
+    if scales is None:
+        if not sparse:
+            raise SparseForgeError("a packed weight that is dense has scales: it is int8 or int4")
+        return packed
+    if values.dtype not in (torch.int8, torch.uint8):
+        raise SparseForgeError(f"a packed weight with scales has values of int8 or uint8, not {values.dtype}")
+    dtype, widths = (
+        (torch.float16, [in_features // g for g in GROUPS if not in_features % g]) if halved else (torch.float32, [1])
+    )
+    if scales.dtype != dtype or scales.shape[:-1] != values.shape[:-1] or scales.shape[-1] not in widths:
+        raise SparseForgeError(
+            f"scales of {scales.dtype} {tuple(scales.shape)} do not belong to {values.dtype} values of "
+            f"{in_features} inputs"
         )
     return packed
 

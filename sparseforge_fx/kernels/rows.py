@@ -8,24 +8,30 @@ from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.packed import Packed, check_shapes, unpack
 
 
-def rows_dense(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
+def rows_dense(values: Tensor, bitmask: Tensor, in_features: int, scales: Tensor | None) -> Tensor:
     """The dense weight [out, in], in plain torch."""
-    return unpack(check_shapes(Packed(values, bitmask, in_features)))
+    return unpack(check_shapes(Packed(values, bitmask, in_features, scales)))
 
 
-def rows_dense_on_cpu(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
+def rows_dense_on_cpu(values: Tensor, bitmask: Tensor, in_features: int, scales: Tensor | None) -> Tensor:
     """The same by the C++ kernel, where it is there and takes the dtype."""
-    fast = values.element_size() in (2, 4) and cpu.available()
+    fast = (scales is not None or values.element_size() in (2, 4)) and cpu.available()
     if not fast:
-        return rows_dense(values, bitmask, in_features)
-    return cpu.rows_dense(*check_shapes(Packed(values, bitmask, in_features)))
+        return rows_dense(values, bitmask, in_features, scales)
+    return cpu.rows_dense(*check_shapes(Packed(values, bitmask, in_features, scales)))
 
 
 def rows_product_on_cpu(
-    x: Tensor, values: Tensor, bitmask: Tensor, in_features: int, bias: Tensor | None, activation: str
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    in_features: int,
+    bias: Tensor | None,
+    activation: str,
+    scales: Tensor | None,
 ) -> Tensor | None:
     """act(x W^T + b), x [rows, in] -> [rows, out] by the C++ kernel; None where it does not serve so many rows."""
-    if x.shape[0] > cpu.max_rows(x.dtype):
+    if x.shape[0] > cpu.max_rows(x.dtype, quantized=scales is not None):
         return None
-    check_shapes(Packed(values, bitmask, in_features))
-    return cpu.rows_linear(x, values, bitmask, in_features, bias, activation)
+    check_shapes(Packed(values, bitmask, in_features, scales))
+    return cpu.rows_linear(x, values, bitmask, in_features, scales, bias, activation)

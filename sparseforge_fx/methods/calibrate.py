@@ -19,14 +19,18 @@ from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.padding import mask_names, real_rows
 
-#: called at the first use of a weight, before the node runs, with its name and [in, in] X^T X / tokens; may write the
-#: weight
-Visit = Callable[[str, Tensor], None]
+#: called at the first use of a weight, before the node runs, with its name, [in, in] X^T X / tokens and, in a walk with
+#: a twin, Z^T X / tokens, Z being what the twin sees; may write the weight
+Visit = Callable[..., None]
 
 
 @torch.no_grad()
 def layer_by_layer(
-    module: GraphModule, weights: Mapping[Node, tuple[str, int]], batches: Sequence, visit: Visit
+    module: GraphModule,
+    weights: Mapping[Node, tuple[str, int]],
+    batches: Sequence,
+    visit: Visit,
+    twin: Mapping[str, Tensor] | None = None,
 ) -> set[str]:
     """Run ``batches`` through ``module`` in lock step and ``visit`` each weight with its inputs' second moments.
 
@@ -35,19 +39,22 @@ def layer_by_layer(
         weights: node that multiplies by a weight -> (the weight's name, argument index of the node's input).
             A weight with several nodes is visited at the first.
         batches: the calibration inputs: Readings, whose padding does not count, or any form that the model takes.
+        twin: weights by name with which the same graph runs beside, unvisited: what the visits move away from. It
+            doubles work and memory.
 
     Returns the names of weights in whose moments padding counts, because their inputs are not the batch's positions.
     """
     names = mask_names(module.graph, module.graph.find_nodes(op="placeholder"))
     padded: set[str] = set()
     flat = [_flatten(module, batch) for batch in batches]
-    runs = [Interpreter(module, garbage_collect_values=False) for _ in batches]
-    feeds = [iter(inputs) for inputs in flat]
+    runs = [_Held(module, {}) for _ in batches]
+    twins = [_Held(module, twin) for _ in batches] if twin is not None else []
+    feeds = [iter(inputs) for inputs in (flat + flat if twins else flat)]
     last = _last_uses(module)
     seen: set[str] = set()
-    moments: dict[Node, Tensor] = {}
+    moments: dict[Node, list[Tensor]] = {}
     blind: set[Node] = set()
-    for run in runs:
+    for run in runs + twins:
         run.env = {}
     for step in _steps(module.graph):
         leave = dict(_pairs(step))
@@ -58,31 +65,40 @@ def layer_by_layer(
                 source = node.args[index]
                 assert isinstance(source, Node)
                 if source not in moments:
-                    inputs = (
-                        run.env[source] if node is step[0] else _look_ahead(run, step, leave, node, source)
-                        for run in runs
-                    )
+                    see = _seen_by(step, leave, node, source)
+                    found = [map(see, group) for group in (runs, twins) if group]
                     masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
-                    moments[source], known = _second_moment(inputs, masks)
+                    moments[source], known = _second_moments(found, masks)
                     if not known:
                         blind.add(source)
                 if source in blind:
                     padded.add(name)
-                visit(name, moments[source])
-        for index, (run, feed) in enumerate(zip(runs, feeds, strict=True)):
+                visit(name, *moments[source])
+        for index, (run, feed) in enumerate(zip(runs + twins, feeds, strict=True)):
             try:
                 _run(run, step, leave, feed)
             except torch.OutOfMemoryError:
                 raise
             except (AssertionError, IndexError, RuntimeError) as error:  # a size or a token that it does not take
-                told = f"calibration batch {index} does not fit the model: {one_line(error)}"
+                told = f"calibration batch {index % len(batches)} does not fit the model: {one_line(error)}"
                 raise SparseForgeError(told) from error
         for node in step:
             for dead in last.get(node, ()):
                 moments.pop(dead, None)
-                for run in runs:
+                for run in runs + twins:
                     run.env.pop(dead, None)
     return padded
+
+
+class _Held(Interpreter):
+    """One batch on its way through the graph; weights that are ``held`` go before the module's."""
+
+    def __init__(self, module: GraphModule, held: Mapping[str, Tensor]):
+        super().__init__(module, garbage_collect_values=False)
+        self.held = held
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.held[target] if target in self.held else super().fetch_attr(target)
 
 
 def _leaves(node: Node) -> str:
@@ -141,9 +157,14 @@ def _run(
             run.run_node(leave[node])
 
 
-def _look_ahead(
-    run: Interpreter, step: Sequence[Node], leave: Mapping[Node, Node], node: Node, source: Node
-) -> Tensor:
+def _seen_by(
+    step: Sequence[Node], leave: Mapping[Node, Node], node: Node, source: Node
+) -> Callable[[Interpreter], Tensor]:
+    """What a run gives ``node``, which stands in ``step``, for its input ``source``."""
+    return lambda run: run.env[source] if node is step[0] else _look_ahead(run, step, leave, node, source)
+
+
+def _look_ahead(run: Interpreter, step: Sequence[Node], leave: Mapping[Node, Node], node: Node, source: Node) -> Tensor:
     """The value of ``source`` that ``node`` will see in the midst of a step, with what vmap hides of it."""
     env, found = dict(run.env), []
     _run(run, step, leave, iter(()), until=(node, lambda: found.append(_plain(run.env[source]))))
@@ -159,18 +180,19 @@ def _plain(value: Tensor) -> Tensor:
     return value
 
 
-def _second_moment(inputs: Iterable[Tensor], masks: Iterable[Tensor | None]) -> tuple[Tensor, bool]:
-    """X^T X / rows over the real rows of all inputs, and whether it is known which those are."""
-    total, tokens, told = None, 0, True
-    for x, mask in zip(inputs, masks, strict=True):
-        rows = real_rows(x, mask)
-        told &= rows is not None
-        rows = (x.reshape(-1, x.shape[-1]) if rows is None else rows).float()
-        product = rows.t() @ rows
-        total = product if total is None else total.add_(product)
-        tokens += rows.shape[0]
-    assert total is not None
-    return total / max(1, tokens), told
+def _second_moments(found: Sequence[Iterable[Tensor]], masks: Iterable[Tensor | None]) -> tuple[list[Tensor], bool]:
+    """X^T X / rows over the real rows of all inputs X, which come first; with a second group of inputs Z, Z^T X / rows;
+    and whether it is known which rows are real."""
+    totals: list[Tensor] = []
+    tokens, told = 0, True
+    for *group, mask in zip(*found, masks, strict=True):
+        known = [real_rows(x, mask) for x in group]
+        told &= known[0] is not None
+        rows = [(x.reshape(-1, x.shape[-1]) if k is None else k).float() for x, k in zip(group, known, strict=True)]
+        products = [z.t() @ rows[0] for z in rows]
+        totals = [t.add_(p) for t, p in zip(totals, products, strict=True)] if totals else products
+        tokens += rows[0].shape[0]
+    return [total / max(1, tokens) for total in totals], told
 
 
 def _flatten(module: GraphModule, batch: Any) -> list:

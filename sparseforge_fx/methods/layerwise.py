@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from sparseforge_fx.errors import AS_IT_WAS, add_sentence
+from sparseforge_fx.formats import Format
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.methods.calibrate import layer_by_layer
-from sparseforge_fx.methods.unseen import tell_unseen
+from sparseforge_fx.methods.rounding import Rounded, follow, round_weight
+from sparseforge_fx.methods.unseen import tell_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight, put_back
 
 
@@ -72,8 +75,49 @@ def prune_layer_by_layer(
             notes[name] = told
 
     module = program.module()
-    nodes = {n: (str(n.args[1].target), 0) for n in module.graph.find_nodes(op="call_function", target=OP)}
-    for name in layer_by_layer(module, {n: w for n, w in nodes.items() if w[0] in by_name}, batches, visit):
+    _add_padded(notes, layer_by_layer(module, _uses(module, by_name), batches, visit))
+    return notes
+
+
+@torch.no_grad()
+def round_layer_by_layer(
+    program: Program, weights: Sequence[MaskedWeight], batches: Sequence[Any], formats: Mapping[str, Format]
+) -> tuple[dict[str, Rounded], dict[str, str]]:
+    """Put weights on a grid in graph order, each such that it answers what the rounded ones before it make of
+    ``batches`` as the model before rounding answers what it sees itself.
+
+    Args:
+        weights: those of the soft-masked program, masks included; they are written.
+        batches: as for :func:`prune_layer_by_layer`; twice its time and memory, and a copy of the weights.
+        formats: of each weight; its width must fit.
+
+    Returns codes and scales [out, in], and notes, by weight.
+    """
+    by_name = {w.fqn: w for w in weights if w.fqn in formats}
+    rounded: dict[str, Rounded] = {}
+    notes: dict[str, str] = {}
+
+    def visit(name: str, moments: Tensor, cross: Tensor) -> None:
+        w = by_name[name]
+        value, mask = (w.weight.t(), w.mask.t()) if w.dim == 0 else (w.weight, w.mask)
+        rounded[name] = round_weight(follow(value * mask, moments, cross), formats[name], moments)
+        value.copy_(rounded[name].weight)
+        if bool(unseen(moments).all()):
+            notes[name] = "saw no calibration token: its own nearest values"
+
+    module = program.module()
+    twin = {name: w.weight.detach().clone() for name, w in by_name.items()}
+    _add_padded(notes, layer_by_layer(module, _uses(module, by_name), batches, visit, twin))
+    return rounded, notes
+
+
+def _uses(module: GraphModule, names: Collection[str]) -> dict[Node, tuple[str, int]]:
+    """The nodes that multiply by a weight of these names, as :func:`layer_by_layer` takes them."""
+    nodes = {n: (str(n.args[1].target), 0) for n in module.graph.find_nodes(op="call_function", target=OP)}  # type: ignore[union-attr]
+    return {n: w for n, w in nodes.items() if w[0] in names}
+
+
+def _add_padded(notes: dict[str, str], names: Iterable[str]) -> None:
+    for name in names:
         told = "padding counted: its inputs are not the batch's positions"
         notes[name] = "; ".join(filter(None, (notes.get(name), told)))
-    return notes

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.grid import Grid, find_scales, round_to_grid
 from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.pattern import AnyPattern, Pattern, hard_mask
 
@@ -29,7 +28,6 @@ def prune_obs(
     mask: Tensor | None = None,
     damping: float = 0.01,
     block: int = 128,
-    grid: Grid | None = None,
 ) -> ObsResult:
     """One left-to-right sweep of SparseGPT (algorithm 1), blocked so that each column is a rank-1 update of its block
     only.
@@ -41,9 +39,6 @@ def prune_obs(
             w^2 / [H^-1]_jj^2.
         damping: share of the mean diagonal added to the diagonal; raised tenfold until the Cholesky factor exists.
         block: columns between two updates of the rest; a multiple of M is made of it.
-        grid: the survivors are put on it in the same sweep, so that the columns to the right make up for the rounding,
-            too (the paper's section 3.5). Mask and scales come from a first sweep without it: survivors grow as they
-            compensate, and scales of the dense weights would cut them off.
 
     Inputs that are never active (a zero on the diagonal) have their weights pruned first, the smallest before the
     larger ones; what is kept of them stays as it was.
@@ -53,10 +48,6 @@ def prune_obs(
         raise SparseForgeError(
             "the calibration inputs of a layer are not finite; check the model's weights and the data"
         )
-    if grid is not None:
-        swept = prune_obs(weight, moments, pattern, mask=mask, damping=damping, block=block)
-        mask, damping = swept.mask, swept.damping
-        scales = [find_scales(part, grid) for part in swept.weight.split(grid.check().group, 1)]
     w = weight.detach().to(torch.float32, copy=True)
     factor, damping, dead = _inverse_factor(moments.float(), damping)
     diag = factor.diagonal()
@@ -76,8 +67,6 @@ def prune_obs(
                 scores = rank_unseen(scores, part[j : j + group].t(), dead[here])
                 keep[:, here] = hard_mask(scores, pattern)
             kept = part[j] * keep[:, start + j]
-            if grid is not None:
-                kept = round_to_grid(kept, scales[(start + j) // grid.group], grid)
             error = (part[j] - kept) / rows[j, j]
             part[j + 1 :] -= torch.outer(rows[j, j + 1 :], error)
             part[j] = kept

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, get_args
 
 import torch
 from torch import Tensor
 
 from sparseforge_fx.methods.alps import prune_alps
 from sparseforge_fx.methods.config import MethodConfig
-from sparseforge_fx.methods.grid import Grid
 from sparseforge_fx.methods.layerwise import LayerSolution
 from sparseforge_fx.methods.obs import prune_obs
+from sparseforge_fx.methods.rounding import Values
 from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
@@ -38,7 +38,18 @@ def magnitude(weights: Sequence[MaskedWeight], pattern: AnyPattern) -> None:
 
 @dataclass(frozen=True)
 class LayerwiseConfig(MethodConfig, ABC):
-    """The constants of a layer-wise method."""
+    """The constants of a layer-wise method.
+
+    Attributes:
+        values: what the survivors are kept in. Unless ``float``, a second walk over the same data puts the weights on
+            that grid (methods/rounding.py).
+    """
+
+    values: Values = field(default="float", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.choose("values", get_args(Values))
 
     @abstractmethod
     def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
@@ -66,23 +77,14 @@ class SparseGPTConfig(LayerwiseConfig):
     Attributes:
         damping: share of the mean diagonal of X^T X that is added to its diagonal.
         choose_masks: False keeps the largest entries of the present mask.
-        bits, bits_group: puts the survivors on an integer grid in the same sweep, one scale per row and so many inputs.
     """
 
     damping: Damping = 0.01
     choose_masks: bool = True
-    bits: Annotated[int, Range(2, 8)] | None = None
-    bits_group: Count = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bits is not None:
-            Grid(self.bits, self.bits_group).check()
 
     def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         fixed = None if self.choose_masks else hard_mask(mask, self.pattern)
-        grid = None if self.bits is None else Grid(self.bits, self.bits_group)
-        result = prune_obs(weight, moments, self.pattern, mask=fixed, damping=self.damping, grid=grid)
+        result = prune_obs(weight, moments, self.pattern, mask=fixed, damping=self.damping)
         note = f"damping raised to {result.damping:g}" if result.damping > self.damping else ""
         return LayerSolution(result.weight, result.mask, note)
 

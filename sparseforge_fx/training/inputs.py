@@ -25,6 +25,7 @@ from sparseforge_fx.models.dense import DTYPES
 from sparseforge_fx.passes import LinearSite, find_linears
 from sparseforge_fx.training.first_batch import check_batch, check_length, example_inputs_of
 from sparseforge_fx.training.objective import Objective
+from sparseforge_fx.training.planned import planned_sites
 from sparseforge_fx.training.prepare import check_sites
 from sparseforge_fx.training.recipe import Recipe
 
@@ -94,10 +95,14 @@ def open_run(
         if example_inputs is None:
             example_inputs = example_inputs_of(model, batches.batch(0))
     program = capture(model, example_inputs)
-    sites = find_linears(program, config.pattern, recipe.include, recipe.exclude)
+    planned: list[str] = []
+    if recipe.plan is None:
+        sites = find_linears(program, config.pattern, recipe.include, recipe.exclude)
+    else:
+        sites, planned = planned_sites(program, recipe.plan, config.pattern)
     check_sites(program, sites)
     text = is_text(data) and not (isinstance(data, str) and data == "self")
-    notes = [*program.notes, *(unused_text(data, recipe.text_column) if text else ())]
+    notes = [*program.notes, *planned, *(unused_text(data, recipe.text_column) if text else ())]
     if recipe.dtype is not None and DTYPES.get(recipe.dtype) != (own := dtype_of(model)):
         notes.append(f"dtype {recipe.dtype} is for the command line: the model given computes in {own}")
     reader = Reader(program)

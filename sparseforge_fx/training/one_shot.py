@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.methods.config import MethodConfig
-from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LayerwiseConfig, magnitude
+from sparseforge_fx.methods.rounding import format_of
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import harden_passes, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -25,8 +27,9 @@ from sparseforge_fx.training.unused import unused_arguments
 
 def prune_once(
     run: Run, recipe: Recipe, config: MethodConfig, beside: Mapping[str, Any], report: dict[str, Any]
-) -> None:
-    """Prune the run's model by a method that does not train, and say in the report how."""
+) -> dict[str, Tensor]:
+    """Prune the run's model by a method that does not train, and say in the report how. Returns the scales of weights
+    that were put on a grid."""
     batches = run.first(recipe.calibration) if run.batches is not None else None
     report["notes"] += unused_arguments(
         recipe, beside, data=run.data, method=report["method"], trains=False, calibrates=batches is not None,
@@ -34,22 +37,32 @@ def prune_once(
     )  # fmt: skip
     report["config"] = config.describe()
     report["calibration_sequences"] = sum(count_rows(b) for b in batches or ())
-    report["layer_notes"] = _prune(run, config, [run.reader.read(*as_call(b)) for b in batches or ()])
+    report["layer_notes"], scales = _prune(run, config, [run.reader.read(*as_call(b)) for b in batches or ()])
+    return scales
 
 
 @torch.no_grad()
-def _prune(run: Run, config: MethodConfig, batches: list[Reading]) -> dict[str, str]:
+def _prune(run: Run, config: MethodConfig, batches: list[Reading]) -> tuple[dict[str, str], dict[str, Tensor]]:
     masked, _ = run_passes(run.program, train_passes(run.sites))
     weights = [
         MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim)
         for s in eligible(run.sites)
     ]
     notes: dict[str, str] = {}
+    scales: dict[str, Tensor] = {}
     with undone_on_error(weights):
         if isinstance(config, LayerwiseConfig):
             notes = prune_layer_by_layer(masked, weights, batches, config.solve)
+            format = format_of(config.values)
+            against = {s.fqn: format.why_not(s.in_features) for s in eligible(run.sites)}
+            fitting = {fqn: format for fqn, reason in against.items() if reason is None}
+            if format.is_quantized:
+                rounded, told = round_layer_by_layer(masked, weights, batches, fitting)
+                told |= {fqn: f"not in {format.values}: {reason}" for fqn, reason in against.items() if reason}
+                notes |= {fqn: "; ".join(filter(None, (notes.get(fqn), text))) for fqn, text in told.items()}
+                scales = {fqn: found.scales for fqn, found in rounded.items()}
         else:
             magnitude(weights, config.pattern)
         run_passes(masked, harden_passes(config.pattern))
         assert all(check_pattern(w.weight, config.pattern, w.dim) for w in weights)
-    return notes
+    return notes, scales

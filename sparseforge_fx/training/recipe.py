@@ -15,6 +15,7 @@ from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import configure, find_name, find_preset
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.pattern import AnyPattern
+from sparseforge_fx.plans import Plan
 from sparseforge_fx.ranges import Count, Positive, check_numbers
 from sparseforge_fx.training.distillation import Distillation, check_objective
 
@@ -41,6 +42,8 @@ class Recipe:
         options: single fields of the method's config.
         pattern: ``"2:4"`` (the default), any N:M, or ``"50%"`` for zeros without a structure.
         include, exclude: globs over weight or module names.
+        plan: which weights become sparse, in the place of include and exclude: a :class:`Plan`, the path of one, or
+            formats by the weights' names.
         steps, tokens: length of the run; one of them (default: 60 steps). A step takes ``batch_size`` sequences of
             ``length`` tokens, or one batch of the data, times ``accumulate`` and the number of processes. ``tokens``
             (also ``"20M"``) is the budget of the whole run, in real tokens (padding does not count; samples where
@@ -66,6 +69,7 @@ class Recipe:
     pattern: str | AnyPattern | None = None
     include: str | Sequence[str] = ()
     exclude: str | Sequence[str] = ()
+    plan: str | Plan | Mapping[str, str] | None = None
     steps: Count | None = None
     tokens: Count | None = None
     batch_size: Count = 4
@@ -89,6 +93,8 @@ class Recipe:
             raise SparseForgeError(
                 f"steps={self.steps} and tokens={self.tokens} both set the length of the run: give one of them"
             )
+        if self.plan is not None and (self.include or self.exclude):
+            raise SparseForgeError("a plan says which weights become sparse: leave out include and exclude")
 
     @staticmethod
     def of(recipe: Recipe | None) -> Recipe:
@@ -183,7 +189,8 @@ class Recipe:
                 steps=values.pop("steps", None),
                 options=values,
             )
-        plain = asdict(replace(recipe, pattern=None))
+        plain = asdict(replace(recipe, pattern=None, plan=None))
+        plain["plan"] = {n: str(f) for n, f in self.plan.formats.items()} if isinstance(self.plan, Plan) else self.plan
         plain["pattern"] = None if recipe.pattern is None else str(recipe.pattern)
         plain["include"], plain["exclude"] = list(recipe.include), list(recipe.exclude)
         return plain
@@ -209,6 +216,8 @@ class Recipe:
                 raise SparseForgeError(f"{name} of a recipe is {values[name]!r}: give a {type(empty).__name__}")
         if strange := [key for key in values["options"] if not isinstance(key, str)]:
             raise SparseForgeError(f"options of a recipe are named by text, not {strange[0]!r}")
+        if not isinstance(plan := values.get("plan"), str | Mapping | None):
+            raise SparseForgeError(f"plan of a recipe is {plan!r}: give the path of a plan, or formats by weight")
         for name in ("model", "data", "text_column", "separator", "dtype", "method", "preset", "pattern"):
             if not isinstance(values.get(name), str | None):
                 raise SparseForgeError(f"{name} of a recipe is {values[name]!r}: give text")

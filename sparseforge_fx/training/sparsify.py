@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from sparseforge_fx.files import check_parent, new_folder
 from sparseforge_fx.graph.adapters import adapter_notes
@@ -33,11 +33,13 @@ from sparseforge_fx.training.recipe import FILE, Recipe
 @dataclass
 class SparsifyResult:
     """``model`` is the object that went in, its weights now exactly N:M; ``report`` is plain data for report.json;
-    ``recipe`` repeats the run."""
+    ``recipe`` repeats the run; ``scales`` are those of weights on a grid (``values="int4"``), which ``sf.quantize``
+    packs by them exactly."""
 
     model: nn.Module
     report: dict[str, Any] = field(repr=False)
     recipe: Recipe = field(repr=False)
+    scales: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def save(
         self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False, beside: Sequence[Path] = ()
@@ -121,7 +123,7 @@ def sparsify(
         **describe_sites(run.sites),
         **environment(),
     }
-    beside = {"tokenizer": tokenizer, "cache_dir": cache_dir}
+    scales, beside = dict[str, Tensor](), {"tokenizer": tokenizer, "cache_dir": cache_dir}
     if accelerator is not None and isinstance(config, TrainedConfig):
         report["preset"] = find_preset(report["method"], recipe.preset)
         anneal(
@@ -129,7 +131,7 @@ def sparsify(
             compile=compile, show_progress=show_progress, on_step=on_step,
         )  # fmt: skip
     else:
-        prune_once(run, recipe, config, beside, report)
+        scales = prune_once(run, recipe, config, beside, report)
     notes = report["notes"]
     notes += [n for n in run.reader.notes if n not in notes]
     notes += _by_text(report.get("layer_notes") or {})
@@ -141,7 +143,7 @@ def sparsify(
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    return SparsifyResult(model, report, recipe)
+    return SparsifyResult(model, report, recipe, scales)
 
 
 def _by_text(layer_notes: Mapping[str, str]) -> list[str]:

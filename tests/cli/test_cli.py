@@ -185,9 +185,11 @@ def test_overwrite_replaces_the_folder(home, tmp_path):
 def test_lower_measures_and_decides_again_from_its_table(home, tmp_path, monkeypatch):
     from sparseforge_fx.deploy.lowering import cost
 
-    def measure(shape, tokens, *_):
+    def measure(shapes, tokens, *_):
+        (shape,) = shapes
         ratio = 2.0 if shape.out_features > shape.in_features else 0.5
-        return {"rows": {t: cost.Timing(shape, "rows", t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}}
+        rows = {t: cost.Timing(shape, "rows", t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}
+        return {shape: {"rows": rows}}
 
     monkeypatch.setattr(cost, "measure", measure)
     ok("sparsify", home / "dense", "--method", "magnitude", "-o", tmp_path / "sparse")
@@ -351,10 +353,10 @@ def refused(home, out, *arguments, says):
         ("{home}/dense", ["--data", "{home}/train.txt", "--set", "score=best"], "the value must be one of"),
         (
             "{home}/dense",
-            ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "bits=four"],
+            ["--data", "{home}/train.txt", "--method", "alps", "--set", "iterations=four"],
             "must be of type int",
         ),
-        ("{home}/dense", ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "bits=1"], "from 2 up to 8"),
+        ("{home}/dense", ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "values=int3"], "must be one of float, int8"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--method", "ast", "--preset", "tuned"], "unknown preset"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--method", "maskllm", "--pattern", "50%"], "take N:M"),
         ("{home}/dense", ["--pattern", "100%"], "is not N:M"),

@@ -34,7 +34,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
 
 def _compress(dense):
-    values, bitmask, _ = pack(dense)
+    values, bitmask, *_ = pack(dense)
     return torch.cat([values.flatten(), bitmask.flatten().view(dense.dtype)])
 
 

@@ -118,5 +118,5 @@ def test_why_a_weight_stays_dense(weight, reason):
 
 
 def test_names_are_those_of_files():
-    assert packed_names("a.q_proj.weight") == ("a.q_proj.weight_values", "a.q_proj.weight_bitmask")
+    assert packed_names("a.weight") == ("a.weight_values", "a.weight_bitmask", "a.weight_scales")
     assert (VALUES, BITMASK) == ("weight_values", "weight_bitmask")

@@ -35,7 +35,7 @@ def test_what_does_not_exist_is_refused_with_what_does(name, preset):
 
 
 def test_options_are_what_sparsify_takes():
-    assert find_options("sparsegpt")["bits"] == int | None and find_options("gmp")["end"] is float
+    assert find_options("alps")["iterations"] is int and find_options("gmp")["end"] is float
     assert "score" in find_options("sparseforge") and "steps" not in find_options("sparseforge")
     assert find_options("magnitude") == {}
 

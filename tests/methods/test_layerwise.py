@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from sparseforge_fx.formats import parse_format
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.methods.layerwise import prune_layer_by_layer
+from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.one_shot import SparseGPTConfig
+from sparseforge_fx.methods.rounding import round_weight
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import find_linears, run_passes, train_passes
 from sparseforge_fx.passes.insert_soft_masks import mask_name
@@ -126,3 +128,35 @@ def test_bfloat16_weights_hold_the_rounded_solution(tiny):
     assert weights[0].weight.dtype == weights[0].mask.dtype == torch.bfloat16
     assert torch.equal(weights[0].weight, expected.weight.bfloat16())
     assert torch.equal(weights[0].mask.bool(), expected.mask)
+
+
+# -- rounding --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("name", "dim"), [("llama", 1), ("gpt2", 0)])
+def test_rounded_weights_answer_as_the_model_before(tiny, name, dim):
+    """Nearer than by their own nearest values, at the end of the model, on tokens that nobody calibrated on."""
+    found = tiny(name)
+    batches = [found.batch(seed, rows=8, length=16) for seed in range(8)]
+    unseen = [found.batch(seed, rows=8, length=16) for seed in range(20, 24)]
+    masked, weights = soft_masked(found.program)
+    for w in weights:
+        w.mask.copy_(hard_mask(w.weight.abs(), TWO_FOUR, w.dim))
+        w.weight.data.mul_(w.mask)
+    sparse = {w.fqn: w.weight.detach().clone() for w in weights}
+    with torch.no_grad():
+        want = [found.model(**b).logits for b in unseen]
+    formats = {w.fqn: parse_format("2:4 int4/32") for w in weights if w.weight.shape[w.dim] % 32 == 0}
+    assert formats
+    rounded, notes = round_layer_by_layer(masked, weights, batches, formats)
+    assert set(rounded) == set(formats) and notes == {}
+    walked = output_error(found, unseen, want)
+    for w in weights:
+        now = w.weight.t() if dim == 0 else w.weight
+        assert torch.equal(now, rounded[w.fqn].weight) if w.fqn in formats else torch.equal(w.weight, sparse[w.fqn])
+        assert not w.weight[sparse[w.fqn] == 0].any()
+    with torch.no_grad():
+        for w in weights:
+            if w.fqn in formats:
+                value = sparse[w.fqn].t() if dim == 0 else sparse[w.fqn]
+                nearest = round_weight(value, formats[w.fqn]).weight
+                w.weight.copy_(nearest.t() if dim == 0 else nearest)
+    assert walked < 0.8 * output_error(found, unseen, want)

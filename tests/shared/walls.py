@@ -21,7 +21,9 @@ ROWS = (
     ("passes", "data"),
     ("methods",),
     ("models", "evaluation", "report"),
-    ("training", "plan", "deploy"),
+    ("plans",),
+    ("training", "deploy"),
+    ("planning",),
     (PUBLIC,),
     ("cli",),
 )

@@ -298,7 +298,9 @@ def test_what_is_given_and_not_used_is_in_the_notes():
     assert any("no labels" in n for n in notes)
 
 
-@pytest.mark.parametrize("method, preset", [("sparseforge", "paper"), ("sparseforge", "tuned"), ("ast", None), ("alps", None)])
+@pytest.mark.parametrize(
+    "method, preset", [("sparseforge", "paper"), ("sparseforge", "tuned"), ("ast", None), ("alps", None)]
+)
 def test_what_the_user_froze_stays_to_the_bit(method, preset):
     torch.manual_seed(0)
     tower = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)).requires_grad_(False)
@@ -614,3 +616,20 @@ def test_a_layer_wise_start_is_saved_before_the_first_step(captured_once, tmp_pa
     assert "calibration_seconds" not in report and len(report["curves"]) == 3
     assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items())
     assert [row["loss"] for row in report["curves"]] == [row["loss"] for row in first["curves"]]
+
+
+# -- values in few bits ----------------------------------------------------------------------------------------------
+def test_layerwise_methods_put_survivors_on_a_grid_and_keep_its_scales():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 32), nn.LayerNorm(32)
+    )
+    result = sf.sparsify(model, [torch.randn(64, 32)], method="wanda", values="int4", calibration=64)
+    assert set(result.scales) == {"0.weight", "2.weight"}
+    assert result.report["layer_notes"] == {"4.weight": "not in int4: 16 inputs are no multiple of the group of 32"}
+    for name, scales in result.scales.items():
+        codes = model.get_parameter(name).detach() / scales.float()
+        torch.testing.assert_close(codes, codes.round())
+        assert scales.dtype == torch.float16 and 0 < codes.abs().max() <= 7
+        assert check_pattern(codes, Pattern(2, 4))
+    assert sf.sparsify(model, [torch.randn(64, 32)], method="wanda", calibration=64).scales == {}

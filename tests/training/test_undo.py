@@ -235,8 +235,9 @@ def test_deploying_in_place_that_fails_half_way(monkeypatch, magnitude_pruned, w
         return failing
 
     if what == "quantize":
-        quantization = pytest.importorskip("torchao.quantization")
-        monkeypatch.setattr(quantization, "quantize_", third_fails(quantization.quantize_))
+        from sparseforge_fx.deploy.lowering import quantize
+
+        monkeypatch.setattr(quantize, "round_weight", third_fails(quantize.round_weight))
         with pytest.raises(KeyboardInterrupt):
             sf.quantize(model)
     else:

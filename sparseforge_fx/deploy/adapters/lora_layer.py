@@ -29,7 +29,7 @@ class SparseLoraLinear(Linear):
         return module.in_features, module.out_features
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
-        return base_layer.weight_values.device, base_layer.weight_values.dtype  # PEFT would unpack the weight to see
+        return base_layer.weight_values.device, base_layer.dtype  # PEFT would unpack the weight to see
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:

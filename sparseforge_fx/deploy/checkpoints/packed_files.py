@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, short
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import BITMASK, VALUES
+from sparseforge_fx.kernels.packed import BITMASK, SCALES, VALUES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_JSON = 100 << 20  # bytes of a json file or header; safetensors has the same limit
@@ -137,7 +137,7 @@ def check_weights(folder: Path, header: Header, *, checksums: bool = True) -> di
                 f"wants {dtype} {list(shape)}: the checkpoint is damaged"
             )
     for name, info in stored.items():
-        if name.endswith((f".{VALUES}", f".{BITMASK}")) and name not in expected:
+        if name.endswith((f".{VALUES}", f".{BITMASK}", f".{SCALES}")) and name not in expected:
             raise SparseForgeError(
                 f"tensor {short(name)} belongs to no packed module of the header: the checkpoint is damaged"
             )
@@ -173,9 +173,7 @@ def read_tensors(path: Path) -> dict[str, Stored]:
     end = 0
     for first, last in sorted(spans):
         if first != end:
-            raise SparseForgeError(
-                f"{path}: tensors overlap or leave a gap at byte {short(first)}: copy the file anew"
-            )
+            raise SparseForgeError(f"{path}: tensors overlap or leave a gap at byte {short(first)}: copy the file anew")
         end = last
     if end != size - 8 - length:
         raise SparseForgeError(

@@ -5,31 +5,40 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, METHOD, VALUES
+from sparseforge_fx.formats import DENSE, Format, parse_format
+from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, METHOD, SCALES, VALUES
 
 MOST_MODULES = 1 << 17  # of a model, whatever its files say
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of packed weights
 
 
 class Site(NamedTuple):
-    """A packed linear: W [out, in], dtype as in ``torch``."""
+    """A packed linear: W [out, in], the dtype that it computes in as in ``torch``, its format."""
 
     out_features: int
     in_features: int
     dtype: str
+    format: Format = Format("2:4")
 
     @property
     def padded(self) -> int:
-        """Columns of the packed weight: ``in`` in whole bytes of the bitmask."""
+        """Places of a row: ``in`` in whole bytes of the bitmask."""
         return self.in_features + -self.in_features % 8
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Its tensors in the file: suffix -> (safetensors dtype, shape)."""
-        dtype = next(k for k, v in DTYPES.items() if v == self.dtype)
-        return {
-            VALUES: (dtype, (self.out_features, self.padded // 2)),
-            BITMASK: ("U8", (self.out_features, self.padded // 8)),
+        out, format = self.out_features, self.format
+        floating = next(k for k, v in DTYPES.items() if v == self.dtype)
+        dtype = {"float": floating, "int8": "I8", "int4": "U8"}[format.values]
+        width = self.padded // (2 if format.is_sparse else 1) // (2 if format.values == "int4" else 1)
+        bitmask = self.padded // 8 if format.is_sparse else 0
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+            VALUES: (dtype, (out, width)),
+            BITMASK: ("U8", (out, bitmask)),
         }
+        if format.is_quantized:
+            tensors[SCALES] = ("F16", (out, self.in_features // format.group)) if format.group else ("F32", (out, 1))
+        return tensors
 
 
 class Header(NamedTuple):
@@ -47,10 +56,13 @@ class Header(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """What stands in config.json."""
-        modules = {n: {"shape": [s.out_features, s.in_features], "dtype": s.dtype} for n, s in self.modules.items()}
+        modules = {
+            n: {"shape": [s.out_features, s.in_features], "dtype": s.dtype, "format": str(s.format)}
+            for n, s in self.modules.items()
+        }
         known = {"model_modules": self.model_modules, "files": self.files}
         known = {name: value for name, value in known.items() if value is not None}
-        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "pattern": "2:4", "modules": modules, **known}
+        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules, **known}
 
     @property
     def most_modules(self) -> int:
@@ -79,14 +91,15 @@ class Header(NamedTuple):
                 f"the checkpoint has format version {short(version)} and this sparseforge_fx knows {FORMAT_VERSION}: "
                 "update sparseforge_fx"
             )
-        if raw.get("pattern") != "2:4":
+        if version == 1 and raw.get("pattern") != "2:4":  # of all modules; since then each has a format
             raise SparseForgeError(f"pattern {short(raw.get('pattern'))} is not '2:4', the only one that is packed")
         modules, count, files = raw.get("modules"), raw.get("model_modules"), raw.get("files")
         if not isinstance(modules, dict) or not modules:
             raise SparseForgeError("the header lists no packed modules: the checkpoint is damaged")
-        if unknown := set(raw) - {"quant_method", "format_version", "pattern", "modules", "model_modules", "files"}:
+        known = {"quant_method", "format_version", "modules", "model_modules", "files"}
+        if unknown := set(raw) - known - ({"pattern"} if version == 1 else set()):
             raise SparseForgeError(f"the header has an unknown entry {short(min(unknown))}: the checkpoint is damaged")
-        sites = {str(name): _site(str(name), entry) for name, entry in modules.items()}
+        sites = {str(name): _site(str(name), entry, version) for name, entry in modules.items()}
         if files is not None and not (
             isinstance(files, dict) and all(isinstance(v, str) and len(v) == 64 for v in files.values())
         ):
@@ -96,19 +109,33 @@ class Header(NamedTuple):
         return cls(sites, count, files)
 
 
-def _site(name: str, entry: Any) -> Site:
-    shape = entry.get("shape") if isinstance(entry, dict) and set(entry) == {"shape", "dtype"} else None
+def _site(name: str, entry: Any, version: int) -> Site:
+    entries = {"shape", "dtype"} if version == 1 else {"shape", "dtype", "format"}
+    shape = entry.get("shape") if isinstance(entry, dict) and set(entry) == entries else None
     if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or n < 1 for n in shape):
         raise SparseForgeError(
-            f"the header's entry of module {short(name)} has no shape [out, in] and dtype: it is damaged"
+            f"the header's entry of module {short(name)} has no {', '.join(sorted(entries))}: it is damaged"
         )
-    if shape[1] % 4:
+    text = entry.get("format", "2:4")
+    try:
+        format = parse_format(text)
+    except SparseForgeError as error:
+        raise SparseForgeError(f"module {short(name)} has format {short(text)}, which there is not: update") from error
+    if str(format) != text or format == DENSE:
+        raise SparseForgeError(
+            f"module {short(name)} has format {short(text)}, in which nothing is packed: it is damaged"
+        )
+    if (against := format.why_not(shape[1])) is not None and not format.is_sparse:
+        raise SparseForgeError(f"module {short(name)} of format {text}: {against}: the header is damaged")
+    if format.is_sparse and shape[1] % 4:
         raise SparseForgeError(f"module {short(name)} has {shape[1]} inputs, no multiple of 4: the header is damaged")
     if entry["dtype"] not in DTYPES.values():
         raise SparseForgeError(
             f"module {short(name)} has dtype {short(entry['dtype'])}, not one of {', '.join(DTYPES.values())}"
         )
-    return Site(shape[0], shape[1], entry["dtype"])
+    if against is not None:
+        raise SparseForgeError(f"module {short(name)} of format {text}: {against}: the header is damaged")
+    return Site(shape[0], shape[1], entry["dtype"], format)
 
 
 def short(value: Any) -> str:

@@ -31,12 +31,13 @@ from sparseforge_fx.deploy.checkpoints.packed_files import (
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import native_layout
-from sparseforge_fx.kernels.packed import METHOD, Packed, check_packed
+from sparseforge_fx.kernels.packed import BITMASK, METHOD, SCALES, VALUES, Packed, check_packed
 from sparseforge_fx.models import low_rank
 
 if TYPE_CHECKING:
     from sparseforge_fx.deploy.lowering.modules import SparseLinear
 
+_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 MOST_BUFFER_BYTES = (
     1 << 30
 )  # that a model may compute for itself (rotary tables and the like), whatever its config says
@@ -138,7 +139,7 @@ class PackedQuantizer(HfQuantizer):
             except SparseForgeError as error:
                 raise SparseForgeError(f"'{name}': {error}; copy the checkpoint anew") from error
             values = module.weight_values
-            if not values.isfinite().all():
+            if module.weight_scales is None and not values.isfinite().all():
                 raise SparseForgeError(f"packed module '{name}' has NaN or inf as {values.dtype}: pack it anew")
             module.loading = False
             change_to_device(module)
@@ -175,7 +176,7 @@ class PackedQuantizer(HfQuantizer):
 
 def change_to_device(module: SparseLinear) -> None:
     """Give a packed linear the layout that its device reads; one without kernels of its own keeps that of the disk."""
-    module.change_layout(native_layout(module.weight_values.device))
+    module.change_layout(native_layout(module.weight_values.device, quantized=module.format.is_quantized))
 
 
 def _has_header(folder: Path, header: Header) -> bool:
@@ -219,10 +220,14 @@ def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:
             f"{list(weight.shape)} in the model: config.json is damaged"
         )
     with torch.device("meta"):
-        values = torch.empty(site.out_features, site.padded // 2, dtype=weight.dtype)
-        bitmask = torch.empty(site.out_features, site.padded // 8, dtype=torch.uint8)
-    packed = Packed(values, bitmask, site.in_features)
-    sparse = SparseLinear(packed, module.bias, transposed=isinstance(module, Conv1D))  # type: ignore[arg-type]
+        tensors = {
+            leaf: torch.empty(shape, dtype=_DTYPES[dtype] if site.format.is_quantized else weight.dtype)
+            for leaf, (dtype, shape) in site.tensors().items()
+        }
+        tensors[BITMASK] = tensors[BITMASK].to(torch.uint8)
+    packed = Packed(tensors[VALUES], tensors[BITMASK], site.in_features, tensors.get(SCALES))
+    transposed = isinstance(module, Conv1D)
+    sparse = SparseLinear(packed, module.bias, transposed=transposed, dtype=weight.dtype)  # type: ignore[arg-type]
     sparse.loading = True
     return sparse
 

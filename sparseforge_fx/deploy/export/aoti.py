@@ -26,7 +26,7 @@ from sparseforge_fx.passes.rewrite import sparse_use
 # the function of kernels/cpu/aoti.cpp
 _SHIM = """AOTITorchError aoti_torch_cpu_sparse_linear(
     AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features,
-    AtenTensorHandle* bias, const char* activation, AtenTensorHandle* result)"""
+    AtenTensorHandle* bias, const char* activation, AtenTensorHandle* scales, AtenTensorHandle* result)"""
 
 
 def package(

@@ -1,4 +1,4 @@
-"""The cost gate: weight shapes timed dense and sparse on the machine that will run them; sparse stays where it wins."""
+"""The cost gate: weights timed in their formats on the machine that will run them; packed stays where it wins."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.layouts import Layout
-from sparseforge_fx.kernels.packed import pack
+from sparseforge_fx.formats import DENSE, Format, parse_format
+from sparseforge_fx.kernels.layouts import Layout, layouts_of
+from sparseforge_fx.kernels.packed import Packed, pack
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 from sparseforge_fx.report import environment, write_json
@@ -25,7 +26,8 @@ from sparseforge_fx.report import environment, write_json
 TOKENS = (1, 8, 64, 2048)
 NOISE = 0.03  # a ratio within 3 % of one is neither a gain nor a loss
 ROTATED_BYTES = 256 << 20  # weights are rotated over so much memory: in a model each is cold when its turn comes
-TABLE_VERSION = 2
+TABLE_VERSION = 3
+SPARSE = Format("2:4")
 
 
 class Shape(NamedTuple):
@@ -34,45 +36,58 @@ class Shape(NamedTuple):
     out_features: int
     in_features: int
     dtype: str
+    format: Format = SPARSE
 
     @classmethod
-    def of(cls, out_features: int, in_features: int, dtype: torch.dtype) -> Shape:
-        return cls(out_features, in_features, str(dtype).removeprefix("torch."))
+    def of(cls, out_features: int, in_features: int, dtype: torch.dtype, form: Format = SPARSE) -> Shape:
+        return cls(out_features, in_features, str(dtype).removeprefix("torch."), form)
+
+    @property
+    def rival(self) -> Shape | None:
+        """The dense weight of the same bits, which a sparse one must beat; None: that of the model's own dtype."""
+        sparse = self.format.is_sparse and self.format.is_quantized
+        return self._replace(format=self.format._replace(pattern="dense")) if sparse else None
+
+    @property
+    def bytes(self) -> float:
+        """Of the weight in its format."""
+        bits = self.format.bits(self.in_features, 8 * getattr(torch, self.dtype).itemsize)
+        return self.out_features * self.in_features * bits / 8
 
 
 class Timing(NamedTuple):
-    """One row: medians in microseconds with their quartiles; ``ratio`` is dense over sparse."""
+    """One row: medians in microseconds with their quartiles, of the packed weight and of the dense one of the model's
+    own dtype that was timed beside it; ``ratio`` is dense over packed."""
 
     shape: Shape
     layout: str
     tokens: int
     dense_us: float
     dense_quartiles: tuple[float, float]
-    sparse_us: float
-    sparse_quartiles: tuple[float, float]
+    packed_us: float
+    packed_quartiles: tuple[float, float]
 
     @property
     def ratio(self) -> float:
-        return self.dense_us / self.sparse_us
+        return self.dense_us / self.packed_us
 
     def describe(self) -> dict[str, Any]:
-        """For the report and for files; ``weight_gb_per_s`` counts the bytes of the packed weight."""
-        out, width, dtype = self.shape
-        size = out * width * getattr(torch, dtype).itemsize
-        packed = size / 2 + out * width / 8
+        """For the report and for files; ``packed_gb_per_s`` counts the bytes of the packed weight."""
+        out, width, dtype, form = self.shape
         return {
             "out": out,
             "in": width,
             "dtype": dtype,
+            "format": str(form),
             "layout": self.layout,
             "tokens": self.tokens,
             "dense_us": self.dense_us,
             "dense_quartiles": list(self.dense_quartiles),
-            "sparse_us": self.sparse_us,
-            "sparse_quartiles": list(self.sparse_quartiles),
+            "packed_us": self.packed_us,
+            "packed_quartiles": list(self.packed_quartiles),
             "ratio": self.ratio,
-            "dense_gb_per_s": size / self.dense_us / 1e3,
-            "sparse_gb_per_s": packed / self.sparse_us / 1e3,
+            "dense_gb_per_s": self.shape._replace(format=DENSE).bytes / self.dense_us / 1e3,
+            "packed_gb_per_s": self.shape.bytes / self.packed_us / 1e3,
         }
 
 
@@ -96,78 +111,109 @@ def timings(
     layouts: Sequence[Layout],
     known: Table | None,
 ) -> Table:
-    """What the table knows of these shapes or, without a table, what is measured now."""
-    return {
-        shape: measure(shape, tokens, device, layouts) if known is None else known.get(shape, {})
-        for shape in dict.fromkeys(shapes)
-    }
+    """What the table knows of these shapes, and of their rivals, or, without a table, what is measured now."""
+    wanted = dict.fromkeys(s for shape in shapes for s in (shape, shape.rival) if s is not None)
+    if known is not None:
+        return {shape: known.get(shape, {}) for shape in wanted}
+    by_size: dict[tuple, list[Shape]] = {}
+    for shape in wanted:
+        by_size.setdefault(shape[:3], []).append(shape)
+    found: Table = {}
+    for together in by_size.values():
+        found |= measure(together, tokens, device, layouts)
+    return {shape: found[shape] for shape in wanted}
+
+
+def formats_of(device: torch.device) -> tuple[Format, ...]:
+    """What there are kernels for on such a device, beside dense."""
+    return (SPARSE,) if layouts_of(device) else ()
 
 
 @torch.no_grad()
 def measure(
-    shape: Shape,
+    shapes: Sequence[Shape],
     tokens: Sequence[int],
     device: torch.device,
     layouts: Sequence[Layout],
     *,
     rounds: int = 15,
     seconds: float = 0.02,
-) -> Timings:
-    """Time ``F.linear`` and the sparse operator in every layout that takes the shape, interleaved, each sample at least
+) -> Table:
+    """Time ``F.linear`` and the packed operator in every format and layout, interleaved, each sample at least
     ``seconds`` long.
 
-    Weights are random 2:4 ones, rotated beyond the caches.
+    Args:
+        shapes: one size and dtype, in as many formats as there are shapes.
+
+    Weights are random ones, rotated beyond the caches.
     """
-    out, width, dtype = shape.out_features, shape.in_features, getattr(torch, shape.dtype)
+    out, width, dtype = shapes[0].out_features, shapes[0].in_features, getattr(torch, shapes[0].dtype)
     generator = torch.Generator(device=device).manual_seed(0)
-    weight = torch.randn(out, width, generator=generator, device=device)
-    weight = (weight * hard_mask(weight.abs(), TWO_FOUR)).to(dtype)
-    usable = [layout for layout in layouts if layout.refuses(out, width, dtype, device) is None]
-    packed = [layout.convert(pack(weight)) for layout in usable]
-    dense_copies = [weight.clone() for _ in range(max(2, -(-ROTATED_BYTES // weight.nbytes)))]
-    copies = [[(v.clone(), m.clone()) for _ in range(-(-ROTATED_BYTES // (v.nbytes + m.nbytes)))] for v, m in packed]
-    found: Timings = {layout.name: {} for layout in usable}
+    weight = torch.randn(out, width, generator=generator, device=device).to(dtype)
+    dense = _Rotation(_copies((weight,)), lambda x, copy: F.linear(x, copy[0]), device)
+    found: Table = {shape: {} for shape in shapes}
+    runs: list[tuple[Shape, Layout, _Rotation]] = []
+    for shape in shapes:
+        packed = _random(weight, shape.format)
+        for layout in layouts:
+            if layout.refuses(out, width, dtype, device) is None:
+                found[shape][layout.name] = {}
+                call = partial(_packed, layout.name)
+                runs.append((shape, layout, _Rotation(_copies(layout.convert(packed)), call, device)))
     for count in tokens:
         x = torch.randn(count, width, generator=generator, device=device).to(dtype)
-        runs = [_Rotation(dense_copies, partial(F.linear, x), device)]
-        for layout, (values, meta), each in zip(usable, packed, copies, strict=True):
+        for _, layout, run in runs:
+            values, meta = run.copies[0]
             layout.tune(values, meta, width, count)
-            runs.append(_Rotation(each, partial(_sparse, x, layout.name), device))
-        repeats = [run.calibrate(seconds) for run in runs]
-        samples: list[list[float]] = [[] for _ in runs]
+        turns = [dense, *(run for _, _, run in runs)]
+        repeats = [run.calibrate(x, seconds) for run in turns]
+        samples: list[list[float]] = [[] for _ in turns]
         for _ in range(rounds):
-            for run, repeat, sample in zip(runs, repeats, samples, strict=True):
-                sample.append(run.time(repeat))
-        dense, *sparse = (_summary(s) for s in samples)
-        for layout, summary in zip(usable, sparse, strict=True):
-            found[layout.name][count] = Timing(shape, layout.name, count, *dense, *summary)
+            for run, repeat, sample in zip(turns, repeats, samples, strict=True):
+                sample.append(run.time(x, repeat))
+        base, *others = (_summary(s) for s in samples)
+        for (shape, layout, _), summary in zip(runs, others, strict=True):
+            found[shape][layout.name][count] = Timing(shape, layout.name, count, *base, *summary)
     return found
 
 
-def _sparse(x: Tensor, layout: str, packed: tuple[Tensor, Tensor]) -> Tensor:
-    return OP(x, *packed, layout, x.shape[-1], None, "none")
+def _random(weight: Tensor, form: Format) -> Packed:
+    """A weight of the format, whatever its values."""
+    mask = hard_mask(weight.float().abs(), TWO_FOUR)
+    return pack(weight * mask)
+
+
+def _copies(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """So many that together they are beyond the caches."""
+    return [
+        tuple(t.clone() for t in tensors) for _ in range(max(2, -(-ROTATED_BYTES // sum(t.nbytes for t in tensors))))
+    ]
+
+
+def _packed(layout: str, x: Tensor, copy: tuple[Tensor, Tensor]) -> Tensor:
+    return OP(x, *copy, layout, x.shape[-1], None, "none")
 
 
 class _Rotation:
     """One call after the other, each with the next copy of the weight."""
 
-    def __init__(self, copies: Sequence[Any], call: Callable[[Any], Any], device: torch.device):
+    def __init__(self, copies: Sequence[Any], call: Callable[[Tensor, Any], Any], device: torch.device):
         self.copies, self.call, self.device, self.next = copies, call, device, 0
 
-    def time(self, repeats: int) -> float:
+    def time(self, x: Tensor, repeats: int) -> float:
         """Microseconds of one call."""
         self._wait()
         clock = time.perf_counter()
         for _ in range(repeats):
-            self.call(self.copies[self.next])
+            self.call(x, self.copies[self.next])
             self.next = (self.next + 1) % len(self.copies)
         self._wait()
         return (time.perf_counter() - clock) / repeats * 1e6
 
-    def calibrate(self, seconds: float) -> int:
+    def calibrate(self, x: Tensor, seconds: float) -> int:
         """Warm up; calls that make a sample long enough."""
-        self.time(2)
-        return max(1, round(seconds * 1e6 / self.time(3)))
+        self.time(x, 2)
+        return max(1, round(seconds * 1e6 / self.time(x, 3)))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -179,32 +225,43 @@ def _summary(sample: list[float]) -> tuple[float, tuple[float, float]]:
     return middle, (low, high)
 
 
-def verdict(timings: dict[int, Timing], tokens: Sequence[int]) -> str | None:
-    """None where sparse wins: faster at one of the token counts, slower at none. Otherwise the reason to stay dense."""
-    missing = [t for t in tokens if t not in timings]
+def gains(table: Table, shape: Shape, layout: str) -> dict[int, float]:
+    """By tokens: how many times as fast a weight is as the best dense one of the same bits."""
+    rows = table.get(shape, {}).get(layout, {})
+    if shape.rival is None:
+        return {tokens: row.ratio for tokens, row in rows.items()}
+    rivals = table.get(shape.rival, {}).values()
+    best = {t: min(by_tokens[t].packed_us for by_tokens in rivals if t in by_tokens) for r in rivals for t in r}
+    return {tokens: best[tokens] / row.packed_us for tokens, row in rows.items() if tokens in best}
+
+
+def verdict(ratios: dict[int, float], tokens: Sequence[int], rival: str = "dense") -> str | None:
+    """None where the weight wins: faster at one of the token counts, slower at none. Otherwise the reason against."""
+    missing = [t for t in tokens if t not in ratios]
     if missing:
         return f"not measured at {', '.join(map(str, missing))} tokens"
-    ratios = {t: timings[t].ratio for t in tokens}
-    worst = min(ratios, key=ratios.__getitem__)
-    best = max(ratios, key=ratios.__getitem__)
+    worst = min(tokens, key=ratios.__getitem__)
+    best = max(tokens, key=ratios.__getitem__)
     if ratios[worst] < 1 - NOISE:
-        return f"slower than dense at {worst} tokens ({ratios[worst]:.2f}x)"
+        return f"slower than {rival} at {worst} tokens ({ratios[worst]:.2f}x)"
     if ratios[best] <= 1 + NOISE:
-        return f"no faster than dense (at best {ratios[best]:.2f}x, at {best} tokens)"
+        return f"no faster than {rival} (at best {ratios[best]:.2f}x, at {best} tokens)"
     return None
 
 
 def choose(
-    timings: Timings, layouts: Sequence[Layout], tokens: Sequence[int]
+    table: Table, shape: Shape, layouts: Sequence[Layout], tokens: Sequence[int]
 ) -> tuple[Layout, None] | tuple[None, str]:
     """The layout that gains most over all token counts (geometric mean) among those that :func:`verdict` lets pass;
-    without one, the reasons to stay dense."""
-    known = [layout for layout in layouts if layout.name in timings] or layouts[:1]
-    reasons = {layout.name: verdict(timings.get(layout.name, {}), tokens) for layout in known}
+    without one, the reasons against all."""
+    known = [layout for layout in layouts if layout.name in table.get(shape, {})] or list(layouts[:1])
+    ratios = {layout.name: gains(table, shape, layout.name) for layout in known}
+    rival = str(shape.rival.format if shape.rival else DENSE)
+    reasons = {name: verdict(found, tokens, rival) for name, found in ratios.items()}
     passing = [layout for layout in known if reasons[layout.name] is None]
     if passing:
-        gains = {o.name: statistics.geometric_mean(timings[o.name][t].ratio for t in tokens) for o in passing}
-        return max(passing, key=lambda layout: gains[layout.name]), None
+        mean = {o.name: statistics.geometric_mean(ratios[o.name][t] for t in tokens) for o in passing}
+        return max(passing, key=lambda layout: mean[layout.name]), None
     said = reasons.items()
     return None, "; ".join(f"{name}: {reason}" for name, reason in said) if len(said) > 1 else str(reasons.popitem()[1])
 
@@ -236,14 +293,18 @@ def load_table(path: str | Path) -> Table:
 
 def read_row(row: dict[str, Any]) -> Timing:
     """What :meth:`Timing.describe` gave. Raises ValueError and its like for anything else."""
-    shape = Shape(_count(row["out"]), _count(row["in"]), row["dtype"])
+    try:
+        form = parse_format(row["format"])
+    except SparseForgeError as error:
+        raise ValueError(str(error)) from error
+    shape = Shape(_count(row["out"]), _count(row["in"]), row["dtype"], form)
     if shape.dtype not in ("bfloat16", "float16", "float32") or not isinstance(row["layout"], str):
         raise ValueError(f"dtype {str(shape.dtype)[:40]!r}, layout {str(row['layout'])[:40]!r}")
-    (dense, *dense_quartiles), (sparse, *sparse_quartiles) = (
-        [_time(t) for t in (row[f"{kind}_us"], *row[f"{kind}_quartiles"])] for kind in ("dense", "sparse")
+    (dense, *dense_quartiles), (packed, *packed_quartiles) = (
+        [_time(t) for t in (row[f"{kind}_us"], *row[f"{kind}_quartiles"])] for kind in ("dense", "packed")
     )
-    (low, high), (least, most) = dense_quartiles, sparse_quartiles
-    return Timing(shape, row["layout"], _count(row["tokens"]), dense, (low, high), sparse, (least, most))
+    (low, high), (least, most) = dense_quartiles, packed_quartiles
+    return Timing(shape, row["layout"], _count(row["tokens"]), dense, (low, high), packed, (least, most))
 
 
 def _count(value: Any) -> int:
@@ -262,7 +323,7 @@ def as_table(timings: Iterable[Timing]) -> Table:
     """Timings by shape, layout and tokens."""
     table: Table = {}
     for timing in timings:
-        if not (timing.dense_us > 0 and timing.sparse_us > 0 and timing.tokens > 0):
+        if not (timing.dense_us > 0 and timing.packed_us > 0 and timing.tokens > 0):
             raise SparseForgeError(f"a cost table has a time or a token count that is not positive: {timing}")
         table.setdefault(timing.shape, {}).setdefault(timing.layout, {})[timing.tokens] = timing
     return table

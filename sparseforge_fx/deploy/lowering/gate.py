@@ -40,7 +40,7 @@ class Gate:
         self.timings = self.measure(list(shapes.values()))
         chosen = {}
         for site in eligible(sites):
-            layout, against = cost.choose(self.timings[shapes[site.fqn]], self.layouts, self.tokens)
+            layout, against = cost.choose(self.timings, shapes[site.fqn], self.layouts, self.tokens)
             if layout is None:
                 site.reason = f"gate: {against}"
             else:

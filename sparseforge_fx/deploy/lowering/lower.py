@@ -18,7 +18,7 @@ from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS, find_target
-from sparseforge_fx.kernels.packed import weight_of_values
+from sparseforge_fx.kernels.packed import Packed, weight_of_values
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import LinearSite, deploy_passes, export_passes, find_linears, run_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -120,16 +120,20 @@ def packed_weights(program: Program) -> list[tuple[PackedSite, int]]:
     names = program.names()
     for node in program.graph.find_nodes(op="call_function", target=OP):
         use = sparse_use(node)
-        values, meta = names[use.values], names[use.meta]
-        tensor = program.tensor(values)
+        values = names[use.values]
+        tensors = [program.tensor(names[n]) for n in (use.values, use.meta, use.scales) if n is not None]
+        tensor, codes = tensors[0], use.scales is not None
+        packed = Packed(tensors[0], tensors[1], use.in_features, tensors[2] if codes else None)
+        size = (use.x.meta["val"].dtype if codes else tensor.dtype).itemsize
         site: PackedSite = {
             "name": weight_of_values(values),
             "out": tensor.shape[0],
             "in": use.in_features,
+            "format": str(packed.format),
             "layout": use.layout,
-            "bytes": tensor.nbytes + program.tensor(meta).nbytes,
+            "bytes": packed.nbytes,
         }
-        found[values] = site, tensor.shape[0] * use.in_features * tensor.element_size()
+        found[values] = site, tensor.shape[0] * use.in_features * size
     return list(found.values())
 
 

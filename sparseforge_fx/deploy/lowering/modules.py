@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
 from sparseforge_fx.errors import SparseForgeError, add_sentence
 from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout, find_target
-from sparseforge_fx.kernels.packed import BITMASK, VALUES, Packed, pack, why_dense
+from sparseforge_fx.kernels.packed import BITMASK, SCALES, VALUES, Packed, pack, why_dense
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
 from sparseforge_fx.models import low_rank
 from sparseforge_fx.report import environment
 
 
 class SparseLinear(nn.Module):
-    """y = x W^T + b with W [out, in] packed 2:4 and frozen; ``bias`` trains, and gradients reach x.
+    """y = x W^T + b with W [out, in] packed in any format and frozen; ``bias`` trains, and gradients reach x.
 
     ``weight`` unpacks: it is there for code that looks at a linear's weight, not for arithmetic.
 
@@ -31,34 +31,52 @@ class SparseLinear(nn.Module):
         packed: the weight, in the format on disk; tensors may be on the meta device.
         layout: what it is kept in; that of the disk if nothing is said.
         transposed: it stands for a Conv1D, which keeps W as [in, out].
+        dtype: of ``weight``, if its values are codes; what the model computes in.
     """
 
     weight_values: Tensor
     weight_bitmask: Tensor  # in other layouts than that of the disk, whatever they have in its place
+    weight_scales: Tensor | None
 
-    def __init__(self, packed: Packed, bias: nn.Parameter | None, layout: Layout = ROWS, *, transposed: bool = False):
+    def __init__(
+        self,
+        packed: Packed,
+        bias: nn.Parameter | None,
+        layout: Layout = ROWS,
+        *,
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
+        self.dtype = packed.values.dtype if packed.scales is None else dtype
+        self.format = packed.format
         self.out_features, self.in_features = packed.shape
         self.transposed = transposed
         self.layout = ROWS.name
         self.loading = False  # while it is, models that initialise their linears' weights get a shape and no data
         self.register_buffer(VALUES, packed.values)
         self.register_buffer(BITMASK, packed.bitmask)
+        self.register_buffer(SCALES, packed.scales)
         self.bias = bias
         self.change_layout(layout)
 
     @property
     def weight(self) -> Tensor:
         if self.loading:
-            return torch.empty(self.out_features, self.in_features, dtype=self.weight_values.dtype, device="meta")
-        return DENSE_OP(self.weight_values, self.weight_bitmask, self.layout, self.in_features)
+            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        return DENSE_OP(self.weight_values, self.weight_bitmask, self.layout, self.in_features, self.weight_scales).to(
+            self.dtype
+        )
 
     def packed(self) -> Packed:
         """The weight in the format on disk, bit for bit what it was made of."""
-        return LAYOUTS[self.layout].restore(self.weight_values, self.weight_bitmask, self.in_features)
+        restore = LAYOUTS[self.layout].restore
+        return restore(self.weight_values, self.weight_bitmask, self.in_features, self.weight_scales)
 
     def change_layout(self, layout: Layout) -> None:
-        """Repack, in place."""
+        """Repack, in place; codes stay in a layout that takes them."""
+        if self.weight_scales is not None and not layout.quantized:
+            layout = ROWS
         if layout.name != self.layout:
             self.weight_values, self.weight_bitmask = layout.convert(self.packed())
             self.layout = layout.name
@@ -70,6 +88,8 @@ class SparseLinear(nn.Module):
             raise SparseForgeError(
                 f"a weight of shape {list(weight.shape)} cannot replace one of {[self.out_features, self.in_features]}"
             )
+        if self.weight_scales is not None:
+            raise SparseForgeError(f"the weight is kept in {self.format}: quantise the dense model anew instead")
         packed = pack(weight.to(self.weight_values.dtype))
         self.weight_values, self.weight_bitmask = LAYOUTS[self.layout].convert(packed)
 
@@ -85,10 +105,23 @@ class SparseLinear(nn.Module):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return OP(x, self.weight_values, self.weight_bitmask, self.layout, self.in_features, self.bias, "none")
+        return OP(
+            x, self.weight_values, self.weight_bitmask, self.layout, self.in_features, self.bias, "none",
+            self.weight_scales,
+        )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """``model.half()`` and its like change what is computed in, and never the scales that codes were rounded by."""
+        scales = self.weight_scales
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_values.device)).dtype
+        if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != scales.dtype:
+            self.weight_scales = scales.to(self.weight_values.device)
+        return self
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.layout}"
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{size}, format={self.format}, layout={self.layout}"
 
 
 @torch.no_grad()
@@ -106,7 +139,7 @@ def lower_modules(
     skipped modules with reasons, the cost table, bytes before and after. Raises SparseForgeError if no weight is 2:4.
     """
     known = cost.check_request(tokens, table)
-    sites, skipped = find_sparse(model)
+    sites, skipped = find_packable(model)
     if not sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
         raise SparseForgeError(f"nothing to lower: {reasons or 'the model has no linear layer'}; run sparsify first")
@@ -121,7 +154,7 @@ def lower_modules(
         for name, module in sites.items():
             weight = weights.pop(name)
             before += weight.nbytes
-            layout, against = cost.choose(timings[shapes[name]], layouts, tokens) if gate else (layouts[0], None)
+            layout, against = cost.choose(timings, shapes[name], layouts, tokens) if gate else (layouts[0], None)
             if layout is None:
                 skipped[name] = f"gate: {against}"
                 after += weight.nbytes
@@ -133,7 +166,8 @@ def lower_modules(
             size = sparse.weight_values.nbytes + sparse.weight_bitmask.nbytes
             scratch = max(scratch, weight.nbytes)
             out, width = sparse.out_features, sparse.in_features
-            lowered.append({"name": name, "out": out, "in": width, "layout": layout.name, "bytes": size})
+            kept = {"format": str(sparse.format), "layout": layout.name, "bytes": size}
+            lowered.append({"name": name, "out": out, "in": width, **kept})  # type: ignore[typeddict-item]
             after += size
     return {
         "sites": lowered,
@@ -173,8 +207,11 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def find_sparse(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-    """Modules whose weight is exactly 2:4, by name; the other linears with a reason."""
+def find_packable(
+    model: nn.Module, against: Callable[[Tensor], str | None] = why_dense
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Modules that can be replaced, and whose weight [out, in] nothing is said ``against``, by name; the other linears
+    with a reason. By default those that are exactly 2:4."""
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     sites, skipped = {}, {}
@@ -192,7 +229,7 @@ def find_sparse(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             skipped[name] = "its weight belongs to another module, too"
         elif low_rank.has_other_hooks(module):
             skipped[name] = "it has forward hooks"
-        elif (reason := why_dense(weight_of(module))) is not None:
+        elif (reason := against(weight_of(module))) is not None:
             skipped[name] = reason
         else:
             sites[name] = module

@@ -1,86 +1,100 @@
-"""Weight quantisation after sparsity, by torchao's symmetric integer grids: zero is on them, so the pattern stays."""
+"""``quantize``: linears over int8 or int4 codes, in place: ``generate()`` goes on, and reads fewer bytes."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from sparseforge_fx.deploy.transformers_hook import torchao_unheard
+from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, replace, weight_of
+from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.pattern import AnyPattern, check_pattern, parse_pattern
+from sparseforge_fx.formats import Format, parse_format
+from sparseforge_fx.kernels.layouts import ROWS, layouts_of
+from sparseforge_fx.kernels.packed import Packed, pack_codes
+from sparseforge_fx.methods.rounding import codes_of, round_weight
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern
+from sparseforge_fx.report import environment
 
 
 @torch.no_grad()
 def quantize(
-    model: nn.Module, bits: int = 8, group: int | None = None, *, pattern: str | AnyPattern = "2:4"
-) -> dict[str, Any]:
-    """Give every sparse nn.Linear of ``model`` integer weights, in place, and show that its zeros are still zeros.
+    model: nn.Module, values: str = "int8", *, scales: Mapping[str, Tensor] | None = None, dense: bool = True
+) -> PackingReport:
+    """Replace every nn.Linear and Conv1D by a :class:`SparseLinear` over codes, in place: 2:4 weights stay 2:4.
 
     Args:
-        bits: 8 or 4.
-        group: inputs that share a scale; default: 8 bits one scale per output, 4 bits 32 inputs. A layer whose width
-            is no multiple of it gets one scale per output.
-        pattern: what makes a weight sparse; linears that do not fit it keep their dtype.
+        values: ``int8`` (one scale per output), ``int4`` (one for every 32 inputs), or ``int4/128``.
+        scales: those of weights that are on a grid already, by the weights' names (``sparsify(...).scales``): they are
+            packed exactly. Other weights get the scales of least squared error, and their nearest codes.
+        dense: weights that are not 2:4, too; False leaves them as they are.
 
-    Returns ``{"bits", "quantized": {name: group or None}, "skipped": {name: reason}}``. The weights become torchao
-    tensors of int8 storage (4-bit ones too, unpacked) that compute in the model's dtype.
-    Raises SparseForgeError if torchao is not installed, for other bits, or if no linear is sparse.
+    ``sf.save_packed`` writes the result, ``sf.load`` reads it; ``model.dequantize()`` of a loaded one goes back.
+    Returns the report: sites with their formats, the other linears with reasons, bytes before and after.
+    Raises SparseForgeError for other values, scales of no linear, or if there is nothing to quantise; the model is as
+    it was then.
     """
-    if bits not in (4, 8):
-        raise SparseForgeError(f"cannot quantise to {bits} bits: choose 8 or 4")
-    if group is not None and group < 1:
-        raise SparseForgeError(f"a group of {group} inputs makes no sense: give at least 1, or None")
-    try:
-        with torchao_unheard():
-            from torchao.quantization import IntxWeightOnlyConfig, quantize_
-            from torchao.quantization.granularity import PerAxis, PerGroup
-    except ImportError as error:
+    values_alone = parse_format(values)
+    if values_alone.is_sparse or not values_alone.is_quantized:
         raise SparseForgeError(
-            "quantisation needs torchao: pip install 'sparseforge-fx[quantize]', or torchao itself"
-        ) from error
-    shape = parse_pattern(pattern)
-    width = group or (32 if bits == 4 else None)
-    quantized: dict[str, int | None] = {}
-    skipped: dict[str, str] = {}
-    before: list[tuple[Any, Any]] = []
+            f"values is {values!r}: choose int8, int4 or int4/128; 2:4 weights stay 2:4 by themselves"
+        )
+    known = dict(scales or {})
+
+    def against(weight: Tensor) -> str | None:
+        if weight.is_meta or not weight.is_floating_point():
+            return "on the meta device" if weight.is_meta else f"its weight is {weight.dtype}"
+        if not dense and not check_pattern(weight, TWO_FOUR):
+            return "not 2:4"
+        return _format(weight, values_alone).why_not(weight.shape[1])
+
+    sites, skipped = find_packable(model, against)
+    if strange := sorted(known.keys() - {f"{name}.weight" for name in sites}):
+        raise SparseForgeError(f"scales of {strange[0]}, which is no linear that can be packed: leave them out")
+    if not sites:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
+        raise SparseForgeError(f"nothing to quantise: {reasons or 'the model has no linear layer'}")
+    device = weight_of(next(iter(sites.values()))).device
+    if not any(layout.quantized for layout in layouts_of(device)):
+        raise SparseForgeError(f"there are no kernels for {values} on {device.type}: move the model to the CPU first")
+    found: list[PackedSite] = []
+    before = after = scratch = 0
+    done: dict[str, nn.Module] = {}
     try:
-        for name, module in model.named_modules():
-            reason = _why_not(module, shape)
-            if reason is not None:
-                if reason:
-                    skipped[name] = reason
-                continue
-            fits = width is not None and module.in_features % width == 0  # type: ignore[operator]
-            granularity = PerGroup(width) if fits else PerAxis(0)
-            before.append((module, module.weight))
-            zeros = module.weight == 0
-            config = IntxWeightOnlyConfig(
-                weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity, scale_dtype=torch.float32
-            )
-            quantize_(module, config, filter_fn=lambda m, _, this=module: m is this)
-            if module.weight.dequantize()[zeros].any():  # type: ignore[operator]
-                raise AssertionError(f"{name}: torchao moved a zero")
-            quantized[name] = width if fits else None
+        for name, module in sites.items():
+            packed = _packed(module, values_alone, known.get(f"{name}.weight"), name)
+            old = weight_of(module)
+            sparse = SparseLinear(packed, module.bias, transposed=isinstance(module, Conv1D), dtype=old.dtype)
+            replace(model, name, sparse.train(module.training))
+            done[name] = module
+            kept = {"format": str(packed.format), "layout": ROWS.name, "bytes": packed.nbytes}
+            found.append({"name": name, "out": old.shape[0], "in": old.shape[1], **kept})  # type: ignore[typeddict-item]
+            before, after, scratch = before + old.nbytes, after + packed.nbytes, max(scratch, old.nbytes)
     except BaseException:
-        for module, weight in before:
-            module.weight = weight
+        for name, module in done.items():
+            replace(model, name, module)
         raise
-    if not quantized:
-        raise SparseForgeError(f"no nn.Linear of the model is {shape} sparse: run sparsify first")
-    return {"bits": bits, "quantized": quantized, "skipped": skipped}
+    return {
+        "sites": found,
+        "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
+        "dense_bytes": before,
+        "lowered_bytes": after,
+        "scratch_bytes": scratch,
+        **environment(),
+    }
 
 
-def _why_not(module: nn.Module, pattern: AnyPattern) -> str | None:
-    """None: quantise it. Otherwise why not; empty for what is no linear at all."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or isinstance(module, nn.Embedding):
-        return ""
-    if not isinstance(module, nn.Linear):
-        return f"torchao quantises nn.Linear, not {type(module).__name__}"
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return "it is quantised already"
-    if not check_pattern(weight, pattern):
-        return f"it is not {pattern} sparse"
-    return None
+def _format(weight: Tensor, values: Format) -> Format:
+    return values._replace(pattern="2:4" if check_pattern(weight, TWO_FOUR) else "dense")
+
+
+def _packed(module: nn.Module, values: Format, scales: Tensor | None, name: str) -> Packed:
+    weight = weight_of(module)
+    form = _format(weight, values)
+    try:
+        rounded = round_weight(weight, form) if scales is None else codes_of(weight, scales.to(weight.device), form)
+        return pack_codes(rounded.codes, rounded.scales, form)
+    except SparseForgeError as error:
+        raise SparseForgeError(f"'{name}': {error}") from error

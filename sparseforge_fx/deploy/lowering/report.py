@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
-PackedSite = TypedDict("PackedSite", {"name": str, "out": int, "in": int, "layout": str, "bytes": int})
+PackedSite = TypedDict("PackedSite", {"name": str, "out": int, "in": int, "format": str, "layout": str, "bytes": int})
 
 
 class DenseSite(TypedDict):

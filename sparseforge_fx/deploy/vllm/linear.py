@@ -33,6 +33,11 @@ class PackedVllmConfig(QuantizationConfig):
 
     def __init__(self, header: Header):
         super().__init__()
+        if codes := [name for name, site in header.modules.items() if site.format.is_quantized]:
+            raise SparseForgeError(
+                f"'{codes[0]}' is kept in {header.modules[codes[0]].format}, which is not served by vLLM yet: "
+                "load the folder with sf.load"
+            )
         self.header = header
         self.modules = dict(header.modules)  # by vLLM's names
 

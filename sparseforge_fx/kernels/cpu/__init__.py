@@ -24,10 +24,14 @@ from sparseforge_fx.files import move_file
 ISA_VARIABLE = "SPARSEFORGE_CPU_ISA"
 _SOURCES = (
     "rows_linear.cpp",
+    "codes_linear.cpp",
     "sparse_linear.cpp",
     "operator.cpp",
     "aoti.cpp",
     "rows_linear.h",
+    "codes_linear.h",
+    "codes_tile.h",
+    "numbers.h",
     "primitives.h",
     "tile.h",
     "finish.h",
@@ -66,9 +70,9 @@ def instruction_set() -> str:
     return wanted
 
 
-def max_rows(dtype: torch.dtype) -> int:
+def max_rows(dtype: torch.dtype, *, quantized: bool = False) -> int:
     """So many rows of x are served by :func:`rows_linear`; for more, the weight is better expanded. -1: no kernel."""
-    return torch.ops.sparseforge_cpu.max_rows(dtype) if available() else -1
+    return torch.ops.sparseforge_cpu.max_rows(dtype, quantized) if available() else -1
 
 
 def archive() -> Path:
@@ -81,23 +85,25 @@ def archive() -> Path:
     return _folder() / f"lib{_name()}.a"
 
 
-def rows_linear(x, values, bitmask, in_features, bias=None, activation="none", isa=None):
+def rows_linear(x, values, bitmask, in_features, scales=None, bias=None, activation="none", isa=None):
     """act(x W^T + b) by the C++ kernel; call only if :func:`available`.
 
     Args:
-        x: [..., in], bfloat16 or float32; values, bitmask, in_features: a 2-D ``Packed`` of the same dtype.
+        x: [..., in], bfloat16 or float32; values, bitmask, in_features, scales: a 2-D ``Packed`` of the same dtype, or
+            of codes.
         isa: one of :func:`instruction_sets`; None for the one in use.
 
     Sums are float32. Every output is summed by one thread in an order that depends on the number of rows only: the
     same bits on every run and for any number of threads.
     """
     isa = instruction_set() if isa is None else isa
-    return torch.ops.sparseforge_cpu.rows_linear(x, values, bitmask, in_features, bias, activation, isa)
+    return torch.ops.sparseforge_cpu.rows_linear(x, values, bitmask, in_features, bias, activation, scales, isa)
 
 
-def rows_dense(values, bitmask, in_features):
-    """The dense weight [out, in] of a 2-D ``Packed`` of a 2- or 4-byte dtype; call only if :func:`available`."""
-    return torch.ops.sparseforge_cpu.rows_dense(values, bitmask, in_features)
+def rows_dense(values, bitmask, in_features, scales=None):
+    """The dense weight [out, in] of a 2-D ``Packed`` of a 2- or 4-byte dtype, or of codes, then in float32; call only
+    if :func:`available`."""
+    return torch.ops.sparseforge_cpu.rows_dense(values, bitmask, in_features, scales)
 
 
 @functools.cache

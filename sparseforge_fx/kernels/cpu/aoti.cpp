@@ -9,7 +9,7 @@
 
 extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_cpu_sparse_linear(
     AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features,
-    AtenTensorHandle* bias, const char* activation, AtenTensorHandle* result) {
+    AtenTensorHandle* bias, const char* activation, AtenTensorHandle* scales, AtenTensorHandle* result) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
     using namespace sparseforge;
     using torch::aot_inductor::tensor_handle_to_tensor_pointer;
@@ -19,9 +19,12 @@ extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_cpu_sparse_linear(
     }();
     const auto act = activation_named(activation);
     TORCH_CHECK(act && std::string_view(layout) == "rows", "no CPU kernel for ", activation, " on ", layout);
-    const std::optional<at::Tensor> b = bias ? std::optional(*tensor_handle_to_tensor_pointer(*bias)) : std::nullopt;
+    const auto given = [](AtenTensorHandle* t) -> std::optional<at::Tensor> {
+      return t ? std::optional(*tensor_handle_to_tensor_pointer(*t)) : std::nullopt;
+    };
     *result = torch::aot_inductor::new_tensor_handle(
         sparse_linear(*tensor_handle_to_tensor_pointer(x), *tensor_handle_to_tensor_pointer(values),
-                      *tensor_handle_to_tensor_pointer(meta), in_features, b, *act, isa));
+                      *tensor_handle_to_tensor_pointer(meta), in_features, given(bias), *act,
+                      given(scales), isa));
   });
 }

@@ -4,7 +4,7 @@
 // sparse_linear.py defines both operators, implements them for any device, differentiates them, and words the errors.
 // Here is only what is usual: packed rows, tensors that fit, no gradients. Everything else is handed to Python.
 
-#include "rows_linear.h"
+#include "codes_linear.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -18,8 +18,8 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::string_view, int64_t,
-                          const OptionalTensor&, c10::string_view);
-using Dense = at::Tensor(const at::Tensor&, const at::Tensor&, c10::string_view, int64_t);
+                          const OptionalTensor&, c10::string_view, const OptionalTensor&);
+using Dense = at::Tensor(const at::Tensor&, const at::Tensor&, c10::string_view, int64_t, const OptionalTensor&);
 
 // What Python chose for this process (see cpu/__init__.py); until then every call goes there.
 std::atomic<int> isa_in_use{-1};
@@ -45,45 +45,55 @@ constexpr c10::DispatchKeySet kPython{};
 // Likewise Python's gradient, registered for every Autograd key, behind AutogradCPU.
 constexpr c10::DispatchKeySet kPythonAutograd{c10::DispatchKey::AutogradOther};
 
-bool serves(const at::Tensor& values, const at::Tensor& meta, c10::string_view layout, int64_t in_features) {
-  return isa_in_use >= 0 && layout == "rows" && values.is_cpu() && meta.is_cpu() &&
-         (values.element_size() == 2 || values.element_size() == 4) && is_packed(values, meta, in_features);
+bool serves(const at::Tensor& values, const at::Tensor& meta, c10::string_view layout, int64_t in_features,
+            const OptionalTensor& scales) {
+  if (isa_in_use < 0 || layout != "rows" || !values.is_cpu() || !meta.is_cpu()) return false;
+  if (scales) return scales->is_cpu() && is_codes(values, meta, *scales, in_features);
+  return (values.element_size() == 2 || values.element_size() == 4) && is_packed(values, meta, in_features);
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& meta, c10::string_view layout,
-                  int64_t in_features, const OptionalTensor& bias, c10::string_view activation) {
+                  int64_t in_features, const OptionalTensor& bias, c10::string_view activation,
+                  const OptionalTensor& scales) {
   const auto act = activation_named(activation);
-  if (!act || !serves(values, meta, layout, in_features) || !x.is_floating_point() ||
-      !fits(x, values, in_features, bias, *act))
-    return linear_operator().redispatch(kPython, x, values, meta, layout, in_features, bias, activation);
-  return sparse_linear(x, values, meta, in_features, bias, *act, static_cast<Isa>(isa_in_use.load()));
+  if (!act || !serves(values, meta, layout, in_features, scales) || !x.is_floating_point() ||
+      !fits(x, values, in_features, bias, *act, scales.has_value()))
+    return linear_operator().redispatch(kPython, x, values, meta, layout, in_features, bias, activation, scales);
+  return sparse_linear(x, values, meta, in_features, bias, *act, scales, static_cast<Isa>(isa_in_use.load()));
 }
 
-at::Tensor dense(const at::Tensor& values, const at::Tensor& meta, c10::string_view layout, int64_t in_features) {
-  if (!serves(values, meta, layout, in_features))
-    return dense_operator().redispatch(kPython, values, meta, layout, in_features);
-  return rows_dense(values, meta, in_features);
+at::Tensor dense(const at::Tensor& values, const at::Tensor& meta, c10::string_view layout, int64_t in_features,
+                 const OptionalTensor& scales) {
+  if (!serves(values, meta, layout, in_features, scales))
+    return dense_operator().redispatch(kPython, values, meta, layout, in_features, scales);
+  return scales ? codes_dense(values, meta, *scales, in_features) : rows_dense(values, meta, in_features);
 }
 
 at::Tensor linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& values,
                            const at::Tensor& meta, c10::string_view layout, int64_t in_features,
-                           const OptionalTensor& bias, c10::string_view activation) {
+                           const OptionalTensor& bias, c10::string_view activation, const OptionalTensor& scales) {
   const auto below = keys & c10::after_autograd_keyset;
   const bool needed = at::GradMode::is_enabled() &&
                       (x.requires_grad() || values.requires_grad() || (bias && bias->requires_grad()));
   if (needed)
     return linear_operator().redispatch(below | kPythonAutograd, x, values, meta, layout, in_features, bias,
-                                        activation);
+                                        activation, scales);
   at::AutoDispatchBelowAutograd guard;
-  return linear_operator().redispatch(below, x, values, meta, layout, in_features, bias, activation);
+  return linear_operator().redispatch(below, x, values, meta, layout, in_features, bias, activation, scales);
 }
 
 at::Tensor rows_linear_named(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask,
                              int64_t in_features, const OptionalTensor& bias, c10::string_view activation,
-                             c10::string_view isa) {
+                             const OptionalTensor& scales, c10::string_view isa) {
   const auto act = activation_named(activation);
   TORCH_CHECK(act, "unknown activation '", activation, "'");
-  return rows_linear(x, values, mask, in_features, bias, *act, isa_named(isa));
+  return scales ? codes_linear(x, values, mask, *scales, in_features, bias, *act, isa_named(isa))
+                : rows_linear(x, values, mask, in_features, bias, *act, isa_named(isa));
+}
+
+at::Tensor rows_dense_any(const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
+                          const OptionalTensor& scales) {
+  return scales ? codes_dense(values, mask, *scales, in_features) : rows_dense(values, mask, in_features);
 }
 
 }  // namespace
@@ -91,17 +101,17 @@ at::Tensor rows_linear_named(const at::Tensor& x, const at::Tensor& values, cons
 
 TORCH_LIBRARY(sparseforge_cpu, m) {
   m.def(
-      "rows_linear(Tensor x, Tensor values, Tensor bitmask, int in_features, Tensor? bias, str activation, str isa)"
-      " -> Tensor");
-  m.def("rows_dense(Tensor values, Tensor bitmask, int in_features) -> Tensor");
+      "rows_linear(Tensor x, Tensor values, Tensor bitmask, int in_features, Tensor? bias, str activation,"
+      " Tensor? scales, str isa) -> Tensor");
+  m.def("rows_dense(Tensor values, Tensor bitmask, int in_features, Tensor? scales) -> Tensor");
   m.def("instruction_sets() -> str[]", &sparseforge::instruction_sets);
-  m.def("max_rows(ScalarType dtype) -> int", &sparseforge::max_rows);
+  m.def("max_rows(ScalarType dtype, bool codes) -> int", &sparseforge::max_rows);
   m.def("use(str isa) -> ()", &sparseforge::use);
 }
 
 TORCH_LIBRARY_IMPL(sparseforge_cpu, CPU, m) {
   m.impl("rows_linear", &sparseforge::rows_linear_named);
-  m.impl("rows_dense", &sparseforge::rows_dense);
+  m.impl("rows_dense", &sparseforge::rows_dense_any);
 }
 
 TORCH_LIBRARY_IMPL(sparseforge, CPU, m) {

@@ -190,9 +190,10 @@ bool is_packed(const at::Tensor& values, const at::Tensor& mask, int64_t in_feat
 }
 
 bool fits(const at::Tensor& x, const at::Tensor& values, int64_t in_features, const std::optional<at::Tensor>& bias,
-          Activation activation) {
+          Activation activation, bool codes) {
   const int64_t out_features = values.size(0);
-  const auto same = [&](const at::Tensor& t) { return t.is_cpu() && t.scalar_type() == values.scalar_type(); };
+  const auto dtype = codes ? x.scalar_type() : values.scalar_type();
+  const auto same = [&](const at::Tensor& t) { return t.is_cpu() && t.scalar_type() == dtype; };
   return x.dim() > 0 && x.size(-1) == in_features && same(x) &&
          (!bias || (bias->dim() == 1 && bias->size(0) == out_features && same(*bias))) &&
          (activation != Activation::silu_mul || out_features % 2 == 0);

@@ -25,9 +25,9 @@ std::vector<std::string> instruction_sets();
 // numbers, but no access outside the tensors.
 bool is_packed(const at::Tensor& values, const at::Tensor& mask, int64_t in_features);
 
-// What the kernels ask of x, bias and activation, besides a packed weight.
+// What the kernels ask of x, bias and activation, besides a packed weight; codes go with any floating x.
 bool fits(const at::Tensor& x, const at::Tensor& values, int64_t in_features, const std::optional<at::Tensor>& bias,
-          Activation activation);
+          Activation activation, bool codes = false);
 
 // act(x W^T + bias): [..., in_features] -> [..., out], or [..., out / 2] with silu_mul. bfloat16 or float32.
 at::Tensor rows_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
@@ -38,10 +38,12 @@ at::Tensor rows_dense(const at::Tensor& values, const at::Tensor& mask, int64_t 
 
 // Beyond so many rows of x, expanding the weight for torch's dense product is faster than rows_linear (measured with
 // AMX and two threads, cpu_kernels.py); -1 for types that it does not take.
-int64_t max_rows(at::ScalarType dtype);
+int64_t max_rows(at::ScalarType dtype, bool codes);
 
-// rows_linear, or rows_dense and a dense product: what is faster for so many rows. Any type that rows_dense takes.
+// rows_linear or codes_linear, or the expanded weight and a dense product: what is faster for so many rows. Any type
+// that rows_dense takes.
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
-                         const std::optional<at::Tensor>& bias, Activation activation, Isa isa);
+                         const std::optional<at::Tensor>& bias, Activation activation,
+                         const std::optional<at::Tensor>& scales, Isa isa);
 
 }  // namespace sparseforge

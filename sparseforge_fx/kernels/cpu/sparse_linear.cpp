@@ -1,6 +1,6 @@
 // The faster of the two ways to multiply with a packed weight, for so many rows of x.
 
-#include "rows_linear.h"
+#include "codes_linear.h"
 
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/gelu.h>
@@ -33,15 +33,22 @@ at::Tensor activate(const at::Tensor& y, Activation activation) {
 
 }  // namespace
 
-int64_t max_rows(at::ScalarType dtype) { return dtype == at::kBFloat16 ? 512 : dtype == at::kFloat ? 128 : -1; }
+int64_t max_rows(at::ScalarType dtype, bool codes) {
+  if (codes) return dtype == at::kBFloat16 || dtype == at::kFloat ? 512 : -1;
+  return dtype == at::kBFloat16 ? 512 : dtype == at::kFloat ? 128 : -1;
+}
 
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
-                         const std::optional<at::Tensor>& bias, Activation activation, Isa isa) {
-  if (x.numel() / in_features <= max_rows(x.scalar_type()))
-    return rows_linear(x, values, mask, in_features, bias, activation, isa);
+                         const std::optional<at::Tensor>& bias, Activation activation,
+                         const std::optional<at::Tensor>& scales, Isa isa) {
+  if (x.numel() / in_features <= max_rows(x.scalar_type(), scales.has_value()))
+    return scales ? codes_linear(x, values, mask, *scales, in_features, bias, activation, isa)
+                  : rows_linear(x, values, mask, in_features, bias, activation, isa);
   // as rows: at::linear of three dimensions may take another path, with other bits
   const auto rows = x.reshape({-1, in_features});
-  const auto y = activate(at::linear(rows, rows_dense(values, mask, in_features), bias), activation);
+  const auto weight = scales ? codes_dense(values, mask, *scales, in_features).to(x.scalar_type())
+                             : rows_dense(values, mask, in_features);
+  const auto y = activate(at::linear(rows, weight, bias), activation);
   auto sizes = x.sizes().vec();
   sizes.back() = y.size(1);
   return at::_unsafe_view(y, sizes);  // no view: autograd forbids writing into one of an operator's

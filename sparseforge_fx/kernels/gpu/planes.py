@@ -30,7 +30,7 @@ def to_planes(packed: Packed) -> tuple[Tensor, Tensor]:
 
     Padding places hold zeros. Raises SparseForgeError for a weight that is not [out, in], or not of 2 or 4 bytes.
     """
-    values, bitmask, in_features = packed
+    values, bitmask, in_features, _ = packed
     if values.dim() != 2:
         raise SparseForgeError(f"the plane layout takes a weight [out, in], not one of shape {tuple(packed.shape)}")
     if values.element_size() not in (2, 4):

@@ -154,7 +154,9 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_packed_weights_are_refused_where_they_must_be_dense(tmp_path):
     pack_to(tmp_path / "packed")
-    with pytest.raises(SparseForgeError, match=r"are packed, and must be dense here: load it with sf\.load, then") as caught:
+    with pytest.raises(
+        SparseForgeError, match=r"are packed, and must be dense here: load it with sf\.load, then"
+    ) as caught:
         load_dense(tmp_path / "packed")
     assert "\n" not in str(caught.value)
 
@@ -316,16 +318,21 @@ SINGLE = {  # damage to a folder of one weight file: what the sentence says
     "next version": (lambda f: header(f, lambda h: h.update(format_version=packed.FORMAT_VERSION + 1)), "update sparseforge_fx"),
     "no version": (lambda f: header(f, lambda h: h.update(format_version="1")), "no version"),
     "somebody else's": (lambda f: header(f, lambda h: h.update(quant_method="gptq")), "are quantised: give a checkpoint in"),
-    "other pattern": (lambda f: header(f, lambda h: h.update(pattern="1:4")), "not '2:4'"),
+    "other pattern": (lambda f: header(f, lambda h: h.update(format_version=1, pattern="1:4")), "not '2:4'"),
     "unknown entry": (lambda f: header(f, lambda h: h.update(code="print(1)")), "unknown entry 'code'"),
     "no modules": (lambda f: header(f, lambda h: h.update(modules=[])), "no packed modules"),
     "header shape": (lambda f: entry(f, SITE, shape=[64, 64]), "the header wants"),
     "absurd header shape": (lambda f: entry(f, SITE, shape=[10**30, 4]), "the header wants"),
-    "header shape of text": (lambda f: entry(f, SITE, shape="64x32"), "has no shape"),
+    "header shape of text": (lambda f: entry(f, SITE, shape="64x32"), "has no dtype, format, shape"),
     "header inputs": (lambda f: entry(f, SITE, shape=[64, 30]), "no multiple of 4"),
     "header dtype": (lambda f: entry(f, SITE, dtype="float8"), "has dtype 'float8'"),
     "module twice": (lambda f: (f / "config.json").write_text('{"a": 1, "a": 2}'), "'a' twice"),
-    "unknown module": (lambda f: entry(f, "nothing", shape=[4, 4], dtype="float32"), "is missing"),
+    "unknown module": (lambda f: entry(f, "nothing", shape=[4, 4], dtype="float32", format="2:4"), "is missing"),
+    "no format": (lambda f: header(f, lambda h: h["modules"][SITE].pop("format")), "has no dtype, format, shape"),
+    "unknown format": (lambda f: entry(f, SITE, format="2:4 int3"), "has format '2:4 int3'"),
+    "dense format": (lambda f: entry(f, SITE, format="dense"), "in which nothing is packed"),
+    "format of codes": (lambda f: entry(f, SITE, format="2:4 int8"), "the header wants"),
+    "format no text": (lambda f: entry(f, SITE, format=["2:4"]), "which there is not"),
     "no count": (lambda f: header(f, lambda h: h.update(model_modules="many")), "is no such number"),
     "absurd count": (lambda f: header(f, lambda h: h.update(model_modules=10**9)), "is no such number"),
     "count beyond the tensors": (lambda f: header(f, lambda h: h.update(model_modules=100_000)), "tells of 100000 modules"),

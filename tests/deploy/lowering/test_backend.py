@@ -155,10 +155,12 @@ def test_the_gate_measures_each_shape_once(mlp, lowered, monkeypatch):
     measured = []
     from sparseforge_fx.deploy.lowering import cost
 
-    def measure(shape, tokens, *_):
+    def measure(shapes, tokens, *_):
+        (shape,) = shapes
         measured.append(shape)
         ratio = 2.0 if shape.out_features == 48 else 0.5
-        return {"rows": {t: cost.Timing(shape, "rows", t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}}
+        rows = {t: cost.Timing(shape, "rows", t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}
+        return {shape: {"rows": rows}}
 
     monkeypatch.setattr(cost, "measure", measure)
     monkeypatch.setattr(backend, "_measured", {})

@@ -7,6 +7,7 @@ import torch
 
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import parse_format
 from sparseforge_fx.kernels.layouts import PLANES, ROWS, find_target
 
 CPU = torch.device("cpu")
@@ -28,11 +29,11 @@ def timing(tokens, ratio, shape=SHAPE, layout="rows"):
     ],
 )
 def test_verdict(ratios, reason):
-    assert cost.verdict({t: timing(t, r) for t, r in ratios.items()}, [1, 8]) == reason
+    assert cost.verdict(ratios, [1, 8]) == reason
 
 
 def test_only_the_token_counts_asked_for_matter():
-    assert cost.verdict({t: timing(t, r) for t, r in {1: 1.5, 2048: 0.5}.items()}, [1]) is None
+    assert cost.verdict({1: 1.5, 2048: 0.5}, [1]) is None
 
 
 @pytest.mark.parametrize(
@@ -54,25 +55,27 @@ def test_the_layout_that_gains_most(rows, planes, chosen):
         name: {t: timing(t, r, layout=name) for t, r in zip((1, 8), ratios, strict=True)}
         for name, ratios in given.items() if ratios
     }  # fmt: skip
-    layout, reason = cost.choose(timings, [ROWS, PLANES], [1, 8])
+    layout, reason = cost.choose({SHAPE: timings}, SHAPE, [ROWS, PLANES], [1, 8])
     assert (layout or reason) == chosen
 
 
 def test_measuring_a_tiny_shape():
     layouts = [ROWS, PLANES, PLANES._replace(name="none", refuses=lambda *_: "never")]
-    by_layout = cost.measure(SHAPE, [1, 3], CPU, layouts, rounds=3, seconds=1e-4)
+    by_layout = cost.measure([SHAPE], [1, 3], CPU, layouts, rounds=3, seconds=1e-4)[SHAPE]
     assert {name: set(found) for name, found in by_layout.items()} == {"rows": {1, 3}, "planes": {1, 3}}
     for row in (row for found in by_layout.values() for row in found.values()):
-        low, high = row.sparse_quartiles
-        assert 0 < low <= row.sparse_us <= high and row.dense_us > 0
+        low, high = row.packed_quartiles
+        assert 0 < low <= row.packed_us <= high and row.dense_us > 0
         described = row.describe()
-        assert described["ratio"] == row.dense_us / row.sparse_us
-        assert described["sparse_gb_per_s"] * row.sparse_us * 1e3 == pytest.approx(16 * 32 * (2 + 1 / 8))
+        assert described["ratio"] == row.dense_us / row.packed_us
+        assert described["packed_gb_per_s"] * row.packed_us * 1e3 == pytest.approx(16 * 32 * (2 + 1 / 8))
 
 
 def test_each_shape_is_measured_once(monkeypatch):
     seen = []
-    monkeypatch.setattr(cost, "measure", lambda shape, *_: seen.append(shape) or {"rows": {1: timing(1, 2.0)}})
+    monkeypatch.setattr(
+        cost, "measure", lambda shapes, *_: seen.extend(shapes) or {SHAPE: {"rows": {1: timing(1, 2.0)}}}
+    )
     assert set(cost.timings([SHAPE, SHAPE], [1], CPU, find_target("cpu", CPU), None)) == {SHAPE}
     assert seen == [SHAPE]
 
@@ -86,14 +89,14 @@ def test_a_table_goes_through_a_file_and_needs_no_measuring(tmp_path, monkeypatc
     other = SHAPE._replace(out_features=17)
     found = cost.timings([SHAPE, other], [1], CPU, find_target("cpu", CPU), table)
     assert found[SHAPE] == table[SHAPE]
-    assert cost.choose(found[other], [ROWS], [1]) == (None, "not measured at 1 tokens")
+    assert cost.choose(found, other, [ROWS], [1]) == (None, "not measured at 1 tokens")
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "[" * 100_000, '{"version": 99, "rows": []}', '{"version": 2}', '{"version": 2, "rows": [{"out": 1}]}',
-     '{"version": 2, "rows": [{"out": 1, "in": 4, "dtype": "float32", "layout": "rows", "tokens": 1, "dense_us": 0, "sparse_us": 1,'
-     ' "dense_quartiles": [0, 0], "sparse_quartiles": [1, 1]}]}'],
+    ["", "[]", "[" * 100_000, '{"version": 99, "rows": []}', '{"version": 3}', '{"version": 3, "rows": [{"out": 1}]}',
+     '{"version": 3, "rows": [{"out": 1, "in": 4, "dtype": "float32", "format": "2:4", "layout": "rows", "tokens": 1, "dense_us": 0, "packed_us": 1,'
+     ' "dense_quartiles": [0, 0], "packed_quartiles": [1, 1]}]}'],
 )  # fmt: skip
 def test_files_that_are_no_table(tmp_path, text):
     path = tmp_path / "table.json"
@@ -106,16 +109,36 @@ def test_files_that_are_no_table(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("entry", "value"),
-    [("out", -1), ("in", 1 << 70), ("in", "x"), ("in", True), ("dtype", "object"), ("layout", 3), ("tokens", 1.5),
-     ("dense_us", float("inf")), ("sparse_us", -1), ("sparse_us", "1"), ("dense_quartiles", []),
-     ("sparse_quartiles", [1, float("nan")])],
+    [("out", -1), ("in", 1 << 70), ("in", "x"), ("in", True), ("dtype", "object"), ("layout", 3), ("format", "3:4"), ("tokens", 1.5),
+     ("dense_us", float("inf")), ("packed_us", -1), ("packed_us", "1"), ("dense_quartiles", []),
+     ("packed_quartiles", [1, float("nan")])],
 )  # fmt: skip
 def test_a_damaged_row(tmp_path, entry, value):
     row = {**timing(1, 1.5).describe(), entry: value}
-    (tmp_path / "table.json").write_text(json.dumps({"version": 2, "rows": [row]}))
+    (tmp_path / "table.json").write_text(json.dumps({"version": 3, "rows": [row]}))
     with pytest.raises(SparseForgeError, match="is not a cost table") as caught:
         cost.load_table(tmp_path / "table.json")
     assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_an_older_version_is_to_be_measured_again(tmp_path):
+    (tmp_path / "table.json").write_text('{"version": 2, "rows": []}')
+    with pytest.raises(SparseForgeError, match=r"is a cost table of version 2: measure again"):
+        cost.load_table(tmp_path / "table.json")
+
+
+@pytest.mark.parametrize(
+    ("dense_int8_us", "reason"), [(15.0, None), (9.0, "slower than dense int8 at 1 tokens (0.90x)")]
+)
+def test_a_sparse_weight_must_beat_the_dense_one_of_the_same_bits(dense_int8_us, reason):
+    sparse = SHAPE._replace(format=parse_format("2:4 int8"))
+    assert sparse.rival == SHAPE._replace(format=parse_format("dense int8")) and SHAPE.rival is None
+    rival = timing(1, 4.0, sparse.rival)._replace(packed_us=dense_int8_us)
+    table = cost.as_table([timing(1, 4.0, sparse), rival])
+    assert cost.choose(table, sparse, [ROWS], [1]) == ((None, reason) if reason else (ROWS, None))
+    without = cost.as_table([timing(1, 4.0, sparse)])
+    assert cost.choose(without, sparse, [ROWS], [1]) == (None, "not measured at 1 tokens")
+    assert set(cost.timings([sparse], [1], CPU, [ROWS], without)) == {sparse, sparse.rival}
 
 
 @pytest.mark.parametrize("tokens", [[], [0], [4, -1]])

@@ -25,7 +25,9 @@ from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP, sparse_linear
 
 ISAS = cpu.instruction_sets()
 DTYPES = [torch.bfloat16, torch.float32]
-pytestmark = pytest.mark.skipif(not ISAS and shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(
+    not ISAS and shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
+)
 
 
 def test_every_level_of_this_machine_is_tested():
@@ -68,7 +70,7 @@ def cpu_flags():
 
 
 def run(x, packed, bias=None, activation="none", isa=None):
-    return cpu.rows_linear(x, packed.values, packed.bitmask, packed.in_features, bias, activation, isa)
+    return cpu.rows_linear(x, *packed, bias, activation, isa)
 
 
 @settings(max_examples=150)

@@ -1,0 +1,66 @@
+"""``sparseforge-fx plan``: which format each weight should have on this machine, under one budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import typer
+
+from sparseforge_fx.cli.app import DtypeOption, Model, command, pick_device, stdout
+from sparseforge_fx.cli.assignments import read_assignments
+
+READING_HELP = (
+    "What is read (repeatable): calibration (sequences; default 16), length, batch_size, seed, text_column, separator; "
+    "include, exclude: a glob over weights or modules."
+)
+
+
+@command
+def plan(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the plan there (json).")],
+    data: Annotated[str, typer.Option(help="Text: a hub id, a text, jsonl or parquet file, a folder, or 'self'.")],
+    speedup: Annotated[float | None, typer.Option(help="Of the linears together, at least.")] = None,
+    bytes: Annotated[float | None, typer.Option("--bytes", help="Share of the dense bytes, at most.")] = None,
+    loss: Annotated[float | None, typer.Option(help="Predicted increase in nats per token, at most.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", help="Token counts that speed is of (repeatable); default 1 and 8.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="That may be chosen, e.g. '2:4 int8' (repeatable); default: all there are."),
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Times to go by, which lower --output wrote.")] = None,
+    change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help=READING_HELP)] = [],  # noqa: B006
+    dtype: DtypeOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
+) -> None:
+    """Choose a format for every linear: times measured here, the loss predicted from the text."""
+    from sparseforge_fx.files import check_parent
+    from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
+    from sparseforge_fx.models.dense import find_dtype, load_dense
+    from sparseforge_fx.planning import make
+    from sparseforge_fx.training.recipe import Recipe
+
+    hints = get_type_hints(Recipe)
+    reading = read_assignments(
+        change, {name: str if name in ("include", "exclude") else hints[name] for name in make.READING}
+    )
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder: name a file")
+    check_parent(output)
+    make.check_goal(speedup=speedup, bytes=bytes, loss=loss)
+    where = pick_device(device)
+    loaded, tokenizer = load_dense(model)
+    computing = choose_dtype(dtype_of(loaded), where, find_dtype(dtype))
+    cast(loaded, computing.dtype)
+    made = make.plan(
+        loaded.to(where), data, tokens=tokens or make.TOKENS, speedup=speedup, bytes=bytes, loss=loss, formats=formats,
+        table=table, tokenizer=tokenizer, **reading,
+    )  # fmt: skip
+    made.notes += computing.notes()
+    made.save(output)
+    console = stdout()
+    console.print(str(made), markup=False, highlight=False)
+    console.print(f"wrote {output}; next: sparseforge-fx sparsify {model} --data {data} --plan {output}", markup=False)

@@ -1,0 +1,456 @@
+// y = act(x W^T + b), W int8 or int4 codes times scales (see packed.py), 2:4 or dense.
+//
+// x is rounded to 8 bits, one scale for each 256 inputs of a row, so that products are of integers, exact, and summed
+// in groups before they meet their scales in float32.
+
+#include "codes_linear.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "numbers.h"
+
+#include <type_traits>
+
+namespace sparseforge {
+namespace {
+
+constexpr int64_t kTileRows = 16;      // weight rows (outputs) per task, as finish.h has them
+constexpr int64_t kMaxColumns = 32;    // rows of x per pass over the weight
+constexpr int64_t kStep = 64;          // inputs that are multiplied at a time
+constexpr int64_t kRun = 4;            // steps whose x shares a scale, and whose weight scales are read at a time
+constexpr int64_t kXGroup = kRun * kStep;
+
+// A run of inputs of a row of x. `offset` takes back what is added to codes to make them unsigned: instructions multiply
+// unsigned by signed bytes, sums of four in a lane. With int4 codes one for each step, with int8 the first for all.
+struct alignas(64) XRun {
+  int8_t q[kRun][kStep];
+  int32_t offset[kRun][16];
+  float scale;
+};
+
+struct CodesJob {
+  const uint8_t* values;
+  const uint8_t* mask;
+  const uint8_t* scales;
+  int64_t row_bytes, mask_bytes, scale_bytes;  // of a weight row
+  int64_t runs, steps, whole_steps;            // of kXGroup and kStep inputs; of these, complete ones
+  int64_t group;                               // inputs that share a scale; 0: all of a row
+};
+
+float half_of(const uint8_t* bytes) {
+  const uint16_t bits = read<uint16_t>(bytes);
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
+  return bits >> 15 ? -size : size;
+}
+
+namespace portable_codes {
+#define TARGET
+constexpr int kCodesColumns = 2;
+struct Codes {
+  int8_t lane[64];
+};
+struct Scales {  // of kRun steps, two in each
+  float lane[8];
+};
+struct Scale {
+  float half[2];
+};
+using Acc = float;
+template <int BITS>
+using Part = std::conditional_t<BITS == 8, int32_t, float>;
+
+template <bool SPARSE, int BITS>
+INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
+  int8_t kept[64];
+  constexpr int count = SPARSE ? 32 : 64;
+  if (BITS == 8) {
+    std::memcpy(kept, values, count);
+  } else {
+    for (int i = 0; i < count; ++i) kept[i] = static_cast<int8_t>(((values[i / 2] >> (i % 2 * 4) & 15) ^ 8) - 8);
+  }
+  Codes out;
+  if (!SPARSE) {
+    std::memcpy(out.lane, kept, 64);
+    return out;
+  }
+  for (int byte = 0; byte < 8; ++byte) {
+    const uint8_t* from = places.value_of_place[mask[byte]];
+    for (int i = 0; i < 8; ++i) out.lane[8 * byte + i] = from[i] < 4 ? kept[4 * byte + from[i]] : 0;
+  }
+  return out;
+}
+INLINE Scales scales_of(const uint8_t* scales, int64_t group) {
+  Scales out;
+  for (int i = 0; i < 8; ++i) out.lane[i] = half_of(scales + (group == 32 ? i : i / 4) * 2);
+  return out;
+}
+INLINE Scale scale_of(const Scales& scales, int k) { return {scales.lane[2 * k], scales.lane[2 * k + 1]}; }
+template <int BITS>
+INLINE Part<BITS> start(const XRun&) {
+  return 0;
+}
+INLINE int32_t product(const Codes& w, const int8_t* q, int from) {
+  int32_t out = 0;
+  for (int i = from; i < from + 32; ++i) out += int32_t{w.lane[i]} * q[i];
+  return out;
+}
+INLINE int32_t add8(int32_t part, const Codes& w, const XRun& x, int k) {
+  return part + product(w, x.q[k], 0) + product(w, x.q[k], 32);
+}
+INLINE float add4(float part, const Codes& w, const Scale& scale, const XRun& x, int k) {
+  part += scale.half[0] * static_cast<float>(product(w, x.q[k], 0));
+  return part + scale.half[1] * static_cast<float>(product(w, x.q[k], 32));
+}
+template <class P>
+INLINE Acc scaled(Acc acc, P part, float x_scale) {
+  return acc + x_scale * static_cast<float>(part);
+}
+INLINE float sum(Acc a) { return a; }
+#include "codes_tile.h"
+#include "finish.h"
+#undef TARGET
+}  // namespace portable_codes
+
+#ifdef SPARSEFORGE_X86
+// For each byte of bitmask the shuffle that puts its four values at their places, zeros elsewhere.
+struct Shuffles {
+  uint64_t of[256];
+
+  Shuffles() {
+    for (int byte = 0; byte < 256; ++byte) {
+      of[byte] = 0;
+      for (int place = 0; place < 8; ++place) {
+        const uint8_t from = places.value_of_place[byte][place];
+        of[byte] |= uint64_t{from < 4 ? from : 0x80u} << 8 * place;
+      }
+    }
+  }
+};
+
+const Shuffles& shuffles() {
+  static const Shuffles table;
+  return table;
+}
+
+// Scales of kRun steps, two in each; the same for both of the following.
+#define SPARSEFORGE_SCALES                                                                                        \
+  INLINE Scales scales_of(const uint8_t* scales, int64_t group) {                                                 \
+    if (group == 32) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));           \
+    const __m128 two = _mm_cvtph_ps(_mm_cvtsi32_si128(read<int32_t>(scales)));                                    \
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));      \
+  }
+
+namespace avx2_codes {  // codes stay signed: the sign goes to x, so that pairs of products do not overflow 16 bits
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+constexpr int kCodesColumns = 2;
+struct Codes {
+  __m256i part[2];
+};
+using Scales = __m256;
+struct Scale {
+  __m256 part[2];
+};
+using Acc = __m256;
+template <int BITS>
+using Part = std::conditional_t<BITS == 8, __m256i, __m256>;
+
+INLINE __m128i unpack_eight(const uint8_t* values) {  // sixteen codes of four bits
+  const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)));
+  const __m128i both = _mm_and_si128(_mm_or_si128(wide, _mm_slli_epi16(wide, 4)), _mm_set1_epi8(15));
+  return _mm_sub_epi8(_mm_xor_si128(both, _mm_set1_epi8(8)), _mm_set1_epi8(8));
+}
+template <bool SPARSE, int BITS>
+INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
+  const uint64_t* const table = shuffles().of;
+  Codes out;
+#pragma GCC unroll 2
+  for (int p = 0; p < 2; ++p) {
+    if constexpr (!SPARSE && BITS == 8) {
+      out.part[p] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 32 * p));
+    } else if constexpr (!SPARSE) {
+      out.part[p] = _mm256_set_m128i(unpack_eight(values + 16 * p + 8), unpack_eight(values + 16 * p));
+    } else {
+      __m128i kept;
+      if constexpr (BITS == 8) {
+        kept = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 16 * p));
+      } else {
+        kept = unpack_eight(values + 8 * p);
+      }
+      const uint8_t* m = mask + 4 * p;
+      const __m256i from = _mm256_setr_epi64x(table[m[0]], table[m[1]], table[m[2]], table[m[3]]);
+      const __m256i base = _mm256_setr_epi64x(0, 0x0404040404040404, 0x0808080808080808, 0x0c0c0c0c0c0c0c0c);
+      out.part[p] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(kept), _mm256_add_epi8(from, base));
+    }
+  }
+  return out;
+}
+SPARSEFORGE_SCALES
+INLINE Scale scale_of(Scales scales, int k) {
+  return {{_mm256_permutevar8x32_ps(scales, _mm256_set1_epi32(2 * k)),
+           _mm256_permutevar8x32_ps(scales, _mm256_set1_epi32(2 * k + 1))}};
+}
+template <int BITS>
+INLINE Part<BITS> start(const XRun&) {
+  return Part<BITS>{};
+}
+INLINE __m256i product(__m256i w, const int8_t* q) {
+  const __m256i x = _mm256_load_si256(reinterpret_cast<const __m256i*>(q));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+INLINE __m256i add8(__m256i part, const Codes& w, const XRun& x, int k) {
+  return _mm256_add_epi32(part, _mm256_add_epi32(product(w.part[0], x.q[k]), product(w.part[1], x.q[k] + 32)));
+}
+INLINE __m256 add4(__m256 part, const Codes& w, const Scale& scale, const XRun& x, int k) {
+  part = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product(w.part[0], x.q[k])), scale.part[0], part);
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(product(w.part[1], x.q[k] + 32)), scale.part[1], part);
+}
+INLINE Acc scaled(Acc acc, __m256i part, float x_scale) {
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(x_scale), acc);
+}
+INLINE Acc scaled(Acc acc, __m256 part, float x_scale) { return _mm256_fmadd_ps(part, _mm256_set1_ps(x_scale), acc); }
+INLINE float sum(Acc a) {
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+#include "codes_tile.h"
+#include "finish.h"
+#undef TARGET
+}  // namespace avx2_codes
+
+namespace vnni_codes {  // codes become unsigned by adding 128 or 8
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c")))
+constexpr int kCodesColumns = 4;
+using Codes = __m512i;
+using Scales = __m256;
+using Scale = __m512;
+using Acc = __m512;
+template <int BITS>
+using Part = std::conditional_t<BITS == 8, __m512i, __m512>;
+constexpr int64_t kNibbles = 0x1c1814100c080400;  // bits at which the eight codes of four bytes begin
+
+// Thirty-two bytes to their places among sixty-four; zeros elsewhere.
+INLINE __m512i place(__m256i kept, const uint8_t* mask) {
+  return _mm512_maskz_expand_epi8(read<uint64_t>(mask), _mm512_castsi256_si512(kept));
+}
+template <bool SPARSE, int BITS>
+INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
+  if constexpr (BITS == 8) {
+    __m512i codes;
+    if constexpr (SPARSE) {
+      codes = place(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), mask);
+    } else {
+      codes = _mm512_loadu_si512(values);
+    }
+    return _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
+  }
+  __m512i nibbles;  // in the low halves of bytes
+  if constexpr (SPARSE) {
+    const __m256i wide = _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+    nibbles = place(_mm256_multishift_epi64_epi8(_mm256_set1_epi64x(kNibbles), wide), mask);
+  } else {
+    const __m512i wide = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    nibbles = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(kNibbles), wide);
+  }
+  constexpr int kAndXor = 0x6a;  // (a & b) ^ c
+  return _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi8(15), _mm512_set1_epi8(8), kAndXor);
+}
+SPARSEFORGE_SCALES
+INLINE Scale scale_of(Scales scales, int k) {
+  const __m512i low_high = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const __m512i lanes = _mm512_add_epi32(low_high, _mm512_set1_epi32(2 * k));
+  return _mm512_permutexvar_ps(lanes, _mm512_castps256_ps512(scales));
+}
+template <int BITS>
+INLINE Part<BITS> start(const XRun& x) {
+  if constexpr (BITS == 8) return _mm512_load_si512(x.offset[0]);
+  return Part<BITS>{};
+}
+INLINE __m512i add8(__m512i part, Codes w, const XRun& x, int k) {
+  return _mm512_dpbusd_epi32(part, w, _mm512_load_si512(x.q[k]));
+}
+INLINE __m512 add4(__m512 part, Codes w, Scale scale, const XRun& x, int k) {
+  const __m512i sums = _mm512_dpbusd_epi32(_mm512_load_si512(x.offset[k]), w, _mm512_load_si512(x.q[k]));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, part);
+}
+INLINE Acc scaled(Acc acc, __m512i part, float x_scale) {
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), _mm512_set1_ps(x_scale), acc);
+}
+INLINE Acc scaled(Acc acc, __m512 part, float x_scale) { return _mm512_fmadd_ps(part, _mm512_set1_ps(x_scale), acc); }
+INLINE float sum(Acc a) { return _mm512_reduce_add_ps(a); }
+#include "codes_tile.h"
+#include "finish.h"
+#undef TARGET
+}  // namespace vnni_codes
+
+bool has_vnni() {
+  static const bool known = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                            __builtin_cpu_supports("avx512vnni") &&
+                            __builtin_cpu_supports("f16c");
+  return known;
+}
+#endif
+
+using Tile = void (*)(const CodesJob&, const XRun*, int64_t, int64_t, int64_t, float*);
+
+#define SPARSEFORGE_TILE(space)                                               \
+  (bits == 8 ? (sparse ? space::tile<true, 8> : space::tile<false, 8>)        \
+             : (sparse ? space::tile<true, 4> : space::tile<false, 4>))
+
+template <class S>
+struct Kernel {
+  Tile tile;
+  void (*finish)(Activation, const float*, const float*, const S*, const S*, int64_t, S*);
+  void (*quantize)(const S* x, int64_t in, int64_t runs, int bits, XRun* out);
+};
+
+template <class S>
+Kernel<S> kernel_of(Isa isa, bool sparse, int bits) {
+#ifdef SPARSEFORGE_X86
+  if (isa >= Isa::avx512 && has_vnni())
+    return {SPARSEFORGE_TILE(vnni_codes), vnni_codes::finish<S>, vnni_codes::quantize<S>};
+  if (isa >= Isa::avx2 && __builtin_cpu_supports("f16c"))
+    return {SPARSEFORGE_TILE(avx2_codes), avx2_codes::finish<S>, avx2_codes::quantize<S>};
+#endif
+  return {SPARSEFORGE_TILE(portable_codes), portable_codes::finish<S>, portable_codes::quantize<S>};
+}
+
+template <class S>
+void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int bits, int64_t out_features,
+         const S* bias, Activation activation, Isa isa, S* y) {
+  const Kernel<S> kernel = kernel_of<S>(isa, sparse, bits);
+  const bool gated = activation == Activation::silu_mul;
+  const int64_t width = gated ? out_features / 2 : out_features;
+
+  const int64_t runs = job.runs;
+  const at::Tensor memory = at::empty({columns * runs * int64_t{sizeof(XRun)} + 64}, at::kByte);
+  auto* rows = reinterpret_cast<XRun*>((reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) / 64 * 64);
+  at::parallel_for(0, columns, std::max<int64_t>(1, 16384 / in), [&](int64_t from, int64_t to) {
+    for (int64_t m = from; m < to; ++m) kernel.quantize(x + m * in, in, runs, bits, rows + m * runs);
+  });
+
+  const int64_t tiles = (width + kTileRows - 1) / kTileRows;
+  const int64_t work = kTileRows * in * (1 + columns) * (gated ? 2 : 1);
+  const auto scaled = [&](float* sums, int64_t part, int64_t first, int64_t last) {  // int8: one scale per output
+    if (bits != 8) return;
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const float scale = read<float>(job.scales + std::min(first + r, last) * 4);
+      for (int64_t m = 0; m < part; ++m) sums[m * kTileRows + r] *= scale;
+    }
+  };
+  at::parallel_for(0, tiles, std::max<int64_t>(1, 262144 / std::max<int64_t>(1, work)), [&](int64_t from, int64_t to) {
+    alignas(64) float sums[kMaxColumns * kTileRows], second[kMaxColumns * kTileRows];
+    for (int64_t m = 0; m < columns; m += kMaxColumns) {
+      const int64_t part = std::min(kMaxColumns, columns - m);
+      for (int64_t t = from; t < to; ++t) {
+        const int64_t first = t * kTileRows, count = std::min(kTileRows, width - first);
+        kernel.tile(job, rows + m * runs, part, first, width - 1, sums);
+        scaled(sums, part, first, width - 1);
+        if (gated) {
+          kernel.tile(job, rows + m * runs, part, width + first, 2 * width - 1, second);
+          scaled(second, part, width + first, 2 * width - 1);
+        }
+        for (int64_t i = 0; i < part; ++i)
+          kernel.finish(activation, sums + i * kTileRows, second + i * kTileRows, bias ? bias + first : nullptr,
+                        bias && gated ? bias + width + first : nullptr, count, y + (m + i) * width + first);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+bool is_codes(const at::Tensor& values, const at::Tensor& mask, const at::Tensor& scales, int64_t in) {
+  if (in <= 0 || values.dim() != 2 || mask.dim() != 2 || scales.dim() != 2) return false;
+  const int64_t out = values.size(0), padded = (in + 7) / 8 * 8;
+  const bool sparse = mask.size(1) != 0, four = values.scalar_type() == at::kByte;
+  if (!four && values.scalar_type() != at::kChar) return false;
+  const int64_t groups = scales.size(1);
+  const bool scaled = four ? scales.scalar_type() == at::kHalf && groups > 0 && in % groups == 0 &&
+                                 (in / groups == 32 || in / groups == 128)
+                           : scales.scalar_type() == at::kFloat && groups == 1;
+  return scaled && scales.size(0) == out && mask.scalar_type() == at::kByte && (!sparse || mask.size(0) == out) &&
+         values.size(1) * (sparse ? 2 : 1) * (four ? 2 : 1) == padded && (!sparse || mask.size(1) * 8 == padded);
+}
+
+namespace {
+
+CodesJob job_of(const at::Tensor& values, const at::Tensor& mask, const at::Tensor& scales, int64_t in) {
+  const int64_t padded = (in + 7) / 8 * 8;
+  CodesJob job{};
+  job.values = static_cast<const uint8_t*>(values.const_data_ptr());
+  job.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+  job.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
+  job.row_bytes = values.size(1);
+  job.mask_bytes = mask.size(1);
+  job.scale_bytes = scales.size(1) * scales.element_size();
+  job.runs = (padded + kXGroup - 1) / kXGroup;
+  job.steps = (padded + kStep - 1) / kStep;
+  job.whole_steps = padded / kStep;
+  job.group = scales.size(1) == 1 && scales.scalar_type() == at::kFloat ? 0 : in / scales.size(1);
+  return job;
+}
+
+}  // namespace
+
+at::Tensor codes_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask,
+                        const at::Tensor& scales, int64_t in_features, const std::optional<at::Tensor>& bias,
+                        Activation act, Isa isa) {
+  TORCH_CHECK(is_codes(values, mask, scales, in_features), "not a packed weight of codes");
+  TORCH_CHECK(fits(x, values, in_features, bias, act, /*codes=*/true), "x, bias or activation does not fit the weight");
+  const int64_t out_features = values.size(0);
+  const at::Tensor xc = x.contiguous(), vc = values.contiguous(), mc = mask.contiguous(), sc = scales.contiguous();
+  const at::Tensor bc = bias ? bias->contiguous() : at::Tensor();
+  auto sizes = x.sizes().vec();
+  sizes.back() = act == Activation::silu_mul ? out_features / 2 : out_features;
+  at::Tensor y = at::empty(sizes, x.options());
+  if (y.numel() == 0) return y;
+  const CodesJob job = job_of(vc, mc, sc, in_features);
+  const bool sparse = mask.size(1) != 0;
+  const int bits = values.scalar_type() == at::kByte ? 4 : 8;
+  const auto call = [&](auto zero) {
+    using S = decltype(zero);
+    run<S>(static_cast<const S*>(xc.const_data_ptr()), x.numel() / in_features, in_features, job, sparse, bits,
+           out_features, bias ? static_cast<const S*>(bc.const_data_ptr()) : nullptr, act, isa,
+           static_cast<S*>(y.mutable_data_ptr()));
+  };
+  if (x.scalar_type() == at::kBFloat16) {
+    call(bf16{});
+  } else {
+    TORCH_CHECK(x.scalar_type() == at::kFloat, "bfloat16 or float32 only");
+    call(0.f);
+  }
+  return y;
+}
+
+at::Tensor codes_dense(const at::Tensor& values, const at::Tensor& mask, const at::Tensor& scales,
+                       int64_t in_features) {
+  TORCH_CHECK(is_codes(values, mask, scales, in_features), "not a packed weight of codes");
+  const at::Tensor vc = values.contiguous(), mc = mask.contiguous(), sc = scales.contiguous();
+  const int64_t out = values.size(0), group = in_features / scales.size(1);
+  const bool sparse = mask.size(1) != 0, four = values.scalar_type() == at::kByte;
+  at::Tensor dense = at::empty({out, in_features}, values.options().dtype(at::kFloat));
+  const CodesJob job = job_of(vc, mc, sc, in_features);
+  float* const y = dense.data_ptr<float>();
+  at::parallel_for(0, out, std::max<int64_t>(1, 32768 / in_features), [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) {
+      const uint8_t* v = job.values + n * job.row_bytes;
+      const auto code = [&](int64_t i) { return four ? ((v[i / 2] >> (i % 2 * 4) & 15) ^ 8) - 8 : static_cast<int8_t>(v[i]); };
+      float scale = 0;
+      for (int64_t k = 0; k < in_features; ++k) {
+        const uint8_t* s = job.scales + n * job.scale_bytes;
+        if (k % group == 0) scale = four ? half_of(s + k / group * 2) : read<float>(s);
+        const uint8_t from_place = sparse ? places.value_of_place[job.mask[n * job.mask_bytes + k / 8]][k % 8] : 0;
+        const int64_t at = sparse ? k / 8 * 4 + from_place : k;
+        y[n * in_features + k] = from_place < 4 ? scale * static_cast<float>(code(at)) : 0.f;
+      }
+    }
+  });
+  return dense;
+}
+
+}  // namespace sparseforge

@@ -1,0 +1,75 @@
+"""Which weights a plan decides about, and which formats each of them can have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from sparseforge_fx.formats import DENSE, Format
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.passes import LinearSite, find_linears
+from sparseforge_fx.passes.find_linears import matches
+from sparseforge_fx.pattern import TWO_FOUR, Unstructured
+
+_EMBEDDING = str(torch.ops.aten.embedding.default)
+_ANY_WIDTH = Unstructured(0.5)  # whose groups fit every weight
+
+
+class Candidate(NamedTuple):
+    """A weight of the plan.
+
+    Attributes:
+        formats: what it can be kept in, dense first.
+        copied: its storage is an embedding's, too, which stays: any other format than dense is a copy beside it.
+    """
+
+    site: LinearSite
+    formats: tuple[Format, ...]
+    copied: bool = False
+
+
+def candidates(
+    program: Program,
+    formats: Sequence[Format],
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+) -> tuple[list[Candidate], dict[str, str]]:
+    """The weights of ``program`` that have a choice, in graph order, and the others with the reason.
+
+    What :func:`find_linears` makes a site may be sparse. What it leaves dense unless it is named (heads, routers), and
+    a head that is tied to an embedding, may be quantised.
+
+    Args:
+        include, exclude: as of :func:`find_linears`; what is not included, or is excluded, has no choice.
+    """
+    by_default = {site.fqn: site.reason for site in find_linears(program, TWO_FOUR, include, exclude)}
+    found: list[Candidate] = []
+    reasons: dict[str, str] = {}
+    for site in find_linears(program, _ANY_WIDTH, include or ["*"], exclude):
+        copied = _is_copied(site) and _named(site, include, exclude)
+        if site.reason is not None and not copied:
+            reasons[site.fqn] = site.reason
+            continue
+        if any(use.left for use in site.uses):
+            reasons[site.fqn] = "it is multiplied from the left, whose inputs are not measured"
+            continue
+        allowed = [f for f in formats if not f.is_sparse or by_default.get(site.fqn, "") is None]
+        fitting = tuple(f for f in allowed if f.why_not(site.in_features) is None and f != DENSE)
+        if fitting:
+            found.append(Candidate(site, (DENSE, *fitting), copied))
+        else:
+            reasons[site.fqn] = by_default.get(site.fqn) or f"no format fits its {site.in_features} inputs"
+    return found, reasons
+
+
+def _is_copied(site: LinearSite) -> bool:
+    """Do embeddings alone stand against this weight? Then its linear can have a copy of its own in another form."""
+    tied = site.readers == (_EMBEDDING,) and site.reason == f"also read by {_EMBEDDING}"
+    return tied and len({u.swapped for u in site.uses}) == 1 and site.dtype.is_floating_point
+
+
+def _named(site: LinearSite, include: str | Sequence[str], exclude: str | Sequence[str]) -> bool:
+    names = (site.fqn, *site.ties)
+    return not any(matches(n, exclude) for n in names) and (not include or any(matches(n, include) for n in names))

@@ -1,0 +1,215 @@
+"""``plan``: a format for every weight, chosen by measured times, bytes and predicted loss under one budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import DENSE, Format, parse_format
+from sparseforge_fx.graph.capture import as_call
+from sparseforge_fx.kernels.layouts import find_target
+from sparseforge_fx.methods.calibrate import layer_by_layer
+from sparseforge_fx.methods.one_shot import SparseGPTConfig
+from sparseforge_fx.passes.operators import LINEAR_OPS
+from sparseforge_fx.planning.candidates import Candidate, candidates
+from sparseforge_fx.planning.choice import Option, choose
+from sparseforge_fx.planning.sensitivity import output_curvature, predicted_loss
+from sparseforge_fx.planning.solutions import solutions
+from sparseforge_fx.plans import Plan, PlannedWeight, Price
+from sparseforge_fx.ranges import AtLeastZero, Positive, ShareAboveZero, checked
+from sparseforge_fx.report import environment
+from sparseforge_fx.training.distillation import Distillation
+from sparseforge_fx.training.inputs import Run, open_run
+from sparseforge_fx.training.objective import Objective
+from sparseforge_fx.training.recipe import Recipe
+from sparseforge_fx.training.unused import unused_arguments
+
+TOKENS = (1, 8)  # decoding, alone and in a small batch
+CALIBRATION = 16  # sequences
+#: fields of a recipe that a plan has a use for
+READING = ("include", "exclude", "calibration", "batch_size", "length", "seed", "text_column", "separator")
+Losses = Mapping[str, Mapping[Format, float]]
+
+
+@checked
+@torch.inference_mode(False)
+def plan(
+    model: nn.Module,
+    data: Any,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    speedup: Positive | None = None,
+    bytes: ShareAboveZero | None = None,
+    loss: AtLeastZero | None = None,
+    formats: Sequence[str | Format] | None = None,
+    table: str | Path | cost.Table | None = None,
+    tokenizer: Any = None,
+    example_inputs: Any = None,
+    cache_dir: str | Path | None = None,
+    **reading: Any,
+) -> Plan:
+    """Choose a format for every linear of ``model``, so that the predicted loss is least within one budget.
+
+    Every weight is solved by itself in every format, on the inputs that the dense model gives it; its error is weighted
+    by the curvature of its outputs. Times are measured here. The model is left as it is.
+
+    Args:
+        data: as for :func:`sparseforge_fx.sparsify`.
+        tokens: token counts (batch x sequence) that speed is of.
+        speedup: of the linears together, at least: the mean over the token counts of the time in relation to dense is
+            held under 1 / speedup, so that the geometric mean of the speed-ups is not below it. What is between the
+            linears is not counted.
+        bytes: share of the dense linears' bytes, at most.
+        loss: predicted increase in nats per answer (token), at most; what is minimised then is the time.
+        formats: what may be chosen beside dense: ``["2:4", "dense int8", "2:4 int4/32"]``; default: all that this
+            machine has kernels for.
+        table: times to go by instead of measuring (see ``save_table`` of deploy/lowering/cost.py).
+        example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
+        cache_dir: where the token file of text is kept.
+        reading: fields of a :class:`Recipe` that say what is read: include, exclude, calibration (sequences, default
+            16), batch_size, length, seed, text_column, separator. An output layer, a router, or a head that is tied to
+            an embedding may be quantised; sparse they can be only where ``include`` names them.
+
+    Raises SparseForgeError unless exactly one budget is given, and where no choice of formats keeps it.
+    """
+    goal = check_goal(speedup=speedup, bytes=bytes, loss=loss)
+    known = cost.check_request(tokens, table)
+    if unknown := sorted(set(reading) - set(READING)):
+        raise SparseForgeError(f"a plan has no option {', '.join(unknown)}; it has {', '.join(READING)}")
+    recipe = Recipe(calibration=CALIBRATION).changed(**reading)
+    wanted = None if formats is None else [parse_format(f) for f in formats]
+    unlabelled = recipe.changed(objective=Distillation(task=0))  # or the lack of labels would be noted
+    run = open_run(
+        model, data, unlabelled, SparseGPTConfig(), None,
+        tokenizer=tokenizer, cache_dir=cache_dir, example_inputs=example_inputs,
+    )  # fmt: skip
+    run.notes += unused_arguments(
+        recipe, {"tokenizer": tokenizer, "cache_dir": cache_dir}, data=data, method="a plan", trains=False,
+        calibrates=True, batches=run.batches,
+    )  # fmt: skip
+    device = next(iter(run.program.state.values())).device
+    layouts = find_target("auto", device)
+    found, skipped = candidates(
+        run.program, cost.formats_of(device) if wanted is None else wanted, recipe.include, recipe.exclude
+    )
+    if not found:
+        raise SparseForgeError(f"nothing to plan: {'; '.join(f'{n}: {r}' for n, r in list(skipped.items())[:4])}")
+    shapes = [_shape(c, form) for c in found for form in c.formats if form != DENSE]
+    times = cost.timings(shapes, tokens, device, layouts, known)
+    losses = predict(run, recipe, found)
+    weights = [_priced(c, losses[c.site.fqn], times, tokens, run.notes) for c in found]
+    made = Plan(
+        weights, tuple(tokens), goal, environment()["device"], torch.get_num_threads(), environment()["versions"],
+        skipped, list(dict.fromkeys([*run.notes, *run.reader.notes])),
+    )  # fmt: skip
+    return decide(made)
+
+
+def decide(made: Plan) -> Plan:
+    """The plan with the formats that meet its goal at the least predicted loss (or, with a goal for the loss, the least
+    time). Raises SparseForgeError where nothing meets it."""
+    (name, aim), *_ = made.goal.items()
+    items = [[_option(w.prices[form], made, name) for form in w.prices] for w in made.weights]
+    limit = {"speedup": 1 / aim, "bytes": aim, "loss": aim}[name]
+    chosen = choose(items, limit)
+    if chosen is None:
+        least = sum(min(o.weight for o in options) for options in items)
+        reached = {"speedup": f"{1 / least:.2f} at most", "bytes": f"{least:.2f} at least"}[name]
+        raise SparseForgeError(f"no formats give {name} {aim:g}: with these it is {reached}; ask for less")
+    weights = [replace(w, format=list(w.prices)[k]) for w, k in zip(made.weights, chosen, strict=True)]
+    return replace(made, weights=weights)
+
+
+def check_goal(**given: float | None) -> dict[str, float]:
+    """The one budget that is given. Raises SparseForgeError where there are none or several."""
+    goals = {name: value for name, value in given.items() if value is not None}
+    if len(goals) != 1:
+        named = " and ".join(goals) or "none"
+        raise SparseForgeError(f"give exactly one of speedup, bytes and loss as the budget of a plan, not {named}")
+    return goals
+
+
+def _option(price: Price, made: Plan, goal: str) -> Option:
+    """What a price is to the goal; times and bytes as shares of all weights' dense ones."""
+    dense = [w.prices[DENSE] for w in made.weights]
+    time = math.fsum(
+        price.microseconds[t] / math.fsum(p.microseconds[t] for p in dense) / len(made.tokens) for t in made.tokens
+    )
+    if goal == "loss":
+        return Option(time, price.loss)
+    return Option(price.loss, time if goal == "speedup" else price.bytes / math.fsum(p.bytes for p in dense))
+
+
+# -- prices ------------------------------------------------------------------------------------------------------------
+def _shape(candidate: Candidate, form: Format) -> cost.Shape:
+    site = candidate.site
+    return cost.Shape.of(site.out_features, site.in_features, site.dtype, form)
+
+
+def _priced(
+    candidate: Candidate, losses: Mapping[Format, float], times: cost.Table, tokens: Sequence[int], notes: list[str]
+) -> PlannedWeight:
+    """A weight with the prices of all formats that were measured."""
+    site = candidate.site
+    rows = {form: times.get(_shape(candidate, form), {}).values() for form in losses}
+    beside = {t: [by[t].dense_us for found in rows.values() for by in found if t in by] for t in tokens}
+    if not all(beside.values()):
+        raise SparseForgeError(
+            f"the cost table has no time of {site.out_features} x {site.in_features} {site.dtype} ({site.fqn}) at "
+            f"{', '.join(map(str, tokens))} tokens: measure again, without a table"
+        )
+    dense = _shape(candidate, DENSE).bytes
+    prices = {DENSE: Price(0.0, dense, {t: median(found) for t, found in beside.items()})}
+    for form, predicted in losses.items():
+        measured = [by for by in rows[form] if all(t in by for t in tokens)]
+        if not measured:
+            notes.append(f"{form} has no times for {site.out_features} x {site.in_features}: it was not considered")
+            continue
+        size = _shape(candidate, form).bytes + (dense if candidate.copied else 0)
+        prices[form] = Price(predicted, size, {t: min(by[t].packed_us for by in measured) for t in tokens})
+    return PlannedWeight(site.fqn, (site.out_features, site.in_features), DENSE, prices)
+
+
+def predict(
+    run: Run,
+    recipe: Recipe,
+    found: Sequence[Candidate],
+    seen: Callable[[str, Format, Tensor], object] = lambda *_: None,
+) -> Losses:
+    """By weight and format, nats per answer: one walk with gradients, one for the moments of the inputs.
+
+    ``seen`` is told of every solution: the weight's name, the format, and the weight [out, in] in it.
+    """
+    batches: list[Reading] = [run.reader.read(*as_call(batch)) for batch in run.first(recipe.calibration)]
+    module = run.program.module()
+    by_use = {use.node: c for c in found for use in c.site.uses}
+    nodes = {node: by_use[node.name] for node in module.graph.nodes if node.name in by_use}
+    objective = Objective(recipe.objective, getattr(run.program.source, "config", None), run.reader.note)
+    names = {node: c.site.fqn for node, c in nodes.items()}
+    curvature = output_curvature(module, names, batches, objective.answer, seed=recipe.seed)
+    by_name = {c.site.fqn: c for c in found}
+    losses: dict[str, dict[Format, float]] = {c.site.fqn: {} for c in found}
+
+    def visit(name: str, moments: Tensor) -> None:
+        site = by_name[name].site
+        stored = run.program.tensor(name).detach()
+        weight = (stored.t() if site.transposed else stored).float()
+        for form, solved in solutions(weight, moments, by_name[name].formats[1:]):
+            none = torch.zeros(site.out_features, device=weight.device)  # the answer does not depend on it
+            seen(name, form, solved)
+            losses[name][form] = predicted_loss(solved - weight, moments, curvature.get(name, none))
+
+    sources = {node: (c.site.fqn, LINEAR_OPS[node.target][0]) for node, c in nodes.items()}
+    for name in layer_by_layer(module, sources, batches, visit):
+        run.notes.append(f"padding counted in what {name} is predicted to cost: its inputs are no positions")
+    return losses

@@ -1,0 +1,112 @@
+"""What a weight's format is predicted to cost: the error that it makes, weighted by what follows it in the model.
+
+A weight W that becomes W + E changes the outputs of its linear by E x. To second order the mean loss grows by half of
+the Fisher information along that change. Its off-diagonal part over outputs and over positions is left out:
+
+    1/2 sum_o g_o (E M E^T)_oo,   M = X^T X / rows,   g_o = sum over rows of (dL / dy_o)^2 / answers
+
+L is the loss of a label drawn from the model's own distribution (the true Fisher, whose mean gradient is zero), so that
+this predicts the divergence from the dense model, in nats per answer. As the K-FAC of arXiv 1503.05671, section 3, with
+the diagonal alone of the factor that belongs to the outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.training.objective import Answer
+
+#: node that multiplies by a weight -> the weight's name
+Nodes = Mapping[Node, str]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def output_curvature(
+    module: GraphModule,
+    nodes: Nodes,
+    batches: Sequence[Reading],
+    answer: Callable[[Any], Answer],
+    *,
+    draws: int = 1,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """g [out], float32, of every weight: the squared gradient at its outputs, summed over rows, per answer.
+
+    Args:
+        module: a flat GraphModule; neither its parameters' gradients nor their flags change.
+        answer: output of the model -> what of it is compared.
+        draws: labels drawn for every answer.
+
+    Of scores the loss is the log-likelihood of a drawn class; of other answers the squared error of a row relative to
+    its own square. Memory: one batch's activations.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total: dict[str, Tensor] = {}
+    answers = 0
+    for batch in batches:
+        run = _Watched(module, nodes, total)
+        found = answer(run.run(*pytree.tree_leaves((batch.args, batch.kwargs))))
+        keep = None if found.span else batch.real_rows(found.value)
+        value = found.value if keep is None else found.value[keep]
+        answers += value.shape[:-1].numel()
+        for draw in range(draws):
+            loss = _drawn_loss(value, found.scores, generator)
+            loss.backward(retain_graph=draw + 1 < draws)
+    return {name: value / (draws * max(1, answers)) for name, value in total.items()}
+
+
+def _drawn_loss(value: Tensor, scores: bool, generator: torch.Generator) -> Tensor:
+    """A scalar whose gradient's second moment is the Fisher information of the answers, summed over them."""
+    if scores:
+        log_p = value.flatten(0, -2).float().log_softmax(-1)
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+        return -log_p.gather(1, drawn).sum()
+    rows = value.reshape(-1, value.shape[-1]).float()
+    noise = torch.randn(rows.shape, generator=generator).to(rows.device)
+    scale = math.sqrt(2) / rows.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return (rows * noise * scale).sum()
+
+
+class _Watched(Interpreter):
+    """Runs a graph whose parameters need no gradients, and adds up the squared gradients at the watched nodes."""
+
+    def __init__(self, module: GraphModule, nodes: Nodes, total: dict[str, Tensor]):
+        super().__init__(module)
+        self.nodes, self.total = nodes, total
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n in self.nodes:
+            if not value.requires_grad:
+                value = value.detach().requires_grad_() + 0  # no leaf: what follows may write into it
+            value.register_hook(lambda grad, name=self.nodes[n]: self._add(name, grad))
+        return value
+
+    def _add(self, name: str, grad: Tensor) -> None:
+        square = grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
+        self.total[name] = self.total[name] + square if name in self.total else square
+
+
+def predicted_loss(error: Tensor, moments: Tensor, curvature: Tensor) -> float:
+    """1/2 sum_o g_o (E M E^T)_oo.
+
+    Args:
+        error: E [out, in], what the format adds to the weight.
+        moments: M [in, in], X^T X / rows of the weight's inputs.
+        curvature: g [out].
+    """
+    per_output = ((error @ moments.float()) * error).sum(1).clamp(min=0)
+    return 0.5 * float(per_output.double() @ curvature.double())

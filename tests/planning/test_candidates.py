@@ -1,0 +1,43 @@
+"""Which weights have a choice, and between what."""
+
+import pytest
+
+from sparseforge_fx.formats import parse_format
+from sparseforge_fx.planning.candidates import candidates
+
+FORMATS = [parse_format(f) for f in ("2:4", "dense int8", "2:4 int4/32", "dense int4/128")]
+
+
+def texts(found):
+    return {c.site.fqn: [str(f) for f in c.formats] for c in found}
+
+
+@pytest.mark.parametrize(
+    ("name", "linear", "head", "copied"),
+    [("llama", "model.layers.0.mlp.up_proj.weight", "lm_head.weight", False),
+     ("opt", "model.decoder.layers.0.fc1.weight", "model.decoder.embed_tokens.weight", True),
+     ("gpt2", "transformer.h.0.mlp.c_fc.weight", "transformer.wte.weight", True)],
+)  # fmt: skip
+def test_a_linear_may_be_all_and_a_head_tied_or_not_may_be_quantised(tiny, name, linear, head, copied):
+    found, skipped = candidates(tiny(name).program, FORMATS)
+    assert texts(found)[linear] == ["dense", "2:4", "dense int8", "2:4 int4/32"]  # 32 inputs make no group of 128
+    assert texts(found)[head] == ["dense", "dense int8"]
+    assert [c.copied for c in found if c.site.fqn == head] == [copied]
+    assert not any(c.copied for c in found if c.site.fqn != head)
+    assert not set(skipped) & set(texts(found))
+
+
+def test_what_is_named(tiny):
+    program = tiny("llama").program
+    found, skipped = candidates(program, FORMATS, include=["lm_head", "*.up_proj"], exclude="*.1.*")
+    names = ("model.layers.0.mlp.up_proj.weight", "lm_head.weight")
+    assert texts(found) == {name: ["dense", "2:4", "dense int8", "2:4 int4/32"] for name in names}
+    assert skipped["model.layers.1.mlp.up_proj.weight"] == "excluded by name"
+    found, _ = candidates(tiny("opt").program, FORMATS, exclude="model.decoder.embed_tokens")
+    assert "model.decoder.embed_tokens.weight" not in texts(found)
+
+
+def test_where_no_format_is_left_the_reason_is_that_of_the_analysis(tiny):
+    found, skipped = candidates(tiny("llama").program, FORMATS[:1])
+    assert "lm_head.weight" not in texts(found)
+    assert skipped["lm_head.weight"] == "output layer (head); include it by name to prune it"

@@ -1,0 +1,101 @@
+"""sf.plan: prices from a table and from the model, the choice under each budget, refusals."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+import sparseforge_fx as sf
+from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import DENSE, parse_format
+from sparseforge_fx.planning import make
+from sparseforge_fx.planning.candidates import candidates
+from sparseforge_fx.report import environment
+
+FORMATS = ["2:4", "dense int8", "2:4 int8"]
+TIMES = {"2:4": 0.6, "dense int8": 0.5, "2:4 int8": 0.4}
+
+
+@pytest.fixture
+def planned(captured_once, monkeypatch):
+    """planned(name, **options): sf.plan of that tiny model, with times that are shares of the dense ones."""
+
+    def run(name, **options):
+        found = captured_once(name)
+        formats = [parse_format(f) for f in FORMATS]
+        shapes = {make._shape(c, f) for c in candidates(found.program, formats)[0] for f in c.formats if f != DENSE}
+        rows = []
+        for s in shapes:
+            dense = s.out_features * s.in_features / 100
+            us = dense * TIMES[str(s.format)]
+            rows += [cost.Timing(s, "rows", t, dense * t, (1.0, 1.0), us * t, (1.0, 1.0)) for t in (1, 8)]
+        data = [found.batch(seed) for seed in range(3)]
+        given = {"formats": FORMATS, "table": cost.as_table(rows), "calibration": 6, **options}
+        return found, sf.plan(found.model, data, **given)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "vit"])
+def test_each_budget_is_kept_and_the_model_left_as_it_was(planned, name):
+    found, fast = planned(name, speedup=1.9)
+    assert fast.speedup >= 1.9 and fast.loss > 0 and set(fast.speedups) == {1, 8}
+    assert all(torch.equal(v, found.model.state_dict()[n]) for n, v in found.first.items())
+    _, small = planned(name, bytes=0.7)
+    assert small.bytes <= 0.7
+    _, exact = planned(name, loss=fast.loss / 2)
+    assert 0 < exact.loss <= fast.loss / 2 and exact.speedup > 1
+    assert {w.name for w in fast.weights} | set(fast.skipped) >= set(found.weights)
+    assert fast.machine == environment()["device"] and fast.notes == []
+
+
+def test_a_plan_of_more_speed_costs_more(planned):
+    losses = [planned("llama", speedup=s)[1].loss for s in (1.2, 1.9, 2.2)]
+    assert losses == sorted(losses) and losses[0] < losses[-1]
+
+
+def test_the_copy_of_a_tied_head_is_counted_beside_the_embedding(planned):
+    _, made = planned("opt", speedup=1.9)
+    head = next(w for w in made.weights if w.name == "model.decoder.embed_tokens.weight")
+    dense, int8 = 97 * 32 * 4, 97 * 32 + 97 * 4
+    assert {str(f): p.bytes for f, p in head.prices.items()} == {"dense": dense, "dense int8": dense + int8}
+    assert head.prices[DENSE].loss == 0 < head.prices[parse_format("dense int8")].loss
+    _, small = planned("opt", bytes=0.7)
+    assert small.formats[head.name] == DENSE
+
+
+def test_what_is_measured_here(captured_once, monkeypatch):
+    found = captured_once("mlp")
+    monkeypatch.setattr(cost, "measure", partial(cost.measure, rounds=2, seconds=1e-5))
+    monkeypatch.setattr(cost, "ROTATED_BYTES", 1 << 12)
+    made = sf.plan(found.model, [found.batch(0, rows=64)], bytes=0.9, tokens=[2], formats=["2:4"])
+    assert [str(f) for f in made.formats.values()] in (["dense", "2:4"], ["2:4", "dense"])
+    assert all(
+        set(w.prices) == {DENSE, parse_format("2:4")} and w.prices[DENSE].microseconds[2] > 0 for w in made.weights
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "exactly one of speedup, bytes and loss as the budget of a plan, not none"),
+     ({"speedup": 2, "loss": 0.1}, "not speedup and loss"),
+     ({"speedup": 9}, r"no formats give speedup 9: with these it is 2\.\d\d at most; ask for less"),
+     ({"bytes": 0.01}, r"no formats give bytes 0.01: with these it is 0\.\d\d at least"),
+     ({"bytes": 2}, "bytes is 2: give a finite number above 0 and up to 1"),
+     ({"speedup": 2, "tokens": [1, 2]}, r"has no time of \d+ x \d+ torch.float32 \(.*\) at 1, 2 tokens: measure again"),
+     ({"speedup": 2, "tokens": []}, "give a list of token counts"),
+     ({"speedup": 2, "formats": ["3:4"]}, "'3:4' is no format"),
+     ({"speedup": 2, "steps": 4}, "a plan has no option steps; it has include, exclude"),
+     ({"speedup": 2, "include": "*.nothing"}, "nothing to prune")],
+)  # fmt: skip
+def test_refusals(planned, options, message):
+    with pytest.raises(SparseForgeError, match=message):
+        planned("llama", **options)
+
+
+def test_a_format_without_times_is_not_considered_and_said(planned):
+    _, made = planned("llama", bytes=0.9, formats=["2:4", "2:4 int4/32"])
+    assert made.notes[-1].startswith("2:4 int4/32 has no times for") and math.isfinite(made.loss)
+    assert not any(parse_format("2:4 int4") in w.prices for w in made.weights)

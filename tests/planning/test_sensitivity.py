@@ -1,0 +1,97 @@
+"""The prediction against what it stands for: the Fisher information, exactly where nothing is left out."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparseforge_fx.data.reading import Reader
+from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.planning.sensitivity import output_curvature, predicted_loss
+from sparseforge_fx.training.distillation import Distillation
+from sparseforge_fx.training.objective import Objective
+
+
+def linears(module):
+    return {n: n.name for n in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)}
+
+
+def curvature_of(model, batches, draws=1):
+    program = capture(model, batches[0])
+    module, reader = program.module(), Reader(program)
+    nodes = {n: str(n.args[1].target) for n in linears(module)}
+    answer = Objective(Distillation(), getattr(model, "config", None), print).answer
+    return output_curvature(module, nodes, [reader.read((b,), {}) for b in batches], answer, draws=draws)
+
+
+class Classifier(nn.Module):
+    """One linear whose outputs are the scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return {"logits": self.head(x)}
+
+
+def test_scores_of_classes_have_the_fisher_information_of_a_softmax():
+    torch.manual_seed(0)
+    model, x = Classifier(), torch.randn(40, 6)
+    p = model(x)["logits"].softmax(-1)
+    found = curvature_of(model, [x[:20], x[20:]], draws=400)
+    torch.testing.assert_close(found["head.weight"], (p * (1 - p)).mean(0).detach(), rtol=0.1, atol=0.01)
+
+
+def test_the_prediction_is_the_divergence_that_a_small_error_makes():
+    torch.manual_seed(0)
+    model, x = Classifier(), torch.randn(400, 6)
+    curvature = curvature_of(model, [x], draws=200)["head.weight"]
+    error = torch.zeros(3, 6)
+    error[1] = 0.05 * torch.randn(6)  # one output alone: nothing is left out
+    before = model(x)["logits"].log_softmax(-1)
+    after = (x @ (model.head.weight + error).t() + model.head.bias).log_softmax(-1)
+    divergence = (before.exp() * (before - after)).sum(-1).mean().item()
+    assert predicted_loss(error, x.t() @ x / len(x), curvature) == pytest.approx(divergence, rel=0.1)
+
+
+def test_other_answers_count_their_squared_error_in_relation_to_their_square():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 4), nn.Identity()), torch.randn(300, 6)
+    curvature = curvature_of(model, [x], draws=100)["0.weight"]
+    error = 0.01 * torch.randn(4, 6)
+    with torch.no_grad():
+        y = model(x)
+        relative = ((x @ error.t()).square().sum(1) / y.square().sum(1)).mean().item()
+    # rows weigh by their own answers, which the moments average over
+    assert predicted_loss(error, x.t() @ x / len(x), curvature) == pytest.approx(relative, rel=0.35)
+
+
+def test_neither_gradients_nor_flags_of_the_model_change(tiny):
+    found = tiny("llama")
+    found.model.lm_head.weight.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in found.model.named_parameters()}
+    module, reader = found.program.module(), Reader(found.program)
+    answer = Objective(Distillation(), found.model.config, print).answer
+    with torch.no_grad():
+        curvature = output_curvature(module, linears(module), [reader.read((), found.batch())], answer)
+    assert len(curvature) == 15 and all(bool((g > 0).any()) for g in curvature.values())
+    assert {n: p.requires_grad for n, p in found.model.named_parameters()} == flags
+    assert all(p.grad is None for p in found.model.parameters())
+    again = output_curvature(module, linears(module), [reader.read((), found.batch())], answer)
+    assert all(torch.equal(curvature[n], again[n]) for n in curvature)
+
+
+def test_padding_has_no_part_in_it(tiny):
+    found = tiny("llama")
+    ids = found.batch(rows=1)["input_ids"]
+    mask = torch.ones_like(ids)
+    program = capture(found.model, {"input_ids": ids, "attention_mask": mask})
+    module, reader = program.module(), Reader(program)
+    answer = Objective(Distillation(), found.model.config, print).answer
+    wide = [torch.cat([t, torch.zeros_like(t)], 1) for t in (ids, mask)]
+    short, padded = (
+        output_curvature(module, linears(module), [reader.read((), {"input_ids": i, "attention_mask": m})], answer)
+        for i, m in ((ids, mask), wide)
+    )
+    for name in short:
+        torch.testing.assert_close(short[name], padded[name], rtol=1e-3, atol=1e-6)

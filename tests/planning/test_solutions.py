@@ -1,0 +1,23 @@
+"""Each format's solution is in that format, and its error grows as the bits go."""
+
+import torch
+
+from sparseforge_fx.formats import parse_format
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern
+from sparseforge_fx.planning.solutions import solutions
+
+
+def test_all_formats():
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 64), torch.randn(500, 64) @ torch.randn(64, 64)
+    moments = x.t() @ x / len(x)
+    formats = [parse_format(f) for f in ("dense", "dense int8", "dense int4/32", "2:4", "2:4 int8", "2:4 int4/32")]
+    found = {str(f): w for f, w in solutions(weight, moments, formats)}
+    assert torch.equal(found["dense"], weight)
+    for name, solved in found.items():
+        assert not name.startswith("2:4") or check_pattern(solved, TWO_FOUR)
+    assert all(len(row.unique()) <= 15 for row in found["2:4 int4/32"][:, :32])
+    assert torch.equal(found["2:4 int8"] != 0, (found["2:4"] != 0) & (found["2:4 int8"] != 0))
+    error = {n: float((((w - weight) @ moments) * (w - weight)).sum()) for n, w in found.items()}
+    assert error["dense int8"] < error["dense int4/32"] < error["2:4"] < error["2:4 int4/32"]
+    assert error["2:4 int8"] < 1.05 * error["2:4"]

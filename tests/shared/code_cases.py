@@ -1,0 +1,59 @@
+"""Weights of int8 and int4 codes, and what a CPU's kernels make of x before they multiply."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sparseforge_fx.deploy.lowering.modules import SparseLinear, replace, weight_of
+from sparseforge_fx.formats import parse_format
+from sparseforge_fx.kernels.packed import pack_codes
+from sparseforge_fx.pattern import TWO_FOUR, hard_mask
+
+FORMATS = ["2:4 int8", "dense int8", "2:4 int4/32", "dense int4/32", "2:4 int4/128", "dense int4/128"]
+X_GROUP = 256  # inputs of x that share a scale
+
+
+def random_codes(out, width, text, seed=0):
+    """(Packed, codes) of a random weight in the format of that text."""
+    generator, format = torch.Generator().manual_seed(seed), parse_format(text)
+    largest = 127 if format.values == "int8" else 7
+    codes = torch.randint(-largest, largest + 1, (out, width), generator=generator, dtype=torch.int8)
+    if format.is_sparse:
+        codes *= hard_mask(torch.rand(out, width, generator=generator), TWO_FOUR).to(torch.int8)
+    scales = 0.001 + 0.01 * torch.rand(out, width // format.group if format.group else 1, generator=generator)
+    return pack_codes(codes, scales, format), codes
+
+
+def rounded(x):
+    """x [rows, in] as 8-bit integers times a scale for each group, in float64, and the largest error of a place."""
+    rows, width = x.shape
+    groups = F.pad(x.double(), (0, -width % X_GROUP)).view(rows, -1, X_GROUP)
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    codes = (groups / scales.clamp(min=1e-300)).round()
+    return (codes * scales).view(rows, -1)[:, :width], scales
+
+
+@torch.no_grad()
+def mixed_formats(model, formats=FORMATS):
+    """The model with its linears packed in these formats, one after the other, where their widths allow; by magnitude
+    and rounded to nearest. Returns {name: format}. Heads stay dense."""
+    found = {}
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and "head" not in n]
+    for index, name in enumerate(names):
+        module = model.get_submodule(name)
+        weight = weight_of(module).float()
+        fits = [f for f in map(parse_format, formats) if f.why_not(weight.shape[1]) is None]
+        format = fits[index % len(fits)]
+        if format.is_sparse:
+            weight = weight * hard_mask(weight.abs(), TWO_FOUR)
+        groups = weight.unflatten(1, (-1, format.group or weight.shape[1]))
+        scales = groups.abs().amax(-1).clamp(min=1e-3) / (127 if format.values == "int8" else 7)
+        scales = scales.half().float() if format.group else scales
+        codes = (groups / scales[..., None]).round().flatten(1)
+        limit = 127 if format.values == "int8" else 7
+        packed = pack_codes(codes.clamp(-limit, limit).to(torch.int8), scales, format)
+        dtype = module.weight.dtype
+        replace(model, name, SparseLinear(packed, module.bias, transposed=isinstance(module, Conv1D), dtype=dtype))
+        found[name] = format
+    return found
