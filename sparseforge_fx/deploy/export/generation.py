@@ -1,6 +1,7 @@
 """``export_generator``: a language model as two graphs over one copy of its weights, prompt and next token.
 
-The key/value cache has a fixed length and is given to the graphs, which write into it: nothing is allocated per token.
+The key/value cache is given to the graphs, which write into it, and is as long as whoever runs them likes: attention
+reads all of its slots, so that a cache of the longest text would cost every token what only the last one needs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 
-GENERATOR_VERSION = 2  # with checksums
+GENERATOR_VERSION = 3  # the length of the cache is free
+EXAMPLE_SLOTS = 64  # of the cache that is traced
 SPEC_FILE = "sparseforge_generator.json"
 TOKENIZER_FOLDER = "tokenizer."  # a prefix: extra files of an archive have no folders of their own
 
@@ -51,10 +53,10 @@ def export_generator(
         path: a file whose name ends in ``.pt2``.
         tokenizer: travels in the file, so that text can be generated.
         format: ``pt2`` or ``aoti``, as for :func:`sparseforge_fx.export`.
-        max_length: tokens of prompt and answer together; the cache holds so many.
+        max_length: tokens of prompt and answer together; so many slots the cache may have.
         target, tokens, table, gate: as for :func:`sparseforge_fx.lower`.
 
-    Returns its report with ``file_bytes`` and the bytes of the cache per sequence, ``cache_bytes``. Raises
+    Returns its report with ``file_bytes`` and the bytes of a full cache per sequence, ``cache_bytes``. Raises
     SparseForgeError, with nothing written, for models without a key/value cache (state-space models, encoders).
     """
     check_path(path)
@@ -65,7 +67,7 @@ def export_generator(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) if _is_causal(model) else None
     if limit and max_length > limit:
         raise SparseForgeError(f"max_length {max_length} is more than the {limit} positions of the model")
-    step = Step(model, max_length)
+    step = Step(model, min(max_length, EXAMPLE_SLOTS))
     options: dict[str, Any] = {"target": target, "tokens": tokens, "table": table, "gate": gate, "durable": True}
     prefill, report = lower_captured(capture(step, step.example(length=3)), **options)
     known = cost.as_table(cost.read_row(row) for row in report["table"]) if gate else None
@@ -75,7 +77,7 @@ def export_generator(
         "version": GENERATOR_VERSION,
         "format": format,
         "max_length": max_length,
-        "cache": [[list(t.shape[1:]) for t in pair] for pair in step.cache],
+        "cache": [[list(t.shape[2:]) for t in pair] for pair in step.cache],
         "dtype": str(step.cache[0][0].dtype).removeprefix("torch."),
         "device": step.cache[0][0].device.type,
         "eos_token_id": _as_list(model.generation_config.eos_token_id),  # type: ignore[union-attr]
@@ -98,25 +100,52 @@ def export_generator(
                 package_pt2(str(file), exported_programs=graphs, extra_files=extra)
 
     replace_file(path, write)
-    cache_bytes = sum(t[0].nbytes for pair in step.cache for t in pair)
+    cache_bytes = max_length * sum(t[0, 0].nbytes for pair in step.cache for t in pair)
     return {**report, "format": format, "file_bytes": Path(path).stat().st_size, "cache_bytes": cache_bytes}
+
+
+class SlotsFirst(StaticLayer):
+    """Keys and values as [B, L, heads, width]: batch and length come first, which is where a graph may vary in size.
+
+    Written as they are stored, not through a transposed view, so that a compiled graph writes in place.
+    """
+
+    keys: Tensor  # type: ignore[assignment]
+    values: Tensor  # type: ignore[assignment]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = (t.transpose(1, 2).contiguous() for t in (self.keys, self.values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count = key_states.shape[-2]
+        slots = torch.arange(count, device=self.device) + self.cumulative_length
+        self.cumulative_length.add_(count)
+        self.keys.index_copy_(1, slots, key_states.transpose(1, 2))
+        self.values.index_copy_(1, slots, value_states.transpose(1, 2))
+        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
 
 
 class Step(nn.Module):
     """One forward pass over a cache that comes as arguments: (ids [B, S], mask [B, L], start [1], cache) -> [B, V].
 
     ``mask`` is 1 at the slots of the cache that hold tokens, those of this pass included, and 0 at padding (on the
-    left); ``start`` is the slot of the first token of this pass. Keys and values are written into the cache; the result
-    is the logits of the last position.
+    left); ``start`` is the slot of the first token of this pass. Keys and values [B, L, heads, width] are written into
+    the cache; the result is the logits of the last position.
+
+    Args:
+        slots: L of the example; a graph takes others.
     """
 
-    def __init__(self, model: PreTrainedModel, max_length: int):
+    def __init__(self, model: PreTrainedModel, slots: int):
         super().__init__()
         if not _is_causal(model):
             raise SparseForgeError(f"{type(model).__name__} is no causal language model: there is nothing to generate")
         self.model = model
         self.accepted = inspect.signature(model.forward).parameters
-        cache = _empty_cache(model, max_length)
+        cache = _empty_cache(model, slots)
         device = model.device
         try:  # once, for the shapes of every layer
             with torch.no_grad():
@@ -128,24 +157,24 @@ class Step(nn.Module):
         if not cache.layers or not all(layer.is_initialized for layer in cache.layers):
             raise _no_static_cache(model)
         self.cache = [(layer.keys, layer.values) for layer in cache.layers]
-        self.max_length = max_length
+        self.slots = slots
 
     def example(self, length: int) -> dict[str, Any]:
         """Arguments for a pass of ``length`` tokens, batch 2."""
         device = self.cache[0][0].device
         return {
             "input_ids": torch.ones(2, length, dtype=torch.long, device=device),
-            "mask": torch.ones(2, self.max_length, dtype=torch.long, device=device),
+            "mask": torch.ones(2, self.slots, dtype=torch.long, device=device),
             "start": torch.zeros(1, dtype=torch.long, device=device),
             "cache": [[t.clone() for t in pair] for pair in self.cache],
         }
 
     def forward(self, input_ids: Tensor, mask: Tensor, start: Tensor, cache: list[list[Tensor]]) -> Tensor:
-        held = _empty_cache(self.model, self.max_length)
+        held = _empty_cache(self.model, mask.shape[1])
         for layer, (keys, values) in zip(held.layers, cache, strict=True):
             layer.keys, layer.values = keys, values
             layer.dtype, layer.device = keys.dtype, keys.device
-            layer.batch_size, layer.num_heads = keys.shape[:2]
+            layer.batch_size, layer.num_heads = keys.shape[0], keys.shape[2]
             layer.k_head_dim, layer.v_head_dim = keys.shape[-1], values.shape[-1]
             layer.cumulative_length = start.clone()  # it is counted up, in place
             layer.is_initialized = True
@@ -176,10 +205,10 @@ def without_weights(program: Exported) -> Exported:
     return copy
 
 
-def _empty_cache(model: PreTrainedModel, max_length: int) -> Any:
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=max_length)
+def _empty_cache(model: PreTrainedModel, slots: int) -> Any:
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=slots)
     # Layers that slide keep their length as a Python number, which a graph would fix; the mask slides anyway
-    cache.layers = [StaticLayer(max_length) for _ in cache.layers]
+    cache.layers = [SlotsFirst(slots) for _ in cache.layers]
     return cache
 
 

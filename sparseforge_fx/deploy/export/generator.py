@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
@@ -26,6 +27,8 @@ from sparseforge_fx.deploy.export.export import FORMATS
 from sparseforge_fx.deploy.export.generation import GENERATOR_VERSION, SPEC_FILE, TOKENIZER_FOLDER
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.models.dense import explained
+
+SLOTS = 128  # a cache grows by so many: attention reads them all, and growing copies it
 
 
 class Generator:
@@ -83,11 +86,13 @@ class Generator:
         choose = _sampler(temperature, top_k, top_p, seed) if do_sample else lambda ids, logits: logits.argmax(-1)
         device = torch.device(self._spec["device"])
         dtype = getattr(torch, self._spec["dtype"])
+        slots = self._room(length + 1)
         cache = [
-            [torch.zeros(rows, *shape, dtype=dtype, device=device) for shape in pair] for pair in self._spec["cache"]
+            [torch.zeros(rows, slots, *shape, dtype=dtype, device=device) for shape in pair]
+            for pair in self._spec["cache"]
         ]
         ids = input_ids.to(device).contiguous()  # compiled graphs trust the strides that they were made with
-        mask = torch.zeros(rows, self.max_length, dtype=torch.long, device=device)
+        mask = torch.zeros(rows, slots, dtype=torch.long, device=device)
         mask[:, :length] = 1 if attention_mask is None else attention_mask
         start = torch.zeros(1, dtype=torch.long, device=device)
         step = self._prefill if length > 1 else self._decode
@@ -102,9 +107,17 @@ class Generator:
                 return
             if do_sample:
                 ids = torch.cat([ids, token[:, None]], dim=1)
+            if slot == mask.shape[1]:
+                more = self._room(slot + 1) - slot
+                mask = F.pad(mask, (0, more))
+                cache = [[F.pad(held, (0, 0, 0, 0, 0, more)) for held in pair] for pair in cache]
             mask[:, slot] = 1
             start.fill_(slot)
             logits = self._decode(input_ids=token[:, None], mask=mask, start=start, cache=cache)
+
+    def _room(self, tokens: int) -> int:
+        """Slots of a cache for so many tokens."""
+        return min(-(-tokens // SLOTS) * SLOTS, self.max_length)
 
     def text(self, prompt: str | list[str], **options: Any) -> list[str]:
         """The continuation of each prompt, by the tokenizer of the file; options as for :meth:`stream`."""
@@ -153,11 +166,11 @@ def load_generator(path: str | Path) -> Generator:
 
 
 def _check_cache(program: ExportedProgram, spec: dict[str, Any]) -> None:
-    """Raise unless the graph was made for a cache of these shapes: it is allocated before the graph runs."""
+    """Raise unless the graph was made for a cache of these heads and widths: it is allocated before the graph runs."""
     names = set(program.graph_signature.user_inputs)
     values = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder") if n.name in names]
     expected = [shape for pair in spec["cache"] for shape in pair]
-    if [list(map(int, v.shape[1:])) for v in values if v.dim() == 4] != expected:
+    if [list(map(int, v.shape[2:])) for v in values if v.dim() == 4] != expected:
         raise ValueError("the graph was made for another cache")
 
 
@@ -186,7 +199,7 @@ def _fits(spec: dict[str, Any]) -> bool:
     return (
         _count(length)
         and isinstance(cache, list)
-        and all(isinstance(pair, list) and len(pair) == 2 and all(_shape(s, length) for s in pair) for pair in cache)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(_shape, pair)) for pair in cache)
         and spec.get("format") in FORMATS
         and spec.get("dtype") in ("bfloat16", "float16", "float32")
         and spec.get("device") in ("cpu", "cuda")
@@ -204,9 +217,9 @@ def _token(value: Any) -> bool:
     return type(value) is int and abs(value) < 1 << 31
 
 
-def _shape(value: Any, length: Any) -> bool:
-    heads_length_width = isinstance(value, list) and len(value) == 3 and all(map(_count, value))
-    return heads_length_width and value[1] == length
+def _shape(value: Any) -> bool:
+    """Heads and width."""
+    return isinstance(value, list) and len(value) == 2 and all(map(_count, value))
 
 
 def _tokenizer(files: dict[str, Any]) -> PreTrainedTokenizerBase | None:

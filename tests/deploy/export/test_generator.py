@@ -68,6 +68,18 @@ def test_greedy_tokens_are_those_of_generate(exported, name):
     assert report["sites"] and report["file_bytes"] == path.stat().st_size
 
 
+def test_a_cache_that_grows_holds_what_it_held(exported, monkeypatch):
+    model, path, _ = exported("llama")
+    ids, mask = prompts()
+    monkeypatch.setattr("sparseforge_fx.deploy.export.generator.SLOTS", 4)
+    generator, lengths = sf.load_generator(path), []
+    decode = generator._decode
+    generator._decode = lambda **given: lengths.append(given["cache"][0][0].shape[1]) or decode(**given)
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=LENGTH - 7, do_sample=False)
+    assert torch.equal(generator.generate(ids, mask, max_new_tokens=LENGTH - 7), want)
+    assert lengths == [-(-slots // 4) * 4 for slots in range(8, LENGTH)]  # no more than a step ahead of the text
+
+
 def test_one_copy_of_the_weights(exported):
     model, path, report = exported("llama")
     generator = sf.load_generator(path)
@@ -260,8 +272,9 @@ def with_spec(**fields):
         (with_spec(version=1), "version 1 of"),  # before there were checksums
         (with_spec(max_length=1 << 40), "describes its cache or tokens wrongly"),
         (with_spec(max_length="40"), "describes its cache or tokens wrongly"),
-        (with_spec(cache=[[[1, LENGTH, 1 << 20]] * 2] * 2), "made for another cache"),
-        (with_spec(cache=[[[1, LENGTH - 1, 16]] * 2] * 2), "describes its cache or tokens wrongly"),
+        (with_spec(version=2), "version 2 of"),  # whose caches had one length
+        (with_spec(cache=[[[1, 1 << 20]] * 2] * 2), "made for another cache"),
+        (with_spec(cache=[[[1, LENGTH, 16]] * 2] * 2), "describes its cache or tokens wrongly"),
         (with_spec(cache=None), "describes its cache or tokens wrongly"),
         (with_spec(dtype="object"), "describes its cache or tokens wrongly"),
         pytest.param(
