@@ -69,7 +69,7 @@ def test_a_damaged_packed_folder(folder, tmp_path):
     whole = config.read_text()
     for damaged, says in (
         (whole.replace('"num_hidden_layers": ', '"num_hidden_layers": 9999999'), "layers (num_hidden_layers)"),
-        (whole.replace('"2:4"', '"2:5"'), "pattern '2:5'"),
+        (whole.replace('"2:4"', '"2:5"'), "format '2:5'"),
         (whole[:-20], "no json"),
     ):
         config.write_text(damaged)

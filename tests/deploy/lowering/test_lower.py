@@ -76,9 +76,11 @@ def test_each_weight_gets_the_layout_that_gains_most(sparse_llama, monkeypatch, 
     own = PLANES._replace(refuses=only_wide, durable=False, kernels={"cpu": PLANES.elsewhere})
     monkeypatch.setitem(LAYOUTS, "planes", own)
 
-    def measure(shape, tokens, device, layouts):
-        gains = {o.name: 2.0 if o is own else 1.5 for o in layouts if not o.refuses(*shape, device)}
-        return {n: {t: timing(shape[0], shape[1], t, r)._replace(layout=n) for t in tokens} for n, r in gains.items()}
+    def measure(shapes, tokens, device, layouts):
+        (shape,) = shapes
+        gains = {o.name: 2.0 if o is own else 1.5 for o in layouts if not o.refuses(*shape[:3], device)}
+        rows = {n: {t: timing(*shape[:2], t, r)._replace(layout=n) for t in tokens} for n, r in gains.items()}
+        return {shape: rows}
 
     monkeypatch.setattr(cost, "measure", measure)
     fast = sf.lower(found.model, found.example, tokens=[1])
