@@ -94,7 +94,8 @@ def round_weight(weight: Tensor, format: Format, moments: Tensor | None = None, 
     largest = largest_code(format)
     # the undamped energies: an input that is never active has no say in a scale, if any other has
     energies = torch.ones_like(w[0]) if moments is None else moments.diagonal().float().clamp(min=0)
-    scales = _storable(_find_scales(w, energies, format.group or w.shape[1], largest), format)
+    shares = SHRINK if moments is not None else SHRINK[:1]  # who knows no inputs cannot tell what may be cut off
+    scales = _storable(_find_scales(w, energies, format.group or w.shape[1], largest, shares), format)
     codes = _nearest(w, spread(scales, w.shape[1]), largest)
     if h is not None:
         target = w @ h
@@ -147,13 +148,13 @@ def _storable(scales: Tensor, format: Format) -> Tensor:
     return scales.clamp(least, torch.finfo(dtype).max).to(dtype)
 
 
-def _find_scales(weight: Tensor, energies: Tensor, group: int, largest: int) -> Tensor:
+def _find_scales(weight: Tensor, energies: Tensor, group: int, largest: int, shares: Tensor) -> Tensor:
     """[out, groups]: of a few tried, those with the least squared error, each place weighted."""
     parts, energies = weight.unflatten(1, (-1, group)), energies.view(-1, group)
     energies = torch.where(energies.sum(1, keepdim=True) > 0, energies, 1.0)
     peak = parts.abs().amax(2, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * largest * 2)
     best, least = peak / largest, torch.full_like(peak, float("inf"))
-    for share in SHRINK.tolist():
+    for share in shares.tolist():
         scale = peak * (share / largest)
         error = ((_nearest(parts, scale, largest) * scale - parts).square_() * energies).sum(2, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)

@@ -50,7 +50,7 @@ def quantize(
         scales: those of weights that are on a grid already, by the weights' names (``sparsify(...).scales``): they are
             packed exactly.
         data: calibration text, token ids or batches, as for :func:`sparseforge_fx.sparsify`. A weight that they do not
-            reach gets the scales of least squared error and its nearest codes, and a note.
+            reach gets the scales of its largest values and its nearest codes, and a note.
         dense: weights that are not 2:4, too; False leaves them as they are.
         calibration: sequences of the data that are looked at, of ``length`` tokens each, ``batch_size`` at a time.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
