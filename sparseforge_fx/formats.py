@@ -10,6 +10,7 @@ from sparseforge_fx.errors import SparseForgeError
 PATTERNS = ("dense", "2:4")
 #: bits of a value; those of ``float`` are the model's own
 BITS = {"int8": 8, "int4": 4}
+VALUES = ("float", *BITS)
 GROUPS = (32, 128)  # inputs that share a scale of int4
 
 
@@ -61,7 +62,7 @@ class Format(NamedTuple):
         return None
 
 
-DENSE = Format()
+DENSE, SPARSE = Format(), Format("2:4")
 
 
 def parse_format(text: str | Format) -> Format:

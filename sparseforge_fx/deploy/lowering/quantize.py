@@ -150,7 +150,7 @@ def _find_sites(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
         raise SparseForgeError(f"nothing to quantise: {reasons or 'the model has no linear layer'}")
     device = weight_of(next(iter(sites.values()))).device
-    if not any(layout.quantized for layout in layouts_of(device)):
+    if not any(values.values in layout.takes for layout in layouts_of(device)):
         raise SparseForgeError(
             f"there are no kernels for {values.values} on {device.type}: move the model to the CPU first"
         )
