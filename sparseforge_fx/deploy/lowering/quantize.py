@@ -15,7 +15,7 @@ from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
 from sparseforge_fx.deploy.lowering.round_on_data import first_batches, round_on_data
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
-from sparseforge_fx.kernels.layouts import ROWS, layouts_of
+from sparseforge_fx.kernels.layouts import layouts_of, native_layout
 from sparseforge_fx.kernels.packed import Packed, pack_codes
 from sparseforge_fx.methods.rounding import Rounded, codes_of, round_weight
 from sparseforge_fx.methods.weights import put_back
@@ -86,8 +86,9 @@ def quantize(
             packed = _packed(module, values_alone, known.get(f"{name}.weight"), rounded.get(name), name)
             old = weight_of(module)
             sparse = SparseLinear(packed, module.bias, transposed=isinstance(module, Conv1D), dtype=old.dtype)
+            sparse.change_layout(native_layout(old.device, packed.format))
             replace(model, name, sparse.train(module.training))
-            kept = {"format": str(packed.format), "layout": ROWS.name, "bytes": packed.nbytes}
+            kept = {"format": str(packed.format), "layout": sparse.layout, "bytes": packed.nbytes}
             found.append({"name": name, "out": old.shape[0], "in": old.shape[1], **kept})  # type: ignore[typeddict-item]
             before, after, scratch = before + old.nbytes, after + packed.nbytes, max(scratch, old.nbytes)
     return {
