@@ -62,6 +62,11 @@ class Format(NamedTuple):
 
 
 DENSE = Format()
+QUANTIZED = tuple(
+    Format(pattern, values, group)
+    for values, group in (("int8", None), *(("int4", group) for group in GROUPS))
+    for pattern in PATTERNS
+)
 
 
 def parse_format(text: str | Format) -> Format:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.formats import DENSE, Format, parse_format
+from sparseforge_fx.formats import DENSE, QUANTIZED, Format, parse_format
 from sparseforge_fx.kernels.layouts import Layout, layouts_of
 from sparseforge_fx.kernels.packed import Packed, pack, pack_codes
 from sparseforge_fx.kernels.sparse_linear import OP
@@ -126,8 +126,9 @@ def timings(
 
 
 def formats_of(device: torch.device) -> tuple[Format, ...]:
-    """What a plan chooses from where nobody says more, beside dense."""
-    return (SPARSE,) if layouts_of(device) else ()
+    """All that there are kernels for on this device, beside dense in the model's own dtype."""
+    layouts = layouts_of(device)
+    return (*([SPARSE] if layouts else []), *(QUANTIZED if any(layout.quantized for layout in layouts) else []))
 
 
 @torch.no_grad()
