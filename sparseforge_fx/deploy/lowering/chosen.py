@@ -84,13 +84,18 @@ def by_plan(model: nn.Module, plan: Any) -> Chosen:
     Args:
         plan: as :func:`planned_formats` takes it.
 
-    Raises SparseForgeError if a weight cannot be kept so, or is not 2:4 where the plan says that it is.
+    Raises SparseForgeError if a weight cannot be kept so, or is not 2:4 where the plan says that it is, or the plan
+    keeps nothing in few bits.
     """
     names = _names(model)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | SparseLinear)}
     owner = {n: path for path, m in linears.items() for n in names.get(id(m.weight), [f"{path}.weight"])}
     matrices = {n: None for n, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2}
     formats = planned_formats(plan, matrices | {n: _shape(linears[path]) for n, path in owner.items()})
+    if not any(form.is_quantized for form in formats.values()):
+        raise SparseForgeError(
+            "nothing to quantise: the plan keeps all values as floats; sf.save_packed writes the 2:4 ones of them"
+        )
     tied = tied_heads(model)
     modules, skipped = find_packable(model, _unreadable, tied)
     skipped |= dict.fromkeys(modules, "not in the plan")
