@@ -43,7 +43,7 @@ def inline_kernels(program: Program) -> PassResult:
         if all(isinstance(size, int) for size in use.x.meta["val"].shape[:-1]):
             limits: Sequence[int] = (0,)  # the operator looks, while it is compiled
         else:
-            limits = BRANCHES if packed.dtype in HALF_TYPES else BRANCHES[-1:]
+            limits = BRANCHES if use.x.meta["val"].dtype in HALF_TYPES else BRANCHES[-1:]
         with program.graph.inserting_before(node):
             words = _call(program.graph, as_words(packed), aten.view.dtype, use.values, as_words(packed).dtype)
             use = use._replace(values=words)
@@ -71,7 +71,7 @@ def _branches(root: GraphModule, use: SparseUse, result: Any, limits: Sequence[i
 
 
 def _kernel(root: GraphModule, use: SparseUse, result: Any, limits: Sequence[int]) -> Node:
-    arguments = (use.x, use.values, use.meta, use.in_features, use.bias, use.activation, limits[0])
+    arguments = (use.x, use.values, use.meta, use.in_features, use.bias, use.activation, limits[0], use.scales)
     return _call(root.graph, result, PLANES_OP, *arguments)
 
 
@@ -82,15 +82,15 @@ def _module(use: SparseUse, result: Any, insert: Callable[..., Node], limits: Se
     for tensor in _tensors(use):
         mine[tensor] = module.graph.placeholder(tensor.name)
         mine[tensor].meta["val"] = tensor.meta["val"]
-    bias = None if use.bias is None else mine[use.bias]
-    use = use._replace(x=mine[use.x], values=mine[use.values], meta=mine[use.meta], bias=bias)
+    bias, scales = (None if t is None else mine[t] for t in (use.bias, use.scales))
+    use = use._replace(x=mine[use.x], values=mine[use.values], meta=mine[use.meta], bias=bias, scales=scales)
     module.graph.output((insert(module, use, result, limits),))
     module.recompile()
     return module
 
 
 def _tensors(use: SparseUse) -> tuple[Node, ...]:
-    return tuple(t for t in (use.x, use.values, use.meta, use.bias) if t is not None)
+    return tuple(t for t in (use.x, use.values, use.meta, use.bias, use.scales) if t is not None)
 
 
 def _add(root: GraphModule, branch: GraphModule) -> str:

@@ -10,6 +10,7 @@ from sparseforge_fx.errors import SparseForgeError
 PATTERNS = ("dense", "2:4")
 #: bits of a value; those of ``float`` are the model's own
 BITS = {"int8": 8, "int4": 4}
+VALUES = ("float", *BITS)
 GROUPS = (32, 128)  # inputs that share a scale of int4
 
 
@@ -61,11 +62,15 @@ class Format(NamedTuple):
         return None
 
 
-DENSE = Format()
-QUANTIZED = tuple(
-    Format(pattern, values, group)
-    for values, group in (("int8", None), *(("int4", group) for group in GROUPS))
-    for pattern in PATTERNS
+DENSE, SPARSE = Format(), Format("2:4")
+#: all but the dense one in the model's own dtype
+PACKED = (
+    SPARSE,
+    *(
+        Format(pattern, values, group)
+        for values, group in (("int8", None), *(("int4", group) for group in GROUPS))
+        for pattern in PATTERNS
+    ),
 )
 
 

@@ -50,7 +50,11 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file runs from (``+`` appended if it has changes); None when installed."""
+    """The commit of the checkout that this file runs from (``+`` appended if it has changes); None when installed.
+
+    Where the files were copied from a checkout to a machine without git, ``SPARSEFORGE_COMMIT`` says which it was."""
+    if said := os.environ.get("SPARSEFORGE_COMMIT"):
+        return said
     here = Path(__file__).resolve().parent
     try:
         # a virtual environment may lie inside somebody else's repository

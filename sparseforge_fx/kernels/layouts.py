@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import SPARSE, VALUES, Format
 from sparseforge_fx.kernels.gpu import cusparselt, cutlass
 from sparseforge_fx.kernels.gpu.planes import from_planes
 from sparseforge_fx.kernels.gpu.planes_linear import as_planes, as_words, planes_dense, planes_product, tune_planes
@@ -41,11 +42,12 @@ class Layout(NamedTuple):
         restore: (values, meta, in_features, scales) -> the packed weight, which unpacks to the same bits.
         kernels: by type of device, those made for it.
         elsewhere: the kernel of all other devices; None: there is none.
-        refuses: (out, in, dtype, device): why its kernels cannot take such a weight; None where they can.
+        limits: (out, in, dtype, device, format): why its kernels cannot take such a weight of a model in that dtype.
+        takes: values of 2:4 weights that there are kernels for.
+        takes_dense: dense weights of these values, too.
         by_rows: the rows of both tensors are the outputs', so that weights of one width can be stacked.
-        quantized: it takes int8 and int4 values, too; the others floating ones alone.
         durable: the same for all GPUs and versions of libraries: it may be written to a file.
-        tune: (values, meta, in_features, rows of x): search the kernel's configuration before it is timed.
+        tune: (x, values, meta, in_features, scales): search the kernel's configuration before it is timed.
     """
 
     name: str
@@ -53,15 +55,27 @@ class Layout(NamedTuple):
     restore: Callable[..., Packed]
     kernels: Mapping[str, Kernel]
     elsewhere: Kernel | None = None
-    refuses: Callable[[int, int, torch.dtype, torch.device], str | None] = lambda *_: None
+    limits: Callable[[int, int, torch.dtype, torch.device, Format], str | None] = lambda *_: None
+    takes: tuple[str, ...] = ("float",)
+    takes_dense: bool = False
     by_rows: bool = True
-    quantized: bool = False
     durable: bool = True
-    tune: Callable[[Tensor, Tensor, int, int], object] = lambda *_: None
+    tune: Callable[[Tensor, Tensor, Tensor, int, Tensor | None], object] = lambda *_: None
+
+    def knows(self, form: Format) -> bool:
+        """Whether a weight of this format can be kept in it."""
+        return form.values in self.takes and (form.is_sparse or self.takes_dense)
+
+    def refuses(self, out: int, width: int, dtype: torch.dtype, device: torch.device, form: Format) -> str | None:
+        """Why its kernels cannot take a weight [out, width] in this format, of a model in ``dtype``; None where they
+        can."""
+        if not self.knows(form):
+            return f"the layout {self.name} has no kernels for {form}"
+        return self.limits(out, width, dtype, device, form)
 
 
-def _from_planes(values: Tensor, meta: Tensor, in_features: int) -> Packed:
-    return from_planes(as_words(values), meta, in_features, values.dtype)
+def _from_planes(values: Tensor, meta: Tensor, in_features: int, scales: Tensor | None = None) -> Packed:
+    return from_planes(as_words(values), meta, in_features, values.dtype, scales)
 
 
 def _floating(dense: Callable[..., Tensor], linear: Callable[..., Tensor | None]) -> Kernel:
@@ -80,24 +94,27 @@ ROWS = Layout(
     Packed,
     {"cpu": Kernel(rows_dense_on_cpu, rows_product_on_cpu)},
     elsewhere=Kernel(rows_dense),
-    quantized=True,
+    takes=VALUES,
+    takes_dense=True,
 )
 #: decoding on a GPU, by Triton
 PLANES = Layout(
     "planes",
     as_planes,
-    _without_scales(_from_planes),
-    {"cuda": _floating(planes_dense, planes_product)},
-    elsewhere=_floating(planes_dense, planes_product),
+    _from_planes,
+    {"cuda": Kernel(planes_dense, planes_product)},
+    elsewhere=Kernel(planes_dense, planes_product),
+    takes=VALUES,
     tune=tune_planes,
 )
 #: prefill on sparse tensor cores, sm_80 and later
 CUSPARSELT = Layout(
     "cusparselt",
     cusparselt.as_blob,
-    _without_scales(cusparselt.from_blob),
-    {"cuda": _floating(cusparselt.blob_dense, cusparselt.blob_product)},
-    refuses=cusparselt.why_not,
+    cusparselt.from_blob,
+    {"cuda": Kernel(cusparselt.blob_dense, cusparselt.blob_product)},
+    limits=cusparselt.why_not,
+    takes=("float", "int8"),
     by_rows=False,
     durable=False,
     tune=cusparselt.tune,
@@ -108,7 +125,7 @@ CUTLASS = Layout(
     cutlass.as_cutlass,
     _without_scales(cutlass.from_cutlass),
     {"cuda": _floating(cutlass.cutlass_dense, cutlass.cutlass_product)},
-    refuses=cutlass.why_not,
+    limits=cutlass.why_not,
     by_rows=False,
     durable=False,
 )
@@ -130,9 +147,9 @@ def layouts_of(device: torch.device) -> tuple[Layout, ...]:
     return tuple(layout for layout in LAYOUTS.values() if device.type in layout.kernels)
 
 
-def native_layout(device: torch.device, *, quantized: bool = False) -> Layout:
+def native_layout(device: torch.device, form: Format = SPARSE) -> Layout:
     """What a weight that comes from a file is kept in on this device."""
-    return next((layout for layout in layouts_of(device) if layout.quantized or not quantized), ROWS)
+    return next((layout for layout in layouts_of(device) if layout.knows(form)), ROWS)
 
 
 def find_target(name: str, device: torch.device) -> tuple[Layout, ...]:

@@ -4,14 +4,18 @@ The products of cuSPARSELt and CUTLASS need a GPU. Here stand-ins for their oper
 a blob that is as large as cuSPARSELt's; the same tests run the real ones where there is a device for them.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from code_cases import assert_codes_correct, random_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_cases import assert_correct, random_linear
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import SPARSE, parse_format
 from sparseforge_fx.kernels import sparse_linear
 from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.gpu import cusparselt, cutlass
@@ -25,7 +29,7 @@ from sparseforge_fx.kernels.layouts import (
     layouts_of,
     native_layout,
 )
-from sparseforge_fx.kernels.packed import Packed, pack, unpack
+from sparseforge_fx.kernels.packed import Packed, pack, unpack, unpack_codes
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP
 
 CPU = torch.device("cpu")
@@ -39,7 +43,7 @@ def _compress(dense):
 
 
 def _decompress(blob, out):
-    half = blob.numel() * 8 // 9
+    half = blob.numel() * 8 // 9 if blob.element_size() == 2 else blob.numel() * 4 // 5
     width = 2 * half // out
     values, bitmask = blob.flatten().split([half, blob.numel() - half])
     return unpack(Packed(values.view(out, -1), bitmask.contiguous().view(torch.uint8).view(out, -1), width))
@@ -50,20 +54,24 @@ class Calls(list):
 
 
 def test_a_cpu_has_neither():
-    assert "not available on cpu" in CUSPARSELT.refuses(32, 64, torch.bfloat16, CPU)
-    assert "no CUTLASS kernels" in CUTLASS.refuses(32, 64, torch.bfloat16, CPU)
+    assert "not available on cpu" in CUSPARSELT.refuses(32, 64, torch.bfloat16, CPU, SPARSE)
+    assert "no CUTLASS kernels" in CUTLASS.refuses(32, 64, torch.bfloat16, CPU, SPARSE)
 
 
 @pytest.fixture(scope="module")
 def calls():
     seen = Calls()
 
-    def product(blob, dense, bias=None, alg_id=0, transpose_result=False):
-        assert transpose_result and dense.shape[1] % 8 == 0 and not dense.is_contiguous()
+    def product(blob, dense, bias=None, alpha=None, out_dtype=None, alg_id=0, transpose_result=False):
+        assert transpose_result and dense.shape[1] % (16 // blob.element_size()) == 0 and not dense.is_contiguous()
         seen.append(alg_id)
-        return F.linear(dense.t(), _decompress(blob, blob.shape[0]), bias)
+        weight = _decompress(blob, blob.shape[0])
+        if blob.dtype != torch.int8:
+            return F.linear(dense.t(), weight, bias)
+        sums = F.linear(dense.t().double(), weight.double()) * (1 if alpha is None else alpha.double())
+        return sums.to(out_dtype or torch.int8)
 
-    def search(blob, dense, transpose_result):
+    def search(blob, dense, out_dtype, transpose_result):
         return dense.shape[1]  # the bucket itself, to see which one was asked for
 
     def addmm(bias, values, meta, dense):
@@ -87,8 +95,8 @@ def calls():
         yield seen
 
 
-def usable(layout, device, dtype=torch.bfloat16):
-    if device == "cuda" and (reason := layout.refuses(64, 128, dtype, torch.device("cuda", 0))):
+def usable(layout, device, dtype=torch.bfloat16, form=SPARSE):
+    if device == "cuda" and (reason := layout.refuses(64, 128, dtype, torch.device("cuda", 0), form)):
         pytest.skip(reason)
     return layout
 
@@ -133,6 +141,33 @@ def test_products(calls, name, device, activation):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["planes", "cusparselt"])
+@pytest.mark.parametrize("text", ["2:4 int8", "2:4 int4/32", "2:4 int4/128"])
+def test_codes(calls, name, text, device):
+    """There and back, and products: of planes with x as it is, of cuSPARSELt with rows of x in 8 bits."""
+    layout = LAYOUTS[name]
+    if not layout.knows(parse_format(text)):
+        return
+    usable(layout, device, form=parse_format(text))
+    packed, codes = random_codes(64, 256, text)
+    here = packed._replace(**{name: getattr(packed, name).to(device) for name in ("values", "bitmask", "scales")})
+    values, meta = layout.convert(here)
+    back = layout.restore(values, meta, 256, here.scales)
+    assert torch.equal(unpack_codes(back), codes.to(device)) and back.format == parse_format(text)
+    dense = DENSE_OP(values, meta, name, 256, here.scales)
+    assert torch.equal(dense, unpack(here))
+    bias = torch.randn(64)
+    for rows, dtype, activation in itertools.product((1, 4, 9, 140), (torch.bfloat16, torch.float16), ACTIVATIONS):
+        x, b = torch.randn(rows, 256).to(dtype).to(device), bias.to(dtype).to(device)
+        y = sparse_linear.sparse_linear(x, values, meta, name, 256, b, activation, here.scales)
+        assert_codes_correct(y, x, here, b, activation, rounded_to=256 if name == "cusparselt" else None)
+    x = torch.full((3, 256), float("nan"), dtype=torch.bfloat16, device=device)
+    x[1] = 0
+    y = sparse_linear.sparse_linear(x, values, meta, name, 256, None, "none", here.scales)
+    assert y[[0, 2]].isnan().all() and (y[1] == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
 def test_gradients_and_opcheck(calls, name, device):
     layout = usable(LAYOUTS[name], device)
@@ -154,18 +189,22 @@ def test_the_searched_algorithm_is_kept_per_bucket(calls):
     for rows in (1, 8, 9, 16, 200):
         sparse_linear.OP(torch.randn(rows, 96).bfloat16(), values, meta, "cusparselt", 96, None, "none")
     assert calls == [8, 8, 16, 16, 256]
-    CUSPARSELT.tune(values, meta, 96, 1024)
+    CUSPARSELT.tune(torch.randn(1024, 96), values, meta, 96, None)
     assert {key[-1] for key in cusparselt._algorithms if key[2:4] == (48, 96)} == {8, 16, 256, 1024}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the stand-ins")
 def test_what_is_refused(calls):
-    assert "multiples of 16, not 24 x 16" in CUSPARSELT.refuses(24, 16, torch.bfloat16, CPU)
-    assert "not torch.float32" in CUSPARSELT.refuses(16, 16, torch.float32, CPU)
-    assert "multiples of 32 x 64, not 32 x 32" in CUTLASS.refuses(32, 32, torch.float16, CPU)
-    assert "not torch.float32" in CUTLASS.refuses(32, 64, torch.float32, CPU)
-    assert all(layout.refuses(32, 64, torch.float16, CPU) is None for layout in LAYOUTS.values())
-    assert ROWS.refuses(3, 5, torch.float32, CPU) is PLANES.refuses(3, 5, torch.float32, CPU) is None
+    assert "multiples of 16, not 24 x 16" in CUSPARSELT.refuses(24, 16, torch.bfloat16, CPU, SPARSE)
+    assert "not torch.float32" in CUSPARSELT.refuses(16, 16, torch.float32, CPU, SPARSE)
+    assert "multiples of 32 x 64, not 32 x 32" in CUTLASS.refuses(32, 32, torch.float16, CPU, SPARSE)
+    assert "not torch.float32" in CUTLASS.refuses(32, 64, torch.float32, CPU, SPARSE)
+    assert all(layout.refuses(32, 64, torch.float16, CPU, SPARSE) is None for layout in LAYOUTS.values())
+    assert ROWS.refuses(3, 5, torch.float32, CPU, SPARSE) is PLANES.refuses(3, 5, torch.float32, CPU, SPARSE) is None
+    int8, int4 = parse_format("2:4 int8"), parse_format("2:4 int4")
+    assert "multiples of 32, not 48 x 64" in CUSPARSELT.refuses(48, 64, torch.bfloat16, CPU, int8)
+    for layout, form in ((CUSPARSELT, int4), (CUTLASS, int8), (PLANES, parse_format("dense int8"))):
+        assert "no kernels for" in layout.refuses(64, 64, torch.bfloat16, CPU, form)
     for layout in (CUSPARSELT, CUTLASS):
         with pytest.raises(SparseForgeError, match="keep this weight dense"):
             layout.convert(random_linear(24, 40, torch.bfloat16)[0])
@@ -195,3 +234,5 @@ def test_targets():
 def test_what_a_device_has_and_in_which_order():
     assert [layout.name for layout in layouts_of(torch.device("cuda"))] == ["planes", "cusparselt", "cutlass"]
     assert [native_layout(torch.device(kind)) for kind in ("cpu", "cuda", "meta")] == [ROWS, PLANES, ROWS]
+    forms = [parse_format(text) for text in ("2:4 int8", "2:4 int4", "dense int8")]
+    assert [native_layout(torch.device("cuda"), form) for form in forms] == [PLANES, PLANES, ROWS]

@@ -7,7 +7,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering.modules import SparseLinear, replace, weight_of
 from sparseforge_fx.formats import parse_format
-from sparseforge_fx.kernels.packed import pack_codes
+from sparseforge_fx.kernels.activations import ACTIVATIONS
+from sparseforge_fx.kernels.packed import pack_codes, unpack
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 FORMATS = ["2:4 int8", "dense int8", "2:4 int4/32", "dense int4/32", "2:4 int4/128", "dense int4/128"]
@@ -32,6 +33,29 @@ def rounded(x):
     scales = groups.abs().amax(-1, keepdim=True) / 127
     codes = (groups / scales.clamp(min=1e-300)).round()
     return (codes * scales).view(rows, -1)[:, :width], scales
+
+
+def assert_codes_correct(y, x, packed, bias, activation, rounded_to=None):
+    """``y`` against float64. Allowed is what sparse_cases.assert_correct allows of the sum; three roundings of each
+    weight to y's dtype (its scale, it, and sums in that dtype); and half a step of each input where groups of
+    ``rounded_to`` inputs of x are rounded to 8 bits."""
+    weight, wide = unpack(packed).double(), x.double()
+    sums = wide @ weight.t() + (0 if bias is None else bias.double())
+    size = wide.abs() @ weight.abs().t() + (0 if bias is None else bias.double().abs())
+    u = torch.finfo(y.dtype).eps / 2
+    error = (x.shape[1] * 2.0**-24 + 3 * u) * size + 2 * u * sums.abs()
+    if rounded_to is not None:
+        step = wide.unflatten(1, (-1, rounded_to)).abs().amax(-1) / 254
+        error += step.repeat_interleave(rounded_to, 1) @ weight.abs().t()
+    expected = ACTIVATIONS[activation].forward(sums)
+    if activation == "silu_mul":
+        (gate, up), (gate_error, up_error) = sums.chunk(2, -1), error.chunk(2, -1)
+        error = 1.13 * gate_error * (up.abs() + up_error) + F.silu(gate).abs() * up_error
+    elif activation != "none":
+        error = 1.13 * error
+    error = error + 3 * u * expected.abs() + 1e-5
+    worst = ((y.double() - expected).abs() / error).max().item()
+    assert worst <= 1, f"{worst:.2f} times the allowed error"
 
 
 @torch.no_grad()

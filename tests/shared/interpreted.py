@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from code_cases import assert_codes_correct, random_codes
 
 from sparseforge_fx.kernels.activations import ACTIVATIONS
+from sparseforge_fx.kernels.gpu.eight_bits import finish_rows, round_rows
 from sparseforge_fx.kernels.gpu.planes import to_planes
 from sparseforge_fx.kernels.gpu.planes_linear import expand_planes, launch, planes_linear
 from sparseforge_fx.kernels.gpu.tiles import Tile
@@ -69,6 +71,35 @@ def test_split_sums_give_the_same_bits_again(tile, activation):
     y = launch(x, values, meta, bias, activation, tile)
     assert_close(y, weight, x, bias, activation)
     assert torch.equal(y, launch(x, values, meta, bias, activation, tile))
+
+
+@pytest.mark.parametrize("text", ["2:4 int8", "2:4 int4/32", "2:4 int4/128"])
+@pytest.mark.parametrize("m", [1, 4, 5, 130])
+def test_codes(text, m):
+    """In one word stand the pairs of several planes; numpy's bfloat16 is cut, not rounded."""
+    packed, _ = random_codes(14, 384, text)
+    values, meta = to_planes(packed)
+    bias, dtype = torch.randn(14), HALF[m % 2]
+    x = torch.randn(m, 384).to(dtype)
+    for activation in ("none", "silu_mul"):
+        y = planes_linear(x, values, meta, 384, bias.to(dtype), activation, packed.scales)
+        assert_codes_correct(y, x, packed, bias.to(dtype), activation)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu_mul"])
+def test_rows_in_8_bits(activation):
+    x = torch.randn(5, 5000).bfloat16()
+    x[3, 7] = float("nan")
+    codes, scales = round_rows(x)
+    want = (x.float() / scales[:, None]).round()
+    fine = [0, 1, 2, 4]
+    assert scales[3].isnan() and torch.equal(scales[fine], x[fine].float().abs().amax(1) / 127)
+    assert (codes[fine].float() - want[fine]).abs().max() <= 1 and codes[fine].abs().amax(1).eq(127).all()
+    sums, bias = torch.randn(5, 2050).bfloat16(), torch.randn(2050).bfloat16()
+    got = finish_rows(sums, scales, bias, activation)
+    want = ACTIVATIONS[activation].forward(sums.float() * scales[:, None] + bias.float())
+    torch.testing.assert_close(got[fine].float(), want[fine], rtol=2**-7, atol=1e-6)
+    assert got[3].isnan().all()
 
 
 def test_padding_reads_no_input():

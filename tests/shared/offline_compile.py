@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"x_ptr": "*bf16", "values_ptr": "*i32", "meta_ptr": "*i32", "bias_ptr": "*bf16", "y_ptr": "*bf16", "w_ptr": "*bf16", "parts_ptr": "*fp32"}  # fmt: skip
+POINTERS = {"x_ptr": "*bf16", "values_ptr": "*i32", "meta_ptr": "*i32", "scales_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16", "w_ptr": "*bf16", "parts_ptr": "*fp32"}  # fmt: skip
 
 
 class Compiled(NamedTuple):
@@ -63,13 +63,15 @@ def _run(tool, *arguments):
     return subprocess.run([str(TOOLS / tool), *map(str, arguments)], capture_output=True, text=True, check=True).stdout
 
 
-def tile_constants(tile, *, rows=1, tail=False, activation="none", bias=False):
+def tile_constants(tile, *, rows=1, tail=False, activation="none", bias=False, bits=16):
     """The constexpr arguments of ``gemv`` or ``dot`` for a tile, as ``planes_linear.launch`` gives them."""
     shared = {
         "BN": tile.rows,
         "BW": tile.words,
         "UNIT": 4,
         "TAIL": tail,
+        "BITS": bits,
+        "GROUP": 32 if bits == 4 else 0,
         "PARTS": bool(tile.lines) and activation == "silu_mul",
         "HAS_BIAS": bias,
         "ACTIVATION": activation,

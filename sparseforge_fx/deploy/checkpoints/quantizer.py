@@ -177,7 +177,7 @@ class PackedQuantizer(HfQuantizer):
 
 def change_to_device(module: SparseLinear) -> None:
     """Give a packed linear the layout that its device reads; one without kernels of its own keeps that of the disk."""
-    module.change_layout(native_layout(module.weight_values.device, quantized=module.format.is_quantized))
+    module.change_layout(native_layout(module.weight_values.device, module.format))
 
 
 def _has_header(folder: Path, header: Header) -> bool:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.formats import DENSE, QUANTIZED, Format, parse_format
+from sparseforge_fx.formats import DENSE, PACKED, SPARSE, Format, parse_format
+from sparseforge_fx.kernels.gpu.timing import Replays
 from sparseforge_fx.kernels.layouts import Layout, layouts_of
 from sparseforge_fx.kernels.packed import Packed, pack, pack_codes
 from sparseforge_fx.kernels.sparse_linear import OP
@@ -28,7 +29,6 @@ TOKENS = (1, 8, 64, 2048)
 NOISE = 0.03  # a ratio within 3 % of one is neither a gain nor a loss
 ROTATED_BYTES = 256 << 20  # weights are rotated over so much memory: in a model each is cold when its turn comes
 TABLE_VERSION = 3
-SPARSE = Format("2:4")
 
 
 class Shape(NamedTuple):
@@ -128,7 +128,7 @@ def timings(
 def formats_of(device: torch.device) -> tuple[Format, ...]:
     """All that there are kernels for on this device, beside dense in the model's own dtype."""
     layouts = layouts_of(device)
-    return (*([SPARSE] if layouts else []), *(QUANTIZED if any(layout.quantized for layout in layouts) else []))
+    return tuple(form for form in PACKED if any(layout.knows(form) for layout in layouts))
 
 
 @torch.no_grad()
@@ -158,15 +158,15 @@ def measure(
     for shape in shapes:
         packed = _random(weight, shape.format)
         for layout in layouts:
-            if layout.refuses(out, width, dtype, device) is None and (layout.quantized or packed.scales is None):
+            if layout.refuses(out, width, dtype, device, shape.format) is None:
                 found[shape][layout.name] = {}
                 call, tensors = partial(_packed, layout.name), (*layout.convert(packed), packed.scales)
                 runs.append((shape, layout, _Rotation(_copies(tensors), call, device)))
     for count in tokens:
         x = torch.randn(count, width, generator=generator, device=device).to(dtype)
         for _, layout, run in runs:
-            values, meta, _ = run.copies[0]
-            layout.tune(values, meta, width, count)
+            values, meta, scales = run.copies[0]
+            layout.tune(x, values, meta, width, scales)
         turns = [dense, *(run for _, _, run in runs)]
         repeats = [run.calibrate(x, seconds) for run in turns]
         samples: list[list[float]] = [[] for _ in turns]
@@ -201,29 +201,28 @@ def _packed(layout: str, x: Tensor, copy: tuple[Tensor, Tensor, Tensor | None]) 
 
 
 class _Rotation:
-    """One call after the other, each with the next copy of the weight."""
+    """One call after the other, each with the next copy of the weight; on a GPU in a graph, as they are deployed."""
 
     def __init__(self, copies: Sequence[Any], call: Callable[[Tensor, Any], Any], device: torch.device):
         self.copies, self.call, self.device, self.next = copies, call, device, 0
+        self.x: Tensor | None = None
 
     def time(self, x: Tensor, repeats: int) -> float:
         """Microseconds of one call."""
-        self._wait()
+        if self.device.type == "cuda":
+            if self.x is not x:
+                self.x, self.replays = x, Replays([partial(self.call, x, copy) for copy in self.copies])
+            return 1e6 * self.replays.seconds(-(-repeats // len(self.copies)))
         clock = time.perf_counter()
         for _ in range(repeats):
             self.call(x, self.copies[self.next])
             self.next = (self.next + 1) % len(self.copies)
-        self._wait()
         return (time.perf_counter() - clock) / repeats * 1e6
 
     def calibrate(self, x: Tensor, seconds: float) -> int:
         """Warm up; calls that make a sample long enough."""
         self.time(x, 2)
         return max(1, round(seconds * 1e6 / self.time(x, 3)))
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def _summary(sample: list[float]) -> tuple[float, tuple[float, float]]:

@@ -75,7 +75,7 @@ class SparseLinear(nn.Module):
 
     def change_layout(self, layout: Layout) -> None:
         """Repack, in place; codes stay in a layout that takes them."""
-        if self.weight_scales is not None and not layout.quantized:
+        if not layout.knows(self.format):
             layout = ROWS
         if layout.name != self.layout:
             self.weight_values, self.weight_bitmask = layout.convert(self.packed())

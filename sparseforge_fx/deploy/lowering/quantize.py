@@ -17,7 +17,7 @@ from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
 from sparseforge_fx.deploy.lowering.round_on_data import round_on_data
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
-from sparseforge_fx.kernels.layouts import layouts_of
+from sparseforge_fx.kernels.layouts import layouts_of, native_layout
 from sparseforge_fx.kernels.packed import Packed, pack_codes
 from sparseforge_fx.methods.rounding import Rounded, codes_of, round_weight
 from sparseforge_fx.methods.weights import put_back
@@ -93,15 +93,12 @@ def quantize(
             name: _packed(module, chosen.formats[name], known.get(f"{name}.weight"), rounded.get(name), name)
             for name, module in sites.items()
         }
-        for name, module in sites.items():
-            dtype = module.weight.dtype
-            sparse = SparseLinear(packed[name], module.bias, transposed=isinstance(module, Conv1D), dtype=dtype)
-            replace(model, name, sparse.train(module.training))
+        layouts = _put(model, sites, packed)
         for name in chosen.copied:
             part(model, name)
     dense_bytes = [module.weight.nbytes for module in sites.values()]
     return {
-        "sites": [stored_site(name, weight) for name, weight in packed.items()],
+        "sites": [stored_site(name, weight, layouts[name]) for name, weight in packed.items()],
         "skipped": [{"name": name, "reason": reason} for name, reason in chosen.skipped.items()],
         "dense_bytes": sum(dense_bytes),
         "lowered_bytes": sum(p.nbytes for p in packed.values()),
@@ -148,8 +145,9 @@ def _check(chosen: Chosen, known: Mapping[str, Tensor]) -> None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(chosen.skipped.items())[:4])
         raise SparseForgeError(f"nothing to quantise: {reasons or 'the model has no linear layer'}")
     device = weight_of(next(iter(sites.values()))).device
-    if not any(layout.quantized for layout in layouts_of(device)):
-        raise SparseForgeError(f"there are no kernels for codes on {device.type}: move the model to the CPU first")
+    known_values = {values for layout in layouts_of(device) for values in layout.takes}
+    if strange := next((form for form in chosen.formats.values() if form.values not in known_values), None):
+        raise SparseForgeError(f"there are no kernels for {strange} on {device.type}: move the model to the CPU first")
 
 
 @checked
@@ -185,6 +183,18 @@ def _as_it_was(model: nn.Module, sites: Mapping[str, Any], *, copies: bool) -> I
             module.weight = own[name]
         put_back((own[name], weight) for name, weight in before.items())
         raise
+
+
+def _put(model: nn.Module, sites: Mapping[str, Any], packed: Mapping[str, Packed]) -> dict[str, str]:
+    """Packed linears in the place of those of that name, in the layout of their device, which is given by name."""
+    layouts = {}
+    for name, module in sites.items():
+        dtype = module.weight.dtype
+        sparse = SparseLinear(packed[name], module.bias, transposed=isinstance(module, Conv1D), dtype=dtype)
+        sparse.change_layout(native_layout(module.weight.device, packed[name].format))
+        layouts[name] = sparse.layout
+        replace(model, name, sparse.train(module.training))
+    return layouts
 
 
 def _packed(module: nn.Module, form: Format, scales: Tensor | None, rounded: Rounded | None, name: str) -> Packed:

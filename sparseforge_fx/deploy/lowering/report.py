@@ -44,14 +44,14 @@ class PackingReport(TypedDict):
     cache_bytes: NotRequired[int]
 
 
-def stored_site(name: str, packed: Packed) -> PackedSite:
-    """A linear that is kept as it is on disk."""
+def stored_site(name: str, packed: Packed, layout: str = ROWS.name) -> PackedSite:
+    """Of a packed linear; the layout is that of the disk if nothing is said."""
     out, width = packed.shape
     return {
         "name": name,
         "out": out,
         "in": width,
         "format": str(packed.format),
-        "layout": ROWS.name,
+        "layout": layout,
         "bytes": packed.nbytes,
     }

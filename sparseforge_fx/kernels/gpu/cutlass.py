@@ -16,6 +16,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import Format
 from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.gpu.planes import HALF_TYPES
 from sparseforge_fx.kernels.packed import Packed, pack, unpack
@@ -34,7 +35,7 @@ def available(device: torch.device) -> bool:
     )
 
 
-def why_not(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, form: Format) -> str | None:
     """Why these kernels cannot take such a 2:4 weight [out, in]; None if they can."""
     if not available(device):
         return f"PyTorch has no CUTLASS kernels for 2:4 weights on {device}"

@@ -1,7 +1,7 @@
 """The GPU's layout of a packed 2:4 weight: pairs of survivors in eight planes, four bits of metadata a group.
 
 One copy serves the GEMV, which picks its inputs by the metadata, and the tensor-core kernel, which expands the pairs:
-9/16 of the dense bytes.
+9/16 of the dense bytes; with codes of 8 bits 5/16, of 4 bits 3/16 and the scales.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from sparseforge_fx.kernels.packed import Packed, unpack_mask
 
 PLANES = 8
 HALF_TYPES = (torch.bfloat16, torch.float16)
+#: dtype of ``Packed.values`` -> bits of a code
+BITS_OF_CODES = {torch.int8: 8, torch.uint8: 4}
+#: planes of words with codes -> that dtype
+CODES_OF_PLANES = {bits // 2: dtype for dtype, bits in BITS_OF_CODES.items()}
 
 
 def to_planes(packed: Packed) -> tuple[Tensor, Tensor]:
@@ -24,17 +28,24 @@ def to_planes(packed: Packed) -> tuple[Tensor, Tensor]:
             pair's first survivor in the low half), int64 for float32. Group g (inputs 4g to 4g + 3) is word g mod W
             of plane g // W. The first survivor of a pair is the one further left, except where the third and fourth
             of a group survive: those two are swapped, so that a single multiplication makes a byte selector
-            out of the metadata (``words.py``).
+            out of the metadata (``words.py``). Codes of 8 bits are [out, 4, W] of int32, of 4 bits [out, 2, W]: a
+            word holds the pairs of two or four planes, their first survivors in its low half and their second ones in
+            its high half, each in the order of the planes.
         meta: int32 [out, W]. Word w holds, for plane p, the place (0 to 3) in its group of the pair's first survivor
             in bits 16 (p // 4) + 2 (p mod 4) and of the second 8 bits further.
 
-    Padding places hold zeros. Raises SparseForgeError for a weight that is not [out, in], or not of 2 or 4 bytes.
+    Padding places hold zeros. Scales stay as they are. Raises SparseForgeError for a weight that is not [out, in], not
+    2:4, or of values that are neither codes nor of 2 or 4 bytes.
     """
-    values, bitmask, in_features, _ = packed
+    values, bitmask, in_features, scales = packed
     if values.dim() != 2:
         raise SparseForgeError(f"the plane layout takes a weight [out, in], not one of shape {tuple(packed.shape)}")
-    if values.element_size() not in (2, 4):
+    if scales is None and values.element_size() not in (2, 4):
         raise SparseForgeError(f"the plane layout takes 16- and 32-bit weights, not {values.dtype}: convert the weight")
+    if bitmask.shape[1] == 0:
+        raise SparseForgeError("the plane layout takes 2:4 weights, not dense ones: keep it in rows")
+    if values.dtype == torch.uint8:
+        values = torch.stack((values & 15, values >> 4), -1).flatten(-2)
     out, words = values.shape[0], -(-in_features // 32)
     present = 2 * bitmask.shape[1]
     kept = unpack_mask(bitmask).view(out, present, 4)
@@ -52,36 +63,83 @@ def to_planes(packed: Packed) -> tuple[Tensor, Tensor]:
     meta = torch.zeros(out, words, dtype=torch.int64, device=values.device)
     for plane in range(PLANES):
         meta |= (first[:, plane].long() | second[:, plane].long() << 8) << _shift(plane)
+    if scales is not None:
+        return _codes_to_words(pairs.view(out, PLANES, words, 2), packed.values.dtype), _signed(meta)
     word = torch.int32 if values.element_size() == 2 else torch.int64
     return pairs.contiguous().view(word).view(out, PLANES, words), _signed(meta)
 
 
-def from_planes(values: Tensor, meta: Tensor, in_features: int, dtype: torch.dtype = torch.bfloat16) -> Packed:
-    """The packed weight that :func:`to_planes` took, bit for bit. ``dtype`` is the weight's.
+def _codes_to_words(pairs: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out, 8, W, 2] of codes -> int32 [out, 4 or 2, W]."""
+    bits = BITS_OF_CODES[dtype]
+    several = pairs.unflatten(1, (bits // 2, 16 // bits)).long() & (1 << bits) - 1
+    word = torch.zeros_like(several[:, :, 0, :, 0])
+    for plane in range(16 // bits):
+        word |= several[:, :, plane, :, 0] << bits * plane | several[:, :, plane, :, 1] << 16 + bits * plane
+    return _signed(word)
+
+
+def _words_to_codes(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """The way back: int8 [out, 8, W, 2], in [-8, 7] for codes of 4 bits."""
+    bits = BITS_OF_CODES[dtype]
+    shifts = torch.arange(16 // bits, device=words.device, dtype=torch.int32)[None, None, :, None] * bits
+    fields = torch.stack([words[:, :, None] >> shifts + half for half in (0, 16)], -1).flatten(1, 2)
+    sign = 1 << bits - 1
+    return (((fields & 2 * sign - 1) ^ sign) - sign).to(torch.int8)
+
+
+def from_planes(
+    values: Tensor, meta: Tensor, in_features: int, dtype: torch.dtype = torch.bfloat16, scales: Tensor | None = None
+) -> Packed:
+    """The packed weight that :func:`to_planes` took, bit for bit. ``dtype`` is that of its values.
 
     Raises SparseForgeError if shapes, ``in_features`` and ``dtype`` do not belong together.
     """
     check_planes(values, meta, in_features)
-    if 2 * dtype.itemsize != values.element_size():
-        raise SparseForgeError(f"words of {values.dtype} do not hold pairs of {dtype}: name the weight's own dtype")
     out = values.shape[0]
     groups = (in_features + -in_features % 8) // 4
     first, second = places(meta)
-    pairs = values.contiguous().view(dtype).view(out, PLANES * meta.shape[1], 2)[:, :groups]
+    pairs = _pairs(values, dtype).view(out, PLANES * meta.shape[1], 2)[:, :groups]
     first, second = first[:, :groups], second[:, :groups]
     pairs = torch.where((first > second)[..., None], pairs.flip(-1), pairs)
     bits = (1 << first | 1 << second).view(out, groups // 2, 2)
     bitmask = (bits[..., 0] | bits[..., 1] << 4).to(torch.uint8)
-    return Packed(pairs.reshape(out, 2 * groups), bitmask, in_features)
+    kept = pairs.reshape(out, 2 * groups)
+    if dtype == torch.uint8:
+        low, high = kept.view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+        kept = low & 15 | high << 4
+    return Packed(kept, bitmask, in_features, scales)
 
 
-def planes_to_dense(values: Tensor, meta: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight [out, in] in plain torch ops: the reference of every kernel on this layout."""
-    out = values.shape[0]
-    pairs = values.contiguous().view(dtype).view(out, PLANES * meta.shape[1], 2)
+def planes_to_dense(
+    values: Tensor, meta: Tensor, in_features: int, dtype: torch.dtype, scales: Tensor | None = None
+) -> Tensor:
+    """The dense weight [out, in] in plain torch ops: the reference of every kernel on this layout.
+
+    ``dtype`` is the weight's; codes times their scales are rounded to it once.
+    """
+    out, width = values.shape[0], 32 * meta.shape[1]
+    stored = dtype if scales is None else CODES_OF_PLANES[values.shape[1]]
+    pairs = _pairs(values, stored).view(out, PLANES * meta.shape[1], 2)
     index = torch.stack(places(meta), -1).long()
-    groups = torch.zeros(*pairs.shape[:2], 4, dtype=dtype, device=values.device).scatter_(-1, index, pairs)
-    return groups.flatten(1)[:, :in_features].contiguous()
+    groups = torch.zeros(*pairs.shape[:2], 4, dtype=pairs.dtype, device=values.device).scatter_(-1, index, pairs)
+    dense = groups.view(out, width)[:, :in_features].contiguous()
+    if scales is None:
+        return dense
+    return (dense.float() * scales.float().repeat_interleave(in_features // scales.shape[1], 1)).to(dtype)
+
+
+def _pairs(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Words of planes -> pairs [out, 8, W, 2] in the dtype of ``Packed.values``; codes of 4 bits in int8."""
+    if dtype in BITS_OF_CODES:
+        if CODES_OF_PLANES.get(values.shape[1]) != dtype:
+            raise SparseForgeError(
+                f"{values.shape[1]} planes do not hold codes in {dtype}: name the weight's own dtype"
+            )
+        return _words_to_codes(values, dtype)
+    if 2 * dtype.itemsize != values.element_size():
+        raise SparseForgeError(f"words of {values.dtype} do not hold pairs of {dtype}: name the weight's own dtype")
+    return values.contiguous().view(dtype).view(*values.shape, 2)
 
 
 def places(meta: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +151,8 @@ def places(meta: Tensor) -> tuple[Tensor, Tensor]:
 def check_planes(values: Tensor, meta: Tensor, in_features: int) -> None:
     """Raises SparseForgeError if the three do not belong together."""
     words = -(-in_features // 32)
-    if values.dim() != 3 or values.shape[1:] != (PLANES, words):
+    held = values.dim() == 3 and (values.shape[1] == PLANES or values.shape[1] in CODES_OF_PLANES)
+    if not held or values.shape[2] != words:
         raise SparseForgeError(
             f"values of shape {tuple(values.shape)} are no planes of {in_features} inputs: make them with to_planes"
         )

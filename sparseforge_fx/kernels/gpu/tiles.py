@@ -65,7 +65,10 @@ def legal_tiles(capability: int, rows: int, words: int, lines: int) -> list[Tile
     ``capability``: 80, 90, 120, ... Every one fits into shared memory; of those compiled offline (Triton 3.6) none
     spilled a register.
     """
-    shapes = _gemv_shapes(lines) if lines <= GEMV_ROWS else _dot_shapes(capability, lines)
+    shapes = _gemv_shapes(lines) if lines <= GEMV_ROWS else []
+    dots = _dot_shapes(capability, max(lines, 8)) if lines > 1 else []
+    # with three rows the arithmetic of a GEMV costs more than the weight's bytes
+    shapes = dots + shapes if lines > 2 else shapes + dots
     wide = max(32, 1 << max(words - 1, 0).bit_length())
     fitting = [t for t in shapes if t.words <= wide and shared_bytes(t, capability) <= _shared_limit(capability)]
     tiles = []
@@ -75,7 +78,7 @@ def legal_tiles(capability: int, rows: int, words: int, lines: int) -> list[Tile
             if split == 1 or (split <= steps and -(-rows // tile.rows) * split <= 1056):
                 tiles.append(tile._replace(split=split))
     # enough programs to fill 132 multiprocessors decides the first guess; then as listed
-    return sorted(tiles, key=lambda t: (-(-rows // t.rows) * t.split < 132, t.split))
+    return sorted(tiles, key=lambda t: (-(-rows // t.rows) * t.split < 132, fitting.index(t._replace(split=1))))
 
 
 def _gemv_shapes(lines: int) -> list[Tile]:
@@ -99,11 +102,11 @@ def _dot_shapes(capability: int, lines: int) -> list[Tile]:
         two_warps, four_warps = two_warps[1:], four_warps[:1]
     if capability // 10 == 9:  # four warps are a warp group: its instruction takes pairs from registers
         four_warps = [t._replace(pairs=True) for t in four_warps]
+        two_warps = [Tile(32, 16, 2, 3), Tile(32, 16, 2, 4), Tile(32, 32, 2, 2), Tile(16, 32, 1, 2)]  # as measured
     if lines <= 32:
         return [t._replace(lines=lines) for t in (*two_warps, *four_warps)]
-    # two warps would share 64 rows of x and expand twice; 32 rows read the weight again, from L2
-    wide = [t._replace(lines=64) for t in four_warps if t.words == 16]
-    return wide + [t._replace(lines=32) for t in (*two_warps, *four_warps) if t.words == 16]
+    narrow = [t._replace(lines=32) for t in (*two_warps, *four_warps) if t.words == 16]  # weights again, from L2
+    return [*narrow, Tile(32, 16, 2, 2, lines=64), *(t._replace(lines=64) for t in four_warps if t.words == 16)]
 
 
 def shared_bytes(tile: Tile, capability: int) -> int:
@@ -133,18 +136,20 @@ def capability_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def pick(device: torch.device, rows: int, words: int, lines: int, dtype: torch.dtype) -> Tile:
+def pick(device: torch.device, rows: int, words: int, lines: int, dtype: torch.dtype, bits: int = 16) -> Tile:
     """The remembered tile for this device and shape, or the first legal one."""
     tiles = legal_tiles(capability_of(device), rows, words, lines)
-    kept = _remembered(cache_file(device)).get(_key(rows, words, lines, dtype))
+    kept = _remembered(cache_file(device)).get(_key(rows, words, lines, dtype, bits))
     return kept if kept in tiles else tiles[0]
 
 
-def remember(device: torch.device, rows: int, words: int, lines: int, dtype: torch.dtype, tile: Tile) -> None:
+def remember(
+    device: torch.device, rows: int, words: int, lines: int, dtype: torch.dtype, tile: Tile, bits: int = 16
+) -> None:
     """Keep a measured choice, for this process and the next ones."""
     file = cache_file(device)
     known = _remembered(file)
-    known[_key(rows, words, lines, dtype)] = tile
+    known[_key(rows, words, lines, dtype, bits)] = tile
     try:
         with new_file(file, shared=True) as partial:
             partial.write_text(json.dumps({key: list(value) for key, value in sorted(known.items())}, indent=1) + "\n")
@@ -175,5 +180,6 @@ def _triton_version() -> str:
         return "none"
 
 
-def _key(rows: int, words: int, lines: int, dtype: torch.dtype) -> str:
-    return f"{rows}x{words}x{lines} {str(dtype).removeprefix('torch.')}"
+def _key(rows: int, words: int, lines: int, dtype: torch.dtype, bits: int) -> str:
+    codes = f" int{bits}" if bits < 16 else ""
+    return f"{rows}x{words}x{lines} {str(dtype).removeprefix('torch.')}{codes}"

@@ -8,14 +8,14 @@ instruction wants two neighbours a register; without, x is read in its own order
 import triton
 import triton.language as tl
 
-from sparseforge_fx.kernels.gpu.words import activate, expand, load, place_bits
+from sparseforge_fx.kernels.gpu.words import activate, decode, expand, load, place_bits, scale_of, scaled, word_of
 
 
 @triton.jit
 def _tile(
-    x_ptr, values_ptr, meta_ptr, row, line, start, stop, words, width,
+    x_ptr, values_ptr, meta_ptr, scales_ptr, row, line, start, stop, words, width,
     BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PAIRS: tl.constexpr, TAIL: tl.constexpr,
-    DTYPE: tl.constexpr, ASM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Sums over words start to stop: weight rows ``row`` [BN] with rows ``line`` [BM] of x, float32 [BN, BM]."""
     acc = tl.zeros((BN, BM), tl.float32)
@@ -27,8 +27,12 @@ def _tile(
         meta = load(meta_ptr + row * words + word, inside, TAIL)
         low, high = place_bits(meta)
         for p in tl.static_range(8):
-            at = row * (8 * words) + p * words + word
-            pairs = load(values_ptr + at, inside, TAIL)
+            if p % (16 // BITS) == 0:
+                codes = word_of(values_ptr, row, words, word, inside, p, BITS, TAIL)
+            pairs = decode(codes, p, BITS, DTYPE, ASM)
+            if BITS == 4:
+                scale = scale_of(scales_ptr, row, words, word, inside, p, GROUP, TAIL)
+                pairs = scaled(pairs, scale, DTYPE, ASM)
             w0, w1, w2, w3 = expand(pairs, meta, low, high, p, DTYPE, ASM)
             first = 4 * (p * words + begin)
             last = tl.minimum(4 * (p * words + stop), width)
@@ -60,8 +64,9 @@ def _load_x(x_ptr, line, k, width, last, TAIL: tl.constexpr):
 
 @triton.jit
 def dot(
-    x_ptr, values_ptr, meta_ptr, bias_ptr, y_ptr, m, n, word_units, x_units,
+    x_ptr, values_ptr, meta_ptr, scales_ptr, bias_ptr, y_ptr, m, n, word_units, x_units,
     BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PAIRS: tl.constexpr, UNIT: tl.constexpr, TAIL: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y [m, n], or with PARTS float32 sums [splits, m, n] without epilogue, for ``reduce_splits``.
@@ -79,8 +84,11 @@ def dot(
     start = tl.program_id(1) * part
     stop = tl.minimum(start + part, words)
     y = _tile(
-        x_ptr, values_ptr, meta_ptr, safe, safe_line, start, stop, words, width, BM, BN, BW, PAIRS, TAIL, DTYPE, ASM
-    )
+        x_ptr, values_ptr, meta_ptr, scales_ptr, safe, safe_line, start, stop, words, width,
+        BM, BN, BW, PAIRS, TAIL, BITS, GROUP, DTYPE, ASM,
+    )  # fmt: skip
+    if BITS == 8:
+        y *= tl.load(scales_ptr + safe)[:, None]
     inside = (row < n)[:, None] & (line < m)[None, :]
     at = line.to(tl.int64)[None, :] * n + row[:, None]
     if PARTS:
@@ -93,8 +101,8 @@ def dot(
 
 @triton.jit
 def expand_weight(
-    values_ptr, meta_ptr, w_ptr, n, word_units, x_units,
-    BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr,
+    values_ptr, meta_ptr, scales_ptr, w_ptr, n, word_units, x_units,
+    BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The dense weight [n, 8 * x_units], for products large enough that the dense GEMM's speed decides."""
     words = word_units * UNIT
@@ -107,8 +115,17 @@ def expand_weight(
     meta = tl.load(meta_ptr + row * words + word, mask=inside, other=0)
     low, high = place_bits(meta)
     for p in tl.static_range(8):
-        pairs = tl.load(values_ptr + row * (8 * words) + p * words + word, mask=inside, other=0)
+        if p % (16 // BITS) == 0:
+            codes = word_of(values_ptr, row, words, word, inside, p, BITS, True)
+        pairs = decode(codes, p, BITS, DTYPE, ASM)
         w0, w1, w2, w3 = expand(pairs, meta, low, high, p, DTYPE, ASM)
+        if BITS < 16:
+            if BITS == 4:
+                scale = scale_of(scales_ptr, row, words, word, inside, p, GROUP, True)
+            else:
+                scale = tl.load(scales_ptr + row, mask=row < n, other=0)
+            w0, w1 = (w0.to(tl.float32) * scale).to(DTYPE), (w1.to(tl.float32) * scale).to(DTYPE)
+            w2, w3 = (w2.to(tl.float32) * scale).to(DTYPE), (w3.to(tl.float32) * scale).to(DTYPE)
         w = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BN, 4 * BW)
         i = tl.program_id(1) * 4 * BW + tl.arange(0, 4 * BW)[None, :]
         k = p * 4 * words + i

@@ -1,4 +1,6 @@
-"""One to four rows of x times a 2:4 weight in planes: bound by the weight's bytes, which are read once for all rows.
+"""One to four rows of x times a 2:4 weight in planes, of 16-bit values or codes of 8 or 4 bits.
+
+Bound by the weight's bytes, which are read once for all rows.
 
 Each pair of survivors picks its two inputs by a byte permute; products are summed in float32 in a fixed order.
 """
@@ -6,21 +8,25 @@ Each pair of survivors picks its two inputs by a byte permute; products are summ
 import triton
 import triton.language as tl
 
-from sparseforge_fx.kernels.gpu.words import activate, high_half, load, low_half, select
+from sparseforge_fx.kernels.gpu.words import activate, decode, high_half, load, low_half, scale_of, select, word_of
 
 
 @triton.jit
-def _add(acc, pairs, x, meta, P: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def _add(acc, pairs, scale, x, meta, P: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
     chosen = select(x, meta, P, ASM)
-    acc = tl.fma(low_half(pairs, DTYPE), low_half(chosen, DTYPE), acc)
-    return tl.fma(high_half(pairs, DTYPE), high_half(chosen, DTYPE), acc)
+    if BITS == 4:
+        part = low_half(pairs, DTYPE) * low_half(chosen, DTYPE)
+        return tl.fma(tl.fma(high_half(pairs, DTYPE), high_half(chosen, DTYPE), part), scale, acc)
+    else:
+        acc = tl.fma(low_half(pairs, DTYPE), low_half(chosen, DTYPE), acc)
+        return tl.fma(high_half(pairs, DTYPE), high_half(chosen, DTYPE), acc)
 
 
 @triton.jit
 def _dot_rows(
-    x_ptr, values_ptr, meta_ptr, row, start, stop, words, groups,
+    x_ptr, values_ptr, meta_ptr, scales_ptr, row, start, stop, words, groups,
     ROWS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, TAIL: tl.constexpr,
-    DTYPE: tl.constexpr, ASM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Sums over words start to stop of weight rows ``row`` with 1 to 4 rows of x: four [BN] tensors."""
     acc0 = tl.zeros((BN, BW), tl.float32)
@@ -35,19 +41,21 @@ def _dot_rows(
         for p in tl.static_range(8):
             # one address for every row of the tile, or the layout of x would not be that of the pairs
             group = p * words + word + 0 * row
-            at = row * (8 * words) + group
-            pairs = load(values_ptr + at, inside, TAIL)
+            if p % (16 // BITS) == 0:
+                codes = word_of(values_ptr, row, words, word, inside, p, BITS, TAIL)
+            pairs = decode(codes, p, BITS, DTYPE, ASM)
+            scale = scale_of(scales_ptr, row, words, word, inside, p, GROUP, TAIL) if BITS == 4 else 1.0
             x = _load_x(x_ptr, group, groups, inside, TAIL)
-            acc0 = _add(acc0, pairs, x, meta, p, DTYPE, ASM)
+            acc0 = _add(acc0, pairs, scale, x, meta, p, BITS, DTYPE, ASM)
             if ROWS > 1:
                 x = _load_x(x_ptr + groups, group, groups, inside, TAIL)
-                acc1 = _add(acc1, pairs, x, meta, p, DTYPE, ASM)
+                acc1 = _add(acc1, pairs, scale, x, meta, p, BITS, DTYPE, ASM)
             if ROWS > 2:
                 x = _load_x(x_ptr + 2 * groups, group, groups, inside, TAIL)
-                acc2 = _add(acc2, pairs, x, meta, p, DTYPE, ASM)
+                acc2 = _add(acc2, pairs, scale, x, meta, p, BITS, DTYPE, ASM)
             if ROWS > 3:
                 x = _load_x(x_ptr + 3 * groups, group, groups, inside, TAIL)
-                acc3 = _add(acc3, pairs, x, meta, p, DTYPE, ASM)
+                acc3 = _add(acc3, pairs, scale, x, meta, p, BITS, DTYPE, ASM)
     return tl.sum(acc0, 1), tl.sum(acc1, 1), tl.sum(acc2, 1), tl.sum(acc3, 1)
 
 
@@ -71,14 +79,16 @@ def _store(y_ptr, bias_ptr, y, up, row, n, HAS_BIAS: tl.constexpr, ACTIVATION: t
 
 @triton.jit
 def gemv(
-    x_ptr, values_ptr, meta_ptr, bias_ptr, y_ptr, n, word_units, x_units,
+    x_ptr, values_ptr, meta_ptr, scales_ptr, bias_ptr, y_ptr, n, word_units, x_units,
     ROWS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr, TAIL: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y [ROWS, n], or with PARTS float32 sums [splits, ROWS, outputs] without epilogue, outputs = n or 2 n if gated.
 
     ``word_units * UNIT`` is the number of words in a plane, ``8 * x_units`` the width of x: factors that Triton's
-    alignment analysis can see, and 16-byte loads depend on them.
+    alignment analysis can see, and 16-byte loads depend on them. ``scales``: of 8-bit values one a row, in float32; of
+    4-bit ones one for each GROUP inputs of a row.
     """
     words = word_units * UNIT
     groups = x_units * 2
@@ -93,8 +103,12 @@ def gemv(
     limit = outputs if PARTS else n
     safe = tl.minimum(row, limit - 1)
     a0, a1, a2, a3 = _dot_rows(
-        x_ptr, values_ptr, meta_ptr, safe, start, stop, words, groups, ROWS, BN, BW, TAIL, DTYPE, ASM
-    )
+        x_ptr, values_ptr, meta_ptr, scales_ptr, safe, start, stop, words, groups,
+        ROWS, BN, BW, TAIL, BITS, GROUP, DTYPE, ASM,
+    )  # fmt: skip
+    if BITS == 8:
+        scale = tl.load(scales_ptr + safe)
+        a0, a1, a2, a3 = a0 * scale, a1 * scale, a2 * scale, a3 * scale
     if PARTS:
         y_ptr += tl.program_id(1) * ROWS * outputs
         inside = row < outputs
@@ -109,9 +123,12 @@ def gemv(
         b0, b1, b2, b3 = a0, a1, a2, a3
         if GATED:
             b0, b1, b2, b3 = _dot_rows(
-                x_ptr, values_ptr, meta_ptr, n + safe, start, stop, words, groups,
-                ROWS, BN, BW, TAIL, DTYPE, ASM,
+                x_ptr, values_ptr, meta_ptr, scales_ptr, n + safe, start, stop, words, groups,
+                ROWS, BN, BW, TAIL, BITS, GROUP, DTYPE, ASM,
             )  # fmt: skip
+            if BITS == 8:
+                scale = tl.load(scales_ptr + n + safe)
+                b0, b1, b2, b3 = b0 * scale, b1 * scale, b2 * scale, b3 * scale
         _store(y_ptr, bias_ptr, a0, b0, row, n, HAS_BIAS, ACTIVATION)
         if ROWS > 1:
             _store(y_ptr + n, bias_ptr, a1, b1, row, n, HAS_BIAS, ACTIVATION)

@@ -29,6 +29,89 @@ def load(pointers, inside, TAIL: tl.constexpr):
 
 
 @triton.jit
+def word_of(values_ptr, row, words, word, inside, P: tl.constexpr, BITS: tl.constexpr, TAIL: tl.constexpr):
+    """The words that hold the pairs of plane P. One word holds those of 16 / BITS planes."""
+    PLANES: tl.constexpr = BITS // 2
+    return load(values_ptr + row * (PLANES * words) + ((P * BITS // 16) * words + word), inside, TAIL)
+
+
+@triton.jit
+def decode(codes, P: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Words with codes of 8 or 4 bits -> the pairs of plane P in DTYPE, as if the weight were kept in it; exact.
+
+    A code becomes a number without a conversion: its bits are put in the fraction of a power of two, which is
+    subtracted (Kim et al., arXiv 2211.10017; Marlin).
+    """
+    if BITS == 16:
+        pairs = codes
+    elif not ASM:
+        moved = codes >> (BITS * (P % (16 // BITS)))
+        pairs = _half(moved, BITS, DTYPE) | (_half(moved >> 16, BITS, DTYPE) << 16)
+    else:
+        moved = codes >> (BITS * (P % (16 // BITS)))
+        if tl.bfloat16 == DTYPE and BITS == 8:
+            # the fraction has 7 bits: the sign goes into what is subtracted, 128 or 256
+            WORK: tl.constexpr = (
+                "{ .reg .b32 a, b, c; lop3.b32 a, $1, 0x007F007F, 0x43004300, 0xEA; "
+                "lop3.b32 b, $1, 0x00800080, 0xC300C300, 0xEA; mov.b32 c, 0x3F803F80; fma.rn.bf16x2 $0, a, c, b; }"
+            )
+        elif tl.bfloat16 == DTYPE:
+            WORK: tl.constexpr = (
+                "{ .reg .b32 a, b, c; lop3.b32 a, $1, 0x000F000F, 0x43084308, 0x6A; "
+                "mov.b32 b, 0x3F803F80; mov.b32 c, 0xC308C308; fma.rn.bf16x2 $0, a, b, c; }"
+            )
+        elif BITS == 8:
+            WORK: tl.constexpr = (
+                "{ .reg .b32 a, b; lop3.b32 a, $1, 0x00FF00FF, 0x64806480, 0x6A; "
+                "mov.b32 b, 0x64806480; sub.rn.f16x2 $0, a, b; }"
+            )
+        else:
+            WORK: tl.constexpr = (
+                "{ .reg .b32 a, b; lop3.b32 a, $1, 0x000F000F, 0x64086408, 0x6A; "
+                "mov.b32 b, 0x64086408; sub.rn.f16x2 $0, a, b; }"
+            )
+        pairs = tl.inline_asm_elementwise(WORK, "=r,r", [moved], dtype=tl.int32, is_pure=True, pack=1)
+    return pairs
+
+
+@triton.jit
+def _half(codes, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """The number in the lowest bits, in DTYPE, in the low half of a word."""
+    SIGN: tl.constexpr = 1 << (BITS - 1)
+    number = ((codes & (2 * SIGN - 1)) ^ SIGN) - SIGN
+    if tl.bfloat16 == DTYPE:
+        return (number.to(tl.float32).to(tl.int32, bitcast=True) >> 16) & 0xFFFF
+    else:
+        return number.to(tl.float32).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def scale_of(scales_ptr, row, words, word, inside, P: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr):
+    """In float32, the scales of 4-bit pairs of plane P: one for each GROUP inputs of a row."""
+    at = row * (words * 32 // GROUP) + (P * words + word) // (GROUP // 4)
+    return load(scales_ptr + at, inside, TAIL).to(tl.float32)
+
+
+@triton.jit
+def scaled(pairs, scale, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Pairs of DTYPE times their scale, which is rounded to DTYPE first."""
+    if ASM:
+        if tl.bfloat16 == DTYPE:
+            WORK: tl.constexpr = (
+                "{ .reg .b32 s, z; cvt.rn.bf16x2.f32 s, $2, $2; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, s, z; }"
+            )
+        else:
+            WORK: tl.constexpr = "{ .reg .b32 s; cvt.rn.f16x2.f32 s, $2, $2; mul.rn.f16x2 $0, $1, s; }"
+        pairs = tl.inline_asm_elementwise(WORK, "=r,r,f", [pairs, scale], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        s = scale.to(DTYPE).to(tl.float32)
+        low = (low_half(pairs, DTYPE) * s).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+        high = (high_half(pairs, DTYPE) * s).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+        pairs = (low & 0xFFFF) | (high << 16)
+    return pairs
+
+
+@triton.jit
 def place_bits(meta):
     """Two words that hold, 8 bits apart, whether places 0, 1 (first word) and 2, 3 (second) of a group are empty."""
     right = (meta >> 1) & 0x7FFFFFFF

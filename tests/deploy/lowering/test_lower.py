@@ -73,12 +73,12 @@ def test_each_weight_gets_the_layout_that_gains_most(sparse_llama, monkeypatch, 
     """A machine with three layouts, one of which takes only wide weights and belongs to no file."""
     found = sparse_llama
     only_wide = lambda out, *_: None if out == 128 else "too narrow"  # noqa: E731
-    own = PLANES._replace(refuses=only_wide, durable=False, kernels={"cpu": PLANES.elsewhere})
+    own = PLANES._replace(limits=only_wide, durable=False, kernels={"cpu": PLANES.elsewhere})
     monkeypatch.setitem(LAYOUTS, "planes", own)
 
     def measure(shapes, tokens, device, layouts):
         (shape,) = shapes
-        gains = {o.name: 2.0 if o is own else 1.5 for o in layouts if not o.refuses(*shape[:3], device)}
+        gains = {o.name: 2.0 if o is own else 1.5 for o in layouts if not o.refuses(*shape[:3], device, shape.format)}
         rows = {n: {t: timing(*shape[:2], t, r)._replace(layout=n) for t in tokens} for n, r in gains.items()}
         return {shape: rows}
 

@@ -43,7 +43,7 @@ def test_gemv(capability):
 
 
 def test_gemv_of_four_rows_reads_the_weight_once():
-    tile = first_tile(90, 4)
+    tile = first_tile(90, 4, warps=8, words=128)
     built = compile_kernel(gemv, tile_constants(tile, rows=4), 90, tile.warps)
     groups = check(built, tile, 90)
     assert built.conversions <= 4  # one sum a row
@@ -72,6 +72,21 @@ def test_dot_with_warp_groups():
     assert built.sass["PRMT"] <= 2 * groups + 24
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_become_numbers_without_conversions(bits):
+    """Three or four instructions a pair, one load of scales for each four words, and no more layout trips."""
+    types = {"scales_ptr": "*fp32" if bits == 8 else "*fp16"}
+    for kernel, lines in ((gemv, 1), (dot, 16)):
+        tile = first_tile(90, lines)
+        built = compile_kernel(kernel, tile_constants(tile, bits=bits), 90, tile.warps, tile.stages, **types)
+        groups = check(built, tile, 90)
+        sass = built.sass
+        assert built.conversions <= 1 and sass["I2F"] + sass["I2FP"] <= 2  # of divisions of addresses
+        assert sass["HFMA2"] <= (2 if bits == 4 else 1) * groups + 16
+        if bits == 4:
+            assert sass["LDG.E.U16"] == groups // 4
+
+
 def test_tails_and_gates_sums_and_expansion_compile_too():
     capability = 90
     tile = first_tile(capability, 1)
@@ -79,6 +94,6 @@ def test_tails_and_gates_sums_and_expansion_compile_too():
     check(compile_kernel(gemv, gated, capability, tile.warps), tile, capability)
     constants = {"SPLIT": 4, "BLOCK": 256, "HAS_BIAS": True, "ACTIVATION": "gelu"}
     assert compile_kernel(reduce_splits, constants, capability, 4).stack == 0
-    constants = {"BN": 16, "BW": 32, "UNIT": 4, "ASM": True}
+    constants = {"BN": 16, "BW": 32, "UNIT": 4, "BITS": 16, "GROUP": 0, "ASM": True}
     built = compile_kernel(expand_weight, constants, capability, 4)
     assert built.stack == 0 and built.sass["STG.E.128"] == built.sass["STG"] > 0
