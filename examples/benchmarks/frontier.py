@@ -28,9 +28,12 @@ import typer
 from common import CONTEXT, save, token_ids, use, windowed_perplexity
 from formats import _run as run_generator
 from frontier_points import Point, expected_speed, made, recipe_of
+from torch import nn
 
 import sparseforge_fx as sf
+from sparseforge_fx.deploy.lowering.modules import SparseLinear
 from sparseforge_fx.evaluation.zero_shot import zero_shot
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.report import write_json
 
 HERE = Path(__file__).parent
@@ -122,9 +125,15 @@ def prepared(
         found |= llama_cpp("perplexity", point, folder)
         found |= {"perplexity_of_weights": weights_alone, "bytes": Path(point.path).stat().st_size}
     else:
+        table = None
+        if not any(isinstance(m, SparseLinear) or is_two_four(m) for m in model.modules()):
+            # a generator is of a 2:4 model: zeros are as slow as other values, and by an empty table all stays dense
+            sf.sparsify(model)
+            table = {}
         report = sf.export_generator(
-            model, folder / f"{point.label}.pt2", tokenizer, format="aoti", max_length=max_length, tokens=batch
-        )
+            model, folder / f"{point.label}.pt2", tokenizer, format="aoti", max_length=max_length, tokens=batch,
+            table=table,
+        )  # fmt: skip
         gated = [s for s in report["skipped"] if s["reason"].startswith("gate")]
         found |= {"perplexity": weights_alone, "bytes": held_bytes(model), "file_bytes": report["file_bytes"]}
         found |= {"packed": len(report["sites"]), "kept_dense_by_gate": len(gated)}
@@ -133,7 +142,11 @@ def prepared(
     return found
 
 
-def held_bytes(model: torch.nn.Module) -> int:
+def is_two_four(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and check_pattern(module.weight, TWO_FOUR)
+
+
+def held_bytes(model: nn.Module) -> int:
     """Bytes of what the model holds, tied weights once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

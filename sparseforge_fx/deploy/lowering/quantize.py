@@ -146,8 +146,8 @@ def _check(chosen: Chosen, known: Mapping[str, Tensor]) -> None:
         raise SparseForgeError(f"nothing to quantise: {reasons or 'the model has no linear layer'}")
     device = weight_of(next(iter(sites.values()))).device
     known_values = {values for layout in layouts_of(device) for values in layout.takes}
-    if strange := next((form for form in chosen.formats.values() if form.values not in known_values), None):
-        raise SparseForgeError(f"there are no kernels for {strange} on {device.type}: move the model to the CPU first")
+    if unknown := next((form for form in chosen.formats.values() if form.values not in known_values), None):
+        raise SparseForgeError(f"there are no kernels for {unknown} on {device.type}: move the model to the CPU first")
 
 
 @checked
