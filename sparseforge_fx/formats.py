@@ -63,6 +63,15 @@ class Format(NamedTuple):
 
 
 DENSE, SPARSE = Format(), Format("2:4")
+#: all but the dense one in the model's own dtype
+PACKED = (
+    SPARSE,
+    *(
+        Format(pattern, values, group)
+        for values, group in (("int8", None), *(("int4", group) for group in GROUPS))
+        for pattern in PATTERNS
+    ),
+)
 
 
 def parse_format(text: str | Format) -> Format:

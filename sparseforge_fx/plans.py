@@ -200,6 +200,42 @@ class Plan:
             )
 
 
+def planned_formats(plan: Any, shapes: Mapping[str, tuple[int, int] | None]) -> dict[str, Format]:
+    """The formats that a plan gives the weights of a model, by the names that it has for them.
+
+    Args:
+        plan: a :class:`Plan`, the path of one, or formats by the weights' names.
+        shapes: (out, in) of what a plan may name, by every name that it has; None: not known.
+
+    Raises SparseForgeError if it was measured on another machine, names a weight that the model has not or has in
+    another shape, or gives one a format that its width does not fit.
+    """
+    if isinstance(plan, str | Path):
+        plan = Plan.read(plan)
+    if not isinstance(plan, Plan | Mapping):
+        raise SparseForgeError(f"plan is {plan!r}: give a Plan, the path of one, or formats by the weights' names")
+    theirs: dict[str, tuple[int, int]] = {}
+    if isinstance(plan, Plan):
+        plan.check_machine()
+        theirs = {w.name: w.shape for w in plan.weights}
+        plan = plan.formats
+    formats = {name: parse_format(form) for name, form in plan.items()}
+    for name, form in formats.items():
+        if name not in shapes:
+            raise SparseForgeError(f"the plan names {name}, which is no linear of the model: plan again for this model")
+        here = shapes[name]
+        if here is None:
+            continue
+        if (there := theirs.get(name, here)) != here:
+            raise SparseForgeError(
+                f"{name} is {there[0]} x {there[1]} in the plan and {here[0]} x {here[1]} in the model: plan again for "
+                "this model"
+            )
+        if (reason := form.why_not(here[1])) is not None:
+            raise SparseForgeError(f"{name} of the plan cannot be {form}: {reason}")
+    return formats
+
+
 def _weight(entry: Any, tokens: Sequence[int]) -> PlannedWeight:
     name = entry["name"]
     try:

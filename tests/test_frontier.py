@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tiny_checkpoint import write_checkpoint, write_text
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -51,8 +52,42 @@ def test_how_a_point_is_given(frontier_tables):
     from frontier import read_point
 
     given = read_point("2:4 int4=folder/a:b")
-    assert given == ("2:4 int4", "folder/a:b", None) and given.label == "2-4-int4" and not given.is_gguf
-    assert read_point("dense=model:float32") == ("dense", "model", "float32")
+    assert given[:3] == ("2:4 int4", "folder/a:b", None) and given.label == "2-4-int4" and not given.is_gguf
+    assert read_point("dense=model:float32")[:3] == ("dense", "model", "float32")
     assert read_point("q=x.gguf").is_gguf
     with pytest.raises(SystemExit, match="write NAME=PATH"):
         read_point("folder")
+
+
+def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch):
+    """Each in its formats, with what the prices say of it; what is there is not made again."""
+    import frontier_points as points
+
+    import sparseforge_fx as sf
+    from sparseforge_fx.deploy.lowering import cost
+
+    us = {"2:4": 60.0, "dense int8": 50.0, "2:4 int8": 40.0, "dense int4/32": 45.0, "2:4 int4/32": 35.0}
+
+    def measure(shapes, tokens, *_):
+        row = lambda s, t: cost.Timing(s, "rows", t, 100.0 * t, (1.0, 1.0), us[str(s.format)] * t, (1.0, 1.0))  # noqa: E731
+        return {s: {"rows": {t: row(s, t) for t in tokens}} if str(s.format) in us else {} for s in shapes}
+
+    monkeypatch.setattr(cost, "measure", measure)
+    monkeypatch.setattr(points, "QUANTIZED", {})  # each would be captured and rounded for itself, as the plan is
+    model = str(write_checkpoint(tmp_path / "dense", num_hidden_layers=1))
+    data = str(write_text(tmp_path / "text.txt"))
+    recipe = points.recipe_of(None).changed(calibration=2, length=32, batch_size=2)
+    ask = (model, data, tmp_path, recipe, "bfloat16", [1, 8], [2.3, 9.0])
+    made = points.made(*ask)
+    names = ["dense bf16", "dense fp32", "2:4 bf16", "plan 2.3x"]
+    assert [p.name for p in made] == names
+    assert points.made(*ask) == made
+    planned, two_four = made[3], made[2]
+    assert two_four.predicted["formats"] == {"2:4": 7, "dense": 1}
+    assert planned.predicted["speedup"] == {t: pytest.approx(2.3, abs=0.2) for t in "18"}
+    loaded, _ = sf.load(planned.path, dtype=planned.dtype)
+    found = [str(m.format) for m in loaded.modules() if hasattr(m, "weight_values")]
+    assert {f: found.count(f) for f in found} == {f: n for f, n in planned.predicted["formats"].items() if f != "dense"}
+    assert points.expected_speed({"dense_microseconds": {"8": 800}, "microseconds": {"8": 300}}, {"8": 4000.0}) == {
+        "8": pytest.approx(8 / (2e-3 - 500e-6))
+    }

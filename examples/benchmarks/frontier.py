@@ -1,12 +1,14 @@
 """What a model is worth in each format: perplexity and zero-shot accuracy against speed and bytes; one json a point.
 
-    python examples/benchmarks/frontier.py --text TEST.txt --folder FILES --point "dense=MODEL:float32" \\
-        --point "2:4 int4=PACKED" --point "plan 1.6=PLANNED" --point "llama.cpp Q8_0=FILE.gguf" [--tasks 200] [--prepare]
+    python examples/benchmarks/frontier.py --text TEST.txt --folder FILES --model MODEL --data TRAIN.jsonl \\
+        [--recipe RECIPE.yaml] [--point "llama.cpp Q8_0=FILE.gguf"] [--tasks 200] [--prepare]
 
-A point is a name and what sf.load takes, if need be with the dtype to load it in; a .gguf is run by llama.cpp
-(llamacpp.py). Files and qualities that are there are taken as they are, so that a run goes on where it was killed;
---prepare stops before the speeds, which want a quiet machine and are measured anew every time. They are those of the
-compiled generator (AOTInductor) and of llama.cpp, each in a fresh process, all points in turn, prompt included.
+Of MODEL come dense, 2:4 and planned points (frontier_points.py), made sparse by the recipe. Any other point is a name
+and what sf.load takes, if need be with the dtype to load it in; a .gguf is run by llama.cpp (llamacpp.py). Files and
+qualities that are there are taken as they are, so that a run goes on where it was killed; --prepare stops before the
+speeds, which want a quiet machine and are measured anew every time. They are those of the compiled generator
+(AOTInductor) and of llama.cpp, each in a fresh process, all points in turn, prompt included. Beside the speed stands
+what the plan's prices predict of it, from the dense model's speed in the same run.
 
 A GGUF's perplexity is of llama.cpp's own logits; its zero-shot accuracy of its weights, dequantised. Which points are
 dominated (another is as good, as fast and as small, and better in one of them) is for tables.py to say.
@@ -15,44 +17,37 @@ dominated (another is as good, as fast and as small, and better in one of them) 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, median, quantiles
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
 from common import CONTEXT, save, token_ids, use, windowed_perplexity
 from formats import _run as run_generator
+from frontier_points import Point, expected_speed, made, recipe_of
+from torch import nn
 
 import sparseforge_fx as sf
+from sparseforge_fx.deploy.lowering.modules import SparseLinear
 from sparseforge_fx.evaluation.zero_shot import zero_shot
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.report import write_json
 
 HERE = Path(__file__).parent
 
 
-class Point(NamedTuple):
-    name: str
-    path: str
-    dtype: str | None
-
-    @property
-    def label(self) -> str:
-        """The name as a file's."""
-        return re.sub(r"[^\w.-]+", "-", self.name)
-
-    @property
-    def is_gguf(self) -> bool:
-        return self.path.endswith(".gguf")
-
-
 def main(
-    point: Annotated[list[str], typer.Option(help="NAME=PATH or NAME=PATH:DTYPE")],
     text: Annotated[Path, typer.Option(help="test text, for quoting", exists=True)],
-    folder: Annotated[Path, typer.Option(help="exported files and qualities stay here")],
+    folder: Annotated[Path, typer.Option(help="models, exported files and qualities stay here")],
+    model: Annotated[str | None, typer.Option(help="the dense model that points are made of")] = None,
+    data: Annotated[str | None, typer.Option(help="text to train, round and predict by")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="of the sparse points; default: sparsegpt, untrained")] = None,
+    dtype: Annotated[str, typer.Option(help="of the floats in the points that are made")] = "bfloat16",
+    speedup: Annotated[list[float], typer.Option(help="of the plans")] = [1.3, 1.6, 2.0],  # noqa: B006
+    point: Annotated[list[str], typer.Option(help="another one: NAME=PATH or NAME=PATH:DTYPE")] = [],  # noqa: B006
     batch: Annotated[list[int], typer.Option()] = [1, 8],  # noqa: B006
     windows: int = 16,
     tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
@@ -64,28 +59,36 @@ def main(
     prepare: Annotated[bool, typer.Option("--prepare", help="qualities and files alone")] = False,
 ) -> None:
     use(threads=threads)
-    points = [read_point(each) for each in point]
     folder.mkdir(parents=True, exist_ok=True)
-    made = {each: prepared(each, folder, text, list(batch), windows, tasks, max_length) for each in points}
+    points = [read_point(each) for each in point]
+    if model is not None:
+        if data is None:
+            sys.exit("--model needs --data: points are made by it")
+        points = made(model, data, folder, recipe_of(recipe), dtype, batch, speedup) + points
+    known = {each.name: prepared(each, folder, text, list(batch), windows, tasks, max_length) for each in points}
     if prepare:
         return
     ids = torch.load(folder / "windows.pt")[:1, :prompt]
     request = {"ids": ids, "text_tokens": tokens, "tokens": tokens, "rounds": rounds, "batch": list(batch)}
     torch.save({**request, "device": "cpu", "threads": threads or torch.get_num_threads()}, folder / "request.pt")
-    speeds: dict[Point, dict[str, list[float]]] = {each: {str(b): [] for b in batch} for each in points}
+    speeds: dict[str, dict[str, list[float]]] = {each.name: {str(b): [] for b in batch} for each in points}
     for _ in range(rounds):
         for each in points:
             for b, found in speed(each, folder)["tokens_per_second"].items():
-                speeds[each][str(b)] += found
-    for each, found in speeds.items():
+                speeds[each.name][str(b)] += found
+    medians = {name: {b: median(values) for b, values in found.items()} for name, found in speeds.items()}
+    for each in points:
         record = {
-            **made[each],
+            **known[each.name],
             "prompt": prompt,
             "tokens": tokens,
             "max_length": max_length,
-            "tokens_per_second": {b: median(values) for b, values in found.items()},
-            "quartiles": {b: quantiles(values, n=4)[::2] for b, values in found.items()},
+            "tokens_per_second": medians[each.name],
+            "quartiles": {b: quantiles(values, n=4)[::2] for b, values in speeds[each.name].items()},
         }
+        if each.predicted is not None:
+            expected = expected_speed(each.predicted, medians[points[0].name])
+            record |= {"predicted": each.predicted, "predicted_tokens_per_second": expected}
         save("frontier", each.label, record)
         print(each.name, f"perplexity {record['perplexity']:.2f}", record["tokens_per_second"], flush=True)
 
@@ -122,9 +125,15 @@ def prepared(
         found |= llama_cpp("perplexity", point, folder)
         found |= {"perplexity_of_weights": weights_alone, "bytes": Path(point.path).stat().st_size}
     else:
+        table = None
+        if not any(isinstance(m, SparseLinear) or is_two_four(m) for m in model.modules()):
+            # a generator is of a 2:4 model: zeros are as slow as other values, and by an empty table all stays dense
+            sf.sparsify(model)
+            table = {}
         report = sf.export_generator(
-            model, folder / f"{point.label}.pt2", tokenizer, format="aoti", max_length=max_length, tokens=batch
-        )
+            model, folder / f"{point.label}.pt2", tokenizer, format="aoti", max_length=max_length, tokens=batch,
+            table=table,
+        )  # fmt: skip
         gated = [s for s in report["skipped"] if s["reason"].startswith("gate")]
         found |= {"perplexity": weights_alone, "bytes": held_bytes(model), "file_bytes": report["file_bytes"]}
         found |= {"packed": len(report["sites"]), "kept_dense_by_gate": len(gated)}
@@ -133,7 +142,11 @@ def prepared(
     return found
 
 
-def held_bytes(model: torch.nn.Module) -> int:
+def is_two_four(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and check_pattern(module.weight, TWO_FOUR)
+
+
+def held_bytes(model: nn.Module) -> int:
     """Bytes of what the model holds, tied weights once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

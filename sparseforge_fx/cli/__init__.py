@@ -3,7 +3,19 @@
 Bad input ends in one sentence on standard error and exit code 2, with nothing written.
 """
 
-from sparseforge_fx.cli import benchmark, evaluate, export, generate, inspect, lower, plan, report, serve, sparsify
+from sparseforge_fx.cli import (
+    benchmark,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    lower,
+    plan,
+    quantize,
+    report,
+    serve,
+    sparsify,
+)
 from sparseforge_fx.cli.app import app
 
 __all__ = [
@@ -16,6 +28,7 @@ __all__ = [
     "lower",
     "main",
     "plan",
+    "quantize",
     "report",
     "serve",
     "sparsify",

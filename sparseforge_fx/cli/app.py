@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -137,3 +138,15 @@ def grouped(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], tuple]) 
     for row in rows:
         groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", row["name"]), *key(row)), []).append(row)
     return {(v[0]["name"], *k[1:]) if len(v) == 1 else k: v for k, v in groups.items()}
+
+
+def tell_packed(report: Any, output: Path) -> None:
+    """What was written to ``output``, by the report of it."""
+    console = stdout()
+    before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
+    console.print(f"{len(report['sites'])} packed linears: {before} dense, {after} now", highlight=False)
+    for note in report.get("notes", ()):
+        console.print(f"note: {note}", highlight=False, markup=False)
+    files = output.iterdir() if output.is_dir() else [output]
+    size = readable_bytes(sum(file.stat().st_size for file in files))
+    console.print(f"wrote {output}, {size}", markup=False, highlight=False)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseforge_fx.cli.app import Model, Tokens, command, pick_device, readable_bytes, stdout
+from sparseforge_fx.cli.app import Model, Tokens, command, pick_device, tell_packed
 
 FORMATS = ("pt2", "aoti", "safetensors")
 
@@ -48,7 +48,6 @@ def export(
         check_output(output)
         loaded, tokenizer = load(model, dtype=dtype)
         report = save_packed(loaded, tokenizer, output)
-        size = sum(f.stat().st_size for f in output.iterdir())
     else:
         if generator and portable:
             raise SparseForgeError("--generator needs this package's operators: leave --portable out")
@@ -60,11 +59,4 @@ def export(
             report = export_generator(moved, output, tokenizer, max_length=max_length, **options)
         else:
             report = export_model(moved, output, portable=portable, **options)
-        size = report["file_bytes"]
-    console = stdout()
-    after = readable_bytes(report["lowered_bytes"])
-    before = readable_bytes(report["dense_bytes"])
-    console.print(f"{len(report['sites'])} packed linears: {before} dense, {after} now", highlight=False)
-    for note in report.get("notes", ()):
-        console.print(f"note: {note}", highlight=False, markup=False)
-    console.print(f"wrote {output}, {readable_bytes(size)}", markup=False, highlight=False)
+    tell_packed(report, output)

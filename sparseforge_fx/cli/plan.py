@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
 from sparseforge_fx.cli.app import DtypeOption, Model, command, pick_device, stdout
 from sparseforge_fx.cli.assignments import read_assignments
+
+if TYPE_CHECKING:
+    from sparseforge_fx.plans import Plan
 
 READING_HELP = (
     "What is read (repeatable): calibration (sequences; default 16), length, batch_size, seed, text_column, separator; "
@@ -63,4 +66,15 @@ def plan(
     made.save(output)
     console = stdout()
     console.print(str(made), markup=False, highlight=False)
-    console.print(f"wrote {output}; next: sparseforge-fx sparsify {model} --data {data} --plan {output}", markup=False)
+    console.print(f"wrote {output}; next: {next_steps(made, model, data, output)}", markup=False, highlight=False)
+
+
+def next_steps(made: Plan, model: str, data: str, path: Path) -> str:
+    """The commands that apply the plan."""
+    steps = []
+    if any(form.is_sparse for form in made.formats.values()):
+        steps.append(f"sparseforge-fx sparsify {model} --data {data} --plan {path} -o sparse")
+        model = "sparse"
+    if any(form.is_quantized for form in made.formats.values()):
+        steps.append(f"sparseforge-fx quantize {model} --data {data} --plan {path} -o packed")
+    return "; then ".join(steps) or "nothing, it keeps every weight as it is"

@@ -169,7 +169,19 @@ def _run(
         console = stdout()
         console.print(summary(result.report))
         next_step = f"next: sparseforge-fx evaluate {folder.output} --dense {recipe.model}"
+        if isinstance(recipe.plan, str):
+            next_step += f"; in the plan's formats: sparseforge-fx {_packing(recipe.plan, recipe.data, folder.output)}"
         console.print(f"wrote {folder.output}; {next_step}", markup=False, highlight=False)
 
     processes.first_does(write)
     torch.cuda.empty_cache()
+
+
+def _packing(plan: str, data: Any, folder: Path) -> str:
+    """The command that packs the sparse model as its plan says."""
+    from sparseforge_fx.plans import Plan
+
+    if not any(form.is_quantized for form in Plan.read(plan).formats.values()):
+        return f"export {folder} --format safetensors -o packed"
+    text = f"--data {data} " if isinstance(data, str) else ""
+    return f"quantize {folder} {text}--plan {plan} -o packed"

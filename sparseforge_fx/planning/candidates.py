@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from sparseforge_fx.deploy.lowering.modules import find_packable
 from sparseforge_fx.formats import DENSE, Format
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.models.ties import tied_heads
 from sparseforge_fx.passes import LinearSite, find_linears
 from sparseforge_fx.passes.find_linears import matches
 from sparseforge_fx.pattern import TWO_FOUR, Unstructured
@@ -39,29 +41,39 @@ def candidates(
     """The weights of ``program`` that have a choice, in graph order, and the others with the reason.
 
     What :func:`find_linears` makes a site may be sparse. What it leaves dense unless it is named (heads, routers), and
-    a head that is tied to an embedding, may be quantised.
+    a head that is tied to an embedding, may be quantised, if it is the weight of a linear that can be replaced.
 
     Args:
         include, exclude: as of :func:`find_linears`; what is not included, or is excluded, has no choice.
     """
     by_default = {site.fqn: site.reason for site in find_linears(program, TWO_FOUR, include, exclude)}
+    packable = _packable(program)
     found: list[Candidate] = []
     reasons: dict[str, str] = {}
     for site in find_linears(program, _ANY_WIDTH, include or ["*"], exclude):
-        copied = _is_copied(site) and _named(site, include, exclude)
+        copied = _is_copied(site) and id(program.tensor(site.fqn)) in packable and _named(site, include, exclude)
         if site.reason is not None and not copied:
             reasons[site.fqn] = site.reason
             continue
         if any(use.left for use in site.uses):
             reasons[site.fqn] = "it is multiplied from the left, whose inputs are not measured"
             continue
-        allowed = [f for f in formats if not f.is_sparse or by_default.get(site.fqn, "") is None]
+        prunable = by_default.get(site.fqn, "") is None
+        alone = id(program.tensor(site.fqn)) in packable
+        allowed = [f for f in formats if (prunable or not f.is_sparse) and (alone or not f.is_quantized)]
         fitting = tuple(f for f in allowed if f.why_not(site.in_features) is None and f != DENSE)
         if fitting:
             found.append(Candidate(site, (DENSE, *fitting), copied))
         else:
             reasons[site.fqn] = by_default.get(site.fqn) or f"no format fits its {site.in_features} inputs"
     return found, reasons
+
+
+def _packable(program: Program) -> set[int]:
+    """ids of the weights that ``quantize`` can keep in codes: those of modules that can be replaced."""
+    assert program.source is not None
+    modules, _ = find_packable(program.source, lambda _: None, tied_heads(program.source))
+    return {id(module.weight) for module in modules.values()}
 
 
 def _is_copied(site: LinearSite) -> bool:

@@ -71,14 +71,14 @@ def plan(
             linears is not counted.
         bytes: share of the dense linears' bytes, at most.
         loss: predicted increase in nats per answer (token), at most; what is minimised then is the time.
-        formats: what may be chosen beside dense: ``["2:4", "dense int8", "2:4 int4/32"]``; default: 2:4 alone, where
-            there are kernels for it, for that is what ``sparsify`` applies of a plan.
+        formats: what may be chosen beside dense: ``["2:4", "dense int8", "2:4 int4/32"]``; default: all that there are
+            kernels for on the model's device. ``sparsify`` and then ``quantize`` apply the plan.
         table: times to go by instead of measuring (see ``save_table`` of deploy/lowering/cost.py).
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept.
         reading: fields of a :class:`Recipe` that say what is read: include, exclude, calibration (sequences, default
             16), batch_size, length, seed, text_column, separator. An output layer, a router, or a head that is tied to
-            an embedding may be quantised; sparse they can be only where ``include`` names them.
+            an embedding may be quantised; sparse they can be only where ``include`` names them (a tied head never).
 
     Raises SparseForgeError unless exactly one budget is given, and where no choice of formats keeps it.
     """

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseforge_fx.data.opening import check_length
 from sparseforge_fx.data.reading import LABELS, SPAN, Reader, Reading, example_of
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.capture import as_call
@@ -87,12 +88,3 @@ def _embeddings(model: nn.Module) -> nn.Embedding | None:
     except (AttributeError, NotImplementedError):  # no model of transformers', or one with two towers
         return None
     return table if isinstance(table, nn.Embedding) else None
-
-
-def check_length(model: nn.Module, length: int) -> None:
-    """Raise a SparseForgeError if the model has fewer positions."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise SparseForgeError(
-            f"sequences of {length} tokens are longer than the model's {limit} positions: pass length={limit}"
-        )

@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sparseforge_fx.data.batches import Batches, as_batches, count_rows, is_text
-from sparseforge_fx.data.chats import leading_bos
-from sparseforge_fx.data.drawn_text import draw_text
+from sparseforge_fx.data.batches import Batches, is_text
+from sparseforge_fx.data.opening import first_batches, is_self, open_batches
 from sparseforge_fx.data.reading import Reader
 from sparseforge_fx.data.sources import unused_text
 from sparseforge_fx.graph.capture import capture
@@ -23,7 +22,7 @@ from sparseforge_fx.methods.one_shot import LayerwiseConfig
 from sparseforge_fx.models.compute_dtype import dtype_of
 from sparseforge_fx.models.dense import DTYPES
 from sparseforge_fx.passes import LinearSite, find_linears
-from sparseforge_fx.training.first_batch import check_batch, check_length, example_inputs_of
+from sparseforge_fx.training.first_batch import check_batch, example_inputs_of
 from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.planned import planned_sites
 from sparseforge_fx.training.prepare import check_sites
@@ -45,15 +44,8 @@ class Run:
     def first(self, sequences: int) -> list[Any]:
         """The first batches that hold so many sequences, none twice; a note where the data has fewer."""
         assert self.batches is not None
-        chosen: list[Any] = []
-        found, rows = self.batches.first_pass(), 0
-        while rows < sequences:
-            batch = next(found, None)
-            if batch is None:
-                self.notes.append(f"asked for {sequences} calibration sequences, the data has {rows}")
-                break
-            chosen.append(batch)
-            rows += count_rows(batch)
+        chosen, told = first_batches(self.batches, sequences)
+        self.notes += told
         return chosen
 
 
@@ -76,18 +68,14 @@ def open_run(
     batches = None
     if isinstance(config, TrainedConfig | LayerwiseConfig):
         needed = _tokens_needed(recipe, config, accelerator)
-        drawn = data
-        if isinstance(data, str) and data == "self":
-            check_length(model, recipe.length)
-            begun = tokenizer is not None and leading_bos(tokenizer) is not None
-            drawn = draw_text(model, needed, length=recipe.length, seed=recipe.seed, keep_start=begun)
-        batches = as_batches(
-            drawn,
+        batches = open_batches(
+            model,
+            data,
             tokenizer,
+            tokens=needed,
             batch_size=recipe.batch_size,
             length=recipe.length,
             seed=recipe.seed,
-            tokens=needed,
             cache_dir=cache_dir,
             text_column=recipe.text_column,
             separator=recipe.separator,
@@ -101,8 +89,8 @@ def open_run(
     else:
         sites, planned = planned_sites(program, recipe.plan, config.pattern)
     check_sites(program, sites)
-    text = is_text(data) and not (isinstance(data, str) and data == "self")
-    notes = [*program.notes, *planned, *(unused_text(data, recipe.text_column) if text else ())]
+    unread = unused_text(data, recipe.text_column) if is_text(data) and not is_self(data) else ()
+    notes = [*program.notes, *planned, *unread]
     if recipe.dtype is not None and DTYPES.get(recipe.dtype) != (own := dtype_of(model)):
         notes.append(f"dtype {recipe.dtype} is for the command line: the model given computes in {own}")
     reader = Reader(program)

@@ -6,7 +6,9 @@ import pytest
 from tiny_checkpoint import write_checkpoint
 from typer.testing import CliRunner
 
+import sparseforge_fx as sf
 from sparseforge_fx import cli
+from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.plans import Plan
 
@@ -25,25 +27,41 @@ def home(tmp_path_factory):
 
 def test_a_plan_is_written_shown_and_followed(home, tmp_path, monkeypatch):
     def measure(shapes, tokens, *_):
-        row = lambda s, t: cost.Timing(s, "rows", t, 20.0, (1.0, 1.0), 10.0, (1.0, 1.0))  # noqa: E731
+        us = {"2:4": 8.0, "dense int8": 9.0, "2:4 int8": 5.0}
+        row = lambda s, t: cost.Timing(s, "rows", t, 20.0, (1.0, 1.0), us[str(s.format)], (1.0, 1.0))  # noqa: E731
         return {s: {"rows": {t: row(s, t) for t in tokens}} for s in shapes}
 
     monkeypatch.setattr(cost, "measure", measure)
     text = ("--data", home / "text.txt", "--set", "calibration=2", "--set", "length=16")
-    path = tmp_path / "plan.json"
+    path, formats = tmp_path / "plan.json", ("--format", "2:4", "--format", "dense int8", "--format", "2:4 int8")
     said = run(
-        "plan", home / "dense", *text, "--speedup", "1.3", "--tokens", "4", "--format", "2:4", "--device", "cpu",
-        "-o", path,
-    )  # fmt: skip
+        "plan", home / "dense", *text, "--speedup", "2.5", "--tokens", "4", *formats, "--device", "cpu", "-o", path
+    )
     assert said.exit_code == 0, said.output
     plan = Plan.read(path)
-    assert "linears: 1." in said.stdout and plan.tokens == (4,) and 1.3 <= plan.speedup < 2
-    sparse = {name for name, form in plan.formats.items() if form.is_sparse}
+    assert "linears: 2." in said.stdout and plan.tokens == (4,) and plan.speedup >= 2.5
+    wanted = {name: str(form) for name, form in plan.formats.items()}
+    sparse = {name for name, form in wanted.items() if form.startswith("2:4")}
+    assert sparse and {"dense int8", "2:4 int8"} <= set(wanted.values()) and "model.embed_tokens.weight" in wanted
+    next_steps = f"--plan {path} -o sparse; then sparseforge-fx quantize sparse --data"
+    assert next_steps in " ".join(said.stdout.split())
     said = run("sparsify", home / "dense", "--method", "magnitude", "--plan", path, "-o", tmp_path / "out")
-    assert said.exit_code == 0, said.output
+    assert said.exit_code == 0 and f"sparseforge-fx quantize {tmp_path / 'out'} --plan" in " ".join(said.stdout.split())
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {s["name"] for s in report["sites"]} == sparse and 0 < len(sparse) < len(plan.weights)
-    assert report["recipe"]["plan"] == str(path)
+    assert {s["name"] for s in report["sites"]} == sparse and report["recipe"]["plan"] == str(path)
+    said = run("quantize", tmp_path / "out", "--plan", path, *text, "--device", "cpu", "-o", tmp_path / "packed")
+    assert said.exit_code == 0 and "note: lm_head: a copy of its own" in said.stdout, said.output
+    model, tokenizer = sf.load(tmp_path / "packed")
+    held = {name.removesuffix(".weight"): form for name, form in wanted.items() if form != "dense"}
+    held = {name.replace("model.embed_tokens", "lm_head"): form for name, form in held.items()}
+    assert {n: str(m.format) for n, m in packed_linears(model).items()} == held and tokenizer is not None
+
+
+def test_all_linears_in_few_bits(home, tmp_path):
+    said = run("quantize", home / "dense", "--values", "int4", "--exclude", "*.o_proj", "-o", tmp_path / "int4")
+    assert said.exit_code == 0 and said.stdout.startswith("6 packed linears"), said.output
+    said = run("quantize", home / "dense", "--values", "int5", "-o", tmp_path / "int5")
+    assert said.exit_code == 2 and "'int5' is no format" in said.stderr and not (tmp_path / "int5").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from plan_tables import table_of_shares
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, parse_format
-from sparseforge_fx.planning import make
-from sparseforge_fx.planning.candidates import candidates
 from sparseforge_fx.report import environment
 
 FORMATS = ["2:4", "dense int8", "2:4 int8"]
@@ -24,16 +23,9 @@ def planned(captured_once, monkeypatch):
 
     def run(name, **options):
         found = captured_once(name)
-        formats = [parse_format(f) for f in FORMATS]
-        shapes = {make._shape(c, f) for c in candidates(found.program, formats)[0] for f in c.formats if f != DENSE}
-        rows = []
-        for s in shapes:
-            dense = s.out_features * s.in_features / 100
-            us = dense * TIMES[str(s.format)]
-            rows += [cost.Timing(s, "rows", t, dense * t, (1.0, 1.0), us * t, (1.0, 1.0)) for t in (1, 8)]
+        table = table_of_shares(found.program, TIMES)
         data = [found.batch(seed) for seed in range(3)]
-        given = {"formats": FORMATS, "table": cost.as_table(rows), "calibration": 6, **options}
-        return found, sf.plan(found.model, data, **given)
+        return found, sf.plan(found.model, data, **{"formats": FORMATS, "table": table, "calibration": 6, **options})
 
     return run
 

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
 from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, weight_of
-from sparseforge_fx.deploy.lowering.report import PackingReport
+from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.kernels.layouts import ROWS
 from sparseforge_fx.kernels.packed import BITMASK, SCALES, VALUES, Packed, pack
 
 
@@ -43,10 +42,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
         state |= {f"{name}.{leaf}": tensors[leaf] for leaf in modules[name].tensors()}  # type: ignore[misc]
     dense = {n: s.out_features * s.in_features * getattr(torch, s.dtype).itemsize for n, s in modules.items()}
     report: PackingReport = {
-        "sites": [
-            {"name": n, "out": s[0], "in": s[1], "format": str(s.format), "layout": ROWS.name, "bytes": found[n].nbytes}
-            for n, s in modules.items()
-        ],
+        "sites": [stored_site(name, found[name]) for name in modules],
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
         "dense_bytes": sum(dense.values()),
         "lowered_bytes": sum(p.nbytes for p in found.values()),

@@ -33,6 +33,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import native_layout
 from sparseforge_fx.kernels.packed import BITMASK, METHOD, SCALES, VALUES, Packed, check_packed
 from sparseforge_fx.models import low_rank
+from sparseforge_fx.models.dense import find_dtype
 
 if TYPE_CHECKING:
     from sparseforge_fx.deploy.lowering.modules import SparseLinear
@@ -160,7 +161,7 @@ class PackedQuantizer(HfQuantizer):
         for name, module in packed_linears(model).items():
             replace(model, name, module.to_dense())
         del model._weight_conversions  # the model's defaults, as if it had never been packed
-        return model if dtype is None else model.to(dtype)
+        return model if dtype is None else model.to(find_dtype(dtype))  # a name, once the model was saved
 
     def is_serializable(self) -> bool:
         return True

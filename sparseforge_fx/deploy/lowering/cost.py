@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.formats import DENSE, SPARSE, Format, parse_format
+from sparseforge_fx.formats import DENSE, PACKED, SPARSE, Format, parse_format
 from sparseforge_fx.kernels.gpu.timing import Replays
 from sparseforge_fx.kernels.layouts import Layout, layouts_of
 from sparseforge_fx.kernels.packed import Packed, pack, pack_codes
@@ -126,8 +126,9 @@ def timings(
 
 
 def formats_of(device: torch.device) -> tuple[Format, ...]:
-    """What a plan chooses from where nobody says more, beside dense."""
-    return (SPARSE,) if layouts_of(device) else ()
+    """All that there are kernels for on this device, beside dense in the model's own dtype."""
+    layouts = layouts_of(device)
+    return tuple(form for form in PACKED if any(layout.knows(form) for layout in layouts))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -208,10 +208,14 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def find_packable(
-    model: nn.Module, against: Callable[[Tensor], str | None] = why_dense
+    model: nn.Module, against: Callable[[Tensor], str | None] = why_dense, copied: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Modules that can be replaced, and whose weight [out, in] nothing is said ``against``, by name; the other linears
-    with a reason. By default those that are exactly 2:4."""
+    with a reason. By default those that are exactly 2:4.
+
+    Args:
+        copied: names of linears whose weight may be another module's, too (``tied_heads`` of models/ties.py).
+    """
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     sites, skipped = {}, {}
@@ -225,7 +229,7 @@ def find_packable(
             skipped[name] = f"{type(module).__name__} with a weight of type {type(weight).__name__}"
         elif names[id(module)] > 1:
             skipped[name] = "it stands at several places of the model"
-        elif owners[id(weight)] > 1:
+        elif owners[id(weight)] > 1 and name not in copied:
             skipped[name] = "its weight belongs to another module, too"
         elif low_rank.has_other_hooks(module):
             skipped[name] = "it has forward hooks"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
+from sparseforge_fx.kernels.layouts import ROWS
+from sparseforge_fx.kernels.packed import Packed
+
 PackedSite = TypedDict("PackedSite", {"name": str, "out": int, "in": int, "format": str, "layout": str, "bytes": int})
 
 
@@ -39,3 +42,16 @@ class PackingReport(TypedDict):
     notes: NotRequired[list[str]]
     file_bytes: NotRequired[int]
     cache_bytes: NotRequired[int]
+
+
+def stored_site(name: str, packed: Packed, layout: str = ROWS.name) -> PackedSite:
+    """Of a packed linear; the layout is that of the disk if nothing is said."""
+    out, width = packed.shape
+    return {
+        "name": name,
+        "out": out,
+        "in": width,
+        "format": str(packed.format),
+        "layout": layout,
+        "bytes": packed.nbytes,
+    }

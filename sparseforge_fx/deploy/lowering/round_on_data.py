@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparseforge_fx.data.batches import as_batches, count_rows, is_text
 from sparseforge_fx.data.reading import Reader, example_of
 from sparseforge_fx.formats import Format
 from sparseforge_fx.graph.capture import as_call, capture
@@ -18,18 +17,6 @@ from sparseforge_fx.passes import find_linears, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import Unstructured
-
-
-def first_batches(data: Any, tokenizer: Any, sequences: int, **how: Any) -> list[Any]:
-    """The first batches of ``data`` with so many sequences; ``how`` are ``length``, ``batch_size`` and ``seed``."""
-    batches = as_batches(data, tokenizer, tokens=sequences * how["length"] if is_text(data) else None, **how)
-    chosen, rows = [], 0
-    for batch in batches.first_pass():
-        if rows >= sequences:
-            break
-        chosen.append(batch)
-        rows += count_rows(batch)
-    return chosen
 
 
 def round_on_data(
@@ -44,7 +31,7 @@ def round_on_data(
     Args:
         weights: of the modules in ``formats``, by module, as the model stores them. They are written: each as it is
             rounded, for the next to see.
-        batches: as :func:`first_batches` gives them.
+        batches: of data/batches.py.
         example_inputs: to capture with, where the batches do not serve.
     """
     program = capture(model, _example(model, batches[0]) if example_inputs is None else example_inputs)

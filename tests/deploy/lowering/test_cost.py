@@ -66,7 +66,7 @@ def test_the_layout_that_gains_most(rows, planes, chosen):
 
 
 def test_measuring_a_tiny_shape():
-    layouts = [ROWS, PLANES, PLANES._replace(name="none", refuses=lambda *_: "never")]
+    layouts = [ROWS, PLANES, PLANES._replace(name="none", limits=lambda *_: "never")]
     by_layout = cost.measure([SHAPE], [1, 3], CPU, layouts, rounds=3, seconds=1e-4)[SHAPE]
     assert {name: set(found) for name, found in by_layout.items()} == {"rows": {1, 3}, "planes": {1, 3}}
     for row in (row for found in by_layout.values() for row in found.values()):

@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering import quantize
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
-from sparseforge_fx.deploy.lowering.round_on_data import first_batches
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import parse_format
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
@@ -129,11 +128,6 @@ def test_a_weight_that_data_does_not_reach_is_named():
     assert {s["name"] for s in report["sites"]} == {"used", "spare"}
     assert report["notes"] == ["spare: the graph does not read it as a linear's weight: its own nearest values"]
     assert sf.quantize(Half(), tokenizer=str)["notes"] == ["tokenizer is given and not used: there is no data"]
-
-
-def test_no_more_sequences_are_looked_at_than_asked_for():
-    batches = first_batches(torch.arange(80).view(10, 8), None, 5, length=8, batch_size=2, seed=0)
-    assert [len(b["input_ids"]) for b in batches] == [2, 2, 2]
 
 
 def test_rounding_on_data_that_fails_half_way_puts_weights_back(monkeypatch):

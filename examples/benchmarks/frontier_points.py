@@ -1,0 +1,148 @@
+"""The points of the frontier that come of one dense model: every format on all of its linears, and plans.
+
+``made`` writes packed folders, each once; prices are measured once, for all plans. The prediction of a point is of its
+linears: their time at each token count, from the plan's prices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import sparseforge_fx as sf
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import DENSE, Format, parse_format
+from sparseforge_fx.planning.make import decide
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+QUANTIZED = {"int8": "int8", "int4": "int4/32"}
+
+
+class Point(NamedTuple):
+    """What ``sf.load`` takes, if need be with the dtype to load it in; ``predicted`` where it was made here."""
+
+    name: str
+    path: str
+    dtype: str | None = None
+    predicted: dict[str, Any] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name as a file's."""
+        return re.sub(r"[^\w.-]+", "-", self.name)
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.endswith(".gguf")
+
+
+def made(
+    model: str, data: str, folder: Path, recipe: sf.Recipe, dtype: str, batch: Sequence[int], speedups: Sequence[float]
+) -> list[Point]:
+    """Dense, and 2:4, in floats, int8 and int4, and a plan for each speed-up of the linears, in ``folder``.
+
+    Args:
+        data: text of the plan's predictions, of the training and of the rounding.
+        recipe: makes sparse what is to be sparse, by a plan or everywhere.
+        dtype: of the floats. All work is done in float32.
+    """
+    prices = _once(folder / "prices.json", lambda path: _price(model, data, recipe, dtype, batch).save(path))
+    plan = sf.Plan.read(prices)
+    points = [Point(f"dense {SHORT[dtype]}", model, dtype, predicted(plan))]
+    if dtype != "float32":
+        points.append(Point("dense fp32", model, "float32"))
+
+    def sparse(path: Path, **how: Any) -> None:
+        loaded, tokenizer = sf.load(model, dtype="float32")
+        sf.sparsify(loaded, data, recipe, tokenizer=tokenizer, **how).save(path, tokenizer)
+
+    def rounded(source: str | Path, path: Path, **how: Any) -> None:
+        loaded, tokenizer = sf.load(source, dtype="float32")
+        reading = {n: getattr(recipe, n) for n in ("calibration", "length", "batch_size", "seed", "text_column")}
+        sf.quantize(loaded, data=data, tokenizer=tokenizer, **reading, **how)
+        sf.save_packed(loaded.to(getattr(torch, dtype)), tokenizer, path)
+
+    two_four = _once(folder / "2-4", sparse)
+    points.append(Point(f"2:4 {SHORT[dtype]}", str(two_four), dtype, predicted(everywhere(plan, Format("2:4")))))
+    for pattern, source in (("dense", model), ("2:4", two_four)):
+        for name, values in QUANTIZED.items():
+            label, form = f"{pattern.replace(':', '-')}-{name}", parse_format(f"{pattern} {values}")
+            path = _once(folder / label, lambda at, s=source, v=values: rounded(s, at, values=v, include="*"))
+            points.append(Point(f"{pattern} {name}", str(path), None, predicted(everywhere(plan, form))))
+    for speedup in speedups:
+        label = f"plan-{speedup:g}x"
+        try:
+            decided = decide(replace(plan, goal={"speedup": speedup}))
+        except SparseForgeError as error:  # beyond what the formats reach here
+            print(label, error, flush=True)
+            continue
+        decided.save(written := folder / f"{label}.json")
+        source, forms = model, decided.formats.values()
+        if any(form.is_sparse for form in forms):
+            source = str(_once(folder / f"{label}-sparse", lambda at, p=written: sparse(at, plan=str(p))))
+        if any(form.is_quantized for form in forms):
+            source = str(_once(folder / label, lambda at, s=source, p=written: rounded(s, at, plan=str(p))))
+        points.append(Point(f"plan {speedup:g}x", source, dtype, predicted(decided)))
+    return points
+
+
+def _price(model: str, data: str, recipe: sf.Recipe, dtype: str, batch: Sequence[int]) -> sf.Plan:
+    """A plan whose budget binds nothing: of every format that has kernels here, what it costs."""
+    loaded, tokenizer = sf.load(model, dtype=dtype)
+    reading = {n: getattr(recipe, n) for n in ("length", "batch_size", "seed", "text_column")}
+    return sf.plan(loaded, data, bytes=1.0, tokens=batch, tokenizer=tokenizer, **reading)
+
+
+def _once(path: Path, write: Callable[[Path], object]) -> Path:
+    if not path.exists():
+        write(path)
+        print(f"wrote {path}", flush=True)
+    return path
+
+
+def everywhere(plan: sf.Plan, form: Format) -> sf.Plan:
+    """The plan with one format on all weights; a weight that cannot be sparse keeps the values alone."""
+    return replace(
+        plan,
+        weights=[
+            replace(w, format=next((f for f in (form, form._replace(pattern="dense")) if f in w.prices), DENSE))
+            for w in plan.weights
+        ],
+    )
+
+
+def predicted(plan: sf.Plan) -> dict[str, Any]:
+    """Of the linears: speed-up and microseconds by token count, bytes, loss; and how many weights have which format."""
+    found = [str(form) for form in plan.formats.values()]
+    return {
+        "speedup": {str(t): s for t, s in plan.speedups.items()},
+        "microseconds": {str(t): sum(w.price.microseconds[t] for w in plan.weights) for t in plan.tokens},
+        "dense_microseconds": {str(t): sum(w.prices[DENSE].microseconds[t] for w in plan.weights) for t in plan.tokens},
+        "bytes": plan.bytes,
+        "loss": plan.loss,
+        "formats": {form: found.count(form) for form in sorted(set(found))},
+    }
+
+
+def expected_speed(prediction: dict[str, Any], dense: dict[str, float]) -> dict[str, float]:
+    """Tokens per second by batch, if what lies between the linears takes as long as in the dense model.
+
+    Args:
+        dense: measured tokens per second of the dense model in the same dtype, by batch.
+    """
+    speeds = {}
+    for batch, speed in dense.items():
+        saved = prediction["dense_microseconds"][batch] - prediction["microseconds"][batch]
+        seconds = int(batch) / speed - saved / 1e6
+        speeds[batch] = int(batch) / seconds if seconds > 0 else float("inf")
+    return speeds
+
+
+def recipe_of(path: Path | None) -> sf.Recipe:
+    """Of a file, without the model and data that it names; without one SparseGPT's solution, untrained."""
+    return sf.Recipe(method="sparsegpt") if path is None else sf.Recipe.read(path).changed(model=None, data=None)

@@ -1,0 +1,80 @@
+"""From whatever a user calls data to the batches that a model is to see."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from sparseforge_fx.data.batches import Batches, as_batches, count_rows, is_text
+from sparseforge_fx.data.chats import leading_bos
+from sparseforge_fx.data.drawn_text import draw_text
+from sparseforge_fx.errors import SparseForgeError
+
+SELF = "self"
+
+
+def is_self(data: Any) -> bool:
+    """Is text wanted that the model draws?"""
+    return isinstance(data, str) and data == SELF
+
+
+def open_batches(
+    model: nn.Module,
+    data: Any,
+    tokenizer: Any = None,
+    *,
+    tokens: int,
+    batch_size: int,
+    length: int,
+    seed: int,
+    cache_dir: str | os.PathLike[str] | None = None,
+    text_column: str | None = None,
+    separator: str | None = None,
+) -> Batches:
+    """``data`` as :func:`as_batches` takes it, or ``"self"``: text that the model draws.
+
+    Args:
+        tokens: of text, no more is read or drawn.
+
+    Raises SparseForgeError as :func:`as_batches` does, and for text in longer sequences than the model takes.
+    """
+    if is_text(data):
+        check_length(model, length)
+    if is_self(data):
+        begun = tokenizer is not None and leading_bos(tokenizer) is not None
+        data = draw_text(model, tokens, length=length, seed=seed, keep_start=begun)
+    return as_batches(
+        data,
+        tokenizer,
+        batch_size=batch_size,
+        length=length,
+        seed=seed,
+        tokens=tokens,
+        cache_dir=cache_dir,
+        text_column=text_column,
+        separator=separator,
+    )
+
+
+def first_batches(batches: Batches, sequences: int) -> tuple[list[Any], list[str]]:
+    """The first batches that hold so many sequences, none twice; what to say where the data has fewer."""
+    chosen: list[Any] = []
+    found, rows = batches.first_pass(), 0
+    while rows < sequences:
+        batch = next(found, None)
+        if batch is None:
+            return chosen, [f"asked for {sequences} calibration sequences, the data has {rows}"]
+        chosen.append(batch)
+        rows += count_rows(batch)
+    return chosen, []
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raise a SparseForgeError if the model has fewer positions."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise SparseForgeError(
+            f"sequences of {length} tokens are longer than the model's {limit} positions: pass length={limit}"
+        )

@@ -1,0 +1,157 @@
+"""Which linears of a model are to be kept in which format: by one kind of values for all of them, or by a plan."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, weight_of
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import Format
+from sparseforge_fx.models.ties import tied_heads
+from sparseforge_fx.passes.find_linears import matches
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern
+from sparseforge_fx.plans import planned_formats
+
+
+class Chosen(NamedTuple):
+    """Linears by name.
+
+    Attributes:
+        modules: those that get a quantised format.
+        formats: of each of them.
+        skipped: the others, with a reason.
+        copied: of ``modules``, those whose weight is an embedding's, too, with its name; it stays as it is.
+    """
+
+    modules: dict[str, Any]
+    formats: dict[str, Format]
+    skipped: dict[str, str]
+    copied: dict[str, str]
+
+
+def by_values(
+    model: nn.Module,
+    values: Format,
+    dense: bool = True,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+) -> Chosen:
+    """All linears in one kind of values, each in the pattern that it has.
+
+    Args:
+        dense: those that are not 2:4, too.
+        include, exclude: globs over weights or modules. Only what is included is chosen; a head that is tied to an
+            embedding only if it is.
+    """
+
+    def against(weight: Tensor) -> str | None:
+        if (reason := _unreadable(weight)) is not None:
+            return reason
+        if not dense and not check_pattern(weight, TWO_FOUR):
+            return "not 2:4"
+        return values.why_not(weight.shape[1])
+
+    names = _names(model)
+    tied = tied_heads(model)
+    wanted = {n for n in tied if include and _match(names[id(model.get_submodule(n).weight)], include)}
+    modules, skipped = find_packable(model, against, wanted)
+    for name in tied.keys() - wanted:
+        skipped[name] = "its weight is an embedding's, too: include it by name to give it a copy of its own"
+    for name, module in list(modules.items()):
+        known = names[id(module.weight)]
+        if _match(known, exclude):
+            skipped[name] = "excluded by name"
+        elif include and not _match(known, include):
+            skipped[name] = "not among the included names"
+        else:
+            continue
+        del modules[name]
+    formats = {
+        name: values._replace(pattern="2:4" if check_pattern(weight_of(module), TWO_FOUR) else "dense")
+        for name, module in modules.items()
+    }
+    return Chosen(modules, formats, skipped, {n: tied[n] for n in wanted & modules.keys()})
+
+
+def by_plan(model: nn.Module, plan: Any) -> Chosen:
+    """What a plan keeps in few bits, exactly in its formats.
+
+    Args:
+        plan: as :func:`planned_formats` takes it.
+
+    Raises SparseForgeError if a weight cannot be kept so, or is not 2:4 where the plan says that it is, or the plan
+    keeps nothing in few bits.
+    """
+    names = _names(model)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | SparseLinear)}
+    owner = {n: path for path, m in linears.items() for n in names.get(id(m.weight), [f"{path}.weight"])}
+    matrices = {n: None for n, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2}
+    formats = planned_formats(plan, matrices | {n: _shape(linears[path]) for n, path in owner.items()})
+    if not any(form.is_quantized for form in formats.values()):
+        raise SparseForgeError(
+            "nothing to quantise: the plan keeps all values as floats; sf.save_packed writes the 2:4 ones of them"
+        )
+    tied = tied_heads(model)
+    modules, skipped = find_packable(model, _unreadable, tied)
+    skipped |= dict.fromkeys(modules, "not in the plan")
+    chosen: dict[str, Format] = {}
+    for name, form in formats.items():
+        path = owner.get(name)
+        if path is None:
+            if form.is_quantized:
+                raise SparseForgeError(f"the plan makes {name} {form}, and it is no weight of a linear layer")
+            continue
+        module = linears[path]
+        if isinstance(module, SparseLinear):
+            if module.format != form:
+                raise SparseForgeError(
+                    f"the plan makes {name} {form}, and it is packed in {module.format}: dequantize() the model first"
+                )
+            continue
+        if form.is_quantized and path not in modules:
+            raise SparseForgeError(f"the plan makes {name} {form}, which it cannot be: {skipped[path]}")
+        if form.is_sparse and not check_pattern(weight_of(module), TWO_FOUR):
+            raise SparseForgeError(
+                f"the plan makes {name} {form}, and it is not 2:4: run sf.sparsify(model, data, plan=plan) first"
+            )
+        if chosen.setdefault(path, form) != form:
+            raise SparseForgeError(f"the plan makes {name} {form}, and by its other name {chosen[path]}: keep one")
+        if path in modules:
+            skipped[path] = f"plan: {form}"
+    quantized = {path: form for path, form in chosen.items() if form.is_quantized}
+    return Chosen(
+        {path: module for path, module in modules.items() if path in quantized},
+        quantized,
+        {path: reason for path, reason in skipped.items() if path not in quantized},
+        {path: embedding for path, embedding in tied.items() if path in quantized},
+    )
+
+
+def _unreadable(weight: Tensor) -> str | None:
+    if weight.is_meta or not weight.is_floating_point():
+        return "on the meta device" if weight.is_meta else f"its weight is {weight.dtype}"
+    return None
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, SparseLinear):
+        return module.out_features, module.in_features
+    out, width = weight_of(module).shape
+    return out, width
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> all names of it."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found[id(parameter)].append(name)
+    return found
+
+
+def _match(names: Sequence[str], globs: str | Sequence[str]) -> bool:
+    return any(matches(name, globs) for name in names)

@@ -1,0 +1,30 @@
+"""Data as the batches that a model is to see: the first of them, text that it draws, sequences that are too long."""
+
+import pytest
+import torch
+from tiny_checkpoint import byte_tokenizer, tiny_llama
+
+from sparseforge_fx.data.opening import first_batches, open_batches
+from sparseforge_fx.errors import SparseForgeError
+
+HOW = {"tokens": 40, "batch_size": 2, "length": 8, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("sequences", "rows", "told"),
+    [(5, [2, 2, 2], []), (99, [2] * 5, ["asked for 99 calibration sequences, the data has 10"])],
+)
+def test_the_first_batches(sequences, rows, told):
+    batches, said = first_batches(open_batches(None, torch.arange(80).view(10, 8), **HOW), sequences)
+    assert [len(b["input_ids"]) for b in batches] == rows and said == told
+
+
+def test_text_of_the_model_itself():
+    ids = open_batches(tiny_llama(), "self", **HOW).batch(0)["input_ids"]
+    assert ids.shape == (2, 8) and torch.equal(ids, open_batches(tiny_llama(), "self", **HOW).batch(0)["input_ids"])
+
+
+@pytest.mark.parametrize("data", ["self", ["a text"]])
+def test_sequences_that_are_too_long(data):
+    with pytest.raises(SparseForgeError, match="sequences of 129 tokens are longer than the model's 128 positions"):
+        open_batches(tiny_llama(), data, byte_tokenizer(), **HOW | {"length": 129})

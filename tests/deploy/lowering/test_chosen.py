@@ -1,0 +1,142 @@
+"""Which linears get which format: by a plan exactly its own, by names, and a copy of a tied head only where asked for."""
+
+import copy
+
+import pytest
+import torch
+from packed_models import IDS, sparse_model
+from tiny_checkpoint import byte_tokenizer, tiny_llama
+from torch import nn
+
+import sparseforge_fx as sf
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import DENSE, parse_format
+from sparseforge_fx.plans import Plan, PlannedWeight, Price
+
+UP, DOWN, GATE, HEAD = (*(f"model.layers.0.mlp.{n}_proj" for n in ("up", "down", "gate")), "lm_head")
+FORMATS = {f"{UP}.weight": "2:4 int8", f"{DOWN}.weight": "dense int4/32", f"{GATE}.weight": "2:4"}
+
+
+def formats_of(report):
+    return {s["name"]: s["format"] for s in report["sites"]}
+
+
+def as_plan(machine=None):
+    price = {DENSE: Price(0.0, 1.0, {1: 1.0})}
+    shapes = {f"{UP}.weight": (64, 32), f"{DOWN}.weight": (32, 64), f"{GATE}.weight": (64, 32)}
+    weights = [PlannedWeight(n, shapes[n], parse_format(f), price) for n, f in FORMATS.items()]
+    return Plan(weights, (1,), {"speedup": 2.0}, machine, 1)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "plan", "path"])
+def test_what_a_plan_says_and_nothing_else(tmp_path, kind):
+    as_plan().save(tmp_path / "plan.json")
+    model = sparse_model("llama")
+    report = sf.quantize(model, plan={"mapping": FORMATS, "plan": as_plan(), "path": tmp_path / "plan.json"}[kind])
+    assert formats_of(report) == {UP: "2:4 int8", DOWN: "dense int4/32"}  # the second is 2:4, and dense in the plan
+    reasons = {s["name"]: s["reason"] for s in report["skipped"]}
+    assert reasons[GATE] == "plan: 2:4" and reasons[HEAD] == reasons["model.layers.1.mlp.up_proj"] == "not in the plan"
+    assert sf.quantize(model, plan={f"{HEAD}.weight": "int8", f"{UP}.weight": "2:4 int8"})["sites"][0]["name"] == HEAD
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"plan": {f"{UP}.weight": "2:4 int8"}}, r"makes .*up_proj.weight 2:4 int8, and it is not 2:4: run sf.sparsify"),
+     ({"plan": {f"{GATE}.weight": "2:4", f"{UP}.weight": "int8"}}, r"makes .*gate_proj.weight 2:4, and it is not 2:4"),
+     ({"plan": {f"{UP}.weight": "int4/128"}}, r"up_proj.weight of the plan cannot be dense int4/128: 32 inputs are no"),
+     ({"plan": {"nowhere.weight": "int8"}}, "names nowhere.weight, which is no linear of the model"),
+     ({"plan": {"model.embed_tokens.weight": "int8", "lm_head.weight": "int4"}}, "by its other name dense int8: keep"),
+     ({"plan": {f"{UP}.weight": "dense"}}, "nothing to quantise: the plan keeps all values as floats"),
+     ({"plan": as_plan("Z80")}, "the plan was measured on Z80"),
+     ({"plan": 3}, "give a Plan, the path of one, or formats"),
+     ({"plan": FORMATS, "values": "int8"}, "leave out values, dense, include and exclude"),
+     ({"plan": FORMATS, "dense": False}, "leave out values, dense, include and exclude"),
+     ({"plan": FORMATS, "include": "*"}, "leave out values, dense, include and exclude"),
+     ({"steps": 3}, "quantize has no option steps; of data it takes calibration, length"),
+     ({"include": "*.nothing"}, "nothing to quantise: .*: not among the included names"),
+     ({"data": torch.zeros(2, 8, dtype=torch.int64), "calibration": 0}, "calibration is 0: give a whole number from 1")],
+)  # fmt: skip
+def test_refusals_leave_the_model_as_it_was(options, message):
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SparseForgeError, match=message):
+        sf.quantize(model, **options)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+
+
+def test_what_is_packed_already_must_be_so_in_the_plan():
+    model = sparse_model("llama")
+    sf.quantize(model, plan=FORMATS)
+    with pytest.raises(SparseForgeError, match=r"makes .*up_proj.weight dense int8, and it is packed in 2:4 int8"):
+        sf.quantize(model, plan={f"{UP}.weight": "int8"})
+    with pytest.raises(SparseForgeError, match="and it is no weight of a linear layer"):
+        sf.quantize(tiny_llama(tie_word_embeddings=False), plan={"model.embed_tokens.weight": "int8"})
+
+
+def test_a_linear_that_cannot_be_replaced():
+    class Other(nn.Linear):
+        pass
+
+    model = nn.Sequential(Other(32, 8), nn.Linear(8, 8))
+    with pytest.raises(SparseForgeError, match=r"0.weight dense int8, which it cannot be: Other with a weight of type"):
+        sf.quantize(model, plan={"0.weight": "int8"})
+
+
+def test_by_name():
+    model = tiny_llama()
+    report = sf.quantize(model, "int8", include=["*.mlp.*"], exclude="*.down_proj", length=4)
+    assert {n.rpartition(".")[2] for n in formats_of(report)} == {"up_proj", "gate_proj"}
+    reasons = {s["name"]: s["reason"] for s in report["skipped"]}
+    assert reasons[DOWN] == "excluded by name" and reasons["model.layers.0.self_attn.q_proj"].startswith("not among")
+    assert reasons[HEAD] == "its weight is an embedding's, too: include it by name to give it a copy of its own"
+    assert report["notes"] == ["length is given and not used: there is no data"]
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# -- a head that is tied to an embedding -------------------------------------------------------------------------------
+@pytest.mark.parametrize("data", [None, torch.arange(96).view(4, 24)])
+@pytest.mark.parametrize("how", [{"values": "int8", "include": "*"}, {"plan": {"model.embed_tokens.weight": "int8"}}])
+def test_a_tied_head_gets_a_copy(how, data):
+    model = tiny_llama(initializer_range=0.2)
+    table, model.get_input_embeddings().weight.requires_grad = model.model.embed_tokens.weight.detach().clone(), True
+    report = sf.quantize(model, data=data, **how)
+    assert formats_of(report)[HEAD] == "dense int8"
+    assert "lm_head: a copy of its own, in dense int8, beside the weight of model.embed_tokens" in report["notes"]
+    assert torch.equal(model.model.embed_tokens.weight, table) and not torch.equal(model.lm_head.weight, table)
+    assert (model.lm_head.weight - table).norm() < 0.02 * table.norm()
+    model.tie_weights()
+    assert not torch.equal(model.lm_head.weight, table)
+
+
+def test_files_of_a_tied_head(tmp_path):
+    model = tiny_llama(initializer_range=0.2).eval()
+    sf.quantize(model, "int4", include="*")
+    sf.save_packed(model, byte_tokenizer(), tmp_path / "packed")
+    with torch.no_grad():
+        want = model(IDS).logits
+        loaded, tokenizer = sf.load(tmp_path / "packed")
+        assert torch.equal(loaded(IDS).logits, want) and str(loaded.lm_head.format) == "dense int4/32"
+    loaded.save_pretrained(tmp_path / "again")
+    assert len({(tmp_path / n / "model.safetensors").read_bytes() for n in ("packed", "again")}) == 1
+    head, table = loaded.lm_head.weight, loaded.model.embed_tokens.weight
+    loaded.dequantize().save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    dense, _ = sf.load(tmp_path / "dense")
+    assert torch.equal(dense.lm_head.weight, head) and torch.equal(dense.model.embed_tokens.weight, table)
+    assert not torch.equal(head, table)
+
+
+def test_a_copy_that_fails_half_way_is_taken_back(monkeypatch):
+    from sparseforge_fx.deploy.lowering import quantize
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "part", fails)
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        sf.quantize(model, "int8", torch.arange(96).view(4, 24), include="*")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
