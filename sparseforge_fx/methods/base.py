@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.curvature import Curvature
 from sparseforge_fx.methods.misfit import misfit
 from sparseforge_fx.methods.one_shot import LAYERWISE
+from sparseforge_fx.methods.rounding import Values
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, distance_from_binary, hard_mask, to_groups
 from sparseforge_fx.ranges import Count
@@ -29,6 +30,8 @@ class TrainedConfig(MethodConfig, ABC):
     Attributes:
         steps: optimizer steps of the whole run.
         start: ``dense``, or the layer-wise method whose masks and survivors the run starts from.
+        values: what the survivors are kept in. Unless ``float``, the start puts them on that grid
+            (methods/rounding.py), and they train rounded, with straight-through gradients; masks must be final then.
     """
 
     trains_weights: ClassVar[bool] = True  # False: the model is frozen, the method's own parameters train
@@ -38,10 +41,22 @@ class TrainedConfig(MethodConfig, ABC):
 
     steps: Count = field(kw_only=True)
     start: Literal["dense", "wanda", "sparsegpt", "alps"] = "dense"
+    values: Values = field(default="float", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.choose("start", ("dense", *LAYERWISE))
+        self.choose("values", get_args(Values))
+        if self.values != "float" and not self.starts_fixed:
+            raise SparseForgeError(
+                f"values {self.values!r} need masks that are final from the start on: take sparseforge's preset tuned "
+                "with quench_end=0, or round after training: sf.quantize"
+            )
+
+    @property
+    def starts_fixed(self) -> bool:
+        """Are the masks of the start those of the end?"""
+        return False
 
     @abstractmethod
     def build(self, weights: Sequence[MaskedWeight]) -> TrainedMethod:

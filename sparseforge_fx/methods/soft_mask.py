@@ -101,6 +101,10 @@ class SparseForgeConfig(TrainedConfig):
         if self.heat_end > self.quench_end:
             raise SparseForgeError(f"need heat_end <= quench_end, got {self.heat_end} and {self.quench_end}")
 
+    @property
+    def starts_fixed(self) -> bool:
+        return self.start != "dense" and self.quench_end == 0
+
     def build(self, weights: Sequence[MaskedWeight]) -> SparseForge:
         return SparseForge(self, weights)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows, count_steps
 from sparseforge_fx.methods.base import TrainedConfig
@@ -30,8 +31,9 @@ def anneal(
     accelerator: Accelerator,
     state_path: str | Path | None,
     **how: Any,
-) -> None:
-    """Train the run's model to exact N:M, and say in the report how it went. ``how`` goes to :func:`train`."""
+) -> dict[str, Tensor]:
+    """Train the run's model to exact N:M, and say in the report how it went. ``how`` goes to :func:`train`. Returns the
+    scales of weights that were put on a grid."""
     assert run.batches is not None
     per_step = recipe.accumulate * accelerator.num_processes
     steps = None if recipe.tokens is None else count_steps(run.batches, recipe.tokens, per_step)
@@ -73,6 +75,7 @@ def anneal(
     report["epochs"] = run.batches.passes(config.steps * per_step)
     if (report["epochs"] or 0) > 1:
         report["notes"].append(f"the run went over its data {report['epochs']:.1f} times")
+    return {} if sparse.on_grid is None else sparse.on_grid.scales
 
 
 def _identity(run: Run, recipe: Recipe, path: Path | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""float32 copies of half-precision parameters for the optimizer."""
+"""float32 copies of half-precision and rounded parameters for the optimizer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from torch import nn
 
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.training.low_rank import Branch
+from sparseforge_fx.training.on_grid import OnGrid
 
 
 class MasterWeights:
-    """float32 copies of half-precision parameters for the optimizer: an update of 1e-5 vanishes in a bfloat16
-    weight."""
+    """float32 copies of half-precision parameters for the optimizer, and of those that are on a grid: an update of 1e-5
+    vanishes in a bfloat16 weight."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        self.parameters = list(parameters)
-        self.masters = [nn.Parameter(p.detach().float()) if p.dtype.itemsize < 4 else p for p in self.parameters]
+    def __init__(self, parameters: Iterable[nn.Parameter], on_grid: OnGrid | None = None):
+        self.parameters, self.on_grid = list(parameters), on_grid
+        self.masters = [
+            nn.Parameter(p.detach().to(torch.float32, copy=True))
+            if p.dtype.itemsize < 4 or (on_grid is not None and on_grid.takes(p))
+            else p
+            for p in self.parameters
+        ]
 
     @torch.no_grad()
     def take_gradients(self) -> None:
@@ -29,7 +35,7 @@ class MasterWeights:
     def write_back(self) -> None:
         for p, master in zip(self.parameters, self.masters, strict=True):
             if master is not p:
-                p.copy_(master)
+                p.copy_(master if self.on_grid is None else self.on_grid.rounded(p, master))
 
     def serve(self, weights: Iterable[MaskedWeight], branches: Iterable[Branch] = ()) -> None:
         """Let a method see and write the masters instead of the rounded weights."""

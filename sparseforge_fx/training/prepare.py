@@ -67,6 +67,8 @@ def prepare(
         raise SparseForgeError(f"{type(config).__name__} is of a method that does not train: run it with sparsify()")
     if not config.by_gradient:
         raise SparseForgeError(f"{type(config).__name__} learns without gradients: run it with sparsify()")
+    if config.values != "float":
+        raise SparseForgeError(f"values {config.values!r} are rounded by the loop of sparsify(): train with that")
     if objective is not None:
         check_objective(objective)
     check_weights(model)

@@ -36,6 +36,7 @@ def state_of(
         "optimizer": optimizer.state_dict(),
         "method": sparse.method.state(),
         "handed_over": sparse.handed_over,
+        "scales": {} if sparse.on_grid is None else sparse.on_grid.scales,
         "curves": curves,
     }
 
@@ -60,13 +61,15 @@ def restore(
                 "the saved training state belongs to another model or another set of sites, or is damaged; "
                 "delete it to start anew"
             )
-    for name in ("masters", "masks", "step", "handed_over"):
+    for name in ("masters", "masks", "step", "handed_over", "scales"):
         _refuse(misfit(state[name], mine[name], name))
     sparse.method.check_state(state["method"])
     _refuse(_wrong_progress(state, sparse.method.steps) or _wrong_optimizer(state["optimizer"], optimizer))
     sparse.method.load_state(state["method"])
     for master_weight, value in zip(_own_masters(sparse, master), saved, strict=True):
         master_weight.copy_(value)
+    for fqn, scales in mine["scales"].items():
+        scales.copy_(state["scales"][fqn])
     master.write_back()
     for w in sparse.method.weights:
         w.mask.copy_(masks[w.fqn])

@@ -17,8 +17,9 @@ from sparseforge_fx.graph.compile import compile_repeated_blocks
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.methods.base import TrainedConfig
-from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE
+from sparseforge_fx.methods.rounding import format_of
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import LinearSite, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -30,6 +31,7 @@ from sparseforge_fx.training.curvature_probe import CurvatureProbe
 from sparseforge_fx.training.distillation import FEATURES, Distillation, Loss, feature_loss
 from sparseforge_fx.training.low_rank import Branch
 from sparseforge_fx.training.objective import Objective
+from sparseforge_fx.training.on_grid import OnGrid
 from sparseforge_fx.training.teacher import Teacher, dense_copies
 from sparseforge_fx.training.trainer_surface import Embedded, ForwardOfSource, TrainerSurface, hook_embeddings
 
@@ -72,6 +74,8 @@ class SparseModel(TrainerSurface):
         self.handed_over = False  # the branches hold what the masks took, and train on their own from now on
         with low_rank.handed_over(self.branches, self._hands_over):
             self.method = config.build(weights)
+        form = format_of(config.values)
+        self.on_grid = OnGrid(weights, form) if form.is_quantized else None
         self.steps_done = 0
         self.last_loss: Loss | None = None
         self.optimized = False
@@ -169,6 +173,11 @@ class SparseModel(TrainerSurface):
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
             self.handed_over = moved and self.method.config.prunes_on_the_way
             self.method.start_from(dense)
+            if self.on_grid is not None:
+                rounded, told = round_layer_by_layer(self.program, weights, readings, self.on_grid.formats)
+                self.on_grid.start(rounded)
+                for fqn, text in {**told, **self.on_grid.against}.items():
+                    notes[fqn] = "; ".join(filter(None, (notes.get(fqn), text)))
         return notes
 
     @ForwardOfSource

@@ -126,7 +126,7 @@ def sparsify(
     scales, beside = dict[str, Tensor](), {"tokenizer": tokenizer, "cache_dir": cache_dir}
     if accelerator is not None and isinstance(config, TrainedConfig):
         report["preset"] = find_preset(report["method"], recipe.preset)
-        anneal(
+        scales = anneal(
             run, recipe, beside, report, accelerator=accelerator, state_path=state_path, save_seconds=save_seconds,
             compile=compile, show_progress=show_progress, on_step=on_step,
         )  # fmt: skip

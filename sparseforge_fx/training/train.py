@@ -76,7 +76,7 @@ def train(
     """Run the method's steps with its optimizer and return the curves, one dict per step.
 
     Args:
-        parameters: what trains; half-precision ones get float32 masters.
+        parameters: what trains; half-precision ones, and those that are rounded, get float32 masters.
         state_path: the state is saved there every ``save_seconds``, and at once where a layer-wise solution is the
             start, and read from there if it exists: a killed run continues to the same bits on a CPU.
         run: further plain values (weights, data, seed) that a saved state must agree in, beside the arguments here.
@@ -132,7 +132,7 @@ class _Loop:
         accelerator: Accelerator,
     ):
         self.sparse, self.data, self.how, self.accelerator = sparse, data, optimization, accelerator
-        self.master = MasterWeights(parameters)
+        self.master = MasterWeights(parameters, sparse.on_grid)
         self.master.serve(sparse.method.weights, sparse.branches)
         self.optimizer = sparse.optimizer(
             self.master.masters, lr=optimization.lr, betas=optimization.betas, weight_decay=optimization.weight_decay

@@ -134,7 +134,7 @@ def _drop(*way):
 EDITS = {f"no {key}": _drop(key) for key in ("run", "step", "masters", "masks", "optimizer", "method", "curves")}
 EDITS |= {
     f"{key} is {kind}": _replace(key, by=lambda _, v=value: copy.deepcopy(v))
-    for key in ("run", "step", "masters", "masks", "optimizer", "method", "handed_over", "curves")
+    for key in ("run", "step", "masters", "masks", "optimizer", "method", "handed_over", "scales", "curves")
     for kind, value in {"none": None, "text": "x", "a list": [1]}.items()
 }
 EDITS |= {

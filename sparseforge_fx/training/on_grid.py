@@ -1,0 +1,57 @@
+"""Weights that the graph sees in few bits while they train: rounded after every step, gradients straight through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparseforge_fx.formats import Format
+from sparseforge_fx.methods.rounding import Rounded, codes_of
+from sparseforge_fx.methods.weights import MaskedWeight
+
+
+class OnGrid:
+    """The scales of weights, which stay as the layer-wise rounding found them, while codes follow the optimizer.
+
+    The gradient at a rounded weight is taken for that of its float32 master (straight-through; LSQ without trained
+    steps, arXiv 1902.08153).
+
+    Attributes:
+        formats: by name, of the weights whose widths fit.
+        scales: by name; [out, 1] float32 of int8, [out, in / group] float16 of int4.
+        against: of the other weights, why not.
+    """
+
+    def __init__(self, weights: Sequence[MaskedWeight], form: Format):
+        self._of = {id(w.weight): w for w in weights}
+        shapes = {w.fqn: (w.weight.t() if w.dim == 0 else w.weight).shape for w in weights}
+        reasons = {fqn: form.why_not(width) for fqn, (_, width) in shapes.items()}
+        self.against = {fqn: f"not in {form.values}: {reason}" for fqn, reason in reasons.items() if reason}
+        self.formats = {fqn: form for fqn, reason in reasons.items() if reason is None}
+        dtype = torch.float16 if form.group else torch.float32
+        self.scales = {
+            w.fqn: w.weight.new_ones(out, width // (form.group or width), dtype=dtype)
+            for w in weights
+            for out, width in (shapes[w.fqn],)
+            if w.fqn in self.formats
+        }
+
+    def takes(self, parameter: nn.Parameter) -> bool:
+        w = self._of.get(id(parameter))
+        return w is not None and w.fqn in self.formats
+
+    def start(self, rounded: dict[str, Rounded]) -> None:
+        """Take the scales of a layer-wise solution."""
+        for fqn, found in rounded.items():
+            self.scales[fqn].copy_(found.scales)
+
+    def rounded(self, parameter: nn.Parameter, master: Tensor) -> Tensor:
+        """What the graph is to see of ``master``: the nearest codes times their scales, or itself."""
+        if not self.takes(parameter):
+            return master
+        w = self._of[id(parameter)]
+        value = master.t() if w.dim == 0 else master
+        found = codes_of(value, self.scales[w.fqn], self.formats[w.fqn]).weight
+        return found.t() if w.dim == 0 else found

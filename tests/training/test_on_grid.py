@@ -1,0 +1,109 @@
+"""Training with rounded values: the graph sees codes times scales, float32 masters move, and the result is on the grid."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sparseforge_fx as sf
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import parse_format
+from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern
+from sparseforge_fx.training.on_grid import OnGrid
+
+HOW = {"method": "sparseforge", "preset": "tuned", "steps": 3, "batch_size": 2, "length": 12, "calibration": 4,
+       "compile": False, "show_progress": False, "lr": 1e-2}  # fmt: skip
+
+
+def ids(rows=16):
+    return torch.randint(3, 97, (rows, 12), generator=torch.Generator().manual_seed(0))
+
+
+def on_their_grid(model, scales, largest):
+    for fqn, scale in scales.items():
+        weight = model.get_parameter(fqn).float()
+        codes = weight / scale.float().repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+        assert (codes - codes.round()).abs().max() < 1e-3 and codes.abs().max() <= largest + 1e-3
+        yield fqn, codes.round()
+
+
+def test_what_trains_is_rounded_and_packs_exactly(captured_once):
+    found = captured_once("llama")
+    started = sf.sparsify(found.model, ids(), **HOW | {"steps": 1, "lr": 1e-12}, values="int8")
+    first = {fqn: codes.clone() for fqn, codes in on_their_grid(found.model, started.scales, 127)}
+    found.reset()
+    result = sf.sparsify(found.model, ids(), **HOW, values="int8")
+    assert set(result.scales) == {s["name"] for s in result.report["sites"]}
+    moved = 0
+    for fqn, codes in on_their_grid(found.model, result.scales, 127):
+        assert check_pattern(found.model.get_parameter(fqn), TWO_FOUR)
+        assert torch.equal(result.scales[fqn], started.scales[fqn])  # codes train, scales stay
+        moved += int((codes != first[fqn]).sum())
+    assert moved > 100
+    packed = copy.deepcopy(found.model)
+    report = sf.quantize(packed, "int8", scales=result.scales, dense=False)
+    assert {site["format"] for site in report["sites"]} == {"2:4 int8"}
+    for fqn in result.scales:
+        module = packed.get_submodule(fqn.removesuffix(".weight"))
+        assert torch.equal(module.weight, found.model.get_parameter(fqn))
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(captured_once, tmp_path):
+    found = captured_once("llama")
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, row):
+        if step == 1:
+            raise Stop
+
+    saved = {"state_path": tmp_path / "s.pt", "save_seconds": 0.0, "values": "int8"}
+    with pytest.raises(Stop):
+        sf.sparsify(found.model, ids(), **HOW, **saved, on_step=stop)
+    resumed = sf.sparsify(found.model, ids(), **HOW, **saved)
+    state = {k: v.clone() for k, v in found.model.state_dict().items()}
+    found.reset()
+    whole = sf.sparsify(found.model, ids(), **HOW, values="int8")
+    assert all(torch.equal(v, state[k]) for k, v in found.model.state_dict().items())
+    assert all(torch.equal(s, resumed.scales[fqn]) for fqn, s in whole.scales.items())
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_nearest_codes_of_either_orientation(dim):
+    weight = nn.Parameter(torch.randn(64, 6) if dim == 0 else torch.randn(6, 64))
+    grid = OnGrid([MaskedWeight("w", weight, torch.ones_like(weight), dim)], parse_format("int4"))
+    assert grid.takes(weight) and not grid.takes(nn.Parameter(torch.ones(2)))
+    grid.scales["w"].fill_(0.25)
+    seen = grid.rounded(weight, weight.detach())
+    assert torch.equal(seen, (weight.detach() / 0.25).round().clamp(-7, 7) * 0.25)
+
+
+def test_a_width_that_does_not_fit_stays_in_floats():
+    fits, odd = (nn.Parameter(torch.randn(4, width)) for width in (32, 40))
+    weights = [MaskedWeight(n, p, torch.ones_like(p), 1) for n, p in (("fits", fits), ("odd", odd))]
+    grid = OnGrid(weights, parse_format("int4"))
+    assert set(grid.scales) == {"fits"} and "no multiple of the group" in grid.against["odd"]
+    assert grid.rounded(odd, odd.detach()) is not None and torch.equal(grid.rounded(odd, odd.detach()), odd)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": "int3"}, "int3"),
+        ({"values": "int8", "preset": "paper"}, "final from the start"),
+        ({"values": "int8", "method": "ast", "preset": None}, "final from the start"),
+    ],
+)
+def test_what_cannot_be(captured_once, changes, message):
+    found = captured_once("llama")
+    with pytest.raises(SparseForgeError, match=message):
+        sf.sparsify(found.model, ids(), **HOW | changes)
+    assert all(torch.equal(v, found.first[k]) for k, v in found.model.state_dict().items())
+
+
+def test_a_loop_of_ones_own_does_not_round(captured_once):
+    with pytest.raises(SparseForgeError, match="loop of sparsify"):
+        sf.prepare(captured_once("llama").model, None, sf.tuned_preset(3, values="int8"), calibration=[ids(2)])
