@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
@@ -127,7 +128,10 @@ class Program(ABC):
 
 def _call_like(like: Node, target: Callable, args: tuple, value: Any) -> Node:
     node = like.graph.call_function(target, args)
-    node.meta = {**like.meta, "val": target(*_values(args)) if value is None else value}
+    if value is None:
+        with enable_python_dispatcher():  # in C++ some operators ask for sizes as numbers, which would fix them (2.11)
+            value = target(*_values(args))
+    node.meta = {**like.meta, "val": value}
     return node
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import preloaded
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from sparseforge_fx.cli.run_folder import STATE, STATE_OF
 from sparseforge_fx.deploy.checkpoints.save import save_packed
 from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning
 from sparseforge_fx.models import dense as models
+from sparseforge_fx.training import train
 from sparseforge_fx.training.recipe import parse_tokens
 
 SHORT = [
@@ -510,33 +512,22 @@ def test_bad_recipes(home, tmp_path, recipe, says):
 
 
 # -- killed and resumed ----------------------------------------------------------------------------------------------
-KILLED = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from huggingface_hub import constants
-constants.HF_HOME = sys.argv.pop(1)
-steps = int(sys.argv.pop(1))
-import sparseforge_fx.training.train as train
-real = train.save_state
-def save(path, state):
-    real(path, state)
-    if state["step"] == steps:
-        os.kill(os.getpid(), signal.SIGKILL)
-train.save_state = save
-from sparseforge_fx import cli
-cli.main()
-"""
+def killed_at_step(steps):
+    real = train.save_state
+
+    def save(path, state):
+        real(path, state)
+        if state["step"] == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.save_state = save
 
 
 @pytest.fixture(scope="module")
 def stopped(home):
     """The folder of a run that got SIGKILL right after its state of step 2 was saved."""
     out = home / "stopped"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(home / "cache"), "2", *command(home, out)], capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert preloaded.run(killed_at_step, 2, home / "cache", command(home, out)) == -signal.SIGKILL
     return out
 
 
@@ -681,36 +672,29 @@ def test_a_low_rank_branch_from_the_command_line(home, tmp_path):
     ok("evaluate", out, "--data", home / "test.txt", "--context", "16")
 
 
-KILLED_IN = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from huggingface_hub import constants
-constants.HF_HOME = sys.argv.pop(1)
-moment = int(sys.argv.pop(1))
-count = 0
-def killing(real):
-    def call(*args, **options):
-        global count
-        count += 1
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **options)
-    return call
-os.replace, os.fsync = killing(os.replace), killing(os.fsync)
-from sparseforge_fx import cli
-cli.main()
-"""
+def killed_at_write(moment):
+    count = 0
+
+    def killing(real):
+        def call(*args, **options):
+            nonlocal count
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return call
+
+    os.replace, os.fsync = killing(os.replace), killing(os.fsync)
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3, 6, 9, 12])
 def test_a_kill_at_any_write_leaves_nothing_that_resuming_cannot_finish(home, sparse, tmp_path, moment):
     out = tmp_path / "out"
     arguments = command(home, out)
-    code = [sys.executable, "-c", KILLED_IN, str(home / "cache"), str(moment), *arguments]
-    done = subprocess.run(code, capture_output=True, text=True)
-    assert done.returncode in (-signal.SIGKILL, 0), done.stderr
-    if done.returncode:
+    exit_code = preloaded.run(killed_at_write, moment, home / "cache", arguments)
+    assert exit_code in (-signal.SIGKILL, 0)
+    if exit_code:
         assert not (out / "config.json").exists() or (out / "report.json").exists()
         result = run(*arguments, "--resume")
         assert result.exit_code == 0 or "is finished" in result.stderr, result.output

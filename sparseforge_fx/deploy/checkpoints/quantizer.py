@@ -78,13 +78,15 @@ class PackedQuantizer(HfQuantizer):
         check_size(config, header.most_modules)
         return config
 
+    update_tp_plan = update_attn_implementation  # the first that transformers 5.17 asks
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise SparseForgeError(f"packed weights cannot be loaded as {dtype}: choose bfloat16, float16 or float32")
         return dtype
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
-        return []  # the file has the model's own names
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
+        return []  # the file has the model's own names; transformers 5.17 passes no model
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
         from sparseforge_fx.deploy.lowering.modules import replace
