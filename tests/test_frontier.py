@@ -82,6 +82,8 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     names = ["dense bf16", "dense fp32", "2:4 bf16", "plan 2.3x"]
     assert [p.name for p in made] == names
     assert points.made(*ask) == made
+    with pytest.raises(SystemExit, match="holds points of another model"):
+        points.made(*ask[:4], "float32", *ask[5:])
     planned, two_four = made[3], made[2]
     assert two_four.predicted["formats"] == {"2:4": 7, "dense": 1}
     assert planned.predicted["speedup"] == {t: pytest.approx(2.3, abs=0.2) for t in "18"}
