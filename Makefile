@@ -44,17 +44,16 @@ lint: venv
 demo: venv
 	$(BIN)/python examples/demo.py $(if $(QUICK),--quick)
 
-gpu-suite: venv
+# Ten minutes, without a network. Where PyTorch is there already: make gpu-suite READY= BIN=$$(dirname $$(which python3))
+gpu-suite: $(READY)
 ifeq ($(GPU),)
 	@echo "make gpu-suite needs a CUDA device and nvidia-smi finds none; the CPU's tests are 'make test'" >&2; exit 1
 else
-	$(BIN)/python -m pytest -q -m gpu || [ $$? -eq 5 ]  # 5: no test has that mark
-	$(BIN)/python examples/benchmarks/gpu_kernels.py --minutes 4
-	$(BIN)/python examples/demo.py --prepare build/demo
-	$(BIN)/python examples/benchmarks/decode.py build/demo/model --device cuda --compile
-	$(BIN)/python examples/benchmarks/decode.py opt-6.7b --device cuda --rounds 3
-	$(BIN)/python examples/benchmarks/training_overhead.py build/demo/model --device cuda --compile
-	$(BIN)/python examples/benchmarks/formats.py build/demo/model --device cuda --formats packed,generator-aoti,generator-aoti-dense
+	$(BIN)/python -m pytest -q -p no:xdist -m gpu $(shell grep -rl "mark\.gpu" tests --include='test_*.py')
+	$(BIN)/python examples/benchmarks/gpu_kernels.py --minutes 3 --rounds 5 --shapes opt-6.7b,llama-7b --counts 1,4,16,64,512,4096
+	$(BIN)/python examples/benchmarks/decode_step.py llama-7b --batch 1 --batch 16 --device cuda
+	$(BIN)/python examples/benchmarks/training_overhead.py smollm2-135m --device cuda --batch-size 8 --compile
+	$(BIN)/python examples/benchmarks/formats.py smollm2-135m --device cuda --formats packed,generator-aoti,generator-aoti-dense
 endif
 
 clean:

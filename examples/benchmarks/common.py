@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 import time
@@ -11,12 +12,23 @@ from typing import Any
 
 import torch
 from records import RESULTS
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
 from sparseforge_fx.evaluation.perplexity import perplexity
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 from sparseforge_fx.report import environment, write_json
 
+#: published models by their sides, with random weights, where speed is all that is asked and there is no network
+SHAPES = {
+    "opt-125m": OPTConfig(),
+    "opt-1.3b": OPTConfig(hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32),
+    "opt-6.7b": OPTConfig(hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32),
+    "smollm2-135m": LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, tie_word_embeddings=True,
+    ),
+    "llama-7b": LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+}  # fmt: skip
 CONTEXT = 1024  # tokens of a window whose perplexity is quoted
 Run = Callable[[], object]
 
@@ -30,7 +42,12 @@ def use(device: str = "cpu", threads: int = 0) -> None:
 
 
 def language_model(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **how: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how).eval().to(device)
+    """From a folder or the hub; or one of SHAPES."""
+    if name not in SHAPES:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how).eval().to(device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(SHAPES[name]), dtype=dtype, **how).eval()
 
 
 def model_and_ids(

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/decode.py MODEL [--batch 1 --batch 8] [--prefill 512] [--compile]
 
-MODEL is a folder, a hub id, or one of the shapes below with random weights. Weights are made 2:4 by magnitude (speed does not depend on
+MODEL is a folder, a hub id, or one of the shapes of common.py with random weights. Weights are made 2:4 by magnitude (speed does not depend on
 how). Contenders: ``dense`` (the masked dense model), ``modules`` (lower_modules), with --compile also those two under
 torch.compile and ``backend`` (torch.compile, backend="sparseforge"), on a GPU with CUDA graphs. They work in turn,
 eager ones and compiled ones; medians and quartiles. Prefill is a long prompt and one token after it, by linears that
@@ -18,17 +18,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import language_model, save, use
-from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.export.throughput import compare, random_prompts, with_transformers
-
-#: published shapes, so that no network is needed
-SHAPES = {
-    "opt-125m": OPTConfig(),
-    "opt-1.3b": OPTConfig(hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32),
-    "opt-6.7b": OPTConfig(hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32),
-}
 
 
 def main(
@@ -45,7 +37,7 @@ def main(
     label: str = "",
 ) -> None:
     use(device, threads)
-    dense = load(model, getattr(torch, dtype), device).requires_grad_(False)
+    dense = language_model(model, getattr(torch, dtype), device).requires_grad_(False)
     sf.sparsify(dense)
     modules = copy.deepcopy(dense)
     report = sf.lower_modules(modules, tokens=batch)
@@ -81,15 +73,6 @@ def main(
     save("decode", label or f"{Path(model).name}-{dtype}-{device}-{torch.get_num_threads()}threads", record)
     for rows, found in {**results, "prefill": prefilled}.items():
         print(rows, {name: (round(f["tokens_per_second"], 1), round(f["ratio"], 3)) for name, f in found.items()})
-
-
-def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """A model with its weights, or one of SHAPES with random ones."""
-    if name not in SHAPES:
-        return language_model(name, dtype, device)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**SHAPES[name].to_dict())
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
 
 
 def measure(contenders: dict[str, Any], rows: int, prompt: int, tokens: int, rounds: int) -> dict[str, dict]:

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/decode_step.py llama-7b [--batch 1 --batch 16] [--context 128] [--device cuda]
 
-MODEL is a folder, a hub id, or a published shape with random weights: speed does not depend on their values. The step
+MODEL is a folder, a hub id, or one of the shapes of common.py with random weights: speed does not depend on them. The step
 has everything that generating a token has but the choice of it: embedding, attention over a cache of fixed length,
 norms, linears, head. On a GPU it is captured in a CUDA graph, as servers run it, so that Python's time is not in it.
 Contenders: ``dense``; ``2:4``, what lower_modules makes at these numbers of tokens; ``2:4 int8``, what quantize makes
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import in_turn, language_model, save, timed, use
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 import sparseforge_fx as sf
 from sparseforge_fx.kernels.gpu.timing import Replays
@@ -28,15 +28,6 @@ from sparseforge_fx.kernels.packed import why_dense
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 SPARE = 64  # places of the cache: every call fills one
-#: published shapes, so that no network is needed
-SHAPES = {
-    "llama-7b": LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-    "llama-1b": LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-
 
 def main(
     model: str,
@@ -50,7 +41,7 @@ def main(
     use(device, threads)
     if not 2 <= rounds <= SPARE - 8:
         raise typer.BadParameter(f"rounds: choose from 2 to {SPARE - 8}, not {rounds}")
-    dense = load(model, device).requires_grad_(False)
+    dense = language_model(model, torch.bfloat16, device).requires_grad_(False)
     contenders, notes = make(dense, batch)
     results = {str(rows): measure(contenders, rows, context, rounds) for rows in batch}
     record = {
@@ -66,15 +57,6 @@ def main(
     save("decode_step", label or f"{Path(model).name}-{device}-{torch.get_num_threads()}threads", record)
     for rows, found in results.items():
         print(rows, {name: f"{f['milliseconds']:.3f} ms, {f['ratio']:.2f}x" for name, f in found.items()})
-
-
-def load(name: str, device: str) -> PreTrainedModel:
-    """A model with its weights, or one of SHAPES with random ones."""
-    if name not in SHAPES:
-        return language_model(name, torch.bfloat16, device)
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16).eval()
 
 
 def make(dense: PreTrainedModel, batch: list[int]) -> tuple[dict[str, PreTrainedModel], list[str]]:

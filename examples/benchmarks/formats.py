@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import save, use
+from common import SHAPES, language_model, save, use
 from torch import nn
 
 import sparseforge_fx as sf
@@ -56,7 +56,7 @@ def main(
     label: str = "",
 ) -> None:
     use(device)
-    loaded, tokenizer = sf.load(model, dtype=dtype)
+    loaded, tokenizer = (language_model(model), None) if model in SHAPES else sf.load(model, dtype=dtype)
     if not any(check_pattern(m.weight, TWO_FOUR) for m in loaded.modules() if isinstance(m, nn.Linear)):
         sf.sparsify(loaded)
     loaded.to(device)

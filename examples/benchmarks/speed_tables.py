@@ -53,6 +53,36 @@ def kernel_table() -> str:
     return blocks(parts)
 
 
+def gpu_kernel_table() -> str:
+    """Dense bfloat16 in microseconds; the best contender of the same bits and the best of ours, over it."""
+    parts = []
+    for run in (run for run in read("kernels") if "instruction_set" not in run):
+        rows = []
+        for row in run["rows"]:
+            times = {name: found for name, found in row["results"].items() if "median_us" in found}
+            ours = {name: found for name, found in times.items() if not name.startswith(("dense", "torch"))}
+            rivals = {name: found for name, found in times.items() if name.startswith("dense ")}
+            cells = [_best(found) for found in (rivals, ours)]
+            beside = min((*rivals.values(), times["dense"]), key=lambda found: found["median_us"])
+            gain = beside["median_us"] / min(found["median_us"] for found in ours.values())
+            dense = f"{times['dense']['median_us']:.1f} us"
+            rows.append((f"{row['out']}x{row['in']}", row["format"], row["m"], dense, *cells, f"{gain:.2f}x"))
+        text = (
+            f"{run['device']}, torch {run['versions']['torch']}, triton {run['versions']['triton']}, cuSPARSELt {run['cusparselt']},"
+            f" commit {run['commit']}; medians of {run['rounds']} rounds of graph replays over rotated weights."
+        )
+        names = ("weight", "format", "M", "dense bfloat16", "best dense of the same bits", "best of ours", "over the best dense")
+        parts.append((text, table(names, "llrrllr", rows)))
+    return blocks(parts)
+
+
+def _best(found: dict[str, dict]) -> str:
+    if not found:
+        return ""
+    name = min(found, key=lambda n: found[n]["median_us"])
+    return f"{name}: {found[name]['median_us']:.1f} us ({found[name]['over_dense']:.2f}x)"
+
+
 def many_rows_table() -> str:
     """Where expanding the weight begins to win over the kernels."""
     rows = []

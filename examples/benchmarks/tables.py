@@ -25,6 +25,7 @@ TABLES = {
     "overhead": speed.overhead_table,
     "many-rows": speed.many_rows_table,
     "kernels": speed.kernel_table,
+    "gpu-kernels": speed.gpu_kernel_table,
     "decode": speed.decode_table,
     "generation": speed.generation_table,
     "prefill": speed.prefill_table,

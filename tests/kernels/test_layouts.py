@@ -95,8 +95,11 @@ def calls():
         yield seen
 
 
-def usable(layout, device, dtype=torch.bfloat16, form=SPARSE):
-    if device == "cuda" and (reason := layout.refuses(64, 128, dtype, torch.device("cuda", 0), form)):
+SIDES = {"cpu": (64, 256), "cuda": (4096, 4096)}  # cuSPARSELt 0.8 takes no small ones on an H100
+
+
+def usable(layout, device, dtype=torch.bfloat16, form=SPARSE, sides=(64, 128)):
+    if device == "cuda" and (reason := layout.refuses(*sides, dtype, torch.device("cuda", 0), form)):
         pytest.skip(reason)
     return layout
 
@@ -128,14 +131,15 @@ def test_there_and_back(calls, name, device, rows, columns, dtype, empty, seed):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
 def test_products(calls, name, device, activation):
-    layout = usable(LAYOUTS[name], device)
-    packed, bias = random_linear(64, 128, torch.bfloat16)
-    values, meta = layout.convert(Packed(*(t.to(device) for t in packed[:2]), 128))
+    out, width = SIDES[device]
+    layout = usable(LAYOUTS[name], device, sides=SIDES[device])
+    packed, bias = random_linear(out, width, torch.bfloat16)
+    values, meta = layout.convert(Packed(*(t.to(device) for t in packed[:2]), width))
     for shape in ((3,), (16,), (2, 5), (0,), ()):
-        x = torch.randn(*shape, 128).bfloat16()
+        x = torch.randn(*shape, width).bfloat16()
         for b in (bias, None):
             y = sparse_linear.sparse_linear(
-                x.to(device), values, meta, name, 128, None if b is None else b.to(device), activation
+                x.to(device), values, meta, name, width, None if b is None else b.to(device), activation
             )
             assert_correct(y.cpu(), x, packed, b, activation)
 
@@ -148,37 +152,39 @@ def test_codes(calls, name, text, device):
     layout = LAYOUTS[name]
     if not layout.knows(parse_format(text)):
         return
-    usable(layout, device, form=parse_format(text))
-    packed, codes = random_codes(64, 256, text)
+    (out, width), form = SIDES[device], parse_format(text)
+    usable(layout, device, form=form, sides=SIDES[device])
+    packed, codes = random_codes(out, width, text)
     here = packed._replace(**{name: getattr(packed, name).to(device) for name in ("values", "bitmask", "scales")})
     values, meta = layout.convert(here)
-    back = layout.restore(values, meta, 256, here.scales)
-    assert torch.equal(unpack_codes(back), codes.to(device)) and back.format == parse_format(text)
-    dense = DENSE_OP(values, meta, name, 256, here.scales)
+    back = layout.restore(values, meta, width, here.scales)
+    assert torch.equal(unpack_codes(back), codes.to(device)) and back.format == form
+    dense = DENSE_OP(values, meta, name, width, here.scales)
     assert torch.equal(dense, unpack(here))
-    bias = torch.randn(64)
+    bias = torch.randn(out)
     for rows, dtype, activation in itertools.product((1, 4, 9, 140), (torch.bfloat16, torch.float16), ACTIVATIONS):
-        x, b = torch.randn(rows, 256).to(dtype).to(device), bias.to(dtype).to(device)
-        y = sparse_linear.sparse_linear(x, values, meta, name, 256, b, activation, here.scales)
-        assert_codes_correct(y, x, here, b, activation, rounded_to=256 if name == "cusparselt" else None)
-    x = torch.full((3, 256), float("nan"), dtype=torch.bfloat16, device=device)
+        x, b = torch.randn(rows, width).to(dtype).to(device), bias.to(dtype).to(device)
+        y = sparse_linear.sparse_linear(x, values, meta, name, width, b, activation, here.scales)
+        assert_codes_correct(y, x, here, b, activation, rounded_to=width if name == "cusparselt" else None)
+    x = torch.full((3, width), float("nan"), dtype=torch.bfloat16, device=device)
     x[1] = 0
-    y = sparse_linear.sparse_linear(x, values, meta, name, 256, None, "none", here.scales)
+    y = sparse_linear.sparse_linear(x, values, meta, name, width, None, "none", here.scales)
     assert y[[0, 2]].isnan().all() and (y[1] == 0).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
 def test_gradients_and_opcheck(calls, name, device):
-    layout = usable(LAYOUTS[name], device)
-    packed, bias = random_linear(64, 128, torch.bfloat16)
-    values, meta = layout.convert(Packed(*(t.to(device) for t in packed[:2]), 128))
-    x = torch.randn(8, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+    out, width = SIDES[device]
+    layout = usable(LAYOUTS[name], device, sides=SIDES[device])
+    packed, bias = random_linear(out, width, torch.bfloat16)
+    values, meta = layout.convert(Packed(*(t.to(device) for t in packed[:2]), width))
+    x = torch.randn(8, width, device=device, dtype=torch.bfloat16, requires_grad=True)
     bias = bias.to(device)
-    (got,) = torch.autograd.grad(sparse_linear.OP(x, values, meta, name, 128, bias, "none").float().sum(), x)
+    (got,) = torch.autograd.grad(sparse_linear.OP(x, values, meta, name, width, bias, "none").float().sum(), x)
     want = unpack(packed).float().sum(0).to(device).expand(8, -1)
     torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=0.1)
-    torch.library.opcheck(sparse_linear.OP, (x.detach(), values, meta, name, 128, bias, "none"))
+    torch.library.opcheck(sparse_linear.OP, (x.detach(), values, meta, name, width, bias, "none"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the stand-ins")
@@ -194,7 +200,7 @@ def test_the_searched_algorithm_is_kept_per_bucket(calls):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the stand-ins")
-def test_what_is_refused(calls):
+def test_what_is_refused(calls, monkeypatch):
     assert "multiples of 16, not 24 x 16" in CUSPARSELT.refuses(24, 16, torch.bfloat16, CPU, SPARSE)
     assert "not torch.float32" in CUSPARSELT.refuses(16, 16, torch.float32, CPU, SPARSE)
     assert "multiples of 32 x 64, not 32 x 32" in CUTLASS.refuses(32, 32, torch.float16, CPU, SPARSE)
@@ -202,6 +208,10 @@ def test_what_is_refused(calls):
     assert all(layout.refuses(32, 64, torch.float16, CPU, SPARSE) is None for layout in LAYOUTS.values())
     assert ROWS.refuses(3, 5, torch.float32, CPU, SPARSE) is PLANES.refuses(3, 5, torch.float32, CPU, SPARSE) is None
     int8, int4 = parse_format("2:4 int8"), parse_format("2:4 int4")
+    monkeypatch.setattr(cusparselt, "_stack", lambda device: (800, (9, 0)))
+    assert "stops GPUs" in CUSPARSELT.refuses(8192, 2048, torch.bfloat16, CPU, SPARSE)
+    assert CUSPARSELT.refuses(8192, 4096, torch.bfloat16, CPU, SPARSE) is None
+    monkeypatch.undo()
     assert "multiples of 32, not 48 x 64" in CUSPARSELT.refuses(48, 64, torch.bfloat16, CPU, int8)
     for layout, form in ((CUSPARSELT, int4), (CUTLASS, int8), (PLANES, parse_format("dense int8"))):
         assert "no kernels for" in layout.refuses(64, 64, torch.bfloat16, CPU, form)

@@ -20,6 +20,8 @@ from sparseforge_fx.kernels.gpu.eight_bits import finish_rows, round_rows
 from sparseforge_fx.kernels.gpu.planes import HALF_TYPES
 from sparseforge_fx.kernels.packed import Packed, pack, unpack_codes
 
+#: this version, on this capability, with a side below this: it stopped an H200 with an illegal instruction
+BROKEN = (800, (9, 0), 4096)
 MULTIPLE = {2: 16, 1: 32}  # bytes of a value -> of both sides of a weight
 _LINES = {2: 8, 1: 16}  # and what the dense operand's rows are padded to a multiple of
 _algorithms: dict[tuple[torch.device, torch.dtype, int, int, int], int] = {}
@@ -36,12 +38,26 @@ def available(device: torch.device) -> bool:
     )
 
 
+@cache
+def _stack(device: torch.device) -> tuple[int | None, tuple[int, int]]:
+    """Version of the library and capability of the device."""
+    if device.type != "cuda":
+        return None, (0, 0)
+    return torch.backends.cusparselt.version(), torch.cuda.get_device_capability(device)
+
+
 def why_not(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, form: Format) -> str | None:
     """Why cuSPARSELt cannot take such a 2:4 weight [out, in] of a model in ``dtype``; None if it can."""
     if not available(device):
         return f"cuSPARSELt is not available on {device} in this build of PyTorch"
     if dtype not in HALF_TYPES:
         return f"cuSPARSELt is used for bfloat16 and float16, not {dtype}"
+    version, capability, least = BROKEN
+    if min(out_features, in_features) < least and _stack(device) == (version, capability):
+        return (
+            f"cuSPARSELt {version // 100 / 10} stops GPUs of compute capability 9.0 with sides below {least}, and this "
+            f"weight is {out_features} x {in_features}"
+        )
     multiple = MULTIPLE[1 if form.is_quantized else 2]
     if out_features % multiple or in_features % multiple:
         return f"cuSPARSELt takes sides that are multiples of {multiple}, not {out_features} x {in_features}"

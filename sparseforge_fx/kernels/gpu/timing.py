@@ -14,7 +14,7 @@ class Replays:
         for call in (calls[0], calls[-1]):
             call()  # compile, and let libraries allocate, outside the capture
         torch.cuda.synchronize()
-        self.count = len(calls)
+        self.calls = calls  # a graph does not keep what its kernels read
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             for call in calls:
@@ -29,4 +29,4 @@ class Replays:
             self.graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / (replays * self.count)
+        return start.elapsed_time(end) / 1e3 / (replays * len(self.calls))
