@@ -137,17 +137,18 @@ def predicted(plan: sf.Plan) -> dict[str, Any]:
     }
 
 
-def expected_speed(prediction: dict[str, Any], dense: dict[str, float]) -> dict[str, float]:
-    """Tokens per second by batch, if what lies between the linears takes as long as in the dense model.
+def expected_speed(prediction: dict[str, Any], dense: dict[str, float]) -> dict[str, float | None]:
+    """Tokens per second by batch, if what lies between the linears takes as long as in the dense model; None where the
+    prices save more than its whole step takes: they were measured in other conditions.
 
     Args:
         dense: measured tokens per second of the dense model in the same dtype, by batch.
     """
-    speeds = {}
+    speeds: dict[str, float | None] = {}
     for batch, speed in dense.items():
         saved = prediction["dense_microseconds"][batch] - prediction["microseconds"][batch]
         seconds = int(batch) / speed - saved / 1e6
-        speeds[batch] = int(batch) / seconds if seconds > 0 else float("inf")
+        speeds[batch] = int(batch) / seconds if seconds > 0 else None
     return speeds
 
 
