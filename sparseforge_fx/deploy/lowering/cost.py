@@ -230,12 +230,13 @@ def _summary(sample: list[float]) -> tuple[float, tuple[float, float]]:
     return middle, (low, high)
 
 
-def gains(table: Table, shape: Shape, layout: str) -> dict[int, float]:
-    """By tokens: how many times as fast a weight is as the best dense one of the same bits."""
+def gains(table: Table, shape: Shape, layout: str, rival: Shape | None) -> dict[int, float]:
+    """By tokens: how many times as fast a weight is as the best dense one of the rival's bits, or without one as that
+    of the model's own dtype."""
     rows = table.get(shape, {}).get(layout, {})
-    if shape.rival is None:
+    if rival is None:
         return {tokens: row.ratio for tokens, row in rows.items()}
-    rivals = table.get(shape.rival, {}).values()
+    rivals = table.get(rival, {}).values()
     best = {t: min(by_tokens[t].packed_us for by_tokens in rivals if t in by_tokens) for r in rivals for t in r}
     return {tokens: best[tokens] / row.packed_us for tokens, row in rows.items() if tokens in best}
 
@@ -260,9 +261,12 @@ def choose(
     """The layout that gains most over all token counts (geometric mean) among those that :func:`verdict` lets pass;
     without one, the reasons against all."""
     known = [layout for layout in layouts if layout.name in table.get(shape, {})] or list(layouts[:1])
-    ratios = {layout.name: gains(table, shape, layout.name) for layout in known}
-    rival = str(shape.rival.format if shape.rival else DENSE)
-    reasons = {name: verdict(found, tokens, rival) for name, found in ratios.items()}
+    rival = shape.rival
+    if rival is not None and not any(layout.knows(rival.format) for layout in layouts):
+        rival = None  # nobody could take it instead on this device
+    ratios = {layout.name: gains(table, shape, layout.name, rival) for layout in known}
+    beside = str(DENSE if rival is None else rival.format)
+    reasons = {name: verdict(found, tokens, beside) for name, found in ratios.items()}
     passing = [layout for layout in known if reasons[layout.name] is None]
     if passing:
         mean = {o.name: statistics.geometric_mean(ratios[o.name][t] for t in tokens) for o in passing}

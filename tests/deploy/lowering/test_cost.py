@@ -87,7 +87,7 @@ def test_every_format_is_timed():
         row = by_layout["rows"][1]
         assert row.packed_us > 0 and cost.read_row(row.describe()) == row
         assert shape.bytes == pytest.approx(16 * 128 * shape.format.bits(128, 32) / 8)
-    assert set(cost.gains(table, shapes[2], "rows")) == {1, 3}  # over dense int8
+    assert set(cost.gains(table, shapes[2], "rows", shapes[2].rival)) == {1, 3}  # over dense int8
 
 
 def test_each_shape_is_measured_once(monkeypatch):
@@ -158,6 +158,13 @@ def test_a_sparse_weight_must_beat_the_dense_one_of_the_same_bits(dense_int8_us,
     without = cost.as_table([timing(1, 4.0, sparse)])
     assert cost.choose(without, sparse, [ROWS], [1]) == (None, "not measured at 1 tokens")
     assert set(cost.timings([sparse], [1], CPU, [ROWS], without)) == {sparse, sparse.rival}
+
+
+def test_where_no_kernel_takes_the_rival_it_is_the_dense_weight_of_the_models_own_dtype():
+    sparse = SHAPE._replace(format=parse_format("2:4 int8"))
+    for ratio, reason in ((1.5, None), (0.8, "slower than dense at 1 tokens (0.80x)")):
+        table = cost.as_table([timing(1, ratio, sparse)._replace(layout="planes")])
+        assert cost.choose(table, sparse, [PLANES], [1]) == ((None, reason) if reason else (PLANES, None))
 
 
 @pytest.mark.parametrize("tokens", [[], [0], [4, -1]])
