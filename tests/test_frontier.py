@@ -42,10 +42,11 @@ def test_faster_at_one_batch_alone_dominates_nobody(frontier_tables):
 
 def test_the_table_names_them(frontier_tables, monkeypatch):
     points = [point("half", 25, 20, 50e6), point("worse", 30, 15, 60e6)]
+    points[1]["predicted_tokens_per_second"] = {"1": 15.5, "8": None}
     monkeypatch.setattr(frontier_tables, "read", lambda folder: points)
     lines = frontier_tables.frontier_table().splitlines()
     assert "| half | 25.00 | 50.0 | 20.0 | 20.0 | 50 MB | nobody |" in lines
-    assert "| worse | 30.00 | 50.0 | 15.0 | 15.0 | 60 MB | half |" in lines
+    assert "| worse | 30.00 | 50.0 | 15.0 (15.5) | 15.0 | 60 MB | half |" in lines
 
 
 def test_how_a_point_is_given(frontier_tables):
@@ -82,12 +83,14 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     names = ["dense bf16", "dense fp32", "2:4 bf16", "plan 2.3x"]
     assert [p.name for p in made] == names
     assert points.made(*ask) == made
+    with pytest.raises(SystemExit, match="holds points of another model"):
+        points.made(*ask[:4], "float32", *ask[5:])
     planned, two_four = made[3], made[2]
     assert two_four.predicted["formats"] == {"2:4": 7, "dense": 1}
     assert planned.predicted["speedup"] == {t: pytest.approx(2.3, abs=0.2) for t in "18"}
     loaded, _ = sf.load(planned.path, dtype=planned.dtype)
     found = [str(m.format) for m in loaded.modules() if hasattr(m, "weight_values")]
     assert {f: found.count(f) for f in found} == {f: n for f, n in planned.predicted["formats"].items() if f != "dense"}
-    assert points.expected_speed({"dense_microseconds": {"8": 800}, "microseconds": {"8": 300}}, {"8": 4000.0}) == {
-        "8": pytest.approx(8 / (2e-3 - 500e-6))
-    }
+    prices = {"dense_microseconds": {"8": 800.0}, "microseconds": {"8": 300.0}}
+    assert points.expected_speed(prices, {"8": 4000.0}) == {"8": pytest.approx(8 / (2e-3 - 500e-6))}
+    assert points.expected_speed(prices, {"8": 40000.0}) == {"8": None}

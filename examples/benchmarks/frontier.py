@@ -54,7 +54,7 @@ def main(
     prompt: int = 16,
     tokens: int = 64,
     max_length: Annotated[int, typer.Option(help="what the generator's cache could hold")] = CONTEXT,
-    rounds: int = 3,
+    rounds: Annotated[int, typer.Option(min=2)] = 3,
     threads: int = 0,
     prepare: Annotated[bool, typer.Option("--prepare", help="qualities and files alone")] = False,
 ) -> None:

@@ -6,7 +6,9 @@ linears: their time at each token count, from the plan's prices.
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
 from sparseforge_fx.planning.make import decide
+from sparseforge_fx.report import write_json
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 QUANTIZED = {"int8": "int8", "int4": "int4/32"}
@@ -51,6 +54,11 @@ def made(
         recipe: makes sparse what is to be sparse, by a plan or everywhere.
         dtype: of the floats. All work is done in float32.
     """
+    asked = {"model": model, "data": data, "recipe": recipe.describe(), "dtype": dtype, "batch": list(batch)}
+    before = folder / "made-of.json"
+    if before.exists() and json.loads(before.read_text()) != asked:
+        sys.exit(f"{folder} holds points of another model, data, recipe, dtype or batch ({before}): name a new folder")
+    write_json(before, asked)
     prices = _once(folder / "prices.json", lambda path: _price(model, data, recipe, dtype, batch).save(path))
     plan = sf.Plan.read(prices)
     points = [Point(f"dense {SHORT[dtype]}", model, dtype, predicted(plan))]
@@ -81,7 +89,7 @@ def made(
         except SparseForgeError as error:  # beyond what the formats reach here
             print(label, error, flush=True)
             continue
-        decided.save(written := folder / f"{label}.json")
+        decided.save(written := folder / f"{label}-formats.json")
         source, forms = model, decided.formats.values()
         if any(form.is_sparse for form in forms):
             source = str(_once(folder / f"{label}-sparse", lambda at, p=written: sparse(at, plan=str(p))))
@@ -129,17 +137,18 @@ def predicted(plan: sf.Plan) -> dict[str, Any]:
     }
 
 
-def expected_speed(prediction: dict[str, Any], dense: dict[str, float]) -> dict[str, float]:
-    """Tokens per second by batch, if what lies between the linears takes as long as in the dense model.
+def expected_speed(prediction: dict[str, Any], dense: dict[str, float]) -> dict[str, float | None]:
+    """Tokens per second by batch, if what lies between the linears takes as long as in the dense model; None where the
+    prices save more than its whole step takes: they were measured in other conditions.
 
     Args:
         dense: measured tokens per second of the dense model in the same dtype, by batch.
     """
-    speeds = {}
+    speeds: dict[str, float | None] = {}
     for batch, speed in dense.items():
         saved = prediction["dense_microseconds"][batch] - prediction["microseconds"][batch]
         seconds = int(batch) / speed - saved / 1e6
-        speeds[batch] = int(batch) / seconds if seconds > 0 else float("inf")
+        speeds[batch] = int(batch) / seconds if seconds > 0 else None
     return speeds
 
 

@@ -31,7 +31,7 @@ def frontier_table() -> str:
     counts, beaten = batches(points), dominators(points)
     rows = []
     for point in points:
-        speeds = (f"{point['tokens_per_second'][b]:.1f}" for b in counts)
+        speeds = (f"{point['tokens_per_second'][b]:.1f}{_predicted(point, b)}" for b in counts)
         zero_shot = point["zero_shot_mean"]
         rows.append((
             point["name"], f"{point['perplexity']:.2f}", "" if zero_shot is None else f"{100 * zero_shot:.1f}",
@@ -42,8 +42,15 @@ def frontier_table() -> str:
         f"{machine(points[0])} threads; perplexity of the first {asked['windows']} windows of {asked['context']} tokens of {asked['text']};"
         f" {points[0]['prompt']} tokens of prompt, {points[0]['tokens']} new ones; commit {points[0]['commit']}."
     )
+    if any(_predicted(point, b) for point in points for b in counts):
+        text += " In brackets: what the plan's prices predict from the dense model's speed."
     names = ("point", "perplexity", "zero-shot %", *(f"tokens/s, batch {b}" for b in counts), "bytes", "dominated by")
     return blocks([(text, table(names, "lrr" + "r" * len(counts) + "rl", rows))])
+
+
+def _predicted(point: dict, batch: str) -> str:
+    speed = (point.get("predicted_tokens_per_second") or {}).get(batch)
+    return "" if speed is None else f" ({speed:.1f})"
 
 
 def contenders_table() -> str:

@@ -85,6 +85,8 @@ class Recipe:
         for name in ("include", "exclude"):
             globs = getattr(self, name)
             object.__setattr__(self, name, (globs,) if isinstance(globs, str) else tuple(globs))
+        if isinstance(self.plan, Path):
+            object.__setattr__(self, "plan", str(self.plan))
         if isinstance(self.tokens, str):
             object.__setattr__(self, "tokens", parse_tokens(self.tokens))
         check_numbers(get_type_hints(type(self), include_extras=True), vars(self))

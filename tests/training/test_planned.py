@@ -28,12 +28,13 @@ def sparse_weights(found):
     return {n for n, w in found.weights.items() if check_pattern(w, TWO_FOUR)}
 
 
-@pytest.mark.parametrize("form", ["plan", "path", "mapping"])
+@pytest.mark.parametrize("form", ["plan", "path", "text", "mapping"])
 def test_only_what_the_plan_makes_sparse_is_pruned(captured_once, tmp_path, form):
     found = captured_once("llama")
     plan = as_plan(found, FORMATS)
     plan.save(tmp_path / "plan.json")
-    given = {"plan": plan, "path": str(tmp_path / "plan.json"), "mapping": FORMATS}[form]
+    path = tmp_path / "plan.json"
+    given = {"plan": plan, "path": path, "text": str(path), "mapping": FORMATS}[form]
     result = sf.sparsify(found.model, [found.batch()], method="wanda", plan=given, calibration=2)
     assert sparse_weights(found) == {UP, GATE}
     assert [s["name"] for s in result.report["sites"]] == [GATE, UP]
@@ -42,7 +43,7 @@ def test_only_what_the_plan_makes_sparse_is_pruned(captured_once, tmp_path, form
     assert reasons["model.layers.1.mlp.up_proj.weight"] == "not in the plan"
     assert any(n.startswith("the plan keeps 3 weights in few bits") for n in result.report["notes"])
     again = Recipe.from_plain(json.loads(json.dumps(result.recipe.describe())))
-    assert again.plan == (given if form != "plan" else FORMATS)
+    assert again.plan == {"path": str(path), "text": str(path)}.get(form, FORMATS)
 
 
 def test_a_tied_head_has_its_reason(captured_once):
