@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparseforge_fx.cli.app import Exclude, Include, Model, command, pick_device, tell_packed
 from sparseforge_fx.cli.assignments import read_assignments
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 READING: dict[str, Any] = {
     "calibration": int, "length": int, "batch_size": int, "seed": int, "text_column": str, "separator": str,
 }  # fmt: skip
 READING_HELP = f"What of the data is read (repeatable): {', '.join(READING)}."
+
+
+def scales_of(model: str, others: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """The scales that lie in the model's folder, unless other options ask for values of their own; and a note then."""
+    from safetensors.torch import load_file
+
+    from sparseforge_fx.errors import SparseForgeError
+    from sparseforge_fx.training.sparsify import SCALES
+
+    file = Path(model) / SCALES
+    if not file.is_file():
+        return {}, []
+    given = [name for name, value in others.items() if value]
+    if given:
+        return {}, [f"{SCALES} of the folder is not used: {', '.join(given)} asks for values of its own"]
+    try:
+        scales = load_file(file)
+    except Exception as error:  # an open set: whatever safetensors says of a damaged file
+        raise SparseForgeError(f"{file} cannot be read ({error}): run sparsify again, or delete it") from error
+    return scales, []
+
+
+def values_of(model: nn.Module, scales: Mapping[str, Tensor], asked: str | None) -> str:
+    """What weights of such scales are kept in. Raises SparseForgeError unless that is what was asked for, if anything
+    was."""
+    from sparseforge_fx.errors import SparseForgeError
+    from sparseforge_fx.formats import Format
+
+    name, found = next(iter(scales.items()))
+    width = model.get_parameter(name).numel() // found.shape[0]
+    form = Format("dense", "int4", width // found.shape[1]) if found.element_size() == 2 else Format("dense", "int8")
+    values = str(form).removeprefix("dense ")
+    if asked not in (None, values, values.removesuffix("/32")):
+        raise SparseForgeError(f"the weights are on a grid of {values}, not {asked}: leave --values out")
+    return values
 
 
 @command
@@ -32,7 +71,10 @@ def quantize(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
 ) -> None:
-    """Write MODEL packed, its linears in 8 or 4 bits, 2:4 ones without their zeros: all in one kind, or by a plan."""
+    """Write MODEL packed, its linears in 8 or 4 bits, 2:4 ones without their zeros: all in one kind, or by a plan.
+
+    A folder that sparsify wrote with values on a grid has their scales: it is packed by them, exactly.
+    """
     from sparseforge_fx.deploy.checkpoints.load import load
     from sparseforge_fx.deploy.checkpoints.save import save_packed
     from sparseforge_fx.deploy.lowering.quantize import quantize as run
@@ -41,11 +83,14 @@ def quantize(
     reading = read_assignments(change, READING)
     check_output(output)
     where = pick_device(device)
+    scales, notes = scales_of(model, {"data": data, "plan": plan, "include": include, "exclude": exclude})
     loaded, tokenizer = load(model, dtype=dtype)
+    if scales:
+        values, include = values_of(loaded, scales, values), list(scales)
     report = run(
-        loaded.to(where), values, data, plan=plan, include=include, exclude=exclude,
+        loaded.to(where), values, data, plan=plan, include=include, exclude=exclude, scales=scales or None,
         tokenizer=tokenizer if data is not None else None, **reading,
     )  # fmt: skip
     written = save_packed(loaded, tokenizer, output)
-    written["notes"] = report["notes"]
+    written["notes"] = notes + report["notes"]
     tell_packed(written, output)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparseforge_fx.files import check_parent, new_folder
@@ -29,6 +30,9 @@ from sparseforge_fx.training.one_shot import prune_once
 from sparseforge_fx.training.prepare import check_weights
 from sparseforge_fx.training.recipe import FILE, Recipe
 
+#: in an output folder, by the weights' names; not beside the checkpoint's files, where it would be taken for one
+SCALES = "values/scales.safetensors"
+
 
 @dataclass
 class SparsifyResult:
@@ -44,8 +48,8 @@ class SparsifyResult:
     def save(
         self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False, beside: Sequence[Path] = ()
     ) -> None:
-        """Write a plain Hugging Face folder with report.json, curves.png, and recipe.yaml to repeat the run; whole or
-        not at all.
+        """Write a plain Hugging Face folder with report.json, curves.png, recipe.yaml to repeat the run, and the scales
+        of weights on a grid, if there are any; whole or not at all.
 
         Args:
             beside: folders to copy into it.
@@ -57,6 +61,9 @@ class SparsifyResult:
             plot_curves(self.report.get("curves") or (), partial / "curves.png")
             write_json(partial / "report.json", self.report)
             (partial / FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+            if self.scales:
+                (partial / SCALES).parent.mkdir()
+                save_file({name: t.detach().cpu().contiguous() for name, t in self.scales.items()}, partial / SCALES)
             for other in beside:
                 shutil.copytree(other, partial / other.name)
 
