@@ -15,6 +15,27 @@ HIGH_FACTOR = tl.constexpr(0x2234)
 HIGH_BASE = tl.constexpr(0x1032)
 SELECT_FACTOR = tl.constexpr(0x11)
 SELECT_BASE = tl.constexpr(0x1010)
+#: two codes, 16 bits apart, -> two numbers. In bfloat16 the fraction has 7 bits: of a code of 8 the sign goes into what
+#: is subtracted, 128 or 256
+BFLOAT16_OF_8 = tl.constexpr(
+    "{ .reg .b32 a, b, c; lop3.b32 a, $1, 0x007F007F, 0x43004300, 0xEA; "
+    "lop3.b32 b, $1, 0x00800080, 0xC300C300, 0xEA; mov.b32 c, 0x3F803F80; fma.rn.bf16x2 $0, a, c, b; }"
+)
+BFLOAT16_OF_4 = tl.constexpr(
+    "{ .reg .b32 a, b, c; lop3.b32 a, $1, 0x000F000F, 0x43084308, 0x6A; "
+    "mov.b32 b, 0x3F803F80; mov.b32 c, 0xC308C308; fma.rn.bf16x2 $0, a, b, c; }"
+)
+FLOAT16_OF_8 = tl.constexpr(
+    "{ .reg .b32 a, b; lop3.b32 a, $1, 0x00FF00FF, 0x64806480, 0x6A; mov.b32 b, 0x64806480; sub.rn.f16x2 $0, a, b; }"
+)
+FLOAT16_OF_4 = tl.constexpr(
+    "{ .reg .b32 a, b; lop3.b32 a, $1, 0x000F000F, 0x64086408, 0x6A; mov.b32 b, 0x64086408; sub.rn.f16x2 $0, a, b; }"
+)
+#: times a float32 scale, which is rounded first
+BFLOAT16_SCALED = tl.constexpr(
+    "{ .reg .b32 s, z; cvt.rn.bf16x2.f32 s, $2, $2; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, s, z; }"
+)
+FLOAT16_SCALED = tl.constexpr("{ .reg .b32 s; cvt.rn.f16x2.f32 s, $2, $2; mul.rn.f16x2 $0, $1, s; }")
 BYTES_02 = tl.constexpr(0x00FF00FF)
 BYTES_13 = tl.constexpr(-0x00FF0100)  # 0xFF00FF00 as int32
 
@@ -49,27 +70,11 @@ def decode(codes, P: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM:
         pairs = _half(moved, BITS, DTYPE) | (_half(moved >> 16, BITS, DTYPE) << 16)
     else:
         moved = codes >> (BITS * (P % (16 // BITS)))
-        if tl.bfloat16 == DTYPE and BITS == 8:
-            # the fraction has 7 bits: the sign goes into what is subtracted, 128 or 256
-            WORK: tl.constexpr = (
-                "{ .reg .b32 a, b, c; lop3.b32 a, $1, 0x007F007F, 0x43004300, 0xEA; "
-                "lop3.b32 b, $1, 0x00800080, 0xC300C300, 0xEA; mov.b32 c, 0x3F803F80; fma.rn.bf16x2 $0, a, c, b; }"
-            )
-        elif tl.bfloat16 == DTYPE:
-            WORK: tl.constexpr = (
-                "{ .reg .b32 a, b, c; lop3.b32 a, $1, 0x000F000F, 0x43084308, 0x6A; "
-                "mov.b32 b, 0x3F803F80; mov.b32 c, 0xC308C308; fma.rn.bf16x2 $0, a, b, c; }"
-            )
-        elif BITS == 8:
-            WORK: tl.constexpr = (
-                "{ .reg .b32 a, b; lop3.b32 a, $1, 0x00FF00FF, 0x64806480, 0x6A; "
-                "mov.b32 b, 0x64806480; sub.rn.f16x2 $0, a, b; }"
-            )
-        else:
-            WORK: tl.constexpr = (
-                "{ .reg .b32 a, b; lop3.b32 a, $1, 0x000F000F, 0x64086408, 0x6A; "
-                "mov.b32 b, 0x64086408; sub.rn.f16x2 $0, a, b; }"
-            )
+        WORK: tl.constexpr = (
+            (BFLOAT16_OF_8 if BITS == 8 else BFLOAT16_OF_4)
+            if tl.bfloat16 == DTYPE
+            else (FLOAT16_OF_8 if BITS == 8 else FLOAT16_OF_4)
+        )
         pairs = tl.inline_asm_elementwise(WORK, "=r,r", [moved], dtype=tl.int32, is_pure=True, pack=1)
     return pairs
 
@@ -96,12 +101,7 @@ def scale_of(scales_ptr, row, words, word, inside, P: tl.constexpr, GROUP: tl.co
 def scaled(pairs, scale, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """Pairs of DTYPE times their scale, which is rounded to DTYPE first."""
     if ASM:
-        if tl.bfloat16 == DTYPE:
-            WORK: tl.constexpr = (
-                "{ .reg .b32 s, z; cvt.rn.bf16x2.f32 s, $2, $2; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, s, z; }"
-            )
-        else:
-            WORK: tl.constexpr = "{ .reg .b32 s; cvt.rn.f16x2.f32 s, $2, $2; mul.rn.f16x2 $0, $1, s; }"
+        WORK: tl.constexpr = BFLOAT16_SCALED if tl.bfloat16 == DTYPE else FLOAT16_SCALED
         pairs = tl.inline_asm_elementwise(WORK, "=r,r,f", [pairs, scale], dtype=tl.int32, is_pure=True, pack=1)
     else:
         s = scale.to(DTYPE).to(tl.float32)
