@@ -130,12 +130,13 @@ def prepared(
             # a generator is of a 2:4 model: zeros are as slow as other values, and by an empty table all stays dense
             sf.sparsify(model)
             table = {}
+        found["bytes"] = held_bytes(model)  # before the export, which merges weights
         report = sf.export_generator(
             model, folder / f"{point.label}.pt2", tokenizer, format="aoti", max_length=max_length, tokens=batch,
             table=table,
         )  # fmt: skip
         gated = [s for s in report["skipped"] if s["reason"].startswith("gate")]
-        found |= {"perplexity": weights_alone, "bytes": held_bytes(model), "file_bytes": report["file_bytes"]}
+        found |= {"perplexity": weights_alone, "file_bytes": report["file_bytes"]}
         found |= {"packed": len(report["sites"]), "kept_dense_by_gate": len(gated)}
     write_json(file, found)
     print(point.name, f"perplexity {found['perplexity']:.2f}, {found['bytes'] / 1e6:.0f} MB", flush=True)

@@ -199,7 +199,9 @@ def without_weights(program: Exported) -> Exported:
     """A copy whose tensors are stand-ins of one element."""
     copy = program.copy()
     for name, tensor in copy.state.items():
-        stand_in = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+        stand_in = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+        # an empty one (the bitmask of a dense weight) is none: torch counts the elements that such a view stands for
+        stand_in = stand_in.expand(tensor.shape) if tensor.numel() else torch.empty_like(tensor)
         parameter = isinstance(tensor, nn.Parameter)
         copy.state[name] = nn.Parameter(stand_in, requires_grad=False) if parameter else stand_in
     return copy

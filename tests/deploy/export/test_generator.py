@@ -11,6 +11,7 @@ import fresh
 import pytest
 import torch
 import transformers
+from code_cases import mixed_formats
 from tiny_models import build
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -66,6 +67,19 @@ def test_greedy_tokens_are_those_of_generate(exported, name):
     want = model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=20, do_sample=False)
     assert torch.equal(generator.generate(one, max_new_tokens=20), want)
     assert report["sites"] and report["file_bytes"] == path.stat().st_size
+
+
+def test_every_format_generates_what_its_modules_do(tmp_path):
+    """Dense codes have an empty bitmask, which once could not be packaged."""
+    torch.manual_seed(0)
+    model = build("llama").eval()
+    formats = mixed_formats(model)
+    assert {form.is_sparse for form in formats.values()} == {True, False}
+    model.generation_config.eos_token_id = None
+    sf.export_generator(model, tmp_path / "g.pt2", format="pt2", max_length=LENGTH, gate=False)
+    ids, mask = prompts()
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert torch.equal(sf.load_generator(tmp_path / "g.pt2").generate(ids, mask, max_new_tokens=12), want)
 
 
 def test_a_cache_that_grows_holds_what_it_held(exported, monkeypatch):
