@@ -149,8 +149,11 @@ def is_two_four(module: nn.Module) -> bool:
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes of what the model holds, tied weights once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    sizes: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):  # an empty one may stand where the next begins
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = max(storage.nbytes(), sizes.get(storage.data_ptr(), 0))
+    return sum(sizes.values())
 
 
 def speed(point: Point, folder: Path) -> dict[str, Any]:
