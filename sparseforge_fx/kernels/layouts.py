@@ -78,15 +78,6 @@ def _from_planes(values: Tensor, meta: Tensor, in_features: int, scales: Tensor 
     return from_planes(as_words(values), meta, in_features, values.dtype, scales)
 
 
-def _floating(dense: Callable[..., Tensor], linear: Callable[..., Tensor | None]) -> Kernel:
-    """The kernel of a layout for floating values, which have no scales."""
-    return Kernel(lambda *weight: dense(*weight[:-1]), lambda *call: linear(*call[:-1]))
-
-
-def _without_scales(restore: Callable[[Tensor, Tensor, int], Packed]) -> Callable[..., Packed]:
-    return lambda values, meta, in_features, _=None: restore(values, meta, in_features)
-
-
 #: what is on disk: the CPU's kernels read it as it is
 ROWS = Layout(
     "rows",
@@ -123,8 +114,8 @@ CUSPARSELT = Layout(
 CUTLASS = Layout(
     "cutlass",
     cutlass.as_cutlass,
-    _without_scales(cutlass.from_cutlass),
-    {"cuda": _floating(cutlass.cutlass_dense, cutlass.cutlass_product)},
+    cutlass.from_cutlass,
+    {"cuda": Kernel(cutlass.cutlass_dense, cutlass.cutlass_product)},
     limits=cutlass.why_not,
     by_rows=False,
     durable=False,

@@ -61,18 +61,24 @@ def as_cutlass(packed: Packed) -> tuple[Tensor, Tensor]:
     return sparse_semi_structured_from_dense_cutlass(unpack(packed))
 
 
-def cutlass_dense(values: Tensor, meta: Tensor, in_features: int) -> Tensor:
+def cutlass_dense(values: Tensor, meta: Tensor, in_features: int, _: Tensor | None = None) -> Tensor:
     """The dense weight [out, in] of a weight from :func:`as_cutlass`."""
     return sparse_semi_structured_to_dense_cutlass(values, meta)
 
 
-def from_cutlass(values: Tensor, meta: Tensor, in_features: int) -> Packed:
+def from_cutlass(values: Tensor, meta: Tensor, in_features: int, _: Tensor | None = None) -> Packed:
     """The packed weight that :func:`as_cutlass` took."""
     return pack(cutlass_dense(values, meta, in_features))
 
 
 def cutlass_product(
-    x: Tensor, values: Tensor, meta: Tensor, in_features: int, bias: Tensor | None, activation: str
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    in_features: int,
+    bias: Tensor | None,
+    activation: str,
+    _: Tensor | None = None,
 ) -> Tensor:
     """act(x W^T + b): x [rows, in] in the weight's dtype, bias [out]; [rows, out]."""
     rows = x.shape[0]

@@ -128,17 +128,9 @@ def planes_dense(values: Tensor, meta: Tensor, in_features: int, scales: Tensor 
     return expand(as_words(values), meta, in_features, values.dtype)
 
 
-def planes_product(
-    x: Tensor,
-    values: Tensor,
-    meta: Tensor,
-    in_features: int,
-    bias: Tensor | None,
-    activation: str,
-    scales: Tensor | None = None,
-) -> Tensor:
+def planes_product(x: Tensor, values: Tensor, *further: Any) -> Tensor:
     """:func:`planes_linear` of a weight from :func:`as_planes`."""
-    return planes_linear(x, as_words(values), meta, in_features, bias, activation, scales)
+    return planes_linear(x, as_words(values), *further)
 
 
 def _dense(lines: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -256,7 +248,6 @@ def tune(
     in_features: int,
     dtype: torch.dtype,
     m: int,
-    activation: str = "none",
     scales: Tensor | None = None,
 ) -> Tile:
     """Time every legal tile for ``m`` rows of x on the weight's CUDA device, remember the fastest and return it.
@@ -272,7 +263,7 @@ def tune(
     lines = torch.randn(m, in_features, device=values.device, dtype=dtype)
 
     def calls(tile: Tile) -> list[Callable[[], object]]:
-        return [partial(launch, lines, v, w, None, activation, tile, 0, scales) for v, w in weights]
+        return [partial(launch, lines, v, w, None, "none", tile, 0, scales) for v, w in weights]
 
     def compiles(tile: Tile) -> bool:
         try:
