@@ -78,8 +78,11 @@ def main(
                 speeds[each.name][str(b)] += found
     medians = {name: {b: median(values) for b, values in found.items()} for name, found in speeds.items()}
     for each in points:
+        quality = known[each.name]
         record = {
-            **known[each.name],
+            **quality,
+            "asked": {**quality["asked"], "path": Path(each.path).name},
+            "bytes": Path(each.path).stat().st_size if each.is_gguf else held_bytes(each),
             "prompt": prompt,
             "tokens": tokens,
             "max_length": max_length,
@@ -123,14 +126,13 @@ def prepared(
             {"windows": torch.load(folder / "windows.pt"), "threads": torch.get_num_threads()}, folder / "request.pt"
         )
         found |= llama_cpp("perplexity", point, folder)
-        found |= {"perplexity_of_weights": weights_alone, "bytes": Path(point.path).stat().st_size}
+        found |= {"perplexity_of_weights": weights_alone}
     else:
         table = None
         if not any(isinstance(m, SparseLinear) or is_two_four(m) for m in model.modules()):
             # a generator is of a 2:4 model: zeros are as slow as other values, and by an empty table all stays dense
             sf.sparsify(model)
             table = {}
-        found["bytes"] = held_bytes(model)  # before the export, which merges weights
         report = sf.export_generator(
             model, folder / f"{point.label}.pt2", tokenizer, format="aoti", max_length=max_length, tokens=batch,
             table=table,
@@ -139,7 +141,7 @@ def prepared(
         found |= {"perplexity": weights_alone, "file_bytes": report["file_bytes"]}
         found |= {"packed": len(report["sites"]), "kept_dense_by_gate": len(gated)}
     write_json(file, found)
-    print(point.name, f"perplexity {found['perplexity']:.2f}, {found['bytes'] / 1e6:.0f} MB", flush=True)
+    print(point.name, f"perplexity {found['perplexity']:.2f}", flush=True)
     return found
 
 
@@ -147,8 +149,9 @@ def is_two_four(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and check_pattern(module.weight, TWO_FOUR)
 
 
-def held_bytes(model: nn.Module) -> int:
-    """Bytes of what the model holds, tied weights once."""
+def held_bytes(point: Point) -> int:
+    """Bytes of what the loaded model holds, tied weights once."""
+    model, _ = sf.load(point.path, dtype=point.dtype)
     sizes: dict[int, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):  # an empty one may stand where the next begins
         storage = tensor.untyped_storage()
