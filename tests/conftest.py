@@ -6,6 +6,7 @@ tried on a machine that has more.
 
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of the processes that tests start: several share the cores
 if os.environ.get("SPARSEFORGE_CPU_ISA") in ("portable", "avx2"):  # before torch is imported, which reads them once
     os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 elif os.environ.get("SPARSEFORGE_CPU_ISA", "").startswith("avx512"):

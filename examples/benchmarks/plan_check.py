@@ -26,6 +26,7 @@ from sparseforge_fx.formats import parse_format
 from sparseforge_fx.methods.one_shot import SparseGPTConfig
 from sparseforge_fx.planning import make
 from sparseforge_fx.planning.candidates import Candidate, candidates
+from sparseforge_fx.planning.solutions import solutions
 from sparseforge_fx.training.inputs import open_run
 from sparseforge_fx.training.recipe import Recipe
 
@@ -53,19 +54,19 @@ def main(
     heads = [c for c in every if not any(f.is_sparse for f in c.formats)]
     sample = random.Random(seed).sample([c for c in every if c not in heads], weights)
     clock = time.perf_counter()
-    solved: dict[tuple[str, str], Tensor] = {}
-    losses = make.predict(run, recipe, [*heads, *sample], lambda name, form, w: solved.update({(name, str(form)): w}))
+    moments: dict[str, Tensor] = {}
+    losses = make.predict(run, recipe, [*heads, *sample], lambda name, _, seen: moments.update({name: seen}))
     seconds = time.perf_counter() - clock
     ids = token_ids(valid, tokenizer)[: windows * length].reshape(windows, 1, length)
     scored = Scored(net, ids)
     rows = []
     for candidate in [*heads, *sample]:
-        for form, predicted in losses[candidate.site.fqn].items():
-            weight = solved[candidate.site.fqn, str(form)]
-            kl, task = scored.with_weight(net, candidate, weight)
-            rows.append(
-                {"name": candidate.site.fqn, "format": str(form), "predicted": predicted, "kl": kl, "task": task}
-            )
+        name, stored = candidate.site.fqn, run.program.tensor(candidate.site.fqn).detach()
+        weight = stored.t() if candidate.site.transposed else stored
+        for form, changed in solutions(weight, moments[name], candidate.formats[1:]).items():
+            kl, task = scored.with_weight(net, candidate, changed)
+            predicted = losses[name][form]
+            rows.append({"name": name, "format": str(form), "predicted": predicted, "kl": kl, "task": task})
             print(time.strftime("%H:%M:%S"), rows[-1], flush=True)
     save("plan_check", label or Path(model).name, {
         "model": Path(model).name, "data": Path(data).name, "valid": valid.name, "weights": weights,

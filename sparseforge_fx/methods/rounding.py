@@ -21,7 +21,7 @@ SHRINK = torch.linspace(1.0, 0.5, 21)  # shares of the largest |w| that the scal
 #: inputs, and larger ones in the model: codes wander along directions that these few inputs hardly have
 DAMPING = 0.1
 SWEEPS = 3
-BLOCK = 128  # columns between two updates of the rest
+BLOCK = 64  # columns between two updates of the rest
 
 
 #: what survivors may be kept in, apart from their pattern; int4 has a scale for every 32 inputs
@@ -173,7 +173,7 @@ def _move_codes(codes: Tensor, scale: Tensor, target: Tensor, h: Tensor, kept: T
         for j in range(len(block)):
             best = _nearest(part[j] * steps[j] - slope[j] / block[j, j], steps[j], largest) * free[j]
             torch.mul(best - part[j], steps[j], out=moved[j])
-            slope.addr_(block[j], moved[j])
+            slope[j + 1 :].addr_(block[j, j + 1 :], moved[j])
             part[j] = best
         codes[:, here] = part.t()
         gradient[:, start + BLOCK :] += moved.t() @ h[here, start + BLOCK :]

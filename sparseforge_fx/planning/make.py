@@ -23,7 +23,7 @@ from sparseforge_fx.methods.one_shot import SparseGPTConfig
 from sparseforge_fx.passes.operators import LINEAR_OPS
 from sparseforge_fx.planning.candidates import Candidate, candidates
 from sparseforge_fx.planning.choice import Option, choose
-from sparseforge_fx.planning.sensitivity import output_curvature, predicted_loss
+from sparseforge_fx.planning.sensitivity import drawn_outputs, output_curvature, predicted_loss
 from sparseforge_fx.planning.solutions import solutions
 from sparseforge_fx.plans import Plan, PlannedWeight, Price
 from sparseforge_fx.ranges import AtLeastZero, Positive, ShareAboveZero, checked
@@ -36,6 +36,7 @@ from sparseforge_fx.training.unused import unused_arguments
 
 TOKENS = (1, 8)  # decoding, alone and in a small batch
 CALIBRATION = 16  # sequences
+OUTPUTS = 256  # of a weight that are solved in every format, to predict the error of all
 #: fields of a recipe that a plan has a use for
 READING = ("include", "exclude", "calibration", "batch_size", "length", "seed", "text_column", "separator")
 Losses = Mapping[str, Mapping[Format, float]]
@@ -60,8 +61,9 @@ def plan(
 ) -> Plan:
     """Choose a format for every linear of ``model``, so that the predicted loss is least within one budget.
 
-    Every weight is solved by itself in every format, on the inputs that the dense model gives it; its error is weighted
-    by the curvature of its outputs. Times are measured here. The model is left as it is.
+    Every weight is solved by itself in every format, on the inputs that the dense model gives it, and for 256 of its
+    outputs that stand for all; the error is weighted by the curvature of the outputs. Times are measured here. The
+    model is left as it is.
 
     Args:
         data: as for :func:`sparseforge_fx.sparsify`.
@@ -184,11 +186,11 @@ def predict(
     run: Run,
     recipe: Recipe,
     found: Sequence[Candidate],
-    seen: Callable[[str, Format, Tensor], object] = lambda *_: None,
+    seen: Callable[[str, Tensor, Tensor], object] = lambda *_: None,
 ) -> Losses:
     """By weight and format, nats per answer: one walk with gradients, one for the moments of the inputs.
 
-    ``seen`` is told of every solution: the weight's name, the format, and the weight [out, in] in it.
+    ``seen`` is told of every weight: its name, the weight [out, in], and the moments [in, in] of its inputs.
     """
     batches: list[Reading] = [run.reader.read(*as_call(batch)) for batch in run.first(recipe.calibration)]
     module = run.program.module()
@@ -204,10 +206,12 @@ def predict(
         site = by_name[name].site
         stored = run.program.tensor(name).detach()
         weight = (stored.t() if site.transposed else stored).float()
-        for form, solved in solutions(weight, moments, by_name[name].formats[1:]):
-            none = torch.zeros(site.out_features, device=weight.device)  # the answer does not depend on it
-            seen(name, form, solved)
-            losses[name][form] = predicted_loss(solved - weight, moments, curvature.get(name, none))
+        none = torch.zeros(site.out_features, device=weight.device)  # the answer does not depend on it
+        rows, shares = drawn_outputs(weight, moments, curvature.get(name, none), OUTPUTS)
+        seen(name, weight, moments)
+        weight = weight[rows]
+        for form, solved in solutions(weight, moments, by_name[name].formats[1:]).items():
+            losses[name][form] = predicted_loss(solved - weight, moments, shares)
 
     sources = {node: (c.site.fqn, LINEAR_OPS[node.target][0]) for node, c in nodes.items()}
     for name in layer_by_layer(module, sources, batches, visit):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from sparseforge_fx.pattern import TWO_FOUR
 
 
 @torch.no_grad()
-def solutions(weight: Tensor, moments: Tensor, formats: Sequence[Format]) -> Iterator[tuple[Format, Tensor]]:
+def solutions(weight: Tensor, moments: Tensor, formats: Sequence[Format]) -> dict[Format, Tensor]:
     """Each format with the weight in it, float32 [out, in]: the mask and survivors of SparseGPT, rounded by
-    coordinate descent.
+    coordinate descent. Every output is solved by itself: some rows of a weight give the same rows of its solutions.
 
     Args:
         weight: [out, in]
@@ -24,7 +24,13 @@ def solutions(weight: Tensor, moments: Tensor, formats: Sequence[Format]) -> Ite
 
     What is exact as it is (dense, float) is given as it is.
     """
-    pruned = prune_obs(weight, moments, TWO_FOUR).weight if any(form.is_sparse for form in formats) else None
-    for form in formats:
-        solved = weight.float() if pruned is None or not form.is_sparse else pruned
-        yield form, round_weight(solved, form, moments).weight if form.is_quantized else solved
+    floats = {"dense": weight.float()}
+    if any(form.is_sparse for form in formats):
+        floats["2:4"] = prune_obs(weight, moments, TWO_FOUR).weight
+    found = {form: floats[form.pattern] for form in formats}
+    alone = {form: form._replace(pattern="dense") for form in formats if form.is_quantized}
+    for values in dict.fromkeys(alone.values()):
+        alike = [form for form in alone if alone[form] == values]  # in one call: a sweep costs by its columns
+        rounded = round_weight(torch.cat([floats[form.pattern] for form in alike]), values, moments).weight
+        found |= zip(alike, rounded.split(len(weight)), strict=True)
+    return found

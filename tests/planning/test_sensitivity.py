@@ -6,7 +6,7 @@ from torch import nn
 
 from sparseforge_fx.data.reading import Reader
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.planning.sensitivity import output_curvature, predicted_loss
+from sparseforge_fx.planning.sensitivity import drawn_outputs, output_curvature, predicted_loss
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.objective import Objective
 
@@ -95,3 +95,36 @@ def test_padding_has_no_part_in_it(tiny):
     )
     for name in short:
         torch.testing.assert_close(short[name], padded[name], rtol=1e-3, atol=1e-6)
+
+
+def skewed_weight():
+    torch.manual_seed(0)
+    weight = torch.randn(2000, 16) * torch.rand(2000, 1) ** 4
+    x = torch.randn(500, 16) @ torch.randn(16, 16)
+    return weight, x.t() @ x / len(x), torch.rand(2000) ** 6  # few outputs matter
+
+
+def test_some_outputs_stand_for_all():
+    weight, moments, curvature = skewed_weight()
+    error = 0.1 * weight * torch.randn_like(weight)
+    whole = predicted_loss(error, moments, curvature)
+    rows, shares = drawn_outputs(weight, moments, curvature, 256)
+    assert len(rows) <= 256 and (rows.diff() > 0).all()
+    assert predicted_loss(error[rows], moments, shares) == pytest.approx(whole, rel=0.1)
+    signal, drawn = predicted_loss(weight, moments, curvature), predicted_loss(weight[rows], moments, shares)
+    assert drawn == pytest.approx(signal, rel=0.01)  # what they are drawn by is known of all
+
+
+@pytest.mark.parametrize("count", [1, 7, 1999, 2000, 5000])
+def test_any_number_of_outputs_is_drawn(count):
+    weight, moments, curvature = skewed_weight()
+    rows, shares = drawn_outputs(weight, moments, curvature, count)
+    assert 1 <= len(rows) == len(shares) <= min(count, 2000) and rows.max() < 2000
+    if count >= 2000:
+        assert torch.equal(rows, torch.arange(2000)) and torch.equal(shares, curvature)
+
+
+def test_outputs_that_nothing_depends_on_can_be_drawn():
+    weight, moments, _ = skewed_weight()
+    rows, shares = drawn_outputs(weight, moments, torch.zeros(2000), 100)
+    assert len(rows) == 100 and predicted_loss(weight[rows], moments, shares) == 0
