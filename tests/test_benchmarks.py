@@ -11,6 +11,7 @@ from tiny_checkpoint import write_checkpoint, write_text
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 MODEL = {"model": "the tiny one", "label": "tiny"}
 STEPS = {**MODEL, "batch_size": 1, "length": 16, "rounds": 1}
+TEXT = {"model": "the tiny one", "data": "", "calibration": 2, "length": 32}
 #: script -> its options, and what its json holds beside commit, device and versions
 SCRIPTS = {
     "contenders": (
@@ -23,6 +24,8 @@ SCRIPTS = {
     ),
     "decode": ({**MODEL, "batch": [1], "prefill": 8, "tokens": 2, "rounds": 1}, {"batches", "prefill", "gate"}),
     "estimator_cost": (STEPS, {"median_seconds", "over_none", "amortised"}),
+    "plan_check": ({**TEXT, "valid": "", "weights": 3, "windows": 1}, {"spearman", "rows", "predict_seconds"}),
+    "row_split": ({**TEXT, "rotate_bytes": 1, "rounds": 1, "rows": [2]}, {"budgets", "time", "share_of_the_kept"}),
     "one_shot_speed": (
         {"out_features": 8, "in_features": 16, "rounds": 1},
         {"median_seconds", "relative_output_error"},
@@ -36,6 +39,11 @@ def model(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
@@ -46,10 +54,10 @@ def results(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_writes_what_it_measured_and_where(name, model, results):
+def test_a_script_writes_what_it_measured_and_where(name, model, text, results):
     options, holds = SCRIPTS[name]
-    if "model" in options:
-        options = {**options, "model": str(model)}
+    files = {"model": str(model), "data": str(text), "valid": text}
+    options = {name: files.get(name, value) for name, value in options.items()}
     importlib.import_module(name).main(**options)
     (file,) = (results / name.replace("cpu_", "")).glob("*.json")
     record = json.loads(file.read_text())

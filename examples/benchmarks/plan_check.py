@@ -55,7 +55,7 @@ def main(
     sample = random.Random(seed).sample([c for c in every if c not in heads], weights)
     clock = time.perf_counter()
     moments: dict[str, Tensor] = {}
-    losses = make.predict(run, recipe, [*heads, *sample], lambda name, _, seen: moments.update({name: seen}))
+    losses = make.predict(run, recipe, [*heads, *sample], lambda name, _, seen, __: moments.update({name: seen}))
     seconds = time.perf_counter() - clock
     ids = token_ids(valid, tokenizer)[: windows * length].reshape(windows, 1, length)
     scored = Scored(net, ids)

@@ -186,11 +186,12 @@ def predict(
     run: Run,
     recipe: Recipe,
     found: Sequence[Candidate],
-    seen: Callable[[str, Tensor, Tensor], object] = lambda *_: None,
+    seen: Callable[[str, Tensor, Tensor, Tensor], object] = lambda *_: None,
 ) -> Losses:
     """By weight and format, nats per answer: one walk with gradients, one for the moments of the inputs.
 
-    ``seen`` is told of every weight: its name, the weight [out, in], and the moments [in, in] of its inputs.
+    ``seen`` is told of every weight: its name, the weight [out, in], the moments [in, in] of its inputs, and the
+    curvature [out] of its outputs.
     """
     batches: list[Reading] = [run.reader.read(*as_call(batch)) for batch in run.first(recipe.calibration)]
     module = run.program.module()
@@ -207,8 +208,9 @@ def predict(
         stored = run.program.tensor(name).detach()
         weight = (stored.t() if site.transposed else stored).float()
         none = torch.zeros(site.out_features, device=weight.device)  # the answer does not depend on it
-        rows, shares = drawn_outputs(weight, moments, curvature.get(name, none), OUTPUTS)
-        seen(name, weight, moments)
+        sharpness = curvature.get(name, none)
+        seen(name, weight, moments, sharpness)
+        rows, shares = drawn_outputs(weight, moments, sharpness, OUTPUTS)
         weight = weight[rows]
         for form, solved in solutions(weight, moments, by_name[name].formats[1:]).items():
             losses[name][form] = predicted_loss(solved - weight, moments, shares)

@@ -108,7 +108,12 @@ def predicted_loss(error: Tensor, moments: Tensor, curvature: Tensor) -> float:
         moments: M [in, in], X^T X / rows of the weight's inputs.
         curvature: g [out].
     """
-    return 0.5 * float(_energies(error, moments) @ curvature.double())
+    return float(loss_by_output(error, moments, curvature).sum())
+
+
+def loss_by_output(error: Tensor, moments: Tensor, curvature: Tensor) -> Tensor:
+    """The terms of :func:`predicted_loss`, float64 [out]."""
+    return 0.5 * _energies(error, moments) * curvature.double()
 
 
 def drawn_outputs(weight: Tensor, moments: Tensor, curvature: Tensor, count: int) -> tuple[Tensor, Tensor]:
