@@ -75,8 +75,13 @@ def made(
         sf.quantize(loaded, data=data, tokenizer=tokenizer, **reading, **how)
         sf.save_packed(loaded.to(getattr(torch, dtype)), tokenizer, path)
 
+    def packed(source: Path, path: Path) -> None:
+        loaded, tokenizer = sf.load(source, dtype=dtype)
+        sf.save_packed(loaded, tokenizer, path)
+
     two_four = _once(folder / "2-4", sparse)
-    points.append(Point(f"2:4 {SHORT[dtype]}", str(two_four), dtype, predicted(everywhere(plan, Format("2:4")))))
+    path = _once(folder / "2-4-packed", lambda at: packed(two_four, at))
+    points.append(Point(f"2:4 {SHORT[dtype]}", str(path), None, predicted(everywhere(plan, Format("2:4")))))
     for pattern, source in (("dense", model), ("2:4", two_four)):
         for name, values in QUANTIZED.items():
             label, form = f"{pattern.replace(':', '-')}-{name}", parse_format(f"{pattern} {values}")
@@ -95,7 +100,9 @@ def made(
             source = str(_once(folder / f"{label}-sparse", lambda at, p=written: sparse(at, plan=str(p))))
         if any(form.is_quantized for form in forms):
             source = str(_once(folder / label, lambda at, s=source, p=written: rounded(s, at, plan=str(p))))
-        points.append(Point(f"plan {speedup:g}x", source, dtype, predicted(decided)))
+        elif source != model:
+            source = str(_once(folder / label, lambda at, s=source: packed(s, at)))
+        points.append(Point(f"plan {speedup:g}x", source, dtype if source == model else None, predicted(decided)))
     return points
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from records import blocks, machine, read, table
 
 
@@ -69,4 +71,50 @@ def contenders_table() -> str:
         text = f"{run['device']} ({run['instruction_set']}); commit {run['commit']}; weights rotated over {run['rotated_bytes'] / 1e6:.0f} MB."
         names = ("weight", "dtype", "threads", "M", "dense", "best of 8 bits", "best of 4 bits")
         parts.append((text, table(names, "llrrlll", rows)))
+    return blocks(parts)
+
+
+def plan_check_table() -> str:
+    """Predicted against measured: one weight in one format at a time."""
+    parts = []
+    for run in read("plan_check"):
+        rows = []
+        for form, correlation in run["spearman_by_format"].items():
+            of_form = [r for r in run["rows"] if r["format"] == form]
+            shares = [r["kl"] / r["predicted"] for r in of_form if r["predicted"] > 0]
+            rows.append((form, len(of_form), f"{correlation:.2f}", f"{median(shares):.2f}"))
+        shares = [r["kl"] / r["predicted"] for r in run["rows"] if r["predicted"] > 0]
+        rows.append(("all pairs", run["pairs"], f"{run['spearman']:.2f}", f"{median(shares):.2f}"))
+        text = (
+            f"{run['model']}: {run['weights']} random linears and the head; predicted by {run['calibration']} sequences of {run['data']} in"
+            f" {run['predict_seconds']:.0f} s, measured on {run['windows']} windows of {run['length']} tokens of {run['valid']};"
+            f" {machine(run)} threads, commit {run['commit']}."
+        )
+        names = ("format", "pairs", "rank correlation", "divergence measured over predicted, median")
+        parts.append((text, table(names, "lrrr", rows)))
+    return blocks(parts)
+
+
+def row_split_table() -> str:
+    """What single outputs that stay dense would win over whole matrices that do, and what two products take."""
+    parts = []
+    for run in read("row_split"):
+        rows = [
+            (f"{b['sparse']:.0%}", f"{b['by_matrix']:.4f}", f"{b['by_output']:.4f}", f"{b['ratio']:.2f}")
+            for b in run["budgets"]
+        ]
+        of_kept = median(run["share_of_the_kept"].values())
+        text = (
+            f"{run['model']}, {run['values']}: {run['weights']} linears, all 2:4 {run['loss_of_all_sparse']:.4f} nats predicted; the worst"
+            f" {run['kept']:.0%} of a matrix's outputs make {of_kept:.0%} of its loss (median); commit {run['commit']}."
+        )
+        parts.append((text, table(("2:4 share", "loss by matrix", "loss by output", "ratio"), "rrrr", rows)))
+        times = [
+            (f"{t['out']}x{t['in']}", t["rows"], *(f"{t['microseconds'][n]:.0f}" for n in ("dense", "sparse", "split")),
+             f"{t['split_over_shares']:.2f}")
+            for t in run["time"]
+        ]  # fmt: skip
+        text = f"Microseconds on {machine(run)} threads; split: {run['kept']:.0%} of the outputs dense, the rest 2:4, put together in their order."
+        names = ("weight", "M", "dense", "2:4", "split", "split over its shares of both")
+        parts.append((text, table(names, "lrrrrr", times)))
     return blocks(parts)

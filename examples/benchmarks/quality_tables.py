@@ -187,21 +187,35 @@ def quantized_table() -> str:
     runs = read("quantized")
     if not runs:
         return NONE
+    floats = {run["tokens"]: run["sparse_perplexity"]["test"] for run in runs if values_of(run) == "float"}
     kinds = sorted({kind for run in runs for kind in run["quantized_perplexity"]}, reverse=True)
-    text = f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens."
+    text = (
+        f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens. Of a run that"
+        " trained with rounded values: in relation to the run of as many tokens in floats."
+    )
 
     def cell(run: dict, kind: str) -> str:
-        found, before = run["quantized_perplexity"].get(kind), run["sparse_perplexity"]["test"]
+        if values_of(run) == kind:
+            found, before = run["sparse_perplexity"], floats[run["tokens"]]
+        else:
+            found, before = run["quantized_perplexity"].get(kind), run["sparse_perplexity"]["test"]
         return f"{found['test']:.2f} ({100 * (found['test'] / before - 1):+.1f} %)" if found else ""
 
     rows = [
         (
             run["label"],
-            f"{run['sparse_perplexity']['test']:.2f}",
+            f"{run['tokens']:,}",
+            f"{run['sparse_perplexity']['test']:.2f}" if values_of(run) == "float" else "",
             *(cell(run, k) for k in kinds),
+            run["report"]["device"],
             run["report"]["commit"],
         )
         for run in runs
     ]
-    names = ("run", "not quantised", *kinds, "commit")
-    return blocks([(text, table(names, "lr" + "r" * len(kinds) + "l", rows))])
+    names = ("run", "training tokens", "not quantised", *kinds, "device", "commit")
+    return blocks([(text, table(names, "lrr" + "r" * len(kinds) + "ll", rows))])
+
+
+def values_of(run: dict) -> str:
+    """What the run trained its values in."""
+    return run["report"].get("config", {}).get("values", "float")

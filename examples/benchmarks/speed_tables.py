@@ -71,7 +71,15 @@ def gpu_kernel_table() -> str:
             f"{run['device']}, torch {run['versions']['torch']}, triton {run['versions']['triton']}, cuSPARSELt {run['cusparselt']},"
             f" commit {run['commit']}; medians of {run['rounds']} rounds of graph replays over rotated weights."
         )
-        names = ("weight", "format", "M", "dense bfloat16", "best dense of the same bits", "best of ours", "over the best dense")
+        names = (
+            "weight",
+            "format",
+            "M",
+            "dense bfloat16",
+            "best dense of the same bits",
+            "best of ours",
+            "over the best dense",
+        )
         parts.append((text, table(names, "llrrllr", rows)))
     return blocks(parts)
 

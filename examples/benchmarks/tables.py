@@ -33,6 +33,8 @@ TABLES = {
     "estimators": speed.estimator_table,
     "formats": speed.formats_table,
     "frontier": frontier.frontier_table,
+    "plan-check": frontier.plan_check_table,
+    "row-split": frontier.row_split_table,
     "contenders": frontier.contenders_table,
 }
 PAGES = ("README.md", "docs/measurements.md")
