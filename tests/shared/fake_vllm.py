@@ -48,6 +48,39 @@ class ModelWeightParameter(Parameter):
     def load_qkv_weight(self, loaded_weight, *, shard_offset, shard_size, shard_id, num_heads):
         rank = distributed.RANK if shard_id == "q" else distributed.RANK // num_heads
         self._take(self.output_dim, shard_offset, shard_size, loaded_weight, rank)
+
+class GroupQuantScaleParameter(ModelWeightParameter): ...
+
+class ChannelQuantScaleParameter(ModelWeightParameter):
+    def __init__(self, *, data, output_dim, weight_loader):
+        super().__init__(data=data, input_dim=None, output_dim=output_dim, weight_loader=weight_loader)
+
+    def load_row_parallel_weight(self, loaded_weight):
+        assert self.data.shape == loaded_weight.shape
+        self.data.copy_(loaded_weight)
+""",
+    "model_executor/layers/vocab_parallel_embedding.py": """
+import torch
+from vllm import distributed
+
+class ParallelLMHead(torch.nn.Module):
+    PADDING = 64
+
+    def __init__(self, num_embeddings, embedding_dim, params_dtype=None, quant_config=None, prefix=""):
+        super().__init__()
+        self.org_vocab_size, padded = num_embeddings, -(-num_embeddings // self.PADDING) * self.PADDING
+        share = padded // distributed.SIZE
+        self.start = min(num_embeddings, distributed.RANK * share)
+        self.num_org_embeddings_per_partition = min(num_embeddings, self.start + share) - self.start
+        self.quant_method = quant_config.get_quant_method(self, prefix=prefix)
+        self.quant_method.create_weights(self, embedding_dim, [share], embedding_dim, padded,
+            params_dtype=torch.get_default_dtype(), weight_loader=self.weight_loader)
+
+    def weight_loader(self, param, loaded_weight):
+        assert loaded_weight.shape[param.output_dim] == self.org_vocab_size
+        part = loaded_weight.narrow(param.output_dim, self.start, self.num_org_embeddings_per_partition)
+        param[: part.shape[0]].data.copy_(part)
+        param[part.shape[0] :].data.fill_(0)
 """,
     "model_executor/layers/quantization/base_config.py": """
 from abc import ABC, abstractmethod

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
 from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, METHOD, SCALES, VALUES
 
 MOST_MODULES = 1 << 17  # of a model, whatever its files say
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of packed weights
+_HELD = {"I8": torch.int8, "U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 
 
 class Site(NamedTuple):
@@ -39,6 +43,14 @@ class Site(NamedTuple):
         if format.is_quantized:
             tensors[SCALES] = ("F16", (out, self.in_features // format.group)) if format.group else ("F32", (out, 1))
         return tensors
+
+    def empty(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The same tensors, uninitialised; floating values in the dtype of the model that they are for."""
+        floats = VALUES if not self.format.is_quantized else None
+        return {
+            leaf: torch.empty(shape, dtype=dtype if leaf == floats else _HELD[code])
+            for leaf, (code, shape) in self.tensors().items()
+        }
 
 
 class Header(NamedTuple):

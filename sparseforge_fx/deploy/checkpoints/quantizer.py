@@ -38,7 +38,6 @@ from sparseforge_fx.models.dense import find_dtype
 if TYPE_CHECKING:
     from sparseforge_fx.deploy.lowering.modules import SparseLinear
 
-_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 MOST_BUFFER_BYTES = (
     1 << 30
 )  # that a model may compute for itself (rotary tables and the like), whatever its config says
@@ -223,11 +222,7 @@ def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:
             f"{list(weight.shape)} in the model: config.json is damaged"
         )
     with torch.device("meta"):
-        tensors = {
-            leaf: torch.empty(shape, dtype=_DTYPES[dtype] if site.format.is_quantized else weight.dtype)
-            for leaf, (dtype, shape) in site.tensors().items()
-        }
-        tensors[BITMASK] = tensors[BITMASK].to(torch.uint8)
+        tensors = site.empty(weight.dtype)
     packed = Packed(tensors[VALUES], tensors[BITMASK], site.in_features, tensors.get(SCALES))
     transposed = isinstance(module, Conv1D)
     sparse = SparseLinear(packed, module.bias, transposed=transposed, dtype=weight.dtype)  # type: ignore[arg-type]

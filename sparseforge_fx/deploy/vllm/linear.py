@@ -1,7 +1,8 @@
-"""Packed 2:4 linears in vLLM: which layers are packed, their parameters for vLLM's weight loaders, and the product.
+"""Packed linears in vLLM: which layers are packed, their parameters for vLLM's weight loaders, and the product.
 
-vLLM merges q, k and v, and gate and up, along the outputs: rows of packed weights stand one below the other as those of
-dense ones do. Tensor parallelism splits outputs anywhere, and inputs at whole bytes of the bitmask.
+vLLM merges q, k and v, and gate and up, along the outputs: rows of packed weights of one format stand one below the
+other as those of dense ones do. Tensor parallelism splits outputs anywhere, and inputs at whole bytes of the bitmask
+and whole groups of int4.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+)
 from vllm.model_executor.utils import set_weight_attrs
 
-from sparseforge_fx.deploy.checkpoints.packed_header import Header
+from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import Format
 from sparseforge_fx.kernels.layouts import ROWS, native_layout
-from sparseforge_fx.kernels.packed import BITMASK, METHOD, VALUES, Packed, check_packed
+from sparseforge_fx.kernels.packed import BITMASK, METHOD, SCALES, VALUES, Packed, check_packed
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.models.dense import UNPACK
 
@@ -33,11 +40,6 @@ class PackedVllmConfig(QuantizationConfig):
 
     def __init__(self, header: Header):
         super().__init__()
-        if codes := [name for name, site in header.modules.items() if site.format.is_quantized]:
-            raise SparseForgeError(
-                f"'{codes[0]}' is kept in {header.modules[codes[0]].format}, which is not served by vLLM yet: "
-                "load the folder with sf.load"
-            )
         self.header = header
         self.modules = dict(header.modules)  # by vLLM's names
 
@@ -65,7 +67,9 @@ class PackedVllmConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         parts = self.parts(prefix)
         packed = [name for name in parts if name in self.modules]
-        if not isinstance(layer, LinearBase):
+        formats = {name: self.modules[name].format for name in packed}
+        is_head = isinstance(layer, ParallelLMHead) and not any(form.is_sparse for form in formats.values())
+        if not isinstance(layer, LinearBase) and not (is_head and packed):
             if packed:
                 raise SparseForgeError(
                     f"'{prefix}' is packed, and in vLLM a {type(layer).__name__}, which has to be dense: "
@@ -80,7 +84,13 @@ class PackedVllmConfig(QuantizationConfig):
                 f"vLLM merges '{packed[0]}', which is packed, with '{dense}', which is dense: prune both, or "
                 f"{UNPACK}, and serve that"
             )
-        return PackedLinearMethod(prefix)
+        first, *others = packed
+        if (odd := next((name for name in others if formats[name] != formats[first]), None)) is not None:
+            raise SparseForgeError(
+                f"vLLM merges '{first}' ({formats[first]}) with '{odd}' ({formats[odd]}): give them one format in the "
+                "plan, and pack again"
+            )
+        return PackedLinearMethod(prefix, formats[first])
 
     def parts(self, prefix: str) -> list[str]:
         """Names in the checkpoint of what vLLM merged into the layer of that name."""
@@ -92,14 +102,14 @@ class PackedVllmConfig(QuantizationConfig):
 
 @register_weight_loader_v2_supported_method
 class PackedLinearMethod(LinearMethodBase):
-    """y = x W^T + b, W [out, in] of one rank packed.
+    """y = x W^T + b, W [out, in] of one rank packed, in one format.
 
-    Until weights are processed ``weight_values`` is [out, P/2] and ``weight_bitmask`` [out, P/8], P = ``in`` rounded up
-    to a multiple of 8, as on disk; then the layout of their device.
+    Until weights are processed ``weight_values``, ``weight_bitmask`` and, of codes, ``weight_scales`` are as on disk;
+    then the layout of their device.
     """
 
-    def __init__(self, prefix: str):
-        self.prefix = prefix
+    def __init__(self, prefix: str, format: Format):
+        self.prefix, self.format = prefix, format
 
     def create_weights(
         self,
@@ -111,21 +121,25 @@ class PackedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        width, rows = input_size_per_partition, sum(output_partition_sizes)
-        if width != input_size and width % 8:
+        width, rows, unit = input_size_per_partition, sum(output_partition_sizes), self.format.group or 8
+        if width != input_size and width % unit:
             raise SparseForgeError(
-                f"'{self.prefix}': a share of {width} of {input_size} inputs is no whole bytes of the packed bitmask: "
-                "choose a tensor_parallel_size that gives a multiple of 8"
+                f"'{self.prefix}' is {self.format}: a share of {width} of {input_size} inputs is no multiple of the "
+                f"{unit} that are stored together: choose another tensor_parallel_size"
             )
         weight_loader = extra_weight_attrs.pop("weight_loader")
-        padded = width + -width % 8
-        # no bit set: weights that the checkpoint lacks are seen when they are checked
-        data = {
-            VALUES: torch.zeros(rows, padded // 2, dtype=params_dtype),
-            BITMASK: torch.zeros(rows, padded // 8, dtype=torch.uint8),
-        }
+        data = Site(rows, width, "float32", self.format).empty(params_dtype)
+        # what no weight has, so that tensors which the checkpoint lacks are seen when they are checked
+        blank = {BITMASK: 0, SCALES: torch.nan, VALUES: {"float": 0, "int8": -128, "int4": 0x88}[self.format.values]}
         for name, tensor in data.items():
-            parameter = ModelWeightParameter(data=tensor, input_dim=1, output_dim=0, weight_loader=weight_loader)
+            tensor.fill_(blank[name])
+            places = {"input_dim": 1, "output_dim": 0, "weight_loader": weight_loader}
+            if name != SCALES:
+                parameter = ModelWeightParameter(data=tensor, **places)
+            elif self.format.group:
+                parameter = GroupQuantScaleParameter(data=tensor, **places)
+            else:  # every rank has all of it
+                parameter = ChannelQuantScaleParameter(data=tensor, output_dim=0, weight_loader=weight_loader)
             layer.register_parameter(name, parameter)
             set_weight_attrs(parameter, extra_weight_attrs)
         # one of the packed linears has an empty dense weight in the file, which stops loaders that do not know us
@@ -138,14 +152,17 @@ class PackedLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         if layer.packed_layout != "rows":
             return
-        values, bitmask, width = getattr(layer, VALUES).data, getattr(layer, BITMASK).data, layer.packed_width
+        values, bitmask = getattr(layer, VALUES).data, getattr(layer, BITMASK).data
+        scales = getattr(layer, SCALES).data if self.format.is_quantized else None
+        if scales is not None:  # vLLM pads a vocabulary with zeros, of which a scale cannot be
+            scales[getattr(layer, "num_org_embeddings_per_partition", len(scales)) :] = 1
         try:
-            packed = check_packed(Packed(values, bitmask, width))  # type: ignore[arg-type]
+            packed = check_packed(Packed(values, bitmask, layer.packed_width, scales))  # type: ignore[arg-type]
         except SparseForgeError as error:
             raise SparseForgeError(f"'{self.prefix}': {error}; copy the checkpoint anew") from error
         if "weight" in layer._parameters:
             del layer.weight
-        layout = native_layout(values.device)
+        layout = native_layout(values.device, self.format)
         if layout is ROWS:
             return
         for name, tensor in zip((VALUES, BITMASK), layout.convert(packed), strict=True):
@@ -154,4 +171,5 @@ class PackedLinearMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         values, meta = getattr(layer, VALUES), getattr(layer, BITMASK)
-        return OP(x, values, meta, layer.packed_layout, layer.packed_width, bias, "none")
+        scales = getattr(layer, SCALES) if self.format.is_quantized else None
+        return OP(x, values, meta, layer.packed_layout, layer.packed_width, bias, "none", scales)

@@ -1,5 +1,6 @@
 """Packed linears under vLLM's loaders (a stand-in): merged, split over two ranks, checked, and refused in a sentence."""
 
+import functools
 import importlib
 import json
 
@@ -10,6 +11,7 @@ from fake_vllm import vllm  # noqa: F401  (a fixture)
 from packed_models import pack_to, sparse_model
 from safetensors.torch import load_file
 
+import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import LAYOUTS, PLANES, ROWS
 
@@ -98,6 +100,75 @@ def test_a_block_of_llama(linear, folder, size, layout, monkeypatch):
         torch.testing.assert_close(got, F.linear(given, dense[name]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def in_codes(tmp_path_factory):
+    """in_codes(values): a folder with every linear in codes, the blocks 2:4 and the head dense; and its model."""
+
+    @functools.cache
+    def make(values):
+        model, folder = sparse_model("llama"), tmp_path_factory.mktemp("codes") / values
+        sf.quantize(model, values, include="*")
+        sf.save_packed(model, None, folder)
+        return folder, sf.load(folder)[0]
+
+    return make
+
+
+@pytest.mark.parametrize(("values", "size"), [("int8", 1), ("int8", 2), ("int4", 1)])
+def test_a_block_in_codes(linear, in_codes, values, size):
+    folder, model = in_codes(values)
+    ranks = []
+    for rank in range(size):
+        ranks.append(build(config_of(linear, folder), rank, size))
+        assert len(load(ranks[-1], folder)) == 21  # values, bitmask and scales of seven linears; the head has the rest
+    modules = dict(model.model.layers[0].named_modules())
+    x, wide = torch.randn(3, 32), torch.randn(3, 64)
+    for rank, layers in enumerate(ranks):
+        k, v = (modules[f"self_attn.{n}_proj"](x) for n in "kv")
+        want = torch.cat([modules["self_attn.q_proj"](x).chunk(size, -1)[rank], k, v], -1)
+        assert torch.equal(layers[f"{LAYER}.self_attn.qkv_proj"](x), want)
+    for name, given in (("mlp.down_proj", wide), ("self_attn.o_proj", x)):
+        parts = zip(ranks, given.chunk(size, -1), strict=True)
+        got = sum(layers[f"{LAYER}.{name}"](part.contiguous()) for layers, part in parts)
+        torch.testing.assert_close(got, modules[name](given), rtol=2e-2, atol=2e-2)  # x is rounded in other groups
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_head_in_codes(linear, in_codes, size):
+    folder, model = in_codes("int8")
+    heads = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding")
+    distributed = importlib.import_module("vllm.distributed")
+    x, found = torch.randn(3, 32), []
+    for rank in range(size):
+        distributed.RANK, distributed.SIZE = rank, size
+        head = heads.ParallelLMHead(260, 32, quant_config=config_of(linear, folder), prefix="lm_head")
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            if name.startswith("lm_head."):
+                parameter = dict(head.named_parameters())[name.removeprefix("lm_head.")]
+                parameter.weight_loader(parameter, tensor)
+        head.quant_method.process_weights_after_loading(head)
+        found.append(head.quant_method.apply(head, x))
+    found = torch.cat(found, -1)
+    assert torch.equal(found[:, :260], model.lm_head(x)) and not found[:, 260:].any() and found.shape[1] == 320
+
+
+def test_codes_that_are_refused(linear, in_codes):
+    def changed(name, text):
+        def change(header):
+            header["modules"][f"{LAYER}.{name}"]["format"] = text
+
+        return config_of(linear, folder, change)
+
+    folder, _ = in_codes("int4")
+    with pytest.raises(SparseForgeError, match=r"merges '.*q_proj' \(2:4 int4/32\) with '.*k_proj' \(2:4 int8\): give"):
+        build(changed("self_attn.k_proj", "2:4 int8"))
+    with pytest.raises(SparseForgeError, match="share of 16 of 32 inputs is no multiple of the 32 that"):
+        build(config_of(linear, folder), size=2)
+    for tensor in ("weight_values", "weight_scales"):
+        with pytest.raises(SparseForgeError, match=r"down_proj.: a (code|scale).*copy the checkpoint anew"):
+            load(build(config_of(linear, folder)), folder, skip=f"{LAYER}.mlp.down_proj.{tensor}")
+
+
 def test_biases(linear, folder):
     layers = build(config_of(linear, folder), bias=True)
     load(layers, folder)
@@ -134,9 +205,11 @@ def test_what_is_refused(linear, folder):
 
     with pytest.raises(SparseForgeError, match=r"merges '.*q_proj', which is packed, with '.*v_proj', which is dense"):
         build(without("self_attn.v_proj"))
-    with pytest.raises(SparseForgeError, match="share of 4 of 32 inputs is no whole bytes"):
+    with pytest.raises(SparseForgeError, match="share of 4 of 32 inputs is no multiple of the 8 that"):
         build(config_of(linear, folder), size=8)
-    with pytest.raises(SparseForgeError, match=r"which has to be dense: load it with sf\.load, then save .*, and serve that"):
+    with pytest.raises(
+        SparseForgeError, match=r"which has to be dense: load it with sf\.load, then save .*, and serve that"
+    ):
         config_of(linear, folder).get_quant_method(torch.nn.Embedding(2, 2), f"{LAYER}.mlp.up_proj")
     with pytest.raises(SparseForgeError, match="format_version"):
         config_of(linear, folder, lambda header: header.pop("format_version"))
