@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from sparseforge_fx.passes.base import Choose, Find, Pass, PassRecord, PassResult, run_passes
+from sparseforge_fx.passes.expand_attention import expand_attention
 from sparseforge_fx.passes.expand_sparse_linears import expand_sparse_linears
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.fuse_epilogues import fuse_epilogues
@@ -64,8 +65,10 @@ def export_passes() -> list[Pass]:
     return [expand_sparse_linears]  # leaves operators with an activation in them alone
 
 
-def package_passes() -> list[Pass]:
-    """From packed operators to a package that runs without Python on a GPU."""
+def package_passes(device: str) -> list[Pass]:
+    """From packed operators to a compiled package that runs without Python on that kind of device."""
+    if device == "cpu":  # our kernels are linked in
+        return [expand_attention]
     return [inline_kernels]  # after fusing: the kernels take bias and activation
 
 
@@ -77,6 +80,7 @@ __all__ = [
     "PassRecord",
     "PassResult",
     "deploy_passes",
+    "expand_attention",
     "expand_sparse_linears",
     "export_passes",
     "find_linears",

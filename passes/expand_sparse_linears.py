@@ -17,7 +17,7 @@ from sparseforge_fx.kernels.layouts import LAYOUTS
 from sparseforge_fx.kernels.packed import unpack
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import PassResult
-from sparseforge_fx.passes.rewrite import aten, sparse_use
+from sparseforge_fx.passes.rewrite import aten, insert_traced, sparse_use
 
 
 def expand_sparse_linears(program: Program) -> PassResult:
@@ -31,9 +31,8 @@ def expand_sparse_linears(program: Program) -> PassResult:
         if use.activation != "none":
             continue
         packed = [t for t in (use.values, use.meta, use.scales) if t is not None]
-        with program.graph.inserting_before(node):
-            traced = _trace(packed, use.layout, use.in_features, use.x.meta["val"].dtype)
-            weight = _insert(traced, node, *packed)
+        traced = _trace(packed, use.layout, use.in_features, use.x.meta["val"].dtype)
+        weight = insert_traced(traced, node, *packed)
         linear = program.insert_before(node, aten.linear.default, use.x, weight, use.bias)
         program.replace(node, linear)
         modified += 1
@@ -48,15 +47,3 @@ def _trace(packed: Sequence[Node], layout: str, in_features: int, dtype: torch.d
     fakes = [node.meta["val"] for node in packed]
     with fakes[0].fake_mode:
         return make_fx(dense)(*fakes)
-
-
-def _insert(traced: GraphModule, like: Node, *inputs: Node) -> Node:
-    """Copy the traced graph before the insertion point; returns the node of its result."""
-    nodes = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    for node in traced.graph.nodes:
-        if node.op == "output":
-            return nodes[node.args[0]]
-        if node.op != "placeholder":
-            nodes[node] = like.graph.node_copy(node, nodes.__getitem__)
-            nodes[node].meta = {**like.meta, "val": node.meta["val"]}
-    raise AssertionError("a graph has an output")

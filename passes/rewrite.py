@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.passes.find_linears import LinearUse
@@ -77,3 +77,17 @@ def drop_dead_moves(program: Program, weight: Node) -> None:
             drop_dead_moves(program, user)
             if not user.users:
                 program.graph.erase_node(user)
+
+
+def insert_traced(traced: GraphModule, like: Node, *inputs: Node) -> Node:
+    """Copy the traced graph of a function in the place of its inputs before ``like``, whose meta its nodes get but for
+    their values; returns the node of its result."""
+    nodes = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    with like.graph.inserting_before(like):
+        for node in traced.graph.nodes:
+            if node.op == "output":
+                return nodes[node.args[0]]
+            if node.op != "placeholder":
+                nodes[node] = like.graph.node_copy(node, nodes.__getitem__)
+                nodes[node].meta = {**like.meta, "val": node.meta["val"]}
+    raise AssertionError("a graph has an output")

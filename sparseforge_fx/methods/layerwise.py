@@ -81,7 +81,11 @@ def prune_layer_by_layer(
 
 @torch.no_grad()
 def round_layer_by_layer(
-    program: Program, weights: Sequence[MaskedWeight], batches: Sequence[Any], formats: Mapping[str, Format]
+    program: Program,
+    weights: Sequence[MaskedWeight],
+    batches: Sequence[Any],
+    formats: Mapping[str, Format],
+    seen: Callable[[str, Tensor, Rounded], object] = lambda *_: None,
 ) -> tuple[dict[str, Rounded], dict[str, str]]:
     """Put weights on a grid in graph order, each such that it answers what the rounded ones before it make of
     ``batches`` as the model before rounding answers what it sees itself.
@@ -90,6 +94,7 @@ def round_layer_by_layer(
         weights: those of the soft-masked program, masks included; they are written.
         batches: as for :func:`prune_layer_by_layer`; twice its time and memory, and a copy of the weights.
         formats: of each weight; its width must fit.
+        seen: told of each weight: its name, the floats [out, in] that were to be rounded, and what came of them.
 
     Returns codes and scales [out, in], and notes, by weight.
     """
@@ -100,7 +105,9 @@ def round_layer_by_layer(
     def visit(name: str, moments: Tensor, cross: Tensor) -> None:
         w = by_name[name]
         value, mask = (w.weight.t(), w.mask.t()) if w.dim == 0 else (w.weight, w.mask)
-        rounded[name] = round_weight(follow(value * mask, moments, cross), formats[name], moments)
+        aim = follow(value * mask, moments, cross)
+        rounded[name] = round_weight(aim, formats[name], moments)
+        seen(name, aim, rounded[name])
         value.copy_(rounded[name].weight)
         if bool(unseen(moments).all()):
             notes[name] = "saw no calibration token: its own nearest values"

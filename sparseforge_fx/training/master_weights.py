@@ -18,12 +18,13 @@ class MasterWeights:
 
     def __init__(self, parameters: Iterable[nn.Parameter], on_grid: OnGrid | None = None):
         self.parameters, self.on_grid = list(parameters), on_grid
-        self.masters = [
-            nn.Parameter(p.detach().to(torch.float32, copy=True))
-            if p.dtype.itemsize < 4 or (on_grid is not None and on_grid.takes(p))
-            else p
-            for p in self.parameters
-        ]
+        self.masters = [self._master(p) for p in self.parameters]
+
+    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
+        if self.on_grid is not None and self.on_grid.takes(parameter):
+            return nn.Parameter(self.on_grid.master(parameter))
+        half = parameter.dtype.itemsize < 4
+        return nn.Parameter(parameter.detach().to(torch.float32, copy=True)) if half else parameter
 
     @torch.no_grad()
     def take_gradients(self) -> None:

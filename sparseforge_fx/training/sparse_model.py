@@ -174,8 +174,8 @@ class SparseModel(TrainerSurface):
             self.handed_over = moved and self.method.config.prunes_on_the_way
             self.method.start_from(dense)
             if self.on_grid is not None:
-                rounded, told = round_layer_by_layer(self.program, weights, readings, self.on_grid.formats)
-                self.on_grid.start(rounded)
+                grid = self.on_grid
+                _, told = round_layer_by_layer(self.program, weights, readings, grid.formats, seen=grid.start)
                 for fqn, text in {**told, **self.on_grid.against}.items():
                     notes[fqn] = "; ".join(filter(None, (notes.get(fqn), text)))
         return notes

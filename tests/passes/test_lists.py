@@ -38,7 +38,8 @@ def none(sites):
         ),
         (deploy_passes(find_linears, none, fuse=False), ["merge_parallel_linears", "lower_sparse_linears"]),
         (export_passes(), ["expand_sparse_linears"]),
-        (package_passes(), ["inline_kernels"]),
+        (package_passes("cpu"), ["expand_attention"]),
+        (package_passes("cuda"), ["inline_kernels"]),
     ],
 )
 def test_orders(program, passes, names):

@@ -9,8 +9,10 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import parse_format
+from sparseforge_fx.methods.rounding import round_weight
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
+from sparseforge_fx.training.master_weights import MasterWeights
 from sparseforge_fx.training.on_grid import OnGrid
 
 HOW = {"method": "sparseforge", "preset": "tuned", "steps": 3, "batch_size": 2, "length": 12, "calibration": 4,
@@ -79,6 +81,27 @@ def test_the_nearest_codes_of_either_orientation(dim):
     grid.scales["w"].fill_(0.25)
     seen = grid.rounded(weight, weight.detach())
     assert torch.equal(seen, (weight.detach() / 0.25).round().clamp(-7, 7) * 0.25)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_master_begins_at_the_float_that_its_code_stands_for(dim):
+    floats = torch.randn(6, 64)
+    found = round_weight(floats, parse_format("int4"))
+    found.codes[0] = (found.codes[0] - 1).clamp(-7)  # one code farther than the nearest: as near as it can
+    weight = nn.Parameter(found.weight.t().contiguous() if dim == 0 else found.weight)
+    grid = OnGrid([MaskedWeight("w", weight, torch.ones_like(weight), dim)], parse_format("int4"))
+    grid.start("w", floats, found)
+    trained = MasterWeights([weight], grid)
+    (master,) = trained.masters
+    away = (master.t() if dim == 0 else master) - found.weight
+    width = found.scales.float().repeat_interleave(32, 1)
+    assert (away.abs() <= 0.49 * width + 1e-6).all() and (away[1:] / width[1:]).std() > 0.2
+    torch.testing.assert_close((away + found.weight)[1:], floats[1:], rtol=0.02, atol=0.01)
+    before = weight.detach().clone()
+    trained.write_back()
+    assert torch.equal(weight, before)  # the codes are those that were found
+    (again,) = MasterWeights([weight], grid).masters
+    assert torch.equal(again, weight)  # told of once: what is loaded from a file comes later
 
 
 def test_a_width_that_does_not_fit_stays_in_floats():

@@ -23,6 +23,9 @@ from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import package_passes, run_passes
 from sparseforge_fx.passes.rewrite import sparse_use
 
+#: a value that several nodes read is kept: by default each layer computes the rotary sines and cosines once more,
+#: which is a sixth of a step of eight sequences in 8 bits
+_OPTIONS: dict[str, Any] = {"realize_reads_threshold": 0}
 # the function of kernels/cpu/aoti.cpp
 _SHIM = """AOTITorchError aoti_torch_cpu_sparse_linear(
     AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features,
@@ -46,7 +49,7 @@ def package(
                     program.exported.module(check_guards=False),  # type: ignore[arg-type]
                     args,
                     kwargs,
-                    options={"aot_inductor.package": True, **options},
+                    options={"aot_inductor.package": True, **_OPTIONS, **options},
                 )
             except (InductorError, CppCompileError) as error:
                 raise SparseForgeError(_explain(error)) from error
@@ -57,10 +60,11 @@ def package(
 
 
 def with_kernels(program: Exported) -> Exported:
-    """On a CUDA device: the program with the Triton kernels in the place of the sparse operator."""
-    if _devices(program) <= {"cpu"}:
+    """The program as it is compiled; on a CUDA device with the Triton kernels in the place of the sparse operator."""
+    device = "cpu" if _devices(program) <= {"cpu"} else "cuda"
+    program, _ = run_passes(program, package_passes(device))
+    if device == "cpu":
         return program
-    program, _ = run_passes(program, package_passes())
     left = {sparse_use(n).layout for n in program.graph.find_nodes(op="call_function", target=OP)}
     if left:
         raise SparseForgeError(

@@ -83,7 +83,7 @@ class Generator:
                 f"{length} tokens of prompt and {max_new_tokens} new ones do not fit a cache of {self.max_length}: "
                 "export the model with a larger max_length, or shorten the prompt"
             )
-        choose = _sampler(temperature, top_k, top_p, seed) if do_sample else lambda ids, logits: logits.argmax(-1)
+        choose = _sampler(temperature, top_k, top_p, seed) if do_sample else lambda _, logits: logits.argmax(-1)
         device = torch.device(self._spec["device"])
         dtype = getattr(torch, self._spec["dtype"])
         slots = self._room(length + 1)
@@ -100,7 +100,7 @@ class Generator:
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         stops = torch.tensor(self.eos, device=device)
         for slot in range(length, length + max_new_tokens):
-            token = choose(ids, logits.float()).masked_fill(ended, self.pad)
+            token = choose(ids, logits).masked_fill(ended, self.pad)
             yield token
             ended |= torch.isin(token, stops)
             if slot + 1 == length + max_new_tokens or ended.all():
@@ -252,7 +252,7 @@ def _sampler(temperature: float, top_k: int, top_p: float, seed: int | None) -> 
                 generators[logits.device].seed()
             else:
                 generators[logits.device].manual_seed(seed)
-        probabilities = warpers(ids, logits).softmax(-1)  # type: ignore[arg-type]  # a LongTensor, in its words
+        probabilities = warpers(ids, logits.float()).softmax(-1)  # type: ignore[arg-type]  # a LongTensor, in its words
         return torch.multinomial(probabilities, 1, generator=generators[logits.device])[:, 0]
 
     return sample

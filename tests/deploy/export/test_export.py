@@ -198,7 +198,7 @@ def test_branches_with_kernels_compile(tmp_path):
     sf.sparsify(net, example_inputs=torch.randn(3, 64).bfloat16())
     program = capture(net, torch.randn(3, 64).bfloat16())
     program, _ = run_passes(program, deploy_passes(sparse_sites, all_in(PLANES)))
-    _, (record,) = run_passes(program, package_passes())
+    _, (record,) = run_passes(program, package_passes("cuda"))
     assert record.modified == 1
     package_programs({"model": program}, tmp_path / "m.pt2")
     run = torch._inductor.aoti_load_package(str(tmp_path / "m.pt2"))
