@@ -30,6 +30,14 @@ settings.register_profile("repository", deadline=None, derandomize=True, databas
 settings.load_profile("repository")
 
 
+#: files that take minutes: begun first, or one worker runs the last of them while the others have nothing left
+LONG = ("test_examples.py", "test_cli.py", "test_generator.py", "test_export.py", "test_benchmarks.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

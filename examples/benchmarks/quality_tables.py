@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from statistics import mean
@@ -187,16 +188,18 @@ def quantized_table() -> str:
     runs = read("quantized")
     if not runs:
         return NONE
-    floats = {run["tokens"]: run["sparse_perplexity"]["test"] for run in runs if values_of(run) == "float"}
-    kinds = sorted({kind for run in runs for kind in run["quantized_perplexity"]}, reverse=True)
+    tuned = [r for r in read("leaderboard") if r["label"] == f"ablation-tuned-{r['tokens']}"]
+    floats = {run["tokens"]: run["sparse_perplexity"]["test"] for run in tuned}
+    kinds = {kind for run in runs for kind in (*run["quantized_perplexity"], values_of(run))} - {"float"}
+    kinds = sorted(kinds, reverse=True)
     text = (
         f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens. Of a run that"
-        " trained with rounded values: in relation to the run of as many tokens in floats."
+        " trained with rounded values: in relation to the tuned run of as many tokens in floats among the leaderboard's ablations."
     )
 
     def cell(run: dict, kind: str) -> str:
         if values_of(run) == kind:
-            found, before = run["sparse_perplexity"], floats[run["tokens"]]
+            found, before = run["sparse_perplexity"], floats.get(run["tokens"], math.nan)
         else:
             found, before = run["quantized_perplexity"].get(kind), run["sparse_perplexity"]["test"]
         return f"{found['test']:.2f} ({100 * (found['test'] / before - 1):+.1f} %)" if found else ""
