@@ -25,7 +25,7 @@ from sparseforge_fx.passes.rewrite import sparse_use
 
 #: a value that several nodes read is kept: by default each layer computes the rotary sines and cosines once more,
 #: which is a sixth of a step of eight sequences in 8 bits
-_OPTIONS: dict[str, Any] = {"realize_reads_threshold": 0}
+_ON_CPU: dict[str, Any] = {"realize_reads_threshold": 0}
 # the function of kernels/cpu/aoti.cpp
 _SHIM = """AOTITorchError aoti_torch_cpu_sparse_linear(
     AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features,
@@ -40,6 +40,8 @@ def package(
     Raises SparseForgeError where a layout has no kernels that run without Python, or there is nothing to compile with.
     """
     programs = {name: with_kernels(program) for name, program in programs.items()}
+    if _device(*programs.values()) == "cpu":
+        options = {**_ON_CPU, **options}
     files: dict[str, list] = {}
     with kernels_linked(*programs.values()):
         for name, program in programs.items():
@@ -49,7 +51,7 @@ def package(
                     program.exported.module(check_guards=False),  # type: ignore[arg-type]
                     args,
                     kwargs,
-                    options={"aot_inductor.package": True, **_OPTIONS, **options},
+                    options={"aot_inductor.package": True, **options},
                 )
             except (InductorError, CppCompileError) as error:
                 raise SparseForgeError(_explain(error)) from error
@@ -61,7 +63,7 @@ def package(
 
 def with_kernels(program: Exported) -> Exported:
     """The program as it is compiled; on a CUDA device with the Triton kernels in the place of the sparse operator."""
-    device = "cpu" if _devices(program) <= {"cpu"} else "cuda"
+    device = _device(program)
     program, _ = run_passes(program, package_passes(device))
     if device == "cpu":
         return program
@@ -73,9 +75,9 @@ def with_kernels(program: Exported) -> Exported:
     return program
 
 
-def _devices(*programs: Exported) -> set[str]:
-    """Where sparse operators run."""
-    return {n.meta["val"].device.type for p in programs for n in p.graph.find_nodes(op="call_function", target=OP)}
+def _device(*programs: Exported) -> str:
+    """Where weights are: on a CPU, or on a CUDA device."""
+    return next((t.device.type for p in programs for t in p.state.values() if t.device.type != "cpu"), "cpu")
 
 
 def _explain(error: Exception) -> str:
@@ -87,7 +89,8 @@ def _explain(error: Exception) -> str:
 @contextmanager
 def kernels_linked(*programs: Exported) -> Iterator[None]:
     """Within it, Inductor calls the C function for the sparse operator and links the library that has it."""
-    library = cpu.archive() if _devices(*programs) else None
+    sparse = any(p.graph.find_nodes(op="call_function", target=OP) for p in programs)
+    library = cpu.archive() if sparse else None
     before = os.environ.get("LIBRARY_PATH")
     patches: dict[str, Any] = {}
     if library is not None:
