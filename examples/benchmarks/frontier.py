@@ -34,7 +34,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
 from sparseforge_fx.evaluation.zero_shot import zero_shot
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
-from sparseforge_fx.report import write_json
+from sparseforge_fx.report import environment, write_json
 
 HERE = Path(__file__).parent
 
@@ -76,6 +76,7 @@ def main(
         for each in points:
             for b, found in speed(each, folder)["tokens_per_second"].items():
                 speeds[each.name][str(b)] += found
+    here = environment()  # before the first file is written, after which the tree has changes
     medians = {name: {b: median(values) for b, values in found.items()} for name, found in speeds.items()}
     for each in points:
         quality = known[each.name]
@@ -87,6 +88,7 @@ def main(
             "tokens": tokens,
             "max_length": max_length,
             "tokens_per_second": medians[each.name],
+            **here,
             "quartiles": {b: quantiles(values, n=4)[::2] for b, values in speeds[each.name].items()},
         }
         if each.predicted is not None:
