@@ -109,8 +109,6 @@ def medians_and_spread(times: Mapping[str, list[float]]) -> dict[str, dict[str, 
     }
 
 
-def save(folder: str, name: str, record: Mapping[str, Any]) -> None:
-    """results/FOLDER/NAME.json: the record, and behind it commit, device and versions, unless it has its own."""
-    write_json(
-        RESULTS / folder / f"{name}.json", {**record, **{k: v for k, v in environment().items() if k not in record}}
-    )
+def save(folder: str, name: str, record: Mapping[str, Any], here: Mapping[str, Any] | None = None) -> None:
+    """results/FOLDER/NAME.json: the record, and behind it commit, device and versions: ``here``, or as they are now."""
+    write_json(RESULTS / folder / f"{name}.json", {**record, **(environment() if here is None else here)})

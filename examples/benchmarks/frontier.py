@@ -88,13 +88,12 @@ def main(
             "tokens": tokens,
             "max_length": max_length,
             "tokens_per_second": medians[each.name],
-            **here,
             "quartiles": {b: quantiles(values, n=4)[::2] for b, values in speeds[each.name].items()},
         }
         if each.predicted is not None:
             expected = expected_speed(each.predicted, medians[points[0].name])
             record |= {"predicted": each.predicted, "predicted_tokens_per_second": expected}
-        save("frontier", each.label, record)
+        save("frontier", each.label, record, here)
         print(each.name, f"perplexity {record['perplexity']:.2f}", record["tokens_per_second"], flush=True)
 
 
