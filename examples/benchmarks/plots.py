@@ -115,13 +115,20 @@ def draw_frontier() -> None:
     counts, beaten = batches(points), dominators(points)
     figure, axes = plt.subplots(1, len(counts), figsize=(6 * len(counts), 4.5), constrained_layout=True, squeeze=False)
     for axis, count in zip(axes[0], counts, strict=True):
-        for point in points:
+        for number, point in enumerate(sorted(points, key=lambda p: (p["perplexity"], p["name"]))):
             place = point["tokens_per_second"][count], point["perplexity"]
+            beside = ((7, 4), (7, -9), (-7, 10))[number % 3]  # neighbours in quality are often neighbours in speed
             color = "tab:orange" if point["runtime"] == "llama.cpp" else "tab:blue"
             face = "none" if beaten[point["name"]] else color
             axis.scatter(*place, s=point["bytes"] / 1e6, facecolors=face, edgecolors=color)
-            axis.annotate(point["name"], place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+            side = "left" if beside[0] > 0 else "right"
+            axis.annotate(point["name"], place, fontsize=7, xytext=beside, ha=side, textcoords="offset points")
         axis.set(xlabel=f"tokens per second, batch {count}", ylabel="WikiText-2 test perplexity", yscale="log")
+        axis.margins(x=0.14, y=0.1)
+        low, high = axis.get_ylim()
+        ticks = [t for t in YTICKS if low <= t <= high]
+        axis.set_yticks(ticks, ticks)
+        axis.minorticks_off()
     figure.savefig(RESULTS / "frontier.png", dpi=110)
 
 
