@@ -1,8 +1,8 @@
-"""scaled_dot_product_attention of one position -> products and sums in float32, which Inductor fuses to two loops.
+"""scaled_dot_product_attention of one position -> products and sums in float32 or better, which Inductor fuses.
 
 For compiled graphs on a CPU that write the next token: torch's kernel calls BLAS for every head of every sequence,
-which on some processors has no fast product of a vector in 16 bits (half of a step of eight sequences on an EPYC), and
-reads keys and values from copies, one for each head of the queries.
+which on some processors has no fast product of a vector in 16 bits, and reads keys and values from copies, one for each
+head of the queries.
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ def _attend(
     """[B, H, 1, D] over keys [B, H / groups, L, D] and values [B, H / groups, L, V] -> [B, H, 1, V]."""
     if groups > 1:
         key, value = (t.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (key, value))
+    exact = torch.promote_types(query.dtype, torch.float32)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (query.float() * factor * key.float()).sum(-1, keepdim=True)  # [B, H, L, 1]
+    scores = (query.to(exact) * factor * key.to(exact)).sum(-1, keepdim=True)  # [B, H, L, 1]
     if mask is not None:
         seen = mask.transpose(-1, -2)  # from [.., 1, L]
         scores = scores.masked_fill(~seen, -math.inf) if mask.dtype == torch.bool else scores + seen
     shares = torch.ops.aten._safe_softmax(scores, -2)  # zeros where no position is seen
-    return (shares * value.float()).sum(-2, keepdim=True).to(query.dtype)
+    return (shares * value.to(exact)).sum(-2, keepdim=True).to(query.dtype)

@@ -40,7 +40,7 @@ def expanded(options, given):
 BOOLEAN = torch.rand(2, 1, 1, 10, generator=torch.Generator().manual_seed(0)) > 0.4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("options", "change"),
     [

@@ -23,8 +23,8 @@ from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import package_passes, run_passes
 from sparseforge_fx.passes.rewrite import sparse_use
 
-#: a value that several nodes read is kept: by default each layer computes the rotary sines and cosines once more,
-#: which is a sixth of a step of eight sequences in 8 bits
+#: a value that several nodes read is kept: by default every layer computes the rotary sines and cosines once more,
+#: which shows in a step of one token in few bits
 _ON_CPU: dict[str, Any] = {"realize_reads_threshold": 0}
 # the function of kernels/cpu/aoti.cpp
 _SHIM = """AOTITorchError aoti_torch_cpu_sparse_linear(
