@@ -38,12 +38,20 @@ class Price(NamedTuple):
 
 @dataclass
 class PlannedWeight:
-    """One weight: ``shape`` is (out, in); ``prices`` has the dense format, and all that were weighed against it."""
+    """One weight.
+
+    Attributes:
+        shape: (out, in)
+        prices: of the dense format, and of all that were weighed against it.
+        group: name of the first of the weights that read the same input and are deployed as one product (q, k and v;
+            gate and up) while they have the same format. Times are its outputs' share of that product's.
+    """
 
     name: str
     shape: tuple[int, int]
     format: Format
     prices: dict[Format, Price]
+    group: str = ""
 
     @property
     def price(self) -> Price:
@@ -146,6 +154,7 @@ class Plan:
                     "name": w.name,
                     "shape": list(w.shape),
                     "format": str(w.format),
+                    "group": w.group,
                     "prices": {
                         str(form): {"loss": p.loss, "bytes": p.bytes, "us": {str(t): u for t, u in p[2].items()}}
                         for form, p in w.prices.items()
@@ -237,7 +246,7 @@ def planned_formats(plan: Any, shapes: Mapping[str, tuple[int, int] | None]) -> 
 
 
 def _weight(entry: Any, tokens: Sequence[int]) -> PlannedWeight:
-    name = entry["name"]
+    name, group = entry["name"], entry.get("group", "")
     try:
         out, width = (int(n) for n in entry["shape"])
         form = parse_format(entry["format"])
@@ -248,9 +257,11 @@ def _weight(entry: Any, tokens: Sequence[int]) -> PlannedWeight:
         raise SparseForgeError(f"{name} of the plan: {type(error).__name__} {error}") from error
     if DENSE not in prices:
         raise SparseForgeError(f"{name} of the plan has no price as dense, which the others are compared with")
-    if not isinstance(name, str) or (reason := form.why_not(width)):
+    if not isinstance(name, str) or not isinstance(group, str):
+        raise SparseForgeError(f"{name} of the plan: name and group are names of weights")
+    if reason := form.why_not(width):
         raise SparseForgeError(f"{name} of the plan cannot be {form}: {reason}")
-    return PlannedWeight(name, (out, width), form, prices)
+    return PlannedWeight(name, (out, width), form, prices, group)
 
 
 def _price(price: Any, tokens: Sequence[int]) -> Price:

@@ -94,3 +94,51 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     prices = {"dense_microseconds": {"8": 800.0}, "microseconds": {"8": 300.0}}
     assert points.expected_speed(prices, {"8": 4000.0}) == {"8": pytest.approx(8 / (2e-3 - 500e-6))}
     assert points.expected_speed(prices, {"8": 40000.0}) == {"8": None}
+
+
+def test_each_piece_of_a_point_is_made_once_and_anew_where_another_is_asked(frontier_tables, tmp_path, monkeypatch):
+    import frontier_prepared as prepared
+
+    text = write_text(tmp_path / "text.txt")
+    model = str(write_checkpoint(tmp_path / "dense", num_hidden_layers=1))
+    made = []
+
+    def instead(name, found):
+        def make(point, folder, text, asked):
+            made.append(name)
+            return dict(found)
+
+        monkeypatch.setattr(prepared, name, make)
+
+    instead("_perplexity", {"perplexity": 20.0})
+    instead("_export", {"file_bytes": 7, "packed": 1, "kept_dense_by_gate": 0})
+    instead("_zero_shot", {"zero_shot": {"rte": {"acc": 0.5}}, "zero_shot_mean": 0.5})
+    of = prepared.Point("dense", model)
+    first = prepared.prepared(of, tmp_path, text, [1, 8], 2, 0, 64)
+    assert made == ["_perplexity", "_export"] and first["zero_shot_mean"] is None and first["perplexity"] == 20
+    asked = prepared.prepared(of, tmp_path, text, [1, 8], 2, 3, 64)
+    assert made[2:] == ["_zero_shot"] and asked["zero_shot_mean"] == 0.5 and asked["asked"]["tasks"] == 3
+    assert prepared.prepared(of, tmp_path, text, [1, 8], 2, 3, 64) == asked and len(made) == 3
+    prepared.prepared(of, tmp_path, text, [1], 2, 0, 64)
+    assert made[3:] == ["_export"]
+    del made[:]
+    found = prepared.prepared(prepared.Point("q", "x.gguf"), tmp_path, text, [1], 2, 0, 64)
+    assert made == ["_perplexity"] and found["runtime"] == "llama.cpp"
+
+
+def test_a_piece_is_what_it_says(frontier_tables, tmp_path):
+    """Of a packed point: the perplexity of its kernels, and files that the next steps find."""
+    import frontier_prepared as prepared
+    import torch
+
+    import sparseforge_fx as sf
+
+    text = write_text(tmp_path / "text.txt")
+    model, tokenizer = sf.load(write_checkpoint(tmp_path / "dense", num_hidden_layers=1, max_position_embeddings=1024))
+    sf.quantize(model, "int8")
+    sf.save_packed(model, tokenizer, tmp_path / "int8")
+    of = prepared.Point("int8", str(tmp_path / "int8"))
+    asked = {"text": "text.txt", "windows": 1, "context": prepared.CONTEXT}
+    found = prepared._perplexity(of, tmp_path, text, asked)
+    assert 1 < found["perplexity"] < 1e6 and torch.load(tmp_path / "windows.pt").shape == (1, prepared.CONTEXT)
+    assert prepared.held_bytes(of) < prepared.held_bytes(prepared.Point("dense", str(tmp_path / "dense")))

@@ -10,33 +10,25 @@ speeds, which want a quiet machine and are measured anew every time. They are th
 (AOTInductor) and of llama.cpp, each in a fresh process, all points in turn, prompt included. Beside the speed stands
 what the plan's prices predict of it, from the dense model's speed in the same run.
 
-A GGUF's perplexity is of llama.cpp's own logits; its zero-shot accuracy of its weights, dequantised. Which points are
+A GGUF's perplexity is of llama.cpp's own logits. Zero-shot accuracy is of the weights, dequantised. Which points are
 dominated (another is as good, as fast and as small, and better in one of them) is for tables.py to say.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, median, quantiles
+from statistics import median, quantiles
 from typing import Annotated, Any
 
 import torch
 import typer
-from common import CONTEXT, save, token_ids, use, windowed_perplexity
+from common import CONTEXT, save, use
 from formats import _run as run_generator
 from frontier_points import Point, expected_speed, made, recipe_of
-from torch import nn
+from frontier_prepared import held_bytes, llama_cpp, prepared
 
-import sparseforge_fx as sf
-from sparseforge_fx.deploy.lowering.modules import SparseLinear
-from sparseforge_fx.evaluation.zero_shot import zero_shot
-from sparseforge_fx.pattern import TWO_FOUR, check_pattern
-from sparseforge_fx.report import environment, write_json
-
-HERE = Path(__file__).parent
+from sparseforge_fx.report import environment
 
 
 def main(
@@ -79,10 +71,9 @@ def main(
     here = environment()  # before the first file is written, after which the tree has changes
     medians = {name: {b: median(values) for b, values in found.items()} for name, found in speeds.items()}
     for each in points:
-        quality = known[each.name]
         record = {
-            **quality,
-            "asked": {**quality["asked"], "path": Path(each.path).name},
+            **known[each.name],
+            "asked": {**known[each.name]["asked"], "path": Path(each.path).name},
             "bytes": Path(each.path).stat().st_size if each.is_gguf else held_bytes(each),
             "prompt": prompt,
             "tokens": tokens,
@@ -106,73 +97,11 @@ def read_point(given: str) -> Point:
     return Point(name, place, dtype) if known else Point(name, path, None)
 
 
-def prepared(
-    point: Point, folder: Path, text: Path, batch: list[int], windows: int, tasks: int, max_length: int
-) -> dict[str, Any]:
-    """The point's quality and bytes, from the folder if they are there; its exported file lies beside them."""
-    asked = {"text": text.name, "windows": windows, "context": CONTEXT, "tasks": tasks, "path": point.path}
-    asked |= {"dtype": point.dtype, "export": None if point.is_gguf else [batch, max_length]}
-    file = folder / f"{point.label}.json"
-    if file.exists() and (known := json.loads(file.read_text()))["asked"] == asked:
-        return known
-    model, tokenizer = sf.load(point.path, dtype=point.dtype)
-    ids = token_ids(text, tokenizer)
-    torch.save(ids[: windows * CONTEXT].view(-1, CONTEXT), folder / "windows.pt")
-    found: dict[str, Any] = {"name": point.name, "asked": asked, "runtime": "llama.cpp" if point.is_gguf else "ours"}
-    weights_alone = windowed_perplexity(model, ids, windows)
-    scores = zero_shot(model, tokenizer, limit=tasks) if tasks else None
-    found |= {"zero_shot": scores, "zero_shot_mean": scores and mean(s["acc"] for s in scores.values())}
-    if point.is_gguf:
-        torch.save(
-            {"windows": torch.load(folder / "windows.pt"), "threads": torch.get_num_threads()}, folder / "request.pt"
-        )
-        found |= llama_cpp("perplexity", point, folder)
-        found |= {"perplexity_of_weights": weights_alone}
-    else:
-        table = None
-        if not any(isinstance(m, SparseLinear) or is_two_four(m) for m in model.modules()):
-            # a generator is of a 2:4 model: zeros are as slow as other values, and by an empty table all stays dense
-            sf.sparsify(model)
-            table = {}
-        report = sf.export_generator(
-            model, folder / f"{point.label}.pt2", tokenizer, format="aoti", max_length=max_length, tokens=batch,
-            table=table,
-        )  # fmt: skip
-        gated = [s for s in report["skipped"] if s["reason"].startswith("gate")]
-        found |= {"perplexity": weights_alone, "file_bytes": report["file_bytes"]}
-        found |= {"packed": len(report["sites"]), "kept_dense_by_gate": len(gated)}
-    write_json(file, found)
-    print(point.name, f"perplexity {found['perplexity']:.2f}", flush=True)
-    return found
-
-
-def is_two_four(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and check_pattern(module.weight, TWO_FOUR)
-
-
-def held_bytes(point: Point) -> int:
-    """Bytes of what the loaded model holds, tied weights once."""
-    model, _ = sf.load(point.path, dtype=point.dtype)
-    sizes: dict[int, int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):  # an empty one may stand where the next begins
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = max(storage.nbytes(), sizes.get(storage.data_ptr(), 0))
-    return sum(sizes.values())
-
-
 def speed(point: Point, folder: Path) -> dict[str, Any]:
     """Of one fresh process."""
     if point.is_gguf:
         return llama_cpp("speed", point, folder)
     return run_generator("generator-aoti", folder / f"{point.label}.pt2", folder)
-
-
-def llama_cpp(command: str, point: Point, folder: Path) -> dict[str, Any]:
-    """What llamacpp.py says to the request in the folder."""
-    result = folder / "result.json"
-    arguments = [HERE / "llamacpp.py", command, point.path, folder / "request.pt", result]
-    subprocess.run([sys.executable, *map(str, arguments)], check=True)
-    return json.loads(result.read_text())
 
 
 if __name__ == "__main__":

@@ -25,11 +25,15 @@ class Candidate(NamedTuple):
     Attributes:
         formats: what it can be kept in, dense first.
         copied: its storage is an embedding's, too, which stays: any other format than dense is a copy beside it.
+        group: first of the weights that are deployed as one product with it (q, k and v; gate and up).
+        group_outputs: of these together.
     """
 
     site: LinearSite
     formats: tuple[Format, ...]
     copied: bool = False
+    group: str = ""
+    group_outputs: int = 0
 
 
 def candidates(
@@ -66,7 +70,26 @@ def candidates(
             found.append(Candidate(site, (DENSE, *fitting), copied))
         else:
             reasons[site.fqn] = by_default.get(site.fqn) or f"no format fits its {site.in_features} inputs"
-    return found, reasons
+    return _grouped(program, found), reasons
+
+
+def _grouped(program: Program, found: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates with their groups: those that passes/merge_parallel_linears.py merges if they have one format."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    groups: dict[tuple, list[Candidate]] = {}
+    for candidate in found:
+        site = candidate.site
+        key: tuple = (site.fqn,)
+        if len(site.uses) == 1 and not site.ties and not candidate.copied:
+            node = nodes[site.uses[0].node]
+            if node.target == torch.ops.aten.linear.default:
+                key = (node.args[0], len(node.args) > 2 and node.args[2] is not None, site.dtype, candidate.formats)
+        groups.setdefault(key, []).append(candidate)
+    of = {c.site.fqn: together for together in groups.values() for c in together}
+    return [
+        c._replace(group=of[c.site.fqn][0].site.fqn, group_outputs=sum(o.site.out_features for o in of[c.site.fqn]))
+        for c in found
+    ]
 
 
 def _packable(program: Program) -> set[int]:

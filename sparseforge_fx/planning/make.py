@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -62,8 +62,9 @@ def plan(
     """Choose a format for every linear of ``model``, so that the predicted loss is least within one budget.
 
     Every weight is solved by itself in every format, on the inputs that the dense model gives it, and for 256 of its
-    outputs that stand for all; the error is weighted by the curvature of the outputs. Times are measured here. The
-    model is left as it is.
+    outputs that stand for all; the error is weighted by the curvature of the outputs. Times are measured here, of
+    weights that are deployed as one product (q, k and v; gate and up) together: they get the same format. The model is
+    left as it is.
 
     Args:
         data: as for :func:`sparseforge_fx.sparsify`.
@@ -107,6 +108,8 @@ def plan(
     if not found:
         raise SparseForgeError(f"nothing to plan: {'; '.join(f'{n}: {r}' for n, r in list(skipped.items())[:4])}")
     shapes = [_shape(c, form) for c in found for form in c.formats if form != DENSE]
+    if known is not None:  # it may have them one by one
+        shapes += [_shape(_alone(c), form) for c in found for form in c.formats if form != DENSE]
     times = cost.timings(shapes, tokens, device, layouts, known)
     losses = predict(run, recipe, found)
     weights = [_priced(c, losses[c.site.fqn], times, tokens, run.notes) for c in found]
@@ -119,17 +122,24 @@ def plan(
 
 def decide(made: Plan) -> Plan:
     """The plan with the formats that meet its goal at the least predicted loss (or, with a goal for the loss, the least
-    time). Raises SparseForgeError where nothing meets it."""
+    time); weights of a group get the same one. Raises SparseForgeError where nothing meets it."""
     (name, aim), *_ = made.goal.items()
-    items = [[_option(w.prices[form], made, name) for form in w.prices] for w in made.weights]
+    groups: dict[str, list[PlannedWeight]] = {}
+    for w in made.weights:
+        groups.setdefault(w.group or w.name, []).append(w)
+    common = [[form for form in group[0].prices if all(form in w.prices for w in group)] for group in groups.values()]
+    items = [
+        [_sum(_option(w.prices[form], made, name) for w in group) for form in forms]
+        for group, forms in zip(groups.values(), common, strict=True)
+    ]
     limit = {"speedup": 1 / aim, "bytes": aim, "loss": aim}[name]
     chosen = choose(items, limit)
     if chosen is None:
         least = sum(min(o.weight for o in options) for options in items)
         reached = {"speedup": f"{1 / least:.2f} at most", "bytes": f"{least:.2f} at least"}[name]
         raise SparseForgeError(f"no formats give {name} {aim:g}: with these it is {reached}; ask for less")
-    weights = [replace(w, format=list(w.prices)[k]) for w, k in zip(made.weights, chosen, strict=True)]
-    return replace(made, weights=weights)
+    formats = dict(zip(groups, (forms[k] for forms, k in zip(common, chosen, strict=True)), strict=True))
+    return replace(made, weights=[replace(w, format=formats[w.group or w.name]) for w in made.weights])
 
 
 def check_goal(**given: float | None) -> dict[str, float]:
@@ -139,6 +149,10 @@ def check_goal(**given: float | None) -> dict[str, float]:
         named = " and ".join(goals) or "none"
         raise SparseForgeError(f"give exactly one of speedup, bytes and loss as the budget of a plan, not {named}")
     return goals
+
+
+def _sum(options: Iterable[Option]) -> Option:
+    return Option(*map(math.fsum, zip(*options, strict=True)))
 
 
 def _option(price: Price, made: Plan, goal: str) -> Option:
@@ -154,8 +168,13 @@ def _option(price: Price, made: Plan, goal: str) -> Option:
 
 # -- prices ------------------------------------------------------------------------------------------------------------
 def _shape(candidate: Candidate, form: Format) -> cost.Shape:
+    """Of the product that it is a part of."""
     site = candidate.site
-    return cost.Shape.of(site.out_features, site.in_features, site.dtype, form)
+    return cost.Shape.of(candidate.group_outputs, site.in_features, site.dtype, form)
+
+
+def _alone(candidate: Candidate) -> Candidate:
+    return candidate._replace(group=candidate.site.fqn, group_outputs=candidate.site.out_features)
 
 
 def _priced(
@@ -163,6 +182,9 @@ def _priced(
 ) -> PlannedWeight:
     """A weight with the prices of all formats that were measured."""
     site = candidate.site
+    if not any(times.get(_shape(candidate, form)) for form in losses):
+        candidate = _alone(candidate)
+    share = site.out_features / candidate.group_outputs
     rows = {form: times.get(_shape(candidate, form), {}).values() for form in losses}
     beside = {t: [by[t].dense_us for found in rows.values() for by in found if t in by] for t in tokens}
     if not all(beside.values()):
@@ -170,16 +192,17 @@ def _priced(
             f"the cost table has no time of {site.out_features} x {site.in_features} {site.dtype} ({site.fqn}) at "
             f"{', '.join(map(str, tokens))} tokens: measure again, without a table"
         )
-    dense = _shape(candidate, DENSE).bytes
-    prices = {DENSE: Price(0.0, dense, {t: median(found) for t, found in beside.items()})}
+    of_one = (site.out_features, site.in_features, site.dtype)
+    dense = cost.Shape.of(*of_one, DENSE).bytes
+    prices = {DENSE: Price(0.0, dense, {t: share * median(found) for t, found in beside.items()})}
     for form, predicted in losses.items():
         measured = [by for by in rows[form] if all(t in by for t in tokens)]
         if not measured:
             notes.append(f"{form} has no times for {site.out_features} x {site.in_features}: it was not considered")
             continue
-        size = _shape(candidate, form).bytes + (dense if candidate.copied else 0)
-        prices[form] = Price(predicted, size, {t: min(by[t].packed_us for by in measured) for t in tokens})
-    return PlannedWeight(site.fqn, (site.out_features, site.in_features), DENSE, prices)
+        size = cost.Shape.of(*of_one, form).bytes + (dense if candidate.copied else 0)
+        prices[form] = Price(predicted, size, {t: share * min(by[t].packed_us for by in measured) for t in tokens})
+    return PlannedWeight(site.fqn, of_one[:2], DENSE, prices, candidate.group)
 
 
 def predict(

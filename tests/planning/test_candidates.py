@@ -41,3 +41,19 @@ def test_where_no_format_is_left_the_reason_is_that_of_the_analysis(tiny):
     found, skipped = candidates(tiny("llama").program, FORMATS[:1])
     assert "lm_head.weight" not in texts(found)
     assert skipped["lm_head.weight"] == "output layer (head); include it by name to prune it"
+
+
+def test_what_is_deployed_as_one_product_is_a_group(tiny):
+    found, _ = candidates(tiny("llama").program, FORMATS)
+    groups = {}
+    for c in found:
+        groups.setdefault(c.group, []).append(c)
+    leaves = [[c.site.fqn.split(".")[-2] for c in group] for group in groups.values()]
+    assert leaves == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2 + [
+        ["lm_head"]
+    ]
+    assert all(c.group_outputs == sum(o.site.out_features for o in group) for group in groups.values() for c in group)
+    found, _ = candidates(tiny("llama").program, FORMATS, exclude="*.q_proj")
+    assert [c.group.split(".")[-2] for c in found][:2] == ["k_proj", "k_proj"]
+    found, _ = candidates(tiny("gpt2").program, FORMATS)  # x @ W: nothing merges these
+    assert all(c.group == c.site.fqn and c.group_outputs == c.site.out_features for c in found)

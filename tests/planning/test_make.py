@@ -58,6 +58,37 @@ def test_the_copy_of_a_tied_head_is_counted_beside_the_embedding(planned):
     assert small.formats[head.name] == DENSE
 
 
+def test_a_group_has_one_format_and_its_share_of_the_products_time(captured_once, monkeypatch):
+    found = captured_once("llama")
+    data = [found.batch(seed) for seed in range(3)]
+    seen = []
+
+    def measured(shapes, tokens, device, layouts):
+        seen.extend((s.out_features, s.in_features) for s in shapes)
+        us = {s: float(s.out_features) for s in shapes}
+        return {
+            s: {
+                "rows": {t: cost.Timing(s, "rows", t, 2 * us[s], (us[s], us[s]), us[s], (us[s], us[s])) for t in tokens}
+            }
+            for s in shapes
+        }
+
+    monkeypatch.setattr(cost, "measure", measured)
+    made = sf.plan(found.model, data, speedup=1.3, formats=FORMATS, calibration=6)
+    of = {w.name: w for w in made.weights}
+    attention = [of[f"model.layers.0.self_attn.{leaf}_proj.weight"] for leaf in "qkv"]
+    together = sum(w.shape[0] for w in attention)
+    assert {w.group for w in attention} == {attention[0].name} and len({w.format for w in attention}) == 1
+    assert (together, attention[0].shape[1]) in seen and attention[1].shape not in seen
+    assert all(w.prices[DENSE].microseconds[1] == pytest.approx(2 * w.shape[0]) for w in attention)
+    formats = {w.group: set() for w in made.weights}
+    for w in made.weights:
+        formats[w.group].add(w.format)
+    assert all(len(f) == 1 for f in formats.values()) and len({f for g in formats.values() for f in g}) > 1
+    again = sf.Plan.from_plain(made.describe())
+    assert again == made
+
+
 def test_what_is_measured_here(captured_once, monkeypatch):
     found = captured_once("mlp")
     monkeypatch.setattr(cost, "measure", partial(cost.measure, rounds=2, seconds=1e-5))
