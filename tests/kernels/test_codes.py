@@ -114,6 +114,21 @@ def test_products(text, isa, dtype):
 
 
 @needs_kernel
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("text", FORMATS)
+def test_a_row_has_the_same_bits_beside_any_number_of_others(text, isa):
+    """Groups of rows of every size, and a width of whole runs, a part of one, and more than is kept at a time."""
+    width = 2432 if text.endswith("128") else 1376
+    packed, _ = random_codes(19, width, text)
+    x = torch.randn(41, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    alone = torch.cat([cpu.rows_linear(row[None], *packed, isa=isa) for row in x])
+    near = rounded(x)[0] @ unpack(packed).double().t()
+    assert (alone.double() - near).abs().max() <= 0.02 * near.abs().max()
+    for rows in (*range(2, 14), 31, 41):
+        assert torch.equal(cpu.rows_linear(x[:rows], *packed, isa=isa), alone[:rows])
+
+
+@needs_kernel
 @pytest.mark.parametrize("text", FORMATS)
 def test_the_rounding_of_x_is_all_that_differs_from_the_reference(text):
     packed, _ = random_codes(24, 640, text)

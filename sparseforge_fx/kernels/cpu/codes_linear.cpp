@@ -22,10 +22,11 @@ constexpr int64_t kRun = 4;            // steps whose x shares a scale, and whos
 constexpr int64_t kXGroup = kRun * kStep;
 
 // A run of inputs of a row of x. `offset` takes back what is added to codes to make them unsigned: instructions multiply
-// unsigned by signed bytes, sums of four in a lane. With int4 codes one for each step, with int8 the first for all.
+// unsigned by signed bytes, sums of four in a lane. With int4 codes there is one for each step, with int8 one for all.
+template <int BITS>
 struct alignas(64) XRun {
   int8_t q[kRun][kStep];
-  int32_t offset[kRun][16];
+  int32_t offset[BITS == 8 ? 1 : kRun][16];
   float scale;
 };
 
@@ -34,7 +35,7 @@ struct CodesJob {
   const uint8_t* mask;
   const uint8_t* scales;
   int64_t row_bytes, mask_bytes, scale_bytes;  // of a weight row
-  int64_t runs, steps, whole_steps;            // of kXGroup and kStep inputs; of these, complete ones
+  int64_t runs, whole_runs, steps, whole_steps;  // of kXGroup and of kStep inputs; of these, complete ones
   int64_t group;                               // inputs that share a scale; 0: all of a row
 };
 
@@ -47,7 +48,7 @@ float half_of(const uint8_t* bytes) {
 
 namespace portable_codes {
 #define TARGET
-constexpr int kCodesColumns = 2;
+constexpr bool kWide = false;  // thirty-two registers
 struct Codes {
   int8_t lane[64];
 };
@@ -88,26 +89,28 @@ INLINE Scales scales_of(const uint8_t* scales, int64_t group) {
 }
 INLINE Scale scale_of(const Scales& scales, int k) { return {scales.lane[2 * k], scales.lane[2 * k + 1]}; }
 template <int BITS>
-INLINE Part<BITS> start(const XRun&) {
+INLINE void set_offsets(XRun<BITS>&) {}
+template <int BITS>
+INLINE Part<BITS> start(const XRun<BITS>&) {
   return 0;
 }
+using XStep = const int8_t*;
+INLINE XStep load_x(const int8_t* q) { return q; }
 INLINE int32_t product(const Codes& w, const int8_t* q, int from) {
   int32_t out = 0;
   for (int i = from; i < from + 32; ++i) out += int32_t{w.lane[i]} * q[i];
   return out;
 }
-INLINE int32_t add8(int32_t part, const Codes& w, const XRun& x, int k) {
-  return part + product(w, x.q[k], 0) + product(w, x.q[k], 32);
-}
-INLINE float add4(float part, const Codes& w, const Scale& scale, const XRun& x, int k) {
-  part += scale.half[0] * static_cast<float>(product(w, x.q[k], 0));
-  return part + scale.half[1] * static_cast<float>(product(w, x.q[k], 32));
+INLINE int32_t add8(int32_t part, const Codes& w, XStep x) { return part + product(w, x, 0) + product(w, x, 32); }
+INLINE float add4(float part, const Codes& w, const Scale& scale, XStep x, const XRun<4>&, int) {
+  part += scale.half[0] * static_cast<float>(product(w, x, 0));
+  return part + scale.half[1] * static_cast<float>(product(w, x, 32));
 }
 template <class P>
 INLINE Acc scaled(Acc acc, P part, float x_scale) {
   return acc + x_scale * static_cast<float>(part);
 }
-INLINE float sum(Acc a) { return a; }
+INLINE void sum_four(const Acc* a, float* out) { std::memcpy(out, a, 4 * sizeof(float)); }
 #include "codes_tile.h"
 #include "finish.h"
 #undef TARGET
@@ -142,9 +145,19 @@ const Shuffles& shuffles() {
     return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));      \
   }
 
+// For the sums of four vectors: half-summed two by two, and the rest of it.
+#define SPARSEFORGE_SUMS                                                                                          \
+  INLINE __m256 pairs(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); } \
+  INLINE __m128 halves(__m256 ab, __m256 cd) {                                                                    \
+    const __m256d low = _mm256_unpacklo_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd));                           \
+    const __m256d high = _mm256_unpackhi_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd));                          \
+    const __m256 each = _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high));                             \
+    return _mm_add_ps(_mm256_castps256_ps128(each), _mm256_extractf128_ps(each, 1));                              \
+  }
+
 namespace avx2_codes {  // codes stay signed: the sign goes to x, so that pairs of products do not overflow 16 bits
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-constexpr int kCodesColumns = 2;
+constexpr bool kWide = false;
 struct Codes {
   __m256i part[2];
 };
@@ -187,35 +200,40 @@ INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
   return out;
 }
 SPARSEFORGE_SCALES
+SPARSEFORGE_SUMS
 INLINE Scale scale_of(Scales scales, int k) {
   return {{_mm256_permutevar8x32_ps(scales, _mm256_set1_epi32(2 * k)),
            _mm256_permutevar8x32_ps(scales, _mm256_set1_epi32(2 * k + 1))}};
 }
 template <int BITS>
-INLINE Part<BITS> start(const XRun&) {
+INLINE void set_offsets(XRun<BITS>&) {}
+template <int BITS>
+INLINE Part<BITS> start(const XRun<BITS>&) {
   return Part<BITS>{};
 }
-INLINE __m256i product(__m256i w, const int8_t* q) {
-  const __m256i x = _mm256_load_si256(reinterpret_cast<const __m256i*>(q));
+struct XStep {
+  __m256i part[2];
+};
+INLINE XStep load_x(const int8_t* q) {
+  const auto* from = reinterpret_cast<const __m256i*>(q);
+  return {{_mm256_load_si256(from), _mm256_load_si256(from + 1)}};
+}
+INLINE __m256i product(__m256i w, __m256i x) {
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
-INLINE __m256i add8(__m256i part, const Codes& w, const XRun& x, int k) {
-  return _mm256_add_epi32(part, _mm256_add_epi32(product(w.part[0], x.q[k]), product(w.part[1], x.q[k] + 32)));
+INLINE __m256i add8(__m256i part, const Codes& w, const XStep& x) {
+  return _mm256_add_epi32(part, _mm256_add_epi32(product(w.part[0], x.part[0]), product(w.part[1], x.part[1])));
 }
-INLINE __m256 add4(__m256 part, const Codes& w, const Scale& scale, const XRun& x, int k) {
-  part = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product(w.part[0], x.q[k])), scale.part[0], part);
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(product(w.part[1], x.q[k] + 32)), scale.part[1], part);
+INLINE __m256 add4(__m256 part, const Codes& w, const Scale& scale, const XStep& x, const XRun<4>&, int) {
+  part = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product(w.part[0], x.part[0])), scale.part[0], part);
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(product(w.part[1], x.part[1])), scale.part[1], part);
 }
 INLINE Acc scaled(Acc acc, __m256i part, float x_scale) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(x_scale), acc);
 }
 INLINE Acc scaled(Acc acc, __m256 part, float x_scale) { return _mm256_fmadd_ps(part, _mm256_set1_ps(x_scale), acc); }
-INLINE float sum(Acc a) {
-  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
+INLINE void sum_four(const Acc* a, float* out) { _mm_storeu_ps(out, halves(pairs(a[0], a[1]), pairs(a[2], a[3]))); }
 #include "codes_tile.h"
 #include "finish.h"
 #undef TARGET
@@ -223,7 +241,7 @@ INLINE float sum(Acc a) {
 
 namespace vnni_codes {  // codes become unsigned by adding 128 or 8
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c")))
-constexpr int kCodesColumns = 4;
+constexpr bool kWide = true;
 using Codes = __m512i;
 using Scales = __m256;
 using Scale = __m512;
@@ -259,28 +277,46 @@ INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
   return _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi8(15), _mm512_set1_epi8(8), kAndXor);
 }
 SPARSEFORGE_SCALES
+SPARSEFORGE_SUMS
 INLINE Scale scale_of(Scales scales, int k) {
   const __m512i low_high = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   const __m512i lanes = _mm512_add_epi32(low_high, _mm512_set1_epi32(2 * k));
   return _mm512_permutexvar_ps(lanes, _mm512_castps256_ps512(scales));
 }
 template <int BITS>
-INLINE Part<BITS> start(const XRun& x) {
-  if constexpr (BITS == 8) return _mm512_load_si512(x.offset[0]);
-  return Part<BITS>{};
+INLINE void set_offsets(XRun<BITS>& x) {
+  constexpr int added = BITS == 8 ? 128 : 8;
+  __m512i all = _mm512_setzero_si512();
+  for (int k = 0; k < kRun; ++k) {
+    if constexpr (BITS == 4) all = _mm512_setzero_si512();
+    all = _mm512_dpbusd_epi32(all, _mm512_set1_epi8(static_cast<char>(added)), _mm512_load_si512(x.q[k]));
+    _mm512_store_si512(x.offset[BITS == 8 ? 0 : k], _mm512_sub_epi32(_mm512_setzero_si512(), all));
+  }
 }
-INLINE __m512i add8(__m512i part, Codes w, const XRun& x, int k) {
-  return _mm512_dpbusd_epi32(part, w, _mm512_load_si512(x.q[k]));
+INLINE __m512i start(const XRun<8>& x) { return _mm512_load_si512(x.offset[0]); }
+INLINE __m512 start(const XRun<4>&) { return _mm512_setzero_ps(); }
+using XStep = __m512i;
+INLINE XStep load_x(const int8_t* q) {
+  XStep x = _mm512_load_si512(q);
+  asm("" : "+v"(x));  // in a register: the compiler would load it once more for every weight row
+  return x;
 }
-INLINE __m512 add4(__m512 part, Codes w, Scale scale, const XRun& x, int k) {
-  const __m512i sums = _mm512_dpbusd_epi32(_mm512_load_si512(x.offset[k]), w, _mm512_load_si512(x.q[k]));
+INLINE __m512i add8(__m512i part, Codes w, XStep x) { return _mm512_dpbusd_epi32(part, w, x); }
+INLINE __m512 add4(__m512 part, Codes w, Scale scale, XStep x, const XRun<4>& run, int k) {
+  const __m512i sums = _mm512_dpbusd_epi32(_mm512_load_si512(run.offset[k]), w, x);
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, part);
 }
 INLINE Acc scaled(Acc acc, __m512i part, float x_scale) {
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), _mm512_set1_ps(x_scale), acc);
 }
 INLINE Acc scaled(Acc acc, __m512 part, float x_scale) { return _mm512_fmadd_ps(part, _mm512_set1_ps(x_scale), acc); }
-INLINE float sum(Acc a) { return _mm512_reduce_add_ps(a); }
+INLINE __m256 fold(__m512 a) {
+  const __m512d b = _mm512_castps_pd(a);
+  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castpd_ps(_mm512_extractf64x4_pd(b, 1)));
+}
+INLINE void sum_four(const Acc* a, float* out) {
+  _mm_storeu_ps(out, halves(pairs(fold(a[0]), fold(a[1])), pairs(fold(a[2]), fold(a[3]))));
+}
 #include "codes_tile.h"
 #include "finish.h"
 #undef TARGET
@@ -295,42 +331,41 @@ bool has_vnni() {
 }
 #endif
 
-using Tile = void (*)(const CodesJob&, const XRun*, int64_t, int64_t, int64_t, float*);
-
-#define SPARSEFORGE_TILE(space)                                               \
-  (bits == 8 ? (sparse ? space::tile<true, 8> : space::tile<false, 8>)        \
-             : (sparse ? space::tile<true, 4> : space::tile<false, 4>))
+using Tile = void (*)(const CodesJob&, const void*, int64_t, int64_t, int64_t, float*);
 
 template <class S>
 struct Kernel {
   Tile tile;
   void (*finish)(Activation, const float*, const float*, const S*, const S*, int64_t, S*);
-  void (*quantize)(const S* x, int64_t in, int64_t runs, int bits, XRun* out);
+  void (*quantize)(const S* x, int64_t in, int64_t runs, void* rows);
+  size_t run_bytes;  // of an XRun
 };
 
-template <class S>
-Kernel<S> kernel_of(Isa isa, bool sparse, int bits) {
+#define SPARSEFORGE_KERNEL(space) \
+  {sparse ? space::tile<true, BITS> : space::tile<false, BITS>, space::finish<S>, space::quantize<S, BITS>, sizeof(XRun<BITS>)}
+
+template <class S, int BITS>
+Kernel<S> kernel_of(Isa isa, bool sparse) {
 #ifdef SPARSEFORGE_X86
-  if (isa >= Isa::avx512 && has_vnni())
-    return {SPARSEFORGE_TILE(vnni_codes), vnni_codes::finish<S>, vnni_codes::quantize<S>};
-  if (isa >= Isa::avx2 && __builtin_cpu_supports("f16c"))
-    return {SPARSEFORGE_TILE(avx2_codes), avx2_codes::finish<S>, avx2_codes::quantize<S>};
+  if (isa >= Isa::avx512 && has_vnni()) return SPARSEFORGE_KERNEL(vnni_codes);
+  if (isa >= Isa::avx2 && __builtin_cpu_supports("f16c")) return SPARSEFORGE_KERNEL(avx2_codes);
 #endif
-  return {SPARSEFORGE_TILE(portable_codes), portable_codes::finish<S>, portable_codes::quantize<S>};
+  return SPARSEFORGE_KERNEL(portable_codes);
 }
 
 template <class S>
 void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int bits, int64_t out_features,
          const S* bias, Activation activation, Isa isa, S* y) {
-  const Kernel<S> kernel = kernel_of<S>(isa, sparse, bits);
+  const Kernel<S> kernel = bits == 8 ? kernel_of<S, 8>(isa, sparse) : kernel_of<S, 4>(isa, sparse);
   const bool gated = activation == Activation::silu_mul;
   const int64_t width = gated ? out_features / 2 : out_features;
 
   const int64_t runs = job.runs;
-  const at::Tensor memory = at::empty({columns * runs * int64_t{sizeof(XRun)} + 64}, at::kByte);
-  auto* rows = reinterpret_cast<XRun*>((reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) / 64 * 64);
+  const int64_t row_bytes = runs * static_cast<int64_t>(kernel.run_bytes);
+  const at::Tensor memory = at::empty({columns * row_bytes + 64}, at::kByte);
+  auto* rows = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) / 64 * 64);
   at::parallel_for(0, columns, std::max<int64_t>(1, 16384 / in), [&](int64_t from, int64_t to) {
-    for (int64_t m = from; m < to; ++m) kernel.quantize(x + m * in, in, runs, bits, rows + m * runs);
+    for (int64_t m = from; m < to; ++m) kernel.quantize(x + m * in, in, runs, rows + m * row_bytes);
   });
 
   const int64_t tiles = (width + kTileRows - 1) / kTileRows;
@@ -348,10 +383,10 @@ void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int
       const int64_t part = std::min(kMaxColumns, columns - m);
       for (int64_t t = from; t < to; ++t) {
         const int64_t first = t * kTileRows, count = std::min(kTileRows, width - first);
-        kernel.tile(job, rows + m * runs, part, first, width - 1, sums);
+        kernel.tile(job, rows + m * row_bytes, part, first, width - 1, sums);
         scaled(sums, part, first, width - 1);
         if (gated) {
-          kernel.tile(job, rows + m * runs, part, width + first, 2 * width - 1, second);
+          kernel.tile(job, rows + m * row_bytes, part, width + first, 2 * width - 1, second);
           scaled(second, part, width + first, 2 * width - 1);
         }
         for (int64_t i = 0; i < part; ++i)
@@ -391,6 +426,7 @@ CodesJob job_of(const at::Tensor& values, const at::Tensor& mask, const at::Tens
   job.runs = (padded + kXGroup - 1) / kXGroup;
   job.steps = (padded + kStep - 1) / kStep;
   job.whole_steps = padded / kStep;
+  job.whole_runs = padded / kXGroup;
   job.group = scales.size(1) == 1 && scales.scalar_type() == at::kFloat ? 0 : in / scales.size(1);
   return job;
 }

@@ -1,16 +1,30 @@
 // Dot products of sixteen weight rows of codes with up to kMaxColumns rows of x. Included into each namespace of
-// codes_linear.cpp. Four weight rows are in work at a time, as in tile.h, and summed in one order: the same bits always.
+// codes_linear.cpp. A few weight rows are in work at a time, as in tile.h, and summed in one order: the same bits always.
 
+constexpr int kFewRows = 4;  // weight rows in work with one or two rows of x: as many streams from memory
+// With more: so many weight rows and rows of x, whose sums, in integers and in floats, are in registers together.
+constexpr int kManyRows = kWide ? 4 : 2;
+template <int BITS>
+constexpr int kManyColumns = kWide && BITS == 8 ? 3 : 2;
+
+template <int ROWS>
 struct Streams {
-  const uint8_t* values[4];
-  const uint8_t* mask[4];
-  const uint8_t* scales[4];
+  const uint8_t* values[ROWS];
+  const uint8_t* mask[ROWS];
+  const uint8_t* scales[ROWS];
 };
 
-INLINE Streams streams_of(const CodesJob& job, int64_t first, int64_t last, int i) {
-  Streams rows;
-  for (int r = 0; r < 4; ++r) {
-    const int64_t row = std::min(first + i + 4 * r, last);  // beyond the last row: repeat it, the result is not stored
+// The place among the sixteen of row r of sub-block i.
+template <int ROWS>
+INLINE int place_of(int i, int r) {
+  return i + int{kTileRows} / ROWS * r;
+}
+
+template <int ROWS>
+INLINE Streams<ROWS> streams_of(const CodesJob& job, int64_t first, int64_t last, int i) {
+  Streams<ROWS> rows;
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t row = std::min(first + place_of<ROWS>(i, r), last);  // beyond the last: repeat it, it is not stored
     rows.values[r] = job.values + row * job.row_bytes;
     rows.mask[r] = job.mask + row * job.mask_bytes;
     rows.scales[r] = job.scales + row * job.scale_bytes;
@@ -21,26 +35,29 @@ INLINE Streams streams_of(const CodesJob& job, int64_t first, int64_t last, int 
 template <bool SPARSE, int BITS>
 constexpr int64_t kBytes = kStep * BITS / 8 / (SPARSE ? 2 : 1);  // of values in a step
 
-// Codes of a step of one row. The last step may be incomplete: it is copied to where a whole one may be read; x is zero
-// there, whatever the codes.
-template <bool SPARSE, int BITS>
-INLINE Codes load_codes(const CodesJob& job, const Streams& rows, int r, int64_t step) {
+// Codes of a step of one row. Where it may be incomplete (not WHOLE) it is copied to where a whole one may be read; x is
+// zero there, whatever the codes. AHEAD: fetch what the next tile has at this place, too: rows may be too short for the
+// hardware to see where it goes on.
+template <bool SPARSE, int BITS, bool WHOLE, bool AHEAD, int ROWS>
+INLINE Codes load_codes(const CodesJob& job, const Streams<ROWS>& rows, int r, int64_t step) {
   const uint8_t* values = rows.values[r] + step * kBytes<SPARSE, BITS>;
   const uint8_t* mask = rows.mask[r] + step * (kStep / 8);
-  if (step == job.whole_steps) {
+  if (!WHOLE && step == job.whole_steps) {
     alignas(64) uint8_t some_values[kBytes<SPARSE, BITS>] = {}, some_mask[kStep / 8] = {};
     std::memcpy(some_values, values, rows.values[r] + job.row_bytes - values);
     if (SPARSE) std::memcpy(some_mask, mask, rows.mask[r] + job.mask_bytes - mask);
     return codes_of<SPARSE, BITS>(some_values, some_mask);
   }
-  // what the next tile has at this place: rows may be too short for the hardware to see where it goes on
-  PREFETCH_FAR(values + kTileRows * job.row_bytes);
-  if (SPARSE && step % kRun == 0) PREFETCH_FAR(mask + kTileRows * job.mask_bytes);
+  if constexpr (AHEAD) {
+    PREFETCH_FAR(values + kTileRows * job.row_bytes);
+    if (SPARSE && step % kRun == 0) PREFETCH_FAR(mask + kTileRows * job.mask_bytes);
+  }
   return codes_of<SPARSE, BITS>(values, mask);
 }
 
 // Scales of the kRun steps from `step` on of one row; beyond its end anything finite.
-INLINE Scales load_scales(const CodesJob& job, const Streams& rows, int r, int64_t step) {
+template <int ROWS>
+INLINE Scales load_scales(const CodesJob& job, const Streams<ROWS>& rows, int r, int64_t step) {
   const int64_t at = job.group == 32 ? step * 4 : step / 2 * 2, left = job.scale_bytes - at;
   const int64_t size = job.group == 32 ? 4 * kRun : kRun;
   PREFETCH_FAR(rows.scales[r] + at + kTileRows * job.scale_bytes);
@@ -50,116 +67,193 @@ INLINE Scales load_scales(const CodesJob& job, const Streams& rows, int r, int64
   return scales_of(some, job.group);
 }
 
-// Where the codes of a run of steps come from: memory, on the way to their only use, or what was expanded for several.
-template <bool SPARSE, int BITS>
+// Where the codes of a run come from: memory, on the way to their only use; memory, kept for who comes after; from who
+// was there before. Whole bytes of a dense weight are as quickly read again as kept.
+template <bool SPARSE, int BITS, bool WHOLE, int ROWS>
 struct FromMemory {
   const CodesJob& job;
-  const Streams& rows;
+  const Streams<ROWS>& rows;
   int64_t first;
 
-  INLINE Codes operator()(int k, int r) const { return load_codes<SPARSE, BITS>(job, rows, r, first + k); }
+  INLINE Codes operator()(int k, int r) const { return load_codes<SPARSE, BITS, WHOLE, true>(job, rows, r, first + k); }
 };
 
-struct Run {
-  Codes codes[kRun][4];
-  Scales scales[4];
+template <bool SPARSE, int BITS, bool WHOLE>
+struct Keeping {
+  const CodesJob& job;
+  const Streams<kManyRows>& rows;
+  int64_t first;
+  Codes (*kept)[kManyRows];
 
-  INLINE Codes operator()(int k, int r) const { return codes[k][r]; }
+  INLINE Codes operator()(int k, int r) const {
+    const Codes codes = load_codes<SPARSE, BITS, WHOLE, true>(job, rows, r, first + k);
+    if constexpr (SPARSE || BITS == 4) kept[k][r] = codes;
+    return codes;
+  }
 };
 
-template <int COLUMNS, int BITS, class From>
-INLINE void multiply_step(int k, const From& codes, const Scales* scales, const XRun* x, int64_t runs,
-                          Part<BITS> (*part)[4]) {
-  Codes w[4];
-  Scale scale[4];
+template <bool SPARSE, int BITS, bool WHOLE>
+struct Kept {
+  const CodesJob& job;
+  const Streams<kManyRows>& rows;
+  int64_t first;
+  Codes (*kept)[kManyRows];
+
+  INLINE Codes operator()(int k, int r) const {
+    if constexpr (SPARSE || BITS == 4) return kept[k][r];
+    return load_codes<SPARSE, BITS, WHOLE, false>(job, rows, r, first + k);
+  }
+};
+
+template <int COLUMNS, int ROWS, int BITS, class From>
+INLINE void multiply_step(int k, const From& codes, const Scales* scales, const XRun<BITS>* x, int64_t runs,
+                          Part<BITS> (*part)[ROWS]) {
+  Codes w[ROWS];
+  Scale scale[ROWS];
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
+  for (int r = 0; r < ROWS; ++r) {
     w[r] = codes(k, r);
     if constexpr (BITS == 4) scale[r] = scale_of(scales[r], k);
   }
 #pragma GCC unroll 4
   for (int m = 0; m < COLUMNS; ++m) {
+    const XStep step = load_x(x[m * runs].q[k]);
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
       if constexpr (BITS == 4) {
-        part[m][r] = add4(part[m][r], w[r], scale[r], x[m * runs], k);
+        part[m][r] = add4(part[m][r], w[r], scale[r], step, x[m * runs], k);
       } else {
-        part[m][r] = add8(part[m][r], w[r], x[m * runs], k);
+        part[m][r] = add8(part[m][r], w[r], step);
       }
     }
   }
 }
 
-// A run, `count` steps of which are there, of four rows by COLUMNS rows of x. `runs`: from one of these to the next.
-template <int COLUMNS, int BITS, class From>
-INLINE void multiply(int64_t count, const From& codes, const Scales* scales, const XRun* x, int64_t runs,
-                     Acc (*sums)[4]) {
-  Part<BITS> part[COLUMNS][4];
+// A run, `count` steps of which are there (WHOLE: all), of ROWS rows by COLUMNS rows of x. `runs`: from one of these to
+// the next.
+template <int COLUMNS, int ROWS, int BITS, bool WHOLE, class From>
+INLINE void multiply(int64_t count, const From& codes, const Scales* scales, const XRun<BITS>* x, int64_t runs,
+                     Acc (*sums)[ROWS]) {
+  Part<BITS> part[COLUMNS][ROWS];
 #pragma GCC unroll 4
   for (int m = 0; m < COLUMNS; ++m)
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) part[m][r] = start<BITS>(x[m * runs]);
-  if (count == kRun) {
+    for (int r = 0; r < ROWS; ++r) part[m][r] = start(x[m * runs]);
+  if constexpr (WHOLE) {
 #pragma GCC unroll 4
-    for (int k = 0; k < kRun; ++k) multiply_step<COLUMNS, BITS>(k, codes, scales, x, runs, part);
+    for (int k = 0; k < kRun; ++k) multiply_step<COLUMNS, ROWS, BITS>(k, codes, scales, x, runs, part);
   } else {
-    for (int k = 0; k < count; ++k) multiply_step<COLUMNS, BITS>(k, codes, scales, x, runs, part);
+    for (int k = 0; k < count; ++k) multiply_step<COLUMNS, ROWS, BITS>(k, codes, scales, x, runs, part);
   }
 #pragma GCC unroll 4
   for (int m = 0; m < COLUMNS; ++m)
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) sums[m][r] = scaled(sums[m][r], part[m][r], x[m * runs].scale);
+    for (int r = 0; r < ROWS; ++r) sums[m][r] = scaled(sums[m][r], part[m][r], x[m * runs].scale);
 }
 
 // One or two rows of x: codes go from memory into registers and are used there.
+template <int COLUMNS, bool SPARSE, int BITS, bool WHOLE>
+INLINE void run_few(const CodesJob& job, const Streams<kFewRows>& rows, const XRun<BITS>* x, int64_t run,
+                    Acc (*sums)[kFewRows]) {
+  Scales scales[kFewRows];
+  if constexpr (BITS == 4)
+    for (int r = 0; r < kFewRows; ++r) scales[r] = load_scales(job, rows, r, run * kRun);
+  const FromMemory<SPARSE, BITS, WHOLE, kFewRows> codes{job, rows, run * kRun};
+  multiply<COLUMNS, kFewRows, BITS, WHOLE>(job.steps - run * kRun, codes, scales, x + run, job.runs, sums);
+}
+
 template <int COLUMNS, bool SPARSE, int BITS>
-TARGET void tile_few(const CodesJob& job, const XRun* x, int64_t first, int64_t last, float* out) {
-  for (int i = 0; i < 4; ++i) {
-    const Streams rows = streams_of(job, first, last, i);
-    Acc sums[COLUMNS][4] = {};
-    for (int64_t run = 0; run < job.runs; ++run) {
-      Scales scales[4];
-      if constexpr (BITS == 4)
-        for (int r = 0; r < 4; ++r) scales[r] = load_scales(job, rows, r, run * kRun);
-      const FromMemory<SPARSE, BITS> codes{job, rows, run * kRun};
-      multiply<COLUMNS, BITS>(std::min(kRun, job.steps - run * kRun), codes, scales, x + run, job.runs, sums);
+TARGET void tile_few(const CodesJob& job, const XRun<BITS>* x, int64_t first, int64_t last, float* out) {
+  constexpr int R = kFewRows;
+  for (int i = 0; i < kTileRows / R; ++i) {
+    const Streams<R> rows = streams_of<R>(job, first, last, i);
+    Acc sums[COLUMNS][R] = {};
+    for (int64_t run = 0; run < job.whole_runs; ++run) run_few<COLUMNS, SPARSE, BITS, true>(job, rows, x, run, sums);
+    if (job.whole_runs < job.runs) run_few<COLUMNS, SPARSE, BITS, false>(job, rows, x, job.whole_runs, sums);
+    for (int m = 0; m < COLUMNS; ++m) {
+      float four[4];
+      sum_four(sums[m], four);
+      for (int r = 0; r < R; ++r) out[m * kTileRows + place_of<R>(i, r)] = four[r];
     }
+  }
+}
+
+// What of a few weight rows is kept in the first-level cache for all rows of x.
+struct Block {
+  static constexpr int64_t kRuns = 4;
+  Codes codes[kRuns][kRun][kManyRows];
+  Scales scales[kRuns][kManyRows];
+};
+
+// The runs [from, to) of kManyRows weight rows by COLUMNS rows of x, whose sums stay in registers meanwhile.
+template <template <bool, int, bool> class From, int COLUMNS, bool SPARSE, int BITS>
+TARGET void multiply_block(const CodesJob& job, const Streams<kManyRows>& rows, Block& block, const XRun<BITS>* x,
+                           int64_t from, int64_t to, Acc (*sums)[kManyRows]) {
+  constexpr int R = kManyRows;
+  Acc acc[COLUMNS][R] = {};
+  if (from > 0)
+#pragma GCC unroll 4
     for (int m = 0; m < COLUMNS; ++m)
-      for (int r = 0; r < 4; ++r) out[m * 16 + i + 4 * r] = sum(sums[m][r]);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[m][r] = sums[m][r];
+  int64_t run = from;
+  for (; run < std::min(to, job.whole_runs); ++run) {
+    const From<SPARSE, BITS, true> codes{job, rows, run * kRun, block.codes[run - from]};
+    multiply<COLUMNS, R, BITS, true>(kRun, codes, block.scales[run - from], x + run, job.runs, acc);
   }
+  if (run < to) {
+    const From<SPARSE, BITS, false> codes{job, rows, run * kRun, block.codes[run - from]};
+    multiply<COLUMNS, R, BITS, false>(job.steps - run * kRun, codes, block.scales[run - from], x + run, job.runs, acc);
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < COLUMNS; ++m)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sums[m][r] = acc[m][r];
 }
 
-template <int COLUMNS, int BITS>
-TARGET void multiply_run(const Run& w, int64_t count, const XRun* x, int64_t runs, Acc (*sums)[4]) {
-  multiply<COLUMNS, BITS>(count, w, w.scales, x, runs, sums);
+template <template <bool, int, bool> class From, bool SPARSE, int BITS>
+INLINE void multiply_group(int64_t columns, const CodesJob& job, const Streams<kManyRows>& rows, Block& block,
+                           const XRun<BITS>* x, int64_t from, int64_t to, Acc (*sums)[kManyRows]) {
+  if (columns == 1) return multiply_block<From, 1, SPARSE, BITS>(job, rows, block, x, from, to, sums);
+  if (columns == 2) return multiply_block<From, 2, SPARSE, BITS>(job, rows, block, x, from, to, sums);
+  if constexpr (kManyColumns<BITS> == 3) multiply_block<From, 3, SPARSE, BITS>(job, rows, block, x, from, to, sums);
 }
 
-// Any number of them: a run of four weight rows is expanded into the first-level cache, for all.
+// Any number of them, in groups of much the same size, the first of which expands the codes for all.
 template <bool SPARSE, int BITS>
-TARGET void tile_many(const CodesJob& job, const XRun* x, int64_t columns, int64_t first, int64_t last, float* out) {
-  Run w;
-  alignas(64) Acc sums[kMaxColumns][4];
-  for (int i = 0; i < 4; ++i) {
-    const Streams rows = streams_of(job, first, last, i);
-    std::memset(sums, 0, sizeof(sums[0]) * columns);
-    for (int64_t run = 0; run < job.runs; ++run) {
-      const int64_t count = std::min(kRun, job.steps - run * kRun);
-      for (int r = 0; r < 4; ++r) {
-        for (int64_t k = 0; k < count; ++k) w.codes[k][r] = load_codes<SPARSE, BITS>(job, rows, r, run * kRun + k);
-        if constexpr (BITS == 4) w.scales[r] = load_scales(job, rows, r, run * kRun);
+TARGET void tile_many(const CodesJob& job, const XRun<BITS>* x, int64_t columns, int64_t first, int64_t last, float* out) {
+  constexpr int R = kManyRows;
+  Block block;
+  alignas(64) Acc sums[kMaxColumns + 1][R];
+  const int64_t groups = (columns + kManyColumns<BITS> - 1) / kManyColumns<BITS>;
+  int64_t starts[kMaxColumns + 1];
+  for (int64_t g = 0; g <= groups; ++g) starts[g] = g * columns / groups;
+  std::memset(sums + columns, 0, sizeof(sums[0]));  // summed with others, never stored
+  for (int i = 0; i < kTileRows / R; ++i) {
+    const Streams<R> rows = streams_of<R>(job, first, last, i);
+    for (int64_t from = 0; from < job.runs; from += Block::kRuns) {
+      const int64_t to = std::min(from + Block::kRuns, job.runs);
+      if constexpr (BITS == 4)
+        for (int64_t run = from; run < to; ++run)
+          for (int r = 0; r < R; ++r) block.scales[run - from][r] = load_scales(job, rows, r, run * kRun);
+      multiply_group<Keeping, SPARSE, BITS>(starts[1], job, rows, block, x, from, to, sums);
+      for (int64_t g = 1; g < groups; ++g) {
+        const int64_t m = starts[g];
+        multiply_group<Kept, SPARSE, BITS>(starts[g + 1] - m, job, rows, block, x + m * job.runs, from, to, sums + m);
       }
-      int64_t m = 0;
-      for (; m + kCodesColumns <= columns; m += kCodesColumns)
-        multiply_run<kCodesColumns, BITS>(w, count, x + m * job.runs + run, job.runs, sums + m);
-      for (; m < columns; ++m) multiply_run<1, BITS>(w, count, x + m * job.runs + run, job.runs, sums + m);
     }
-    for (int64_t m = 0; m < columns; ++m)
-      for (int r = 0; r < 4; ++r) out[m * 16 + i + 4 * r] = sum(sums[m][r]);
+    static_assert(4 % R == 0);
+    for (int64_t m = 0; m < columns; m += 4 / R) {
+      float four[4];
+      sum_four(sums[m], four);
+      for (int k = 0; k < 4 && m + k / R < columns; ++k) out[(m + k / R) * kTileRows + place_of<R>(i, k % R)] = four[k];
+    }
   }
 }
 
 template <bool SPARSE, int BITS>
-void tile(const CodesJob& job, const XRun* x, int64_t columns, int64_t first, int64_t last, float* out) {
+void tile(const CodesJob& job, const void* rows, int64_t columns, int64_t first, int64_t last, float* out) {
+  const auto* x = static_cast<const XRun<BITS>*>(rows);
   switch (columns) {
     case 1:
       return tile_few<1, SPARSE, BITS>(job, x, first, last, out);
@@ -172,10 +266,11 @@ void tile(const CodesJob& job, const XRun* x, int64_t columns, int64_t first, in
 
 // A row of x in 8 bits; zeros up to a whole run. Where a group holds inf or NaN its scale is NaN: the row spoils its own
 // outputs. Plain loops that the compiler vectorises for the namespace's target.
-template <class S>
-TARGET void quantize(const S* x, int64_t in, int64_t runs, int bits, XRun* out) {
+template <class S, int BITS>
+TARGET void quantize(const S* x, int64_t in, int64_t runs, void* rows) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: rounds to the nearest integer
-  for (int64_t run = 0; run < runs; ++run) {
+  auto* out = static_cast<XRun<BITS>*>(rows);
+  for (int64_t run = 0; run < runs; ++run, ++out) {
     const S* from = x + run * kXGroup;
     const int64_t count = std::min(kXGroup, in - run * kXGroup);
     alignas(64) float lane[kXGroup];
@@ -185,30 +280,19 @@ TARGET void quantize(const S* x, int64_t in, int64_t runs, int bits, XRun* out) 
       std::memset(lane, 0, sizeof(lane));
       for (int64_t k = 0; k < count; ++k) lane[k] = widen(from[k]);
     }
-    uint32_t peak_bits = 0;  // of positive floats the order of bits is that of numbers; inf and NaN above all others
-    for (int64_t k = 0; k < kXGroup; ++k) {
-      uint32_t bits_of_lane;
-      std::memcpy(&bits_of_lane, lane + k, 4);
-      peak_bits = std::max(peak_bits, bits_of_lane & 0x7fffffff);
-    }
+    alignas(64) int32_t bits[kXGroup];
+    std::memcpy(bits, lane, sizeof(bits));
+    int32_t peak_bits = 0;  // of positive floats the order of bits is that of numbers; inf and NaN above all others
+    for (int64_t k = 0; k < kXGroup; ++k) peak_bits = std::max(peak_bits, bits[k] & 0x7fffffff);
     float peak;
     std::memcpy(&peak, &peak_bits, 4);
     const bool finite = peak_bits < 0x7f800000, counts = finite && peak > 1e-36f;
     const float inverse = counts ? 127.f / peak : 0.f;
-    out[run].scale = counts ? peak / 127.f : finite ? 0.f : std::nanf("");
+    out->scale = counts ? peak / 127.f : finite ? 0.f : std::nanf("");
     if (!finite) std::memset(lane, 0, sizeof(lane));
-    alignas(64) int32_t q[kXGroup];
-    for (int64_t k = 0; k < kXGroup; ++k) {
-      q[k] = static_cast<int32_t>((lane[k] * inverse + kRound) - kRound);
-      out[run].q[k / kStep][k % kStep] = static_cast<int8_t>(q[k]);
-    }
-    for (int k = 0; k < kRun; ++k)
-      for (int i = 0; i < 16; ++i) {
-        const int32_t* four = q + kStep * k + 4 * i;
-        out[run].offset[k][i] = -(bits == 8 ? 128 : 8) * (four[0] + four[1] + four[2] + four[3]);
-      }
-    if (bits == 8)  // all steps of a run are summed before they meet a scale
-      for (int k = 1; k < kRun; ++k)
-        for (int i = 0; i < 16; ++i) out[run].offset[0][i] += out[run].offset[k][i];
+    int8_t* const q = out->q[0];
+    for (int64_t k = 0; k < kXGroup; ++k)
+      q[k] = static_cast<int8_t>(static_cast<int32_t>((lane[k] * inverse + kRound) - kRound));
+    set_offsets(*out);
   }
 }
