@@ -433,6 +433,13 @@ CodesJob job_of(const at::Tensor& values, const at::Tensor& mask, const at::Tens
 
 }  // namespace
 
+int64_t max_codes_rows() {
+#ifdef SPARSEFORGE_X86
+  if (has_vnni()) return 2048;  // with AVX-512 alone never slower so far; where there is AMX a dense product catches up
+#endif
+  return 512;
+}
+
 at::Tensor codes_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask,
                         const at::Tensor& scales, int64_t in_features, const std::optional<at::Tensor>& bias,
                         Activation act, Isa isa) {

@@ -17,4 +17,7 @@ at::Tensor codes_linear(const at::Tensor& x, const at::Tensor& values, const at:
 at::Tensor codes_dense(const at::Tensor& values, const at::Tensor& mask, const at::Tensor& scales,
                        int64_t in_features);
 
+// Beyond so many rows of x the expanded weight and a dense product are faster.
+int64_t max_codes_rows();
+
 }  // namespace sparseforge

@@ -34,7 +34,7 @@ at::Tensor activate(const at::Tensor& y, Activation activation) {
 }  // namespace
 
 int64_t max_rows(at::ScalarType dtype, bool codes) {
-  if (codes) return dtype == at::kBFloat16 || dtype == at::kFloat ? 512 : -1;
+  if (codes) return dtype == at::kBFloat16 || dtype == at::kFloat ? max_codes_rows() : -1;
   return dtype == at::kBFloat16 ? 512 : dtype == at::kFloat ? 128 : -1;
 }
 
