@@ -126,14 +126,9 @@ def follow(weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
 
 def codes_of(weight: Tensor, scales: Tensor, format: Format) -> Rounded:
     """The nearest codes on scales [out, groups] that are known."""
-    stored = in_its_dtype(scales, format)
+    stored = scales.to(torch.float16 if format.group else torch.float32)
     codes = _nearest(weight.detach().float(), spread(stored, weight.shape[1]), largest_code(format))
     return Rounded(codes.to(torch.int8), stored)
-
-
-def in_its_dtype(scales: Tensor, format: Format) -> Tensor:
-    """As they are kept: float16 of groups, float32 of whole outputs."""
-    return scales.to(torch.float16 if format.group else torch.float32)
 
 
 def _damped(moments: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def anneal(
     report["epochs"] = run.batches.passes(config.steps * per_step)
     if (report["epochs"] or 0) > 1:
         report["notes"].append(f"the run went over its data {report['epochs']:.1f} times")
-    return {} if sparse.on_grid is None else sparse.on_grid.stored()
+    return {} if sparse.on_grid is None else sparse.on_grid.scales
 
 
 def _identity(run: Run, recipe: Recipe, path: Path | None) -> dict[str, Any]:

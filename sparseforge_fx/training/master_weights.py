@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.training.low_rank import Branch
@@ -19,7 +19,6 @@ class MasterWeights:
     def __init__(self, parameters: Iterable[nn.Parameter], on_grid: OnGrid | None = None):
         self.parameters, self.on_grid = list(parameters), on_grid
         self.masters = [self._master(p) for p in self.parameters]
-        self._along: dict[int, Tensor] = {}
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
         if self.on_grid is not None and self.on_grid.takes(parameter):
@@ -29,31 +28,15 @@ class MasterWeights:
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Before a step; also from where the scales of what is on a grid move."""
         for p, master in zip(self.parameters, self.masters, strict=True):
             if master is not p:
                 master.grad = None if p.grad is None else p.grad.float()
-        self._along = {i: grid.along(p, master) for i, p, master, grid in self._on_grid()}
-
-    @torch.no_grad()
-    def move_scales(self) -> None:
-        """After a step, before the parameters are written."""
-        for i, p, master, grid in self._on_grid():
-            grid.move_scales(p, grid.along(p, master) - self._along.pop(i))
 
     @torch.no_grad()
     def write_back(self) -> None:
         for p, master in zip(self.parameters, self.masters, strict=True):
-            if self.on_grid is not None and self.on_grid.takes(p):
-                p.copy_(self.on_grid.rounded(p, master))
-            elif master is not p:
-                p.copy_(master)
-
-    def _on_grid(self) -> Iterator[tuple[int, nn.Parameter, nn.Parameter, OnGrid]]:
-        if self.on_grid is not None:
-            for i, (p, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
-                if self.on_grid.takes(p):
-                    yield i, p, master, self.on_grid
+            if master is not p:
+                p.copy_(master if self.on_grid is None else self.on_grid.rounded(p, master))
 
     def serve(self, weights: Iterable[MaskedWeight], branches: Iterable[Branch] = ()) -> None:
         """Let a method see and write the masters instead of the rounded weights."""

@@ -158,7 +158,6 @@ class _Loop:
             )
         self.optimizer.step()
         sparse.step()  # before the masters are written back: a method may move weights, too
-        master.move_scales()
         master.write_back()
         self.optimizer.zero_grad()
         for p in master.parameters:
@@ -237,7 +236,6 @@ def _loss(sparse: SparseModel, batch: Any) -> Loss:
     if loss is None:
         raise SparseForgeError("there is nothing to learn from: no labels, no logits and kl = 0")
     return loss
-
 
 def _progress(show: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))

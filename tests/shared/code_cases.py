@@ -1,5 +1,8 @@
 """Weights of int8 and int4 codes, and what a CPU's kernels make of x before they multiply."""
 
+import re
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,12 +10,13 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering.modules import SparseLinear, replace, weight_of
 from sparseforge_fx.formats import parse_format
+from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.packed import pack_codes, unpack
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 FORMATS = ["2:4 int8", "dense int8", "2:4 int4/32", "dense int4/32", "2:4 int4/128", "dense int4/128"]
-X_GROUP = 256  # inputs of x that share a scale
+X_RUN = 256  # inputs of x, of which those share a scale that are summed in one lane
 
 
 def random_codes(out, width, text, seed=0):
@@ -26,11 +30,19 @@ def random_codes(out, width, text, seed=0):
     return pack_codes(codes, scales, format), codes
 
 
-def rounded(x):
+def lanes(isa):
+    """How many sums of four products the kernels of an instruction set have in a register."""
+    known = set(re.findall(r"avx512\w+", Path("/proc/cpuinfo").read_text())) if isa not in ("portable", "avx2") else ()
+    return 16 if {"avx512vbmi", "avx512_vbmi2", "avx512_vnni"} <= set(known) else 8
+
+
+def rounded(x, isa=None):
     """x [rows, in] as 8-bit integers times a scale for each group, in float64, and the largest error of a place."""
     rows, width = x.shape
-    groups = F.pad(x.double(), (0, -width % X_GROUP)).view(rows, -1, X_GROUP)
-    scales = groups.abs().amax(-1, keepdim=True) / 127
+    sums = lanes(isa or cpu.instruction_set())
+    shape = (rows, -1, X_RUN // (4 * sums), sums, 4)
+    groups = F.pad(x.double(), (0, -width % X_RUN)).view(shape)
+    scales = groups.abs().amax((2, 4), keepdim=True) / 127
     codes = (groups / scales.clamp(min=1e-300)).round()
     return (codes * scales).view(rows, -1)[:, :width], scales
 

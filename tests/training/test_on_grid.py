@@ -41,9 +41,8 @@ def test_what_trains_is_rounded_and_packs_exactly(captured_once):
     moved = 0
     for fqn, codes in on_their_grid(found.model, result.scales, 127):
         assert check_pattern(found.model.get_parameter(fqn), TWO_FOUR)
+        assert torch.equal(result.scales[fqn], started.scales[fqn])  # codes train, scales stay
         moved += int((codes != first[fqn]).sum())
-        ratio = result.scales[fqn] / started.scales[fqn]
-        assert (ratio != 1).any() and ((ratio > 0.5) & (ratio < 2)).all()
     assert moved > 100
     packed = copy.deepcopy(found.model)
     report = sf.quantize(packed, "int8", scales=result.scales, dense=False)
@@ -99,48 +98,10 @@ def test_a_master_begins_at_the_float_that_its_code_stands_for(dim):
     assert (away.abs() <= 0.49 * width + 1e-6).all() and (away[1:] / width[1:]).std() > 0.2
     torch.testing.assert_close((away + found.weight)[1:], floats[1:], rtol=0.02, atol=0.01)
     before = weight.detach().clone()
-    trained.take_gradients()
-    trained.move_scales()
     trained.write_back()
     assert torch.equal(weight, before)  # the codes are those that were found
     (again,) = MasterWeights([weight], grid).masters
     assert torch.equal(again, weight)  # told of once: what is loaded from a file comes later
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_scales_follow_what_a_step_of_a_groups_masters_has_in_common(dim):
-    floats = torch.randn(6, 64)
-    mask = torch.ones_like(floats)
-    mask[:, ::2] = 0
-    found = round_weight(floats * mask, parse_format("int4"))
-    turn = (lambda t: t.t().contiguous()) if dim == 0 else (lambda t: t)
-    weight = nn.Parameter(turn(found.weight))
-    grid = OnGrid([MaskedWeight("w", weight, turn(mask), dim)], parse_format("int4"))
-    grid.start("w", floats * mask, found)
-    trained = MasterWeights([weight], grid)
-    (master,) = trained.masters
-    trained.take_gradients()
-    left = torch.arange(64) < 32
-    with torch.no_grad():
-        master.add_(turn(torch.where(left, 0.01, 0.0) * found.weight))
-        across = turn(torch.where(left, 0.0, 1e-3) * torch.randn(6, 64) * mask)
-        master.add_(across)
-        master.add_(turn(100 * (1 - mask)))  # pruned places have no say
-    trained.move_scales()
-    ratio = grid.scales["w"] / found.scales.float()
-    torch.testing.assert_close(ratio[:, 0], torch.full((6,), 1.01))
-    part, w = (across.t() if dim == 0 else across)[:, 32:], found.weight[:, 32:]
-    torch.testing.assert_close(ratio[:, 1], 1 + (part * w).sum(1) / (w * w).sum(1), rtol=1e-5, atol=1e-6)
-    trained.write_back()
-    seen = weight.detach().t() if dim == 0 else weight.detach()
-    assert torch.equal(grid.stored()["w"], grid.scales["w"].half())
-    codes = seen / grid.stored()["w"].float().repeat_interleave(32, 1) * mask
-    assert torch.equal(codes.round()[:, :32], found.codes.float()[:, :32])  # what all do changes no code
-    with torch.no_grad():
-        weight.zero_()
-        trained.take_gradients()
-        trained.move_scales()
-    assert torch.isfinite(grid.scales["w"]).all()  # a group without a code
 
 
 def test_a_width_that_does_not_fit_stays_in_floats():
@@ -148,12 +109,7 @@ def test_a_width_that_does_not_fit_stays_in_floats():
     weights = [MaskedWeight(n, p, torch.ones_like(p), 1) for n, p in (("fits", fits), ("odd", odd))]
     grid = OnGrid(weights, parse_format("int4"))
     assert set(grid.scales) == {"fits"} and "no multiple of the group" in grid.against["odd"]
-    trained = MasterWeights([fits, odd], grid)
-    trained.take_gradients()
-    trained.move_scales()
-    before = odd.detach().clone()
-    trained.write_back()
-    assert trained.masters[1] is odd and torch.equal(odd, before) and not grid.takes(odd)
+    assert grid.rounded(odd, odd.detach()) is not None and torch.equal(grid.rounded(odd, odd.detach()), odd)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 // y = act(x W^T + b), W int8 or int4 codes times scales (see packed.py), 2:4 or dense.
 //
-// x is rounded to 8 bits, one scale for each 256 inputs of a row, so that products are of integers, exact, and summed
-// in groups before they meet their scales in float32.
+// x is rounded to 8 bits, so that products are of integers, exact, and summed in groups before they meet their scales
+// in float32. Of 256 inputs of a row those share a scale that are summed in the same lane of a register: 16 with AVX-512,
+// 32 without. Scales of such small groups cost nothing: a lane is multiplied by its own.
 
 #include "codes_linear.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include "numbers.h"
 
@@ -27,15 +29,21 @@ template <int BITS>
 struct alignas(64) XRun {
   int8_t q[kRun][kStep];
   int32_t offset[BITS == 8 ? 1 : kRun][16];
-  float scale;
+  float scale[16];  // of each lane
 };
 
-struct CodesJob {
+// Weight rows from `first` on, one after the other.
+struct Rows {
   const uint8_t* values;
   const uint8_t* mask;
   const uint8_t* scales;
+  int64_t first;
+};
+
+struct CodesJob {
+  Rows all, last;                              // `last`: a copy of the last ones, behind which may be read
   int64_t row_bytes, mask_bytes, scale_bytes;  // of a weight row
-  int64_t runs, whole_runs, steps, whole_steps;  // of kXGroup and of kStep inputs; of these, complete ones
+  int64_t runs, whole_runs, steps;             // of kXGroup inputs, and those that are complete; of kStep inputs
   int64_t group;                               // inputs that share a scale; 0: all of a row
 };
 
@@ -49,6 +57,7 @@ float half_of(const uint8_t* bytes) {
 namespace portable_codes {
 #define TARGET
 constexpr bool kWide = false;  // thirty-two registers
+constexpr int kSums = 8;       // lanes of integers, each of four neighbouring inputs
 struct Codes {
   int8_t lane[64];
 };
@@ -58,9 +67,14 @@ struct Scales {  // of kRun steps, two in each
 struct Scale {
   float half[2];
 };
-using Acc = float;
+struct Acc {
+  float lane[8];
+};
+struct Integers {
+  int32_t lane[8];
+};
 template <int BITS>
-using Part = std::conditional_t<BITS == 8, int32_t, float>;
+using Part = std::conditional_t<BITS == 8, Integers, Acc>;
 
 template <bool SPARSE, int BITS>
 INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
@@ -92,25 +106,37 @@ template <int BITS>
 INLINE void set_offsets(XRun<BITS>&) {}
 template <int BITS>
 INLINE Part<BITS> start(const XRun<BITS>&) {
-  return 0;
+  return Part<BITS>{};
 }
 using XStep = const int8_t*;
 INLINE XStep load_x(const int8_t* q) { return q; }
-INLINE int32_t product(const Codes& w, const int8_t* q, int from) {
+INLINE int32_t product(const Codes& w, XStep x, int from) {
   int32_t out = 0;
-  for (int i = from; i < from + 32; ++i) out += int32_t{w.lane[i]} * q[i];
+  for (int i = from; i < from + 4; ++i) out += int32_t{w.lane[i]} * x[i];
   return out;
 }
-INLINE int32_t add8(int32_t part, const Codes& w, XStep x) { return part + product(w, x, 0) + product(w, x, 32); }
-INLINE float add4(float part, const Codes& w, const Scale& scale, XStep x, const XRun<4>&, int) {
-  part += scale.half[0] * static_cast<float>(product(w, x, 0));
-  return part + scale.half[1] * static_cast<float>(product(w, x, 32));
+INLINE Integers add8(Integers part, const Codes& w, XStep x) {
+  for (int j = 0; j < 8; ++j) part.lane[j] += product(w, x, 4 * j) + product(w, x, 32 + 4 * j);
+  return part;
+}
+INLINE Acc add4(Acc part, const Codes& w, const Scale& scale, XStep x, const XRun<4>&, int) {
+  for (int j = 0; j < 8; ++j) {
+    part.lane[j] += scale.half[0] * static_cast<float>(product(w, x, 4 * j));
+    part.lane[j] += scale.half[1] * static_cast<float>(product(w, x, 32 + 4 * j));
+  }
+  return part;
 }
 template <class P>
-INLINE Acc scaled(Acc acc, P part, float x_scale) {
-  return acc + x_scale * static_cast<float>(part);
+INLINE Acc scaled(Acc acc, const P& part, const float* x_scale) {
+  for (int j = 0; j < 8; ++j) acc.lane[j] += x_scale[j] * static_cast<float>(part.lane[j]);
+  return acc;
 }
-INLINE void sum_four(const Acc* a, float* out) { std::memcpy(out, a, 4 * sizeof(float)); }
+INLINE void sum_four(const Acc* a, float* out) {
+  for (int k = 0; k < 4; ++k) {
+    const float* lane = a[k].lane;
+    out[k] = ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
+  }
+}
 #include "codes_tile.h"
 #include "finish.h"
 #undef TARGET
@@ -158,6 +184,7 @@ const Shuffles& shuffles() {
 namespace avx2_codes {  // codes stay signed: the sign goes to x, so that pairs of products do not overflow 16 bits
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 constexpr bool kWide = false;
+constexpr int kSums = 8;
 struct Codes {
   __m256i part[2];
 };
@@ -229,10 +256,12 @@ INLINE __m256 add4(__m256 part, const Codes& w, const Scale& scale, const XStep&
   part = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product(w.part[0], x.part[0])), scale.part[0], part);
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(product(w.part[1], x.part[1])), scale.part[1], part);
 }
-INLINE Acc scaled(Acc acc, __m256i part, float x_scale) {
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(x_scale), acc);
+INLINE Acc scaled(Acc acc, __m256i part, const float* x_scale) {
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_load_ps(x_scale), acc);
 }
-INLINE Acc scaled(Acc acc, __m256 part, float x_scale) { return _mm256_fmadd_ps(part, _mm256_set1_ps(x_scale), acc); }
+INLINE Acc scaled(Acc acc, __m256 part, const float* x_scale) {
+  return _mm256_fmadd_ps(part, _mm256_load_ps(x_scale), acc);
+}
 INLINE void sum_four(const Acc* a, float* out) { _mm_storeu_ps(out, halves(pairs(a[0], a[1]), pairs(a[2], a[3]))); }
 #include "codes_tile.h"
 #include "finish.h"
@@ -242,6 +271,7 @@ INLINE void sum_four(const Acc* a, float* out) { _mm_storeu_ps(out, halves(pairs
 namespace vnni_codes {  // codes become unsigned by adding 128 or 8
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c")))
 constexpr bool kWide = true;
+constexpr int kSums = 16;
 using Codes = __m512i;
 using Scales = __m256;
 using Scale = __m512;
@@ -306,10 +336,12 @@ INLINE __m512 add4(__m512 part, Codes w, Scale scale, XStep x, const XRun<4>& ru
   const __m512i sums = _mm512_dpbusd_epi32(_mm512_load_si512(run.offset[k]), w, x);
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, part);
 }
-INLINE Acc scaled(Acc acc, __m512i part, float x_scale) {
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), _mm512_set1_ps(x_scale), acc);
+INLINE Acc scaled(Acc acc, __m512i part, const float* x_scale) {
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), _mm512_load_ps(x_scale), acc);
 }
-INLINE Acc scaled(Acc acc, __m512 part, float x_scale) { return _mm512_fmadd_ps(part, _mm512_set1_ps(x_scale), acc); }
+INLINE Acc scaled(Acc acc, __m512 part, const float* x_scale) {
+  return _mm512_fmadd_ps(part, _mm512_load_ps(x_scale), acc);
+}
 INLINE __m256 fold(__m512 a) {
   const __m512d b = _mm512_castps_pd(a);
   return _mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castpd_ps(_mm512_extractf64x4_pd(b, 1)));
@@ -353,6 +385,25 @@ Kernel<S> kernel_of(Isa isa, bool sparse) {
   return SPARSEFORGE_KERNEL(portable_codes);
 }
 
+// Where a run is incomplete, whole ones are read nevertheless: of the last rows that would be beyond the memory.
+at::Tensor copy_last(CodesJob& job, int64_t out) {
+  if (job.whole_runs == job.runs) return {};
+  const auto within = [](int64_t reach, int64_t bytes) { return bytes ? (reach + bytes - 1) / bytes : 0; };
+  const int64_t count = std::min(
+      out, std::max({within(kStep, job.row_bytes), within(kStep / 8, job.mask_bytes), within(16, job.scale_bytes)}));
+  const at::Tensor memory = at::zeros({count * (job.row_bytes + job.mask_bytes + job.scale_bytes) + 3 * kStep}, at::kByte);
+  auto* to = static_cast<uint8_t*>(memory.data_ptr());
+  const auto copied = [&](const uint8_t* from, int64_t bytes) {
+    const uint8_t* const start = to;
+    std::memcpy(to, from + (out - count) * bytes, count * bytes);
+    to += count * bytes + kStep;
+    return start;
+  };
+  job.last = {copied(job.all.values, job.row_bytes), copied(job.all.mask, job.mask_bytes),
+              copied(job.all.scales, job.scale_bytes), out - count};
+  return memory;
+}
+
 template <class S>
 void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int bits, int64_t out_features,
          const S* bias, Activation activation, Isa isa, S* y) {
@@ -361,6 +412,7 @@ void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int
   const int64_t width = gated ? out_features / 2 : out_features;
 
   const int64_t runs = job.runs;
+  const at::Tensor last = copy_last(job, out_features);
   const int64_t row_bytes = runs * static_cast<int64_t>(kernel.run_bytes);
   const at::Tensor memory = at::empty({columns * row_bytes + 64}, at::kByte);
   auto* rows = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) / 64 * 64);
@@ -373,7 +425,7 @@ void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int
   const auto scaled = [&](float* sums, int64_t part, int64_t first, int64_t last) {  // int8: one scale per output
     if (bits != 8) return;
     for (int64_t r = 0; r < kTileRows; ++r) {
-      const float scale = read<float>(job.scales + std::min(first + r, last) * 4);
+      const float scale = read<float>(job.all.scales + std::min(first + r, last) * 4);
       for (int64_t m = 0; m < part; ++m) sums[m * kTileRows + r] *= scale;
     }
   };
@@ -417,15 +469,15 @@ namespace {
 CodesJob job_of(const at::Tensor& values, const at::Tensor& mask, const at::Tensor& scales, int64_t in) {
   const int64_t padded = (in + 7) / 8 * 8;
   CodesJob job{};
-  job.values = static_cast<const uint8_t*>(values.const_data_ptr());
-  job.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
-  job.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
+  job.all.values = static_cast<const uint8_t*>(values.const_data_ptr());
+  job.all.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+  job.all.scales = static_cast<const uint8_t*>(scales.const_data_ptr());
+  job.last.first = values.size(0);
   job.row_bytes = values.size(1);
   job.mask_bytes = mask.size(1);
   job.scale_bytes = scales.size(1) * scales.element_size();
   job.runs = (padded + kXGroup - 1) / kXGroup;
   job.steps = (padded + kStep - 1) / kStep;
-  job.whole_steps = padded / kStep;
   job.whole_runs = padded / kXGroup;
   job.group = scales.size(1) == 1 && scales.scalar_type() == at::kFloat ? 0 : in / scales.size(1);
   return job;
@@ -481,13 +533,13 @@ at::Tensor codes_dense(const at::Tensor& values, const at::Tensor& mask, const a
   float* const y = dense.data_ptr<float>();
   at::parallel_for(0, out, std::max<int64_t>(1, 32768 / in_features), [&](int64_t from, int64_t to) {
     for (int64_t n = from; n < to; ++n) {
-      const uint8_t* v = job.values + n * job.row_bytes;
+      const uint8_t* v = job.all.values + n * job.row_bytes;
       const auto code = [&](int64_t i) { return four ? ((v[i / 2] >> (i % 2 * 4) & 15) ^ 8) - 8 : static_cast<int8_t>(v[i]); };
       float scale = 0;
       for (int64_t k = 0; k < in_features; ++k) {
-        const uint8_t* s = job.scales + n * job.scale_bytes;
+        const uint8_t* s = job.all.scales + n * job.scale_bytes;
         if (k % group == 0) scale = four ? half_of(s + k / group * 2) : read<float>(s);
-        const uint8_t from_place = sparse ? places.value_of_place[job.mask[n * job.mask_bytes + k / 8]][k % 8] : 0;
+        const uint8_t from_place = sparse ? places.value_of_place[job.all.mask[n * job.mask_bytes + k / 8]][k % 8] : 0;
         const int64_t at = sparse ? k / 8 * 4 + from_place : k;
         y[n * in_features + k] = from_place < 4 ? scale * static_cast<float>(code(at)) : 0.f;
       }

@@ -25,9 +25,10 @@ INLINE Streams<ROWS> streams_of(const CodesJob& job, int64_t first, int64_t last
   Streams<ROWS> rows;
   for (int r = 0; r < ROWS; ++r) {
     const int64_t row = std::min(first + place_of<ROWS>(i, r), last);  // beyond the last: repeat it, it is not stored
-    rows.values[r] = job.values + row * job.row_bytes;
-    rows.mask[r] = job.mask + row * job.mask_bytes;
-    rows.scales[r] = job.scales + row * job.scale_bytes;
+    const Rows& from = row < job.last.first ? job.all : job.last;
+    rows.values[r] = from.values + (row - from.first) * job.row_bytes;
+    rows.mask[r] = from.mask + (row - from.first) * job.mask_bytes;
+    rows.scales[r] = from.scales + (row - from.first) * job.scale_bytes;
   }
   return rows;
 }
@@ -35,19 +36,12 @@ INLINE Streams<ROWS> streams_of(const CodesJob& job, int64_t first, int64_t last
 template <bool SPARSE, int BITS>
 constexpr int64_t kBytes = kStep * BITS / 8 / (SPARSE ? 2 : 1);  // of values in a step
 
-// Codes of a step of one row. Where it may be incomplete (not WHOLE) it is copied to where a whole one may be read; x is
-// zero there, whatever the codes. AHEAD: fetch what the next tile has at this place, too: rows may be too short for the
-// hardware to see where it goes on.
-template <bool SPARSE, int BITS, bool WHOLE, bool AHEAD, int ROWS>
+// Codes of a step of one row. An incomplete one goes on in the next row: x is zero there, whatever the codes. AHEAD:
+// fetch what the next tile has at this place, too: rows may be too short for the hardware to see where it goes on.
+template <bool SPARSE, int BITS, bool AHEAD, int ROWS>
 INLINE Codes load_codes(const CodesJob& job, const Streams<ROWS>& rows, int r, int64_t step) {
   const uint8_t* values = rows.values[r] + step * kBytes<SPARSE, BITS>;
   const uint8_t* mask = rows.mask[r] + step * (kStep / 8);
-  if (!WHOLE && step == job.whole_steps) {
-    alignas(64) uint8_t some_values[kBytes<SPARSE, BITS>] = {}, some_mask[kStep / 8] = {};
-    std::memcpy(some_values, values, rows.values[r] + job.row_bytes - values);
-    if (SPARSE) std::memcpy(some_mask, mask, rows.mask[r] + job.mask_bytes - mask);
-    return codes_of<SPARSE, BITS>(some_values, some_mask);
-  }
   if constexpr (AHEAD) {
     PREFETCH_FAR(values + kTileRows * job.row_bytes);
     if (SPARSE && step % kRun == 0) PREFETCH_FAR(mask + kTileRows * job.mask_bytes);
@@ -55,30 +49,26 @@ INLINE Codes load_codes(const CodesJob& job, const Streams<ROWS>& rows, int r, i
   return codes_of<SPARSE, BITS>(values, mask);
 }
 
-// Scales of the kRun steps from `step` on of one row; beyond its end anything finite.
+// Scales of the kRun steps from `step` on of one row; beyond its end those of the next, or zeros.
 template <int ROWS>
 INLINE Scales load_scales(const CodesJob& job, const Streams<ROWS>& rows, int r, int64_t step) {
-  const int64_t at = job.group == 32 ? step * 4 : step / 2 * 2, left = job.scale_bytes - at;
-  const int64_t size = job.group == 32 ? 4 * kRun : kRun;
-  PREFETCH_FAR(rows.scales[r] + at + kTileRows * job.scale_bytes);
-  if (left >= size) return scales_of(rows.scales[r] + at, job.group);
-  alignas(16) uint8_t some[4 * kRun] = {};
-  std::memcpy(some, rows.scales[r] + at, left);
-  return scales_of(some, job.group);
+  const uint8_t* scales = rows.scales[r] + (job.group == 32 ? step * 4 : step / 2 * 2);
+  PREFETCH_FAR(scales + kTileRows * job.scale_bytes);
+  return scales_of(scales, job.group);
 }
 
 // Where the codes of a run come from: memory, on the way to their only use; memory, kept for who comes after; from who
 // was there before. Whole bytes of a dense weight are as quickly read again as kept.
-template <bool SPARSE, int BITS, bool WHOLE, int ROWS>
+template <bool SPARSE, int BITS, int ROWS>
 struct FromMemory {
   const CodesJob& job;
   const Streams<ROWS>& rows;
   int64_t first;
 
-  INLINE Codes operator()(int k, int r) const { return load_codes<SPARSE, BITS, WHOLE, true>(job, rows, r, first + k); }
+  INLINE Codes operator()(int k, int r) const { return load_codes<SPARSE, BITS, true>(job, rows, r, first + k); }
 };
 
-template <bool SPARSE, int BITS, bool WHOLE>
+template <bool SPARSE, int BITS>
 struct Keeping {
   const CodesJob& job;
   const Streams<kManyRows>& rows;
@@ -86,13 +76,13 @@ struct Keeping {
   Codes (*kept)[kManyRows];
 
   INLINE Codes operator()(int k, int r) const {
-    const Codes codes = load_codes<SPARSE, BITS, WHOLE, true>(job, rows, r, first + k);
+    const Codes codes = load_codes<SPARSE, BITS, true>(job, rows, r, first + k);
     if constexpr (SPARSE || BITS == 4) kept[k][r] = codes;
     return codes;
   }
 };
 
-template <bool SPARSE, int BITS, bool WHOLE>
+template <bool SPARSE, int BITS>
 struct Kept {
   const CodesJob& job;
   const Streams<kManyRows>& rows;
@@ -101,7 +91,7 @@ struct Kept {
 
   INLINE Codes operator()(int k, int r) const {
     if constexpr (SPARSE || BITS == 4) return kept[k][r];
-    return load_codes<SPARSE, BITS, WHOLE, false>(job, rows, r, first + k);
+    return load_codes<SPARSE, BITS, false>(job, rows, r, first + k);
   }
 };
 
@@ -158,7 +148,7 @@ INLINE void run_few(const CodesJob& job, const Streams<kFewRows>& rows, const XR
   Scales scales[kFewRows];
   if constexpr (BITS == 4)
     for (int r = 0; r < kFewRows; ++r) scales[r] = load_scales(job, rows, r, run * kRun);
-  const FromMemory<SPARSE, BITS, WHOLE, kFewRows> codes{job, rows, run * kRun};
+  const FromMemory<SPARSE, BITS, kFewRows> codes{job, rows, run * kRun};
   multiply<COLUMNS, kFewRows, BITS, WHOLE>(job.steps - run * kRun, codes, scales, x + run, job.runs, sums);
 }
 
@@ -186,7 +176,7 @@ struct Block {
 };
 
 // The runs [from, to) of kManyRows weight rows by COLUMNS rows of x, whose sums stay in registers meanwhile.
-template <template <bool, int, bool> class From, int COLUMNS, bool SPARSE, int BITS>
+template <template <bool, int> class From, int COLUMNS, bool SPARSE, int BITS>
 TARGET void multiply_block(const CodesJob& job, const Streams<kManyRows>& rows, Block& block, const XRun<BITS>* x,
                            int64_t from, int64_t to, Acc (*sums)[kManyRows]) {
   constexpr int R = kManyRows;
@@ -198,11 +188,11 @@ TARGET void multiply_block(const CodesJob& job, const Streams<kManyRows>& rows, 
       for (int r = 0; r < R; ++r) acc[m][r] = sums[m][r];
   int64_t run = from;
   for (; run < std::min(to, job.whole_runs); ++run) {
-    const From<SPARSE, BITS, true> codes{job, rows, run * kRun, block.codes[run - from]};
+    const From<SPARSE, BITS> codes{job, rows, run * kRun, block.codes[run - from]};
     multiply<COLUMNS, R, BITS, true>(kRun, codes, block.scales[run - from], x + run, job.runs, acc);
   }
   if (run < to) {
-    const From<SPARSE, BITS, false> codes{job, rows, run * kRun, block.codes[run - from]};
+    const From<SPARSE, BITS> codes{job, rows, run * kRun, block.codes[run - from]};
     multiply<COLUMNS, R, BITS, false>(job.steps - run * kRun, codes, block.scales[run - from], x + run, job.runs, acc);
   }
 #pragma GCC unroll 4
@@ -211,7 +201,7 @@ TARGET void multiply_block(const CodesJob& job, const Streams<kManyRows>& rows, 
     for (int r = 0; r < R; ++r) sums[m][r] = acc[m][r];
 }
 
-template <template <bool, int, bool> class From, bool SPARSE, int BITS>
+template <template <bool, int> class From, bool SPARSE, int BITS>
 INLINE void multiply_group(int64_t columns, const CodesJob& job, const Streams<kManyRows>& rows, Block& block,
                            const XRun<BITS>* x, int64_t from, int64_t to, Acc (*sums)[kManyRows]) {
   if (columns == 1) return multiply_block<From, 1, SPARSE, BITS>(job, rows, block, x, from, to, sums);
@@ -268,7 +258,8 @@ void tile(const CodesJob& job, const void* rows, int64_t columns, int64_t first,
 // outputs. Plain loops that the compiler vectorises for the namespace's target.
 template <class S, int BITS>
 TARGET void quantize(const S* x, int64_t in, int64_t runs, void* rows) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: rounds to the nearest integer
+  constexpr float kRound = 12582912.f;   // 1.5 * 2^23: rounds to the nearest integer
+  constexpr int64_t kWidth = 4 * kSums;  // inputs that fill the lanes once
   auto* out = static_cast<XRun<BITS>*>(rows);
   for (int64_t run = 0; run < runs; ++run, ++out) {
     const S* from = x + run * kXGroup;
@@ -280,19 +271,28 @@ TARGET void quantize(const S* x, int64_t in, int64_t runs, void* rows) {
       std::memset(lane, 0, sizeof(lane));
       for (int64_t k = 0; k < count; ++k) lane[k] = widen(from[k]);
     }
-    alignas(64) int32_t bits[kXGroup];
+    alignas(64) int32_t bits[kXGroup], peaks[kWidth] = {};
     std::memcpy(bits, lane, sizeof(bits));
-    int32_t peak_bits = 0;  // of positive floats the order of bits is that of numbers; inf and NaN above all others
-    for (int64_t k = 0; k < kXGroup; ++k) peak_bits = std::max(peak_bits, bits[k] & 0x7fffffff);
-    float peak;
-    std::memcpy(&peak, &peak_bits, 4);
-    const bool finite = peak_bits < 0x7f800000, counts = finite && peak > 1e-36f;
-    const float inverse = counts ? 127.f / peak : 0.f;
-    out->scale = counts ? peak / 127.f : finite ? 0.f : std::nanf("");
-    if (!finite) std::memset(lane, 0, sizeof(lane));
+    for (int64_t t = 0; t < kXGroup; t += kWidth)  // of positive floats the order of bits is that of numbers
+      for (int64_t k = 0; k < kWidth; ++k) peaks[k] = std::max(peaks[k], bits[t + k] & 0x7fffffff);
+    alignas(64) float inverse[kWidth];
+    bool all = true;
+    for (int64_t j = 0; j < kSums; ++j) {
+      const int32_t* four = peaks + 4 * j;
+      const int32_t most = std::max(std::max(four[0], four[1]), std::max(four[2], four[3]));
+      float peak;
+      std::memcpy(&peak, &most, 4);
+      const bool finite = most < 0x7f800000, counts = finite && peak > 1e-36f;  // inf and NaN are above all others
+      out->scale[j] = counts ? peak / 127.f : finite ? 0.f : std::nanf("");
+      for (int64_t i = 0; i < 4; ++i) inverse[4 * j + i] = counts ? 127.f / peak : 0.f;
+      all = all && finite;
+    }
+    if (!all)
+      for (int64_t k = 0; k < kXGroup; ++k) lane[k] = (bits[k] & 0x7fffffff) < 0x7f800000 ? lane[k] : 0.f;
     int8_t* const q = out->q[0];
-    for (int64_t k = 0; k < kXGroup; ++k)
-      q[k] = static_cast<int8_t>(static_cast<int32_t>((lane[k] * inverse + kRound) - kRound));
+    for (int64_t t = 0; t < kXGroup; t += kWidth)
+      for (int64_t k = 0; k < kWidth; ++k)
+        q[t + k] = static_cast<int8_t>(static_cast<int32_t>((lane[t + k] * inverse[k] + kRound) - kRound));
     set_offsets(*out);
   }
 }
