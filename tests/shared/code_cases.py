@@ -31,16 +31,18 @@ def random_codes(out, width, text, seed=0):
 
 
 def lanes(isa):
-    """How many sums of four products the kernels of an instruction set have in a register."""
-    known = set(re.findall(r"avx512\w+", Path("/proc/cpuinfo").read_text())) if isa not in ("portable", "avx2") else ()
-    return 16 if {"avx512vbmi", "avx512_vbmi2", "avx512_vnni"} <= set(known) else 8
+    """How many sums the kernels of an instruction set have in a register, and of how many neighbouring products each."""
+    if isa in ("portable", "avx2"):
+        return (2, 32) if isa == "portable" else (8, 4)
+    known = set(re.findall(r"avx512\w+", Path("/proc/cpuinfo").read_text()))
+    return (16 if {"avx512vbmi", "avx512_vbmi2", "avx512_vnni"} <= known else 8), 4
 
 
 def rounded(x, isa=None):
     """x [rows, in] as 8-bit integers times a scale for each group, in float64, and the largest error of a place."""
     rows, width = x.shape
-    sums = lanes(isa or cpu.instruction_set())
-    shape = (rows, -1, X_RUN // (4 * sums), sums, 4)
+    sums, near = lanes(isa or cpu.instruction_set())
+    shape = (rows, -1, X_RUN // (near * sums), sums, near)
     groups = F.pad(x.double(), (0, -width % X_RUN)).view(shape)
     scales = groups.abs().amax((2, 4), keepdim=True) / 127
     codes = (groups / scales.clamp(min=1e-300)).round()

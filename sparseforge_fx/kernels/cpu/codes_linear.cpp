@@ -2,7 +2,7 @@
 //
 // x is rounded to 8 bits, so that products are of integers, exact, and summed in groups before they meet their scales
 // in float32. Of 256 inputs of a row those share a scale that are summed in the same lane of a register: 16 with AVX-512,
-// 32 without. Scales of such small groups cost nothing: a lane is multiplied by its own.
+// 32 with AVX2, 128 without either. Scales of such small groups cost nothing: a lane is multiplied by its own.
 
 #include "codes_linear.h"
 
@@ -57,7 +57,8 @@ float half_of(const uint8_t* bytes) {
 namespace portable_codes {
 #define TARGET
 constexpr bool kWide = false;  // thirty-two registers
-constexpr int kSums = 8;       // lanes of integers, each of four neighbouring inputs
+constexpr int kSums = 2;       // lanes of integers, each of so many neighbouring inputs
+constexpr int kNear = 32;
 struct Codes {
   int8_t lane[64];
 };
@@ -68,10 +69,10 @@ struct Scale {
   float half[2];
 };
 struct Acc {
-  float lane[8];
+  float lane[2];
 };
 struct Integers {
-  int32_t lane[8];
+  int32_t lane[2];
 };
 template <int BITS>
 using Part = std::conditional_t<BITS == 8, Integers, Acc>;
@@ -112,30 +113,23 @@ using XStep = const int8_t*;
 INLINE XStep load_x(const int8_t* q) { return q; }
 INLINE int32_t product(const Codes& w, XStep x, int from) {
   int32_t out = 0;
-  for (int i = from; i < from + 4; ++i) out += int32_t{w.lane[i]} * x[i];
+  for (int i = from; i < from + kNear; ++i) out += int32_t{w.lane[i]} * x[i];
   return out;
 }
 INLINE Integers add8(Integers part, const Codes& w, XStep x) {
-  for (int j = 0; j < 8; ++j) part.lane[j] += product(w, x, 4 * j) + product(w, x, 32 + 4 * j);
-  return part;
+  return {part.lane[0] + product(w, x, 0), part.lane[1] + product(w, x, kNear)};
 }
 INLINE Acc add4(Acc part, const Codes& w, const Scale& scale, XStep x, const XRun<4>&, int) {
-  for (int j = 0; j < 8; ++j) {
-    part.lane[j] += scale.half[0] * static_cast<float>(product(w, x, 4 * j));
-    part.lane[j] += scale.half[1] * static_cast<float>(product(w, x, 32 + 4 * j));
-  }
-  return part;
+  return {part.lane[0] + scale.half[0] * static_cast<float>(product(w, x, 0)),
+          part.lane[1] + scale.half[1] * static_cast<float>(product(w, x, kNear))};
 }
 template <class P>
 INLINE Acc scaled(Acc acc, const P& part, const float* x_scale) {
-  for (int j = 0; j < 8; ++j) acc.lane[j] += x_scale[j] * static_cast<float>(part.lane[j]);
-  return acc;
+  return {acc.lane[0] + x_scale[0] * static_cast<float>(part.lane[0]),
+          acc.lane[1] + x_scale[1] * static_cast<float>(part.lane[1])};
 }
 INLINE void sum_four(const Acc* a, float* out) {
-  for (int k = 0; k < 4; ++k) {
-    const float* lane = a[k].lane;
-    out[k] = ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
-  }
+  for (int k = 0; k < 4; ++k) out[k] = a[k].lane[0] + a[k].lane[1];
 }
 #include "codes_tile.h"
 #include "finish.h"
@@ -184,7 +178,7 @@ const Shuffles& shuffles() {
 namespace avx2_codes {  // codes stay signed: the sign goes to x, so that pairs of products do not overflow 16 bits
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 constexpr bool kWide = false;
-constexpr int kSums = 8;
+constexpr int kSums = 8, kNear = 4;
 struct Codes {
   __m256i part[2];
 };
@@ -271,7 +265,7 @@ INLINE void sum_four(const Acc* a, float* out) { _mm_storeu_ps(out, halves(pairs
 namespace vnni_codes {  // codes become unsigned by adding 128 or 8
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c")))
 constexpr bool kWide = true;
-constexpr int kSums = 16;
+constexpr int kSums = 16, kNear = 4;
 using Codes = __m512i;
 using Scales = __m256;
 using Scale = __m512;

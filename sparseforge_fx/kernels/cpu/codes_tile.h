@@ -258,8 +258,8 @@ void tile(const CodesJob& job, const void* rows, int64_t columns, int64_t first,
 // outputs. Plain loops that the compiler vectorises for the namespace's target.
 template <class S, int BITS>
 TARGET void quantize(const S* x, int64_t in, int64_t runs, void* rows) {
-  constexpr float kRound = 12582912.f;   // 1.5 * 2^23: rounds to the nearest integer
-  constexpr int64_t kWidth = 4 * kSums;  // inputs that fill the lanes once
+  constexpr float kRound = 12582912.f;       // 1.5 * 2^23: rounds to the nearest integer
+  constexpr int64_t kWidth = kNear * kSums;  // inputs that fill the lanes once
   auto* out = static_cast<XRun<BITS>*>(rows);
   for (int64_t run = 0; run < runs; ++run, ++out) {
     const S* from = x + run * kXGroup;
@@ -278,13 +278,12 @@ TARGET void quantize(const S* x, int64_t in, int64_t runs, void* rows) {
     alignas(64) float inverse[kWidth];
     bool all = true;
     for (int64_t j = 0; j < kSums; ++j) {
-      const int32_t* four = peaks + 4 * j;
-      const int32_t most = std::max(std::max(four[0], four[1]), std::max(four[2], four[3]));
+      const int32_t most = *std::max_element(peaks + kNear * j, peaks + kNear * (j + 1));
       float peak;
       std::memcpy(&peak, &most, 4);
       const bool finite = most < 0x7f800000, counts = finite && peak > 1e-36f;  // inf and NaN are above all others
       out->scale[j] = counts ? peak / 127.f : finite ? 0.f : std::nanf("");
-      for (int64_t i = 0; i < 4; ++i) inverse[4 * j + i] = counts ? 127.f / peak : 0.f;
+      for (int64_t i = 0; i < kNear; ++i) inverse[kNear * j + i] = counts ? 127.f / peak : 0.f;
       all = all && finite;
     }
     if (!all)
