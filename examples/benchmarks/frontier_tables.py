@@ -56,21 +56,28 @@ def _predicted(point: dict, batch: str) -> str:
 
 
 def contenders_table() -> str:
-    """Dense, and the fastest of 8 and of 4 bits that is a whole linear, per shape, dtype, threads and rows."""
+    """Dense, the fastest of 8 and of 4 bits that is a whole linear, and how many times as fast as the best dense one the
+    best 2:4 one of these bits is, per shape, dtype, threads and rows."""
     parts = []
     for run in read("contenders"):
         rows = []
         for case in run["cases"]:
             whole = {n: r for n, r in case["results"].items() if n != "stream" and not n.endswith("product")}
-            best = []
+            best, gains = [], []
             for bits in (0, 8, 4):
-                name = min((n for n, r in whole.items() if r["bits"] == bits), key=lambda n: whole[n]["microseconds"])
-                row = whole[name]
-                best.append(f"{name}: {row['microseconds']:.0f} us, {row['gigabytes_per_second']:.1f} GB/s")
-            rows.append((f"{case['out']}x{case['in']}", case["dtype"], case["threads"], case["rows"], *best))
+                of = {n: r["microseconds"] for n, r in whole.items() if r["bits"] == bits}
+                name = min(of, key=of.__getitem__)
+                best.append(f"{name}: {of[name]:.0f} us, {whole[name]['gigabytes_per_second']:.1f} GB/s")
+                if bits:
+                    sparse, dense = (
+                        min(t for n, t in of.items() if n.endswith("2:4") == is_sparse) for is_sparse in (True, False)
+                    )
+                    gains.append(f"{dense / sparse:.2f}x")
+            rows.append((f"{case['out']}x{case['in']}", case["dtype"], case["threads"], case["rows"], *best, *gains))
         text = f"{run['device']} ({run['instruction_set']}); commit {run['commit']}; weights rotated over {run['rotated_bytes'] / 1e6:.0f} MB."
         names = ("weight", "dtype", "threads", "M", "dense", "best of 8 bits", "best of 4 bits")
-        parts.append((text, table(names, "llrrlll", rows)))
+        gained = ("2:4 over dense, 8 bits", "4 bits")
+        parts.append((text, table((*names, *gained), "llrrlllrr", rows)))
     return blocks(parts)
 
 
