@@ -92,8 +92,11 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     found = [str(m.format) for m in loaded.modules() if hasattr(m, "weight_values")]
     assert {f: found.count(f) for f in found} == {f: n for f, n in planned.predicted["formats"].items() if f != "dense"}
     prices = {"dense_microseconds": {"8": 800.0}, "microseconds": {"8": 300.0}}
-    assert points.expected_speed(prices, {"8": 4000.0}) == {"8": pytest.approx(8 / (2e-3 - 500e-6))}
-    assert points.expected_speed(prices, {"8": 40000.0}) == {"8": None}
+    same = {"8": 1.0}
+    assert points.expected_speed(prices, {"8": 4000.0}, same) == {"8": pytest.approx(8 / (2e-3 - 500e-6))}
+    assert points.expected_speed(prices, {"8": 4000.0}, {"8": 1.5}) == {"8": pytest.approx(8 / (2e-3 - 750e-6))}
+    assert points.expected_speed(prices, {"8": 40000.0}, same) == {"8": None}
+    assert points.drift(sf.Plan.read(tmp_path / "prices.json"), "bfloat16") == {t: pytest.approx(1.0) for t in "18"}
 
 
 def test_each_piece_of_a_point_is_made_once_and_anew_where_another_is_asked(frontier_tables, tmp_path, monkeypatch):

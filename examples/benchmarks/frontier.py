@@ -8,7 +8,8 @@ and what sf.load takes, if need be with the dtype to load it in; a .gguf is run 
 qualities that are there are taken as they are, so that a run goes on where it was killed; --prepare stops before the
 speeds, which want a quiet machine and are measured anew every time. They are those of the compiled generator
 (AOTInductor) and of llama.cpp, each in a fresh process, all points in turn, prompt included. Beside the speed stands
-what the plan's prices predict of it, from the dense model's speed in the same run.
+what the plan's prices predict of it, from the dense model's speed in the same run and from how the times of dense
+linears have changed since.
 
 A GGUF's perplexity is of llama.cpp's own logits. Zero-shot accuracy is of the weights, dequantised. Which points are
 dominated (another is as good, as fast and as small, and better in one of them) is for tables.py to say.
@@ -25,9 +26,10 @@ import torch
 import typer
 from common import CONTEXT, save, use
 from formats import _run as run_generator
-from frontier_points import Point, expected_speed, made, recipe_of
+from frontier_points import Point, drift, expected_speed, made, recipe_of
 from frontier_prepared import held_bytes, llama_cpp, prepared
 
+import sparseforge_fx as sf
 from sparseforge_fx.report import environment
 
 
@@ -64,7 +66,11 @@ def main(
     request = {"ids": ids, "text_tokens": tokens, "tokens": tokens, "rounds": rounds, "batch": list(batch)}
     torch.save({**request, "device": "cpu", "threads": threads or torch.get_num_threads()}, folder / "request.pt")
     speeds: dict[str, dict[str, list[float]]] = {each.name: {str(b): [] for b in batch} for each in points}
+    prices = None if model is None else sf.Plan.read(folder / "prices.json")
+    drifts: list[dict[str, float]] = []
     for _ in range(rounds):
+        if prices is not None:
+            drifts.append(drift(prices, dtype))
         for each in points:
             for b, found in speed(each, folder)["tokens_per_second"].items():
                 speeds[each.name][str(b)] += found
@@ -82,8 +88,9 @@ def main(
             "quartiles": {b: quantiles(values, n=4)[::2] for b, values in speeds[each.name].items()},
         }
         if each.predicted is not None:
-            expected = expected_speed(each.predicted, medians[points[0].name])
-            record |= {"predicted": each.predicted, "predicted_tokens_per_second": expected}
+            drifted = {b: median(found[b] for found in drifts) for b in drifts[0]}
+            expected = expected_speed(each.predicted, medians[points[0].name], drifted)
+            record |= {"predicted": each.predicted, "drift": drifted, "predicted_tokens_per_second": expected}
         save("frontier", each.label, record, here)
         print(each.name, f"perplexity {record['perplexity']:.2f}", record["tokens_per_second"], flush=True)
 

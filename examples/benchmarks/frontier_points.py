@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 import sparseforge_fx as sf
+from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
+from sparseforge_fx.kernels.layouts import layouts_of
 from sparseforge_fx.planning.make import decide
+from sparseforge_fx.plans import PlannedWeight
 from sparseforge_fx.report import write_json
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -144,16 +148,37 @@ def predicted(plan: sf.Plan) -> dict[str, Any]:
     }
 
 
-def expected_speed(prediction: dict[str, Any], dense: dict[str, float]) -> dict[str, float | None]:
+def drift(plan: sf.Plan, dtype: str) -> dict[str, float]:
+    """By token count, how many times as long as in the plan's prices the dense linears take now: memory is shared with
+    whoever else is on the machine."""
+    groups: dict[str, list[PlannedWeight]] = {}
+    for w in plan.weights:
+        groups.setdefault(w.group or w.name, []).append(w)
+    sizes = Counter((sum(w.shape[0] for w in group), group[0].shape[1]) for group in groups.values())
+    device, form = torch.device("cpu"), parse_format("dense int8")  # any that is timed beside dense
+    took = dict.fromkeys(plan.tokens, 0.0)
+    for (out, width), count in sizes.items():
+        shape = cost.Shape.of(out, width, getattr(torch, dtype), form)
+        rows = next(iter(cost.measure([shape], plan.tokens, device, layouts_of(device))[shape].values()))
+        for t in plan.tokens:
+            took[t] += count * rows[t].dense_us
+    before = {t: sum(w.prices[DENSE].microseconds[t] for w in plan.weights) for t in plan.tokens}
+    return {str(t): took[t] / before[t] for t in plan.tokens}
+
+
+def expected_speed(
+    prediction: dict[str, Any], dense: dict[str, float], drifted: dict[str, float]
+) -> dict[str, float | None]:
     """Tokens per second by batch, if what lies between the linears takes as long as in the dense model; None where the
-    prices save more than its whole step takes: they were measured in other conditions.
+    prices save more than its whole step takes.
 
     Args:
         dense: measured tokens per second of the dense model in the same dtype, by batch.
+        drifted: what :func:`drift` said in the same run; prices are multiplied by it.
     """
     speeds: dict[str, float | None] = {}
     for batch, speed in dense.items():
-        saved = prediction["dense_microseconds"][batch] - prediction["microseconds"][batch]
+        saved = drifted[batch] * (prediction["dense_microseconds"][batch] - prediction["microseconds"][batch])
         seconds = int(batch) / speed - saved / 1e6
         speeds[batch] = int(batch) / seconds if seconds > 0 else None
     return speeds
