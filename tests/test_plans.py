@@ -73,6 +73,7 @@ def test_another_machine_is_refused_and_named():
      (lambda p: p.update(weights=[]), "a plan has weights"),
      (lambda p: p.update(machine=3), "as machine a text or null"),
      (lambda p: p["weights"][1].update(name="a.0.up.weight"), "names a.0.up.weight twice"),
+     (lambda p: p["weights"][1].update(group=5), "name and group are names of weights"),
      (lambda p: p["weights"][0].update(format="3:4"), "a.0.up.weight: '3:4' is no format"),
      (lambda p: p["weights"][0].update(shape=[32, 30]), "a.0.up.weight of the plan cannot be 2:4: 30 inputs"),
      (lambda p: p["weights"][0].update(shape=[32]), "a.0.up.weight of the plan: ValueError"),
