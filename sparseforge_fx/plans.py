@@ -84,6 +84,14 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def groups(self) -> list[list[PlannedWeight]]:
+        """The weights, those together that are deployed as one product while they have the same format."""
+        found: dict[str, list[PlannedWeight]] = {}
+        for w in self.weights:
+            found.setdefault(w.group or w.name, []).append(w)
+        return list(found.values())
+
     # -- what it promises --------------------------------------------------------------------------------------------
     @property
     def formats(self) -> dict[str, Format]:

@@ -23,7 +23,6 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
 from sparseforge_fx.kernels.layouts import layouts_of
 from sparseforge_fx.planning.make import decide
-from sparseforge_fx.plans import PlannedWeight
 from sparseforge_fx.report import write_json
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -151,10 +150,7 @@ def predicted(plan: sf.Plan) -> dict[str, Any]:
 def drift(plan: sf.Plan, dtype: str) -> dict[str, float]:
     """By token count, how many times as long as in the plan's prices the dense linears take now: memory is shared with
     whoever else is on the machine."""
-    groups: dict[str, list[PlannedWeight]] = {}
-    for w in plan.weights:
-        groups.setdefault(w.group or w.name, []).append(w)
-    sizes = Counter((sum(w.shape[0] for w in group), group[0].shape[1]) for group in groups.values())
+    sizes = Counter((sum(w.shape[0] for w in group), group[0].shape[1]) for group in plan.groups)
     device, form = torch.device("cpu"), parse_format("dense int8")  # any that is timed beside dense
     took = dict.fromkeys(plan.tokens, 0.0)
     for (out, width), count in sizes.items():

@@ -1,6 +1,7 @@
 """What of a frontier's point is made once: its perplexity, its zero-shot accuracy, its exported file.
 
-Each is a json beside the points, which says what was asked, and is made anew where that is something else.
+Each is a json beside the points, which says what was asked and at which commit, and is made anew where something else
+is asked.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
 from sparseforge_fx.evaluation.zero_shot import zero_shot
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
-from sparseforge_fx.report import write_json
+from sparseforge_fx.report import environment, write_json
 
 HERE = Path(__file__).parent
 
@@ -52,7 +53,7 @@ def prepared(
         wanted = {"path": point.path, "dtype": point.dtype, **wanted}
         known = json.loads(file.read_text()) if file.exists() else {}
         if known.get("asked") != wanted:
-            known = {"asked": wanted, **make(point, folder, text, wanted)}
+            known = {"asked": wanted, f"{name}_commit": environment()["commit"], **make(point, folder, text, wanted)}
             write_json(file, known)
             print(point.name, name, {k: v for k, v in known.items() if isinstance(v, float)}, flush=True)
         asked |= wanted
@@ -76,7 +77,7 @@ def _zero_shot(point: Point, folder: Path, text: Path, asked: dict[str, Any]) ->
     del folder, text
     model, tokenizer = sf.load(point.path, dtype=point.dtype)
     if any(isinstance(module, SparseLinear) for module in model.modules()):
-        model = model.dequantize()  # its kernels are made for few rows
+        model = model.dequantize()  # of the weights alone, as a GGUF's is
     scores = zero_shot(model, tokenizer, limit=asked["tasks"])
     return {"zero_shot": scores, "zero_shot_mean": mean(s["acc"] for s in scores.values())}
 

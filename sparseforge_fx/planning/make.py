@@ -124,13 +124,10 @@ def decide(made: Plan) -> Plan:
     """The plan with the formats that meet its goal at the least predicted loss (or, with a goal for the loss, the least
     time); weights of a group get the same one. Raises SparseForgeError where nothing meets it."""
     (name, aim), *_ = made.goal.items()
-    groups: dict[str, list[PlannedWeight]] = {}
-    for w in made.weights:
-        groups.setdefault(w.group or w.name, []).append(w)
-    common = [[form for form in group[0].prices if all(form in w.prices for w in group)] for group in groups.values()]
+    common = [[form for form in group[0].prices if all(form in w.prices for w in group)] for group in made.groups]
     items = [
         [_sum(_option(w.prices[form], made, name) for w in group) for form in forms]
-        for group, forms in zip(groups.values(), common, strict=True)
+        for group, forms in zip(made.groups, common, strict=True)
     ]
     limit = {"speedup": 1 / aim, "bytes": aim, "loss": aim}[name]
     chosen = choose(items, limit)
@@ -138,8 +135,9 @@ def decide(made: Plan) -> Plan:
         least = sum(min(o.weight for o in options) for options in items)
         reached = {"speedup": f"{1 / least:.2f} at most", "bytes": f"{least:.2f} at least"}[name]
         raise SparseForgeError(f"no formats give {name} {aim:g}: with these it is {reached}; ask for less")
-    formats = dict(zip(groups, (forms[k] for forms, k in zip(common, chosen, strict=True)), strict=True))
-    return replace(made, weights=[replace(w, format=formats[w.group or w.name]) for w in made.weights])
+    picked = zip(made.groups, common, chosen, strict=True)
+    formats = {w.name: forms[k] for group, forms, k in picked for w in group}
+    return replace(made, weights=[replace(w, format=formats[w.name]) for w in made.weights])
 
 
 def check_goal(**given: float | None) -> dict[str, float]:
