@@ -24,8 +24,9 @@ from sparseforge_fx.passes import package_passes, run_passes
 from sparseforge_fx.passes.rewrite import sparse_use
 
 #: a value that several nodes read is kept: by default every layer computes the rotary sines and cosines once more,
-#: which shows in a step of one token in few bits
-_ON_CPU: dict[str, Any] = {"realize_reads_threshold": 0}
+#: which shows in a step of one token in few bits. Loops are shared out over the threads of whoever runs the package: by
+#: default those of one that was compiled by a single thread never are, however many cores there are
+_ON_CPU: dict[str, Any] = {"realize_reads_threshold": 0, "cpp.dynamic_threads": True}
 # the function of kernels/cpu/aoti.cpp
 _SHIM = """AOTITorchError aoti_torch_cpu_sparse_linear(
     AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features,

@@ -182,6 +182,23 @@ def test_a_compiled_package_is_the_same_again(package, tmp_path):
     sf.check_export(path)
 
 
+def test_a_package_made_by_one_thread_is_run_by_as_many_as_there_are(tmp_path):
+    assert torch.get_num_threads() == 1
+    x = torch.randn(64, 512)
+    package_programs({"model": capture(nn.Sequential(nn.GELU(), nn.Softmax(-1)), x)}, tmp_path / "m.pt2")
+    with zipfile.ZipFile(tmp_path / "m.pt2") as archive:
+        library = archive.read(next(n for n in archive.namelist() if n.endswith(".so")))
+    assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
+    run, outputs = torch._inductor.aoti_load_package(str(tmp_path / "m.pt2")), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs.append(run(x))
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "opt", "mistral", "qwen3", "gemma3", "bert", "vit"])
 def test_a_compiled_package_of_every_other_kind_of_model(sparse, name, tmp_path):
