@@ -32,6 +32,8 @@ class TrainedConfig(MethodConfig, ABC):
         start: ``dense``, or the layer-wise method whose masks and survivors the run starts from.
         values: what the survivors are kept in. Unless ``float``, the start puts them on that grid
             (methods/rounding.py), and they train rounded, with straight-through gradients; masks must be final then.
+        reorder: of a layer-wise start that moves weights: let channels change places where the graph allows it, so that
+            groups lose less (methods/reorder.py); masks must be final then.
     """
 
     trains_weights: ClassVar[bool] = True  # False: the model is frozen, the method's own parameters train
@@ -42,6 +44,7 @@ class TrainedConfig(MethodConfig, ABC):
     steps: Count = field(kw_only=True)
     start: Literal["dense", "wanda", "sparsegpt", "alps"] = "dense"
     values: Values = field(default="float", kw_only=True)
+    reorder: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +54,12 @@ class TrainedConfig(MethodConfig, ABC):
             raise SparseForgeError(
                 f"values {self.values!r} need masks that are final from the start on: take sparseforge's preset tuned "
                 "with quench_end=0, or round after training: sf.quantize"
+            )
+
+        if self.reorder and not (self.starts_fixed and self.start in ("sparsegpt", "alps")):
+            raise SparseForgeError(
+                "reorder is for masks that are final from the start on, from sparsegpt or alps: take sparseforge's "
+                "preset tuned with quench_end=0"
             )
 
     @property

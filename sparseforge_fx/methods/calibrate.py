@@ -22,6 +22,9 @@ from sparseforge_fx.graph.padding import mask_names, real_rows
 #: called at the first use of a weight, before the node runs, with its name, [in, in] X^T X / tokens and, in a walk with
 #: a twin, Z^T X / tokens, Z being what the twin sees; may write the weight
 Visit = Callable[..., None]
+#: called before, with the name and X^T X / tokens: the order that the weight's inputs have from now on (it then sees to
+#: what computes them), or None
+Reorder = Callable[[str, Tensor], Tensor | None]
 
 
 @torch.no_grad()
@@ -31,6 +34,7 @@ def layer_by_layer(
     batches: Sequence,
     visit: Visit,
     twin: Mapping[str, Tensor] | None = None,
+    reorder: Reorder | None = None,
 ) -> set[str]:
     """Run ``batches`` through ``module`` in lock step and ``visit`` each weight with its inputs' second moments.
 
@@ -41,6 +45,7 @@ def layer_by_layer(
         batches: the calibration inputs: Readings, whose padding does not count, or any form that the model takes.
         twin: weights by name with which the same graph runs beside, unvisited: what the visits move away from. It
             doubles work and memory.
+        reorder: asked of weights whose input nothing else reads.
 
     Returns the names of weights in whose moments padding counts, because their inputs are not the batch's positions.
     """
@@ -73,6 +78,12 @@ def layer_by_layer(
                         blind.add(source)
                 if source in blind:
                     padded.add(name)
+                alone = node is step[0] and len(source.users) == 1  # elsewhere an input would have to change twice
+                order = reorder(name, moments[source][0]) if reorder is not None and alone else None
+                if order is not None:
+                    moments[source] = [m[order][:, order] for m in moments[source]]
+                    for run in runs:
+                        run.env[source] = run.env[source][..., order]
                 visit(name, *moments[source])
         for index, (run, feed) in enumerate(zip(runs + twins, feeds, strict=True)):
             try:

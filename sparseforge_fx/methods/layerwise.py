@@ -15,9 +15,12 @@ from sparseforge_fx.formats import Format
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.methods.calibrate import layer_by_layer
+from sparseforge_fx.methods.reorder import find_order
 from sparseforge_fx.methods.rounding import Rounded, follow, round_weight
 from sparseforge_fx.methods.unseen import tell_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight, put_back
+from sparseforge_fx.passes.find_channels import Channels, find_channels
+from sparseforge_fx.pattern import AnyPattern, Pattern
 
 
 class LayerSolution(NamedTuple):
@@ -33,14 +36,15 @@ Solve = Callable[[Tensor, Tensor, Tensor], LayerSolution]
 
 
 @contextmanager
-def undone_on_error(weights: Sequence[MaskedWeight]) -> Iterator[dict[str, Tensor]]:
-    """Gives copies of the weights, and puts them back (with masks of one) if what follows fails half-way, which the
-    error then says."""
+def undone_on_error(weights: Sequence[MaskedWeight], beside: Iterable[Tensor] = ()) -> Iterator[dict[str, Tensor]]:
+    """Gives copies of the weights, and puts them back (with masks of one, and ``beside``) if what follows fails
+    half-way, which the error then says."""
     dense = {w.fqn: w.weight.detach().clone() for w in weights}
+    more = [(tensor, tensor.detach().clone()) for tensor in beside]
     try:
         yield dense
     except BaseException as error:
-        if put_back([(w.weight, dense[w.fqn]) for w in weights]):
+        if put_back([*((w.weight, dense[w.fqn]) for w in weights), *more]):
             add_sentence(error, AS_IT_WAS)
         with torch.no_grad():
             for w in weights:
@@ -50,7 +54,11 @@ def undone_on_error(weights: Sequence[MaskedWeight]) -> Iterator[dict[str, Tenso
 
 @torch.no_grad()
 def prune_layer_by_layer(
-    program: Program, weights: Sequence[MaskedWeight], batches: Sequence[Any], solve: Solve
+    program: Program,
+    weights: Sequence[MaskedWeight],
+    batches: Sequence[Any],
+    solve: Solve,
+    reorder: AnyPattern | None = None,
 ) -> dict[str, str]:
     """``solve`` every weight of ``program`` in graph order, each on what the pruned ones before it make of ``batches``.
 
@@ -58,6 +66,8 @@ def prune_layer_by_layer(
         weights: those of the soft-masked program; their weights and masks are written.
         batches: calibration inputs: Readings, or any form that the captured model takes.
         solve: the layer-wise method.
+        reorder: give inputs an order in which groups of this pattern lose less, where the graph lets them change
+            places: what computes them is written, too.
 
     Returns what the solver noted, by weight. Memory: what is alive at one point of the graph, for all batches, and one
     [in, in] matrix.
@@ -75,8 +85,47 @@ def prune_layer_by_layer(
             notes[name] = told
 
     module = program.module()
-    _add_padded(notes, layer_by_layer(module, _uses(module, by_name), batches, visit))
+    moves = _Moves(program, reorder, by_name) if isinstance(reorder, Pattern) else None
+    _add_padded(notes, layer_by_layer(module, _uses(module, by_name), batches, visit, reorder=moves))
+    for name, told in ({} if moves is None else moves.notes).items():
+        notes[name] = "; ".join(filter(None, (told, notes.get(name))))
     return notes
+
+
+class _Moves:
+    """Gives the inputs of a weight a better order, and the outputs of what computes them the same."""
+
+    def __init__(self, program: Program, pattern: Pattern, weights: Mapping[str, MaskedWeight]):
+        self.program, self.pattern, self.weights = program, pattern, weights
+        self.sets: dict[str, list[Channels]] = {}
+        for found in find_channels(program, pattern):
+            if len(names := {part.fqn for part in found.columns}) == 1:
+                self.sets.setdefault(names.pop(), []).append(found)
+        self.notes: dict[str, str] = {}
+
+    def __call__(self, name: str, moments: Tensor) -> Tensor | None:
+        w = self.weights[name]
+        inputs = torch.arange(len(moments), device=moments.device)
+        value = w.weight.t() if w.dim == 0 else w.weight
+        worth = value.float().square() * moments.diagonal()
+        tensors = self.program.state
+        masks = {other.fqn: other.mask for other in self.weights.values()}
+        moved: set[str] = set()
+        for each in self.sets.get(name, ()):
+            rows = torch.cat([worth[:, part.indices.to(worth.device)] for part in each.columns])
+            order = find_order(rows, self.pattern)
+            if torch.equal(order, torch.arange(len(order), device=order.device)):
+                continue
+            each.permute(tensors, order)
+            each.permute(masks, order)
+            for part in each.columns:
+                columns = part.indices.to(inputs.device)
+                inputs[columns] = columns[order]
+            moved |= {part.fqn for part in each.rows}
+        if not moved:
+            return None
+        self.notes[name] = f"its inputs have a new order, and so have the outputs of {', '.join(sorted(moved))}"
+        return inputs
 
 
 @torch.no_grad()

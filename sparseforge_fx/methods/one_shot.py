@@ -43,9 +43,12 @@ class LayerwiseConfig(MethodConfig, ABC):
     Attributes:
         values: what the survivors are kept in. Unless ``float``, a second walk over the same data puts the weights on
             that grid (methods/rounding.py).
+        reorder: let channels change places where the graph allows it, so that groups lose less (methods/reorder.py).
+            The model computes the same before the pruning; weights of the dense one no longer stand at their places.
     """
 
     values: Values = field(default="float", kw_only=True)
+    reorder: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export.graph_signature import InputKind
 
 from sparseforge_fx.data.batches import count_rows
 from sparseforge_fx.data.reading import Reading
@@ -50,9 +51,11 @@ def _prune(run: Run, config: MethodConfig, batches: list[Reading]) -> tuple[dict
     ]
     notes: dict[str, str] = {}
     scales: dict[str, Tensor] = {}
-    with undone_on_error(weights):
+    vectors = [value for _, _, value in masked.lifted(InputKind.PARAMETER) if value.dim() < 2]  # biases change places
+    with undone_on_error(weights, vectors):
         if isinstance(config, LayerwiseConfig):
-            notes = prune_layer_by_layer(masked, weights, batches, config.solve)
+            pattern = config.pattern if config.reorder else None
+            notes = prune_layer_by_layer(masked, weights, batches, config.solve, pattern)
             format = format_of(config.values)
             against = {s.fqn: format.why_not(s.in_features) for s in eligible(run.sites)}
             fitting = {fqn: format for fqn, reason in against.items() if reason is None}

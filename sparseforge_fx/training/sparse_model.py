@@ -166,12 +166,15 @@ class SparseModel(TrainerSurface):
         """Set weights and masks to the layer-wise solution on ``batches`` that ``config.start`` names."""
         readings = [self.reader.read(*as_call(batch)) for batch in batches]
         weights = self.method.weights
-        solve = LAYERWISE[self.method.config.start](self.method.config.pattern).solve
-        with undone_on_error(weights) as dense, low_rank.handed_over(self.branches, self._hands_over):
-            notes = prune_layer_by_layer(self.program, weights, readings, solve)
+        config = self.method.config
+        solve = LAYERWISE[config.start](config.pattern).solve
+        vectors = [p for p in self.parameters() if p.dim() < 2] if config.reorder else []
+        with undone_on_error(weights, vectors) as dense, low_rank.handed_over(self.branches, self._hands_over):
+            reorder = config.pattern if config.reorder else None
+            notes = prune_layer_by_layer(self.program, weights, readings, solve, reorder)
             # survivors that took over what was pruned leave nothing to the branches
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
-            self.handed_over = moved and self.method.config.prunes_on_the_way
+            self.handed_over = moved and config.prunes_on_the_way
             self.method.start_from(dense)
             if self.on_grid is not None:
                 grid = self.on_grid
