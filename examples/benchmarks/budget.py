@@ -20,6 +20,7 @@ import gc
 import json
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -97,11 +98,14 @@ class Study:
         how: dict[str, Any] = {"cache_dir": self.folder / "tokens", "separator": "\n\n", "seed": seed}
         return tokenize(files, self.tokenizer, length=self.length, tokens=max(most, self.length), **how)
 
+    @cached_property
+    def texts(self) -> dict[str, torch.Tensor]:
+        return {which: token_ids(self.model / f"{which}.txt", self.tokenizer) for which in ("valid", "test")}
+
     def loss(self, net: PreTrainedModel) -> dict[str, float]:
         """Nats per token of the held-out texts."""
-        texts = {which: token_ids(self.model / f"{which}.txt", self.tokenizer) for which in ("valid", "test")}
         how: dict[str, Any] = {"context": self.length, "max_windows": self.windows, "batch_size": 16}
-        return {which: perplexity(net, ids, **how).nll_per_token for which, ids in texts.items()}
+        return {which: perplexity(net, ids, **how).nll_per_token for which, ids in self.texts.items()}
 
     def run(self, run: Run) -> None:
         """Make its json; a run whose loss is no number any more has one, too."""

@@ -9,7 +9,7 @@ from typing import Any
 
 #: name -> what sf.sparsify is called with; the first four say most
 METHODS: dict[str, dict[str, Any]] = {
-    "alps+kd": {"method": "sparseforge", "preset": "tuned", "start": "alps"},
+    "alps+kd": {"method": "sparseforge", "start": "alps"},
     "paper-activation": {"method": "sparseforge", "preset": "paper", "curvature": "activation"},
     "ast": {"method": "ast"},
     "dense": {
@@ -17,11 +17,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "pattern": "0.0000001%",
     },  # the same loop and loss, and a share that rounds to nothing
     "paper-gauss-newton": {"method": "sparseforge", "preset": "paper", "curvature": "gauss_newton"},
-    "sparsegpt+kd": {"method": "sparseforge", "preset": "tuned", "start": "sparsegpt"},
+    "sparsegpt+kd": {"method": "sparseforge", "start": "sparsegpt"},
     "cast": {"method": "cast"},
     "sr-ste": {"method": "sr-ste"},
     "maskllm": {"method": "maskllm"},
-    "wanda+kd": {"method": "sparseforge", "preset": "tuned", "start": "wanda"},
+    "wanda+kd": {"method": "sparseforge", "start": "wanda"},
     "magnitude+kd": {"method": "gmp", "end": 1e-9},  # all of its pruning behind the first step, which is warm-up
 }
 DECISIVE = tuple(METHODS)[:4]
