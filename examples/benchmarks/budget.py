@@ -20,6 +20,7 @@ import gc
 import json
 import sys
 import time
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from budget_runs import BUDGETS, METHODS, Known, Run, plan, tokens_left
-from common import token_ids, use
+from common import language_model, token_ids, use
 from records import RESULTS
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -82,7 +83,7 @@ class Study:
         self.dense: dict[str, float] | None = None
 
     def load(self) -> PreTrainedModel:
-        return sf.load(str(self.model), dtype="float32")[0]
+        return language_model(str(self.model), torch.float32)
 
     def known(self) -> Known:
         """What is done, by the runs' names. Leaves with a sentence if that is another model's."""
@@ -154,16 +155,20 @@ def seconds_of(curves: list[dict[str, float]]) -> float:
 
 
 def listing(known: Known, methods: list[str], budgets: list[float], seeds: int, parameters: int) -> str:
-    """For every method its runs that are there, and the hours that it still takes at the speed of its runs so far."""
-    everything = [(r["seconds"], r["tokens"]) for r in known.values()]
+    """For every method its runs that are there, and the hours that it still takes at the speed of its steps so far."""
+
+    def pace(records: list[Mapping[str, Any]]) -> float:
+        """Seconds per token, without a layer-wise start."""
+        steps = sum(r["seconds"] - r["report"].get("calibration_seconds", 0.0) for r in records)
+        return steps / max(1, sum(r["tokens"] for r in records))
+
     lines, total = [], 0.0
     for method in methods:
-        mine = [(r["seconds"], r["tokens"]) for r in known.values() if r["method"] == method]
-        seconds, tokens = (sum(column) for column in zip(*(mine or everything or [(1.0, 2500)]), strict=True))
+        mine = [r for r in known.values() if r["method"] == method]
         left = sum(tokens_left(method, budget, known, seeds) for budget in budgets) * parameters
-        hours = left * seconds / max(1, tokens) / 3600
+        hours = left * (pace(mine) or pace(list(known.values())) or 1 / 2500) / 3600
         total += hours
-        counts = (sum((r["method"], r["tokens_per_parameter"]) == (method, b) for r in known.values()) for b in budgets)
+        counts = (sum(r["tokens_per_parameter"] == budget for r in mine) for budget in budgets)
         done = ", ".join(f"{count} at {budget:g}" for budget, count in zip(budgets, counts, strict=True))
         lines.append(f"{method:20} done: {done}; left: {hours:.1f} h")
     return "\n".join([*lines, f"{len(known)} runs done, about {total:.1f} h left"])

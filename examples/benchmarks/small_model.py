@@ -130,8 +130,8 @@ def split(data: list[str], folder: Path, seed: int) -> None:
         even = min(sorted(map(len, pieces))[-2:])  # of the training text, too, no more is mixed
         mixed = [piece for kind in pieces for piece in kind[:even]]
         random.Random(seed).shuffle(mixed)
-        with new_file(folder / f"{part}.txt") as file:
-            file.write_text(SEPARATOR.join(mixed))
+        with new_file(folder / f"{part}.txt") as whole:
+            whole.write_text(SEPARATOR.join(mixed))
 
 
 def part_of(document: str) -> str:
