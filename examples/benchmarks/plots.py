@@ -4,15 +4,18 @@
 
 results/perplexity.png: perplexity against training tokens, one line per method, a band over seeds.
 results/frontier.png: perplexity against tokens per second, what is dominated hollow.
+results/budget.png: test loss above dense against tokens per parameter, one line per method, a bar over seeds.
 results/kernels.png: what a packed linear gains over the dense one against the number of tokens, one line per weight.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from statistics import mean
+from statistics import mean, stdev
 
 import matplotlib
+from budget_tables import excess, known
+from budget_tables import points as budget_points
 from frontier_tables import batches, dominators
 from quality_tables import label, leaderboard_runs
 from records import RESULTS, read
@@ -35,6 +38,7 @@ def main() -> None:
     draw_perplexity()
     draw_kernels()
     draw_frontier()
+    draw_budget()
 
 
 def draw_perplexity() -> None:
@@ -130,6 +134,35 @@ def draw_frontier() -> None:
         axis.set_yticks(ticks, ticks)
         axis.minorticks_off()
     figure.savefig(RESULTS / "frontier.png", dpi=110)
+
+
+def draw_budget() -> None:
+    """Points whose sweep is not over are hollow. Beside zero the axis is linear: the control is below it."""
+    lines = budget_points(known())
+    if not lines:
+        return
+    figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    for number, (method, line) in enumerate(lines.items()):
+        values = [[excess(run) for run in runs] for runs, _ in line.values()]
+        color = plt.get_cmap("tab20")(number % 20)
+        spread = [stdev(v) if len(v) > 1 else 0.0 for v in values]
+        axis.errorbar(list(line), [mean(v) for v in values], spread, color=color, capsize=2, label=method)
+        for (budget, (_, settled)), v in zip(line.items(), values, strict=True):
+            axis.plot(budget, mean(v), marker="o", ms=5, color=color, mfc=color if settled else "none")
+    axis.axhline(0, color="black", ls="--", lw=1)
+    axis.set(xscale="log", xlabel="training tokens per parameter", ylabel="test loss above dense, nats per token")
+    axis.set_yscale("symlog", linthresh=0.02)
+    budgets = sorted({budget for line in lines.values() for budget in line})
+    axis.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    ticks = [
+        t
+        for t in (-0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+        if axis.get_ylim()[0] <= t <= axis.get_ylim()[1]
+    ]
+    axis.set_yticks(ticks, ticks)
+    axis.minorticks_off()
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(RESULTS / "budget.png", dpi=130)
 
 
 if __name__ == "__main__":

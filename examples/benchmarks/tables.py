@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import budget_tables as budget
 import frontier_tables as frontier
 import quality_tables as quality
 import speed_tables as speed
@@ -19,6 +20,7 @@ TABLES = {
     "main": quality.main_table,
     "quality": quality.quality_table,
     "leaderboard": quality.leaderboard_table,
+    "budget": budget.budget_table,
     "ablations": quality.ablation_table,
     "estimator-quality": quality.estimator_quality_table,
     "quantized": quality.quantized_table,

@@ -1,0 +1,74 @@
+"""Table and picture of the study of budgets: what 2:4 costs against tokens per parameter."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from statistics import mean, stdev
+from typing import Any
+
+from budget_runs import BUDGETS, METHODS, Known, chosen, plan
+from records import NONE, blocks, read, table
+
+Points = dict[str, dict[float, tuple[list[Mapping[str, Any]], bool]]]
+
+
+def known() -> Known:
+    return {record["label"]: record for record in read("budget")}
+
+
+def points(found: Known) -> Points:
+    """method -> tokens per parameter -> its runs at the best rate, and whether its sweep is over; what there is."""
+    out: Points = defaultdict(dict)
+    for method in METHODS:
+        for budget in BUDGETS:
+            runs, settled = chosen(method, budget, found)
+            if runs:
+                out[method][budget] = runs, settled
+    return out
+
+
+def excess(run: Mapping[str, Any]) -> float:
+    """Nats per token of the test text above the dense model."""
+    return run["loss"]["test"] - run["dense_loss"]["test"]
+
+
+def budget_table() -> str:
+    found = known()
+    there = points(found)
+    if not there:
+        return NONE
+    first = next(iter(found.values()))
+    budgets = [budget for budget in BUDGETS if any(budget in row for row in there.values())]
+    reports = [run["report"] for run in found.values()]
+    begun = "" if not plan(found) else f"; {len(found)} runs are done, others are to come"
+    text = (
+        f"Test loss above the dense model's in nats per token (dense {first['dense_loss']['test']:.3f}, perplexity"
+        f" {math.exp(first['dense_loss']['test']):.2f}; {first['windows']} windows of {first['length']} tokens), {first['parameters']:,}"
+        f" parameters; mean ± standard deviation over seeds, (their number), rate and steps; \\* the sweep is not over{begun}."
+        f" {', '.join(sorted({r['device'] for r in reports}))}, commit {', '.join(sorted({str(r['commit']) for r in reports}))}."
+    )
+    rows = [(method, *(cell(row.get(budget)) for budget in budgets)) for method, row in there.items()]
+    names = ("method", *(f"{budget:g} tokens per parameter" for budget in budgets))
+    spent = [(method, *(seconds(row.get(budget)) for budget in budgets)) for method, row in there.items()]
+    return blocks(
+        [
+            (text, table(names, "l" + "r" * len(budgets), rows)),
+            ("Seconds of a run, a layer-wise start included.", table(names, "l" + "r" * len(budgets), spent)),
+        ]
+    )
+
+
+def cell(point: tuple[list[Mapping[str, Any]], bool] | None) -> str:
+    if point is None:
+        return ""
+    runs, settled = point
+    values = [excess(run) for run in runs]
+    spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    mark = "" if settled else " \\*"
+    return f"{mean(values):.4f}{spread} ({len(values)}), {runs[0]['lr']:g}, {runs[0]['steps']}{mark}"
+
+
+def seconds(point: tuple[list[Mapping[str, Any]], bool] | None) -> str:
+    return "" if point is None else f"{mean(run['seconds'] for run in point[0]):,.0f}"
