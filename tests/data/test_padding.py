@@ -19,7 +19,7 @@ TRAINED = [
     ("sparseforge", {"preset": "paper", "curvature": "activation"}),
     ("sparseforge", {"preset": "paper", "curvature": "squared_gradient"}),
     ("sparseforge", {"preset": "paper", "curvature": "hutchinson"}),
-    ("sparseforge", {"preset": "tuned"}),
+    ("sparseforge", {"preset": "alps+kd"}),
     ("ast", {}),
     ("sr-ste", {}),
     ("maskllm", {}),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.curvature import ESTIMATORS
-from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig, paper_preset, tuned_preset
+from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, Unstructured, check_pattern, hard_mask
 from sparseforge_fx.training.distillation import Distillation
@@ -397,45 +397,6 @@ def test_without_a_quench_the_solution_is_fixed_at_once():
 
 
 # -- configurations --------------------------------------------------------------------------------------------------
-def test_paper_preset_has_the_authors_constants_on_the_authors_run():
-    config = paper_preset(20_000)
-    assert (config.steps, config.update_every, config.start, config.curvature) == (20_000, 30, "dense", "gauss_newton")
-    assert config.mask_rate == pytest.approx(0.1, rel=5e-3)
-    assert 0.98 <= config.curvature_beta <= 0.99
-    assert (config.temperature_start, config.temperature_floor) == (1.0, 0.05)
-    gamma = 0.5 ** (30 / 20_000 / config.temperature_half_life)
-    assert 0.97 <= gamma <= 0.98
-    assert config.heat_end * 20_000 == pytest.approx(2000) and config.quench_end * 20_000 == pytest.approx(17_000)
-    assert config.structure > 0 and config.gate == "site" and config.score == "obd"
-
-
-@pytest.mark.parametrize("steps", [10, 60, 500, 3000, 20_000, 60_000])
-def test_paper_preset_travels_as_far_in_any_number_of_steps(steps):
-    config, whole = paper_preset(steps), paper_preset(20_000)
-    updates = max(1, steps // config.update_every)
-    forgotten, reference = updates * math.log(1 - config.mask_rate), 666 * math.log(1 - whole.mask_rate)
-    assert forgotten == pytest.approx(reference, rel=0.01)
-    assert updates * math.log(config.curvature_beta) == pytest.approx(666 * math.log(whole.curvature_beta), rel=0.01)
-    same = (
-        "heat_end",
-        "quench_end",
-        "sparsity_warmup",
-        "temperature_half_life",
-        "temperature_start",
-        "temperature_floor",
-    )
-    assert [getattr(config, n) for n in same] == [getattr(whole, n) for n in same]
-
-
-@pytest.mark.parametrize("preset", [paper_preset, tuned_preset])
-def test_presets_take_changes_and_describe_themselves(preset):
-    config = preset(40, Pattern(1, 4), curvature="activation", update_every=3)
-    assert (config.steps, config.pattern, config.curvature, config.update_every) == (40, (1, 4), "activation", 3)
-    described = config.describe()
-    assert described["pattern"] == "1:4" and described["steps"] == 40
-    assert all(isinstance(v, str | int | float | bool) for v in described.values())
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
