@@ -3,7 +3,7 @@
     python examples/benchmarks/estimator_cost.py MODEL [--device cpu] [--batch-size 2] [--length 512] [--rounds 3]
 
 Every estimator has a model prepared for it, over the same weights; their steps (forward, backward, curvature, no
-optimizer) take turns in one process. ``amortised``: at the paper preset's probes, one step in K of a run of 150.
+optimizer) take turns in one process. ``amortised``: at the probes of preset annealed, one step in K of a run of 150.
 """
 
 from __future__ import annotations
