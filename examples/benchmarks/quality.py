@@ -77,13 +77,10 @@ def main(
 
     dense = known_score(dense_from, windows) or score(net)
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
-    if method in TRAINED:
-        settings |= {"tokens": tokens, "lr": lr, "state_path": state}
     if method == "sparseforge":
         settings["preset"] = preset
-    if w := {n: v for n, v in (("task", w_task), ("kl", w_kl)) if v is not None}:
-        chosen = sf.Recipe(method=method, preset=settings.get("preset")).settings(True).objective
-        settings["objective"] = replace(chosen, **w)
+    if method in TRAINED:
+        settings |= {"tokens": tokens, "lr": lr, "state_path": state, "objective": loss(method, settings, w_task, w_kl)}
     if method == "dense":
         report = {"sites": [], **environment()}
         sparse = dense
@@ -113,6 +110,13 @@ def main(
     write_json(out, record)
     state.unlink(missing_ok=True)
     print(f"{name}: dense {dense}, sparse {sparse}")
+
+
+def loss(method: str, settings: dict[str, Any], task: float | None, kl: float | None) -> sf.Distillation | None:
+    """The preset's with these weights; None where none is given."""
+    given = {name: weight for name, weight in (("task", task), ("kl", kl)) if weight is not None}
+    chosen = sf.Recipe(method=method, preset=settings.get("preset")).settings(True).objective
+    return replace(chosen, **given) if given else None
 
 
 def read_options(text: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sparseforge_fx.methods.curvature import PROBES, Curvature, fold_on_backward
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import Pass, run_passes
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
+from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.training.objective import Answer, drawn_loss
 
@@ -131,9 +132,10 @@ class CurvatureProbe:
         return {fqn: part.div_(max(1, answers)) for fqn, part in total.items()}
 
     def _hutchinson(self, step: int, index: int, loss: Callable[[Any, Reading], Tensor]) -> Mapping[str, Tensor]:
-        """v * (H v) of this step's loss, its mean over the micro-batches, at the effective weights W * e, through the
-        dense graph. v depends on the step and on ``index``, not on process or batch."""
-        weights = {w.fqn: (self.masked.tensor(w.fqn).detach() * w.mask).requires_grad_() for w in self.weights}
+        """v * (H v) of this step's loss, its mean over the micro-batches, at the effective weights (W * e, and what a
+        low-rank branch adds to it), through the dense graph. v depends on the step and on ``index``, not on process or
+        batch."""
+        weights = {w.fqn: self._effective(w).requires_grad_() for w in self.weights}
         module = self.dense.module()
         total: dict[str, Tensor] = {}
         for batch in self._batches:
@@ -148,3 +150,12 @@ class CurvatureProbe:
                 part /= len(self._batches)
                 total[fqn] = total[fqn].add_(part) if fqn in total else part
         return total
+
+    def _effective(self, w: MaskedWeight) -> Tensor:
+        """The weight that the dense graph would need to compute what the masked one does."""
+        value = self.masked.tensor(w.fqn).detach() * w.mask
+        x, s = branch_names(w.fqn)
+        if x in self.masked.state:
+            added = self.masked.tensor(s).detach() @ self.masked.tensor(x).detach()
+            value += added.t() if w.dim == 0 else added
+        return value

@@ -240,6 +240,38 @@ def test_hutchinson_through_the_graph_is_hutchinson_of_the_model(tiny):
         torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4 * wanted.max().item())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_hutchinson_sees_what_a_branch_adds(tiny, name):
+    """W * e + S X in the dense model."""
+    found = tiny(name)
+    batch = found.batch()
+    sparse = found.sparse(SparseForgeConfig(steps=10, curvature="hutchinson"), slorb_block=16).train()
+    with torch.no_grad():
+        for branch in sparse.branches:
+            branch.s.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    added = {b.weight.fqn: b.s.detach().repeat_interleave(16, 1) for b in sparse.branches}  # before masks move
+    first = {n: p.detach().clone() for n, p in found.weights.items()}
+    sparse(**batch).loss.backward()
+    sparse.step()
+    with torch.no_grad():
+        teacher = found.model(**batch).logits.float().log_softmax(-1)
+        for fqn, value in added.items():
+            found.weights[fqn].add_(value.t() if name == "gpt2" else value)
+
+    def loss():
+        log_p = found.model(**batch).logits.float().log_softmax(-1)
+        divergence = F.kl_div(log_p.flatten(0, 1), teacher.flatten(0, 1), log_target=True, reduction="batchmean")
+        return F.nll_loss(log_p[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten()) + divergence
+
+    expected = hutchinson_diagonal(loss, dict(found.weights), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for fqn, value in first.items():
+            found.weights[fqn].copy_(value)
+    for fqn, value in sparse.method.curvature.values.items():
+        wanted = expected[fqn].abs()
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-3 * wanted.max().item(), msg=fqn)
+
+
 def test_several_vectors_of_a_probe_are_averaged_as_absolute_values(tiny):
     found = tiny("llama")
     batch = found.batch()
@@ -347,9 +379,7 @@ def test_every_estimator_is_alive_and_leaves_nothing_behind(tiny, estimator):
     sparse, values = curvature_of(found, estimator, found.batch())
     assert all((v >= 0).all() and v.sum() > 0 for v in values.values())
     assert {id(p) for p in sparse.parameters()} == {id(p) for p in found.model.parameters()}  # no probe, no teacher
-    probes = (
-        [p for n, p in sparse.probe.module.named_parameters() if "probe" in n] if sparse.probe.module else []
-    )
+    probes = [p for n, p in sparse.probe.module.named_parameters() if "probe" in n] if sparse.probe.module else []
     assert len(probes) == (len(values) if estimator in PROBES else 0)
     assert all(p.grad is None for p in probes)
     assert all(p.grad is None for p in sparse.teacher.module.parameters())
@@ -405,7 +435,9 @@ def curvatures(rows: slice) -> dict[str, dict[str, torch.Tensor]]:
     x[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
     found = {}
     for estimator in ESTIMATORS:
-        sparse = prepare(Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), objective=Distillation(kl=1.0)).train()
+        sparse = prepare(
+            Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), objective=Distillation(kl=1.0)
+        ).train()
         with torch.no_grad():
             for p in sparse.parameters():
                 p.mul_(0.8)  # away from the teacher

@@ -192,6 +192,56 @@ def test_mask_update_by_hand():
     torch.testing.assert_close(weight.mask, torch.tensor([second]))
 
 
+def test_the_pull_begins_where_it_is_asked_to():
+    """eta from structure_start to structure between the warm-up and the end of the quench."""
+    weight = masked([[3.0, 1.0, 2.0, 0.5]])
+    forge = engine(
+        weight, gate="pattern", structure_start=0.2, structure=0.4, mask_rate=0.1, temperature_floor=0.3,
+        temperature_start=0.3, quench_end=0.5, heat_end=0.5,
+    )  # fmt: skip
+    forge.after_step(24)  # progress 1/4: eta = 0.3
+    gate, top = gate_by_patterns([3.0, 1.0, 2.0, 0.5], 0.3), [1, 0, 1, 0]
+    expected = [min(1, max(0, 0.9 + 0.1 * (g - 0.3 * (1 - t)))) for g, t in zip(gate, top, strict=True)]
+    torch.testing.assert_close(weight.mask, torch.tensor([expected]))
+
+
+def test_the_gate_is_mixed_with_the_best_of_its_groups():
+    """G <- (1 - beta) G + beta top2(s), beta along a smooth step over the quench."""
+    weight = masked([[3.0, 1.0, 2.0, 0.5]])
+    forge = engine(
+        weight, gate="pattern", group_mix=0.8, mask_rate=1.0, temperature_floor=0.3, temperature_start=0.3,
+        heat_end=0.5, quench_end=0.9, softness_start=1.0,
+    )  # fmt: skip
+    forge.after_step(49)  # heated only
+    gate = gate_by_patterns([3.0, 1.0, 2.0, 0.5], 0.3)
+    torch.testing.assert_close(weight.mask, torch.tensor([gate]))
+    forge.after_step(69)  # half-way: beta = 0.4
+    mixed = [0.6 * g + 0.4 * t for g, t in zip(gate, [1, 0, 1, 0], strict=True)]
+    torch.testing.assert_close(forge.soft["w"], torch.tensor([mixed]))
+
+
+def test_masks_move_at_another_pace_after_the_heating():
+    weight = random_weight()
+    forge = engine(weight, update_every=5, update_every_late=2, heat_end=0.1, first_update=0.04)
+    moved = []
+    for step in range(16):
+        before = forge.soft.get("w", weight.mask).clone()
+        forge.after_step(step)
+        moved.append(not torch.equal(before, forge.soft.get("w", weight.mask)))
+    assert [step + 1 for step, m in enumerate(moved) if m] == [5, 10, 12, 14, 16]
+
+
+def test_a_floor_that_is_given_is_added_to_h():
+    weight = masked([[1.0, -2.0, 3.0, 1.0]])
+    for score, expected in (
+        ("obd", [1.5, 4 * 2.5, 9 * 0.5, 9.5]),
+        ("ratio", [1.5**-0.5, 2 * 2.5**-0.5, 3 * 0.5**-0.5, 9.5**-0.5]),
+    ):
+        forge = engine(weight, score=score, score_noise_floor=0.5)
+        forge.curvature.fold("w", torch.tensor([[1.0, 2.0, 0.0, 9.0]]))
+        torch.testing.assert_close(forge.score(weight), torch.tensor([expected]), rtol=1e-4, atol=0)
+
+
 def test_masks_move_every_k_steps_only():
     weight = random_weight()
     forge = engine(weight, update_every=5)
@@ -404,6 +454,10 @@ def test_without_a_quench_the_solution_is_fixed_at_once():
         {"curvature": "exact"},
         {"score": "wanda"},
         {"gate": "group"},
+        {"curvature_start": "one"},
+        {"update_every_late": 0},
+        {"score_noise_floor": 0.0},
+        {"first_update": 1.5},
         {"start": "random"},
         {"heat_end": 0.8, "quench_end": 0.5},
         {"quench_end": 1.5},
