@@ -14,8 +14,8 @@ def label(run: dict) -> str:
     name, preset = run["method"], run["report"].get("preset")
     if name == "sparseforge" and preset == "alps+kd":
         return preset
-    told = [f"{preset} preset"] if name == "sparseforge" else []
-    told += [run[key] for key in ("earlier", "note") if run.get(key)]
+    told = [run[key] for key in ("earlier", "note") if run.get(key)]
+    name = f"{name} {preset}" if name == "sparseforge" else name
     return f"{name} ({', '.join(told)})" if told else name
 
 
