@@ -29,7 +29,7 @@ def main() -> None:
         documents = [torch.randint(1, 128, (length,)).tolist() for length in range(8, 32)]
 
     example = collate(documents[:2])  # it has an attention_mask: then batches may be padded
-    sparse = sf.prepare(model, example, sf.paper_preset(steps))
+    sparse = sf.prepare(model, example, sf.annealed_preset(steps))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,

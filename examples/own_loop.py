@@ -22,7 +22,7 @@ def main() -> None:
         model, steps = tiny_model(), 12
         data = sf.as_batches(torch.randint(0, 128, (64, 32)), batch_size=4, length=32, seed=0)
 
-    config = sf.paper_preset(steps)  # or tuned_preset(steps) with prepare(..., calibration=[batches])
+    config = sf.annealed_preset(steps)  # or alps_kd_preset(steps) with prepare(..., calibration=[batches])
     sparse = sf.prepare(model, data.batch(0), config)  # .loss of its output: cross-entropy + KL from the dense model
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-4)
     sparse.train()

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from sparseforge_fx.deploy.lowering.quantize import quantize
     from sparseforge_fx.evaluation.perplexity import perplexity
     from sparseforge_fx.methods.catalog import configure
-    from sparseforge_fx.methods.soft_mask import SparseForgeConfig, paper_preset, tuned_preset
+    from sparseforge_fx.methods.presets import alps_kd_preset, annealed_preset, paper_preset, paper_universal_preset
+    from sparseforge_fx.methods.soft_mask import SparseForgeConfig
     from sparseforge_fx.planning.make import plan
     from sparseforge_fx.plans import Plan
     from sparseforge_fx.training.callback import SparseForgeCallback
@@ -45,6 +46,8 @@ _HOMES = {
     "SparseForgeConfig": "methods.soft_mask",
     "SparseModel": "training.sparse_model",
     "SparsifyResult": "training.sparsify",
+    "alps_kd_preset": "methods.presets",
+    "annealed_preset": "methods.presets",
     "as_batches": "data.batches",
     "check_export": "deploy.export.archive",
     "configure": "methods.catalog",
@@ -58,14 +61,14 @@ _HOMES = {
     "lower": "deploy.lowering.lower",
     "lower_modules": "deploy.lowering.modules",
     "merge_lora": "deploy.adapters.lora",
-    "paper_preset": "methods.soft_mask",
+    "paper_preset": "methods.presets",
+    "paper_universal_preset": "methods.presets",
     "perplexity": "evaluation.perplexity",
     "plan": "planning.make",
     "prepare": "training.prepare",
     "quantize": "deploy.lowering.quantize",
     "save_packed": "deploy.checkpoints.save",
     "sparsify": "training.sparsify",
-    "tuned_preset": "methods.soft_mask",
 }
 
 __all__ = [
@@ -78,6 +81,8 @@ __all__ = [
     "SparseForgeError",
     "SparseModel",
     "SparsifyResult",
+    "alps_kd_preset",
+    "annealed_preset",
     "as_batches",
     "check_export",
     "configure",
@@ -91,13 +96,13 @@ __all__ = [
     "lower_modules",
     "merge_lora",
     "paper_preset",
+    "paper_universal_preset",
     "perplexity",
     "plan",
     "prepare",
     "quantize",
     "save_packed",
     "sparsify",
-    "tuned_preset",
 ]
 
 

@@ -33,6 +33,7 @@ class Range(NamedTuple):
 
 
 Count = Annotated[int, Range(1)]
+CountFromZero = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 AtLeastZero = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]

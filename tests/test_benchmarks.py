@@ -84,15 +84,16 @@ def read_by_the_tables(file, results):
         patch.setattr(records, "RESULTS", results)
         record = json.loads(file.read_text())
         for folder in ("quality", "leaderboard"):
-            record["label"] = "sparseforge-tuned-256-seed0"
+            record["label"] = "alps+kd-256-seed0"
             record["zero_shot"] = {"a task": {"acc": 0.5, "acc_stderr": 0.1, "documents": 2}}
             (results / folder).mkdir()
-            (results / folder / "tuned.json").write_text(json.dumps(record))
+            (results / folder / "default.json").write_text(json.dumps(record))
         score = f"{record['sparse_perplexity']['test']:.2f}"
         row = quality_tables.quality_table().splitlines()[-1]
-        assert row.startswith(f"| sparseforge (tuned preset) | 256 | 4 x 64 | 2 | {score} |")
+        seconds = f"{record['report']['seconds']:,.0f} ({record['report']['calibration_seconds']:,.0f})"
+        assert row.startswith(f"| alps+kd | 256 | 4 x 64 | 2 | {seconds} | {score} |")
         row = quality_tables.leaderboard_table().splitlines()[-1]
-        assert row.startswith(f"| sparseforge-tuned | 256 | 0.0005 | {score} |") and "| 50.0 ± 10.0 | 50 |" in row
+        assert row.startswith(f"| alps+kd | 256 | 0.0005 | {seconds} | {score} |") and "| 50.0 ± 10.0 | 50 |" in row
 
 
 def test_quality_is_one_json_that_is_not_made_twice(model, results, capsys):
@@ -101,18 +102,18 @@ def test_quality_is_one_json_that_is_not_made_twice(model, results, capsys):
     text = write_text(results / "text.txt")
     run = {"model": str(model), "data": [str(text)], "valid": text, "test": text, "folder": results / "runs"}
     run |= {"tokens": 256, "length": 64, "batch_size": 1, "calibration": 2, "windows": 1, "compile": "off"}
-    quality.main(**run, label="tuned", quantize="int8")
-    record = json.loads((results / "runs" / "tuned.json").read_text())
-    assert record["tokens"] == 256 and record["report"]["sites"] == 14 and record["report"]["preset"] == "tuned"
+    quality.main(**run, label="default", quantize="int8")
+    record = json.loads((results / "runs" / "default.json").read_text())
+    assert record["tokens"] == 256 and record["report"]["sites"] == 14 and record["report"]["preset"] == "alps+kd"
     scores = (record["dense_perplexity"], record["sparse_perplexity"], record["quantized_perplexity"]["int8"])
     assert all(found["valid"] == found["test"] > 1 for found in scores) and len({s["test"] for s in scores}) == 3
     assert not list((results / "runs").glob("*.state"))
     capsys.readouterr()
-    quality.main(**run, label="tuned")
+    quality.main(**run, label="default")
     assert "is there already" in capsys.readouterr().out
-    quality.main(**run, method="dense", label="dense", dense_from=results / "runs" / "tuned.json")
+    quality.main(**run, method="dense", label="dense", dense_from=results / "runs" / "default.json")
     assert json.loads((results / "runs" / "dense.json").read_text())["sparse_perplexity"] == scores[0]
-    read_by_the_tables(results / "runs" / "tuned.json", results)
+    read_by_the_tables(results / "runs" / "default.json", results)
     with pytest.raises(SystemExit, match="--options is not json"):
         quality.main(**run, label="other", options="{")
 

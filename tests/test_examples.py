@@ -113,6 +113,6 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(demo, monkeypatch, tmp_path, c
     files = {p.name for p in (tmp_path / "demo_out").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "report.json", "curves.png", "demo.json"} <= files
     summary = json.loads((tmp_path / "demo_out" / "demo.json").read_text())
-    assert [r["method"] for r in summary["rows"]] == ["dense", "magnitude", "SparseForge"]
+    assert [r["method"] for r in summary["rows"]] == ["dense", "magnitude", "alps+kd"]
     assert [r["training_tokens"] for r in summary["rows"]] == [0, 0, 2560]
     assert all(r["tokens_scored"] == 8 * 63 for r in summary["rows"])

@@ -85,11 +85,11 @@ def test_one_shot_methods_need_no_sweep_and_magnitude_one_seed(board):
 
 def test_variants_wait_for_the_rate_of_their_method(board):
     assert board.ablations(4096, 1024) == []
-    for k, run in zip((2, 1, 3), board.sweep("sparseforge-paper", 1024).values(), strict=True):
+    for k, run in zip((2, 1, 3), board.sweep("sparseforge-annealed", 1024).values(), strict=True):
         finish(run, 30.0 * k)
     runs = board.ablations(4096, 1024)
     assert {r.name for r in runs} == {
-        f"ablation-{n}-2048" for n, (m, _) in board.ABLATIONS.items() if m == "sparseforge-paper"
+        f"ablation-{n}-2048" for n, (m, _) in board.ABLATIONS.items() if m == "sparseforge-annealed"
     }
     assert all(r.arguments[r.arguments.index("--lr") + 1] == "0.0005" for r in runs)
     finish(runs[0], 10.0)
@@ -100,8 +100,23 @@ def test_variants_are_options_of_their_method(board):
     from sparseforge_fx.methods.catalog import configure
 
     for method, changes in board.ABLATIONS.values():
-        given = dict(zip(changes[::2], changes[1::2], strict=True))
-        configure("sparseforge", 10, preset=method.split("-")[1], **json.loads(given.get("--options", "{}")))
+        arguments = (*board.TRAINED[method], *changes)
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        options = json.loads(given.get("--options", "{}"))
+        options.pop("slorb_block", None)  # a field of the recipe
+        configure("sparseforge", 10, preset=given["--preset"], **options)
+
+
+def test_chosen_variants_have_seeds(board):
+    for k, run in zip((2, 1, 3), board.sweep("sparseforge-annealed", 1024).values(), strict=True):
+        finish(run, 30.0 * k)
+    names = ["curvature-activation", "curvature-fisher"]
+    runs = board.ablations(4096, 1024, names, 3)
+    assert [r.name for r in runs] == [f"ablation-{n}-2048{end}" for n in names for end in ("", "-seed1", "-seed2")]
+    assert [r.arguments[r.arguments.index("--seed") + 1] for r in runs[:3]] == ["0", "1", "2"]
+    assert [json.loads(r.arguments[r.arguments.index("--options") + 1]) for r in runs[::3]] == [
+        {"curvature": "activation"}, {"curvature": "fisher"},
+    ]  # fmt: skip
 
 
 def test_every_method_of_the_package_is_there(board):

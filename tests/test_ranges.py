@@ -49,7 +49,7 @@ def test_every_field_says_its_range():
 
 REFUSED = {
     "steps": 0, "tokens": -5, "batch_size": 0, "length": 0, "accumulate": 0, "lr": math.nan,
-    "slorb_block": 0, "calibration": 0, "save_seconds": math.nan,
+    "slorb_block": -1, "weight_decay": -0.1, "calibration": 0, "save_seconds": math.nan,
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_options_of_the_method_are_looked_at_before_the_data(change):
 
 def test_numbers_of_prepare_and_configure():
     with pytest.raises(SparseForgeError, match="kl is nan: give a finite number from 0"):
-        sf.prepare(nn.Linear(4, 4), torch.randn(2, 4), sf.paper_preset(4), objective=Distillation(kl=math.nan))
+        sf.prepare(nn.Linear(4, 4), torch.randn(2, 4), sf.annealed_preset(4), objective=Distillation(kl=math.nan))
     with pytest.raises(SparseForgeError, match=r"steps is 1\.5: give a whole number from 1"):
         sf.configure("gmp", 1.5)
 

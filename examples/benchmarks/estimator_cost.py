@@ -3,7 +3,7 @@
     python examples/benchmarks/estimator_cost.py MODEL [--device cpu] [--batch-size 2] [--length 512] [--rounds 3]
 
 Every estimator has a model prepared for it, over the same weights; their steps (forward, backward, curvature, no
-optimizer) take turns in one process. ``amortised``: at the paper preset's probes, one step in K of a run of 150.
+optimizer) take turns in one process. ``amortised``: at the probes of preset annealed, one step in K of a run of 150.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import typer
 from common import medians_and_spread, model_and_ids, save, seconds_in_turn, use
 
-from sparseforge_fx import SparseModel, paper_preset, prepare
+from sparseforge_fx import SparseModel, annealed_preset, prepare
 from sparseforge_fx.methods.curvature import ESTIMATORS
 
 
@@ -30,13 +30,13 @@ def main(
     use(device, threads)
     # the fused attention has no second derivative
     net, ids = model_and_ids(model, device, batch_size, length, attn_implementation="eager")
-    prepared = {name: prepare(net, None, paper_preset(150, curvature=name)).train() for name in ESTIMATORS}
+    prepared = {name: prepare(net, None, annealed_preset(150, curvature=name)).train() for name in ESTIMATORS}
     runs = {"none": lambda: step(prepared["squared_gradient"], ids, probe=False)}
     runs |= {name: lambda sparse=sparse: step(sparse, ids, probe=True) for name, sparse in prepared.items()}
     seconds_in_turn(runs, 1)  # warms up
     found = medians_and_spread(seconds_in_turn(runs, rounds))
     median = found["median_seconds"]
-    every = paper_preset(150).probe_every
+    every = annealed_preset(150).probe_every
     record = {
         "model": Path(model).name,
         "batch_size": batch_size,

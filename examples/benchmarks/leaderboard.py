@@ -6,8 +6,8 @@
 One run is one process of quality.py and one json in results/leaderboard/; a run that is there is not repeated, a run that
 was killed goes on. The sweep is a run of a quarter of the tokens (or ``--sweep-tokens``: a longer board takes over the rates
 of a shorter one) with seed 0 for each of three rates, and for further ones while the best is the lowest or the highest;
-the rate with the lowest validation perplexity is taken. ``--ablations`` runs variants of sparseforge at half of the tokens
-and its preset's rate. tables.py makes the tables and the picture.
+the rate with the lowest validation perplexity is taken. ``--ablations`` runs variants of sparseforge, ``--only`` some of
+them, at half of the tokens and its preset's rate. tables.py makes the tables and the picture.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ RESULTS = records.RESULTS / "leaderboard"
 ONE_SHOT = ("dense", "magnitude", "wanda", "sparsegpt", "alps")
 #: name -> arguments of quality.py; sparsegpt+kd is the start that the field takes, a fixed mask, and our distillation
 TRAINED = {
-    "sparseforge-tuned": ("--method", "sparseforge", "--preset", "tuned"),
+    "alps+kd": ("--method", "sparseforge", "--preset", "alps+kd"),
     "sparseforge-paper": ("--method", "sparseforge", "--preset", "paper"),
-    "sparsegpt+kd": ("--method", "sparseforge", "--preset", "tuned", "--options", '{"start": "sparsegpt"}'),
+    "sparseforge-paper-universal": ("--method", "sparseforge", "--preset", "paper-universal"),
+    "sparseforge-annealed": ("--method", "sparseforge", "--preset", "annealed"),
+    "sparsegpt+kd": ("--method", "sparseforge", "--preset", "alps+kd", "--options", '{"start": "sparsegpt"}'),
     "ast": ("--method", "ast"),
     "sr-ste": ("--method", "sr-ste"),
     "gmp": ("--method", "gmp"),
@@ -44,19 +46,23 @@ RATES = {"maskllm": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3), "maskpro": (0.5, 5, 50
 DEFAULT_RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 #: variant -> the method whose rate it takes, and what is different about it
 ABLATIONS = {
-    "paper": ("sparseforge-paper", ()),
-    "paper-magnitude-score": ("sparseforge-paper", ("--options", '{"score": "magnitude"}')),
-    "paper-ratio-score": ("sparseforge-paper", ("--options", '{"score": "ratio"}')),
-    "paper-pattern-gate": ("sparseforge-paper", ("--options", '{"gate": "pattern"}')),
-    "paper-no-structure": ("sparseforge-paper", ("--options", '{"structure": 0.0}')),
-    "paper-no-distillation": ("sparseforge-paper", ("--w-kl", "0")),
-    "paper-hutchinson": ("sparseforge-paper", ("--options", '{"curvature": "hutchinson"}')),
-    "paper-squared-gradient": ("sparseforge-paper", ("--options", '{"curvature": "squared_gradient"}')),
-    "paper-activation": ("sparseforge-paper", ("--options", '{"curvature": "activation"}')),
-    "fixed-wanda-mask": ("sparseforge-tuned", ("--options", '{"start": "wanda"}')),
-    "tuned": ("sparseforge-tuned", ()),
-    "tuned-no-distillation": ("sparseforge-tuned", ("--w-kl", "0")),
-    "tuned-fading": ("sparseforge-tuned", ("--options", '{"quench_end": 0.4, "softness_start": 0.6}')),
+    "annealed": ("sparseforge-annealed", ()),
+    "annealed-magnitude-score": ("sparseforge-annealed", ("--options", '{"score": "magnitude"}')),
+    "annealed-ratio-score": ("sparseforge-annealed", ("--options", '{"score": "ratio"}')),
+    "annealed-pattern-gate": ("sparseforge-annealed", ("--options", '{"gate": "pattern"}')),
+    "annealed-no-structure": ("sparseforge-annealed", ("--options", '{"structure": 0.0}')),
+    "annealed-no-distillation": ("sparseforge-annealed", ("--w-kl", "0")),
+    "fixed-wanda-mask": ("alps+kd", ("--options", '{"start": "wanda"}')),
+    "alps+kd": ("alps+kd", ()),
+    "alps+kd-no-distillation": ("alps+kd", ("--w-kl", "0")),
+    "alps+kd-fading": ("alps+kd", ("--options", '{"quench_end": 0.4, "softness_start": 0.6}')),
+    "paper-no-branch": ("sparseforge-paper", ("--options", '{"slorb_block": 0}')),
+    #: all estimators on one loss and one commit; what earlier runs of them had is under annealed-...
+    "curvature-gauss-newton": ("sparseforge-annealed", ("--options", '{"curvature": "gauss_newton"}')),
+    "curvature-fisher": ("sparseforge-annealed", ("--options", '{"curvature": "fisher"}')),
+    "curvature-activation": ("sparseforge-annealed", ("--options", '{"curvature": "activation"}')),
+    "curvature-squared-gradient": ("sparseforge-annealed", ("--options", '{"curvature": "squared_gradient"}')),
+    "curvature-hutchinson": ("sparseforge-annealed", ("--options", '{"curvature": "hutchinson"}')),
 }
 
 
@@ -129,14 +135,18 @@ def plan(methods: list[str], tokens: int, seeds: int, short: int) -> list[Run]:
     return [run for run in runs if not run.file.exists()]
 
 
-def ablations(tokens: int, short: int) -> list[Run]:
-    """The variants that can be started now: those whose method has its rate."""
+def ablations(tokens: int, short: int, names: list[str] | None = None, seeds: int = 1) -> list[Run]:
+    """The variants that can be started now: those whose method has its rate. The first seed has no number in its name."""
     runs = []
-    for name, (method, changes) in ABLATIONS.items():
+    for name in names or ABLATIONS:
+        method, changes = ABLATIONS[name]
         rate = best_rate(method, short)
-        if rate is not None:
-            options = ("--tokens", str(tokens // 2), "--seed", "0", *at_rate(method, rate), "--tasks", "0")
-            runs.append(Run(f"ablation-{name}-{tokens // 2}", (*TRAINED[method], *changes, *options)))
+        if rate is None:
+            continue
+        for seed in range(seeds):
+            options = ("--tokens", str(tokens // 2), "--seed", str(seed), *at_rate(method, rate), "--tasks", "0")
+            end = f"-seed{seed}" if seed else ""
+            runs.append(Run(f"ablation-{name}-{tokens // 2}{end}", (*TRAINED[method], *changes, *options)))
     return [run for run in runs if not run.file.exists()]
 
 
@@ -145,17 +155,23 @@ def main(
     data: Annotated[list[str], typer.Option(help="text source; several are mixed evenly by documents")],
     valid: Annotated[Path, typer.Option(help="validation text, for choosing", exists=True)],
     test: Annotated[Path, typer.Option(help="test text, for quoting", exists=True)],
-    methods: Annotated[str, typer.Option(help="by commas; default: all")] = ",".join((*ONE_SHOT, *TRAINED)),
+    methods: Annotated[str, typer.Option(help="by commas, or none; default: all")] = ",".join((*ONE_SHOT, *TRAINED)),
     tokens: Annotated[int, typer.Option(help="training tokens of each run", min=4096)] = 122_880,
     sweep_tokens: Annotated[int, typer.Option(help="those of each run of a sweep; 0: a quarter", min=0)] = 0,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     tasks: Annotated[int, typer.Option(help="documents per zero-shot task; 0: no tasks", min=0)] = 100,
-    variants: Annotated[bool, typer.Option("--ablations", help="also run the variants of sparseforge")] = False,
+    variants: Annotated[
+        bool, typer.Option("--ablations", help="also run the variants of sparseforge, one seed")
+    ] = False,
+    only: Annotated[str, typer.Option(help="these variants by commas instead, each with --seeds")] = "",
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each", min=1)] = 1,
 ) -> None:
     """Run what is missing, until nothing is."""
     short = sweep_tokens or tokens // 4
-    chosen = [m.strip() for m in methods.split(",")]
+    chosen = [m.strip() for m in methods.split(",") if m.strip() != "none"]
+    named = [v.strip() for v in only.split(",") if v.strip()]
+    if strange := [v for v in named if v not in ABLATIONS]:
+        sys.exit(f"no such variant: {', '.join(strange)}; there are {', '.join(ABLATIONS)}")
     unknown = [m for m in chosen if m not in (*ONE_SHOT, *TRAINED)]
     if unknown:
         sys.exit(f"no such method: {', '.join(unknown)}; there are {', '.join((*ONE_SHOT, *TRAINED))}")
@@ -183,7 +199,9 @@ def main(
                 if process.returncode:
                     failed.add(name)
                     print(f"{name} failed with {process.returncode}: see {RESULTS / name}.log", flush=True)
-        todo = plan(chosen, tokens, seeds, short) + (ablations(tokens, short) if variants else [])
+        todo = plan(chosen, tokens, seeds, short)
+        if named or variants:
+            todo += ablations(tokens, short, named, seeds if named else 1)
         waiting = [r for r in todo if r.name not in running and r.name not in failed]
         if not waiting and not running:
             break

@@ -17,7 +17,7 @@ import matplotlib
 from budget_tables import excess, known
 from budget_tables import points as budget_points
 from frontier_tables import batches, dominators
-from quality_tables import label, leaderboard_runs
+from quality_tables import label, leaderboard_runs, variant_of
 from records import RESULTS, read
 from speed_tables import cpu_runs
 
@@ -29,7 +29,7 @@ YTICKS = [20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 3000]
 
 def name(run: dict) -> str:
     config = run["report"].get("config", {})
-    if run["method"] == "sparseforge" and run["report"]["preset"] == "tuned" and config["start"] != "alps":
+    if run["method"] == "sparseforge" and run["report"]["preset"] == "alps+kd" and config["start"] != "alps":
         return f"{config['start']} mask, distilled"
     return label(run)
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 def draw_perplexity() -> None:
     full, best, variants = leaderboard_runs()
-    runs = full + list(best.values()) + [r for r in variants if r["label"].split("-")[1:-1] in (["paper"], ["tuned"])]
+    runs = full + list(best.values()) + [r for r in variants if variant_of(r) in ("annealed", "alps+kd")]
     known = {(name(r), r["tokens"]) for r in runs}
     runs += [r for r in read("quality") if (name(r), r["tokens"]) not in known]
     series: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))

@@ -1,7 +1,7 @@
 """Perplexity after sparsification at an equal number of training tokens: one run, one json, resumable after a kill.
 
     python examples/benchmarks/quality.py MODEL --data c4.jsonl --data reviews.jsonl.xz --data books.jsonl.xz \\
-        --valid valid.txt --test test.txt --preset tuned --tokens 122880 --seed 0
+        --valid valid.txt --test test.txt --preset alps+kd --tokens 122880 --seed 0
 
 The sources are mixed evenly by documents (books cut into pieces of 3,000 characters). Perplexity is that of the first
 ``--windows`` windows of 1,024 tokens. Choose by the validation text, quote the test text.
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ def main(
     valid: Annotated[Path, typer.Option(help="validation text, for choosing", exists=True)],
     test: Annotated[Path, typer.Option(help="test text, for quoting", exists=True)],
     method: str = "sparseforge",
-    preset: str = "tuned",
+    preset: str = "alps+kd",
     tokens: int = 122_880,
     seed: int = 0,
     lr: float = 5e-4,
@@ -45,8 +46,8 @@ def main(
     length: int = 512,
     calibration: int = 128,
     windows: int = 16,
-    w_task: float = 1.0,
-    w_kl: float = 1.0,
+    w_task: Annotated[float | None, typer.Option(help="of the cross-entropy; default: the preset's")] = None,
+    w_kl: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
     threads: int = 0,
     label: str = "",
     folder: Annotated[Path, typer.Option(help="where the json goes")] = RESULTS / "quality",
@@ -76,10 +77,10 @@ def main(
 
     dense = known_score(dense_from, windows) or score(net)
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
-    if method in TRAINED:
-        settings |= {"tokens": tokens, "objective": sf.Distillation(w_task, w_kl), "lr": lr, "state_path": state}
     if method == "sparseforge":
         settings["preset"] = preset
+    if method in TRAINED:
+        settings |= {"tokens": tokens, "lr": lr, "state_path": state, "objective": loss(method, settings, w_task, w_kl)}
     if method == "dense":
         report = {"sites": [], **environment()}
         sparse = dense
@@ -109,6 +110,13 @@ def main(
     write_json(out, record)
     state.unlink(missing_ok=True)
     print(f"{name}: dense {dense}, sparse {sparse}")
+
+
+def loss(method: str, settings: dict[str, Any], task: float | None, kl: float | None) -> sf.Distillation | None:
+    """The preset's with these weights; None where none is given."""
+    given = {name: weight for name, weight in (("task", task), ("kl", kl)) if weight is not None}
+    chosen = sf.Recipe(method=method, preset=settings.get("preset")).settings(True).objective
+    return replace(chosen, **given) if given else None
 
 
 def read_options(text: str) -> dict[str, Any]:

@@ -7,16 +7,16 @@ import re
 from collections import defaultdict
 from statistics import mean
 
-from records import NONE, blocks, read, table, with_spread
+from records import DIRTY, NONE, blocks, read, table, with_spread
 
 
 def label(run: dict) -> str:
-    name = run["method"]
-    if name != "sparseforge":
-        return name
-    report = run["report"]
-    changed = f", {run['note']}" if run.get("note") else ""
-    return f"sparseforge ({report['preset']} preset{changed})"
+    name, preset = run["method"], run["report"].get("preset")
+    if name == "sparseforge" and preset == "alps+kd":
+        return preset
+    told = [run[key] for key in ("earlier", "note") if run.get(key)]
+    name = f"{name} {preset}" if name == "sparseforge" else name
+    return f"{name} ({', '.join(told)})" if told else name
 
 
 def test_mean(runs: list[dict]) -> float:
@@ -30,25 +30,42 @@ def scores(runs: list[dict]) -> tuple[str, str, str]:
 
 
 def quality_table() -> str:
+    """Of trained methods: what one-shot methods give is in the leaderboard, on the same calibration text for all."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for run in read("quality"):
-        groups[label(run), run["tokens"]].append(run)
+        if run["tokens"]:
+            groups[label(run), run["tokens"]].append(run)
     if not groups:
         return NONE
     first = next(iter(groups.values()))[0]
     text = (
         f"{first['model']}: WikiText-2 test perplexity, first {first['windows']} windows of {first['context']} tokens"
-        f" (dense {first['dense_perplexity']['test']:.2f}); every linear except the head exactly 2:4; {first['report']['device']}."
+        f" (dense {first['dense_perplexity']['test']:.2f}); every linear except the head exactly 2:4; {first['report']['device']}. {SECONDS}"
     )
+    if any((run["report"]["commit"] or "").endswith("+") for runs in groups.values() for run in runs):
+        text += f" {DIRTY}"
     rows = []
     for (name, tokens), runs in sorted(groups.items(), key=lambda item: -test_mean(item[1])):
         report = runs[0]["report"]
         calibration = report.get("calibration_sequences", 0)
-        rows.append((name, f"{tokens:,}", steps(report), calibration, *scores(runs), report["commit"] or ""))
+        commits = ", ".join(dict.fromkeys(r["report"]["commit"] or "" for r in runs))
+        rows.append((name, f"{tokens:,}", steps(report), calibration, seconds(runs), *scores(runs), commits))
     names = (
-        "method", "training tokens", "steps x tokens", "calibration sequences", "test perplexity", "validation", "seeds", "commit",
+        "method", "training tokens", "steps x tokens", "calibration sequences", "seconds", "test perplexity", "validation", "seeds", "commit",
     )  # fmt: skip
-    return blocks([(text, table(names, "lrrrrrrl", rows))])
+    return blocks([(text, table(names, "lrrrrrrrl", rows))])
+
+
+SECONDS = "Seconds of the whole run, mean over the seeds; in brackets those of its layer-wise start."
+
+
+def seconds(runs: list[dict]) -> str:
+    """Of the whole run, and of its start; empty where they are not known."""
+    whole = [r["report"]["seconds"] for r in runs if "seconds" in r["report"]]
+    start = [r["report"]["calibration_seconds"] for r in runs if "calibration_seconds" in r["report"]]
+    if not whole:
+        return ""
+    return f"{mean(whole):,.0f}" + (f" ({mean(start):,.0f})" if start else "")
 
 
 def steps(report: dict) -> str:
@@ -90,17 +107,19 @@ def leaderboard_groups() -> dict[tuple[str, int], list[dict]]:
     return groups
 
 
-#: (method, tokens) of the leaderboard -> how a stranger reads it
+#: (method, tokens) of the leaderboard -> how a stranger reads it; the last three are there when they were run
 MAIN = {
     ("dense", 0): "dense",
     ("alps", 0): "ALPS, without training: the best of the one-shot methods",
     ("maskllm", 122_880): "MaskLLM: learned masks over frozen weights; the best of the other trained methods",
-    ("sparseforge-paper", 122_880): "SparseForge, `paper` preset: soft masks, annealed from the dense model",
+    ("sparseforge-annealed", 122_880): "SparseForge's annealing from the dense model with our constants (preset `annealed`)",
     ("sparsegpt+kd", 122_880): "SparseGPT's solution, fixed masks, distillation",
-    (
-        "sparseforge-tuned",
-        122_880,
-    ): "SparseForge, `tuned` preset: the layer-wise ALPS solution, fixed masks, distillation",
+    ("alps+kd", 122_880): "`alps+kd`, the default: the layer-wise ALPS solution, fixed masks, distillation",
+}
+THEIRS = {
+    ("sparseforge-paper", 122_880): "SparseForge by its authors' LLaMA script (preset `paper`)",
+    ("sparseforge-paper-universal", 122_880): "SparseForge by its authors' universal script (preset `paper-universal`)",
+    ("ast", 122_880): "AST by its authors' settings",
 }
 
 
@@ -111,11 +130,37 @@ def main_table() -> str:
         return NONE
     tasks = list(groups["dense", 0][0]["zero_shot"])
     rows = []
-    for key, name in MAIN.items():
+    for key, name in (MAIN | {k: v for k, v in THEIRS.items() if k in groups}).items():
         perplexity, _, seeds = scores(groups[key])
-        rows.append((name, f"{key[1]:,}", perplexity, accuracy(groups[key], tasks)[0], seeds))
-    text = f"{setting(groups['dense', 0][0])}, the mean of {len(tasks)} tasks ± its standard error. Every linear but the head is exactly 2:4."
-    return blocks([(text, table(("method", "training tokens", "perplexity", "zero-shot", "seeds"), "lrrrr", rows))])
+        average = accuracy(groups[key], tasks)[0]
+        rows.append((name, f"{key[1]:,}", seconds(groups[key]), perplexity, average, seeds))
+    rows.sort(key=lambda row: -float(row[3].split()[0]) if row[1] != "0" else -math.inf)  # those that trained, the best last
+    text = (
+        f"{setting(groups['dense', 0][0])}, the mean of {len(tasks)} tasks ± its standard error."
+        f" {undecided({k: groups[k] for k in MAIN}, tasks)} Every linear but the head is exactly 2:4. {SECONDS}"
+    )
+    names = ("method", "training tokens", "seconds", "perplexity", "zero-shot", "seeds")
+    return blocks([(text, table(names, "lrrrrr", rows))])
+
+
+def undecided(groups: dict[tuple[str, int], list[dict]], tasks: list[str]) -> str:
+    """That so few documents tell nothing apart, where the dense model is below a sparse one."""
+    share = {key: float(found.split()[0]) for key, runs in groups.items() if (found := accuracy(runs, tasks)[0])}
+    dense = share.pop(("dense", 0), math.inf)
+    above = [f"{method} after {tokens:,} tokens" if tokens else method for (method, tokens), s in share.items() if s > dense]
+    if not above:
+        return ""
+    return f"So few documents cannot tell these models apart: the dense one is below {', '.join(above)}."
+
+
+#: methods that need more training tokens for each pruned weight than this before their rows mean something
+NEEDS = {"cast": 0.1, "maskpro": 0.1}
+
+
+def meaningful(method: str, runs: list[dict]) -> bool:
+    """Is the budget one that the method can use?"""
+    weights = runs[0]["report"].get("site_parameters", math.inf)
+    return method not in NEEDS or runs[0]["tokens"] >= NEEDS[method] * weights
 
 
 def leaderboard_table() -> str:
@@ -124,15 +169,26 @@ def leaderboard_table() -> str:
         return NONE
     scored = next(r for runs in groups.values() for r in runs if r["zero_shot"])
     tasks = list(scored["zero_shot"])
-    text = f"{setting(scored)} (length-normalised where lm-eval has it), ± one standard error of the mean over the tasks; {scored['report']['device']}."
+    text = (
+        f"{setting(scored)} (length-normalised where lm-eval has it), ± one standard error of the mean over the tasks; {scored['report']['device']},"
+        f" {scored['report']['threads']} thread a run, others beside it. {undecided(groups, tasks)} {SECONDS}"
+    )
+    names = {method for method, tokens in groups if not meaningful(method, groups[method, tokens])}
+    if names:
+        text += f" Not meaningful at this budget: what {' and '.join(sorted(names))} do needs many more steps (docs/methods.md)."
+    earlier = {method: runs[0]["earlier"] for (method, _), runs in groups.items() if runs[0].get("earlier")}
+    if earlier:
+        told = "; ".join(f"{method}: {why}" for method, why in sorted(earlier.items()))
+        text += f" Runs from before the presets of today: {told}."
     rows = []
     order = sorted(groups.items(), key=lambda item: (item[0][1], -test_mean(item[1])))
     for (method, tokens), runs in order:
         average, share = accuracy(runs, tasks)
         swept = f"{rate(runs[0]):g}" if tokens else ""
-        rows.append((method, f"{tokens:,}", swept, *scores(runs), average, *share))
-    names = ("method", "tokens", "lr", "perplexity", "validation", "seeds", "zero-shot mean", *tasks)
-    return blocks([(text, table(names, "lrrrrrr" + "r" * len(tasks), rows))])
+        name = method if meaningful(method, runs) else f"{method} (not meaningful at this budget)"
+        rows.append((name, f"{tokens:,}", swept, seconds(runs), *scores(runs), average, *share))
+    columns = ("method", "tokens", "lr", "seconds", "perplexity", "validation", "seeds", "zero-shot mean", *tasks)
+    return blocks([(text, table(columns, "lrrrrrrr" + "r" * len(tasks), rows))])
 
 
 def setting(run: dict) -> str:
@@ -154,15 +210,25 @@ def accuracy(runs: list[dict], tasks: list[str]) -> tuple[str, list[str]]:
     return f"{100 * mean(share.values()):.1f} ± {100 * error:.1f}", [f"{100 * share[t]:.0f}" for t in tasks]
 
 
+def variant_of(run: dict) -> str:
+    """What of the ablations a run is."""
+    return re.sub(r"^ablation-|-\d+(-seed\d+)?$", "", run["label"])
+
+
 def ablation_table() -> str:
     _, _, variants = leaderboard_runs()
-    rows = []
-    for run in sorted(variants, key=lambda r: (r["label"].split("-")[1], r["sparse_perplexity"]["test"])):
-        flips = [row["flip_rate"] for row in run["report"]["curves"] if row["flip_rate"]]
-        test, valid, _ = scores([run])
-        name = re.sub(r"^ablation-|-\d+$", "", run["label"])
-        rows.append((name, f"{run['tokens']:,}", test, valid, f"{100 * flips[-1]:.2f} %" if flips else ""))
-    return table(("variant", "tokens", "perplexity", "validation", "mask flips, last update"), "lrrrr", rows)
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for run in variants:
+        groups[variant_of(run), run["tokens"]].append(run)
+    rows, dirty = [], False
+    for (name, tokens), runs in sorted(groups.items(), key=lambda g: (g[0][0].split("-")[0], g[0][1], test_mean(g[1]))):
+        flips = [row["flip_rate"] for row in runs[0]["report"]["curves"] if row["flip_rate"]]
+        last = f"{100 * flips[-1]:.2f} %" if flips else ""
+        commits = ", ".join(dict.fromkeys(r["report"]["commit"] or "" for r in runs))
+        dirty |= "+" in commits
+        rows.append((name, f"{tokens:,}", seconds(runs), *scores(runs), last, commits))
+    columns = ("variant", "tokens", "seconds", "perplexity", "validation", "seeds", "mask flips, last update", "commit")
+    return blocks([(f"{SECONDS} {DIRTY}" if dirty else SECONDS, table(columns, "lrrrrrrl", rows))]) if rows else NONE
 
 
 def estimator_quality_table() -> str:
@@ -188,13 +254,13 @@ def quantized_table() -> str:
     runs = read("quantized")
     if not runs:
         return NONE
-    tuned = [r for r in read("leaderboard") if r["label"] == f"ablation-tuned-{r['tokens']}"]
-    floats = {run["tokens"]: run["sparse_perplexity"]["test"] for run in tuned}
+    plain = [r for r in read("leaderboard") if r["label"] == f"ablation-alps+kd-{r['tokens']}"]
+    floats = {run["tokens"]: run["sparse_perplexity"]["test"] for run in plain}
     kinds = {kind for run in runs for kind in (*run["quantized_perplexity"], values_of(run))} - {"float"}
     kinds = sorted(kinds, reverse=True)
     text = (
         f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens. Of a run that"
-        " trained with rounded values: in relation to the tuned run of as many tokens in floats among the leaderboard's ablations."
+        " trained with rounded values: in relation to the alps+kd run of as many tokens in floats among the leaderboard's ablations."
     )
 
     def cell(run: dict, kind: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,9 +12,33 @@ RESULTS = Path(__file__).parent / "results"
 NONE = "_no runs yet_"
 
 
+#: what presets were called, and what of a label goes with them, in runs that were made before the presets of today; the
+#: constants that ``paper`` then had are those of ``annealed``, AST's and SR-STE's were others than theirs are now
+PRESETS = {"tuned": "alps+kd", "paper": "annealed"}
+LABELS = {
+    "sparseforge-tuned": "alps+kd", "tuned": "alps+kd", "sparseforge-paper": "sparseforge-annealed", "paper": "annealed",
+    "ast": "ast-earlier", "sr-ste": "sr-ste-earlier",
+}  # fmt: skip
+#: of a commit in a table
+DIRTY = "A + after a commit: the run's tree had changes that no commit holds, so that it cannot be made again exactly."
+
+
 def read(folder: str) -> list[dict]:
-    """Every json of results/FOLDER, by name."""
-    return [json.loads(p.read_text()) for p in sorted((RESULTS / folder).glob("*.json"))]
+    """Every json of results/FOLDER, by name, with its label and preset as they are called today."""
+    return [today(json.loads(p.read_text())) for p in sorted((RESULTS / folder).glob("*.json"))]
+
+
+def today(run: dict) -> dict:
+    """Runs of presets that had other names or constants say so: ``earlier`` is what a reader is told."""
+    report = run.get("report") or {}
+    if not report.get("preset") or "settings" in report or run["method"] not in ("sparseforge", "ast", "sr-ste"):
+        return run  # the presets of today write their settings
+    names = "|".join(sorted(LABELS, key=len, reverse=True))
+    label = re.sub(rf"^(sweep-|ablation-|)({names})(?=-)", lambda m: m[1] + LABELS[m[2]], run.get("label", ""))
+    if run["method"] != "sparseforge":
+        return run | {"label": label, "earlier": "earlier constants"}
+    told = {"earlier": "then called paper"} if report["preset"] == "paper" else {}
+    return run | told | {"label": label, "report": report | {"preset": PRESETS[report["preset"]]}}
 
 
 def table(names: Sequence[str], sides: str, rows: Iterable[Iterable[object]]) -> str:

@@ -18,7 +18,7 @@ import torch
 import typer
 from common import medians_and_spread, model_and_ids, save, seconds_in_turn, use
 
-from sparseforge_fx import SparseModel, paper_preset, prepare
+from sparseforge_fx import SparseModel, annealed_preset, prepare
 from sparseforge_fx.graph.compile import compile_repeated_blocks
 from sparseforge_fx.report import peak_memory_bytes
 
@@ -36,7 +36,7 @@ def main(
     use(device, threads)
     net, ids = model_and_ids(model, device, batch_size, length)
     clock = time.perf_counter()
-    sparse = prepare(net, None, paper_preset(150))
+    sparse = prepare(net, None, annealed_preset(150))
     prepared = time.perf_counter() - clock
     sparse.train()
     modes = {"eager": 0.0}
@@ -104,7 +104,7 @@ def summarise(times: dict[str, list[float]]) -> dict:
     out: dict = medians_and_spread(times)
     median = out["median_seconds"]
     for steps in (150, 20_000):
-        preset = paper_preset(steps)
+        preset = annealed_preset(steps)
         cost = median["heating"] + (median["probe"] - median["heating"]) / preset.probe_every
         out[f"amortised_over_dense_at_{steps}_steps"] = (cost + median["mask_update"] / preset.update_every) / median[
             "dense"

@@ -26,8 +26,15 @@ TRAINING_TEXT = (
     "Training text: a hub id owner/name[:config][:split], a text, jsonl or parquet file, or a folder; "
     "'self': drawn from the model."
 )
+PRESETS = (
+    "Of sparseforge: alps+kd (default: a layer-wise solution, fixed masks, distillation), paper or paper-universal "
+    "(the authors' scripts), annealed (their method, our constants)."
+)
 OTHER_FIELD = "Any other option of the method (repeatable)."
 CONFIG = "A recipe (YAML), or the output folder of a run, which holds its own; options given beside it go before it."
+CURVATURE = (
+    "The estimator: gauss_newton, fisher (labels drawn from the model), activation, squared_gradient, hutchinson."
+)
 MODEL = "A Hugging Face folder, a hub id, or a GGUF file; default: the recipe's."
 
 
@@ -47,7 +54,7 @@ def sparsify(
     separator: Annotated[str | None, typer.Option(help="Between documents; default: the tokenizer's end.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Of token files; default: the Hugging Face home.")] = None,
     method: Annotated[str | None, typer.Option(help=METHODS_HELP)] = None,
-    preset: Annotated[str | None, typer.Option(help="Of sparseforge: tuned (default) or paper.")] = None,
+    preset: Annotated[str | None, typer.Option(help=PRESETS)] = None,
     tokens: Annotated[str | None, typer.Option(help="Training tokens, e.g. 500k, 20M, 1.5B; default 60 steps.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N of every M weights stay; default 2:4.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; default 0.0005.")] = None,
@@ -56,10 +63,14 @@ def sparsify(
     accumulate: Annotated[int | None, typer.Option(min=1, help="Micro-batches per step; default 1.")] = None,
     calibration: Annotated[int | None, typer.Option(min=1, help="Sequences for layer-wise work; default 64.")] = None,
     slorb_block: Annotated[
-        int | None, typer.Option(min=1, help="Inputs per column of a low-rank branch (SLoRB); default: no branch.")
+        int | None,
+        typer.Option(min=0, help="Inputs per column of a low-rank branch (SLoRB), 0: none; default: the preset's."),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of the distillation; default 1.")] = None,
-    curvature: Annotated[str | None, typer.Option(help="The estimator, e.g. gauss_newton.")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="AdamW's, of matrices; default: the preset's, or 0.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the distillation; default: the preset's, or 1.")] = None,
+    curvature: Annotated[str | None, typer.Option(help=CURVATURE)] = None,
     change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help=OTHER_FIELD)] = [],  # noqa: B006
     include: Include = [],  # noqa: B006
     exclude: Exclude = [],  # noqa: B006
@@ -79,6 +90,7 @@ def sparsify(
         "preset": preset, "tokens": tokens, "pattern": pattern, "lr": lr, "batch_size": batch_size, "length": length,
         "accumulate": accumulate, "calibration": calibration, "slorb_block": slorb_block, "include": sorted(include),
         "exclude": sorted(exclude), "plan": plan, "seed": seed, "dtype": dtype,
+        "weight_decay": weight_decay,
     }  # fmt: skip
     recipe = _recipe(config, asked, change, curvature, temperature)
     _run(
@@ -102,11 +114,12 @@ def _recipe(
     recipe = Recipe() if config is None else Recipe.read(config)
     given = {name: value for name, value in asked.items() if value not in (None, [])}
     recipe = recipe.changed(**given)
-    if temperature is not None:
-        recipe = recipe.changed(objective=replace(recipe.objective, temperature=temperature))
     has_data = recipe.data is not None
     chosen = recipe.name(has_data)
     find_preset(chosen, recipe.preset)
+    if temperature is not None:
+        loss = recipe.settings(has_data).objective
+        recipe = recipe.changed(objective=replace(loss, temperature=temperature))
     recipe = recipe.changed(**read_assignments(change, find_options(chosen)))
     if curvature is not None:
         recipe = recipe.changed(curvature=curvature)

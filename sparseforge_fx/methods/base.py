@@ -15,6 +15,7 @@ from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.curvature import Curvature
 from sparseforge_fx.methods.misfit import misfit
 from sparseforge_fx.methods.one_shot import LAYERWISE
+from sparseforge_fx.methods.optimizers import decay_groups
 from sparseforge_fx.methods.rounding import Values
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, distance_from_binary, hard_mask, to_groups
@@ -52,8 +53,8 @@ class TrainedConfig(MethodConfig, ABC):
         self.choose("values", get_args(Values))
         if self.values != "float" and not self.starts_fixed:
             raise SparseForgeError(
-                f"values {self.values!r} need masks that are final from the start on: take sparseforge's preset tuned "
-                "with quench_end=0, or round after training: sf.quantize"
+                f"values {self.values!r} need masks that are final from the start on: take sparseforge's preset "
+                "alps+kd with quench_end=0, or round after training: sf.quantize"
             )
 
         if self.reorder and not (self.starts_fixed and self.start in ("sparsegpt", "alps")):
@@ -103,9 +104,10 @@ class TrainedMethod(ABC):
         return False
 
     def optimizer(self, parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-        """What trains the weights; options are AdamW's ``lr``, ``betas`` and ``weight_decay``."""
+        """What trains the weights; options are AdamW's ``lr``, ``betas`` and ``weight_decay``, which vectors (norms,
+        biases) have no part in."""
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # one pass over the tensors
-        return torch.optim.AdamW(parameters, fused=fused, **options)
+        return torch.optim.AdamW(decay_groups(parameters, **options), fused=fused, **options)
 
     def parameters(self) -> list[nn.Parameter]:
         """What the method itself trains, beside or instead of the model."""

@@ -12,6 +12,24 @@ from sparseforge_fx.ranges import check_numbers
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What a preset's authors set outside of their method, for whoever trains by it. What a run's recipe says of it
+    goes first; None: they say nothing.
+
+    Attributes:
+        task, kl, temperature: of the loss.
+        weight_decay: AdamW's, of matrices.
+        slorb_block: width of the low-rank branch's blocks.
+    """
+
+    task: float | None = None
+    kl: float | None = None
+    temperature: float | None = None
+    weight_decay: float | None = None
+    slorb_block: int | None = None
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """A method's constants; every method's config extends this one.
 

@@ -1,11 +1,14 @@
-"""The four curvature estimators, and the running average they feed.
+"""The five curvature estimators, and the running average they feed.
 
-    gauss_newton      (g^2)^T (x^2) per token; one extra GEMM on probe steps; compiles. The default.
+    gauss_newton      (g^2)^T (x^2) per token, g the gradient of the run's own loss; one extra GEMM on probe steps;
+                      compiles. The default.
+    fisher            the same with labels drawn from the model itself: the true Fisher, per answer; one further forward
+                      and backward pass on probe steps.
     activation        E[x_j^2], the same for every row (Wanda's and OBD's layer-wise curvature).
     squared_gradient  the batch gradient, squared.
     hutchinson        |v * (H v)|, v Rademacher: the paper's; double backward, math attention, uncompiled.
 
-The first two are sums over tokens that come out of probes (passes/insert_hessian_hooks.py), micro-batch by micro-batch.
+The first three are sums over tokens that come out of probes (passes/insert_hessian_hooks.py), by micro-batch.
 The others are made of something with a sign, which is averaged over micro-batches and processes before it is squared,
 or before its absolute value is taken: they then are what one process with one large batch estimates. Hutchinson's noise
 is thousands of times the diagonal, so of few probes half of all averages are below zero whatever the diagonal: to cut
@@ -23,19 +26,28 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Estimator = Literal["gauss_newton", "activation", "squared_gradient", "hutchinson"]
+Estimator = Literal["gauss_newton", "fisher", "activation", "squared_gradient", "hutchinson"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+#: estimator -> the kind of probe that it comes out of; the others need none
+PROBES = {"gauss_newton": "gauss_newton", "fisher": "gauss_newton", "activation": "activation"}
 
 
 class Curvature:
-    """h <- beta h + (1 - beta) h_hat for every weight; the first estimate is taken whole.
+    """h <- beta h + (1 - beta) h_hat for every weight; the first estimate is taken whole, or h starts at zero.
 
     ``values[name]`` is [out, in] (or [in, 1]-broadcastable for ``activation``), of the weight's dtype (float32 for
     float16), >= 0, and the same on all processes after :meth:`close`.
     """
 
-    def __init__(self, beta: float, estimator: Estimator | None = "gauss_newton", vectors: int = 1):
+    def __init__(
+        self,
+        beta: float,
+        estimator: Estimator | None = "gauss_newton",
+        vectors: int = 1,
+        start: Literal["first", "zero"] = "first",
+    ):
         self.beta = beta
+        self.first_weight = 1.0 if start == "first" else 1 - beta
         self.estimator = estimator  # None: nothing is ever estimated
         self.vectors = vectors  # random ones of a hutchinson probe
         self.values: dict[str, Tensor] = {}
@@ -55,8 +67,8 @@ class Curvature:
         dtype = dtype or part.dtype
         part = part.detach().to(torch.float32 if dtype == torch.float16 else dtype)
         if name not in self.values:
-            self._open[name] = 1.0
-            self.values[name] = part.clone()  # never the caller's tensor
+            self._open[name] = self.first_weight
+            self.values[name] = part * self.first_weight  # never the caller's tensor
         elif name in self._open:
             self.values[name].add_(part, alpha=self._open[name])
         else:
@@ -78,7 +90,7 @@ class Curvature:
 
         ``weights``: what has a curvature, by name, of the shape of its value. Every process gives the same.
         """
-        if self.estimator in ("gauss_newton", "activation") and processes() > 1:
+        if self.estimator in PROBES and processes() > 1:
             for name, mean in mean_over_processes(self.values, weights):
                 dtype = self.values[name].dtype if name in self.values else weights[name].dtype
                 self.values[name] = mean.to(dtype)

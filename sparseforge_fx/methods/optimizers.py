@@ -10,7 +10,7 @@ take from u~ instead of g, for kept weights too. Parameters without a mask get A
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,18 +19,28 @@ from torch import Tensor, nn
 from sparseforge_fx.methods.weights import MaskedWeight
 
 
+def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float = 0.0, **options: Any) -> list[Any]:
+    """What an optimizer takes: the parameters, in two groups where there is a weight decay: vectors have none."""
+    del options
+    vectors = [p for p in parameters if p.dim() < 2]
+    if not weight_decay or not vectors:
+        return list(parameters)
+    matrices = [p for p in parameters if p.dim() >= 2]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
 class MaskedAdamW(torch.optim.Optimizer):
     """The update above; a subclass says what the term is. Parameters without a mask get AdamW's update.
 
     Args:
-        parameters: tensors or groups, as for any torch optimizer.
+        parameters: tensors; vectors get no weight decay.
         weights: which of them have masks; a mask is read when a step is made, so it may change in between.
         lr, betas, eps, weight_decay: as of torch.optim.AdamW.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Sequence[nn.Parameter],
         weights: Sequence[MaskedWeight],
         *,
         lr: float = 1e-3,
@@ -38,7 +48,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        groups = decay_groups(parameters, weight_decay)
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._masked = {id(w.weight): w for w in weights}
 
     @abstractmethod
@@ -87,7 +98,7 @@ class AnnealedDecayAdamW(MaskedAdamW):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Sequence[nn.Parameter],
         weights: Sequence[MaskedWeight],
         decay: Callable[[], float],
         **options: Any,
@@ -108,7 +119,7 @@ class AdamS(MaskedAdamW):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Sequence[nn.Parameter],
         weights: Sequence[MaskedWeight],
         share: Callable[[], float],
         l1: float,

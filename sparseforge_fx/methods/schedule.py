@@ -29,9 +29,14 @@ def temperature(progress: float, start: float, floor: float, half_life: float) -
     return max(floor, start * 2.0 ** (-progress / half_life))
 
 
-def structure_strength(progress: float, start: float, end: float, final: float) -> float:
-    """eta of the structural hardening: 0 until ``start``, linear to ``final`` at ``end``."""
-    return final * ramp(progress, start, end)
+def between(progress: float, start: float, end: float, first: float, last: float) -> float:
+    """``first`` until ``start``, linear to ``last`` at ``end``: eta of the structural hardening."""
+    return first + (last - first) * ramp(progress, start, end)
+
+
+def smooth_step(share: float) -> float:
+    """From 0 to 1 with a level start and end: 3 t^2 - 2 t^3."""
+    return share * share * (3.0 - 2.0 * share)
 
 
 def cubic_ramp(progress: float, end: float) -> float:

@@ -1,19 +1,21 @@
 """SparseForge (arXiv 2605.06402): soft masks driven by curvature, heated, then quenched to exact N:M.
 
-score   obd: s = h w^2 (cost of deletion) | ratio: s = |w| / sqrt(h + eps) | magnitude: s = |w|
+score   obd: s = (h + eps) w^2 (cost of deletion) | ratio: s = |w| / sqrt(h + eps) | magnitude: s = |w|
 gate    site: G = sigmoid((z - quantile(z, sparsity)) / T), z the scores standardised per weight (the paper's), by
         half their 16-84 % range: a normal score's standard deviation, which h w^2, with its long tail, does not have
         pattern: G = sum_k softmax(-cost_k / T) pattern_k over the legal patterns of a group, cost_k the share of the
         group's score that pattern k deletes; every group keeps mass N, so soft meets hard by itself as T -> 0
+mix     G <- (1 - beta) G + beta top-N(s), where asked for (the authors' universal script)
 pull    G <- G - eta (m - top-N(G)): score structural hardening
 mask    m <- clip((1 - a) m + a G, 0, 1) every K steps; in the graph e = lambda m + (1 - lambda) hard(m)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +26,6 @@ from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
 from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, Estimator
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import (
-    TWO_FOUR,
-    AnyPattern,
     Pattern,
     all_patterns,
     from_groups,
@@ -34,12 +34,11 @@ from sparseforge_fx.pattern import (
 )
 from sparseforge_fx.ranges import AtLeastZero, Count, Positive, Share, ShareAboveZero
 
-#: the authors' run on LLaMA-2-7B, to which their per-update constants belong
-REFERENCE_STEPS, REFERENCE_UPDATES = 20_000, 20_000 // 30
-SCORES, GATES = ("obd", "ratio", "magnitude"), ("site", "pattern")
-#: share of its mean that every curvature gets in ``obd``'s scores: where h is zero (no gradient, no token) magnitude
-#: decides, not the position; too small to change what is known (a hundredth was no better: docs/measurements.md)
+SCORES, GATES, STARTS = ("obd", "ratio", "magnitude"), ("site", "pattern"), ("first", "zero")
+#: eps of ``obd``, a share of the mean of h: where h is zero (no gradient, no token) magnitude decides, not the
+#: position; too small to change what is known (a hundredth was no better: docs/measurements.md)
 FLOOR = 1e-7
+RATIO_FLOOR = 1e-12  # eps of ``ratio``
 #: probes of hutchinson before the first mask update; the others' first estimate is good enough
 WARM_PROBES = {"hutchinson": 4}
 SAMPLE = 1 << 15  # scores that a weight's quantiles are taken from; their error in rank is below 0.3 %
@@ -57,30 +56,42 @@ class SparseForgeConfig(TrainedConfig):
         heat_end, quench_end: lambda is 1 before the first, falls linearly, and is 0 after the second; then masks are
             fixed.
         sparsity_warmup: end of the linear warm-up of the target sparsity.
-        mask_rate: a; score_noise_floor: eps of ``ratio``.
-        structure: final eta * lambda_mid of the structural hardening, reached at ``quench_end`` (0 switches it off).
+        first_update: share of the run that is over before masks move.
+        mask_rate: a.
+        score_noise_floor: eps; None: ``RATIO_FLOOR``, or ``FLOOR`` of the mean of h for ``obd``.
+        structure_start, structure: eta * lambda_mid of the structural hardening at ``sparsity_warmup`` and, linearly
+            reached, at ``quench_end`` (both 0: none).
+        group_mix: beta at ``quench_end``, which rises there along a smooth step from ``heat_end``.
         probe_every, update_every: steps between curvature probes / mask updates. Hutchinson's first estimates say
             little: it begins with ``WARM_PROBES`` probes at consecutive steps, and the masks move after these.
+        update_every_late: steps between mask updates from ``heat_end`` on; None: as before it.
         curvature_vectors: random vectors of a hutchinson probe; each costs as much as the first.
+        curvature_start: ``first``: the average begins with the first estimate; ``zero``: at zero, so that no estimate
+            weighs more than a later one.
         masked_decay: extra decay of weights per step, proportional to 1 - m.
     """
 
     curvature: Estimator = "gauss_newton"
     curvature_beta: Share = 0.98
     curvature_vectors: Count = 1
+    curvature_start: Literal["first", "zero"] = "first"
     probe_every: Count = 1
     score: Literal["obd", "ratio", "magnitude"] = "obd"
-    score_noise_floor: Positive = 1e-12
+    score_noise_floor: Positive | None = None
     gate: Literal["site", "pattern"] = "site"
     heat_end: Share = 0.1
     quench_end: Share = 0.85
     sparsity_warmup: Share = 0.1
+    first_update: Share = 0.0
     temperature_start: Positive = 1.0
     temperature_floor: Positive = 0.05
     temperature_half_life: Positive = 0.04
     softness_start: Share = 1.0
+    structure_start: AtLeastZero = 0.0
     structure: AtLeastZero = 0.5
+    group_mix: Share = 0.0
     update_every: Count = 1
+    update_every_late: Count | None = None
     mask_rate: ShareAboveZero = 0.1
     masked_decay: Share = 0.0
 
@@ -89,6 +100,7 @@ class SparseForgeConfig(TrainedConfig):
         self.choose("curvature", ESTIMATORS)
         self.choose("score", SCORES)
         self.choose("gate", GATES)
+        self.choose("curvature_start", STARTS)
         if self.gate == "pattern" and not (isinstance(self.pattern, Pattern) and self.pattern.m <= 8):
             raise SparseForgeError(
                 f"gate 'pattern' weighs every legal mask of a group, too many or none for {self.pattern}: "
@@ -109,41 +121,6 @@ class SparseForgeConfig(TrainedConfig):
         return SparseForge(self, weights)
 
 
-def paper_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> SparseForgeConfig:
-    """The authors' constants (arXiv 2605.06402), scaled to a run of ``steps``.
-
-    K = 30 of 20,000 steps; with fewer steps K shrinks (to 5 from 150 steps on, to 1 below 60) and the per-update
-    rates (a = 0.1, gamma = 0.975, beta = 0.985) are rescaled so that the run travels the same way in fewer updates.
-    lambda falls from 10 % to 85 % of the run.
-    """
-    every = max(
-        1, round(30 * steps / REFERENCE_STEPS), min(5, steps // 30)
-    )  # below 5, mask updates would cost over a tenth of a step
-    updates = max(1, steps // every)
-    keep = schedule.rescale_decay(0.9, updates, REFERENCE_UPDATES)
-    # gamma^k = 1/2 after log(0.5)/log(0.975) = 27.4 updates of 667
-    base = SparseForgeConfig(
-        steps=steps,
-        pattern=pattern,
-        update_every=every,
-        probe_every=every,
-        mask_rate=1 - keep,
-        curvature_beta=schedule.rescale_decay(0.985, updates, REFERENCE_UPDATES),
-        temperature_half_life=27.4 / REFERENCE_UPDATES,
-    )
-    return replace(base, **changes)
-
-
-def tuned_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> SparseForgeConfig:
-    """Ours: masks and survivors of the layer-wise ALPS solution from the first step on, so that all of the run heals.
-
-    In runs of 30 and 60 steps nothing that delayed the hard masks did better; ``quench_end=0.4, softness_start=0.6``
-    lets the pruned weights fade from the dense model instead.
-    """
-    base = SparseForgeConfig(steps=steps, pattern=pattern, start="alps", heat_end=0.0, quench_end=0.0)
-    return replace(base, **changes)
-
-
 class SparseForge(TrainedMethod):
     """The state of the annealing over a set of masked weights; see the module's text."""
 
@@ -153,7 +130,10 @@ class SparseForge(TrainedMethod):
         super().__init__(config, weights)
         scored = config.start == "dense" and config.score != "magnitude"
         self.curvature: Curvature = Curvature(
-            config.curvature_beta, config.curvature if scored else None, config.curvature_vectors
+            config.curvature_beta,
+            config.curvature if scored else None,
+            config.curvature_vectors,
+            config.curvature_start,
         )
         #: steps that probe before masks move; where the quench ends earlier, one
         warm = WARM_PROBES.get(self.curvature.estimator or "", 1)
@@ -182,7 +162,7 @@ class SparseForge(TrainedMethod):
         if self.config.start != "dense":
             self._fade(lam)
             return
-        if self.step % self.config.update_every == 0 and self.step >= self.warm:
+        if self._updates(progress):
             self._update(progress)
         for w in self.weights:
             if self.config.masked_decay:
@@ -190,6 +170,13 @@ class SparseForge(TrainedMethod):
             if lam < 1:
                 soft = self.soft.setdefault(w.fqn, w.mask.clone())
                 w.mask.copy_(torch.lerp(hard_mask(soft, self.pattern, w.dim).to(soft.dtype), soft, lam))
+
+    def _updates(self, progress: float) -> bool:
+        """Do the masks move now?"""
+        c = self.config
+        late = c.update_every_late is not None and progress >= c.heat_end
+        every = c.update_every_late if late else c.update_every
+        return self.step % every == 0 and self.step >= max(self.warm, math.ceil(c.first_update * c.steps))
 
     def softness(self, progress: float) -> float:
         """lambda: how much of the soft mask is in the effective one."""
@@ -236,7 +223,8 @@ class SparseForge(TrainedMethod):
         flips = total = 0
         heat = schedule.temperature(progress, c.temperature_start, c.temperature_floor, c.temperature_half_life)
         reached = schedule.target_sparsity(progress, c.sparsity_warmup, 1.0)
-        eta = schedule.structure_strength(progress, c.sparsity_warmup, c.quench_end, c.structure)
+        eta = schedule.between(progress, c.sparsity_warmup, c.quench_end, c.structure_start, c.structure)
+        mix = c.group_mix * schedule.smooth_step(schedule.ramp(progress, c.heat_end, c.quench_end))
         for w in self.weights:
             if c.score != "magnitude" and not self.curvature.values:
                 continue  # no probe yet
@@ -244,6 +232,8 @@ class SparseForge(TrainedMethod):
             score = self.score(w)
             gate = self.gate(score, w.dim, heat, reached)
             before = hard_mask(self.sample(mask, w.dim), self.pattern)
+            if mix:
+                gate.lerp_(hard_mask(score, self.pattern, w.dim).float(), mix)
             if eta:
                 # top-N(G) is top-N of the scores, which do not tie where the sigmoid saturates
                 gate.sub_(mask.float() - hard_mask(score, self.pattern, w.dim).float(), alpha=eta)
@@ -260,9 +250,10 @@ class SparseForge(TrainedMethod):
         h = self.curvature.values[w.fqn].float()
         if h.dim() == 1:  # activation: one value per input
             h = h[:, None] if w.dim == 0 else h[None, :]
+        floor = self.config.score_noise_floor
         if self.config.score == "ratio":
-            return value.abs() / (h + self.config.score_noise_floor).sqrt()
-        return value.square() * (h + (FLOOR * h.mean()).clamp(min=1e-30))
+            return value.abs() / (h + (RATIO_FLOOR if floor is None else floor)).sqrt()
+        return value.square() * (h + ((FLOOR * h.mean()).clamp(min=1e-30) if floor is None else floor))
 
     def gate(self, score: Tensor, dim: int, temperature: float, reached: float) -> Tensor:
         """G in [0, 1]; ``reached`` is the share of the final sparsity that the warm-up asks for."""

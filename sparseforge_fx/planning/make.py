@@ -218,7 +218,8 @@ def predict(
     module = run.program.module()
     by_use = {use.node: c for c in found for use in c.site.uses}
     nodes = {node: by_use[node.name] for node in module.graph.nodes if node.name in by_use}
-    objective = Objective(recipe.objective, getattr(run.program.source, "config", None), run.reader.note)
+    loss = recipe.settings(True).objective
+    objective = Objective(loss, getattr(run.program.source, "config", None), run.reader.note)
     names = {node: c.site.fqn for node, c in nodes.items()}
     curvature = output_curvature(module, names, batches, objective.answer, seed=recipe.seed)
     by_name = {c.site.fqn: c for c in found}

@@ -12,7 +12,6 @@ the diagonal alone of the factor that belongs to the outputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.data.reading import Reading
-from sparseforge_fx.training.objective import Answer
+from sparseforge_fx.training.objective import Answer, drawn_loss
 
 #: node that multiplies by a weight -> the weight's name
 Nodes = Mapping[Node, str]
@@ -59,21 +58,9 @@ def output_curvature(
         value = found.value if keep is None else found.value[keep]
         answers += value.shape[:-1].numel()
         for draw in range(draws):
-            loss = _drawn_loss(value, found.scores, generator)
+            loss = drawn_loss(value, found.scores, generator)
             loss.backward(retain_graph=draw + 1 < draws)
     return {name: value / (draws * max(1, answers)) for name, value in total.items()}
-
-
-def _drawn_loss(value: Tensor, scores: bool, generator: torch.Generator) -> Tensor:
-    """A scalar whose gradient's second moment is the Fisher information of the answers, summed over them."""
-    if scores:
-        log_p = value.flatten(0, -2).float().log_softmax(-1)
-        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-        return -log_p.gather(1, drawn).sum()
-    rows = value.reshape(-1, value.shape[-1]).float()
-    noise = torch.randn(rows.shape, generator=generator).to(rows.device)
-    scale = math.sqrt(2) / rows.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)
-    return (rows * noise * scale).sum()
 
 
 class _Watched(Interpreter):

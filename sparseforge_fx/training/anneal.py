@@ -15,6 +15,7 @@ from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.training import fingerprint
 from sparseforge_fx.training.inputs import Run
+from sparseforge_fx.training.low_rank import fitting_block
 from sparseforge_fx.training.prepare import finalize, prepare_captured
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.train import Optimization, train
@@ -44,16 +45,23 @@ def anneal(
         recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=calibrated is not None,
         batches=run.batches,
     )  # fmt: skip
-    if recipe.slorb_block is not None:
+    settings = recipe.settings(True)
+    if "slorb_block" in settings.by_preset:  # which nobody asked for: no error where it cannot stand
+        block, why = fitting_block(run.program, run.sites, settings.by_preset["slorb_block"])
+        settings = settings.with_block(block)
+        report["notes"] += why
+    report["notes"] += settings.note(report["preset"])
+    if settings.slorb_block is not None:
         report["notes"].append(
             "the low-rank branches (slorb_block) are saved beside the weights: sf.load rebuilds them, transformers' "
             "own from_pretrained leaves them out"
         )
-    report |= {"config": config.describe(), "lr": recipe.lr}
+    report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
     path = None if state_path is None else Path(state_path)
-    identity = _identity(run, recipe, path)  # of the dense weights
+    identity = _identity(run, recipe, settings.slorb_block, path)  # of the dense weights
     with dense_again_on_error(run.program) as written:
-        sparse = prepare_captured(run.program, run.sites, config, recipe.objective, slorb_block=recipe.slorb_block)
+        sparse = prepare_captured(run.program, run.sites, config, settings.objective, slorb_block=settings.slorb_block)
+        how_weights_move = Optimization(recipe.lr, accumulate=recipe.accumulate, weight_decay=settings.weight_decay)
         try:
             written += sparse.copies()
             if calibrated is not None and not (path and path.exists()):
@@ -63,8 +71,8 @@ def anneal(
                 report["calibration_seconds"] = time.monotonic() - clock
             report["passes"] = [r._asdict() for r in sparse.pass_records]
             curves = train(
-                sparse, run.batches, sparse.trainable(), Optimization(recipe.lr, accumulate=recipe.accumulate),
-                state_path=path, run=identity, accelerator=accelerator, **how,
+                sparse, run.batches, sparse.trainable(), how_weights_move, state_path=path,
+                run=identity, accelerator=accelerator, **how,
             )  # fmt: skip
             report["notes"] += [n for n in sparse.reader.notes if n not in report["notes"]]
             finalize(sparse)
@@ -78,10 +86,11 @@ def anneal(
     return {} if sparse.on_grid is None else sparse.on_grid.scales
 
 
-def _identity(run: Run, recipe: Recipe, path: Path | None) -> dict[str, Any]:
+def _identity(run: Run, recipe: Recipe, slorb_block: int | None, path: Path | None) -> dict[str, Any]:
     """What a saved state must agree in, beside what :func:`train` knows itself."""
     assert run.batches is not None
-    known = {name: getattr(recipe, name) for name in ("seed", "batch_size", "length", "calibration", "slorb_block")}
+    known = {name: getattr(recipe, name) for name in ("seed", "batch_size", "length", "calibration")}
+    known["slorb_block"] = slorb_block
     known["dtype"] = str(run.program.tensor(eligible(run.sites)[0].fqn).dtype)
     if path is not None:
         known |= {"weights": fingerprint.of_tensors(run.program.state), "data": fingerprint.of_batches(run.batches)}

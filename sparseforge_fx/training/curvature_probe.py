@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.fx import GraphModule
 
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.program import Program
-from sparseforge_fx.methods.curvature import Curvature, fold_on_backward, hutchinson_diagonal
+from sparseforge_fx.methods.curvature import PROBES, Curvature, fold_on_backward, hutchinson_diagonal, processes
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import Pass, run_passes
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
+from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.passes.insert_soft_masks import mask_name
+from sparseforge_fx.training.objective import Answer, drawn_loss
 
 
 class CurvatureProbe:
@@ -27,7 +30,11 @@ class CurvatureProbe:
         passes: from ``masked`` to its probed twin.
         weights: the masked weights.
         curvature: where the estimates go.
+        answer: output of a module -> what of it is compared.
         tapped: what makes a module keep its intermediate values.
+
+    Attributes:
+        rides: the estimate comes out of the backward pass that trains: the step runs ``run`` instead of its own graph.
     """
 
     def __init__(
@@ -37,24 +44,28 @@ class CurvatureProbe:
         passes: Sequence[Pass],
         weights: Sequence[MaskedWeight],
         curvature: Curvature,
+        answer: Callable[[Any], Answer],
         tapped: Callable[[GraphModule], GraphModule],
     ):
         self.dense, self.masked, self.weights, self.curvature = dense, masked, weights, curvature
+        self.answer, self.rides = answer, curvature.estimator in PROBES and curvature.estimator != "fisher"
         self.module: GraphModule | None = None
         self._probes: dict[str, Tensor] = {}  # by the weight's name
         self._hooks: list[Any] = []
-        self._batches: list[Reading] = []  # this step's micro-batches, where Hutchinson needs them
-        if curvature.estimator in ("gauss_newton", "activation"):
-            module = tapped(run_passes(masked, passes)[0].module())
+        self._batches: list[Reading] = []  # this step's micro-batches, where they are run again
+        if curvature.estimator in PROBES:
+            module = run_passes(masked, passes)[0].module()
             found = dict(module.named_parameters())
             self._probes = {w.fqn: found[probe_name(w.fqn)] for w in weights}
-            self._hooks = fold_on_backward(self._probes, curvature)
+            if self.rides:
+                module = tapped(module)
+                self._hooks = fold_on_backward(self._probes, curvature)
             self.module = module
         self.run: Callable[..., Any] | None = self.module
 
     def keep(self, batch: Reading) -> None:
         """Hear of a micro-batch of a step that estimates."""
-        if self.curvature.estimator == "hutchinson":
+        if self.curvature.estimator in ("hutchinson", "fisher"):
             self._batches.append(batch)
 
     def move(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -78,6 +89,9 @@ class CurvatureProbe:
         if self.curvature.estimator == "squared_gradient":
             gradients = {w.fqn: w.weight.grad for w in self.weights if w.weight.grad is not None}
             self.curvature.add_signed(gradients, weights)
+        elif self.curvature.estimator == "fisher":
+            for name, estimate in self._fisher(step).items():
+                self.curvature.add(name, estimate)
         elif self.curvature.estimator == "hutchinson":
             vectors = self.curvature.vectors
             for index in range(vectors):
@@ -96,10 +110,32 @@ class CurvatureProbe:
         self._probes.clear()
         self._batches.clear()
 
+    def _fisher(self, step: int) -> Mapping[str, Tensor]:
+        """The per-token factors of labels drawn from the model, per answer of this step's micro-batches. The draws
+        depend on step, process and micro-batch."""
+        assert self.run is not None
+        rank = dist.get_rank() if processes() > 1 else 0
+        total: dict[str, Tensor] = {}
+        answers = 0
+        for index, batch in enumerate(self._batches):
+            with torch.enable_grad():
+                found = self.answer(self.run(*batch.args, **batch.kwargs))
+                keep = None if found.span else batch.real_rows(found.value)
+                value = found.value if keep is None else found.value[keep]
+                generator = torch.Generator(device=value.device).manual_seed(step + (index << 32) + (rank << 48))
+                loss = drawn_loss(value, found.scores, generator)
+            answers += value.shape[:-1].numel()
+            parts = torch.autograd.grad(loss, list(self._probes.values()), allow_unused=True)
+            for fqn, part in zip(self._probes, parts, strict=True):
+                if part is not None:
+                    total[fqn] = total[fqn].add_(part) if fqn in total else part
+        return {fqn: part.div_(max(1, answers)) for fqn, part in total.items()}
+
     def _hutchinson(self, step: int, index: int, loss: Callable[[Any, Reading], Tensor]) -> Mapping[str, Tensor]:
-        """v * (H v) of this step's loss, its mean over the micro-batches, at the effective weights W * e, through the
-        dense graph. v depends on the step and on ``index``, not on process or batch."""
-        weights = {w.fqn: (self.masked.tensor(w.fqn).detach() * w.mask).requires_grad_() for w in self.weights}
+        """v * (H v) of this step's loss, its mean over the micro-batches, at the effective weights (W * e, and what a
+        low-rank branch adds to it), through the dense graph. v depends on the step and on ``index``, not on process or
+        batch."""
+        weights = {w.fqn: self._effective(w).requires_grad_() for w in self.weights}
         module = self.dense.module()
         total: dict[str, Tensor] = {}
         for batch in self._batches:
@@ -114,3 +150,12 @@ class CurvatureProbe:
                 part /= len(self._batches)
                 total[fqn] = total[fqn].add_(part) if fqn in total else part
         return total
+
+    def _effective(self, w: MaskedWeight) -> Tensor:
+        """The weight that the dense graph would need to compute what the masked one does."""
+        value = self.masked.tensor(w.fqn).detach() * w.mask
+        x, s = branch_names(w.fqn)
+        if x in self.masked.state:
+            added = self.masked.tensor(s).detach() @ self.masked.tensor(x).detach()
+            value += added.t() if w.dim == 0 else added
+        return value

@@ -95,7 +95,7 @@ def open_run(
         notes.append(f"dtype {recipe.dtype} is for the command line: the model given computes in {own}")
     reader = Reader(program)
     if batches is not None:
-        objective = Objective(recipe.objective, getattr(model, "config", None), reader.note)
+        objective = Objective(recipe.settings(True).objective, getattr(model, "config", None), reader.note)
         check_batch(program, reader, objective, batches.batch(0))
     return Run(program, sites, reader, data, batches, notes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from sparseforge_fx.graph.program import Program
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import LinearSite
 from sparseforge_fx.passes.find_linears import eligible
+
+NARROWEST = 16  # block that a preset's may shrink to: the smallest that AST and SparseForge take
 
 
 def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
@@ -35,6 +38,21 @@ def check_sites(program: Program, sites: Sequence[LinearSite]) -> None:
             reason = "it is used without calling its module"
         if reason:
             raise SparseForgeError(f"slorb_block: {site.fqn} can have no low-rank branch, {reason}: exclude it")
+
+
+def fitting_block(program: Program, sites: Sequence[LinearSite], block: int) -> tuple[int | None, list[str]]:
+    """The largest divisor of ``block`` that divides every site's inputs, None where a branch cannot stand or would be
+    narrower than ``NARROWEST``; and a sentence where it is not ``block``."""
+    try:
+        check_sites(program, sites)
+    except SparseForgeError as error:
+        return None, [f"the preset's slorb_block {block} is left out: {str(error).removeprefix('slorb_block: ')}"]
+    found = math.gcd(block, *(site.in_features for site in eligible(sites)))
+    if found == block:
+        return block, []
+    if found < NARROWEST:
+        return None, [f"the preset's slorb_block {block} is left out: it does not divide the inputs of every linear"]
+    return found, [f"slorb_block is {found} in the place of the preset's {block}, which does not divide all inputs"]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -166,6 +167,21 @@ class Objective:
             error = F.binary_cross_entropy_with_logits if found.kind == "several" else F.mse_loss
             task = error(value.float(), labels.float())
         return Loss(w_task * task + w_kl * distance, task.detach(), distance.detach())
+
+
+def drawn_loss(value: Tensor, scores: bool, generator: torch.Generator) -> Tensor:
+    """A scalar whose gradient's second moment is the Fisher information of the answers, summed over them: of scores the
+    log-likelihood of a class drawn from the model's own distribution, of others the squared error of a row relative to
+    its own square."""
+    if scores:
+        log_p = value.flatten(0, -2).float().log_softmax(-1)
+        likely = log_p.detach().exp().to(generator.device)
+        drawn = torch.multinomial(likely, 1, generator=generator).to(log_p.device)
+        return -log_p.gather(1, drawn).sum()
+    rows = value.reshape(-1, value.shape[-1]).float()
+    noise = torch.randn(rows.shape, generator=generator, device=generator.device).to(rows.device)
+    scale = math.sqrt(2) / rows.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return (rows * noise * scale).sum()
 
 
 def _named(output: Any) -> dict[str, Any]:

@@ -51,7 +51,9 @@ def prepare(
 
     Args:
         example_inputs: as for :func:`sparseforge_fx.graph.capture.capture`; ``labels`` in it are left to the loss.
-        config: what :func:`configure`, :func:`paper_preset` or :func:`tuned_preset` made; holds the number of steps.
+        config: what :func:`configure`, :func:`annealed_preset` or another preset made; holds the number of steps.
+            What a preset's authors set beside the method is for the caller to give: for ``paper`` an objective with
+            ``temperature=2``, ``slorb_block=64``, and a weight decay of 0.1 for the optimizer.
         include, exclude: globs over weight or module names.
         calibration: batches for a config with a layer-wise ``start``.
         objective: the loss; default: cross-entropy and KL from the dense model, both with the weight 1.
@@ -61,7 +63,7 @@ def prepare(
     """
     if config is None:
         raise SparseForgeError(
-            "prepare needs a config that knows the run's length: pass paper_preset(steps) or tuned_preset(steps)"
+            "prepare needs a config that knows the run's length: pass annealed_preset(steps) or alps_kd_preset(steps)"
         )
     if not isinstance(config, TrainedConfig):
         raise SparseForgeError(f"{type(config).__name__} is of a method that does not train: run it with sparsify()")
@@ -77,7 +79,7 @@ def prepare(
     check_sites(program, sites)
     if config.start != "dense" and calibration is None:
         raise SparseForgeError(
-            "this preset starts from a layer-wise solution: pass calibration=[batches], or use paper_preset"
+            "this preset starts from a layer-wise solution: pass calibration=[batches], or use annealed_preset"
         )
     with dense_again_on_error(program) as written:
         sparse = prepare_captured(program, sites, config, objective, slorb_block=slorb_block)

@@ -12,12 +12,13 @@ import yaml
 
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.methods.base import TrainedConfig
-from sparseforge_fx.methods.catalog import configure, find_name, find_preset
-from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.methods.catalog import configure, find_beside, find_name, find_preset
+from sparseforge_fx.methods.config import Beside, MethodConfig
 from sparseforge_fx.pattern import AnyPattern
 from sparseforge_fx.plans import Plan
-from sparseforge_fx.ranges import Count, Positive, check_numbers
+from sparseforge_fx.ranges import AtLeastZero, Count, CountFromZero, Positive, check_numbers
 from sparseforge_fx.training.distillation import Distillation, check_objective
+from sparseforge_fx.training.settings import Settings, choose_settings
 
 FILE = "recipe.yaml"  # in every output folder
 STEPS = 60  # of a run whose length nobody gives
@@ -38,7 +39,10 @@ class Recipe:
         method: trained with distillation: ``sparseforge`` (the default with data), ``gmp``, ``imp``, ``sr-ste``,
             ``ast``, ``cast``, ``maskllm``, ``maskpro``; layer by layer without training: ``alps``, ``sparsegpt``,
             ``wanda``; without data: ``magnitude``. Or a config, which then holds pattern and steps, too.
-        preset: of sparseforge: ``tuned`` (ours, the default) or ``paper`` (arXiv 2605.06402's constants).
+        preset: of sparseforge: ``alps+kd`` (the default: the layer-wise ALPS solution, fixed masks, distillation),
+            ``paper`` or ``paper-universal`` (the scripts of arXiv 2605.06402's authors), or ``annealed`` (their method
+            with our constants). What a preset's authors set beside the method (loss, weight decay, SLoRB) goes for the
+            fields here that are None, and the report says which.
         options: single fields of the method's config.
         pattern: ``"2:4"`` (the default), any N:M, or ``"50%"`` for zeros without a structure.
         include, exclude: globs over weight or module names.
@@ -50,10 +54,12 @@ class Recipe:
             there are no tokens), over all micro-batches and processes: the run takes as many steps as fit into it.
         lr: peak learning rate. 5e-4 was best for SmolLM2-135M in runs of 60 steps; the authors take 1e-4 for 7B and
             20,000 steps.
-        objective: what is minimised.
-        slorb_block: width of the blocks of a SLoRB branch; None for none. It starts with what the masks take away, S =
-            mean over each block of W (1 - m) (AST's eq. 6): at once where masks are hard from the start, in parts
-            where they harden by and by; at zero after ``sparsegpt`` or ``alps``, whose survivors took it over.
+        objective: what is minimised; None: the preset's, or cross-entropy and KL, each with the weight 1.
+        weight_decay: AdamW's, of matrices; None: the preset's, or 0.
+        slorb_block: width of the blocks of a SLoRB branch, 0 for none; None: the preset's, or none. It starts with what
+            the masks take away, S = mean over each block of W (1 - m) (AST's eq. 6): at once where masks are hard from
+            the start, in parts where they harden by and by; at zero after ``sparsegpt`` or ``alps``, whose survivors
+            took it over.
         calibration: sequences (of the training data) that a layer-wise start or method sees.
         seed: of data order and sampling.
     """
@@ -76,8 +82,9 @@ class Recipe:
     length: Count = 512
     accumulate: Count = 1
     lr: Positive = 5e-4
-    objective: Distillation = Distillation()  # noqa: RUF009  (frozen)
-    slorb_block: Count | None = None
+    objective: Distillation | None = None
+    weight_decay: AtLeastZero | None = None
+    slorb_block: CountFromZero | None = None
     calibration: Count = 64
     seed: int = 0
 
@@ -90,7 +97,8 @@ class Recipe:
         if isinstance(self.tokens, str):
             object.__setattr__(self, "tokens", parse_tokens(self.tokens))
         check_numbers(get_type_hints(type(self), include_extras=True), vars(self))
-        check_objective(self.objective)
+        if self.objective is not None:
+            check_objective(self.objective)
         if self.steps is not None and self.tokens is not None:
             raise SparseForgeError(
                 f"steps={self.steps} and tokens={self.tokens} both set the length of the run: give one of them"
@@ -148,11 +156,17 @@ class Recipe:
             raise SparseForgeError(
                 f"method {name} needs data: pass text, tokens or batches, or data='self' for a language model"
             )
-        if self.slorb_block is not None and not isinstance(config, TrainedConfig):
+        if self.slorb_block and not isinstance(config, TrainedConfig):
             raise SparseForgeError(
                 f"slorb_block: method {name} trains no low-rank branch: take a trained one, e.g. ast"
             )
         return config
+
+    def settings(self, has_data: bool) -> Settings:
+        """What the run takes beside the method's constants."""
+        given = isinstance(self.method, MethodConfig)
+        beside = Beside() if given else find_beside(self.name(has_data), self.preset)
+        return choose_settings(beside, self.objective, self.weight_decay, self.slorb_block)
 
     def name(self, has_data: bool) -> str:
         """The method's, as users type it."""
@@ -206,9 +220,9 @@ class Recipe:
         hints = get_type_hints(cls)
         if unknown := sorted(set(map(str, values)) - set(hints)):
             raise SparseForgeError(f"a recipe has no entry {', '.join(unknown)}; it has {', '.join(hints)}")
-        objective = values.pop("objective", None) or {}
+        objective = values.pop("objective", None)
         names = {f.name for f in fields(Distillation)}
-        if not isinstance(objective, Mapping) or not set(objective) <= names:
+        if objective is not None and not (isinstance(objective, Mapping) and set(objective) <= names):
             raise SparseForgeError(f"objective of a recipe takes {', '.join(sorted(names))}, not {objective!r}")
         for name in ("include", "exclude", "options"):
             empty: Any = {} if name == "options" else []
@@ -223,7 +237,7 @@ class Recipe:
         for name in ("model", "data", "text_column", "separator", "dtype", "method", "preset", "pattern"):
             if not isinstance(values.get(name), str | None):
                 raise SparseForgeError(f"{name} of a recipe is {values[name]!r}: give text")
-        return cls(**values, objective=Distillation(**objective))
+        return cls(**values, objective=None if objective is None else Distillation(**objective))
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:

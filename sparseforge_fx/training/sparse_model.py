@@ -17,6 +17,7 @@ from sparseforge_fx.graph.compile import compile_repeated_blocks
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.methods.curvature import PROBES
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.rounding import format_of
@@ -88,8 +89,10 @@ class SparseModel(TrainerSurface):
             self.teacher = Teacher(program, self.copies(), features)
         self.probe: CurvatureProbe | None = None
         if (curvature := self.method.curvature) is not None and curvature.estimator is not None:
-            probing = passes(estimator=curvature.estimator)
-            self.probe = CurvatureProbe(program, self.program, probing, weights, curvature, self._tapped)
+            probing = passes(estimator=PROBES.get(curvature.estimator))
+            self.probe = CurvatureProbe(
+                program, self.program, probing, weights, curvature, self.objective.answer, self._tapped
+            )
         self.compiled: dict[str, Any] | None = None
         self.checkpointing = False
         self.embedded: tuple[str, Embedded] | None = None
@@ -192,7 +195,8 @@ class SparseModel(TrainerSurface):
         self.seen.clear()
         if probe is not None:
             probe.keep(batch)
-        run = self._run["graph"] if probe is None or probe.run is None else probe.run
+        run = probe.run if probe is not None and probe.rides else None
+        run = run or self._run["graph"]
         output = run(*batch.args, **batch.kwargs)
         self.last_loss = self.loss(output, batch, teach=learning)
         if self.last_loss is not None and isinstance(output, dict):

@@ -306,7 +306,7 @@ def test_packed_weights_are_refused_where_dense_ones_are_needed(home, sparse, tm
 def test_report_prints_the_summary(sparse):
     for where in (sparse, sparse / "report.json"):
         text = ok("report", where)
-        assert "sparseforge tuned" in text and "7 linears" in text and "96 in 3 steps" in text
+        assert "sparseforge alps+kd" in text and "7 linears" in text and "96 in 3 steps" in text
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def refused(home, out, *arguments, says):
             "must be of type int",
         ),
         ("{home}/dense", ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "values=int3"], "must be one of float, int8"),
-        ("{home}/dense", ["--data", "{home}/train.txt", "--method", "ast", "--preset", "tuned"], "unknown preset"),
+        ("{home}/dense", ["--data", "{home}/train.txt", "--method", "ast", "--preset", "alps+kd"], "unknown preset"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--method", "maskllm", "--pattern", "50%"], "take N:M"),
         ("{home}/dense", ["--pattern", "100%"], "is not N:M"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--curvature", "guess"], "unknown curvature"),

@@ -15,11 +15,12 @@ from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.training.distillation import Distillation
 
 TRAINED = [
-    ("sparseforge", {"preset": "paper", "curvature": "gauss_newton"}),
-    ("sparseforge", {"preset": "paper", "curvature": "activation"}),
-    ("sparseforge", {"preset": "paper", "curvature": "squared_gradient"}),
-    ("sparseforge", {"preset": "paper", "curvature": "hutchinson"}),
-    ("sparseforge", {"preset": "tuned"}),
+    ("sparseforge", {"preset": "annealed", "curvature": "gauss_newton"}),
+    ("sparseforge", {"preset": "annealed", "curvature": "fisher"}),
+    ("sparseforge", {"preset": "annealed", "curvature": "activation"}),
+    ("sparseforge", {"preset": "annealed", "curvature": "squared_gradient"}),
+    ("sparseforge", {"preset": "annealed", "curvature": "hutchinson"}),
+    ("sparseforge", {"preset": "alps+kd"}),
     ("ast", {}),
     ("sr-ste", {}),
     ("maskllm", {}),
@@ -115,7 +116,7 @@ def test_features(llama, kind):
         for ids in texts():
             whole, mask = (ids, torch.ones_like(ids)) if width is None else padded(ids, width, "right")
             batches.append({"input_ids": whole, "attention_mask": mask})
-        options = {"steps": 2, "show_progress": False, "objective": Distillation(features=kind), "preset": "paper", "compile": False}
+        options = {"steps": 2, "show_progress": False, "objective": Distillation(features=kind), "preset": "annealed", "compile": False}
         curves = sf.sparsify(model, batches, **options).report["curves"]
         results.append(torch.tensor([row["loss"] for row in curves]))
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
@@ -123,7 +124,7 @@ def test_features(llama, kind):
 
 @pytest.mark.parametrize(
     "method, options",
-    [("wanda", {}), ("sparsegpt", {}), ("sparseforge", {"preset": "paper", "curvature": "activation"})],
+    [("wanda", {}), ("sparsegpt", {}), ("sparseforge", {"preset": "annealed", "curvature": "activation"})],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_encoder_and_decoder(method, options):
@@ -171,7 +172,7 @@ def test_values_of_an_encoder_are_distilled_where_they_are_real():
         for ids in texts():
             whole, mask = (ids, torch.ones_like(ids)) if width is None else padded(ids, width, "right")
             batches.append({"input_ids": whole, "attention_mask": mask})
-        options = {"steps": 3, "show_progress": False, "preset": "paper", "compile": False}
+        options = {"steps": 3, "show_progress": False, "preset": "annealed", "compile": False}
         sf.sparsify(model, batches, **options)
         results.append(pytree.tree_map(torch.clone, dict(model.named_parameters())))
     for name, value in results[0].items():

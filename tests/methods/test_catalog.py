@@ -23,12 +23,12 @@ def test_presets_build_and_describe_themselves(method, preset):
 
 
 def test_the_first_preset_is_the_default():
-    assert find_preset("sparseforge") == "tuned"
+    assert find_preset("sparseforge") == "alps+kd"
     assert find_preset("sparseforge", "paper") == "paper"
     assert find_preset("magnitude") is None
 
 
-@pytest.mark.parametrize(("name", "preset"), [("sparsforge", None), ("", None), ("ast", "tuned"), ("wanda", "paper")])
+@pytest.mark.parametrize(("name", "preset"), [("sparsforge", None), ("", None), ("ast", "tuned"), ("sparseforge", "best"), ("wanda", "paper")])
 def test_what_does_not_exist_is_refused_with_what_does(name, preset):
     with pytest.raises(SparseForgeError, match="choose one of"):
         find_preset(name, preset)

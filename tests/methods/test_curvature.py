@@ -1,4 +1,4 @@
-"""The four curvature estimators against exact Hessians, per-token loops and hooks on the source model."""
+"""The five curvature estimators against exact Hessians, per-token loops and hooks on the source model."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.autograd.functional import hessian
 from transformers.modeling_outputs import SequenceClassifierOutput
 from two_processes import run_two
 
-from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, hutchinson_diagonal
+from sparseforge_fx.methods.curvature import ESTIMATORS, PROBES, Curvature, hutchinson_diagonal
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
 from sparseforge_fx.training.distillation import Distillation
 
@@ -132,6 +132,16 @@ def test_running_average_keeps_the_range_of_squares(given, kept):
     assert curvature.values["w"].min() > 0
 
 
+def test_an_average_from_zero_gives_no_estimate_more_than_a_later_one():
+    curvature = Curvature(0.9, start="zero")
+    curvature.fold("w", torch.tensor([10.0]))
+    torch.testing.assert_close(curvature.values["w"], torch.tensor([1.0]))
+    curvature.add("w", torch.tensor([5.0]))
+    curvature.add("w", torch.tensor([5.0]))  # of one step
+    curvature.close({"w": torch.ones(1)})
+    torch.testing.assert_close(curvature.values["w"], torch.tensor([1.9]))
+
+
 # -- through the graph -----------------------------------------------------------------------------------------------
 def curvature_of(tiny_model, estimator, batch, **options):
     """h after one heating step of a SparseModel (masks of one, first estimate taken whole)."""
@@ -230,6 +240,38 @@ def test_hutchinson_through_the_graph_is_hutchinson_of_the_model(tiny):
         torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4 * wanted.max().item())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_hutchinson_sees_what_a_branch_adds(tiny, name):
+    """W * e + S X in the dense model."""
+    found = tiny(name)
+    batch = found.batch()
+    sparse = found.sparse(SparseForgeConfig(steps=10, curvature="hutchinson"), slorb_block=16).train()
+    with torch.no_grad():
+        for branch in sparse.branches:
+            branch.s.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    added = {b.weight.fqn: b.s.detach().repeat_interleave(16, 1) for b in sparse.branches}  # before masks move
+    first = {n: p.detach().clone() for n, p in found.weights.items()}
+    sparse(**batch).loss.backward()
+    sparse.step()
+    with torch.no_grad():
+        teacher = found.model(**batch).logits.float().log_softmax(-1)
+        for fqn, value in added.items():
+            found.weights[fqn].add_(value.t() if name == "gpt2" else value)
+
+    def loss():
+        log_p = found.model(**batch).logits.float().log_softmax(-1)
+        divergence = F.kl_div(log_p.flatten(0, 1), teacher.flatten(0, 1), log_target=True, reduction="batchmean")
+        return F.nll_loss(log_p[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten()) + divergence
+
+    expected = hutchinson_diagonal(loss, dict(found.weights), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for fqn, value in first.items():
+            found.weights[fqn].copy_(value)
+    for fqn, value in sparse.method.curvature.values.items():
+        wanted = expected[fqn].abs()
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-3 * wanted.max().item(), msg=fqn)
+
+
 def test_several_vectors_of_a_probe_are_averaged_as_absolute_values(tiny):
     found = tiny("llama")
     batch = found.batch()
@@ -247,7 +289,70 @@ def test_several_vectors_of_a_probe_are_averaged_as_absolute_values(tiny):
         torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4 * wanted.max().item())
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+# -- the true Fisher -------------------------------------------------------------------------------------------------
+class ThreeLinears(torch.nn.Module):
+    """Classes of a vector, by a network whose Fisher information can be summed over all labels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(4, 8), torch.nn.Linear(8, 8)
+        self.c = torch.nn.Linear(8, 3)  # the head, which stays dense
+
+    def forward(self, x):
+        return SequenceClassifierOutput(logits=3 * self.c(torch.tanh(self.b(torch.tanh(self.a(x))))))
+
+
+def exact_fisher(x):
+    """Mean over the rows of sum_y p(y) (d log p(y) / d w)^2, for both weights."""
+    model = ThreeLinears()
+    total = {"a.weight": torch.zeros(8, 4), "b.weight": torch.zeros(8, 8)}
+    for row in x:
+        log_p = model(row[None]).logits.log_softmax(-1)[0]
+        for y in range(3):
+            grads = torch.autograd.grad(log_p[y], [model.a.weight, model.b.weight], retain_graph=True)
+            for name, grad in zip(total, grads, strict=True):
+                total[name] += log_p[y].exp().detach() * grad.square() / len(x)
+    return total
+
+
+def fishers(draws, labels, objective=None):
+    """The model, its inputs, and the mean of so many estimates."""
+    from sparseforge_fx.training.prepare import prepare
+
+    model, x = ThreeLinears(), torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    sparse = prepare(model, {"x": x}, SparseForgeConfig(steps=10, curvature="fisher"), objective=objective).train()
+    values, total = sparse.method.curvature.values, {}
+    for step in range(draws):
+        sparse(x=x, labels=labels).loss.backward()
+        sparse.probe.complete(step, None)
+        sparse.probe.forget()
+        total = {name: total.get(name, 0) + value / draws for name, value in values.items()}
+        values.clear()
+    return model, x, total, sparse
+
+
+def test_the_fisher_is_that_of_labels_drawn_from_the_model():
+    """By enumeration, whatever the labels of the data and the loss of the run are."""
+    _, x, found, _ = fishers(1500, torch.zeros(6, dtype=torch.long), Distillation(task=3.0, kl=0.0))
+    for name, expected in exact_fisher(x).items():
+        torch.testing.assert_close(found[name], expected, rtol=0.15, atol=0.03 * expected.max().item())
+    other = fishers(3, torch.ones(6, dtype=torch.long))[2]
+    assert all(torch.equal(other[n], v) for n, v in fishers(3, torch.zeros(6, dtype=torch.long))[2].items())
+
+
+def test_drawn_labels_leave_the_training_gradient_alone():
+    labels = torch.tensor([0, 1, 2, 2, 0, 1])
+    model, x, _, _ = fishers(1, labels, Distillation(kl=0.0))
+    with_probe = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    F.cross_entropy(model(x).logits, labels).backward()
+    assert {"a.weight", "b.weight"} <= set(with_probe)
+    for name, found in with_probe.items():
+        torch.testing.assert_close(found, model.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if e != "fisher"])  # whose draws differ by micro-batch
 def test_micro_batches_are_one_batch(tiny, estimator):
     """Two of two rows estimate what one of four does; with a rescaling by the number of tokens in none of them."""
     found = tiny("llama")
@@ -274,10 +379,8 @@ def test_every_estimator_is_alive_and_leaves_nothing_behind(tiny, estimator):
     sparse, values = curvature_of(found, estimator, found.batch())
     assert all((v >= 0).all() and v.sum() > 0 for v in values.values())
     assert {id(p) for p in sparse.parameters()} == {id(p) for p in found.model.parameters()}  # no probe, no teacher
-    probes = (
-        [p for n, p in sparse.probe.module.named_parameters() if "probe" in n] if sparse.probe.module else []
-    )
-    assert len(probes) == (len(values) if estimator in ("gauss_newton", "activation") else 0)
+    probes = [p for n, p in sparse.probe.module.named_parameters() if "probe" in n] if sparse.probe.module else []
+    assert len(probes) == (len(values) if estimator in PROBES else 0)
     assert all(p.grad is None for p in probes)
     assert all(p.grad is None for p in sparse.teacher.module.parameters())
     assert not any("probe" in n for n, _ in sparse.named_parameters())
@@ -332,7 +435,9 @@ def curvatures(rows: slice) -> dict[str, dict[str, torch.Tensor]]:
     x[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
     found = {}
     for estimator in ESTIMATORS:
-        sparse = prepare(Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), objective=Distillation(kl=1.0)).train()
+        sparse = prepare(
+            Branches(), {"x": x[:2]}, SparseForgeConfig(steps=8, curvature=estimator), objective=Distillation(kl=1.0)
+        ).train()
         with torch.no_grad():
             for p in sparse.parameters():
                 p.mul_(0.8)  # away from the teacher
@@ -360,6 +465,8 @@ def test_two_processes_estimate_what_one_does_with_both_their_batches(tmp_path):
     for estimator, values in alone.items():
         for name, one in values.items():
             assert torch.equal(first[estimator][name], second[estimator][name]), (estimator, name)
+            if estimator == "fisher":  # each process draws for its own rows
+                continue
             scale = one.mean() / first[estimator][name].mean()  # a common factor changes no mask
             torch.testing.assert_close(
                 first[estimator][name] * scale,

@@ -72,13 +72,18 @@ def test_temperature_falls_to_its_floor(progress, half_life, floor):
     assert schedule.temperature(half_life, 1.0, 1e-6, half_life) == pytest.approx(0.5)
 
 
-@given(times=ordered, progress=ordered, final=st.floats(0, 2))
-def test_structure_strength_rises_to_its_final_value(times, progress, final):
-    early, late = (schedule.structure_strength(p, *times, final) for p in progress)
-    assert 0 <= early <= late <= final
-    assert schedule.structure_strength(times[1], *times, final) == final
+@given(times=ordered, progress=ordered, first=st.floats(0, 1), rise=st.floats(0, 2))
+def test_between_rises_from_its_first_value_to_its_last(times, progress, first, rise):
+    last = first + rise
+    early, late = (schedule.between(p, *times, first, last) for p in progress)
+    assert first <= early <= late <= last + 1e-9
+    assert schedule.between(times[1], *times, first, last) == pytest.approx(last)
     if times[0] < times[1]:
-        assert schedule.structure_strength(times[0], *times, final) == 0
+        assert schedule.between(times[0], *times, first, last) == first
+
+
+def test_the_smooth_step_by_hand():
+    assert [schedule.smooth_step(t) for t in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0, 0.15625, 0.5, 1])
 
 
 def test_learning_rate_by_hand():

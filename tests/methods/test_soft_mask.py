@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.curvature import ESTIMATORS
-from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig, paper_preset, tuned_preset
+from sparseforge_fx.methods.soft_mask import SparseForge, SparseForgeConfig
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, Unstructured, check_pattern, hard_mask
 from sparseforge_fx.training.distillation import Distillation
@@ -190,6 +190,56 @@ def test_mask_update_by_hand():
     ]
     forge.after_step(25)  # progress 0.26: eta = 0.4 * 0.52
     torch.testing.assert_close(weight.mask, torch.tensor([second]))
+
+
+def test_the_pull_begins_where_it_is_asked_to():
+    """eta from structure_start to structure between the warm-up and the end of the quench."""
+    weight = masked([[3.0, 1.0, 2.0, 0.5]])
+    forge = engine(
+        weight, gate="pattern", structure_start=0.2, structure=0.4, mask_rate=0.1, temperature_floor=0.3,
+        temperature_start=0.3, quench_end=0.5, heat_end=0.5,
+    )  # fmt: skip
+    forge.after_step(24)  # progress 1/4: eta = 0.3
+    gate, top = gate_by_patterns([3.0, 1.0, 2.0, 0.5], 0.3), [1, 0, 1, 0]
+    expected = [min(1, max(0, 0.9 + 0.1 * (g - 0.3 * (1 - t)))) for g, t in zip(gate, top, strict=True)]
+    torch.testing.assert_close(weight.mask, torch.tensor([expected]))
+
+
+def test_the_gate_is_mixed_with_the_best_of_its_groups():
+    """G <- (1 - beta) G + beta top2(s), beta along a smooth step over the quench."""
+    weight = masked([[3.0, 1.0, 2.0, 0.5]])
+    forge = engine(
+        weight, gate="pattern", group_mix=0.8, mask_rate=1.0, temperature_floor=0.3, temperature_start=0.3,
+        heat_end=0.5, quench_end=0.9, softness_start=1.0,
+    )  # fmt: skip
+    forge.after_step(49)  # heated only
+    gate = gate_by_patterns([3.0, 1.0, 2.0, 0.5], 0.3)
+    torch.testing.assert_close(weight.mask, torch.tensor([gate]))
+    forge.after_step(69)  # half-way: beta = 0.4
+    mixed = [0.6 * g + 0.4 * t for g, t in zip(gate, [1, 0, 1, 0], strict=True)]
+    torch.testing.assert_close(forge.soft["w"], torch.tensor([mixed]))
+
+
+def test_masks_move_at_another_pace_after_the_heating():
+    weight = random_weight()
+    forge = engine(weight, update_every=5, update_every_late=2, heat_end=0.1, first_update=0.04)
+    moved = []
+    for step in range(16):
+        before = forge.soft.get("w", weight.mask).clone()
+        forge.after_step(step)
+        moved.append(not torch.equal(before, forge.soft.get("w", weight.mask)))
+    assert [step + 1 for step, m in enumerate(moved) if m] == [5, 10, 12, 14, 16]
+
+
+def test_a_floor_that_is_given_is_added_to_h():
+    weight = masked([[1.0, -2.0, 3.0, 1.0]])
+    for score, expected in (
+        ("obd", [1.5, 4 * 2.5, 9 * 0.5, 9.5]),
+        ("ratio", [1.5**-0.5, 2 * 2.5**-0.5, 3 * 0.5**-0.5, 9.5**-0.5]),
+    ):
+        forge = engine(weight, score=score, score_noise_floor=0.5)
+        forge.curvature.fold("w", torch.tensor([[1.0, 2.0, 0.0, 9.0]]))
+        torch.testing.assert_close(forge.score(weight), torch.tensor([expected]), rtol=1e-4, atol=0)
 
 
 def test_masks_move_every_k_steps_only():
@@ -397,45 +447,6 @@ def test_without_a_quench_the_solution_is_fixed_at_once():
 
 
 # -- configurations --------------------------------------------------------------------------------------------------
-def test_paper_preset_has_the_authors_constants_on_the_authors_run():
-    config = paper_preset(20_000)
-    assert (config.steps, config.update_every, config.start, config.curvature) == (20_000, 30, "dense", "gauss_newton")
-    assert config.mask_rate == pytest.approx(0.1, rel=5e-3)
-    assert 0.98 <= config.curvature_beta <= 0.99
-    assert (config.temperature_start, config.temperature_floor) == (1.0, 0.05)
-    gamma = 0.5 ** (30 / 20_000 / config.temperature_half_life)
-    assert 0.97 <= gamma <= 0.98
-    assert config.heat_end * 20_000 == pytest.approx(2000) and config.quench_end * 20_000 == pytest.approx(17_000)
-    assert config.structure > 0 and config.gate == "site" and config.score == "obd"
-
-
-@pytest.mark.parametrize("steps", [10, 60, 500, 3000, 20_000, 60_000])
-def test_paper_preset_travels_as_far_in_any_number_of_steps(steps):
-    config, whole = paper_preset(steps), paper_preset(20_000)
-    updates = max(1, steps // config.update_every)
-    forgotten, reference = updates * math.log(1 - config.mask_rate), 666 * math.log(1 - whole.mask_rate)
-    assert forgotten == pytest.approx(reference, rel=0.01)
-    assert updates * math.log(config.curvature_beta) == pytest.approx(666 * math.log(whole.curvature_beta), rel=0.01)
-    same = (
-        "heat_end",
-        "quench_end",
-        "sparsity_warmup",
-        "temperature_half_life",
-        "temperature_start",
-        "temperature_floor",
-    )
-    assert [getattr(config, n) for n in same] == [getattr(whole, n) for n in same]
-
-
-@pytest.mark.parametrize("preset", [paper_preset, tuned_preset])
-def test_presets_take_changes_and_describe_themselves(preset):
-    config = preset(40, Pattern(1, 4), curvature="activation", update_every=3)
-    assert (config.steps, config.pattern, config.curvature, config.update_every) == (40, (1, 4), "activation", 3)
-    described = config.describe()
-    assert described["pattern"] == "1:4" and described["steps"] == 40
-    assert all(isinstance(v, str | int | float | bool) for v in described.values())
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -443,6 +454,10 @@ def test_presets_take_changes_and_describe_themselves(preset):
         {"curvature": "exact"},
         {"score": "wanda"},
         {"gate": "group"},
+        {"curvature_start": "one"},
+        {"update_every_late": 0},
+        {"score_noise_floor": 0.0},
+        {"first_update": 1.5},
         {"start": "random"},
         {"heat_end": 0.8, "quench_end": 0.5},
         {"quench_end": 1.5},

@@ -24,9 +24,19 @@ def test_the_first_mask_is_by_magnitude():
     assert w.mask.tolist() == [[0, 1, 1, 0, 0, 1, 1, 0]]
 
 
-def test_masks_follow_the_weights_every_ten_steps_and_to_the_end():
+def test_the_authors_constants_on_the_authors_run():
+    """AST's runs on GPT-2, of 40,000 steps; in a short run K is the same share of it, and lambda adds up to as much."""
+    whole, short = ast_preset(40_000), ast_preset(100)
+    assert (whole.update_every, whole.decay, whole.decay_warmup, whole.decay_joins) == (10, 1e-4, 0.25, "update")
+    assert (short.update_every, short.decay, short.decay_warmup) == (1, pytest.approx(0.04), 0.25)
+    assert 100 * short.decay == pytest.approx(40_000 * whole.decay)
+    assert (sr_ste_preset(40_000).update_every, sr_ste_preset(40_000).decay) == (1, 2e-4)
+    assert 100 * sr_ste_preset(100).decay == pytest.approx(40_000 * 2e-4)
+
+
+def test_masks_follow_the_weights_every_k_steps_and_to_the_end():
     w = weight()
-    method = sr_ste_preset(25).build([w])
+    method = sr_ste_preset(25, update_every=10).build([w])
     with torch.no_grad():
         w.weight[0, 0] = 9.0
     for step in range(9):
@@ -66,7 +76,7 @@ def test_the_decay_of_ast_grows_over_a_quarter_of_the_run():
     assert values[0] == 0 and values[10] == pytest.approx(0.16) and values[25] == values[99] == 0.4
     assert isinstance(method.optimizer([method.weights[0].weight], lr=1e-3), AnnealedDecayAdamW)
     constant = sr_ste_preset(100).build([weight()])
-    assert constant.decay() == 2e-4
+    assert constant.decay() == pytest.approx(0.08)
 
 
 def test_a_layerwise_start_keeps_its_mask():

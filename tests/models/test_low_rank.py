@@ -58,7 +58,7 @@ def test_a_layer_wise_start_hands_over_what_no_survivor_took(captured_once, star
     """Wanda's survivors stay as they are: eq. 6 again. SparseGPT's carry what was pruned: nothing is left."""
     found = captured_once("llama")
     batches = [found.batch(seed, rows=4) for seed in range(3)]
-    config = sf.tuned_preset(4, start=start, softness_start=softness, quench_end=0.7 if softness else 0.0)
+    config = sf.alps_kd_preset(4, start=start, softness_start=softness, quench_end=0.7 if softness else 0.0)
     sparse = sf.prepare(found.model, found.example, config, calibration=batches, slorb_block=BLOCK)
     for _ in range(4):
         sparse.step()

@@ -30,7 +30,7 @@ def prepared(dense, steps=STEPS):
     model = copy.deepcopy(dense)
     example = {"input_ids": torch.randint(0, 250, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     program = capture(model, example)
-    return model, SparseModel(program, find_linears(program), sf.paper_preset(steps), Distillation(task=1.0, kl=1.0))
+    return model, SparseModel(program, find_linears(program), sf.annealed_preset(steps), Distillation(task=1.0, kl=1.0))
 
 
 def padded_rows(count=16, length=12):
@@ -246,7 +246,7 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
     assert calls == [3 + 3, 3 + 3 + 3]  # student, teacher; the student's again
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     mlp = sf.prepare(
-        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), torch.randn(2, 8), sf.paper_preset(4)
+        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), torch.randn(2, 8), sf.annealed_preset(4)
     )
     with pytest.raises(sf.SparseForgeError, match="no repeated blocks"):
         mlp.activation_checkpointing_enable()

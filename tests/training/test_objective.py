@@ -119,7 +119,7 @@ def test_the_task_is_the_models_own_loss(cls, changes, labels):
     shape = (4, 3, 12) if cls == "BertForMultipleChoice" else (4, 12)
     batch = {"input_ids": torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(0))}
     batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), **labels}
-    sparse = sf.prepare(model, batch, sf.paper_preset(4), objective=Distillation(kl=0.0)).train()
+    sparse = sf.prepare(model, batch, sf.annealed_preset(4), objective=Distillation(kl=0.0)).train()
     torch.testing.assert_close(sparse(**batch).loss, model(**batch).loss, rtol=1e-5, atol=1e-6)
     assert sparse.reader.notes == []
 

@@ -15,7 +15,7 @@ from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.training.master_weights import MasterWeights
 from sparseforge_fx.training.on_grid import OnGrid
 
-HOW = {"method": "sparseforge", "preset": "tuned", "steps": 3, "batch_size": 2, "length": 12, "calibration": 4,
+HOW = {"method": "sparseforge", "preset": "alps+kd", "steps": 3, "batch_size": 2, "length": 12, "calibration": 4,
        "compile": False, "show_progress": False, "lr": 1e-2}  # fmt: skip
 
 
@@ -129,4 +129,4 @@ def test_what_cannot_be(captured_once, changes, message):
 
 def test_a_loop_of_ones_own_does_not_round(captured_once):
     with pytest.raises(SparseForgeError, match="loop of sparsify"):
-        sf.prepare(captured_once("llama").model, None, sf.tuned_preset(3, values="int8"), calibration=[ids(2)])
+        sf.prepare(captured_once("llama").model, None, sf.alps_kd_preset(3, values="int8"), calibration=[ids(2)])

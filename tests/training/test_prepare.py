@@ -23,7 +23,7 @@ def dims(found):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_own_loop_learns_and_ends_exact(captured_once, name):
     found = captured_once(name)
-    config = sf.paper_preset(30)
+    config = sf.annealed_preset(30)
     sparse = sf.prepare(found.model, found.example, config)
     batch = found.batch(rows=4)
     losses = own_loop(sparse, [batch] * 30)
@@ -95,7 +95,7 @@ def test_what_a_method_trains_moves_with_the_model(captured_once, method):
 
 def test_losses_are_those_of_sparsify(captured_once):
     found = captured_once("llama")
-    config = sf.paper_preset(10)
+    config = sf.annealed_preset(10)
     plain = sf.prepare(found.model, found.example, config).train()(**found.batch()).loss
     reverse = sf.prepare(found.model, found.example, config, objective=Distillation(divergence="reverse_kl")).train()
     reverse.method.weights[0].mask.mul_(0.5)
@@ -109,7 +109,7 @@ def test_losses_are_those_of_sparsify(captured_once):
 
 # -- what is refused -------------------------------------------------------------------------------------------------
 def test_no_config():
-    with pytest.raises(SparseForgeError, match="paper_preset"):
+    with pytest.raises(SparseForgeError, match="annealed_preset"):
         sf.prepare(nn.Linear(4, 4), torch.randn(2, 4))
 
 
@@ -124,7 +124,7 @@ def test_maskpro_has_no_gradients_for_a_loop(captured_once):
     [
         ({"method": "sparsegpt"}, "does not train"),
         ({"method": "ast", "gate": "site"}, "no option gate"),
-        ({"method": "ast", "preset": "tuned"}, "unknown preset"),
+        ({"method": "ast", "preset": "alps+kd"}, "unknown preset"),
         ({"method": "fst"}, "unknown method"),
     ],
 )
@@ -136,12 +136,12 @@ def test_configurations_that_do_not_exist(arguments, message):
 def test_obs_start_without_calibration(captured_once):
     found = captured_once("mlp")
     with pytest.raises(SparseForgeError, match="calibration"):
-        sf.prepare(found.model, found.example, sf.tuned_preset(10, start="sparsegpt"))
+        sf.prepare(found.model, found.example, sf.alps_kd_preset(10, start="sparsegpt"))
 
 
 def test_nothing_to_prune():
     with pytest.raises(SparseForgeError, match=r"nothing to prune.*0\.weight.*multiple of 4"):
-        sf.prepare(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), torch.randn(2, 6), sf.paper_preset(10))
+        sf.prepare(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), torch.randn(2, 6), sf.annealed_preset(10))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -151,13 +151,13 @@ def test_weights_that_are_not_finite(captured_once, bad):
         found.model[0].weight[0, 0] = bad
     before = copy.deepcopy(found.model.state_dict())
     with pytest.raises(SparseForgeError, match=r"0\.weight holds NaN"):
-        sf.prepare(found.model, found.example, sf.paper_preset(10))
+        sf.prepare(found.model, found.example, sf.annealed_preset(10))
     assert all(torch.equal(v.nan_to_num(7), before[k].nan_to_num(7)) for k, v in found.model.state_dict().items())
 
 
 def test_include_and_exclude(captured_once):
     found = captured_once("llama")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), include=["*mlp*"], exclude=["*layers.0*"])
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10), include=["*mlp*"], exclude=["*layers.0*"])
     assert [w.fqn for w in sparse.method.weights] == [
         f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")
     ]

@@ -42,7 +42,7 @@ def test_names_that_are_no_fields_are_options_of_the_method():
 
 
 def test_another_method_begins_anew():
-    tuned = Recipe(method="sparseforge", preset="tuned", steps=60, options={"start": "wanda"})
+    tuned = Recipe(method="sparseforge", preset="alps+kd", steps=60, options={"start": "wanda"})
     assert tuned.changed(method="ast", tokens=4096) == Recipe(method="ast", tokens=4096)
     assert tuned.changed(method="sparseforge", lr=1e-3).options == {"start": "wanda"}
     assert tuned.changed(method="ast", decay=1e-3).options == {"decay": 1e-3}
@@ -61,7 +61,7 @@ def test_one_glob_is_a_list_of_one():
     assert Recipe(include="*mlp*") == Recipe.from_plain({"include": "*mlp*"}) == Recipe(include=["*mlp*"])
 
 
-@pytest.mark.parametrize("recipe", ["run.yaml", {"lr": 1e-3}, sf.paper_preset(4)])
+@pytest.mark.parametrize("recipe", ["run.yaml", {"lr": 1e-3}, sf.annealed_preset(4)])
 def test_what_is_not_a_recipe_object(recipe):
     with pytest.raises(SparseForgeError, match=r"give a Recipe, or Recipe\.read"):
         sf.sparsify(torch.nn.Linear(4, 4), None, recipe)
@@ -72,7 +72,7 @@ def test_what_is_not_an_objective(objective):
     with pytest.raises(SparseForgeError, match=r"objective is .*: give a Distillation"):
         sf.sparsify(torch.nn.Linear(4, 4), objective=objective)
     with pytest.raises(SparseForgeError, match=r"objective is .*: give a Distillation"):
-        sf.prepare(torch.nn.Linear(4, 4), torch.randn(2, 4), sf.paper_preset(4), objective=objective)
+        sf.prepare(torch.nn.Linear(4, 4), torch.randn(2, 4), sf.annealed_preset(4), objective=objective)
 
 
 def test_numbers_as_people_write_them():
@@ -124,7 +124,7 @@ def test_a_recipe_that_is_not_there(tmp_path):
         (Recipe(method=configure("wanda"), pattern="1:4"), "WandaConfig, which says all of its own: leave out pattern"),
         (Recipe(method="wanda", slorb_block=4), "wanda trains no low-rank branch"),
         (Recipe(method="gmp", options={"decay": 1.0}), "gmp has no option decay"),
-        (Recipe(method="gmp", preset="tuned"), "unknown preset 'tuned' of gmp"),
+        (Recipe(method="gmp", preset="alps+kd"), "unknown preset 'alps.kd' of gmp"),
         (Recipe(method="sparsefroge"), "unknown method 'sparsefroge'"),
         (Recipe(pattern="4:2"), "4:2"),
     ],
@@ -156,10 +156,10 @@ def test_the_written_recipe_repeats_the_run(captured_once, tmp_path):
 def test_what_was_left_to_defaults_is_written(captured_once, tmp_path):
     """Without data the file alone would be a run of magnitude."""
     found = captured_once("llama")
-    sf.sparsify(found.model, [found.batch()], preset="paper", steps=1, **QUIET).save(tmp_path / "out")
+    sf.sparsify(found.model, [found.batch()], preset="paper", slorb_block=0, steps=1, **QUIET).save(tmp_path / "out")
     read = Recipe.read(tmp_path / "out")
     assert (read.method, read.preset, read.steps) == ("sparseforge", "paper", 1)
-    assert Recipe().resolved(True) == Recipe(method="sparseforge", preset="tuned", steps=60)
+    assert Recipe().resolved(True) == Recipe(method="sparseforge", preset="alps+kd", steps=60)
     assert Recipe(tokens=4096).resolved(True).steps is None
     assert Recipe().resolved(False) == Recipe(method="magnitude")
 

@@ -30,7 +30,7 @@ class Classifier(nn.Module):
 
 def test_before_the_first_step_it_is_the_model(captured_once):
     found = captured_once("llama")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10))
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10))
     batch = found.batch(seed=5, rows=3, length=7)
     expected = found.model(**batch, labels=batch["input_ids"])
     for mode in (True, False):
@@ -54,7 +54,7 @@ def test_before_the_first_step_it_is_the_model(captured_once):
 
 def test_a_mapping_as_the_only_argument(captured_once):
     found = captured_once("llama")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10))
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10))
     batch = found.batch()
     assert torch.equal(sparse(batch).logits, sparse(**batch).logits)
 
@@ -62,7 +62,7 @@ def test_a_mapping_as_the_only_argument(captured_once):
 # -- labels and masks ------------------------------------------------------------------------------------------------
 def test_labels_are_the_next_tokens_where_none_are_given(captured_once):
     found = captured_once("llama")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), objective=Distillation(kl=0.0))
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10), objective=Distillation(kl=0.0))
     batch = found.batch()
     ids = batch["input_ids"]
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_labels_are_the_next_tokens_where_none_are_given(captured_once):
 
 def test_loss_is_task_and_divergence_in_the_given_weights(captured_once):
     found = captured_once("llama")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), objective=Distillation(task=0.25, kl=3.0))
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10), objective=Distillation(task=0.25, kl=3.0))
     batch = found.batch()
     with torch.no_grad():
         teacher = found.model(**batch).logits
@@ -104,7 +104,7 @@ def test_loss_is_task_and_divergence_in_the_given_weights(captured_once):
 
 def test_padding_needs_a_captured_mask(captured_once):
     found = captured_once("llama")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10))
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10))
     batch = found.batch()
     ones = torch.ones_like(batch["input_ids"])
     sparse(**batch, attention_mask=ones)  # says nothing
@@ -117,7 +117,7 @@ def test_padding_with_a_captured_mask(tiny):
     found = tiny("gpt2")
     batch = found.batch()
     example = dict(batch, attention_mask=torch.ones_like(batch["input_ids"]))
-    sparse = sf.prepare(found.model, example, sf.paper_preset(10))
+    sparse = sf.prepare(found.model, example, sf.annealed_preset(10))
     mask = torch.ones_like(batch["input_ids"])
     mask[0, 8:] = 0
     labels = batch["input_ids"].masked_fill(mask == 0, -100)
@@ -144,7 +144,7 @@ def test_padding_with_a_captured_mask(tiny):
 # -- models that are no language models ------------------------------------------------------------------------------
 def test_encoder_is_distilled_by_its_hidden_states(captured_once):
     found = captured_once("bert")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), objective=Distillation(kl=2.0))
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10), objective=Distillation(kl=2.0))
     batch = found.batch()
     with torch.no_grad():
         teacher = found.model(**batch).last_hidden_state
@@ -166,7 +166,7 @@ def test_encoder_is_distilled_by_its_hidden_states(captured_once):
 @pytest.mark.parametrize("form", ["tensor", "tuple with targets", "keyword"])
 def test_plain_module_takes_batches_in_any_form(captured_once, form):
     found = captured_once("mlp")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10)).train()
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10)).train()
     x = found.batch(rows=5)
     calls = {"tensor": ((x,), {}), "tuple with targets": ((x, torch.zeros(5)), {}), "keyword": ((), {"input": x})}
     args, kwargs = calls[form]
@@ -179,13 +179,13 @@ def test_plain_module_takes_batches_in_any_form(captured_once, form):
 def test_classifier_scores_its_labels():
     model = Classifier()
     x, y = torch.randn(6, 8), torch.tensor([0, 1, 2, 2, -100, 0])
-    sparse = sf.prepare(model, {"x": x}, sf.paper_preset(10)).train()
+    sparse = sf.prepare(model, {"x": x}, sf.annealed_preset(10)).train()
     output = sparse(x=x, labels=y)
     expected = F.cross_entropy(model(x).logits, y)
     torch.testing.assert_close(output.loss, expected)
     assert sparse(x=x).loss < 1e-6  # no labels: the teacher alone, which still agrees
     assert sparse(x=x, labels=y.float()).loss < 1e-6  # no classes
-    without = sf.prepare(model, {"x": x}, sf.paper_preset(10), objective=Distillation(kl=0.0)).train()
+    without = sf.prepare(model, {"x": x}, sf.annealed_preset(10), objective=Distillation(kl=0.0)).train()
     without(x=x)
     assert without.last_loss is None
     without(x=x, labels=y.float())
@@ -196,7 +196,7 @@ def test_one_logit_is_a_regression():
     """The divergence of a distribution over one class is zero whatever the logit is."""
     model = Classifier(classes=1)
     x = torch.randn(6, 8)
-    sparse = sf.prepare(model, {"x": x}, sf.paper_preset(10), exclude=["head*"]).train()
+    sparse = sf.prepare(model, {"x": x}, sf.annealed_preset(10), exclude=["head*"]).train()
     teacher = model(x).logits.detach()
     with torch.no_grad():
         model.body[0].weight.mul_(0.5)
@@ -262,7 +262,7 @@ def test_teacher_stays_the_dense_model(captured_once):
     batch = found.batch()
     with torch.no_grad():
         dense = found.model(**batch).logits
-    config = sf.tuned_preset(8, start="sparsegpt", softness_start=0.6, quench_end=0.5)
+    config = sf.alps_kd_preset(8, start="sparsegpt", softness_start=0.6, quench_end=0.5)
     calibration = [found.batch(seed) for seed in range(2)]
     sparse = sf.prepare(found.model, found.example, config, include=["*layers*"], calibration=calibration)
     for step in range(8):
@@ -276,7 +276,7 @@ def test_teacher_stays_the_dense_model(captured_once):
 def test_teacher_shares_what_never_changes(captured_once):
     found = captured_once("llama")
     embedding = found.model.model.embed_tokens.weight.requires_grad_(False)
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10))
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10))
     pointers = {n: p.data_ptr() for n, p in sparse.teacher.module.named_parameters()}
     assert pointers["model.embed_tokens.weight"] == embedding.data_ptr()
     assert all(not p.requires_grad for p in sparse.teacher.module.parameters())
@@ -284,7 +284,7 @@ def test_teacher_shares_what_never_changes(captured_once):
 
 def test_without_a_divergence_there_is_no_teacher(captured_once):
     found = captured_once("llama")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10), objective=Distillation(kl=0.0))
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10), objective=Distillation(kl=0.0))
     assert sparse.teacher is None
 
 
@@ -330,7 +330,7 @@ def test_heating_adds_one_mask_and_one_curvature_per_weight(dtype, curvature):
 def test_modes(captured_once):
     found = captured_once("llama")
     found.model.train()
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10))
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10))
     assert found.model.training and all(m.training for m in found.model.modules())
     assert sparse.train().training and not sparse.eval().training
     batch = found.batch()
@@ -348,7 +348,7 @@ def test_dropout_does_not_leak_into_training(tiny):
     """Graphs are traced in eval mode, so that a step is a function of the batch; the model keeps its own mode."""
     model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 8), nn.LayerNorm(8)).train()
     x = torch.randn(3, 8)
-    sparse = sf.prepare(model, x, sf.paper_preset(10)).train()
+    sparse = sf.prepare(model, x, sf.annealed_preset(10)).train()
     assert torch.equal(sparse(x), sparse(x))
     assert not torch.equal(model(x), model(x))
 
@@ -382,7 +382,7 @@ def test_to_another_dtype_keeps_masks_shared(dtype):
 
 def test_probes_weigh_nothing_after_a_change_of_dtype():
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.LayerNorm(64))
-    sparse = sf.prepare(model, torch.randn(2, 64), sf.paper_preset(10)).to(torch.bfloat16)
+    sparse = sf.prepare(model, torch.randn(2, 64), sf.annealed_preset(10)).to(torch.bfloat16)
     probes = [p for n, p in sparse.probe.module.named_parameters() if "probe" in n]
     assert [p.untyped_storage().nbytes() for p in probes] == [2]
 
@@ -390,7 +390,7 @@ def test_probes_weigh_nothing_after_a_change_of_dtype():
 def test_to_the_meta_device_and_names(captured_once):
     """A state_dict holds the model's own parameters, one mask per weight, and no teacher."""
     found = captured_once("gpt2")
-    sparse = sf.prepare(found.model, found.example, sf.paper_preset(10))
+    sparse = sf.prepare(found.model, found.example, sf.annealed_preset(10))
     masks = {k for k in sparse.state_dict() if k.endswith("_mask")}
     assert masks == {f"graph.{fqn}_mask" for fqn in found.weights}
     assert len([p for p in sparse.parameters()]) == len(list(found.model.parameters()))
@@ -400,8 +400,8 @@ def test_to_the_meta_device_and_names(captured_once):
 @pytest.mark.parametrize("features", ["squarehead", "tinybert", "mobilebert"])
 def test_features_are_distilled_beside_the_logits(tiny, features):
     found = tiny("llama")
-    plain, batch = found.sparse(sf.paper_preset(10)), found.batch()
-    sparse = found.sparse(sf.paper_preset(10), Distillation(features=features, feature_weight=0.5))
+    plain, batch = found.sparse(sf.annealed_preset(10)), found.batch()
+    sparse = found.sparse(sf.annealed_preset(10), Distillation(features=features, feature_weight=0.5))
     equal = sparse.train()(**batch).loss
     torch.testing.assert_close(equal, plain.train()(**batch).loss)  # the student is the teacher still
     for model in (plain, sparse):
@@ -418,7 +418,7 @@ def test_features_are_distilled_beside_the_logits(tiny, features):
 
 def test_features_alone_need_a_teacher_too(tiny):
     found = tiny("llama")
-    sparse = found.sparse(sf.paper_preset(10), Distillation(task=0.0, kl=0.0, features="squarehead"))
+    sparse = found.sparse(sf.annealed_preset(10), Distillation(task=0.0, kl=0.0, features="squarehead"))
     sparse.train()(**found.batch()).loss.backward()
     with pytest.raises(SparseForgeError, match="compile=False"):
         sparse.compile()
@@ -426,6 +426,6 @@ def test_features_alone_need_a_teacher_too(tiny):
 
 def test_features_are_not_looked_at_in_eval_mode(tiny):
     found = tiny("llama")
-    sparse = found.sparse(sf.paper_preset(10), Distillation(features="tinybert")).eval()
+    sparse = found.sparse(sf.annealed_preset(10), Distillation(features="tinybert")).eval()
     loss = sparse(**found.batch()).loss
-    torch.testing.assert_close(loss, found.sparse(sf.paper_preset(10)).eval()(**found.batch()).loss)
+    torch.testing.assert_close(loss, found.sparse(sf.annealed_preset(10)).eval()(**found.batch()).loss)

@@ -15,7 +15,8 @@ from transformers import BatchEncoding
 from two_processes import run_two
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.soft_mask import SparseForgeConfig, tuned_preset
+from sparseforge_fx.methods.presets import alps_kd_preset
+from sparseforge_fx.methods.soft_mask import SparseForgeConfig
 from sparseforge_fx.pattern import Pattern, check_pattern
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.prepare import finalize, prepare
@@ -23,7 +24,7 @@ from sparseforge_fx.training.train import MasterWeights, Optimization, train, wo
 
 QUIET = {"show_progress": False, "compile": False}
 DENSE = SparseForgeConfig(steps=12, heat_end=0.3, quench_end=0.7, masked_decay=1e-3)
-OBS = tuned_preset(12, start="sparsegpt", softness_start=0.6, heat_end=0.0, quench_end=0.5)
+OBS = alps_kd_preset(12, start="sparsegpt", softness_start=0.6, heat_end=0.0, quench_end=0.5)
 
 
 class Killed(BaseException):

@@ -207,7 +207,7 @@ def test_buffers_that_the_graph_writes():
 def test_the_teacher_is_the_copy(tiny):
     """Beside the teacher no second copy of the weights is made."""
     found = tiny("llama")
-    model, sparse = found.model, found.sparse(sf.paper_preset(4))
+    model, sparse = found.model, found.sparse(sf.annealed_preset(4))
     teacher = {id(t) for t in sparse.teacher.module.parameters()}
     assert all(id(copy_) in teacher for _, copy_ in sparse.copies())
     assert {id(p) for p, _ in sparse.copies()} == {id(p) for p in model.parameters() if p.requires_grad}
