@@ -7,16 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: name -> what sf.sparsify is called with; the first four say most
+#: name -> what sf.sparsify is called with; the first four say most. No branch beside the weights: all are plain 2:4
 METHODS: dict[str, dict[str, Any]] = {
     "alps+kd": {"method": "sparseforge", "start": "alps"},
-    "paper-activation": {"method": "sparseforge", "preset": "paper", "curvature": "activation"},
+    "paper-activation": {"method": "sparseforge", "preset": "paper", "curvature": "activation", "slorb_block": 0},
     "ast": {"method": "ast"},
     "dense": {
         "method": "sr-ste",
         "pattern": "0.0000001%",
     },  # the same loop and loss, and a share that rounds to nothing
-    "paper-gauss-newton": {"method": "sparseforge", "preset": "paper", "curvature": "gauss_newton"},
+    "paper-gauss-newton": {"method": "sparseforge", "preset": "paper", "curvature": "gauss_newton", "slorb_block": 0},
+    "annealed": {"method": "sparseforge", "preset": "annealed"},
     "sparsegpt+kd": {"method": "sparseforge", "start": "sparsegpt"},
     "cast": {"method": "cast"},
     "sr-ste": {"method": "sr-ste"},

@@ -60,7 +60,7 @@ class TrainedConfig(MethodConfig, ABC):
         if self.reorder and not (self.starts_fixed and self.start in ("sparsegpt", "alps")):
             raise SparseForgeError(
                 "reorder is for masks that are final from the start on, from sparsegpt or alps: take sparseforge's "
-                "preset tuned with quench_end=0"
+                "preset alps+kd with quench_end=0"
             )
 
     @property

@@ -21,7 +21,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, all_patterns, from_groups, hard_mask, to_groups
-from sparseforge_fx.ranges import AtLeastZero, Positive, Share
+from sparseforge_fx.ranges import AtLeastZero, CountFromZero, Positive, Share
 
 
 class LearnedMasks(TrainedMethod):
@@ -29,7 +29,7 @@ class LearnedMasks(TrainedMethod):
 
     def __init__(self, config: TrainedConfig, weights: Sequence[MaskedWeight]):
         super().__init__(config, weights)
-        self.generator = torch.Generator().manual_seed(config.steps)
+        self.generator = torch.Generator().manual_seed(config.seed)  # type: ignore[attr-defined]
         self.logits: dict[str, nn.Parameter] = {}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -99,6 +99,7 @@ class MaskLLMConfig(TrainedConfig):
             both go linearly.
         keep_large: factor on sum (w m)^2, which the loss rewards (eq. 8).
         lr_scale: the logits' learning rate, as a multiple of the run's.
+        seed: of the first logits and of all masks that are drawn; a recipe gives its own.
     """
 
     trains_weights: ClassVar[bool] = False
@@ -113,6 +114,7 @@ class MaskLLMConfig(TrainedConfig):
     scale_end: Positive = 500.0
     keep_large: AtLeastZero = 1e-5
     lr_scale: Positive = 1.0
+    seed: CountFromZero = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,6 +216,7 @@ class MaskProConfig(TrainedConfig):
         certainty: the first mask's logits, the others' being 0.
         memory: of the moving average of the loss residual.
         logit_lr: learning rate of the plain gradient step; the run's own rate gives its course only.
+        seed: of all masks that are drawn; a recipe gives its own.
     """
 
     trains_weights: ClassVar[bool] = False
@@ -224,6 +227,7 @@ class MaskProConfig(TrainedConfig):
     certainty: AtLeastZero = 10.0
     memory: Share = 0.99
     logit_lr: Positive = 50.0
+    seed: CountFromZero = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ import yaml
 
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.methods.base import TrainedConfig
-from sparseforge_fx.methods.catalog import configure, find_beside, find_name, find_preset
+from sparseforge_fx.methods.catalog import configure, find_beside, find_name, find_options, find_preset
 from sparseforge_fx.methods.config import Beside, MethodConfig
 from sparseforge_fx.pattern import AnyPattern
 from sparseforge_fx.plans import Plan
@@ -61,7 +61,7 @@ class Recipe:
             the start, in parts where they harden by and by; at zero after ``sparsegpt`` or ``alps``, whose survivors
             took it over.
         calibration: sequences (of the training data) that a layer-wise start or method sees.
-        seed: of data order and sampling.
+        seed: of data order and sampling, and of the masks of a method that draws them.
     """
 
     model: str | None = None
@@ -151,7 +151,8 @@ class Recipe:
         else:
             length = {} if find_preset(name, self.preset) is None else {"steps": steps or self.steps or STEPS}
             pattern = "2:4" if self.pattern is None else self.pattern
-            config = configure(name, **length, preset=self.preset, pattern=pattern, **self.options)
+            drawn: dict[str, Any] = {"seed": self.seed} if "seed" in find_options(name) else {}
+            config = configure(name, **length, preset=self.preset, pattern=pattern, **{**drawn, **self.options})
         if not has_data and name != "magnitude":
             raise SparseForgeError(
                 f"method {name} needs data: pass text, tokens or batches, or data='self' for a language model"

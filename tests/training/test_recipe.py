@@ -7,6 +7,7 @@ import yaml
 import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.catalog import METHODS, ONE_SHOT, configure
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.recipe import FILE, Recipe, parse_tokens
@@ -187,3 +188,19 @@ def test_a_dtype_that_is_not_the_models_is_said():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
     report = sf.sparsify(model, recipe=Recipe(dtype="bfloat16"), example_inputs=torch.randn(2, 8)).report
     assert "dtype bfloat16 is for the command line: the model given computes in torch.float32" in report["notes"]
+
+
+@pytest.mark.parametrize("method", ["maskllm", "maskpro"])
+def test_masks_that_are_drawn_are_drawn_by_the_recipes_seed(method):
+    """Three seeds once shared all draws, and their spread was that of the data alone."""
+    assert Recipe(method=method, steps=3, seed=7).config(True).seed == 7
+    assert Recipe(method=method, steps=3, seed=7, options={"seed": 5}).config(True).seed == 5
+    unsure = {"certainty": 0.0} if method == "maskpro" else {}
+    net, weights = torch.nn.Linear(64, 64), {}
+    for seed in (0, 1, 0):
+        config = Recipe(method=method, steps=3, seed=seed, options=unsure).config(True)
+        w = MaskedWeight("weight", net.weight, torch.ones(64, 64), 1)
+        learned = config.build([w])
+        learned.advance(0.3)
+        weights.setdefault(seed, []).append(w.mask.clone())
+    assert torch.equal(*weights[0]) and not torch.equal(weights[0][0], weights[1][0])
