@@ -66,14 +66,17 @@ def anneal(
             written += sparse.copies()
             if calibrated is not None and not (path and path.exists()):
                 clock = time.monotonic()
-                report["layer_notes"] = sparse.calibrate(calibrated)
-                report["calibration_sequences"] = sum(count_rows(b) for b in calibrated)
-                report["calibration_seconds"] = time.monotonic() - clock
+                sparse.start_report = {
+                    "layer_notes": sparse.calibrate(calibrated),
+                    "calibration_sequences": sum(count_rows(b) for b in calibrated),
+                    "calibration_seconds": time.monotonic() - clock,
+                }
             report["passes"] = [r._asdict() for r in sparse.pass_records]
             curves = train(
                 sparse, run.batches, sparse.trainable(), how_weights_move, state_path=path,
                 run=identity, accelerator=accelerator, **how,
             )  # fmt: skip
+            report |= sparse.start_report  # after training: a run that goes on has read it with its state
             report["notes"] += [n for n in sparse.reader.notes if n not in report["notes"]]
             finalize(sparse)
         finally:

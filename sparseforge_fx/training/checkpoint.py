@@ -16,7 +16,7 @@ import torch
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import new_file
 
-FORMAT, VERSION = "sparseforge-fx training state", 3
+FORMAT, VERSION = "sparseforge-fx training state", 4
 MARK = b"sparseforge-fx SHA-256"
 _TAIL = len(MARK) + hashlib.sha256().digest_size
 

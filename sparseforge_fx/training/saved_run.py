@@ -36,6 +36,7 @@ def state_of(
         "optimizer": optimizer.state_dict(),
         "method": sparse.method.state(),
         "handed_over": sparse.handed_over,
+        "start": sparse.start_report,
         "scales": {} if sparse.on_grid is None else sparse.on_grid.scales,
         "curves": curves,
     }
@@ -63,6 +64,7 @@ def restore(
             )
     for name in ("masters", "masks", "step", "handed_over", "scales"):
         _refuse(misfit(state[name], mine[name], name))
+    _refuse(_wrong_start(state["start"]))
     sparse.method.check_state(state["method"])
     _refuse(_wrong_progress(state, sparse.method.steps) or _wrong_optimizer(state["optimizer"], optimizer))
     sparse.method.load_state(state["method"])
@@ -75,6 +77,7 @@ def restore(
         w.mask.copy_(masks[w.fqn])
     optimizer.load_state_dict(state["optimizer"])
     sparse.steps_done, sparse.handed_over = state["step"], state["handed_over"]
+    sparse.start_report = state["start"]
     return state["step"], list(state["curves"])
 
 
@@ -98,6 +101,15 @@ def _check_run(saved: Any, mine: dict[str, Any]) -> None:
 
 #: entries of ``run`` that say nothing to a reader but whether they are the same
 HASHES = ("weights", "data")
+
+
+def _wrong_start(start: Any) -> str | None:
+    """What is wrong with the report of a layer-wise start."""
+    wanted = {"layer_notes": {}, "calibration_sequences": 0, "calibration_seconds": 0.0}
+    notes = start.get("layer_notes") if isinstance(start, dict) else None
+    if isinstance(notes, dict) and all(type(v) is str for pair in notes.items() for v in pair):
+        return misfit(start | {"layer_notes": {}}, wanted, "start")
+    return None if start == {} else "start is no report of a layer-wise start"
 
 
 def _wrong_progress(state: dict[str, Any], steps: int) -> str | None:

@@ -77,6 +77,7 @@ class SparseModel(TrainerSurface):
             self.method = config.build(weights)
         form = format_of(config.values)
         self.on_grid = OnGrid(weights, form) if form.is_quantized else None
+        self.start_report: dict[str, Any] = {}  # of a layer-wise start; saved with the run
         self.steps_done = 0
         self.last_loss: Loss | None = None
         self.optimized = False

@@ -134,7 +134,7 @@ def _drop(*way):
 EDITS = {f"no {key}": _drop(key) for key in ("run", "step", "masters", "masks", "optimizer", "method", "curves")}
 EDITS |= {
     f"{key} is {kind}": _replace(key, by=lambda _, v=value: copy.deepcopy(v))
-    for key in ("run", "step", "masters", "masks", "optimizer", "method", "handed_over", "scales", "curves")
+    for key in ("run", "step", "masters", "masks", "optimizer", "method", "handed_over", "start", "scales", "curves")
     for kind, value in {"none": None, "text": "x", "a list": [1]}.items()
 }
 EDITS |= {
@@ -167,6 +167,8 @@ EDITS |= {
     "no config": _drop("method", "config"),
     "config of a stranger": _replace("method", "config", by=lambda _: "x"),
     "held is a list": _replace("method", "held", by=lambda _: []),
+    "a start without seconds": _replace("start", by=lambda _: {"layer_notes": {}, "calibration_sequences": 3}),
+    "a note of a number": _replace("start", by=lambda s: {**s, "layer_notes": {"w": 3}}),
     "a curve less": _drop("curves", 0),
     "a curve of text": _replace("curves", 0, by=lambda row: {**row, "loss": "x"}),
 }
