@@ -57,6 +57,7 @@ class TrainedConfig(MethodConfig, ABC):
                 "alps+kd with quench_end=0, or round after training: sf.quantize"
             )
 
+        self.check_reorder(self.reorder)
         if self.reorder and not (self.starts_fixed and self.start in ("sparsegpt", "alps")):
             raise SparseForgeError(
                 "reorder is for masks that are final from the start on, from sparsegpt or alps: take sparseforge's "

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_type_hints
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
+from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, Pattern
 from sparseforge_fx.ranges import check_numbers
 
 
@@ -46,6 +46,11 @@ class MethodConfig:
         """Raise a SparseForgeError unless the field has one of the allowed values."""
         if getattr(self, name) not in allowed:
             raise SparseForgeError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+    def check_reorder(self, reorder: bool) -> None:
+        """Raise a SparseForgeError where groups are asked to lose less and the pattern has none."""
+        if reorder and not isinstance(self.pattern, Pattern):
+            raise SparseForgeError(f"reorder is about the groups of N:M, and {self.pattern} has none: leave it out")
 
     def describe(self) -> dict[str, Any]:
         """As plain values, for the report."""

@@ -102,6 +102,8 @@ class _Moves:
             if len(names := {part.fqn for part in found.columns}) == 1:
                 self.sets.setdefault(names.pop(), []).append(found)
         self.notes: dict[str, str] = {}
+        if not self.sets:
+            self.notes[next(iter(weights))] = "reorder changes nothing: no channels of this graph may change places"
 
     def __call__(self, name: str, moments: Tensor) -> Tensor | None:
         w = self.weights[name]

@@ -53,6 +53,7 @@ class LayerwiseConfig(MethodConfig, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.choose("values", get_args(Values))
+        self.check_reorder(self.reorder)
 
     @abstractmethod
     def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:

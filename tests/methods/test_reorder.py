@@ -105,6 +105,14 @@ def test_masks_that_are_not_final_refuse_it(options):
         sf.sparsify(build("llama"), text(), steps=2, reorder=True, **options)
 
 
+def test_an_order_that_cannot_be_is_said():
+    with pytest.raises(SparseForgeError, match="reorder is about the groups of N:M, and 50% has none"):
+        sf.sparsify(build("llama"), text(), method="wanda", pattern="50%", reorder=True)
+    net = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 8), nn.LayerNorm(8))
+    report = sf.sparsify(net, [torch.randn(9, 16)], method="wanda", reorder=True).report
+    assert report["layer_notes"]["0.weight"].startswith("reorder changes nothing")
+
+
 def test_a_failure_half_way_leaves_every_bias_as_it_was(monkeypatch):
     model = build("opt")
     before = {fqn: value.clone() for fqn, value in model.state_dict().items()}
