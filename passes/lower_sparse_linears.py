@@ -18,7 +18,10 @@ def keep_dense(program: Program, sites: Sequence[LinearSite]) -> list[LinearSite
     """The sites, in place, with a reason on those whose weight cannot be packed."""
     for site in eligible(sites):
         weight = program.tensor(site.fqn).detach()
-        site.reason = why_dense(weight.t() if site.transposed else weight)
+        if site.experts is not None:
+            site.reason = "experts stay dense: there is no packed operator for a stack yet"
+        else:
+            site.reason = why_dense(weight.t() if site.transposed else weight)
     return list(sites)
 
 

@@ -7,7 +7,7 @@ What is alive at one point of the graph is all the memory that it takes, whateve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,40 @@ from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.padding import mask_names, real_rows
 
 #: called at the first use of a weight, before the node runs, with its name, [in, in] X^T X / tokens and, in a walk with
-#: a twin, Z^T X / tokens, Z being what the twin sees; may write the weight
+#: a twin, Z^T X / tokens, Z being what the twin sees; may write the weight. Of a stack, for one expert after the other,
+#: with ``expert=`` an :class:`Expert`
 Visit = Callable[..., None]
+
+
+class Read(NamedTuple):
+    """How a node multiplies by a weight.
+
+    Attributes:
+        name: the weight's.
+        input: argument index of the node's input.
+        expert: of a stack, the matrix that the node reads; None: all of them, or no stack.
+        offsets: argument index of where the rows of each expert end.
+        experts: of a node that reads all of a stack, how many there are.
+    """
+
+    name: str
+    input: int
+    expert: int | None = None
+    offsets: int | None = None
+    experts: int | None = None
+
+
+class Expert(NamedTuple):
+    """Whose inputs a visit tells of: the index in its stack, and how many tokens it saw."""
+
+    index: int
+    tokens: int
 
 
 @torch.no_grad()
 def layer_by_layer(
     module: GraphModule,
-    weights: Mapping[Node, tuple[str, int]],
+    weights: Mapping[Node, Read | tuple[str, int]],
     batches: Sequence,
     visit: Visit,
     twin: Mapping[str, Tensor] | None = None,
@@ -36,8 +62,8 @@ def layer_by_layer(
 
     Args:
         module: a flat GraphModule (``Program.module()``).
-        weights: node that multiplies by a weight -> (the weight's name, argument index of the node's input).
-            A weight with several nodes is visited at the first.
+        weights: node that multiplies by a weight -> how (:class:`Read`, or its first two fields). A weight, or a
+            matrix of a stack, with several nodes is visited at the first.
         batches: the calibration inputs: Readings, whose padding does not count, or any form that the model takes.
         twin: weights by name with which the same graph runs beside, unvisited: what the visits move away from. It
             doubles work and memory.
@@ -51,7 +77,7 @@ def layer_by_layer(
     twins = [_Held(module, twin) for _ in batches] if twin is not None else []
     feeds = [iter(inputs) for inputs in (flat + flat if twins else flat)]
     last = _last_uses(module)
-    seen: set[str] = set()
+    seen: set[tuple[str, int | None]] = set()
     moments: dict[Node, list[Tensor]] = {}
     blind: set[Node] = set()
     for run in runs + twins:
@@ -59,21 +85,34 @@ def layer_by_layer(
     for step in _steps(module.graph):
         leave = dict(_pairs(step))
         for node in step:
-            if node in weights and weights[node][0] not in seen:
-                name, index = weights[node]
-                seen.add(name)
-                source = node.args[index]
-                assert isinstance(source, Node)
-                if source not in moments:
-                    see = _seen_by(step, leave, node, source)
-                    found = [map(see, group) for group in (runs, twins) if group]
-                    masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
-                    moments[source], known = _second_moments(found, masks)
-                    if not known:
-                        blind.add(source)
-                if source in blind:
-                    padded.add(name)
-                visit(name, *moments[source])
+            if node not in weights or ((read := Read(*weights[node])).name, read.expert) in seen:
+                continue
+            seen.add((read.name, read.expert))
+            source = node.args[read.input]
+            assert isinstance(source, Node)
+            masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
+            see = _seen_by(step, leave, node, source)
+            if read.experts is not None:
+                padded |= {read.name} if any(m is not None and not bool(m.all()) for m in masks) else set()
+                ends = node.args[read.offsets] if read.offsets is not None else None
+                for e in range(read.experts):
+                    rows = [_rows_of(see(run), None if ends is None else run.env[ends], e) for run in runs]
+                    found, _ = _second_moments([rows], [None] * len(rows))
+                    visit(read.name, *found, expert=Expert(e, sum(map(len, rows))))
+                continue
+            if source not in moments:
+                inputs = [map(see, group) for group in (runs, twins) if group]
+                moments[source], known = _second_moments(inputs, masks)
+                if not known:
+                    blind.add(source)
+            if source in blind:
+                padded.add(read.name)
+            if read.expert is None:
+                visit(read.name, *moments[source])
+            else:
+                visit(
+                    read.name, *moments[source], expert=Expert(read.expert, sum(see(r)[..., 0].numel() for r in runs))
+                )
         for index, (run, feed) in enumerate(zip(runs + twins, feeds, strict=True)):
             try:
                 _run(run, step, leave, feed)
@@ -170,6 +209,14 @@ def _look_ahead(run: Interpreter, step: Sequence[Node], leave: Mapping[Node, Nod
     _run(run, step, leave, iter(()), until=(node, lambda: found.append(_plain(run.env[source]))))
     run.env = env
     return found[0]
+
+
+def _rows_of(x: Tensor, ends: Tensor | None, expert: int) -> Tensor:
+    """The rows of one expert [rows, in]; where every expert gets all tokens, those that are not zero."""
+    if ends is None:
+        return x[expert][x[expert].any(-1)]
+    start, end = [0, *ends.tolist()][expert : expert + 2]
+    return x[start:end]
 
 
 def _plain(value: Tensor) -> Tensor:

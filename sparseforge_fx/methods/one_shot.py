@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparseforge_fx.methods.alps import prune_alps
 from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.methods.experts import EXPERT_TOKENS
 from sparseforge_fx.methods.layerwise import LayerSolution
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.rounding import Values
@@ -43,9 +44,11 @@ class LayerwiseConfig(MethodConfig, ABC):
     Attributes:
         values: what the survivors are kept in. Unless ``float``, a second walk over the same data puts the weights on
             that grid (methods/rounding.py).
+        expert_tokens: an expert of a mixture that saw fewer calibration tokens is pruned by magnitude.
     """
 
     values: Values = field(default="float", kw_only=True)
+    expert_tokens: Count = field(default=EXPERT_TOKENS, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

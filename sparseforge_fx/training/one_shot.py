@@ -12,9 +12,10 @@ from sparseforge_fx.data.batches import count_rows
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LayerwiseConfig, magnitude
-from sparseforge_fx.methods.rounding import format_of
+from sparseforge_fx.methods.rounding import format_of, why_not_rounded
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import harden_passes, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -37,12 +38,18 @@ def prune_once(
     )  # fmt: skip
     report["config"] = config.describe()
     report["calibration_sequences"] = sum(count_rows(b) for b in batches or ())
-    report["layer_notes"], scales = _prune(run, config, [run.reader.read(*as_call(b)) for b in batches or ()])
+    experts = Experts(config.pattern, getattr(config, "expert_tokens", 0))
+    readings = [run.reader.read(*as_call(b)) for b in batches or ()]
+    report["layer_notes"], scales = _prune(run, config, readings, experts)
+    if experts.tokens:
+        report["expert_tokens"] = experts.tokens
     return scales
 
 
 @torch.no_grad()
-def _prune(run: Run, config: MethodConfig, batches: list[Reading]) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _prune(
+    run: Run, config: MethodConfig, batches: list[Reading], experts: Experts
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     masked, _ = run_passes(run.program, train_passes(run.sites))
     weights = [
         MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim)
@@ -52,9 +59,9 @@ def _prune(run: Run, config: MethodConfig, batches: list[Reading]) -> tuple[dict
     scales: dict[str, Tensor] = {}
     with undone_on_error(weights):
         if isinstance(config, LayerwiseConfig):
-            notes = prune_layer_by_layer(masked, weights, batches, config.solve)
+            notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts)
             format = format_of(config.values)
-            against = {s.fqn: format.why_not(s.in_features) for s in eligible(run.sites)}
+            against = {s.fqn: why_not_rounded(s.experts, s.in_features, format) for s in eligible(run.sites)}
             fitting = {fqn: format for fqn, reason in against.items() if reason is None}
             if format.is_quantized:
                 rounded, told = round_layer_by_layer(masked, weights, batches, fitting)

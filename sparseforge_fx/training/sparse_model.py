@@ -17,6 +17,7 @@ from sparseforge_fx.graph.compile import compile_repeated_blocks
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.rounding import format_of
@@ -76,6 +77,7 @@ class SparseModel(TrainerSurface):
             self.method = config.build(weights)
         form = format_of(config.values)
         self.on_grid = OnGrid(weights, form) if form.is_quantized else None
+        self.expert_tokens: dict[str, list[int]] = {}  # of stacks, what each expert saw in :meth:`calibrate`
         self.steps_done = 0
         self.last_loss: Loss | None = None
         self.optimized = False
@@ -166,9 +168,11 @@ class SparseModel(TrainerSurface):
         """Set weights and masks to the layer-wise solution on ``batches`` that ``config.start`` names."""
         readings = [self.reader.read(*as_call(batch)) for batch in batches]
         weights = self.method.weights
-        solve = LAYERWISE[self.method.config.start](self.method.config.pattern).solve
+        config = LAYERWISE[self.method.config.start](self.method.config.pattern)
+        experts = Experts(config.pattern, config.expert_tokens)
         with undone_on_error(weights) as dense, low_rank.handed_over(self.branches, self._hands_over):
-            notes = prune_layer_by_layer(self.program, weights, readings, solve)
+            notes = prune_layer_by_layer(self.program, weights, readings, config.solve, experts)
+            self.expert_tokens = experts.tokens
             # survivors that took over what was pruned leave nothing to the branches
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
             self.handed_over = moved and self.method.config.prunes_on_the_way
