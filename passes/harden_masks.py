@@ -67,6 +67,5 @@ def _dense_stack(program: Program, node: Node) -> Node:
     x, weight, _, offsets, bias, _, transposed, plain = node.args
     insert = partial(program.insert_before, node)
     stack = weight if transposed else insert(aten.transpose.int, weight, -2, -1)
-    operands = (x, stack) if bias is None else (bias, x, stack)
-    operands += () if offsets is None else (offsets,)
+    operands = [operand for operand in (bias, x, stack, offsets) if operand is not None]
     return insert(operator_of(str(plain)), *operands, value=node.meta["val"])

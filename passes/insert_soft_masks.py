@@ -4,6 +4,7 @@ mask buffer per weight."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.export.graph_signature import InputKind
@@ -43,8 +44,8 @@ def insert_soft_masks(program: Program, sites: Sequence[LinearSite]) -> PassResu
                 rewrite_stack_use(program, use, EXPERTS_OP, *tail)
             else:
                 if use.expert is not None:
-                    node = program.node(use.node)
-                    tail = tuple(program.insert_before(node, aten.select.int, t, 0, use.expert) for t in tail)
+                    take = partial(program.insert_before, program.node(use.node), aten.select.int)
+                    tail = (take(tail[0], 0, use.expert), take(tail[1], 0, use.expert))
                 rewrite_use(program, use, OP, lambda x, bias, use=use, tail=tail: (x, *tail, bias, None, use.swapped))
             modified += 1
         for fqn in (site.fqn, *site.ties):

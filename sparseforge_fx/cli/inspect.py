@@ -66,9 +66,9 @@ def inspect(
     table = Table(title=f"{model}: {len(found['sites'])} eligible linears", title_justify="left")
     for name in ("weights", "count", "out x in", "parameters", "bf16", str(shape)):
         table.add_column(name, justify="left" if name == "weights" else "right", overflow="fold")
-    for (name, *shape), group in grouped(found["sites"], lambda s: (s.get("experts", 1), s["out"], s["in"])).items():
-        numel = math.prod(shape) * len(group)
-        shown = " x ".join(map(str, shape[shape[0] == 1 :]))
+    for (name, *sizes), group in grouped(found["sites"], lambda s: (s.get("experts", 1), s["out"], s["in"])).items():
+        numel = math.prod(sizes) * len(group)
+        shown = " x ".join(map(str, sizes[sizes[0] == 1 :]))
         size = numel * BF16_BYTES
         table.add_row(name, str(len(group)), shown, f"{numel:,}", readable_bytes(size), readable_bytes(size * factor))
     console.print(table)

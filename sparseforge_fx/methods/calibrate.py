@@ -44,9 +44,9 @@ class Read(NamedTuple):
 
 
 class Expert(NamedTuple):
-    """Whose inputs a visit tells of: the index in its stack, and how many tokens it saw."""
+    """Whose inputs a visit tells of: the place in its stack, and how many tokens it saw."""
 
-    index: int
+    place: int
     tokens: int
 
 
@@ -94,7 +94,7 @@ def layer_by_layer(
             see = _seen_by(step, leave, node, source)
             if read.experts is not None:
                 padded |= {read.name} if any(m is not None and not bool(m.all()) for m in masks) else set()
-                ends = node.args[read.offsets] if read.offsets is not None else None
+                ends: Any = node.args[read.offsets] if read.offsets is not None else None
                 for e in range(read.experts):
                     rows = [_rows_of(see(run), None if ends is None else run.env[ends], e) for run in runs]
                     found, _ = _second_moments([rows], [None] * len(rows))

@@ -33,7 +33,7 @@ class Experts:
         enough = expert.tokens >= self.fewest
         if not enough:
             told = f"saw fewer than {self.fewest} calibration tokens: pruned by magnitude"
-            self.notes.setdefault(name, {}).setdefault(told, []).append(expert.index)
+            self.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)
         return enough
 
     def told(self) -> dict[str, str]:

@@ -77,7 +77,7 @@ def prune_layer_by_layer(
     experts = Experts() if experts is None else experts
 
     def visit(name: str, moments: Tensor, expert: Expert | None = None) -> None:
-        value, mask = by_name[name].oriented(None if expert is None else expert.index)
+        value, mask = by_name[name].oriented(None if expert is None else expert.place)
         if expert is not None and not experts.see(name, expert):
             mask.copy_(hard_mask(value.abs(), experts.pattern))
             value.mul_(mask)
@@ -87,7 +87,7 @@ def prune_layer_by_layer(
         mask.copy_(result.mask)
         told = "; ".join(filter(None, (result.note, tell_unseen(moments))))
         if told and expert is not None:
-            experts.notes.setdefault(name, {}).setdefault(told, []).append(expert.index)
+            experts.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)
         elif told:
             notes[name] = told
 
