@@ -18,6 +18,7 @@ from sparseforge_fx.data.reading import Reading, call_signature
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.padding import mask_names, real_rows
+from sparseforge_fx.methods.every_token import CannotTell, inputs_of_expert, kept_for
 
 #: called at the first use of a weight, before the node runs, with its name, [in, in] X^T X / tokens and, in a walk with
 #: a twin, Z^T X / tokens, Z being what the twin sees; may write the weight. Of a stack, for one expert after the other,
@@ -57,6 +58,7 @@ def layer_by_layer(
     batches: Sequence,
     visit: Visit,
     twin: Mapping[str, Tensor] | None = None,
+    every_token: bool = False,
 ) -> set[str]:
     """Run ``batches`` through ``module`` in lock step and ``visit`` each weight with its inputs' second moments.
 
@@ -67,6 +69,8 @@ def layer_by_layer(
         batches: the calibration inputs: Readings, whose padding does not count, or any form that the model takes.
         twin: weights by name with which the same graph runs beside, unvisited: what the visits move away from. It
             doubles work and memory.
+        every_token: experts of stacks are told of as if every token came to each of them, where the graph lets that
+            be computed (methods/every_token.py); what goes on through the graph is routed as ever.
 
     Returns the names of weights in whose moments padding counts, because their inputs are not the batch's positions.
     """
@@ -76,7 +80,7 @@ def layer_by_layer(
     runs = [_Held(module, {}) for _ in batches]
     twins = [_Held(module, twin) for _ in batches] if twin is not None else []
     feeds = [iter(inputs) for inputs in (flat + flat if twins else flat)]
-    last = _last_uses(module)
+    last = _last_uses(module, kept_for(weights) if every_token else {})
     seen: set[tuple[str, int | None]] = set()
     moments: dict[Node, list[Tensor]] = {}
     blind: set[Node] = set()
@@ -93,10 +97,12 @@ def layer_by_layer(
             masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
             see = _seen_by(step, leave, node, source)
             if read.experts is not None:
-                padded |= {read.name} if any(m is not None and not bool(m.all()) for m in masks) else set()
                 ends: Any = node.args[read.offsets] if read.offsets is not None else None
                 for e in range(read.experts):
-                    rows = [_rows_of(see(run), None if ends is None else run.env[ends], e) for run in runs]
+                    rows = _inputs_of_all(runs, node, e, masks) if every_token else None
+                    if rows is None:
+                        padded |= {read.name} if any(m is not None and not bool(m.all()) for m in masks) else set()
+                        rows = [_rows_of(see(run), None if ends is None else run.env[ends], e) for run in runs]
                     found, _ = _second_moments([rows], [None] * len(rows))
                     visit(read.name, *found, expert=Expert(e, sum(map(len, rows))))
                 continue
@@ -219,6 +225,17 @@ def _rows_of(x: Tensor, ends: Tensor | None, expert: int) -> Tensor:
     return x[start:end]
 
 
+def _inputs_of_all(
+    runs: Sequence[Interpreter], node: Node, expert: int, masks: Sequence[Tensor | None]
+) -> list[Tensor] | None:
+    """The real rows of every run if all went to one expert; None where that cannot be told."""
+    try:
+        found = [inputs_of_expert(run, node, expert) for run in runs]
+    except CannotTell:
+        return None
+    return [x if (rows := real_rows(x, mask)) is None else rows for x, mask in zip(found, masks, strict=True)]
+
+
 def _plain(value: Tensor) -> Tensor:
     while torch._C._functorch.is_batchedtensor(value):
         level = torch._C._functorch.maybe_get_level(value)
@@ -251,11 +268,11 @@ def _flatten(module: GraphModule, batch: Any) -> list:
     return pytree.tree_leaves((args, {k: kwargs[k] for k in names} if kwargs else {}))
 
 
-def _last_uses(module: GraphModule) -> dict[Node, list[Node]]:
+def _last_uses(module: GraphModule, kept: Mapping[Node, list[Node]]) -> dict[Node, list[Node]]:
     last: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
     for node in reversed(module.graph.nodes):
-        for used in node.all_input_nodes:
+        for used in (*node.all_input_nodes, *kept.get(node, ())):
             if used not in seen:
                 seen.add(used)
                 last.setdefault(node, []).append(used)

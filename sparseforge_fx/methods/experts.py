@@ -19,11 +19,13 @@ class Experts:
     Attributes:
         pattern: of those that are pruned by magnitude.
         fewest: tokens that an expert must have seen for its data to decide.
+        every_token: each expert is told of as if every token came to it.
         tokens: by weight, what each expert saw; filled by the walk.
     """
 
     pattern: AnyPattern = TWO_FOUR
     fewest: int = EXPERT_TOKENS
+    every_token: bool = False
     tokens: dict[str, list[int]] = field(default_factory=dict)
     notes: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # by weight: sentence -> experts
 

@@ -92,7 +92,7 @@ def prune_layer_by_layer(
             notes[name] = told
 
     module = program.module()
-    padded = layer_by_layer(module, _uses(module, by_name), batches, visit)
+    padded = layer_by_layer(module, _uses(module, by_name), batches, visit, every_token=experts.every_token)
     notes |= experts.told()
     _add_padded(notes, padded)
     return notes

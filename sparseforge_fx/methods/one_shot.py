@@ -45,10 +45,12 @@ class LayerwiseConfig(MethodConfig, ABC):
         values: what the survivors are kept in. Unless ``float``, a second walk over the same data puts the weights on
             that grid (methods/rounding.py).
         expert_tokens: an expert of a mixture that saw fewer calibration tokens is pruned by magnitude.
+        every_token: calibrate every expert on all tokens, not on those that are routed to it.
     """
 
     values: Values = field(default="float", kw_only=True)
     expert_tokens: Count = field(default=EXPERT_TOKENS, kw_only=True)
+    every_token: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

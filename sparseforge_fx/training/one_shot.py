@@ -38,7 +38,9 @@ def prune_once(
     )  # fmt: skip
     report["config"] = config.describe()
     report["calibration_sequences"] = sum(count_rows(b) for b in batches or ())
-    experts = Experts(config.pattern, getattr(config, "expert_tokens", 0))
+    experts = Experts(config.pattern)
+    if isinstance(config, LayerwiseConfig):
+        experts = Experts(config.pattern, config.expert_tokens, config.every_token)
     readings = [run.reader.read(*as_call(b)) for b in batches or ()]
     report["layer_notes"], scales = _prune(run, config, readings, experts)
     if experts.tokens:
