@@ -222,13 +222,23 @@ def _heads_and_routers(program: Program) -> dict[str, str]:
     chosen_by = [n.args[0] for n in program.graph.nodes if op_name(n) in SELECTORS]
     routers = _linears_before(program, [n for n in chosen_by if isinstance(n, Node)])
     ends = [found.offsets for n in program.graph.nodes if (found := stack_operands(n)) and found.offsets is not None]
-    others = _linears_before(program, ends, whatever=True)
+    others = _only_before(program, routers | _linears_before(program, ends, whatever=True))
     heads = _linears_before(program, program.graph.output_node().all_input_nodes)
     return (
         dict.fromkeys(others, "router (its output chooses the experts)")
         | dict.fromkeys(routers, "router (topk chooses by its output)")
         | dict.fromkeys(heads, "output layer (head)")
     )
+
+
+def _only_before(program: Program, names: set[str]) -> set[str]:
+    """These linears, and all others whose every reader leads to them and nowhere else: the layers of a router."""
+    found = set(names)
+    for node in reversed(program.graph.nodes):
+        readers = [n for n in node.users if not isinstance(n.meta.get("val"), torch.SymInt)]
+        if readers and all(n.name in found for n in readers):
+            found.add(node.name)
+    return found
 
 
 def _low_rank_pairs(program: Program, sites: Sequence[LinearSite]) -> dict[str, str]:
@@ -251,7 +261,7 @@ def _linears_before(program: Program, nodes: Iterable[Node], whatever: bool = Fa
             continue
         computed = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor) and a.name not in inputs]
         if whatever:
-            before = [] if op_name(node) in PRODUCTS else computed
+            before = [] if op_name(node) in PRODUCTS else [n for n in node.all_input_nodes if n.name not in inputs]
         elif op_name(node) in MOVES:
             before = node.all_input_nodes[:1]
         else:

@@ -19,9 +19,9 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.errors import SparseForgeError, one_line
-from sparseforge_fx.graph.experts import grouped_experts
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import spelled_out, unwrapped
+from sparseforge_fx.graph.grouped_experts import grouped_experts
 from sparseforge_fx.graph.modes import eval_mode
 
 
