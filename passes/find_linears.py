@@ -23,7 +23,9 @@ from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
 aten = torch.ops.aten
 
 #: elementwise functions that may follow the last linear or a router's linear, with one computed operand
-TAIL_OPS = {"add", "sub", "mul", "div", "neg", "tanh", "sigmoid", "softmax", "_softmax", "log_softmax"}
+TAIL_OPS = {
+    "add", "sub", "mul", "div", "neg", "tanh", "sigmoid", "softmax", "_softmax", "log_softmax", "softplus", "sqrt",
+}  # fmt: skip
 #: products of matrices other than linears
 PRODUCTS = {"bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "_grouped_mm", "grouped_mm_fallback"}
 #: operators that choose by the largest entry: mixtures of experts route tokens with them
@@ -222,10 +224,13 @@ def _heads_and_routers(program: Program) -> dict[str, str]:
     chosen_by = [n.args[0] for n in program.graph.nodes if op_name(n) in SELECTORS]
     routers = _linears_before(program, [n for n in chosen_by if isinstance(n, Node)])
     ends = [found.offsets for n in program.graph.nodes if (found := stack_operands(n)) and found.offsets is not None]
-    others = _only_before(program, routers | _linears_before(program, ends, whatever=True))
+    others = _only_before(program, _linears_before(program, ends, whatever=True))
+    picked = [n.args[0] for n in program.graph.nodes if op_name(n) == "gather"]
+    weighing = _linears_before(program, [n for n in picked if isinstance(n, Node)])
     heads = _linears_before(program, program.graph.output_node().all_input_nodes)
     return (
-        dict.fromkeys(others, "router (its output chooses the experts)")
+        dict.fromkeys(weighing, "router (gather picks from its output)")
+        | dict.fromkeys(others, "router (its output chooses the experts)")
         | dict.fromkeys(routers, "router (topk chooses by its output)")
         | dict.fromkeys(heads, "output layer (head)")
     )
@@ -236,7 +241,7 @@ def _only_before(program: Program, names: set[str]) -> set[str]:
     found = set(names)
     for node in reversed(program.graph.nodes):
         readers = [n for n in node.users if not isinstance(n.meta.get("val"), torch.SymInt)]
-        if readers and all(n.name in found for n in readers):
+        if node.op == "call_function" and all(n.name in found for n in readers):
             found.add(node.name)
     return found
 

@@ -45,7 +45,7 @@ LINEAR_ATTENTION = {
 OWN: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["sparse"] * 2},
     "dbrx": {
-        "d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 64, "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4},
+        "d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 64, "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "doge": {"is_moe": True, "num_experts": 16},

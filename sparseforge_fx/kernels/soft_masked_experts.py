@@ -49,7 +49,7 @@ def soft_masked_experts(
     del probe, plain
     x = x.to(weight.dtype)
     y = x.new_zeros(*x.shape[:-1], weight.shape[2 if transposed else 1])
-    for e, rows in _experts(x, offsets):
+    for e, rows in experts_with_rows(x, offsets):
         torch.mm(x[rows], _oriented(weight[e] * mask[e], transposed), out=y[rows])
     return y if bias is None else y + bias
 
@@ -77,7 +77,7 @@ def _backward(
     """Gradients of x and of the weight; empty where they are not needed."""
     grad_x = torch.zeros_like(x) if need_x else x.new_empty(0)
     grad_weight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
-    for e, rows in _experts(x, offsets):
+    for e, rows in experts_with_rows(x, offsets):
         if need_x:
             grad_x[rows] = grad[rows] @ _oriented(weight[e] * mask[e], not transposed)
         if need_weight:  # straight-through: not masked
@@ -103,7 +103,7 @@ def _curvature(grad: Tensor, x: Tensor, offsets: Tensor | None, shape: list[int]
     """What the probe of that shape gets."""
     gradient_squared, input_squared = squared(grad), squared(x)
     total = gradient_squared.new_zeros(shape)
-    for e, rows in _experts(x, offsets):
+    for e, rows in experts_with_rows(x, offsets):
         if len(shape) == 2:
             total[e] = input_squared[rows].sum(0)
         else:
@@ -117,7 +117,7 @@ def _(grad, x, offsets, shape, transposed):
     return squared(grad).new_empty(shape)
 
 
-def _experts(x: Tensor, offsets: Tensor | None) -> Iterator[tuple[int, slice | int]]:
+def experts_with_rows(x: Tensor, offsets: Tensor | None) -> Iterator[tuple[int, slice | int]]:
     """Each expert that has rows, and what of x they are."""
     if offsets is None:
         yield from ((e, e) for e in range(x.shape[0]))

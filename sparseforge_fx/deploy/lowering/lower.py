@@ -19,6 +19,7 @@ from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS, find_target
 from sparseforge_fx.kernels.packed import Packed, weight_of_values
+from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import LinearSite, deploy_passes, export_passes, find_linears, run_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -80,7 +81,8 @@ def lower_captured(
         durable: the program goes to a file: only layouts that later versions of the libraries read, too.
     """
     known = cost.check_request(tokens, table)
-    sites = sparse_sites(program)
+    find = partial(sparse_sites, experts=not (portable or durable))
+    sites = find(program)
     before = packed_weights(program)
     if not eligible(sites) and not before:
         reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
@@ -94,7 +96,7 @@ def lower_captured(
     dense_bytes = sum(s.numel * s.dtype.itemsize for s in eligible(sites)) + sum(dense for _, dense in before)
     measure = partial(cost.timings, tokens=tokens, device=device, layouts=layouts, known=known)
     choose = Gate(layouts, tokens, measure if gate and not portable else None)
-    program, records = run_passes(program, deploy_passes(sparse_sites, choose, fuse=not portable))
+    program, records = run_passes(program, deploy_passes(find, choose, fuse=not portable))
     packed = packed_weights(program)
     if portable:
         program, expanding = run_passes(program, export_passes())
@@ -134,9 +136,24 @@ def packed_weights(program: Program) -> list[tuple[PackedSite, int]]:
             "bytes": packed.nbytes,
         }
         found[values] = site, tensor.shape[0] * use.in_features * size
+    for node in program.graph.find_nodes(op="call_function", target=PACKED_EXPERTS_OP):
+        values, meta = (names[n] for n in node.args[1:3])
+        tensor, width = program.tensor(values), int(node.args[4])  # type: ignore[arg-type]
+        experts, out = tensor.shape[:2]
+        stack: PackedSite = {
+            "name": weight_of_values(values),
+            "experts": experts,
+            "out": out,
+            "in": width,
+            "format": "2:4",
+            "layout": str(node.args[3]),
+            "bytes": tensor.nbytes + program.tensor(meta).nbytes,
+        }
+        found[values] = stack, experts * out * width * tensor.itemsize
     return list(found.values())
 
 
-def sparse_sites(program: Program) -> list[LinearSite]:
-    """Every linear, the eligible ones being those whose weight is exactly 2:4, trained or frozen, head or not."""
-    return keep_dense(program, find_linears(program, include=["*"]))
+def sparse_sites(program: Program, experts: bool = False) -> list[LinearSite]:
+    """Every linear, the eligible ones being those whose weight is exactly 2:4, trained or frozen, head or not; with
+    ``experts`` stacks of them, too."""
+    return keep_dense(program, find_linears(program, include=["*"]), experts)

@@ -7,7 +7,10 @@ from typing import Any, NotRequired, TypedDict
 from sparseforge_fx.kernels.layouts import ROWS
 from sparseforge_fx.kernels.packed import Packed
 
-PackedSite = TypedDict("PackedSite", {"name": str, "out": int, "in": int, "format": str, "layout": str, "bytes": int})
+PackedSite = TypedDict(
+    "PackedSite",
+    {"name": str, "experts": NotRequired[int], "out": int, "in": int, "format": str, "layout": str, "bytes": int},
+)
 
 
 class DenseSite(TypedDict):
