@@ -97,14 +97,8 @@ def layer_by_layer(
             masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
             see = _seen_by(step, leave, node, source)
             if read.experts is not None:
-                ends: Any = node.args[read.offsets] if read.offsets is not None else None
-                for e in range(read.experts):
-                    rows = _inputs_of_all(runs, node, e, masks) if every_token else None
-                    if rows is None:
-                        padded |= {read.name} if any(m is not None and not bool(m.all()) for m in masks) else set()
-                        rows = [_rows_of(see(run), None if ends is None else run.env[ends], e) for run in runs]
-                    found, _ = _second_moments([rows], [None] * len(rows))
-                    visit(read.name, *found, expert=Expert(e, sum(map(len, rows))))
+                if not _visit_experts(read, node, runs, see, visit, masks if every_token else None):
+                    padded |= {read.name} if any(m is not None and not bool(m.all()) for m in masks) else set()
                 continue
             if source not in moments:
                 inputs = [map(see, group) for group in (runs, twins) if group]
@@ -223,6 +217,30 @@ def _rows_of(x: Tensor, ends: Tensor | None, expert: int) -> Tensor:
         return x[expert][x[expert].any(-1)]
     start, end = [0, *ends.tolist()][expert : expert + 2]
     return x[start:end]
+
+
+def _visit_experts(
+    read: Read,
+    node: Node,
+    runs: Sequence[Interpreter],
+    see: Callable[[Interpreter], Tensor],
+    visit: Visit,
+    every_token: Sequence[Tensor | None] | None,
+) -> bool:
+    """Visit one expert after the other; was padding left out?
+
+    every_token: the masks of padding where each is to be told of as if every token came to it.
+    """
+    ends: Any = node.args[read.offsets] if read.offsets is not None else None
+    told = every_token is not None
+    for e in range(read.experts or 0):
+        rows = None if every_token is None else _inputs_of_all(runs, node, e, every_token)
+        if rows is None:
+            told = False
+            rows = [_rows_of(see(run), None if ends is None else run.env[ends], e) for run in runs]
+        found, _ = _second_moments([rows], [None] * len(rows))
+        visit(read.name, *found, expert=Expert(e, sum(map(len, rows))))
+    return told
 
 
 def _inputs_of_all(
