@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.methods.one_shot import magnitude
@@ -131,7 +132,12 @@ def test_experts(kind, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert torch.equal(logits(again, ids), logits(model, ids))
+        expected = logits(model, ids)
+        assert torch.equal(logits(again, ids), expected)
+        report = sf.save_packed(model, None, tmp_path / "packed")
+        assert {s["name"] for s in report["sites"] if "experts" in s} >= {s.fqn for s in stacks}
+        packed, _ = sf.load(tmp_path / "packed")
+        torch.testing.assert_close(logits(packed, ids), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_nine_of_ten():

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.gate import Gate
-from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
+from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport, stored_stack
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
@@ -140,16 +140,11 @@ def packed_weights(program: Program) -> list[tuple[PackedSite, int]]:
         values, meta = (names[n] for n in node.args[1:3])
         tensor, width = program.tensor(values), int(node.args[4])  # type: ignore[arg-type]
         experts, out = tensor.shape[:2]
-        stack: PackedSite = {
-            "name": weight_of_values(values),
-            "experts": experts,
-            "out": out,
-            "in": width,
-            "format": "2:4",
-            "layout": str(node.args[3]),
-            "bytes": tensor.nbytes + program.tensor(meta).nbytes,
-        }
-        found[values] = stack, experts * out * width * tensor.itemsize
+        stack = Packed(tensor, program.tensor(meta), width)
+        found[values] = (
+            stored_stack(weight_of_values(values), stack, str(node.args[3])),
+            experts * out * width * tensor.itemsize,
+        )
     return list(found.values())
 
 

@@ -58,3 +58,10 @@ def stored_site(name: str, packed: Packed, layout: str = ROWS.name) -> PackedSit
         "layout": layout,
         "bytes": packed.nbytes,
     }
+
+
+def stored_stack(name: str, packed: Packed, layout: str = ROWS.name) -> PackedSite:
+    """Of a packed stack of experts."""
+    experts, *_ = packed.shape
+    one = Packed(packed.values[0], packed.bitmask[0], packed.in_features)
+    return {**stored_site(name, one, layout), "experts": experts, "bytes": packed.nbytes}
