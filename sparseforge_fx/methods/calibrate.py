@@ -45,10 +45,11 @@ class Read(NamedTuple):
 
 
 class Expert(NamedTuple):
-    """Whose inputs a visit tells of: the place in its stack, and how many tokens it saw."""
+    """Whose inputs a visit tells of: the place in its stack, how many tokens it saw, and whether those are all."""
 
     place: int
     tokens: int
+    every: bool = False
 
 
 @torch.no_grad()
@@ -235,11 +236,12 @@ def _visit_experts(
     told = every_token is not None
     for e in range(read.experts or 0):
         rows = None if every_token is None else _inputs_of_all(runs, node, e, every_token)
+        every = rows is not None
         if rows is None:
             told = False
             rows = [_rows_of(see(run), None if ends is None else run.env[ends], e) for run in runs]
         found, _ = _second_moments([rows], [None] * len(rows))
-        visit(read.name, *found, expert=Expert(e, sum(map(len, rows))))
+        visit(read.name, *found, expert=Expert(e, sum(map(len, rows)), every))
     return told
 
 

@@ -78,21 +78,33 @@ def prune_layer_by_layer(
 
     def visit(name: str, moments: Tensor, expert: Expert | None = None) -> None:
         value, mask = by_name[name].oriented(None if expert is None else expert.place)
-        if expert is not None and not experts.see(name, expert):
-            mask.copy_(hard_mask(value.abs(), experts.pattern))
-            value.mul_(mask)
-            return
-        result = solve(value, mask, moments)
+        dense = None if expert is None else value.clone()
+        few = expert is not None and not experts.see(name, expert)
+        if few:
+            chosen = hard_mask(value.abs(), experts.pattern)
+            result = LayerSolution(value * chosen, chosen)
+        else:
+            result = solve(value, mask, moments)
         value.copy_(result.weight)
         mask.copy_(result.mask)
+        if dense is not None:
+            experts.lost(name, dense, value, moments)
         told = "; ".join(filter(None, (result.note, tell_unseen(moments))))
-        if told and expert is not None:
+        if told and expert is not None and not few:
             experts.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)
-        elif told:
+        elif told and expert is None:
             notes[name] = told
 
     module = program.module()
-    padded = layer_by_layer(module, _uses(module, by_name), batches, visit, every_token=experts.every_token)
+    uses = _uses(module, by_name)
+    padded = layer_by_layer(module, uses, batches, visit, every_token=experts.every_token)
+    for w in weights:  # what the graph never reads
+        read = {use.expert for use in uses.values() if use.name == w.fqn}
+        for place in range(len(w.weight)) if w.weight.dim() == 3 and None not in read else ():
+            if place not in read:
+                value, mask = w.oriented(place)
+                mask.copy_(hard_mask(value.abs(), experts.pattern))
+                value.mul_(mask)
     notes |= experts.told()
     _add_padded(notes, padded)
     return notes

@@ -59,8 +59,8 @@ def anneal(
             if calibrated is not None and not (path and path.exists()):
                 clock = time.monotonic()
                 report["layer_notes"] = sparse.calibrate(calibrated)
-                if sparse.expert_tokens:
-                    report["expert_tokens"] = sparse.expert_tokens
+                if sparse.experts:
+                    report["experts"] = sparse.experts
                 report["calibration_sequences"] = sum(count_rows(b) for b in calibrated)
                 report["calibration_seconds"] = time.monotonic() - clock
             report["passes"] = [r._asdict() for r in sparse.pass_records]

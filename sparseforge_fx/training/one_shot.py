@@ -44,7 +44,7 @@ def prune_once(
     readings = [run.reader.read(*as_call(b)) for b in batches or ()]
     report["layer_notes"], scales = _prune(run, config, readings, experts)
     if experts.tokens:
-        report["expert_tokens"] = experts.tokens
+        report["experts"] = experts.table()
     return scales
 
 

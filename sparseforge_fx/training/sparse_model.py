@@ -77,7 +77,7 @@ class SparseModel(TrainerSurface):
             self.method = config.build(weights)
         form = format_of(config.values)
         self.on_grid = OnGrid(weights, form) if form.is_quantized else None
-        self.expert_tokens: dict[str, list[int]] = {}  # of stacks, what each expert saw in :meth:`calibrate`
+        self.experts: dict[str, Any] = {}  # what :meth:`calibrate` has to say of each in a stack
         self.steps_done = 0
         self.last_loss: Loss | None = None
         self.optimized = False
@@ -172,7 +172,7 @@ class SparseModel(TrainerSurface):
         experts = Experts(config.pattern, config.expert_tokens)
         with undone_on_error(weights) as dense, low_rank.handed_over(self.branches, self._hands_over):
             notes = prune_layer_by_layer(self.program, weights, readings, config.solve, experts)
-            self.expert_tokens = experts.tokens
+            self.experts = experts.table()
             # survivors that took over what was pruned leave nothing to the branches
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
             self.handed_over = moved and self.method.config.prunes_on_the_way

@@ -170,3 +170,38 @@ def test_an_expert_that_no_token_reached(tiny):
     (counts, *_) = experts.tokens.values()
     assert 0 in counts and all("saw no calibration token" in text for text in notes.values())
     assert all(check_pattern(p, TWO_FOUR) for p in stacks(found.model).values())
+
+
+def test_what_an_expert_lost(tiny):
+    """The squared error of its outputs, on the tokens that it saw."""
+    found = tiny("moe")
+    batches = [found.batch(rows=4)]
+    masked, weights = masked_weights(found.program)
+    (w, *_) = (w for w in weights if w.weight.dim() == 3)
+    inputs, dense = routed(found.model, batches)[w.fqn], w.weight.detach().clone()
+    experts = Experts(TWO_FOUR, len(inputs[0]) + 1)  # the first, at least, by magnitude
+    prune_layer_by_layer(masked, [w], batches, SparseGPTConfig(TWO_FOUR).solve, experts)
+    for e, x in inputs.items():
+        was, gone = x @ dense[e].t(), x @ (w.weight[e] - dense[e]).t().detach()
+        wanted = float(gone.square().sum() / was.square().sum())
+        assert experts.table()[w.fqn]["error"][e] == pytest.approx(wanted, rel=1e-3) and 0 < wanted < 1
+
+
+def test_an_expert_that_the_graph_never_reads_is_pruned_by_magnitude():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(3, 8, 8))
+
+        def forward(self, x):
+            return torch.sin(x @ self.w[0] + x @ self.w[2])
+
+    net = Two()
+    dense = net.w.detach().clone()
+    masked, weights = masked_weights(capture(net, torch.randn(4, 8)))
+    experts = Experts(TWO_FOUR, 1, every_token=True)
+    notes = prune_layer_by_layer(masked, weights, [torch.randn(64, 8)], SparseGPTConfig(TWO_FOUR).solve, experts)
+    assert notes["w"].startswith("experts 0, 2 calibrated on the tokens routed there")
+    assert check_pattern(net.w, TWO_FOUR, 1) and experts.tokens == {"w": [64, 64]}
+    assert torch.equal(net.w[1], dense[1] * hard_mask(dense[1].abs(), TWO_FOUR, 0))
+    assert not torch.equal(net.w[0], dense[0] * hard_mask(dense[0].abs(), TWO_FOUR, 0))

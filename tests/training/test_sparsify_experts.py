@@ -43,7 +43,8 @@ def test_every_method(captured_once, method, tmp_path):
     assert "router" in next(r for n, r in skipped.items() if n.endswith("mlp.gate.weight"))
     assert "one output" in next(r for n, r in skipped.items() if n.endswith("shared_expert_gate.weight"))
     if method in ("wanda", "sparsegpt", "alps"):
-        counts = result.report["expert_tokens"]
+        counts = {name: of_one["tokens"] for name, of_one in result.report["experts"].items()}
+        assert all(0 < e < 1 for of_one in result.report["experts"].values() for e in of_one["error"])
         assert counts.keys() == stacks(found.model).keys()
         assert all(sum(of_one) == 2 * ROWS * LENGTH for of_one in counts.values())
     result.save(tmp_path / "out")
@@ -109,4 +110,4 @@ def test_too_few_tokens_are_told(captured_once):
     result = sf.sparsify(
         found.reset().model, data(), method="wanda", options={"every_token": True}, show_progress=False
     )
-    assert all(counts == [ROWS * LENGTH] * 4 for counts in result.report["expert_tokens"].values())
+    assert all(of_one["tokens"] == [ROWS * LENGTH] * 4 for of_one in result.report["experts"].values())
