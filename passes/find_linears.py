@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,35 +17,28 @@ from sparseforge_fx.graph.program import Program
 from sparseforge_fx.passes.aliases import Aliases
 from sparseforge_fx.passes.low_rank_pairs import find_low_rank_pairs
 from sparseforge_fx.passes.operators import LINEAR_OPS, MOVES, op_name
+from sparseforge_fx.passes.uses import LinearUse, find_uses, readers_of, stack_operands
 from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
 
 aten = torch.ops.aten
 
-#: operators that hand a weight on with its two dimensions swapped, or as it is
-SWAPS = {aten.t.default, aten.numpy_T.default, aten.mT.default}
-SAME = {aten.alias.default, aten.detach.default}
 #: elementwise functions that may follow the last linear or a router's linear, with one computed operand
-TAIL_OPS = {"add", "sub", "mul", "div", "neg", "tanh", "sigmoid", "softmax", "_softmax", "log_softmax"}
+TAIL_OPS = {
+    "add", "sub", "mul", "div", "neg", "tanh", "sigmoid", "softmax", "_softmax", "log_softmax", "softplus", "sqrt",
+}  # fmt: skip
+#: products of matrices other than linears
+PRODUCTS = {"bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "_grouped_mm", "grouped_mm_fallback"}
 #: operators that choose by the largest entry: mixtures of experts route tokens with them
 SELECTORS = {"topk", "argmax"}
 
 
 @dataclass
-class LinearUse:
-    """One node that multiplies by the weight."""
-
-    node: str
-    swapped: bool  # [in, out] as this node sees the stored weight
-    left: bool = False  # weight @ x instead of x @ weight
-
-
-@dataclass
 class LinearSite:
-    """One weight with every node that uses it.
+    """One weight with every node that uses it: a matrix, or a stack of them (the experts of a mixture).
 
     Attributes:
         fqn: name of the weight; ``ties`` are its other names (found by storage, not by name).
-        transposed: stored [in, out] (Conv1D, ``x @ W``) instead of [out, in].
+        transposed: stored [in, out] (Conv1D, ``x @ W``) instead of [out, in]; stacks have [experts] in front.
         out_features, in_features: groups of M run along ``in_features``, stored in ``reduction_dim``.
         reason: None for a site; otherwise why this weight stays dense, in one clause.
         readers: operators that read it in any other way.
@@ -62,8 +54,13 @@ class LinearSite:
     readers: tuple[str, ...] = ()
 
     @property
+    def experts(self) -> int | None:
+        """Matrices of a stack; None for a matrix."""
+        return self.shape[0] if len(self.shape) == 3 else None
+
+    @property
     def reduction_dim(self) -> int:
-        return 0 if self.transposed else 1
+        return len(self.shape) - (2 if self.transposed else 1)
 
     @property
     def in_features(self) -> int:
@@ -71,7 +68,7 @@ class LinearSite:
 
     @property
     def out_features(self) -> int:
-        return self.shape[1 - self.reduction_dim]
+        return self.shape[len(self.shape) - (1 if self.transposed else 2)]
 
     @property
     def numel(self) -> int:
@@ -88,7 +85,8 @@ def find_linears(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
 ) -> list[LinearSite]:
-    """Every matrix of the program, in graph order: sites (``reason is None``), and the others with their reason.
+    """Every matrix and stack of matrices of the program, in graph order: sites (``reason is None``), and the others
+    with their reason.
 
     Args:
         pattern: groups of M must divide the reduction dimension.
@@ -97,8 +95,9 @@ def find_linears(
         exclude: globs over weight or module names that stay dense; wins over ``include``.
 
     Dense unless included by name: output layers (nothing but shape and elementwise operators between them and the
-    program's output), routers (the same before a topk), low-rank pairs beside a linear (adapters that nobody declares),
-    and frozen weights of a model that is not frozen as a whole (below adapters they are frozen for the adapters' sake).
+    program's output), routers (the same before a topk), gates (linears with one output), low-rank pairs beside a linear
+    (adapters that nobody declares), and frozen weights of a model that is not frozen as a whole (below adapters they
+    are frozen for the adapters' sake).
     Always dense: an embedding's weight and what is tied to it, adapters of PEFT, what an adapter is merged into, and
     what shares memory with anything else in the model.
     """
@@ -106,7 +105,7 @@ def find_linears(
     parameters = {fqn: value for _, fqn, value in program.lifted(InputKind.PARAMETER)}
     lifted = [found for found in program.lifted() if found[2].layout == torch.strided]  # others have no storage
     for node, fqn, value in lifted:
-        uses, rest = _uses(node)
+        uses, rest = find_uses(node)
         if not uses and (value.dim() < 2 or fqn not in parameters):
             continue
         key = _identity(value)
@@ -115,7 +114,7 @@ def find_linears(
         else:
             sites[key].ties += (fqn,)
         sites[key].uses += uses
-        sites[key].readers = tuple(sorted({*sites[key].readers, *(r for other in rest for r in _readers(other))}))
+        sites[key].readers = tuple(sorted({*sites[key].readers, *(r for other in rest for r in readers_of(other))}))
 
     for site in sites.values():
         site.transposed = bool(site.uses) and site.uses[0].swapped
@@ -153,6 +152,7 @@ def find_linears(
             site.reason = "not among the included names"
         elif not named:
             by_default = [dense_by_default[u.node] for u in site.uses if u.node in dense_by_default]
+            by_default += ["a gate (one output)"] if site.out_features == 1 else []
             if not parameters[site.fqn].requires_grad and not frozen_model:
                 by_default.append("frozen (requires_grad is False)")
             site.reason = f"{by_default[0]}; include it by name to prune it" if by_default else None
@@ -167,7 +167,7 @@ def eligible(sites: Sequence[LinearSite]) -> list[LinearSite]:
 def _refusal(site: LinearSite, pattern: AnyPattern) -> str | None:
     """Why this weight cannot be pruned at all; None if it can."""
     readers = ", ".join(site.readers)
-    if len(site.shape) != 2:
+    if len(site.shape) != 2 and (readers or not site.uses):
         return f"{len(site.shape)}-D weight, read by {readers or 'nothing'}"
     if readers:
         return f"{'also ' if site.uses else ''}read by {readers}"
@@ -175,6 +175,8 @@ def _refusal(site: LinearSite, pattern: AnyPattern) -> str | None:
         return "not read by the program"
     if len({u.swapped for u in site.uses}) > 1:
         return "used along both of its dimensions (W and W^T)"
+    if site.experts is not None and any(u.left for u in site.uses):
+        return "a stack whose matrices are multiplied from the left"
     if not site.dtype.is_floating_point or site.dtype.itemsize < 2:
         return f"dtype {site.dtype} is not float16, bfloat16, float32 or float64"
     if not pattern.fits(site.in_features):
@@ -216,83 +218,44 @@ def matches(fqn: str, globs: str | Sequence[str]) -> bool:
     return any(fnmatchcase(fqn, g) or fnmatchcase(module, g) for g in ([globs] if isinstance(globs, str) else globs))
 
 
-# -- who reads a weight ----------------------------------------------------------------------------------------------
-def _uses(weight: Node) -> tuple[list[LinearUse], list[Node]]:
-    """Linear uses of a placeholder, through transposes, and the nodes that read it in any other way."""
-    uses: list[LinearUse] = []
-    others: list[Node] = []
-    stack = [(weight, user, False) for user in weight.users]
-    while stack:
-        value, node, swapped = stack.pop(0)
-        if node.target in SAME or _is_swap(node):
-            flipped = swapped ^ (node.target not in SAME)
-            stack += [(node, user, flipped) for user in node.users]
-        elif (use := _linear_use(value, node, swapped)) is not None:
-            uses.append(use)
-        else:
-            others.append(node)
-    return uses, others
-
-
-def _is_swap(node: Node) -> bool:
-    value = node.args[0] if node.args else None
-    if not (isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor) and value.meta["val"].dim() == 2):
-        return False
-    if node.target == aten.transpose.int:
-        return {d % 2 for d in node.args[1:3]} == {0, 1}  # type: ignore[operator]
-    if node.target == aten.permute.default:
-        return [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore[operator,union-attr]
-    return node.target in SWAPS
-
-
-def _linear_use(value: Node, node: Node, swapped: bool) -> LinearUse | None:
-    if node.target not in LINEAR_OPS or node.kwargs:  # addmm(beta=, alpha=) is not a plain linear
-        return None
-    x_arg, w_arg, stored_in_out = LINEAR_OPS[node.target]
-    x, w = node.args[x_arg], node.args[w_arg]
-    if x is w or value.meta["val"].dim() != 2:
-        return None
-    if w is value:
-        if node.target == aten.addmm.default and not _is_vector(node.args[0]):
-            return None
-        return LinearUse(node.name, swapped=stored_in_out ^ swapped)
-    if x is value and node.target in (aten.mm.default, aten.matmul.default):
-        return LinearUse(node.name, swapped=swapped, left=True)  # W @ x reduces along W's second dimension
-    return None
-
-
-def _is_vector(node: Any) -> bool:
-    return isinstance(node, Node) and node.meta["val"].dim() == 1
-
-
-def _readers(node: Node, through: str = "") -> set[str]:
-    """The operators that compute with what this node hands on, in full: through moves and casts."""
-    if op_name(node) == "_assert_tensor_metadata":
-        return set()
-    if op_name(node) not in MOVES:
-        return {("the program's output" if node.op == "output" else str(node.target)) + through}
-    through = through or f" through {node.target}"
-    return {name for user in node.users for name in _readers(user, through)} or {str(node.target)}
-
-
 # -- what the graph does with a linear, and where its weight comes from ------------------------------------------------
 def _heads_and_routers(program: Program) -> dict[str, str]:
     """Node name of each linear that ends in the output or in a choice of experts -> which of the two."""
     chosen_by = [n.args[0] for n in program.graph.nodes if op_name(n) in SELECTORS]
     routers = _linears_before(program, [n for n in chosen_by if isinstance(n, Node)])
+    ends = [found.offsets for n in program.graph.nodes if (found := stack_operands(n)) and found.offsets is not None]
+    others = _only_before(program, _linears_before(program, ends, whatever=True))
+    picked = [n.args[0] for n in program.graph.nodes if op_name(n) == "gather"]
+    weighing = _linears_before(program, [n for n in picked if isinstance(n, Node)])
     heads = _linears_before(program, program.graph.output_node().all_input_nodes)
-    return dict.fromkeys(routers, "router (topk chooses by its output)") | dict.fromkeys(heads, "output layer (head)")
+    return (
+        dict.fromkeys(weighing, "router (gather picks from its output)")
+        | dict.fromkeys(others, "router (its output chooses the experts)")
+        | dict.fromkeys(routers, "router (topk chooses by its output)")
+        | dict.fromkeys(heads, "output layer (head)")
+    )
+
+
+def _only_before(program: Program, names: set[str]) -> set[str]:
+    """These linears, and all others whose every reader leads to them and nowhere else: the layers of a router."""
+    found = set(names)
+    for node in reversed(program.graph.nodes):
+        readers = [n for n in node.users if not isinstance(n.meta.get("val"), torch.SymInt)]
+        if node.op == "call_function" and all(n.name in found for n in readers):
+            found.add(node.name)
+    return found
 
 
 def _low_rank_pairs(program: Program, sites: Sequence[LinearSite]) -> dict[str, str]:
     """Node name of each linear of a low-rank pair -> what it is."""
-    by_name = {u.node: s for s in sites for u in s.uses if not u.left}
+    by_name = {u.node: s for s in sites for u in s.uses if not u.left and s.experts is None}
     pairs = find_low_rank_pairs({n: by_name[n.name] for n in program.graph.nodes if n.name in by_name})
     return {node.name: f"low-rank branch of {by_name[base.name].fqn}" for node, base in pairs.items()}
 
 
-def _linears_before(program: Program, nodes: Iterable[Node]) -> set[str]:
-    """Linear nodes with only moves and elementwise functions of one computed tensor between them and ``nodes``."""
+def _linears_before(program: Program, nodes: Iterable[Node], whatever: bool = False) -> set[str]:
+    """Linear nodes with only moves and elementwise functions of one computed tensor between them and ``nodes``, or
+    with ``whatever`` but other products."""
     inputs = {n.name for n in program.graph.find_nodes(op="placeholder")}
     found: set[str] = set()
     stack, seen = list(nodes), set(nodes)
@@ -302,7 +265,9 @@ def _linears_before(program: Program, nodes: Iterable[Node]) -> set[str]:
             found.add(node.name)
             continue
         computed = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor) and a.name not in inputs]
-        if op_name(node) in MOVES:
+        if whatever:
+            before = [] if op_name(node) in PRODUCTS else [n for n in node.all_input_nodes if n.name not in inputs]
+        elif op_name(node) in MOVES:
             before = node.all_input_nodes[:1]
         else:
             before = computed if op_name(node) in TAIL_OPS and len(computed) == 1 else []

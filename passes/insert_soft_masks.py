@@ -1,17 +1,22 @@
-"""aten.linear / addmm / mm / matmul of a site -> sparseforge::soft_masked_linear, with one mask buffer per weight."""
+"""Linears of a site -> sparseforge::soft_masked_linear, products of a stack of matrices -> soft_masked_experts: one
+mask buffer per weight."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.export.graph_signature import InputKind
 
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.kernels.soft_masked_experts import EXPERTS_OP
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.base import PassResult
 from sparseforge_fx.passes.find_linears import LinearSite, eligible
-from sparseforge_fx.passes.rewrite import drop_dead_moves, rewrite_use
+from sparseforge_fx.passes.rewrite import drop_dead_moves, rewrite_stack_use, rewrite_use
+
+aten = torch.ops.aten
 
 
 def mask_name(fqn: str) -> str:
@@ -35,7 +40,13 @@ def insert_soft_masks(program: Program, sites: Sequence[LinearSite]) -> PassResu
         mask = program.add_buffer(name, torch.ones_like(weight, requires_grad=False))
         for use in site.uses:
             tail = (placeholders[site.fqn], mask)
-            rewrite_use(program, use, OP, lambda x, bias, use=use, tail=tail: (x, *tail, bias, None, use.swapped))
+            if site.experts is not None and use.expert is None:
+                rewrite_stack_use(program, use, EXPERTS_OP, *tail)
+            else:
+                if use.expert is not None:
+                    take = partial(program.insert_before, program.node(use.node), aten.select.int)
+                    tail = (take(tail[0], 0, use.expert), take(tail[1], 0, use.expert))
+                rewrite_use(program, use, OP, lambda x, bias, use=use, tail=tail: (x, *tail, bias, None, use.swapped))
             modified += 1
         for fqn in (site.fqn, *site.ties):
             drop_dead_moves(program, placeholders[fqn])

@@ -1,24 +1,35 @@
-"""Sites whose weight is exactly 2:4 -> sparseforge::sparse_linear over the packed weight; the dense weight goes."""
+"""Sites whose weight is exactly 2:4 -> sparseforge::sparse_linear, of a stack sparse_experts, over the packed weight:
+the dense weight goes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
 from torch.export.graph_signature import InputKind
 
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.kernels.layouts import Layout
 from sparseforge_fx.kernels.packed import pack, packed_names, why_dense
+from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes.base import Choose, Find, PassResult
 from sparseforge_fx.passes.find_linears import LinearSite, eligible
 from sparseforge_fx.passes.rewrite import drop_dead_moves, rewrite_use
+from sparseforge_fx.passes.uses import LinearUse, stack_operands
 
 
-def keep_dense(program: Program, sites: Sequence[LinearSite]) -> list[LinearSite]:
-    """The sites, in place, with a reason on those whose weight cannot be packed."""
+def keep_dense(program: Program, sites: Sequence[LinearSite], experts: bool = False) -> list[LinearSite]:
+    """The sites, in place, with a reason on those whose weight cannot be packed; ``experts``: stacks can."""
     for site in eligible(sites):
         weight = program.tensor(site.fqn).detach()
-        site.reason = why_dense(weight.t() if site.transposed else weight)
+        if site.experts is not None and not experts:
+            site.reason = "experts stay dense here: only sf.lower packs them"
+        elif site.experts is not None and any(use.expert is not None for use in site.uses):
+            site.reason = "experts stay dense: the graph slices them apart"
+        else:
+            site.reason = why_dense(weight.mT if site.transposed else weight)
     return list(sites)
 
 
@@ -40,15 +51,34 @@ def lower_sparse_linears(program: Program, find: Find, choose: Choose) -> PassRe
             continue
         weight = program.tensor(site.fqn).detach()
         layout = layouts[site.fqn]
-        tensors = layout.convert(pack(weight.t() if site.transposed else weight))
+        tensors = _converted(layout, weight.mT if site.transposed else weight)
         buffers = map(
             program.add_buffer, packed_names(site.fqn), tensors
         )  # the weight is 2:4, its values have no scales
         packed = (*buffers, layout.name, site.in_features)
         for use in site.uses:
-            rewrite_use(program, use, OP, lambda x, bias, packed=packed: (x, *packed, bias, "none"))
+            if site.experts is not None:
+                _rewrite_stack(program, use, packed)
+            else:
+                rewrite_use(program, use, OP, lambda x, bias, packed=packed: (x, *packed, bias, "none"))
             modified += 1
         for fqn in (site.fqn, *site.ties):
             drop_dead_moves(program, placeholders[fqn])
             program.drop(placeholders[fqn])
     return PassResult(program, modified)
+
+
+def _converted(layout: Layout, weight: Tensor) -> tuple[Tensor, ...]:
+    """The layout's tensors of a weight [out, in], or of each in a stack."""
+    if weight.dim() == 2:
+        return layout.convert(pack(weight))
+    each = [layout.convert(pack(matrix)) for matrix in weight]
+    return tuple(torch.stack(tensors) for tensors in zip(*each, strict=True))
+
+
+def _rewrite_stack(program: Program, use: LinearUse, packed: tuple) -> None:
+    node = program.node(use.node)
+    found = stack_operands(node)
+    assert found is not None
+    arguments = (found.x, *packed, found.offsets, found.bias)
+    program.replace(node, program.insert_before(node, PACKED_EXPERTS_OP, *arguments, value=node.meta["val"]))

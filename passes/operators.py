@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.fx import Node
 
@@ -14,6 +16,14 @@ LINEAR_OPS = {
     aten.mm.default: (0, 1, True),
     aten.matmul.default: (0, 1, True),
 }
+#: the same for stacks of matrices [experts, in, out]: (argument of the input, argument of the stack)
+STACK_OPS = {
+    "aten._grouped_mm.default": (0, 1),
+    "transformers.grouped_mm_fallback.default": (0, 1),
+    "aten.bmm.default": (0, 1),
+    "aten.matmul.default": (0, 1),
+    "aten.baddbmm.default": (1, 2),
+}
 #: operators, by name, that move, copy or cast their first argument and compute nothing
 MOVES = {
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "numpy_T", "mT", "slice",
@@ -25,3 +35,9 @@ MOVES = {
 def op_name(node: Node) -> str:
     """The operator without its overload: ``linear`` of ``aten.linear.default``."""
     return getattr(node.target, "__name__", str(node.target)).split(".")[0]
+
+
+def operator_of(name: str) -> Callable:
+    """The operator of that full name (``aten.bmm.default``), which is registered already."""
+    namespace, function, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), function), overload)

@@ -10,8 +10,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from sparseforge_fx.graph.program import Program
-from sparseforge_fx.passes.find_linears import LinearUse
+from sparseforge_fx.kernels.soft_masked_experts import EXPERTS_OP
+from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.operators import LINEAR_OPS, MOVES, op_name
+from sparseforge_fx.passes.uses import LinearUse, source_of, stack_operands
 
 aten = torch.ops.aten
 
@@ -47,6 +49,28 @@ def sparse_use(node: Node) -> SparseUse:
     return SparseUse(*node.args, *(None, "none", None)[len(node.args) - 5 :])  # type: ignore[arg-type]
 
 
+class MaskedOperands(NamedTuple):
+    """The placeholders that a masked operator reads, behind slices of a stack, and the weight's orientation."""
+
+    weight: Node
+    mask: Node
+    probe: Node | None
+    transposed: bool
+
+
+def masked_nodes(program: Program) -> list[Node]:
+    """The masked operators, in graph order."""
+    return [n for n in program.graph.nodes if n.op == "call_function" and n.target in (OP, EXPERTS_OP)]
+
+
+def masked_operands(node: Node) -> MaskedOperands:
+    """Of one of :func:`masked_nodes`."""
+    probe, transposed = node.args[5:7] if node.target == EXPERTS_OP else node.args[4:6]
+    weight, mask, probe = (None if n is None else source_of(n) for n in (node.args[1], node.args[2], probe))  # type: ignore[arg-type]
+    assert weight is not None and mask is not None
+    return MaskedOperands(weight, mask, probe, bool(transposed))
+
+
 def rewrite_use(program: Program, use: LinearUse, target: Callable, arguments: Arguments) -> Node:
     """Put ``target`` in the place of one linear node, whatever its orientation; returns the new node."""
     node = program.node(use.node)
@@ -67,6 +91,18 @@ def rewrite_use(program: Program, use: LinearUse, target: Callable, arguments: A
     else:
         new = last = insert(target, *arguments(x, bias), value=node.meta["val"])  # type: ignore[arg-type]
     program.replace(node, last)
+    return new
+
+
+def rewrite_stack_use(program: Program, use: LinearUse, target: Callable, *lifted: Node) -> Node:
+    """Put ``target`` in the place of a node that multiplies by all matrices of a stack; its arguments are the input,
+    the ``lifted`` tensors, offsets, bias, no probe, the orientation, and the name of the operator that was there."""
+    node = program.node(use.node)
+    found = stack_operands(node)
+    assert found is not None
+    arguments = (found.x, *lifted, found.offsets, found.bias, None, use.swapped, str(node.target))
+    new = program.insert_before(node, target, *arguments, value=node.meta["val"])
+    program.replace(node, new)
     return new
 
 

@@ -89,6 +89,7 @@ def describe_sites(sites: Sequence[LinearSite]) -> dict[str, Any]:
                 "name": s.fqn,
                 "out": s.out_features,
                 "in": s.in_features,
+                **({} if s.experts is None else {"experts": s.experts}),
                 "transposed": s.transposed,
                 "ties": list(s.ties),
                 "uses": len(s.uses),

@@ -187,7 +187,7 @@ def _check_linears(model: Any, pattern: Any) -> list[dict[str, Any]]:
     program = capture(model)
     rows = []
     for site in find_linears(program, pattern):
-        if not site.uses or len(site.shape) != 2:
+        if not site.uses:
             continue
         if site.fqn in program.state:
             weight = program.tensor(site.fqn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated
 
 import typer
@@ -65,9 +66,9 @@ def inspect(
     table = Table(title=f"{model}: {len(found['sites'])} eligible linears", title_justify="left")
     for name in ("weights", "count", "out x in", "parameters", "bf16", str(shape)):
         table.add_column(name, justify="left" if name == "weights" else "right", overflow="fold")
-    for (name, out, width), group in grouped(found["sites"], lambda s: (s["out"], s["in"])).items():
-        numel = out * width * len(group)
-        shown = f"{out} x {width}"
+    for (name, *sizes), group in grouped(found["sites"], lambda s: (s.get("experts", 1), s["out"], s["in"])).items():
+        numel = math.prod(sizes) * len(group)
+        shown = " x ".join(map(str, sizes[sizes[0] == 1 :]))
         size = numel * BF16_BYTES
         table.add_row(name, str(len(group)), shown, f"{numel:,}", readable_bytes(size), readable_bytes(size * factor))
     console.print(table)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import spelled_out, unwrapped
+from sparseforge_fx.graph.grouped_experts import grouped_experts
 from sparseforge_fx.graph.modes import eval_mode
 
 
@@ -45,7 +46,10 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
     args, kwargs = as_call(make_example_inputs(model) if example_inputs is None else example_inputs)
     # compiled parts run as they were written; inference tensors could not be traced
     eagerly, traceable = torch.compiler.set_stance("force_eager"), torch.inference_mode(False)
-    with _no_cache(model), traceable, torch.enable_grad(), eagerly, spelled_out(model, kwargs), eval_mode(model):
+    with (
+        _no_cache(model), traceable, torch.enable_grad(), eagerly, spelled_out(model, kwargs), eval_mode(model),
+        grouped_experts(model),
+    ):  # fmt: skip
         args, kwargs = pytree.tree_map(trainable_input, (args, kwargs))
         exported, notes = _export(model, args, kwargs, dynamic)
     return Exported(exported, model, notes)

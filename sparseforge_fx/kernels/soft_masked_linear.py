@@ -18,7 +18,8 @@ torch.library.define(
 )
 
 
-def _squared(t: Tensor) -> Tensor:
+def squared(t: Tensor) -> Tensor:
+    """Of the tensor's dtype, but float32 for float16."""
     # squares of float16 gradients underflow; bfloat16 has float32's exponent
     return (t.float() if t.dtype == torch.float16 else t).square()
 
@@ -48,7 +49,7 @@ class _SoftMaskedLinear(torch.autograd.Function):
         if need_probe:
             dim, dtype = ctx.probe
             if dim == 2:
-                gg, xx = _squared(grad2), _squared(x2)
+                gg, xx = squared(grad2), squared(x2)
                 grad_probe = (xx.t() @ gg if ctx.transposed else gg.t() @ xx).to(dtype)
             else:
                 seen = x2.to(dtype).square()

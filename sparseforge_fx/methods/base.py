@@ -154,7 +154,7 @@ class TrainedMethod(ABC):
     def sample(self, mask: Tensor, dim: int) -> Tensor:
         """Whole groups from the first rows, [groups, M]: enough for a curve, too few to slow a step."""
         rows = mask.movedim(dim, -1)
-        rows = rows[: max(1, SAMPLE // rows.shape[-1])]
+        rows = rows[..., : max(1, SAMPLE // rows.shape[-1] // rows.shape[:-2].numel()), :]  # of each expert of a stack
         return to_groups(rows, self.pattern).flatten(0, -2) if isinstance(self.pattern, Pattern) else rows
 
     # -- resuming ----------------------------------------------------------------------------------------------------

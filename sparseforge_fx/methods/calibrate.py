@@ -7,7 +7,7 @@ What is alive at one point of the graph is all the memory that it takes, whateve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,34 +18,65 @@ from sparseforge_fx.data.reading import Reading, call_signature
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.padding import mask_names, real_rows
+from sparseforge_fx.methods.every_token import CannotTell, inputs_of_expert, kept_for
 
 #: called at the first use of a weight, before the node runs, with its name, [in, in] X^T X / tokens and, in a walk with
-#: a twin, Z^T X / tokens, Z being what the twin sees; may write the weight
+#: a twin, Z^T X / tokens, Z being what the twin sees; may write the weight. Of a stack, for one expert after the other,
+#: with ``expert=`` an :class:`Expert`
 Visit = Callable[..., None]
 #: called before, with the name and X^T X / tokens: the order that the weight's inputs have from now on (it then sees to
 #: what computes them), or None
 Reorder = Callable[[str, Tensor], Tensor | None]
 
 
+class Read(NamedTuple):
+    """How a node multiplies by a weight.
+
+    Attributes:
+        name: the weight's.
+        input: argument index of the node's input.
+        expert: of a stack, the matrix that the node reads; None: all of them, or no stack.
+        offsets: argument index of where the rows of each expert end.
+        experts: of a node that reads all of a stack, how many there are.
+    """
+
+    name: str
+    input: int
+    expert: int | None = None
+    offsets: int | None = None
+    experts: int | None = None
+
+
+class Expert(NamedTuple):
+    """Whose inputs a visit tells of: the place in its stack, how many tokens it saw, and whether those are all."""
+
+    place: int
+    tokens: int
+    every: bool = False
+
+
 @torch.no_grad()
 def layer_by_layer(
     module: GraphModule,
-    weights: Mapping[Node, tuple[str, int]],
+    weights: Mapping[Node, Read | tuple[str, int]],
     batches: Sequence,
     visit: Visit,
     twin: Mapping[str, Tensor] | None = None,
     reorder: Reorder | None = None,
+    every_token: bool = False,
 ) -> set[str]:
     """Run ``batches`` through ``module`` in lock step and ``visit`` each weight with its inputs' second moments.
 
     Args:
         module: a flat GraphModule (``Program.module()``).
-        weights: node that multiplies by a weight -> (the weight's name, argument index of the node's input).
-            A weight with several nodes is visited at the first.
+        weights: node that multiplies by a weight -> how (:class:`Read`, or its first two fields). A weight, or a
+            matrix of a stack, with several nodes is visited at the first.
         batches: the calibration inputs: Readings, whose padding does not count, or any form that the model takes.
         twin: weights by name with which the same graph runs beside, unvisited: what the visits move away from. It
             doubles work and memory.
         reorder: asked of weights whose input nothing else reads.
+        every_token: experts of stacks are told of as if every token came to each of them, where the graph lets that
+            be computed (methods/every_token.py); what goes on through the graph is routed as ever.
 
     Returns the names of weights in whose moments padding counts, because their inputs are not the batch's positions.
     """
@@ -55,8 +86,8 @@ def layer_by_layer(
     runs = [_Held(module, {}) for _ in batches]
     twins = [_Held(module, twin) for _ in batches] if twin is not None else []
     feeds = [iter(inputs) for inputs in (flat + flat if twins else flat)]
-    last = _last_uses(module)
-    seen: set[str] = set()
+    last = _last_uses(module, kept_for(weights) if every_token else {})
+    seen: set[tuple[str, int | None]] = set()
     moments: dict[Node, list[Tensor]] = {}
     blind: set[Node] = set()
     for run in runs + twins:
@@ -64,27 +95,36 @@ def layer_by_layer(
     for step in _steps(module.graph):
         leave = dict(_pairs(step))
         for node in step:
-            if node in weights and weights[node][0] not in seen:
-                name, index = weights[node]
-                seen.add(name)
-                source = node.args[index]
-                assert isinstance(source, Node)
-                if source not in moments:
-                    see = _seen_by(step, leave, node, source)
-                    found = [map(see, group) for group in (runs, twins) if group]
-                    masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
-                    moments[source], known = _second_moments(found, masks)
-                    if not known:
-                        blind.add(source)
-                if source in blind:
-                    padded.add(name)
+            if node not in weights or ((read := Read(*weights[node])).name, read.expert) in seen:
+                continue
+            seen.add((read.name, read.expert))
+            source = node.args[read.input]
+            assert isinstance(source, Node)
+            masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
+            see = _seen_by(step, leave, node, source)
+            if read.experts is not None:
+                if not _visit_experts(read, node, runs, see, visit, masks if every_token else None):
+                    padded |= {read.name} if any(m is not None and not bool(m.all()) for m in masks) else set()
+                continue
+            if source not in moments:
+                inputs = [map(see, group) for group in (runs, twins) if group]
+                moments[source], known = _second_moments(inputs, masks)
+                if not known:
+                    blind.add(source)
+            if source in blind:
+                padded.add(read.name)
+            if read.expert is None:
                 alone = node is step[0] and len(source.users) == 1  # elsewhere an input would have to change twice
-                order = reorder(name, moments[source][0]) if reorder is not None and alone else None
+                order = reorder(read.name, moments[source][0]) if reorder is not None and alone else None
                 if order is not None:
                     moments[source] = [m[order][:, order] for m in moments[source]]
                     for run in runs:
                         run.env[source] = run.env[source][..., order]
-                visit(name, *moments[source])
+                visit(read.name, *moments[source])
+            else:
+                visit(
+                    read.name, *moments[source], expert=Expert(read.expert, sum(see(r)[..., 0].numel() for r in runs))
+                )
         for index, (run, feed) in enumerate(zip(runs + twins, feeds, strict=True)):
             try:
                 _run(run, step, leave, feed)
@@ -183,6 +223,50 @@ def _look_ahead(run: Interpreter, step: Sequence[Node], leave: Mapping[Node, Nod
     return found[0]
 
 
+def _rows_of(x: Tensor, ends: Tensor | None, expert: int) -> Tensor:
+    """The rows of one expert [rows, in]; where every expert gets all tokens, those that are not zero."""
+    if ends is None:
+        return x[expert][x[expert].any(-1)]
+    start, end = [0, *ends.tolist()][expert : expert + 2]
+    return x[start:end]
+
+
+def _visit_experts(
+    read: Read,
+    node: Node,
+    runs: Sequence[Interpreter],
+    see: Callable[[Interpreter], Tensor],
+    visit: Visit,
+    every_token: Sequence[Tensor | None] | None,
+) -> bool:
+    """Visit one expert after the other; was padding left out?
+
+    every_token: the masks of padding where each is to be told of as if every token came to it.
+    """
+    ends: Any = node.args[read.offsets] if read.offsets is not None else None
+    told = every_token is not None
+    for e in range(read.experts or 0):
+        rows = None if every_token is None else _inputs_of_all(runs, node, e, every_token)
+        every = rows is not None
+        if rows is None:
+            told = False
+            rows = [_rows_of(see(run), None if ends is None else run.env[ends], e) for run in runs]
+        found, _ = _second_moments([rows], [None] * len(rows))
+        visit(read.name, *found, expert=Expert(e, sum(map(len, rows)), every))
+    return told
+
+
+def _inputs_of_all(
+    runs: Sequence[Interpreter], node: Node, expert: int, masks: Sequence[Tensor | None]
+) -> list[Tensor] | None:
+    """The real rows of every run if all went to one expert; None where that cannot be told."""
+    try:
+        found = [inputs_of_expert(run, node, expert) for run in runs]
+    except CannotTell:
+        return None
+    return [x if (rows := real_rows(x, mask)) is None else rows for x, mask in zip(found, masks, strict=True)]
+
+
 def _plain(value: Tensor) -> Tensor:
     while torch._C._functorch.is_batchedtensor(value):
         level = torch._C._functorch.maybe_get_level(value)
@@ -215,11 +299,11 @@ def _flatten(module: GraphModule, batch: Any) -> list:
     return pytree.tree_leaves((args, {k: kwargs[k] for k in names} if kwargs else {}))
 
 
-def _last_uses(module: GraphModule) -> dict[Node, list[Node]]:
+def _last_uses(module: GraphModule, kept: Mapping[Node, list[Node]]) -> dict[Node, list[Node]]:
     last: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
     for node in reversed(module.graph.nodes):
-        for used in node.all_input_nodes:
+        for used in (*node.all_input_nodes, *kept.get(node, ())):
             if used not in seen:
                 seen.add(used)
                 last.setdefault(node, []).append(used)

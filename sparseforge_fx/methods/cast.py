@@ -51,9 +51,9 @@ class Cast(TrainedMethod):
         self.kept: dict[str, Tensor] = {}
         self.scales: dict[str, nn.Parameter] = {}
         for w in weights:
-            rows, columns = w.weight.movedim(w.dim, -1).shape
+            *rows, columns = w.weight.movedim(w.dim, -1).shape
             blocks = config.blocks if columns % (config.blocks * getattr(config.pattern, "m", 1)) == 0 else 1
-            self.scales[w.fqn] = nn.Parameter(torch.ones(rows, blocks, device=w.weight.device))
+            self.scales[w.fqn] = nn.Parameter(torch.ones(*rows, blocks, device=w.weight.device))
             self.hooks.append(w.weight.register_hook(lambda g, w=w, live=w.weight: self._learn(w, live, g)))
         self._choose()
 
@@ -77,7 +77,7 @@ class Cast(TrainedMethod):
     def _spread(self, w: MaskedWeight) -> Tensor:
         """Scales, one per weight, with the reduction dimension last."""
         scale = self.scales[w.fqn].detach()
-        return scale.repeat_interleave(w.weight.shape[w.dim] // scale.shape[1], 1)
+        return scale.repeat_interleave(w.weight.shape[w.dim] // scale.shape[-1], -1)
 
     def advance(self, progress: float) -> None:
         if progress >= 1:

@@ -13,14 +13,16 @@ from torch.fx import GraphModule, Node
 from sparseforge_fx.errors import AS_IT_WAS, add_sentence
 from sparseforge_fx.formats import Format
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.kernels.soft_masked_experts import EXPERTS_OP
 from sparseforge_fx.kernels.soft_masked_linear import OP
-from sparseforge_fx.methods.calibrate import layer_by_layer
+from sparseforge_fx.methods.calibrate import Expert, Read, layer_by_layer
+from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.reorder import find_order
 from sparseforge_fx.methods.rounding import Rounded, follow, round_weight
 from sparseforge_fx.methods.unseen import tell_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight, put_back
 from sparseforge_fx.passes.find_channels import Channels, find_channels
-from sparseforge_fx.pattern import AnyPattern, Pattern
+from sparseforge_fx.pattern import AnyPattern, Pattern, hard_mask
 
 
 class LayerSolution(NamedTuple):
@@ -58,14 +60,18 @@ def prune_layer_by_layer(
     weights: Sequence[MaskedWeight],
     batches: Sequence[Any],
     solve: Solve,
+    experts: Experts | None = None,
     reorder: AnyPattern | None = None,
 ) -> dict[str, str]:
     """``solve`` every weight of ``program`` in graph order, each on what the pruned ones before it make of ``batches``.
+
+    Every expert of a stack is solved on the tokens that were routed to it; one that saw too few is pruned by magnitude.
 
     Args:
         weights: those of the soft-masked program; their weights and masks are written.
         batches: calibration inputs: Readings, or any form that the captured model takes.
         solve: the layer-wise method.
+        experts: how few tokens are too few, and where it is kept what each expert saw.
         reorder: give inputs an order in which groups of this pattern lose less, where the graph lets them change
             places: what computes them is written, too.
 
@@ -74,19 +80,40 @@ def prune_layer_by_layer(
     """
     by_name = {w.fqn: w for w in weights}
     notes: dict[str, str] = {}
+    experts = Experts() if experts is None else experts
 
-    def visit(name: str, moments: Tensor) -> None:
-        w = by_name[name]
-        value, mask = (w.weight.t(), w.mask.t()) if w.dim == 0 else (w.weight, w.mask)
-        result = solve(value, mask, moments)
+    def visit(name: str, moments: Tensor, expert: Expert | None = None) -> None:
+        value, mask = by_name[name].oriented(None if expert is None else expert.place)
+        dense = None if expert is None else value.clone()
+        few = expert is not None and not experts.see(name, expert)
+        if few:
+            chosen = hard_mask(value.abs(), experts.pattern)
+            result = LayerSolution(value * chosen, chosen)
+        else:
+            result = solve(value, mask, moments)
         value.copy_(result.weight)
         mask.copy_(result.mask)
-        if told := "; ".join(filter(None, (result.note, tell_unseen(moments)))):
+        if dense is not None:
+            experts.lost(name, dense, value, moments)
+        told = "; ".join(filter(None, (result.note, tell_unseen(moments))))
+        if told and expert is not None and not few:
+            experts.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)
+        elif told and expert is None:
             notes[name] = told
 
     module = program.module()
     moves = _Moves(program, reorder, by_name) if isinstance(reorder, Pattern) else None
-    _add_padded(notes, layer_by_layer(module, _uses(module, by_name), batches, visit, reorder=moves))
+    uses = _uses(module, by_name)
+    padded = layer_by_layer(module, uses, batches, visit, reorder=moves, every_token=experts.every_token)
+    for w in weights:  # what the graph never reads
+        read = {use.expert for use in uses.values() if use.name == w.fqn}
+        for place in range(len(w.weight)) if w.weight.dim() == 3 and None not in read else ():
+            if place not in read:
+                value, mask = w.oriented(place)
+                mask.copy_(hard_mask(value.abs(), experts.pattern))
+                value.mul_(mask)
+    notes |= experts.told()
+    _add_padded(notes, padded)
     for name, told in ({} if moves is None else moves.notes).items():
         notes[name] = "; ".join(filter(None, (told, notes.get(name))))
     return notes
@@ -154,8 +181,7 @@ def round_layer_by_layer(
     notes: dict[str, str] = {}
 
     def visit(name: str, moments: Tensor, cross: Tensor) -> None:
-        w = by_name[name]
-        value, mask = (w.weight.t(), w.mask.t()) if w.dim == 0 else (w.weight, w.mask)
+        value, mask = by_name[name].oriented()
         aim = follow(value * mask, moments, cross)
         rounded[name] = round_weight(aim, formats[name], moments)
         seen(name, aim, rounded[name])
@@ -169,10 +195,23 @@ def round_layer_by_layer(
     return rounded, notes
 
 
-def _uses(module: GraphModule, names: Collection[str]) -> dict[Node, tuple[str, int]]:
+def _uses(module: GraphModule, names: Collection[str]) -> dict[Node, Read]:
     """The nodes that multiply by a weight of these names, as :func:`layer_by_layer` takes them."""
-    nodes = {n: (str(n.args[1].target), 0) for n in module.graph.find_nodes(op="call_function", target=OP)}  # type: ignore[union-attr]
-    return {n: w for n, w in nodes.items() if w[0] in names}
+    found = {}
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node.target not in (OP, EXPERTS_OP):
+            continue
+        weight, expert = node.args[1], None
+        if weight.op == "call_function":  # a slice of a stack
+            weight, expert = weight.args[0], weight.args[2]
+        if str(weight.target) not in names:
+            continue
+        if node.target == OP:
+            found[node] = Read(str(weight.target), 0, expert)
+        else:
+            count = len(module.get_parameter(str(weight.target)))
+            found[node] = Read(str(weight.target), 0, None, 3 if isinstance(node.args[3], Node) else None, count)
+    return found
 
 
 def _add_padded(notes: dict[str, str], names: Iterable[str]) -> None:

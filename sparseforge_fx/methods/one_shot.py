@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparseforge_fx.methods.alps import prune_alps
 from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.methods.experts import EXPERT_TOKENS
 from sparseforge_fx.methods.layerwise import LayerSolution
 from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.rounding import Values
@@ -45,10 +46,14 @@ class LayerwiseConfig(MethodConfig, ABC):
             that grid (methods/rounding.py).
         reorder: let channels change places where the graph allows it, so that groups lose less (methods/reorder.py).
             The model computes the same before the pruning; weights of the dense one no longer stand at their places.
+        expert_tokens: an expert of a mixture that saw fewer calibration tokens is pruned by magnitude.
+        every_token: calibrate every expert on all tokens, not on those that are routed to it.
     """
 
     values: Values = field(default="float", kw_only=True)
     reorder: bool = field(default=False, kw_only=True)
+    expert_tokens: Count = field(default=EXPERT_TOKENS, kw_only=True)
+    every_token: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

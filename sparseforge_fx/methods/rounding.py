@@ -60,6 +60,11 @@ def format_of(values: str) -> Format:
     return Format() if values == "float" else parse_format(values)
 
 
+def why_not_rounded(experts: int | None, width: int, format: Format) -> str | None:
+    """Why a matrix, or a stack of so many experts, cannot be put on the format's grid; None if it can."""
+    return "experts stay floats" if experts is not None and format.is_quantized else format.why_not(width)
+
+
 def largest_code(format: Format) -> int:
     """Codes run from its negative to it."""
     return 2 ** (BITS[format.values] - 1) - 1

@@ -248,8 +248,8 @@ class SparseForge(TrainedMethod):
         if self.config.score == "magnitude" or w.fqn not in self.curvature.values:
             return value.abs()
         h = self.curvature.values[w.fqn].float()
-        if h.dim() == 1:  # activation: one value per input
-            h = h[:, None] if w.dim == 0 else h[None, :]
+        if h.dim() < value.dim():  # activation: one value per input
+            h = h.unsqueeze(-1 if w.dim == value.dim() - 2 else -2)
         floor = self.config.score_noise_floor
         if self.config.score == "ratio":
             return value.abs() / (h + (RATIO_FLOOR if floor is None else floor)).sqrt()
@@ -283,7 +283,10 @@ class SparseForge(TrainedMethod):
 
 
 def _quantiles(values: Tensor, *shares: float) -> list[Tensor]:
-    """Quantiles from an evenly spaced sample; deterministic. Share 0 is the smallest value."""
-    flat = values.flatten()
-    ordered = flat[:: max(1, flat.numel() // SAMPLE)].sort().values
-    return [ordered[min(ordered.numel() - 1, round(q * (ordered.numel() - 1)))] for q in shares]
+    """Quantiles of a matrix, or of each matrix of a stack, from an evenly spaced sample; deterministic. Share 0 is the
+    smallest value."""
+    flat = values.flatten(-2)
+    ordered = flat[..., :: max(1, flat.shape[-1] // SAMPLE)].sort().values
+    last = ordered.shape[-1] - 1
+    found = [ordered[..., min(last, round(q * last))] for q in shares]
+    return found if values.dim() == 2 else [f[:, None, None] for f in found]

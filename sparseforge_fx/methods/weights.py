@@ -18,6 +18,11 @@ class MaskedWeight:
     mask: Tensor
     dim: int
 
+    def oriented(self, expert: int | None = None) -> tuple[Tensor, Tensor]:
+        """Views of weight and mask with the reduction dimension last: [out, in], of one expert of a stack."""
+        pair = (self.weight, self.mask) if expert is None else (self.weight[expert], self.mask[expert])
+        return tuple(t.movedim(self.dim - (expert is not None), -1) for t in pair)  # type: ignore[return-value]
+
 
 @torch.no_grad()
 def put_back(copies: Iterable[tuple[Tensor, Tensor]]) -> bool:

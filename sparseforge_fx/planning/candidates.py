@@ -59,6 +59,9 @@ def candidates(
         if site.reason is not None and not copied:
             reasons[site.fqn] = site.reason
             continue
+        if site.experts is not None:
+            reasons[site.fqn] = "experts stay dense in a plan: nothing is measured of a stack yet"
+            continue
         if any(use.left for use in site.uses):
             reasons[site.fqn] = "it is multiplied from the left, whose inputs are not measured"
             continue

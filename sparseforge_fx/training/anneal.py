@@ -71,6 +71,7 @@ def anneal(
                     "calibration_sequences": sum(count_rows(b) for b in calibrated),
                     "calibration_seconds": time.monotonic() - clock,
                 }
+                sparse.start_report |= {"experts": sparse.experts} if sparse.experts else {}
             report["passes"] = [r._asdict() for r in sparse.pass_records]
             curves = train(
                 sparse, run.batches, sparse.trainable(), how_weights_move, state_path=path,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.methods.curvature import PROBES, Curvature, fold_on_backward, hutchinson_diagonal, processes
 from sparseforge_fx.methods.weights import MaskedWeight
@@ -61,6 +62,12 @@ class CurvatureProbe:
                 module = tapped(module)
                 self._hooks = fold_on_backward(self._probes, curvature)
             self.module = module
+        elif curvature.estimator == "hutchinson":
+            once = {op for op in dense.op_counts() if "grouped_mm" in op}
+            if once:
+                raise SparseForgeError(
+                    f"hutchinson needs second derivatives, which {min(once)} has not: take curvature='gauss_newton'"
+                )
         self.run: Callable[..., Any] | None = self.module
 
     def keep(self, batch: Reading) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.formats import Format
-from sparseforge_fx.methods.rounding import Rounded, codes_of, spread
+from sparseforge_fx.methods.rounding import Rounded, codes_of, spread, why_not_rounded
 from sparseforge_fx.methods.weights import MaskedWeight
 
 INSIDE = 0.49  # of a code's width: so far from its middle a master may begin
@@ -30,16 +30,17 @@ class OnGrid:
 
     def __init__(self, weights: Sequence[MaskedWeight], form: Format):
         self._of = {id(w.weight): w for w in weights}
-        shapes = {w.fqn: (w.weight.t() if w.dim == 0 else w.weight).shape for w in weights}
-        reasons = {fqn: form.why_not(width) for fqn, (_, width) in shapes.items()}
+        shapes = {w.fqn: w.oriented()[0].shape for w in weights}
+        counts = {fqn: shape[0] if len(shape) == 3 else None for fqn, shape in shapes.items()}
+        reasons = {fqn: why_not_rounded(counts[fqn], shape[-1], form) for fqn, shape in shapes.items()}
         self.against = {fqn: f"not in {form.values}: {reason}" for fqn, reason in reasons.items() if reason}
         self.formats = {fqn: form for fqn, reason in reasons.items() if reason is None}
         dtype = torch.float16 if form.group else torch.float32
         self.scales = {
             w.fqn: w.weight.new_ones(out, width // (form.group or width), dtype=dtype)
             for w in weights
-            for out, width in (shapes[w.fqn],)
             if w.fqn in self.formats
+            for out, width in (shapes[w.fqn],)
         }
         self._masters: dict[str, Tensor] = {}
 

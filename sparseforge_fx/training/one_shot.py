@@ -13,9 +13,10 @@ from sparseforge_fx.data.batches import count_rows
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LayerwiseConfig, magnitude
-from sparseforge_fx.methods.rounding import format_of
+from sparseforge_fx.methods.rounding import format_of, why_not_rounded
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import harden_passes, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -38,12 +39,20 @@ def prune_once(
     )  # fmt: skip
     report["config"] = config.describe()
     report["calibration_sequences"] = sum(count_rows(b) for b in batches or ())
-    report["layer_notes"], scales = _prune(run, config, [run.reader.read(*as_call(b)) for b in batches or ()])
+    experts = Experts(config.pattern)
+    if isinstance(config, LayerwiseConfig):
+        experts = Experts(config.pattern, config.expert_tokens, config.every_token)
+    readings = [run.reader.read(*as_call(b)) for b in batches or ()]
+    report["layer_notes"], scales = _prune(run, config, readings, experts)
+    if experts.tokens:
+        report["experts"] = experts.table()
     return scales
 
 
 @torch.no_grad()
-def _prune(run: Run, config: MethodConfig, batches: list[Reading]) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _prune(
+    run: Run, config: MethodConfig, batches: list[Reading], experts: Experts
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     masked, _ = run_passes(run.program, train_passes(run.sites))
     weights = [
         MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim)
@@ -55,9 +64,9 @@ def _prune(run: Run, config: MethodConfig, batches: list[Reading]) -> tuple[dict
     with undone_on_error(weights, vectors):
         if isinstance(config, LayerwiseConfig):
             pattern = config.pattern if config.reorder else None
-            notes = prune_layer_by_layer(masked, weights, batches, config.solve, pattern)
+            notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, pattern)
             format = format_of(config.values)
-            against = {s.fqn: format.why_not(s.in_features) for s in eligible(run.sites)}
+            against = {s.fqn: why_not_rounded(s.experts, s.in_features, format) for s in eligible(run.sites)}
             fitting = {fqn: format for fqn, reason in against.items() if reason is None}
             if format.is_quantized:
                 rounded, told = round_layer_by_layer(masked, weights, batches, fitting)

@@ -108,7 +108,8 @@ def _wrong_start(start: Any) -> str | None:
     wanted = {"layer_notes": {}, "calibration_sequences": 0, "calibration_seconds": 0.0}
     notes = start.get("layer_notes") if isinstance(start, dict) else None
     if isinstance(notes, dict) and all(type(v) is str for pair in notes.items() for v in pair):
-        return misfit(start | {"layer_notes": {}}, wanted, "start")
+        plain = {name: value for name, value in start.items() if name != "experts"}  # a table for the report alone
+        return misfit(plain | {"layer_notes": {}}, wanted, "start")
     return None if start == {} else "start is no report of a layer-wise start"
 
 

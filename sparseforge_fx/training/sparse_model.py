@@ -18,6 +18,7 @@ from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.curvature import PROBES
+from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.rounding import format_of
@@ -78,6 +79,7 @@ class SparseModel(TrainerSurface):
         form = format_of(config.values)
         self.on_grid = OnGrid(weights, form) if form.is_quantized else None
         self.start_report: dict[str, Any] = {}  # of a layer-wise start; saved with the run
+        self.experts: dict[str, Any] = {}  # what :meth:`calibrate` has to say of each in a stack
         self.steps_done = 0
         self.last_loss: Loss | None = None
         self.optimized = False
@@ -171,11 +173,13 @@ class SparseModel(TrainerSurface):
         readings = [self.reader.read(*as_call(batch)) for batch in batches]
         weights = self.method.weights
         config = self.method.config
-        solve = LAYERWISE[config.start](config.pattern).solve
+        start = LAYERWISE[config.start](config.pattern)
+        experts = Experts(config.pattern, start.expert_tokens)
         vectors = [p for p in self.parameters() if p.dim() < 2] if config.reorder else []
         with undone_on_error(weights, vectors) as dense, low_rank.handed_over(self.branches, self._hands_over):
             reorder = config.pattern if config.reorder else None
-            notes = prune_layer_by_layer(self.program, weights, readings, solve, reorder)
+            notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, reorder)
+            self.experts = experts.table()
             # survivors that took over what was pruned leave nothing to the branches
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
             self.handed_over = moved and config.prunes_on_the_way

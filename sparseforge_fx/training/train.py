@@ -237,6 +237,7 @@ def _loss(sparse: SparseModel, batch: Any) -> Loss:
         raise SparseForgeError("there is nothing to learn from: no labels, no logits and kl = 0")
     return loss
 
+
 def _progress(show: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     more = (TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())

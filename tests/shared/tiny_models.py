@@ -60,8 +60,9 @@ class Tiny:
 
 
 def build(name: str) -> nn.Module:
-    """``llama``, ``gpt2`` (Conv1D), ``opt``, ``mistral``, ``qwen3``, ``gemma3``, ``bert`` and ``vit`` (no language
-    models) or ``mlp`` (no Hugging Face model)."""
+    """``llama``, ``gpt2`` (Conv1D), ``opt``, ``mistral``, ``qwen3``, ``gemma3``, ``moe`` (a shared expert with a
+    gate, too), ``gpt_oss`` (experts stored [in, out], with biases), ``bert`` and ``vit`` (no language models) or ``mlp``
+    (no Hugging Face model)."""
     if name == "mlp":
         return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 8))
     import transformers as t
@@ -91,6 +92,12 @@ def build(name: str) -> nn.Module:
         options |= {} if name == "qwen3" else {"sliding_window": 6}
         config = getattr(t, f"{kind}Config")(**encoder | {"num_hidden_layers": 2}, **options)
         return getattr(t, "Gemma3ForCausalLM" if name == "gemma3" else f"{kind}ForCausalLM")(config)
+    if name in ("moe", "gpt_oss"):
+        kind = {"moe": "Qwen2Moe", "gpt_oss": "GptOss"}[name]
+        experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+        experts |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "intermediate_size": 32}
+        config = getattr(t, f"{kind}Config")(**encoder, **experts, num_key_value_heads=1, initializer_range=0.2)
+        return getattr(t, f"{kind}ForCausalLM")(config)
     if name == "vit":
         config = t.ViTConfig(
             image_size=8, patch_size=4, hidden_size=32, num_attention_heads=2, num_hidden_layers=1,

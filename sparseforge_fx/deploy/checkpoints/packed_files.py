@@ -127,6 +127,8 @@ def check_weights(folder: Path, header: Header, *, checksums: bool = True) -> di
             f"the header tells of {header.model_modules} modules, but there are {len(stored)} tensors: it is damaged"
         )
     expected = {f"{n}.{suffix}": info for n, site in header.modules.items() for suffix, info in site.tensors().items()}
+    for name, stack in header.stacks.items():
+        expected |= stack.tensors(name)
     for name, (dtype, shape) in expected.items():
         found = stored.get(name)
         if found is None:

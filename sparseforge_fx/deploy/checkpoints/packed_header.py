@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
-from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, METHOD, SCALES, VALUES
+from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, METHOD, SCALES, VALUES, packed_names
 
+WITHOUT_STACKS = 2  # the version of headers without stacks of experts
 MOST_MODULES = 1 << 17  # of a model, whatever its files say
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of packed weights
 _HELD = {"I8": torch.int8, "U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
@@ -53,6 +56,41 @@ class Site(NamedTuple):
         }
 
 
+class Stack(NamedTuple):
+    """A packed stack of experts: of each, a 2:4 matrix [out, in].
+
+    Attributes:
+        transposed: the model stores it [experts, in, out].
+    """
+
+    experts: int
+    site: Site
+    transposed: bool
+
+    @property
+    def in_features(self) -> int:
+        return self.site.in_features
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Of the model's parameter."""
+        out, width = self.site.out_features, self.site.in_features
+        return (self.experts, width, out) if self.transposed else (self.experts, out, width)
+
+    def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Its tensors in the file: name -> (safetensors dtype, shape); the last one stands where the dense weight
+        would."""
+        of_one = self.site.tensors().values()
+        each = zip(packed_names(name), of_one, strict=False)
+        found = {leaf: (code, (self.experts, *shape)) for leaf, (code, shape) in each}
+        return {**found, name: (next(iter(of_one))[0], (0,))}
+
+    def empty(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Values and bitmask, uninitialised, for a model of that dtype."""
+        of_one = self.site.empty(dtype)
+        return tuple(of_one[leaf][None].expand(self.experts, -1, -1).contiguous() for leaf in (VALUES, BITMASK))  # type: ignore[return-value]
+
+
 class Header(NamedTuple):
     """``quantization_config`` of a packed checkpoint, checked.
 
@@ -60,11 +98,13 @@ class Header(NamedTuple):
         modules: packed linears by module name.
         model_modules: modules of all kinds in the model that was packed, or None: not known.
         files: SHA-256 of each weight file by file name, or None: not known.
+        stacks: packed stacks of experts by the weight's name (since version 3).
     """
 
     modules: dict[str, Site]
     model_modules: int | None = None
     files: dict[str, str] | None = None
+    stacks: Mapping[str, Stack] = MappingProxyType({})
 
     def to_json(self) -> dict[str, Any]:
         """What stands in config.json."""
@@ -72,9 +112,14 @@ class Header(NamedTuple):
             n: {"shape": [s.out_features, s.in_features], "dtype": s.dtype, "format": str(s.format)}
             for n, s in self.modules.items()
         }
-        known = {"model_modules": self.model_modules, "files": self.files}
+        stacks = {
+            n: {"shape": list(s.stored_shape), "dtype": s.site.dtype, "transposed": s.transposed}
+            for n, s in self.stacks.items()
+        }
+        known = {"model_modules": self.model_modules, "files": self.files, "stacks": stacks or None}
         known = {name: value for name, value in known.items() if value is not None}
-        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules, **known}
+        version = FORMAT_VERSION if stacks else WITHOUT_STACKS  # what older readers know stays theirs
+        return {"quant_method": METHOD, "format_version": version, "modules": modules, **known}
 
     @property
     def most_modules(self) -> int:
@@ -109,6 +154,7 @@ class Header(NamedTuple):
         if not isinstance(modules, dict) or not modules:
             raise SparseForgeError("the header lists no packed modules: the checkpoint is damaged")
         known = {"quant_method", "format_version", "modules", "model_modules", "files"}
+        known |= {"stacks"} if version > WITHOUT_STACKS else set()
         if unknown := set(raw) - known - ({"pattern"} if version == 1 else set()):
             raise SparseForgeError(f"the header has an unknown entry {short(min(unknown))}: the checkpoint is damaged")
         sites = {str(name): _site(str(name), entry, version) for name, entry in modules.items()}
@@ -118,7 +164,10 @@ class Header(NamedTuple):
             raise SparseForgeError("the header's 'files' are not SHA-256 sums by file name: the checkpoint is damaged")
         if count is not None and (type(count) is not int or not len(sites) < count <= MOST_MODULES):
             raise SparseForgeError(f"the header's model_modules {short(count)} is no such number: it is damaged")
-        return cls(sites, count, files)
+        stacks = raw.get("stacks", {})
+        if not isinstance(stacks, dict) or (version > WITHOUT_STACKS and not stacks):
+            raise SparseForgeError("the header's 'stacks' lists no packed stacks: it is damaged")
+        return cls(sites, count, files, {str(name): _stack(str(name), entry) for name, entry in stacks.items()})
 
 
 def _site(name: str, entry: Any, version: int) -> Site:
@@ -148,6 +197,20 @@ def _site(name: str, entry: Any, version: int) -> Site:
     if against is not None:
         raise SparseForgeError(f"module {short(name)} of format {text}: {against}: the header is damaged")
     return Site(shape[0], shape[1], entry["dtype"], format)
+
+
+def _stack(name: str, entry: Any) -> Stack:
+    shape = entry.get("shape") if isinstance(entry, dict) and set(entry) == {"shape", "dtype", "transposed"} else None
+    if not isinstance(shape, list) or len(shape) != 3 or type(shape[0]) is not int or shape[0] < 1:
+        raise SparseForgeError(
+            f"the header's entry of the stack {short(name)} has no shape, dtype, transposed: it is damaged"
+        )
+    transposed = entry["transposed"]
+    if type(transposed) is not bool or "." not in name:
+        raise SparseForgeError(f"the header's stack {short(name)} is no parameter of a module: it is damaged")
+    matrix = [*reversed(shape[1:])] if transposed else shape[1:]
+    site = _site(name, {"shape": matrix, "dtype": entry["dtype"], "format": "2:4"}, WITHOUT_STACKS)
+    return Stack(shape[0], site, transposed)
 
 
 def short(value: Any) -> str:

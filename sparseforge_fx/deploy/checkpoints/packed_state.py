@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
+from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site, Stack
+from sparseforge_fx.deploy.checkpoints.packed_stacks import Found, find_stacks, stack_tensors
 from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, weight_of
-from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
+from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site, stored_stack
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import BITMASK, SCALES, VALUES, Packed, pack
 
@@ -48,6 +49,20 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
         "lowered_bytes": sum(p.nbytes for p in found.values()),
         "scratch_bytes": max(dense.values()),
     }
-    header = Header(modules, model_modules=sum(1 for _ in model.modules()))
+    stacks, dense_stacks = find_stacks(model)
+    for name, stack in stacks.items():
+        if not stack.packed.values.isfinite().all():
+            raise SparseForgeError(f"'{name}' has NaN or inf in its weight: train or load it anew")
+        state |= stack_tensors(name, stack)
+    report["sites"] += [stored_stack(name, stack.packed) for name, stack in stacks.items()]
+    report["skipped"] += [{"name": name, "reason": reason} for name, reason in dense_stacks.items()]
+    report["dense_bytes"] += sum(model.get_parameter(name).nbytes for name in stacks)
+    report["lowered_bytes"] += sum(stack.packed.nbytes for stack in stacks.values())
+    header = Header(modules, sum(1 for _ in model.modules()), None, {n: _entry(s) for n, s in sorted(stacks.items())})
     state[header.sentinel] = torch.empty(0, dtype=torch.uint8)
     return state, header, report
+
+
+def _entry(found: Found) -> Stack:
+    experts, out, width = found.packed.shape
+    return Stack(experts, Site(out, width, str(found.packed.values.dtype).removeprefix("torch.")), found.transposed)

@@ -29,6 +29,7 @@ from sparseforge_fx.deploy.checkpoints.packed_files import (
     weight_files,
 )
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
+from sparseforge_fx.deploy.checkpoints.packed_stacks import expect_stacks, named_in, unpack_stacks
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import native_layout
 from sparseforge_fx.kernels.packed import BITMASK, METHOD, SCALES, VALUES, Packed, check_packed
@@ -104,6 +105,10 @@ class PackedQuantizer(HfQuantizer):
         for name, place in places.items():
             if place is not None:
                 replace(model, place, _empty(name, here.modules[place], header.modules[name]))
+        self.stacks = named_in(header.stacks, here.module)
+        if (lost := len(header.stacks) - len(self.stacks)) and same_class:
+            raise SparseForgeError(f"{lost} packed stacks are not in this model: load it with the class that wrote it")
+        expect_stacks(model, self.stacks)
         _insert_branches(model, here, stored)
         stored.pop(header.sentinel, None)
         expected = re.escape(header.sentinel.removeprefix(here.prefix))  # not to be reported as unexpected
@@ -145,6 +150,7 @@ class PackedQuantizer(HfQuantizer):
                 raise SparseForgeError(f"packed module '{name}' has NaN or inf as {values.dtype}: pack it anew")
             module.loading = False
             change_to_device(module)
+        unpack_stacks(model, self.stacks)
         model._weight_conversions = []  # save_pretrained would apply the inverse of ours to every name
         return model
 

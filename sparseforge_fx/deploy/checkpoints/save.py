@@ -17,7 +17,8 @@ from sparseforge_fx.files import check_output, new_folder
 def save_packed(
     model: Any, tokenizer: Any, folder: str | Path, *, max_shard_size: str | int = "5GB", overwrite: bool = False
 ) -> PackingReport:
-    """Write a Hugging Face folder in which every exactly 2:4 nn.Linear and Conv1D is packed, whole or not at all.
+    """Write a Hugging Face folder in which every exactly 2:4 nn.Linear, Conv1D and stack of experts is packed, whole or
+    not at all.
 
     The rest is as ``save_pretrained`` writes it; the header is ``quantization_config`` in config.json. The same model
     gives the same bytes. The model is not changed.

@@ -12,13 +12,14 @@ from torch.fx import GraphModule
 
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.gate import Gate
-from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
+from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport, stored_stack
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.layouts import LAYOUTS, find_target
 from sparseforge_fx.kernels.packed import Packed, weight_of_values
+from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import LinearSite, deploy_passes, export_passes, find_linears, run_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -80,7 +81,8 @@ def lower_captured(
         durable: the program goes to a file: only layouts that later versions of the libraries read, too.
     """
     known = cost.check_request(tokens, table)
-    sites = sparse_sites(program)
+    find = partial(sparse_sites, experts=not (portable or durable))
+    sites = find(program)
     before = packed_weights(program)
     if not eligible(sites) and not before:
         reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
@@ -94,7 +96,7 @@ def lower_captured(
     dense_bytes = sum(s.numel * s.dtype.itemsize for s in eligible(sites)) + sum(dense for _, dense in before)
     measure = partial(cost.timings, tokens=tokens, device=device, layouts=layouts, known=known)
     choose = Gate(layouts, tokens, measure if gate and not portable else None)
-    program, records = run_passes(program, deploy_passes(sparse_sites, choose, fuse=not portable))
+    program, records = run_passes(program, deploy_passes(find, choose, fuse=not portable))
     packed = packed_weights(program)
     if portable:
         program, expanding = run_passes(program, export_passes())
@@ -134,9 +136,19 @@ def packed_weights(program: Program) -> list[tuple[PackedSite, int]]:
             "bytes": packed.nbytes,
         }
         found[values] = site, tensor.shape[0] * use.in_features * size
+    for node in program.graph.find_nodes(op="call_function", target=PACKED_EXPERTS_OP):
+        values, meta = (names[n] for n in node.args[1:3])
+        tensor, width = program.tensor(values), int(node.args[4])  # type: ignore[arg-type]
+        experts, out = tensor.shape[:2]
+        stack = Packed(tensor, program.tensor(meta), width)
+        found[values] = (
+            stored_stack(weight_of_values(values), stack, str(node.args[3])),
+            experts * out * width * tensor.itemsize,
+        )
     return list(found.values())
 
 
-def sparse_sites(program: Program) -> list[LinearSite]:
-    """Every linear, the eligible ones being those whose weight is exactly 2:4, trained or frozen, head or not."""
-    return keep_dense(program, find_linears(program, include=["*"]))
+def sparse_sites(program: Program, experts: bool = False) -> list[LinearSite]:
+    """Every linear, the eligible ones being those whose weight is exactly 2:4, trained or frozen, head or not; with
+    ``experts`` stacks of them, too."""
+    return keep_dense(program, find_linears(program, include=["*"]), experts)

@@ -7,7 +7,10 @@ from typing import Any, NotRequired, TypedDict
 from sparseforge_fx.kernels.layouts import ROWS
 from sparseforge_fx.kernels.packed import Packed
 
-PackedSite = TypedDict("PackedSite", {"name": str, "out": int, "in": int, "format": str, "layout": str, "bytes": int})
+PackedSite = TypedDict(
+    "PackedSite",
+    {"name": str, "experts": NotRequired[int], "out": int, "in": int, "format": str, "layout": str, "bytes": int},
+)
 
 
 class DenseSite(TypedDict):
@@ -55,3 +58,10 @@ def stored_site(name: str, packed: Packed, layout: str = ROWS.name) -> PackedSit
         "layout": layout,
         "bytes": packed.nbytes,
     }
+
+
+def stored_stack(name: str, packed: Packed, layout: str = ROWS.name) -> PackedSite:
+    """Of a packed stack of experts."""
+    experts, *_ = packed.shape
+    one = Packed(packed.values[0], packed.bitmask[0], packed.in_features)
+    return {**stored_site(name, one, layout), "experts": experts, "bytes": packed.nbytes}

@@ -1,0 +1,88 @@
+"""``sparseforge::sparse_experts``: a stack of packed 2:4 weights, each multiplied with rows of its own.
+
+What it reads of the stack are the experts that have a row: at decode those that the router chose. Which they are is
+data, so that the operator is opaque to compilers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparseforge_fx.kernels.soft_masked_experts import experts_with_rows
+from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
+
+_PACKED = "Tensor values, Tensor meta, str layout, int in_features, Tensor? offsets"
+
+
+@torch.library.custom_op(
+    "sparseforge::sparse_experts", mutates_args=(), schema=f"(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor"
+)
+def sparse_experts(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    layout: str,
+    in_features: int,
+    offsets: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y_e = x_e W_e^T + bias for every expert e.
+
+    Args:
+        x: [rows, in], the rows of one expert after those of another; without ``offsets`` [experts, rows, in].
+        values, meta: [experts, ...]: those of each packed weight [out, in] in that layout, as ``sparse_linear`` takes
+            them.
+        offsets: [experts] integers, where the rows of each expert end; rows beyond the last give zeros.
+        bias: None, or what can be added to y.
+
+    Returns [rows, out], or [experts, rows, out]. Raises SparseForgeError as ``sparse_linear`` does.
+    """
+    y = x.new_zeros(*x.shape[:-1], values.shape[1])
+    for e, rows in experts_with_rows(x, offsets):
+        y[rows] = OP(x[rows], values[e], meta[e], layout, in_features)
+    return y if bias is None else y + bias
+
+
+@sparse_experts.register_fake
+def _(x, values, meta, layout, in_features, offsets, bias=None):
+    return x.new_empty(*x.shape[:-1], values.shape[1])
+
+
+@torch.library.custom_op(
+    "sparseforge::sparse_experts_backward", mutates_args=(), schema=f"(Tensor grad, {_PACKED}) -> Tensor"
+)
+def _backward(
+    grad: Tensor, values: Tensor, meta: Tensor, layout: str, in_features: int, offsets: Tensor | None
+) -> Tensor:
+    """The gradient of x."""
+    grad_x = grad.new_zeros(*grad.shape[:-1], in_features)
+    for e, rows in experts_with_rows(grad, offsets):
+        grad_x[rows] = grad[rows] @ DENSE_OP(values[e], meta[e], layout, in_features).to(grad.dtype)
+    return grad_x
+
+
+@_backward.register_fake
+def _(grad, values, meta, layout, in_features, offsets):
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _setup_context(ctx, inputs, output):
+    _, values, meta, layout, in_features, offsets, bias = inputs
+    ctx.save_for_backward(values, meta, offsets)
+    ctx.options = layout, in_features
+    ctx.bias = None if bias is None else bias.shape
+
+
+def _gradients(ctx, grad):
+    values, meta, offsets = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _backward(grad.contiguous(), values, meta, *ctx.options, offsets)
+    given = len(ctx.needs_input_grad)  # a caller may leave out last arguments
+    grad_bias = grad.sum_to_size(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[6] else None
+    return (grad_x, None, None, None, None, None, grad_bias)[:given]
+
+
+sparse_experts.register_autograd(_gradients, setup_context=_setup_context)
+PACKED_EXPERTS_OP = torch.ops.sparseforge.sparse_experts.default
