@@ -10,7 +10,10 @@ results/kernels.png: what a packed linear gains over the dense one against the n
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
+from collections.abc import Mapping
 from statistics import mean, stdev
 
 import matplotlib
@@ -23,6 +26,9 @@ from speed_tables import cpu_runs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 YTICKS = [20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 3000]
 
@@ -119,21 +125,41 @@ def draw_frontier() -> None:
     counts, beaten = batches(points), dominators(points)
     figure, axes = plt.subplots(1, len(counts), figsize=(6 * len(counts), 4.5), constrained_layout=True, squeeze=False)
     for axis, count in zip(axes[0], counts, strict=True):
-        for number, point in enumerate(sorted(points, key=lambda p: (p["perplexity"], p["name"]))):
+        for point in points:
             place = point["tokens_per_second"][count], point["perplexity"]
-            beside = ((7, 4), (7, -9), (-7, 10))[number % 3]  # neighbours in quality are often neighbours in speed
             color = "tab:orange" if point["runtime"] == "llama.cpp" else "tab:blue"
             face = "none" if beaten[point["name"]] else color
             axis.scatter(*place, s=point["bytes"] / 1e6, facecolors=face, edgecolors=color)
-            side = "left" if beside[0] > 0 else "right"
-            axis.annotate(point["name"], place, fontsize=7, xytext=beside, ha=side, textcoords="offset points")
         axis.set(xlabel=f"tokens per second, batch {count}", ylabel="WikiText-2 test perplexity", yscale="log")
         axis.margins(x=0.14, y=0.1)
         low, high = axis.get_ylim()
         ticks = [t for t in YTICKS if low <= t <= high]
         axis.set_yticks(ticks, ticks)
         axis.minorticks_off()
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # places are final from here on
+    for axis, count in zip(axes[0], counts, strict=True):
+        name_points(axis, {p["name"]: (p["tokens_per_second"][count], p["perplexity"]) for p in points})
     figure.savefig(RESULTS / "frontier.png", dpi=110)
+
+
+def name_points(axis: Axes, places: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside their points, as near as they do not cover one another or a point."""
+    at = {name: axis.transData.transform(place) for name, place in places.items()}
+    taken = [Bbox.from_extents(*(xy - 6), *(xy + 6)) for xy in at.values()]
+    for name, place in sorted(places.items(), key=lambda item: (item[1][1], item[0])):
+        for radius, turn in itertools.product(range(12, 100, 8), range(0, 360, 30)):
+            x, y = radius * math.cos(math.radians(turn)), radius * math.sin(math.radians(turn))
+            how = {"ha": "left" if x > 0 else "right", "va": "center", "textcoords": "offset points"}
+            arrow = {"arrowstyle": "-", "lw": 0.4, "color": "gray"}
+            text = axis.annotate(name, place, fontsize=7, xytext=(x, y), arrowprops=arrow, **how)
+            text.update_positions(axis.figure.canvas.get_renderer())  # type: ignore[union-attr]
+            box = Text.get_window_extent(text).padded(1)  # without the line to the point
+            inside = axis.bbox.contains(box.x0, box.y0) and axis.bbox.contains(box.x1, box.y1)
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def draw_budget() -> None:
