@@ -56,6 +56,29 @@ def quality_table() -> str:
     return blocks([(text, table(names, "lrrrrrrrl", rows))])
 
 
+def reorder_table() -> str:
+    """One-shot methods with and without channels that may change places, of one machine."""
+    runs = sorted(read("reorder"), key=lambda run: -run["sparse_perplexity"]["test"])
+    if not runs:
+        return NONE
+    first = runs[0]
+    text = (
+        f"{first['model']}, no training, {first['report']['calibration_sequences']} sequences: perplexity of the first"
+        f" {first['windows']} windows of {first['context']} tokens (dense {first['dense_perplexity']['test']:.2f} and"
+        f" {first['dense_perplexity']['valid']:.2f}); {first['report']['device']}, commit {first['report']['commit']}."
+    )
+    rows = [
+        (
+            run["method"],
+            "yes" if run["report"]["config"]["reorder"] else "no",
+            f"{run['report']['seconds']:,.0f}",
+            *scores([run])[:2],
+        )
+        for run in runs
+    ]
+    return blocks([(text, table(("method", "reorder", "seconds", "test", "validation"), "llrrr", rows))])
+
+
 SECONDS = "Seconds of the whole run, mean over the seeds; in brackets those of its layer-wise start."
 
 
@@ -112,7 +135,10 @@ MAIN = {
     ("dense", 0): "dense",
     ("alps", 0): "ALPS, without training: the best of the one-shot methods",
     ("maskllm", 122_880): "MaskLLM: learned masks over frozen weights; the best of the other trained methods",
-    ("sparseforge-annealed", 122_880): "SparseForge's annealing from the dense model with our constants (preset `annealed`)",
+    (
+        "sparseforge-annealed",
+        122_880,
+    ): "SparseForge's annealing from the dense model with our constants (preset `annealed`)",
     ("sparsegpt+kd", 122_880): "SparseGPT's solution, fixed masks, distillation",
     ("alps+kd", 122_880): "`alps+kd`, the default: the layer-wise ALPS solution, fixed masks, distillation",
 }
@@ -134,7 +160,9 @@ def main_table() -> str:
         perplexity, _, seeds = scores(groups[key])
         average = accuracy(groups[key], tasks)[0]
         rows.append((name, f"{key[1]:,}", seconds(groups[key]), perplexity, average, seeds))
-    rows.sort(key=lambda row: -float(row[3].split()[0]) if row[1] != "0" else -math.inf)  # those that trained, the best last
+    rows.sort(
+        key=lambda row: -float(row[3].split()[0]) if row[1] != "0" else -math.inf
+    )  # those that trained, the best last
     text = (
         f"{setting(groups['dense', 0][0])}, the mean of {len(tasks)} tasks ± its standard error."
         f" {undecided({k: groups[k] for k in MAIN}, tasks)} Every linear but the head is exactly 2:4. {SECONDS}"
@@ -147,7 +175,9 @@ def undecided(groups: dict[tuple[str, int], list[dict]], tasks: list[str]) -> st
     """That so few documents tell nothing apart, where the dense model is below a sparse one."""
     share = {key: float(found.split()[0]) for key, runs in groups.items() if (found := accuracy(runs, tasks)[0])}
     dense = share.pop(("dense", 0), math.inf)
-    above = [f"{method} after {tokens:,} tokens" if tokens else method for (method, tokens), s in share.items() if s > dense]
+    above = [
+        f"{method} after {tokens:,} tokens" if tokens else method for (method, tokens), s in share.items() if s > dense
+    ]
     if not above:
         return ""
     return f"So few documents cannot tell these models apart: the dense one is below {', '.join(above)}."
