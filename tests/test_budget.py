@@ -163,10 +163,11 @@ def test_cheap_and_decisive_runs_come_first(runs):
 
 
 def test_the_methods_are_those_of_the_package(runs):
-    from sparseforge_fx.methods.catalog import configure
+    from sparseforge_fx.training.recipe import Recipe
 
     for options in runs.METHODS.values():
-        configure(steps=10, **options)
+        recipe = Recipe(steps=10).changed(**options)
+        assert recipe.config(True).steps == 10 and not recipe.settings(True).slorb_block
 
 
 def test_the_table_and_the_picture_show_what_is_there(runs, monkeypatch, tmp_path):

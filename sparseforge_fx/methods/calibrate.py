@@ -114,12 +114,8 @@ def layer_by_layer(
             if source in blind:
                 padded.add(read.name)
             if read.expert is None:
-                alone = node is step[0] and len(source.users) == 1  # elsewhere an input would have to change twice
-                order = reorder(read.name, moments[source][0]) if reorder is not None and alone else None
-                if order is not None:
-                    moments[source] = [m[order][:, order] for m in moments[source]]
-                    for run in runs:
-                        run.env[source] = run.env[source][..., order]
+                if reorder is not None and node is step[0] and len(source.users) == 1:  # else it would change twice
+                    _put_in_order(reorder(read.name, moments[source][0]), source, runs, moments[source])
                 visit(read.name, *moments[source])
             else:
                 visit(
@@ -139,6 +135,14 @@ def layer_by_layer(
                 for run in runs + twins:
                     run.env.pop(dead, None)
     return padded
+
+
+def _put_in_order(order: Tensor | None, source: Node, runs: Sequence[Interpreter], moments: list[Tensor]) -> None:
+    """What is known of a weight's inputs, as they come from now on."""
+    if order is not None:
+        moments[:] = [m[order][:, order] for m in moments]
+        for run in runs:
+            run.env[source] = run.env[source][..., order]
 
 
 class _Held(Interpreter):

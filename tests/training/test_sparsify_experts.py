@@ -57,7 +57,7 @@ def test_every_method(captured_once, method, tmp_path):
 @pytest.mark.parametrize("name", ["moe", "gpt_oss"])
 def test_soft_masks_of_experts_follow_their_own_curvature(captured_once, name, estimator):
     found = captured_once(name)
-    sparse = sf.prepare(found.model, config=sf.paper_preset(8, curvature=estimator))
+    sparse = sf.prepare(found.model, config=sf.annealed_preset(8, curvature=estimator))
     own_loop(sparse, [{**found.batch(seed), "labels": found.batch(seed)["input_ids"]} for seed in range(3)])
     values = sparse.method.curvature.values
     for fqn, weight in stacks(found.model).items():
@@ -77,7 +77,7 @@ def sparse_dim(name):
 def test_each_expert_has_thresholds_of_its_own(captured_once):
     """An expert with a thousandth of the others' curvature keeps as much of its mask as they do."""
     found = captured_once("moe")
-    sparse = sf.prepare(found.model, config=sf.paper_preset(8, update_every=1, probe_every=1))
+    sparse = sf.prepare(found.model, config=sf.annealed_preset(8, update_every=1, probe_every=1))
     (w, *_) = (w for w in sparse.method.weights if w.weight.dim() == 3)
     h = torch.ones_like(w.weight)
     h[1] *= 1e-3
@@ -92,7 +92,7 @@ def test_hutchinson_says_that_it_cannot(captured_once):
     found = captured_once("moe")
     before = {n: p.detach().clone() for n, p in found.model.named_parameters()}
     with pytest.raises(SparseForgeError, match="hutchinson needs second derivatives, which transformers"):
-        sf.prepare(found.model, config=sf.paper_preset(8, curvature="hutchinson"))
+        sf.prepare(found.model, config=sf.annealed_preset(8, curvature="hutchinson"))
     assert all(torch.equal(p, before[n]) and p.requires_grad for n, p in found.model.named_parameters())
 
 
