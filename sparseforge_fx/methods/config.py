@@ -40,7 +40,11 @@ class MethodConfig:
     pattern: AnyPattern = TWO_FOUR
 
     def __post_init__(self) -> None:
-        check_numbers(get_type_hints(type(self), include_extras=True), vars(self))
+        hints = get_type_hints(type(self), include_extras=True)
+        check_numbers(hints, vars(self))
+        for name, value in vars(self).items():
+            if hints.get(name) is bool and not isinstance(value, bool):  # "no" would be true
+                raise SparseForgeError(f"{name} is {value!r}: give True or False")
 
     def choose(self, name: str, allowed: Sequence[str]) -> None:
         """Raise a SparseForgeError unless the field has one of the allowed values."""

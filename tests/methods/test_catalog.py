@@ -28,7 +28,10 @@ def test_the_first_preset_is_the_default():
     assert find_preset("magnitude") is None
 
 
-@pytest.mark.parametrize(("name", "preset"), [("sparsforge", None), ("", None), ("ast", "tuned"), ("sparseforge", "best"), ("wanda", "paper")])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("sparsforge", None), ("", None), ("ast", "tuned"), ("sparseforge", "best"), ("wanda", "paper")],
+)
 def test_what_does_not_exist_is_refused_with_what_does(name, preset):
     with pytest.raises(SparseForgeError, match="choose one of"):
         find_preset(name, preset)
@@ -58,3 +61,13 @@ def test_steps_belong_to_methods_that_train():
 
 def test_no_method_has_two_names():
     assert len(set(METHODS)) == len(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("alps", "reorder"), ("sparsegpt", "choose_masks"), ("wanda", "every_token")]
+)
+@pytest.mark.parametrize("value", ["no", "false", 0, None])
+def test_a_switch_is_true_or_false(method, name, value):
+    """``"no"`` was taken for true."""
+    with pytest.raises(SparseForgeError, match=f"{name} is .*: give True or False"):
+        configure(method, **{name: value})
