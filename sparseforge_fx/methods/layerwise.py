@@ -17,11 +17,10 @@ from sparseforge_fx.kernels.soft_masked_experts import EXPERTS_OP
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.methods.calibrate import Expert, Read, layer_by_layer
 from sparseforge_fx.methods.experts import Experts
-from sparseforge_fx.methods.reorder import find_order
+from sparseforge_fx.methods.reorder import Reordering
 from sparseforge_fx.methods.rounding import Rounded, follow, round_weight
 from sparseforge_fx.methods.unseen import tell_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight, put_back
-from sparseforge_fx.passes.find_channels import Channels, find_channels
 from sparseforge_fx.pattern import AnyPattern, Pattern, hard_mask
 
 
@@ -102,7 +101,7 @@ def prune_layer_by_layer(
             notes[name] = told
 
     module = program.module()
-    moves = _Moves(program, reorder, by_name) if isinstance(reorder, Pattern) else None
+    moves = Reordering(program, reorder, weights) if isinstance(reorder, Pattern) else None
     uses = _uses(module, by_name)
     padded = layer_by_layer(module, uses, batches, visit, reorder=moves, every_token=experts.every_token)
     for w in weights:  # what the graph never reads
@@ -117,44 +116,6 @@ def prune_layer_by_layer(
     for name, told in ({} if moves is None else moves.notes).items():
         notes[name] = "; ".join(filter(None, (told, notes.get(name))))
     return notes
-
-
-class _Moves:
-    """Gives the inputs of a weight a better order, and the outputs of what computes them the same."""
-
-    def __init__(self, program: Program, pattern: Pattern, weights: Mapping[str, MaskedWeight]):
-        self.program, self.pattern, self.weights = program, pattern, weights
-        self.sets: dict[str, list[Channels]] = {}
-        for found in find_channels(program, pattern):
-            if len(names := {part.fqn for part in found.columns}) == 1:
-                self.sets.setdefault(names.pop(), []).append(found)
-        self.notes: dict[str, str] = {}
-        if not self.sets:
-            self.notes[next(iter(weights))] = "reorder changes nothing: no channels of this graph may change places"
-
-    def __call__(self, name: str, moments: Tensor) -> Tensor | None:
-        w = self.weights[name]
-        inputs = torch.arange(len(moments), device=moments.device)
-        value = w.weight.t() if w.dim == 0 else w.weight
-        worth = value.float().square() * moments.diagonal()
-        tensors = self.program.state
-        masks = {other.fqn: other.mask for other in self.weights.values()}
-        moved: set[str] = set()
-        for each in self.sets.get(name, ()):
-            rows = torch.cat([worth[:, part.indices.to(worth.device)] for part in each.columns])
-            order = find_order(rows, self.pattern)
-            if torch.equal(order, torch.arange(len(order), device=order.device)):
-                continue
-            each.permute(tensors, order)
-            each.permute(masks, order)
-            for part in each.columns:
-                columns = part.indices.to(inputs.device)
-                inputs[columns] = columns[order]
-            moved |= {part.fqn for part in each.rows}
-        if not moved:
-            return None
-        self.notes[name] = f"its inputs have a new order, and so have the outputs of {', '.join(sorted(moved))}"
-        return inputs
 
 
 @torch.no_grad()

@@ -7,13 +7,54 @@ change places (passes/find_channels.py), an order in which important inputs do n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.passes.find_channels import Channels, find_channels
 from sparseforge_fx.pattern import Pattern
 
-#: rounds of exchanges, each of which pairs all groups anew; ten times as many keep a thousandth more
+#: rounds of exchanges, each of which pairs all groups anew; the first few win most
 ROUNDS = 40
+
+
+class Reordering:
+    """Gives the inputs of a weight a better order, and the outputs of what computes them the same."""
+
+    def __init__(self, program: Program, pattern: Pattern, weights: Sequence[MaskedWeight]):
+        self.program, self.pattern, self.weights = program, pattern, {w.fqn: w for w in weights}
+        self.sets: dict[str, list[Channels]] = {}
+        for found in find_channels(program, pattern):
+            if len(names := {part.fqn for part in found.columns}) == 1:
+                self.sets.setdefault(names.pop(), []).append(found)
+        self.notes: dict[str, str] = {}
+        if not self.sets:
+            self.notes[weights[0].fqn] = "reorder changes nothing: no channels of this graph may change places"
+
+    def __call__(self, name: str, moments: Tensor) -> Tensor | None:
+        inputs = torch.arange(len(moments), device=moments.device)
+        value, _ = self.weights[name].oriented()
+        worth = value.float().square() * moments.diagonal()
+        masks = {w.fqn: w.mask for w in self.weights.values()}
+        moved: set[str] = set()
+        for each in self.sets.get(name, ()):
+            rows = torch.cat([worth[:, part.indices.to(worth.device)] for part in each.columns])
+            order = find_order(rows, self.pattern)
+            if torch.equal(order, torch.arange(len(order), device=order.device)):
+                continue
+            each.permute(self.program.state, order)
+            each.permute(masks, order)
+            for part in each.columns:
+                columns = part.indices.to(inputs.device)
+                inputs[columns] = columns[order]
+            moved |= {part.fqn for part in each.rows}
+        if not moved:
+            return None
+        self.notes[name] = f"its inputs have a new order, and so have the outputs of {', '.join(sorted(moved))}"
+        return inputs
 
 
 @torch.no_grad()

@@ -66,12 +66,11 @@ def anneal(
             written += sparse.copies()
             if calibrated is not None and not (path and path.exists()):
                 clock = time.monotonic()
-                sparse.start_report = {
-                    "layer_notes": sparse.calibrate(calibrated),
+                sparse.calibrate(calibrated)
+                sparse.start_report |= {
                     "calibration_sequences": sum(count_rows(b) for b in calibrated),
                     "calibration_seconds": time.monotonic() - clock,
                 }
-                sparse.start_report |= {"experts": sparse.experts} if sparse.experts else {}
             report["passes"] = [r._asdict() for r in sparse.pass_records]
             curves = train(
                 sparse, run.batches, sparse.trainable(), how_weights_move, state_path=path,

@@ -79,7 +79,6 @@ class SparseModel(TrainerSurface):
         form = format_of(config.values)
         self.on_grid = OnGrid(weights, form) if form.is_quantized else None
         self.start_report: dict[str, Any] = {}  # of a layer-wise start; saved with the run
-        self.experts: dict[str, Any] = {}  # what :meth:`calibrate` has to say of each in a stack
         self.steps_done = 0
         self.last_loss: Loss | None = None
         self.optimized = False
@@ -179,7 +178,6 @@ class SparseModel(TrainerSurface):
         with undone_on_error(weights, vectors) as dense, low_rank.handed_over(self.branches, self._hands_over):
             reorder = config.pattern if config.reorder else None
             notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, reorder)
-            self.experts = experts.table()
             # survivors that took over what was pruned leave nothing to the branches
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
             self.handed_over = moved and config.prunes_on_the_way
@@ -189,6 +187,7 @@ class SparseModel(TrainerSurface):
                 _, told = round_layer_by_layer(self.program, weights, readings, grid.formats, seen=grid.start)
                 for fqn, text in {**told, **self.on_grid.against}.items():
                     notes[fqn] = "; ".join(filter(None, (notes.get(fqn), text)))
+        self.start_report = {"layer_notes": notes} | ({"experts": experts.table()} if experts.tokens else {})
         return notes
 
     @ForwardOfSource

@@ -13,7 +13,7 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.methods import layerwise
+from sparseforge_fx.methods import reorder as module
 from sparseforge_fx.methods.reorder import find_order
 from sparseforge_fx.passes import find_linears, run_passes, train_passes
 from sparseforge_fx.passes.find_channels import find_channels
@@ -60,7 +60,7 @@ def test_moved_on_the_way_is_moved_before(name, monkeypatch):
         orders.append(torch.randperm(worth.shape[1]))
         return orders[-1]
 
-    monkeypatch.setattr(layerwise, "find_order", remember)
+    monkeypatch.setattr(module, "find_order", remember)
     model = build(name).eval()
     twin, data = copy.deepcopy(model), text()
     report = sf.sparsify(model, data, method="sparsegpt", reorder=True).report
@@ -116,7 +116,7 @@ def test_an_order_that_cannot_be_is_said():
 def test_a_failure_half_way_leaves_every_bias_as_it_was(monkeypatch):
     model = build("opt")
     before = {fqn: value.clone() for fqn, value in model.state_dict().items()}
-    follow, calls = layerwise.find_order, []
+    follow, calls = module.find_order, []
 
     def fail(worth, pattern):
         calls.append(worth)
@@ -124,7 +124,7 @@ def test_a_failure_half_way_leaves_every_bias_as_it_was(monkeypatch):
             raise RuntimeError("enough")
         return follow(worth, pattern).flip(0)
 
-    monkeypatch.setattr(layerwise, "find_order", fail)
+    monkeypatch.setattr(module, "find_order", fail)
     with pytest.raises(RuntimeError, match="enough"):
         sf.sparsify(model, text(), method="sparsegpt", reorder=True)
     assert all(torch.equal(value, before[fqn]) for fqn, value in model.state_dict().items())
