@@ -104,13 +104,13 @@ HASHES = ("weights", "data")
 
 
 def _wrong_start(start: Any) -> str | None:
-    """What is wrong with the report of a layer-wise start."""
-    wanted = {"layer_notes": {}, "calibration_sequences": 0, "calibration_seconds": 0.0}
+    """What is wrong with the report of a layer-wise start; whoever calls ``calibrate`` by hand has its notes alone."""
     notes = start.get("layer_notes") if isinstance(start, dict) else None
-    if isinstance(notes, dict) and all(type(v) is str for pair in notes.items() for v in pair):
-        plain = {name: value for name, value in start.items() if name != "experts"}  # a table for the report alone
-        return misfit(plain | {"layer_notes": {}}, wanted, "start")
-    return None if start == {} else "start is no report of a layer-wise start"
+    if not isinstance(notes, dict) or not all(type(v) is str for pair in notes.items() for v in pair):
+        return None if start == {} else "start is no report of a layer-wise start"
+    plain = {name: value for name, value in start.items() if name not in ("layer_notes", "experts")}
+    numbers = {"calibration_sequences": 0, "calibration_seconds": 0.0}
+    return misfit(plain, numbers, "start") if plain else None
 
 
 def _wrong_progress(state: dict[str, Any], steps: int) -> str | None:
