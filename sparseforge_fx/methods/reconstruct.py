@@ -197,5 +197,5 @@ def _values(output: Any) -> Iterator[Tensor]:
 
 def _name(block: Node) -> str:
     """The path that its tensors have in common."""
-    paths = [str(a.target).split(".") for a in block.args if isinstance(a, Node) and a.op == "get_attr"]
-    return ".".join(os.path.commonprefix(paths))  # of lists, part by part
+    paths = [str(a.target).replace(".", "/") for a in block.args if isinstance(a, Node) and a.op == "get_attr"]
+    return os.path.commonpath(paths).replace("/", ".")

@@ -65,7 +65,8 @@ def _prune(
     with undone_on_error(weights, vectors):
         if isinstance(config, LayerwiseConfig):
             pattern = config.pattern if config.reorder else None
-            teacher = Teacher(run.program, dense_copies(run.program, [w.weight for w in weights])) if config.reconstruct else None
+            tensors = [w.weight for w in weights]
+            teacher = Teacher(run.program, dense_copies(run.program, tensors)) if config.reconstruct else None
             notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, pattern)
             if teacher is not None:
                 report["reconstruction"], told = reconstructed(masked, teacher, batches, weights, config)
