@@ -69,8 +69,8 @@ def _prune(
             teacher = Teacher(run.program, dense_copies(run.program, tensors)) if config.reconstruct else None
             notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, pattern)
             if teacher is not None:
-                report["reconstruction"], told = reconstructed(masked, teacher, batches, weights, config)
-                report["notes"] += told
+                report["reconstruction"], none = reconstructed(masked, teacher, batches, weights, config)
+                report["notes"] += none
             format = format_of(config.values)
             against = {s.fqn: why_not_rounded(s.experts, s.in_features, format) for s in eligible(run.sites)}
             fitting = {fqn: format for fqn, reason in against.items() if reason is None}

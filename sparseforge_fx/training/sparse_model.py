@@ -181,8 +181,8 @@ class SparseModel(TrainerSurface):
             notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, reorder)
             blocks = None
             if teacher is not None:
-                blocks, told = reconstructed(self.program, teacher, readings, weights, config)
-                self.reader.notes += told
+                blocks, none = reconstructed(self.program, teacher, readings, weights, config)
+                self.reader.notes += none
             # survivors that took over what was pruned leave nothing to the branches
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
             self.handed_over = moved and config.prunes_on_the_way
