@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
@@ -36,17 +37,22 @@ def harden_masks(program: Program, pattern: AnyPattern = TWO_FOUR) -> PassResult
             folded.add(weight)
             value = program.tensor(names[weight])
             soft = program.tensor(names[mask])
-            keep = hard_mask(soft, pattern, dim=value.dim() - (2 if transposed else 1))
-            if isinstance(pattern, Unstructured):
-                keep &= soft != 0  # a mask that keeps less than its share (Wanda rounds each row) is not filled up
-            with torch.no_grad():
-                value.copy_(torch.where(keep, value, torch.zeros_like(value)) + 0.0)  # + 0.0 turns -0.0 into 0.0
+            fold(value, soft, pattern, value.dim() - (2 if transposed else 1))
         spent |= dict.fromkeys(p for p in (mask, probe) if p is not None)
         program.replace(node, _dense_stack(program, node) if node.target == EXPERTS_OP else _dense(program, node))
     for placeholder in spent:
         drop_dead_moves(program, placeholder)
         program.drop(placeholder)
     return PassResult(program, len(nodes))
+
+
+@torch.no_grad()
+def fold(weight: Tensor, mask: Tensor, pattern: AnyPattern, dim: int) -> None:
+    """Write a weight times its hard mask in place; groups run along ``dim``."""
+    keep = hard_mask(mask, pattern, dim=dim)
+    if isinstance(pattern, Unstructured):
+        keep &= mask != 0  # a mask that keeps less than its share (Wanda rounds each row) is not filled up
+    weight.copy_(torch.where(keep, weight, torch.zeros_like(weight)) + 0.0)  # + 0.0 turns -0.0 into 0.0
 
 
 def _dense(program: Program, node: Node) -> Node:

@@ -79,7 +79,7 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _sync_folder(partial)
         if not inside:
             try:
-                _replace(folder, partial)
+                replace_folder(folder, partial)
                 return
             except OSError as error:
                 if error.errno not in (errno.EBUSY, errno.EXDEV) or not folder.is_dir():
@@ -151,7 +151,8 @@ def _stays(folder: Path) -> bool:
     return folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK))
 
 
-def _replace(folder: Path, new: Path) -> None:
+def replace_folder(folder: Path, new: Path) -> None:
+    """Let a folder that is complete, on the same disk, take the place of ``folder``."""
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         os.replace(folder, old)

@@ -135,6 +135,12 @@ def block_outputs(module: GraphModule) -> list[Node]:
     return handed
 
 
+def block_ends(module: GraphModule) -> list[Node]:
+    """The last node of each repeated block, in graph order."""
+    nodes = list(module.graph.nodes)
+    return [nodes[end - 1] for end in sorted(b.span.stop for kind in _find(module) for b in kind)]
+
+
 # -- finding ---------------------------------------------------------------------------------------------------------
 def _find(module: GraphModule) -> list[list[_Block]]:
     """Kinds of blocks, each a list of ranges that are the same program; outermost containers first; no overlaps.

@@ -19,6 +19,7 @@ from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.padding import mask_names, real_rows
 from sparseforge_fx.methods.every_token import CannotTell, inputs_of_expert, kept_for
+from sparseforge_fx.methods.streamed import Streamed
 
 #: called at the first use of a weight, before the node runs, with its name, [in, in] X^T X / tokens and, in a walk with
 #: a twin, Z^T X / tokens, Z being what the twin sees; may write the weight. Of a stack, for one expert after the other,
@@ -64,6 +65,7 @@ def layer_by_layer(
     twin: Mapping[str, Tensor] | None = None,
     reorder: Reorder | None = None,
     every_token: bool = False,
+    streamed: Streamed | None = None,
 ) -> set[str]:
     """Run ``batches`` through ``module`` in lock step and ``visit`` each weight with its inputs' second moments.
 
@@ -77,13 +79,14 @@ def layer_by_layer(
         reorder: asked of weights whose input nothing else reads.
         every_token: experts of stacks are told of as if every token came to each of them, where the graph lets that
             be computed (methods/every_token.py); what goes on through the graph is routed as ever.
+        streamed: where weights and activations are that are not in memory (methods/streamed.py).
 
     Returns the names of weights in whose moments padding counts, because their inputs are not the batch's positions.
     """
     names = mask_names(module.graph, module.graph.find_nodes(op="placeholder"))
-    padded: set[str] = set()
+    padded: set[str] = set() if streamed is None else streamed.padded
     flat = [flat_inputs(module, batch) for batch in batches]
-    runs = [_Held(module, {}) for _ in batches]
+    runs = [_Held(module, {} if streamed is None else streamed) for _ in batches]
     twins = [_Held(module, twin) for _ in batches] if twin is not None else []
     feeds = [iter(inputs) for inputs in (flat + flat if twins else flat)]
     last = last_uses(module, kept_for(weights) if every_token else {})
@@ -92,7 +95,12 @@ def layer_by_layer(
     blind: set[Node] = set()
     for run in runs + twins:
         run.env = {}
+    done = None if streamed is None else streamed.resume(runs)
     for step in _steps(module.graph):
+        if done is not None:
+            seen |= {(read.name, read.expert) for n in step if n in weights for read in [Read(*weights[n])]}
+            done = None if done in step else done
+            continue
         leave = dict(_pairs(step))
         for node in step:
             if node not in weights or ((read := Read(*weights[node])).name, read.expert) in seen:
@@ -129,11 +137,17 @@ def layer_by_layer(
             except (AssertionError, IndexError, RuntimeError) as error:  # a size or a token that it does not take
                 told = f"calibration batch {index % len(batches)} does not fit the model: {one_line(error)}"
                 raise SparseForgeError(told) from error
+            if streamed is not None:
+                streamed.keep(run, len(runs))
         for node in step:
             for dead in last.get(node, ()):
                 moments.pop(dead, None)
                 for run in runs + twins:
                     run.env.pop(dead, None)
+            if streamed is not None:
+                streamed.drop(last.get(node, ()))
+        if streamed is not None and streamed.after(step, runs):
+            break
     return padded
 
 
@@ -148,7 +162,7 @@ def _put_in_order(order: Tensor | None, source: Node, runs: Sequence[Interpreter
 class _Held(Interpreter):
     """One batch on its way through the graph; weights that are ``held`` go before the module's."""
 
-    def __init__(self, module: GraphModule, held: Mapping[str, Tensor]):
+    def __init__(self, module: GraphModule, held: Mapping[str, Tensor] | Streamed):
         super().__init__(module, garbage_collect_values=False)
         self.held = held
 

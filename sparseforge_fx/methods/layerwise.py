@@ -19,6 +19,7 @@ from sparseforge_fx.methods.calibrate import Expert, Read, layer_by_layer
 from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.reorder import Reordering
 from sparseforge_fx.methods.rounding import Rounded, follow, round_weight
+from sparseforge_fx.methods.streamed import Streamed
 from sparseforge_fx.methods.unseen import tell_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight, put_back
 from sparseforge_fx.pattern import AnyPattern, Pattern, hard_mask
@@ -61,6 +62,8 @@ def prune_layer_by_layer(
     solve: Solve,
     experts: Experts | None = None,
     reorder: AnyPattern | None = None,
+    streamed: tuple[GraphModule, Streamed] | None = None,
+    notes: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """``solve`` every weight of ``program`` in graph order, each on what the pruned ones before it make of ``batches``.
 
@@ -73,12 +76,14 @@ def prune_layer_by_layer(
         experts: how few tokens are too few, and where it is kept what each expert saw.
         reorder: give inputs an order in which groups of this pattern lose less, where the graph lets them change
             places: what computes them is written, too.
+        streamed: the module to walk, and where its weights are, if they are not in memory.
+        notes: those of an earlier part of the same walk; they are added to.
 
     Returns what the solver noted, by weight. Memory: what is alive at one point of the graph, for all batches, and one
     [in, in] matrix.
     """
     by_name = {w.fqn: w for w in weights}
-    notes: dict[str, str] = {}
+    notes = {} if notes is None else notes
     experts = Experts() if experts is None else experts
 
     def visit(name: str, moments: Tensor, expert: Expert | None = None) -> None:
@@ -100,11 +105,11 @@ def prune_layer_by_layer(
         elif told and expert is None:
             notes[name] = told
 
-    module = program.module()
+    module, outside = (program.module(), None) if streamed is None else streamed
     moves = Reordering(program, reorder, weights) if isinstance(reorder, Pattern) else None
     uses = _uses(module, by_name)
-    padded = layer_by_layer(module, uses, batches, visit, reorder=moves, every_token=experts.every_token)
-    for w in weights:  # what the graph never reads
+    padded = layer_by_layer(module, uses, batches, visit, reorder=moves, every_token=experts.every_token, streamed=outside)
+    for w in weights if outside is None else ():  # what the graph never reads
         read = {use.expert for use in uses.values() if use.name == w.fqn}
         for place in range(len(w.weight)) if w.weight.dim() == 3 and None not in read else ():
             if place not in read:

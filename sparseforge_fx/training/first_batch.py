@@ -33,16 +33,9 @@ def check_batch(program: Program, reader: Reader, objective: Objective, batch: A
     """One forward pass, so that data which does not fit is refused, and what is not used is noted, before a weight
     changes."""
     found = reader.read(*as_call(batch))
-    ids, model = found.given.get("input_ids"), program.source
+    model = program.source
     assert model is not None
-    if isinstance(ids, Tensor):
-        check_length(model, ids.shape[-1])
-        table = _embeddings(model)
-        if ids.numel() and table is not None and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
-            raise SparseForgeError(
-                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of "
-                f"{table.num_embeddings}: use the model's own tokenizer"
-            )
+    check_ids(model, found)
     try:
         output = program.module()(*found.args, **found.kwargs)
     except (RuntimeError, AssertionError, IndexError, TypeError, ValueError) as error:
@@ -60,6 +53,19 @@ def check_batch(program: Program, reader: Reader, objective: Objective, batch: A
         reader.note("the batches hold no labels: the dense model's answers are all that is learnt from")
     if ours is not None:
         _compare_with_the_models_own(model, batch, found, ours.total, reader)
+
+
+def check_ids(model: nn.Module, found: Reading) -> None:
+    """Raise a SparseForgeError for token ids that the model has no place or no embedding for."""
+    ids = found.given.get("input_ids")
+    if isinstance(ids, Tensor):
+        check_length(model, ids.shape[-1])
+        table = _embeddings(model)
+        if ids.numel() and table is not None and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
+            raise SparseForgeError(
+                f"token ids from {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of "
+                f"{table.num_embeddings}: use the model's own tokenizer"
+            )
 
 
 def _compare_with_the_models_own(model: nn.Module, batch: Any, found: Reading, ours: Tensor, reader: Reader) -> None:
