@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sparseforge_fx.plans import Plan
     from sparseforge_fx.training.callback import SparseForgeCallback
     from sparseforge_fx.training.distillation import Distillation
+    from sparseforge_fx.training.from_disk import sparsify_on_disk
     from sparseforge_fx.training.prepare import finalize, prepare
     from sparseforge_fx.training.recipe import Recipe
     from sparseforge_fx.training.sparse_model import SparseModel
@@ -69,6 +70,7 @@ _HOMES = {
     "quantize": "deploy.lowering.quantize",
     "save_packed": "deploy.checkpoints.save",
     "sparsify": "training.sparsify",
+    "sparsify_on_disk": "training.from_disk",
 }
 
 __all__ = [
@@ -103,6 +105,7 @@ __all__ = [
     "quantize",
     "save_packed",
     "sparsify",
+    "sparsify_on_disk",
 ]
 
 

@@ -20,6 +20,7 @@ from sparseforge_fx.cli.app import (
     pick_device,
     stdout,
 )
+from sparseforge_fx.cli.on_disk import check_cpu
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 WINDOWS = (
     "Tokens per window (default 1024, or the model's positions if fewer), and between the starts of those that overlap."
 )
+ON_DISK = "Weights stay on disk, one block at a time in memory; they are read once for each batch of windows."
 ZERO_SHOT = "Tasks of lm-eval, by commas; all: the seven of AST. LIMIT: documents of each, a fixed random subset."
 
 
@@ -46,6 +48,7 @@ def evaluate(
     dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default cuda where there is one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers there.")] = None,
+    on_disk: Annotated[bool, typer.Option("--on-disk", help=ON_DISK)] = False,
 ) -> None:
     """Perplexity, dense beside sparse, and whether every linear is exactly N:M."""
     from sparseforge_fx.data.sources import open_sources
@@ -53,11 +56,15 @@ def evaluate(
     from sparseforge_fx.evaluation.zero_shot import check_tasks, zero_shot
     from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
     from sparseforge_fx.models.dense import find_dtype
+    from sparseforge_fx.models.streamed_forward import StreamedForward
     from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import environment, write_json
 
     shape, (window, stride), (wanted, limit) = parse_pattern(pattern), _read_windows(context), _read_tasks(tasks)
     open_sources(data)
+    if on_disk:
+        check_cpu(device, tasks=tasks)
+        device = "cpu"
     where, forced = pick_device(device), find_dtype(dtype)
     check_tasks(wanted)
     computing = text = None
@@ -67,19 +74,19 @@ def evaluate(
     for role, name in names.items():
         if name is None:
             continue
-        loaded, tokenizer = _load(name)
+        loaded, tokenizer, weights = _load_on_disk(name) if on_disk else (*_load(name), None)
         computing = computing or choose_dtype(dtype_of(loaded), where, forced)
         cast(loaded, computing.dtype)  # one for both
         text = _tokens(data, text_column, tokenizer, text, dense, model)
         positions = getattr(loaded.config, "max_position_embeddings", None) or 1024
         measured[role] = perplexity(
-            loaded.to(where), text, context=window or min(1024, positions), stride=stride, max_windows=max_windows,
+            loaded.to(where) if weights is None else StreamedForward(weights), text, context=window or min(1024, positions), stride=stride, max_windows=max_windows,
             batch_size=batch_size, progress=True,
         )  # fmt: skip
         if wanted:
             accuracy[role] = zero_shot(loaded, tokenizer, wanted, limit=limit)
         if role == "model":
-            linears = _check_linears(loaded.cpu(), shape)
+            linears = _check_linears(loaded.cpu() if weights is None else loaded, shape, weights)
         del loaded
     assert computing is not None
     console = stdout()
@@ -125,6 +132,16 @@ def _load(name: str) -> tuple[Any, Any]:
     if tokenizer is None:
         raise SparseForgeError(f"{name} has no vocabulary: perplexity needs a language model")
     return (loaded.dequantize() if is_packed(loaded.config) else loaded), tokenizer
+
+
+def _load_on_disk(name: str) -> tuple[Any, Any, Any]:
+    """The model without weights, its tokenizer, and where its weights are."""
+    from sparseforge_fx.models.streamed import StreamedModel
+
+    found = StreamedModel(name)
+    if found.tokenizer is None:
+        raise SparseForgeError(f"{name} has no vocabulary: perplexity needs a language model")
+    return found.skeleton, found.tokenizer, found
 
 
 def _tokens(data: str, column: str | None, tokenizer: Any, before: Any, dense: str | None, model: str) -> Any:
@@ -178,8 +195,11 @@ def _accuracy_table(accuracy: dict[str, dict[str, dict[str, float]]], names: dic
     return table
 
 
-def _check_linears(model: Any, pattern: Any) -> list[dict[str, Any]]:
-    """Every linear of the graph: share of zeros, and whether it keeps the pattern (None where it has none to keep)."""
+def _check_linears(model: Any, pattern: Any, weights: Any) -> list[dict[str, Any]]:
+    """Every linear of the graph: share of zeros, and whether it keeps the pattern (None where it has none to keep).
+
+    weights: where they are, if not in the model.
+    """
     from sparseforge_fx.graph.capture import capture
     from sparseforge_fx.passes import find_linears
     from sparseforge_fx.pattern import check_pattern, density
@@ -190,7 +210,7 @@ def _check_linears(model: Any, pattern: Any) -> list[dict[str, Any]]:
         if not site.uses:
             continue
         if site.fqn in program.state:
-            weight = program.tensor(site.fqn)
+            weight = program.tensor(site.fqn) if weights is None else weights.fetch(site.fqn)
             fits = pattern.fits(site.in_features)
             exact = check_pattern(weight, pattern, site.reduction_dim) if fits else None
             rows.append({"name": site.fqn, "zeros": 1 - density(weight), "exact": exact, "reason": site.reason})

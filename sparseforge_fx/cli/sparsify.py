@@ -10,6 +10,7 @@ import typer
 
 from sparseforge_fx.cli.app import DtypeOption, Exclude, Include, command, pick_device, stdout
 from sparseforge_fx.cli.assignments import read_assignments
+from sparseforge_fx.cli.on_disk import check_cpu, run_on_disk, suggest
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.tracker import Tracker
@@ -35,6 +36,8 @@ CONFIG = "A recipe (YAML), or the output folder of a run, which holds its own; o
 CURVATURE = (
     "The estimator: gauss_newton, fisher (labels drawn from the model), activation, squared_gradient, hutchinson."
 )
+ON_DISK = "Without training: weights stay on disk, one block at a time in memory; the output has the input's files."
+SAVE_SECONDS = 600.0
 MODEL = "A Hugging Face folder, a hub id, or a GGUF file; default: the recipe's."
 
 
@@ -81,8 +84,9 @@ def sparsify(
     compile: Annotated[Compile, typer.Option(help="torch.compile; auto: where the run is long.")] = Compile.auto,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, at the end.")] = False,
-    save_seconds: Annotated[float, typer.Option(min=0, help="Seconds between two saved training states.")] = 600.0,
+    save_seconds: Annotated[float, typer.Option(min=0, help="Seconds between two saved training states.")] = SAVE_SECONDS,
     log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate: tensorboard, wandb, ...")] = None,
+    on_disk: Annotated[bool, typer.Option("--on-disk", help=ON_DISK)] = False,
 ) -> None:
     """Train a model to exact N:M sparsity, and write it as a plain Hugging Face checkpoint with a report."""
     asked = {
@@ -93,6 +97,10 @@ def sparsify(
         "weight_decay": weight_decay,
     }  # fmt: skip
     recipe = _recipe(config, asked, change, curvature, temperature)
+    if on_disk:
+        check_cpu(device, log_with=log_with, compile=compile is Compile.on, save_seconds=save_seconds != SAVE_SECONDS)
+        run_on_disk(recipe, output, resume=resume, overwrite=overwrite, cache_dir=cache_dir)
+        return
     _run(
         recipe, RunFolder(output), device=device, resume=resume, overwrite=overwrite, log_with=log_with,
         cache_dir=cache_dir, save_seconds=save_seconds,
@@ -139,6 +147,7 @@ def _run(
     """Load, sparsify, write; ``how`` goes to :func:`sparseforge_fx.sparsify`."""
     import torch
 
+    from sparseforge_fx.methods.catalog import ONE_SHOT
     from sparseforge_fx.models.compute_dtype import ComputeDtype, cast, choose_dtype, dtype_of
     from sparseforge_fx.models.dense import find_dtype, load_dense
     from sparseforge_fx.training.processes import Processes
@@ -149,6 +158,8 @@ def _run(
     processes.first_does(lambda: folder.check(plain, resume=resume, overwrite=overwrite))
     where, wanted = pick_device(device), find_dtype(recipe.dtype)
     assert recipe.model is not None
+    if recipe.method in ONE_SHOT:
+        suggest(recipe.model)
     loaded, tokenizer = load_dense(recipe.model)
     begun = folder.begun(resume)
     if "compute_dtype" in begun or (begun and folder.state.is_file()):  # a second measurement might choose otherwise

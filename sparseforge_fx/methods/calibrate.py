@@ -86,8 +86,8 @@ def layer_by_layer(
     names = mask_names(module.graph, module.graph.find_nodes(op="placeholder"))
     padded: set[str] = set() if streamed is None else streamed.padded
     flat = [flat_inputs(module, batch) for batch in batches]
-    runs = [_Held(module, {} if streamed is None else streamed) for _ in batches]
-    twins = [_Held(module, twin) for _ in batches] if twin is not None else []
+    runs = [Held(module, {} if streamed is None else streamed) for _ in batches]
+    twins = [Held(module, twin) for _ in batches] if twin is not None else []
     feeds = [iter(inputs) for inputs in (flat + flat if twins else flat)]
     last = last_uses(module, kept_for(weights) if every_token else {})
     seen: set[tuple[str, int | None]] = set()
@@ -159,7 +159,7 @@ def _put_in_order(order: Tensor | None, source: Node, runs: Sequence[Interpreter
             run.env[source] = run.env[source][..., order]
 
 
-class _Held(Interpreter):
+class Held(Interpreter):
     """One batch on its way through the graph; weights that are ``held`` go before the module's."""
 
     def __init__(self, module: GraphModule, held: Mapping[str, Tensor] | Streamed):

@@ -108,7 +108,9 @@ def prune_layer_by_layer(
     module, outside = (program.module(), None) if streamed is None else streamed
     moves = Reordering(program, reorder, weights) if isinstance(reorder, Pattern) else None
     uses = _uses(module, by_name)
-    padded = layer_by_layer(module, uses, batches, visit, reorder=moves, every_token=experts.every_token, streamed=outside)
+    padded = layer_by_layer(
+        module, uses, batches, visit, reorder=moves, every_token=experts.every_token, streamed=outside
+    )
     for w in weights if outside is None else ():  # what the graph never reads
         read = {use.expert for use in uses.values() if use.name == w.fqn}
         for place in range(len(w.weight)) if w.weight.dim() == 3 and None not in read else ():

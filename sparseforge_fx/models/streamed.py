@@ -1,4 +1,4 @@
-"""A model whose weights stay on disk: its graph's shapes, its computed buffers, and each weight when it is asked for."""
+"""A model whose weights stay on disk: its shapes, its computed buffers, and each weight when it is asked for."""
 
 from __future__ import annotations
 
@@ -150,4 +150,5 @@ def _download(name: str, options: dict[str, Any]) -> Path:
     if Path(name).is_dir():
         return Path(name)
     with explained(f"cannot fetch {name}"):
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.gguf", "*.h5", "*.msgpack"], **options))
+        others = ["*.bin", "*.pt", "*.gguf", "*.h5", "*.msgpack"]
+        return Path(snapshot_download(name, ignore_patterns=others, **options))

@@ -1,0 +1,47 @@
+"""``--on-disk``: models larger than memory, and when to think of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparseforge_fx.cli.app import stdout
+from sparseforge_fx.errors import SparseForgeError
+
+if TYPE_CHECKING:
+    from sparseforge_fx.training.recipe import Recipe
+
+
+def check_cpu(device: str | None, **unused: Any) -> None:
+    """Raise SparseForgeError for what a walk from disk has no use for."""
+    if device not in (None, "cpu"):
+        raise SparseForgeError(f"--on-disk computes on the CPU: leave out --device {device}")
+    if given := [name for name, value in unused.items() if value]:
+        raise SparseForgeError(f"--on-disk has no use for --{given[0].replace('_', '-')}: leave it out")
+
+
+def run_on_disk(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool, cache_dir: Path | None) -> None:
+    """Prune block by block, and print what ``sparsify`` prints."""
+    from sparseforge_fx.cli.report import summary
+    from sparseforge_fx.training.from_disk import sparsify_on_disk
+
+    assert recipe.model is not None
+    report = sparsify_on_disk(
+        recipe.model, recipe=recipe, output=output, resume=resume, overwrite=overwrite, cache_dir=cache_dir
+    )
+    console = stdout()
+    console.print(summary(report))
+    told = f"wrote {output}; next: sparseforge-fx evaluate {output} --dense {recipe.model} --on-disk"
+    console.print(told, markup=False, highlight=False)
+
+
+def suggest(model: str) -> None:
+    """Say so where the weights of a folder take more than the memory that is free."""
+    import psutil
+
+    size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    free = psutil.virtual_memory().available
+    if size > free:
+        told = f"{model} has {size / 1e9:.1f} GB of weights and {free / 1e9:.1f} GB of memory are free"
+        print(f"note: {told}: --on-disk prunes block by block", file=sys.stderr)
