@@ -20,7 +20,7 @@ from sparseforge_fx.cli.app import (
     pick_device,
     stdout,
 )
-from sparseforge_fx.cli.on_disk import check_cpu
+from sparseforge_fx.cli.on_disk import DISK, check_unused
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 WINDOWS = (
     "Tokens per window (default 1024, or the model's positions if fewer), and between the starts of those that overlap."
 )
-ON_DISK = "Weights stay on disk, one block at a time in memory; they are read once for each batch of windows."
+DEVICE = (
+    "cpu, cuda, ...; default cuda where there is one. disk: weights stay there, those of one block at a time in "
+    "memory, read once for each batch of windows."
+)
 ZERO_SHOT = "Tasks of lm-eval, by commas; all: the seven of AST. LIMIT: documents of each, a fixed random subset."
 
 
@@ -46,9 +49,8 @@ def evaluate(
     tasks: Annotated[str, typer.Option(metavar="TASKS[:LIMIT]", help=ZERO_SHOT)] = "",
     pattern: PatternOption = "2:4",
     dtype: DtypeOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default cuda where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers there.")] = None,
-    on_disk: Annotated[bool, typer.Option("--on-disk", help=ON_DISK)] = False,
 ) -> None:
     """Perplexity, dense beside sparse, and whether every linear is exactly N:M."""
     from sparseforge_fx.data.sources import open_sources
@@ -62,8 +64,8 @@ def evaluate(
 
     shape, (window, stride), (wanted, limit) = parse_pattern(pattern), _read_windows(context), _read_tasks(tasks)
     open_sources(data)
-    if on_disk:
-        check_cpu(device, tasks=tasks)
+    if on_disk := device == DISK:
+        check_unused(tasks=tasks)
         device = "cpu"
     where, forced = pick_device(device), find_dtype(dtype)
     check_tasks(wanted)
@@ -80,7 +82,8 @@ def evaluate(
         text = _tokens(data, text_column, tokenizer, text, dense, model)
         positions = getattr(loaded.config, "max_position_embeddings", None) or 1024
         measured[role] = perplexity(
-            loaded.to(where) if weights is None else StreamedForward(weights), text, context=window or min(1024, positions), stride=stride, max_windows=max_windows,
+            loaded.to(where) if weights is None else StreamedForward(weights), text,
+            context=window or min(1024, positions), stride=stride, max_windows=max_windows,
             batch_size=batch_size, progress=True,
         )  # fmt: skip
         if wanted:

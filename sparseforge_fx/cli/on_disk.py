@@ -1,4 +1,4 @@
-"""``--on-disk``: models larger than memory, and when to think of it."""
+"""``--device disk``: models larger than memory, and when to think of it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sparseforge_fx.errors import SparseForgeError
 if TYPE_CHECKING:
     from sparseforge_fx.training.recipe import Recipe
 
+DISK = "disk"
 
-def check_cpu(device: str | None, **unused: Any) -> None:
+
+def check_unused(**given: Any) -> None:
     """Raise SparseForgeError for what a walk from disk has no use for."""
-    if device not in (None, "cpu"):
-        raise SparseForgeError(f"--on-disk computes on the CPU: leave out --device {device}")
-    if given := [name for name, value in unused.items() if value]:
-        raise SparseForgeError(f"--on-disk has no use for --{given[0].replace('_', '-')}: leave it out")
+    if names := [name for name, value in given.items() if value]:
+        raise SparseForgeError(f"--device disk has no use for --{names[0].replace('_', '-')}: leave it out")
 
 
 def run_on_disk(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool, cache_dir: Path | None) -> None:
@@ -32,7 +32,7 @@ def run_on_disk(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool, 
     )
     console = stdout()
     console.print(summary(report))
-    told = f"wrote {output}; next: sparseforge-fx evaluate {output} --dense {recipe.model} --on-disk"
+    told = f"wrote {output}; next: sparseforge-fx evaluate {output} --dense {recipe.model} --device disk"
     console.print(told, markup=False, highlight=False)
 
 
@@ -44,4 +44,4 @@ def suggest(model: str) -> None:
     free = psutil.virtual_memory().available
     if size > free:
         told = f"{model} has {size / 1e9:.1f} GB of weights and {free / 1e9:.1f} GB of memory are free"
-        print(f"note: {told}: --on-disk prunes block by block", file=sys.stderr)
+        print(f"note: {told}: --device disk prunes block by block", file=sys.stderr)

@@ -10,7 +10,7 @@ import typer
 
 from sparseforge_fx.cli.app import DtypeOption, Exclude, Include, command, pick_device, stdout
 from sparseforge_fx.cli.assignments import read_assignments
-from sparseforge_fx.cli.on_disk import check_cpu, run_on_disk, suggest
+from sparseforge_fx.cli.on_disk import DISK, check_unused, run_on_disk, suggest
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.tracker import Tracker
@@ -36,7 +36,10 @@ CONFIG = "A recipe (YAML), or the output folder of a run, which holds its own; o
 CURVATURE = (
     "The estimator: gauss_newton, fisher (labels drawn from the model), activation, squared_gradient, hutchinson."
 )
-ON_DISK = "Without training: weights stay on disk, one block at a time in memory; the output has the input's files."
+DEVICE = (
+    "cpu, cuda, cuda:1, ...; default cuda where there is one. disk: weights stay there, those of one block at a time "
+    "in memory (methods that do not train)."
+)
 SAVE_SECONDS = 600.0
 MODEL = "A Hugging Face folder, a hub id, or a GGUF file; default: the recipe's."
 
@@ -80,13 +83,14 @@ def sparsify(
     plan: Annotated[str | None, typer.Option(help="A plan (json): only what it makes sparse is trained.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order and sampling; default 0.")] = None,
     dtype: DtypeOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default cuda where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
     compile: Annotated[Compile, typer.Option(help="torch.compile; auto: where the run is long.")] = Compile.auto,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, at the end.")] = False,
-    save_seconds: Annotated[float, typer.Option(min=0, help="Seconds between two saved training states.")] = SAVE_SECONDS,
+    save_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds between two saved training states.")
+    ] = SAVE_SECONDS,
     log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate: tensorboard, wandb, ...")] = None,
-    on_disk: Annotated[bool, typer.Option("--on-disk", help=ON_DISK)] = False,
 ) -> None:
     """Train a model to exact N:M sparsity, and write it as a plain Hugging Face checkpoint with a report."""
     asked = {
@@ -97,8 +101,8 @@ def sparsify(
         "weight_decay": weight_decay,
     }  # fmt: skip
     recipe = _recipe(config, asked, change, curvature, temperature)
-    if on_disk:
-        check_cpu(device, log_with=log_with, compile=compile is Compile.on, save_seconds=save_seconds != SAVE_SECONDS)
+    if device == DISK:
+        check_unused(log_with=log_with, compile=compile is Compile.on, save_seconds=save_seconds != SAVE_SECONDS)
         run_on_disk(recipe, output, resume=resume, overwrite=overwrite, cache_dir=cache_dir)
         return
     _run(

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, is_concrete_int
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.errors import SparseForgeError, one_line
@@ -53,6 +54,28 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
         args, kwargs = pytree.tree_map(trainable_input, (args, kwargs))
         exported, notes = _export(model, args, kwargs, dynamic)
     return Exported(exported, model, notes)
+
+
+def without_values(model: nn.Module) -> None:
+    """Turn weights and buffers, wherever they are, into tensors on the CPU that have a shape alone, so that the model
+    is captured as it runs there. (On the meta device a model may take another way.)"""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    made: dict[int, Tensor] = {}  # tied weights stay tied
+    with mode:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, value in table.items():
+                    if value is None:
+                        continue
+                    if id(value) not in made:
+                        fake = torch.empty(value.shape, dtype=value.dtype)
+                        made[id(value)] = nn.Parameter(fake) if isinstance(value, nn.Parameter) else fake
+                    table[name] = made[id(value)]  # type: ignore[assignment]
+
+
+def has_no_values(value: Tensor) -> bool:
+    """Is it one of :func:`without_values`?"""
+    return isinstance(value, FakeTensor) or isinstance(value.data, FakeTensor)
 
 
 def _leave_inference_mode(model: nn.Module) -> None:

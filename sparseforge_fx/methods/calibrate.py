@@ -129,26 +129,31 @@ def layer_by_layer(
                 visit(
                     read.name, *moments[source], expert=Expert(read.expert, sum(see(r)[..., 0].numel() for r in runs))
                 )
-        for index, (run, feed) in enumerate(zip(runs + twins, feeds, strict=True)):
-            try:
-                _run(run, step, leave, feed)
-            except torch.OutOfMemoryError:
-                raise
-            except (AssertionError, IndexError, RuntimeError) as error:  # a size or a token that it does not take
-                told = f"calibration batch {index % len(batches)} does not fit the model: {one_line(error)}"
-                raise SparseForgeError(told) from error
-            if streamed is not None:
-                streamed.keep(run, len(runs))
-        for node in step:
-            for dead in last.get(node, ()):
-                moments.pop(dead, None)
-                for run in runs + twins:
-                    run.env.pop(dead, None)
-            if streamed is not None:
-                streamed.drop(last.get(node, ()))
-        if streamed is not None and streamed.after(step, runs):
+        _run_all(runs + twins, step, leave, feeds, len(batches), streamed)
+        dead = [value for node in step for value in last.get(node, ())]
+        for held in (moments, *(run.env for run in runs + twins)):
+            for value in dead:
+                held.pop(value, None)  # type: ignore[attr-defined]
+        if streamed is not None and streamed.after(step, dead, runs):
             break
     return padded
+
+
+def _run_all(
+    runs: Sequence[Interpreter], step: Sequence[Node], leave: Mapping[Node, Node], feeds: Sequence[Iterator],
+    batches: int, streamed: Streamed | None,
+) -> None:  # fmt: skip
+    """Compute a step for one batch after the other."""
+    for index, (run, feed) in enumerate(zip(runs, feeds, strict=True)):
+        try:
+            _run(run, step, leave, feed)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, IndexError, RuntimeError) as error:  # a size or a token that it does not take
+            told = f"calibration batch {index % batches} does not fit the model: {one_line(error)}"
+            raise SparseForgeError(told) from error
+        if streamed is not None:
+            streamed.keep(run, len(runs))
 
 
 def _put_in_order(order: Tensor | None, source: Node, runs: Sequence[Interpreter], moments: list[Tensor]) -> None:

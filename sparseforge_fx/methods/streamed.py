@@ -8,15 +8,14 @@ import os
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import new_file
+from sparseforge_fx.graph.capture import has_no_values
 from sparseforge_fx.graph.compile import block_ends
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes.insert_soft_masks import mask_name
@@ -26,7 +25,7 @@ SMALLEST_SPILL = 1 << 16
 
 
 class Streamed:
-    """Tensors of a graph that was captured on the meta device, and the borders of its blocks.
+    """Tensors of a graph that was captured without values, and the borders of its blocks.
 
     Args:
         module: the flat GraphModule; its graph is edited, so that a weight is read right before its uses.
@@ -56,7 +55,6 @@ class Streamed:
         self.scratch, self.limit, self.at_border, self.blocks = scratch, limit, at_border, blocks
         self.cache: dict[str, Tensor] = {}
         self.ends = block_ends(module)
-        _onto_the_cpu(module)
         self.absent = _near_their_uses(module, self.ends)
         self.begin = 0  # border, counted from 1, behind which the walk begins
         self.padded: set[str] = set()
@@ -128,8 +126,10 @@ class Streamed:
             run.env = {nodes[name]: value for name, value in saved.items()}
         return self.ends[self.begin - 1]
 
-    def after(self, step: Sequence[Node], runs: Sequence[Interpreter]) -> bool:
-        """At a border write down what is alive; was this the last block that is wanted?"""
+    def after(self, step: Sequence[Node], dead: Sequence[Node], runs: Sequence[Interpreter]) -> bool:
+        """Let go of weights that are ``dead``; at a border write down what is alive. Was this the last block that is
+        wanted?"""
+        self.drop(dead)
         border = next((i for i, end in enumerate(self.ends, 1) if end in step), None)
         if border is None:
             return False
@@ -154,8 +154,8 @@ class Streamed:
 class StreamedWeight(MaskedWeight):
     """One whose tensors are those that the walk holds at the moment."""
 
-    def __init__(self, fqn: str, meta: Tensor, dim: int, held: Streamed):
-        super().__init__(fqn, meta, meta, dim)
+    def __init__(self, fqn: str, fake: Tensor, dim: int, held: Streamed):
+        super().__init__(fqn, fake, fake, dim)
         self.held = held
 
     def oriented(self, expert: int | None = None) -> tuple[Tensor, Tensor]:
@@ -163,21 +163,6 @@ class StreamedWeight(MaskedWeight):
 
 
 # -- the graph -------------------------------------------------------------------------------------------------------
-def _onto_the_cpu(module: GraphModule) -> None:
-    """What the trace made on the meta device is made where the values are."""
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, torch.device) and value.type == "meta":
-            return torch.device("cpu")
-        return "cpu" if isinstance(value, str) and value == "meta" else value  # an autocast names its device so
-
-    for part in module.modules():
-        if isinstance(part, GraphModule):
-            for node in part.graph.nodes:
-                node.args, node.kwargs = (pytree.tree_map(moved, given) for given in (node.args, node.kwargs))
-            part.recompile()
-
-
 def _near_their_uses(module: GraphModule, ends: Sequence[Node]) -> set[str]:
     """Let every block read its weights for itself, right before their first use. Returns names of what has no value."""
     block: dict[Node, int] = {}
@@ -188,7 +173,7 @@ def _near_their_uses(module: GraphModule, ends: Sequence[Node]) -> set[str]:
     absent = set()
     for read in module.graph.find_nodes(op="get_attr"):
         value = operator.attrgetter(str(read.target))(module)
-        if not isinstance(value, Tensor) or not value.is_meta:
+        if not isinstance(value, Tensor) or not has_no_values(value):
             continue
         absent.add(str(read.target))
         here: dict[int, Node] = {}

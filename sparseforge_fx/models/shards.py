@@ -97,10 +97,11 @@ def _places(file: Path) -> dict[str, Place]:
     header.pop("__metadata__", None)
     if strange := [name for name, entry in header.items() if entry["dtype"] not in DTYPES]:
         raise SparseForgeError(f"{strange[0]} in {file} is {header[strange[0]]['dtype']}: give a dense checkpoint")
-    return {
-        name: Place(file, DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + (at := e["data_offsets"])[0], at[1] - at[0])
-        for name, e in header.items()
-    }  # fmt: skip
+    found, front = {}, 8 + length
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        found[name] = Place(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), front + start, end - start)
+    return found
 
 
 def _damaged(file: Path, why: str) -> SparseForgeError:

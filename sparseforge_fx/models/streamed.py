@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
 )
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import without_values
 from sparseforge_fx.models.compute_dtype import cast
 from sparseforge_fx.models.dense import (
     explained,
@@ -34,7 +35,7 @@ from sparseforge_fx.models.shards import Shards
 
 
 class StreamedModel:
-    """``skeleton`` is the model on the meta device; :meth:`fetch` gives its tensors by name.
+    """``skeleton`` is the model with shapes alone; :meth:`fetch` gives its tensors by name.
 
     Buffers that a model computes are its own, made without its weights. Names and shapes in the files need not be the
     model's: transformers' conversions (experts that are stacked, prefixes that came and went) are followed both ways.
@@ -55,7 +56,8 @@ class StreamedModel:
         with explained(f"cannot build the model of {name}"), init_empty_weights(include_buffers=False), _dtype(config):
             model = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
         self._computed = dict(model.named_buffers())
-        self.skeleton: nn.Module = model.eval().to("meta")
+        self.skeleton: nn.Module = model.eval()
+        without_values(model)
         self._conversions = get_model_conversion_mapping(model)
         self._keys = self._find_keys()
         self._ties = self._find_ties()

@@ -130,7 +130,6 @@ class _Run:
                 separator=recipe.separator,
             )  # fmt: skip
             example = example_inputs_of(model, batches.batch(0))
-            example = None if example is None else _onto_meta(example)
         self.program: Exported = capture(model, example)
         self.sites: list[LinearSite]
         planned: list[str] = []
@@ -193,8 +192,8 @@ class _Run:
         )  # fmt: skip
         held.begin, held.finished, held.padded = journal.get("border", 0), set(kept), set(journal.get("padded", []))
         if isinstance(config, LayerwiseConfig):
-            meta = masked.tensor
-            weights = [StreamedWeight(s.fqn, meta(s.fqn), s.reduction_dim, held) for s in sites.values()]
+            shape = masked.tensor
+            weights = [StreamedWeight(s.fqn, shape(s.fqn), s.reduction_dim, held) for s in sites.values()]
             found = prune_layer_by_layer(
                 masked, weights, self.readings, config.solve, experts, streamed=(module, held), notes=notes
             )
@@ -301,9 +300,3 @@ def _disk_full_told(folder: Path) -> Iterator[None]:
 
 def _tensors(reading: Any) -> list[Tensor]:
     return [t for t in (*reading.args, *reading.kwargs.values()) if isinstance(t, Tensor)]
-
-
-def _onto_meta(example: Any) -> Any:
-    from torch.utils import _pytree as pytree
-
-    return pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, example)

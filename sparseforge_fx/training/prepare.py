@@ -10,7 +10,7 @@ from torch import nn
 
 from sparseforge_fx.data.reading import example_of
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.graph.capture import capture, has_no_values
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.kernels.sparse_linear import OP
@@ -128,7 +128,7 @@ def check_sites(program: Exported, sites: Sequence[LinearSite]) -> None:
         raise SparseForgeError(f"nothing to prune: {reasons}")
     for site in eligible(sites):
         value = program.tensor(site.fqn)
-        if not value.is_meta and not torch.isfinite(value).all():  # on disk: when it is fetched
+        if not has_no_values(value) and not torch.isfinite(value).all():  # on disk: when it is fetched
             raise SparseForgeError(f"{site.fqn} holds NaN or infinite values: repair the checkpoint first")
 
 

@@ -136,7 +136,7 @@ def test_some_blocks_then_the_rest(tmp_path, llama, text, whole):
     assert not (tmp_path / "sparse").exists()
     with pytest.raises(SparseForgeError, match="not finished"):
         sparsify_on_disk(llama, text, output=tmp_path / "sparse", **RUN)
-    with pytest.raises(SparseForgeError, match="another one .*recipe"):
+    with pytest.raises(SparseForgeError, match=r"another one .*recipe"):
         sparsify_on_disk(llama, text, output=tmp_path / "sparse", resume=True, **RUN | {"calibration": 4})
     sparsify_on_disk(llama, text, output=tmp_path / "sparse", resume=True, **RUN)
     assert shards(tmp_path / "sparse") == shards(whole[0])
