@@ -87,7 +87,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _places(file: Path) -> dict[str, Place]:
     try:
-        with safe_open(file, "pt"):  # the library's own checks of header, order and length
+        with safe_open(file, "np"):  # the checks of the library; for "pt" it would map all of it as memory of our own
             pass
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

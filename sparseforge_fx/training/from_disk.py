@@ -88,10 +88,15 @@ def sparsify_on_disk(
     folder = Path(output)
     check_parent(folder)
     check_output(folder, overwrite=overwrite)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    if unfinished.exists() and not resume:
+        raise SparseForgeError(
+            f"{unfinished} holds a run that was not finished: give resume to go on with it, or remove it"
+        )
     source = StreamedModel(model)
     run = _Run(source, data, recipe, config, cache_dir)
     with _disk_full_told(folder):
-        work = _Work(folder.with_name(f"{folder.name}.unfinished"), source, run.identity(), resume)
+        work = _Work(unfinished, source, run.identity())
         computing = work.computing or choose_dtype(dtype_of(source.skeleton), torch.device("cpu"), run.dtype)
         source.compute_in(computing.dtype)
         work.computing = computing
@@ -219,17 +224,13 @@ class _Run:
 class _Work:
     """The folder of a run under way: the output's files, what is alive at the last border, and the journal."""
 
-    def __init__(self, folder: Path, source: StreamedModel, identity: dict[str, Any], resume: bool):
+    def __init__(self, folder: Path, source: StreamedModel, identity: dict[str, Any]):
         self.folder, self.scratch, self.file = folder, folder / SCRATCH, folder / JOURNAL
         self.journal: dict[str, Any] = {}
         self.computing: ComputeDtype | None = None
         self.seconds = 0.0
         self.began = time.monotonic()
         identity = json.loads(json.dumps(identity, default=str))
-        if folder.exists() and not resume:
-            raise SparseForgeError(
-                f"{folder} holds a run that was not finished: give resume to go on with it, or remove it"
-            )
         if self.file.is_file():
             self._read(identity)
         else:  # nothing, or a copy that was not finished
