@@ -53,6 +53,25 @@ def step_profile_table() -> str:
     return table(names, "ll" + "r" * (len(names) - 3) + "l", rows)
 
 
+def on_disk_table() -> str:
+    """A row for every run of larger_than_memory.py, and what its rate says of more."""
+    rows = []
+    for run in read("larger_than_memory"):
+        whole, more, largest = run["predicted_hours"].values()
+        seconds = sum(run["block_seconds"]) / run["blocks"]
+        rows.append((
+            f"{run['model']}, {machine(run)}", run["compute_dtype"]["dtype"], f"{run['bytes'] / 1e9:.1f} GB",
+            f"{run['tokens']:,}", f"{run['blocks']} of {run['of_blocks']}", f"{seconds:.0f} s",
+            f"{run['peak_memory_bytes'] / 1e9:.1f} GB", f"{whole:.1f} h", f"{more:.0f} h", f"{largest:,.0f} h",
+            f"{run['authors']['hours']:.0f} h", run["commit"],
+        ))  # fmt: skip
+    names = (
+        "model, device, threads", "dtype", "weights", "tokens", "blocks run", "a block", "peak memory", "all blocks",
+        "128 x 2048 tokens", "OPT-175B, those tokens", "authors, one A100", "commit",
+    )  # fmt: skip
+    return table(names, "ll" + "r" * (len(names) - 3) + "l", rows)
+
+
 def cpu_runs(few_rows: bool) -> list[dict]:
     """The runs of cpu_kernels.py from one token on, or those of more."""
     runs = [run for run in read("kernels") if "instruction_set" in run]

@@ -53,6 +53,7 @@ class Streamed:
         self.fetch, self.done, self.sites = fetch, done, set(sites)
         self.masks = {mask_name(name): name for name in sites}
         self.scratch, self.limit, self.at_border, self.blocks = scratch, limit, at_border, blocks
+        self.graph = module.graph
         self.cache: dict[str, Tensor] = {}
         self.ends = block_ends(module)
         self.absent = _near_their_uses(module, self.ends)
@@ -120,7 +121,7 @@ class Streamed:
         """The last node that need not be computed again, with what was alive behind it put into the runs."""
         if not self.begin:
             return None
-        nodes = {n.name: n for n in runs[0].module.graph.nodes}
+        nodes = {n.name: n for n in self.graph.nodes}
         for index, run in enumerate(runs):
             saved = torch.load(self._border(self.begin) / f"{index}.pt", weights_only=True)
             run.env = {nodes[name]: value for name, value in saved.items()}

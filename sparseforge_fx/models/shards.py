@@ -67,7 +67,7 @@ class Shards:
 
 
 def _memory(value: Tensor) -> memoryview:
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    return value.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _files(folder: Path) -> list[Path]:

@@ -55,6 +55,7 @@ class StreamedModel:
         cls = model_class(config)
         with explained(f"cannot build the model of {name}"), init_empty_weights(include_buffers=False), _dtype(config):
             model = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
+        model.tie_weights()  # what was made without values came apart
         self._computed = dict(model.named_buffers())
         self.skeleton: nn.Module = model.eval()
         without_values(model)

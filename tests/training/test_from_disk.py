@@ -1,4 +1,4 @@
-"""Pruning a checkpoint that stays on disk: the same bytes as in memory, whatever ends the run, within little memory."""
+"""Pruning a checkpoint that stays on disk: the same bytes as in memory, whatever ends the run."""
 
 import errno
 import json
@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from fresh import run
 from safetensors.torch import load_file
 from tiny_checkpoint import byte_tokenizer, write_text
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.models.dense import load_dense
 from sparseforge_fx.models.shards import Shards
-from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.training.from_disk import JOURNAL, sparsify_on_disk
 from sparseforge_fx.training.sparsify import sparsify
 
@@ -215,40 +213,3 @@ def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path, llama, text):
             sparsify_on_disk(llama, text, output=tmp_path / "sparse", **RUN)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-LITTLE = """
-import resource, sys
-from pathlib import Path
-from sparseforge_fx.training.from_disk import sparsify_on_disk
-
-def data():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmData"))
-
-small, large, text, output = sys.argv[1:5]
-options = {"method": "sparsegpt", "length": 32, "calibration": 8}
-sparsify_on_disk(small, text, output=output + "-small", **options)
-size = sum(file.stat().st_size for file in Path(large).glob("*.safetensors"))
-limit = data() + size // 4
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-try:
-    bytearray(size // 3)
-except MemoryError:
-    print("limited", size)
-sparsify_on_disk(large, text, output=output, activation_bytes=1 << 20, **options)
-"""
-
-
-def test_a_quarter_of_the_models_bytes_is_enough(tmp_path, llama, text):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 12, "vocab_size": 260}
-    config = transformers.LlamaConfig(**shape, num_attention_heads=4, max_position_embeddings=128)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "large")  # one file, as large as the model
-    byte_tokenizer().save_pretrained(tmp_path / "large")
-    told = run(LITTLE, llama, tmp_path / "large", text, tmp_path / "sparse")
-    assert told.startswith("limited 7")  # of 70 MB
-    found = tensors(tmp_path / "sparse")
-    masks = [value for name, value in found.items() if "proj" in name]
-    assert len(masks) == 84
-    assert all(check_pattern(value, TWO_FOUR, 1) for value in masks)
