@@ -111,7 +111,7 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(demo, monkeypatch, tmp_path, c
     printed = capsys.readouterr().out
     assert "14 of 14 linears in demo_out/ are exactly 2:4" in printed
     files = {p.name for p in (tmp_path / "demo_out").iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "report.json", "curves.png", "demo.json"} <= files
+    assert {"model.safetensors", "config.json", "tokenizer.json", "report.json", "report.html", "demo.json"} <= files
     summary = json.loads((tmp_path / "demo_out" / "demo.json").read_text())
     assert [r["method"] for r in summary["rows"]] == ["dense", "magnitude", "alps+kd"]
     assert [r["training_tokens"] for r in summary["rows"]] == [0, 0, 2560]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import re
@@ -51,6 +52,7 @@ Tokens = Annotated[
     list[int] | None,
     typer.Option("--tokens", help="Token counts (batch x sequence) that matter (repeatable); default: sf.lower's."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print all numbers as json, and nothing else.")]
 Exclude = Annotated[list[str], typer.Option("--exclude", help="Keep what matches this glob dense (repeatable).")]
 
 
@@ -119,10 +121,15 @@ def quiet() -> Iterator[None]:
             logging.disable(before)
 
 
-def stdout() -> Console:
-    """Standard output; wide enough for the tables where it is a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+def stdout(*, quiet: bool = False) -> Console:
+    """Standard output; wide enough for the tables where it is a file. ``quiet``: nothing, because json goes there."""
+    console = Console(quiet=quiet)
+    return console if console.is_terminal else Console(width=140, quiet=quiet)
+
+
+def print_json(value: Any) -> None:
+    """All of standard output, for a program that reads it."""
+    print(json.dumps(value, indent=1, default=str))
 
 
 def readable_bytes(count: float) -> str:

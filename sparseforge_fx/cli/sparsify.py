@@ -46,7 +46,7 @@ class Compile(StrEnum):
 
 @command
 def sparsify(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, report.json and curves.png.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, report.json and report.html.")],
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help=CONFIG)] = None,
     data: Annotated[str | None, typer.Option(help=TRAINING_TEXT)] = None,

@@ -22,6 +22,7 @@ from sparseforge_fx.passes import harden_passes, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import check_pattern
+from sparseforge_fx.report import describe_change
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.unused import unused_arguments
@@ -43,16 +44,22 @@ def prune_once(
     if isinstance(config, LayerwiseConfig):
         experts = Experts(config.pattern, config.expert_tokens, config.every_token)
     readings = [run.reader.read(*as_call(b)) for b in batches or ()]
-    report["layer_notes"], scales = _prune(run, config, readings, experts)
-    if experts.tokens:
-        report["experts"] = experts.table()
+    report["layer_notes"], scales, changes = _prune(run, config, readings, experts)
+    learned = experts.describe()
+    errors = learned.pop("layer_errors", {})
+    report |= learned
+    report["layers"] = {
+        s.fqn: {**changes.get(s.fqn, {}), **({"error": errors[s.fqn]} if s.fqn in errors else {})}
+        for s in eligible(run.sites)
+    }
     return scales
 
 
 @torch.no_grad()
 def _prune(
     run: Run, config: MethodConfig, batches: list[Reading], experts: Experts
-) -> tuple[dict[str, str], dict[str, Tensor]]:
+) -> tuple[dict[str, str], dict[str, Tensor], dict[str, dict[str, float]]]:
+    """Notes and scales by weight, and what became of it (not where channels changed places)."""
     masked, _ = run_passes(run.program, train_passes(run.sites))
     weights = [
         MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim)
@@ -61,7 +68,7 @@ def _prune(
     notes: dict[str, str] = {}
     scales: dict[str, Tensor] = {}
     vectors = [value for _, _, value in masked.lifted(InputKind.PARAMETER) if value.dim() < 2]  # biases change places
-    with undone_on_error(weights, vectors):
+    with undone_on_error(weights, vectors) as dense:
         if isinstance(config, LayerwiseConfig):
             pattern = config.pattern if config.reorder else None
             notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, pattern)
@@ -77,4 +84,6 @@ def _prune(
             magnitude(weights, config.pattern)
         run_passes(masked, harden_passes(config.pattern))
         assert all(check_pattern(w.weight, config.pattern, w.dim) for w in weights)
-    return notes, scales
+        moves = isinstance(config, LayerwiseConfig) and config.reorder
+        changes = {} if moves else {w.fqn: describe_change(w.weight, dense[w.fqn]) for w in weights}
+    return notes, scales, changes
