@@ -19,11 +19,13 @@ from rich.console import Console
 
 from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning, one_line
 
+PROGRAM = "sparseforge-fx"
 app = typer.Typer(
-    name="sparseforge-fx",
+    name=PROGRAM,
     help="Make PyTorch models exactly 2:4 sparse, and keep their accuracy by distillation.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog=f"Begin with: {PROGRAM} inspect MODEL. {PROGRAM} VERB --help has examples; --install-completion lets your "
+    "shell complete verbs and options.",
     pretty_exceptions_enable=False,
 )
 
@@ -53,7 +55,19 @@ Tokens = Annotated[
     typer.Option("--tokens", help="Token counts (batch x sequence) that matter (repeatable); default: sf.lower's."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all numbers as json, and nothing else.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
 Exclude = Annotated[list[str], typer.Option("--exclude", help="Keep what matches this glob dense (repeatable).")]
+
+
+def examples(*lines: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What the help of a command shows below its options: (arguments, what that does), as ``arguments  # does``."""
+    shown = "\n\n".join(["Examples:", *(f"{PROGRAM} {line}" for line in lines)])
+
+    def mark(function: Callable[..., None]) -> Callable[..., None]:
+        function.epilog = shown  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -64,7 +78,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         with quiet():
             function(*args, **kwargs)
 
-    return app.command()(guard(quietly))
+    return app.command(epilog=getattr(function, "epilog", None))(guard(quietly))
 
 
 def guard(function: Callable[..., None]) -> Callable[..., None]:
@@ -147,9 +161,11 @@ def grouped(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], tuple]) 
     return {(v[0]["name"], *k[1:]) if len(v) == 1 else k: v for k, v in groups.items()}
 
 
-def tell_packed(report: Any, output: Path) -> None:
+def tell_packed(report: Any, output: Path, as_json: bool = False) -> None:
     """What was written to ``output``, by the report of it."""
-    console = stdout()
+    if as_json:
+        print_json({**report, "output": str(output)})
+    console = stdout(quiet=as_json)
     before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
     console.print(f"{len(report['sites'])} packed linears: {before} dense, {after} now", highlight=False)
     for note in report.get("notes", ()):

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from sparseforge_fx.cli.app import AsJson, Model, Tokens, command, pick_device, print_json, readable_bytes, stdout
+from sparseforge_fx.cli.app import (
+    AsJson,
+    Model,
+    Tokens,
+    command,
+    examples,
+    pick_device,
+    print_json,
+    readable_bytes,
+    stdout,
+)
 from sparseforge_fx.cli.beside import Beside
 
 if TYPE_CHECKING:
@@ -20,6 +30,10 @@ OUTPUT = "Write the result there (json); default: benchmark.json of MODEL, if th
 
 
 @command
+@examples(
+    "benchmark out",
+    "benchmark out --batch 1 --batch 16 --new-tokens 64 -o speed.json",
+)
 def benchmark(
     model: Model,
     batch: Annotated[list[int], typer.Option(help="Sequences that are generated together (repeatable).")] = [1, 8],  # noqa: B006

@@ -17,6 +17,7 @@ from sparseforge_fx.cli.app import (
     Model,
     PatternOption,
     command,
+    examples,
     grouped,
     pick_device,
     print_json,
@@ -40,6 +41,12 @@ ZERO_SHOT = "Tasks of lm-eval, by commas; all: the seven of AST. LIMIT: document
 
 
 @command
+@examples(
+    "evaluate out --dense ./model",
+    'evaluate out --dense ./model --data test.txt --prompt "The sky is"',
+    "evaluate out --dense ./model --tasks all:200",
+    "evaluate out --tasks piqa --task-data piqa=piqa.jsonl --json",
+)
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="Evaluation text, as for sparsify.")] = WIKITEXT,

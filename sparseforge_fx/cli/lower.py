@@ -13,6 +13,7 @@ from sparseforge_fx.cli.app import (
     Model,
     Tokens,
     command,
+    examples,
     grouped,
     pick_device,
     print_json,
@@ -25,6 +26,11 @@ OUTPUT = "Write the measured table there (json); default: costs.json of MODEL, i
 
 
 @command
+@examples(
+    "lower out",
+    "lower out --tokens 1 --tokens 8 -o costs.json",
+    "lower out --table costs.json --json",
+)
 def lower(
     model: Model,
     tokens: Tokens = None,

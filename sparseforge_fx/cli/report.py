@@ -12,6 +12,7 @@ from rich.table import Table
 from sparseforge_fx.cli.app import (
     AsJson,
     command,
+    examples,
     grouped,
     print_json,
     readable_bytes,
@@ -21,6 +22,11 @@ from sparseforge_fx.errors import SparseForgeError
 
 
 @command
+@examples(
+    "report out",
+    "report out --html",
+    "report out --json",
+)
 def report(
     folder: Annotated[Path, typer.Argument(help="Output folder of sparsify, or a report.json.")],
     page: Annotated[bool, typer.Option("--html", help="Make its report.html again.")] = False,
