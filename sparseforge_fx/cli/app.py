@@ -108,7 +108,8 @@ def guard(function: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {one_line(error, lines=None, limit=None)}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            print("; ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
+            notes = getattr(error, "__notes__", None) or ["nothing was written"]
+            print("; ".join(["interrupted", *notes]), file=sys.stderr)
             raise typer.Exit(130) from error
 
     return guarded

@@ -48,7 +48,7 @@ class Table:
 
     caption: str
     head: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     numbers: Sequence[int] = ()
 
 
@@ -126,7 +126,9 @@ def duration(seconds: float) -> str:
 
 def quality_tables(quality: Json) -> list[Table]:
     """Perplexity and tasks, dense beside sparse, with standard errors."""
-    found = []
+    found: list[Table] = []
+    rows: list[Sequence[str]]
+    head: Sequence[str]
     names = {role: last_part(quality.get(role) or role) for role in ("dense", "model")}
     if by_role := quality.get("perplexity"):
         rows = []
@@ -185,7 +187,9 @@ def layer_maps(report: Json, plan: Plan | None) -> list[Maps]:
 
 def speed_tables(speed: Json, costs: Sequence[Json], plan: Plan | None) -> list[Table]:
     """Tokens per second of the model, and microseconds of its weights."""
-    found = []
+    found: list[Table] = []
+    rows: list[Sequence[str]]
+    head: Sequence[str]
     if batches := speed.get("batches"):
         rows = []
         for count, models in batches.items():

@@ -31,6 +31,6 @@ def draw(bars: Sequence[tuple[str, float, float, str]], pattern: str) -> str:
     axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8)
     written = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "linears", "font.family": "sans-serif"}):
-        told = {"Date": None, "Title": f"Linears of a model, {pattern}"}
-        figure.savefig(written, format="svg", bbox_inches="tight", metadata=told)
+        metadata = {"Date": None, "Title": f"Linears of a model, {pattern}"}
+        figure.savefig(written, format="svg", bbox_inches="tight", metadata=metadata)
     return written.getvalue()

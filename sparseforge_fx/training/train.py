@@ -109,8 +109,8 @@ def train(
             row = loop.step(step)
             rate = f"{loop.tokens / row['seconds']:,.0f} tokens/s"
             masks = row.get("mask_distance_from_binary", 0.0)
-            told = f"masks {masks:.2f} from 0 and 1" if masks else ""
-            bar.update(task, advance=1, rate=rate, loss=f"loss {row['loss']:.3f}", masks=told)
+            distance = f"masks {masks:.2f} from 0 and 1" if masks else ""
+            bar.update(task, advance=1, rate=rate, loss=f"loss {row['loss']:.3f}", masks=distance)
             if on_step is not None:
                 on_step(step, row)
             may_compile = compile == "auto" and step == start + 1 and sparse.distillation.features is None

@@ -595,7 +595,7 @@ def test_interrupting_is_no_traceback(monkeypatch, home, tmp_path):
 
     monkeypatch.setattr(models, "load_dense", interrupt)
     result = run("sparsify", home / "dense", "-o", tmp_path / "out")
-    assert result.exit_code == 130 and result.stderr.strip() == "interrupted"
+    assert result.exit_code == 130 and result.stderr.strip() == "interrupted; nothing was written"
 
 
 # -- before anything was saved, and by several processes -------------------------------------------------------------
