@@ -50,7 +50,7 @@ class TrainedConfig(MethodConfig, ABC):
     values: Values = field(default="float", kw_only=True)
     reorder: bool = field(default=False, kw_only=True)
     reconstruct: CountFromZero = field(default=0, kw_only=True)
-    reconstruct_lr: Positive = field(default=5e-4, kw_only=True)
+    reconstruct_lr: Positive = field(default=1e-3, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
