@@ -25,6 +25,7 @@ from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.report import describe_change
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.recipe import Recipe
+from sparseforge_fx.training.teacher import Teacher, dense_copies, reconstructed
 from sparseforge_fx.training.unused import unused_arguments
 
 
@@ -44,22 +45,18 @@ def prune_once(
     if isinstance(config, LayerwiseConfig):
         experts = Experts(config.pattern, config.expert_tokens, config.every_token)
     readings = [run.reader.read(*as_call(b)) for b in batches or ()]
-    report["layer_notes"], scales, changes = _prune(run, config, readings, experts)
+    report["layer_notes"], scales = _prune(run, config, readings, experts, report)
     learned = experts.describe()
-    errors = learned.pop("layer_errors", {})
+    for fqn, error in learned.pop("layer_errors", {}).items():
+        report["layers"].setdefault(fqn, {})["error"] = error
     report |= learned
-    report["layers"] = {
-        s.fqn: {**changes.get(s.fqn, {}), **({"error": errors[s.fqn]} if s.fqn in errors else {})}
-        for s in eligible(run.sites)
-    }
     return scales
 
 
 @torch.no_grad()
 def _prune(
-    run: Run, config: MethodConfig, batches: list[Reading], experts: Experts
-) -> tuple[dict[str, str], dict[str, Tensor], dict[str, dict[str, float]]]:
-    """Notes and scales by weight, and what became of it (not where channels changed places)."""
+    run: Run, config: MethodConfig, batches: list[Reading], experts: Experts, report: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     masked, _ = run_passes(run.program, train_passes(run.sites))
     weights = [
         MaskedWeight(s.fqn, masked.tensor(s.fqn), masked.tensor(mask_name(s.fqn)), s.reduction_dim)
@@ -71,7 +68,12 @@ def _prune(
     with undone_on_error(weights, vectors) as dense:
         if isinstance(config, LayerwiseConfig):
             pattern = config.pattern if config.reorder else None
+            tensors = [w.weight for w in weights]
+            teacher = Teacher(run.program, dense_copies(run.program, tensors)) if config.reconstruct else None
             notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, pattern)
+            if teacher is not None:
+                report["reconstruction"], none = reconstructed(masked, teacher, batches, weights, config)
+                report["notes"] += none
             format = format_of(config.values)
             against = {s.fqn: why_not_rounded(s.experts, s.in_features, format) for s in eligible(run.sites)}
             fitting = {fqn: format for fqn, reason in against.items() if reason is None}
@@ -84,6 +86,6 @@ def _prune(
             magnitude(weights, config.pattern)
         run_passes(masked, harden_passes(config.pattern))
         assert all(check_pattern(w.weight, config.pattern, w.dim) for w in weights)
-        moves = isinstance(config, LayerwiseConfig) and config.reorder
-        changes = {} if moves else {w.fqn: describe_change(w.weight, dense[w.fqn]) for w in weights}
-    return notes, scales, changes
+        moves = isinstance(config, LayerwiseConfig) and config.reorder  # then weights stand elsewhere
+        report["layers"] = {} if moves else {w.fqn: describe_change(w.weight, dense[w.fqn]) for w in weights}
+    return notes, scales

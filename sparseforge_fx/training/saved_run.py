@@ -111,7 +111,8 @@ def _wrong_start(start: Any) -> str | None:
     errors = start.get("layer_errors", {})
     if not isinstance(errors, dict) or not all(type(e) is float for e in errors.values()):
         return "start holds errors that are no numbers"
-    plain = {name: value for name, value in start.items() if name not in ("layer_notes", "layer_errors", "experts")}
+    told = ("layer_notes", "layer_errors", "experts", "reconstruction")
+    plain = {name: value for name, value in start.items() if name not in told}
     numbers = {"calibration_sequences": 0, "calibration_seconds": 0.0}
     return misfit(plain, numbers, "start") if plain else None
 
