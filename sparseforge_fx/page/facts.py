@@ -185,6 +185,15 @@ def layer_maps(report: Json, plan: Plan | None) -> list[Maps]:
     return found
 
 
+def block_table(report: Json) -> Table | None:
+    """What the blocks of a layer-wise solution learned, where they did."""
+    if not (blocks := report.get("reconstruction")):
+        return None
+    rows = [(b["block"], f"{b['before']:.2%}", f"{b['after']:.2%}") for b in blocks]
+    caption = "Error of what each block hands on, before and after it learned"
+    return Table(caption, ("block", "before", "after"), rows, (1, 2))
+
+
 def speed_tables(speed: Json, costs: Sequence[Json], plan: Plan | None) -> list[Table]:
     """Tokens per second of the model, and microseconds of its weights."""
     found: list[Table] = []

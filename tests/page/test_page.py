@@ -26,6 +26,7 @@ REPORT = {
     "tokens": 512,
     "density": dict.fromkeys(NAMES, 0.5),
     "layers": {n: {"kept": 0.8 + i / 100, "moved": 0.5, "curvature": 10.0**-i} for i, n in enumerate(NAMES)},
+    "reconstruction": [{"block": "model.layers.0", "before": 0.125, "after": 0.03}],
     "seconds": 3723.0,
     "peak_memory_bytes": 2_500_000_000,
     "device": "a CPU",
@@ -112,6 +113,7 @@ def test_it_says_what_was_done_and_measured(full):
         "sparseforge-fx sparsify --config",
         "model: /home/me/tiny",
         "Predicted loss",
+        "model.layers.0 12.50% 3.00%",
     ):
         assert said in text, said
     assert "Not measured yet" not in text and "/home/me/test.txt" not in text  # whoever gets it has no such folder
