@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseforge_fx.cli.app import stdout
+from sparseforge_fx.cli.app import print_json, stdout
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ def check_unused(**given: Any) -> None:
         raise SparseForgeError(f"--device disk has no use for --{names[0].replace('_', '-')}: leave it out")
 
 
-def run_on_disk(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool, cache_dir: Path | None) -> None:
+def run_on_disk(
+    recipe: Recipe, output: Path, *, resume: bool, overwrite: bool, cache_dir: Path | None, as_json: bool
+) -> None:
     """Prune block by block, and print what ``sparsify`` prints."""
     from sparseforge_fx.cli.report import summary
     from sparseforge_fx.training.from_disk import sparsify_on_disk
@@ -30,7 +32,9 @@ def run_on_disk(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool, 
     report = sparsify_on_disk(
         recipe.model, recipe=recipe, output=output, resume=resume, overwrite=overwrite, cache_dir=cache_dir
     )
-    console = stdout()
+    if as_json:
+        print_json(report)
+    console = stdout(quiet=as_json)
     console.print(summary(report))
     told = f"wrote {output}; next: sparseforge-fx evaluate {output} --dense {recipe.model} --device disk"
     console.print(told, markup=False, highlight=False)

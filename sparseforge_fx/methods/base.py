@@ -50,7 +50,7 @@ class TrainedConfig(MethodConfig, ABC):
     values: Values = field(default="float", kw_only=True)
     reorder: bool = field(default=False, kw_only=True)
     reconstruct: CountFromZero = field(default=0, kw_only=True)
-    reconstruct_lr: Positive = field(default=5e-4, kw_only=True)
+    reconstruct_lr: Positive = field(default=1e-3, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +97,7 @@ class TrainedMethod(ABC):
         self.steps = config.steps
         self.weights = list(weights)
         self.curvature: Curvature | None = None  # a method that wants probes has one
+        self.mean_curvature: dict[str, float] = {}  # by weight, as it was when the masks became final
         self.step = 0
         self.fixed = False  # masks are hard and final
         self.flip_rate = 0.0

@@ -55,7 +55,7 @@ class LayerwiseConfig(MethodConfig, ABC):
     values: Values = field(default="float", kw_only=True)
     reorder: bool = field(default=False, kw_only=True)
     reconstruct: CountFromZero = field(default=0, kw_only=True)
-    reconstruct_lr: Positive = field(default=5e-4, kw_only=True)
+    reconstruct_lr: Positive = field(default=1e-3, kw_only=True)
     expert_tokens: Count = field(default=EXPERT_TOKENS, kw_only=True)
     every_token: bool = field(default=False, kw_only=True)
 

@@ -29,7 +29,7 @@ def test_sparsify_then_evaluate(home):
     numbers = {}
     for device in ("disk", "cpu"):
         told = ("--data", home / "text.txt", "--context", 32, "--max-windows", 4, "--device", device)
-        done = run("evaluate", home / "sparse", *told, "--json", home / f"{device}.json")
+        done = run("evaluate", home / "sparse", *told, "-o", home / f"{device}.json")
         assert done.exit_code == 0, done.output
         numbers[device] = json.loads((home / f"{device}.json").read_text())
     assert all(row["exact"] for row in numbers["disk"]["linears"] if row["reason"] is None)
