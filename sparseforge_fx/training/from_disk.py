@@ -218,7 +218,7 @@ class _Run:
             "calibration_sequences": sum(map(count_rows, self.chosen)), "layer_notes": found, "density": kept,
             "block_seconds": times, "blocks": len(held.ends), "recipe": self.recipe.describe(),
         }  # fmt: skip
-        return report | ({"experts": experts.table()} if experts.tokens else {})
+        return report | experts.describe()
 
 
 class _Work:
