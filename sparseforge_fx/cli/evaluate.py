@@ -103,8 +103,9 @@ def evaluate(
         text = _tokens(data, text_column, tokenizer, text, dense, model)
         positions = getattr(loaded.config, "max_position_embeddings", None) or 1024
         measured[role] = perplexity(
-            StreamedForward(weights) if on_disk else loaded.to(where), text, context=window or min(1024, positions),
-            stride=stride, max_windows=max_windows, batch_size=batch_size, progress=True,
+            loaded.to(where) if weights is None else StreamedForward(weights), text,
+            context=window or min(1024, positions), stride=stride, max_windows=max_windows,
+            batch_size=batch_size, progress=True,
         )  # fmt: skip
         if wanted:
             accuracy[role], correct[role] = answers(loaded, tokenizer, wanted, limit=limit, files=files)
@@ -249,11 +250,6 @@ def _accuracy_table(
     return table
 
 
-def _check_linears(model: Any, pattern: Any, weights: Any) -> list[dict[str, Any]]:
-    """Every linear of the graph: share of zeros, and whether it keeps the pattern (None where it has none to keep).
-
-    weights: where they are, if not in the model.
-    """
 def _paired_tasks(correct: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     """By task: the sparse model's accuracy above the dense one's, where both were asked the same."""
     from sparseforge_fx.evaluation import paired
@@ -278,7 +274,10 @@ def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 def _check_linears(model: Any, pattern: Any, weights: Any) -> list[dict[str, Any]]:
-    """Every linear of the graph: share of zeros, and whether it keeps the pattern (None where it has none to keep)."""
+    """Every linear of the graph: share of zeros, and whether it keeps the pattern (None where it has none to keep).
+
+    weights: where they are, if not in the model.
+    """
     from sparseforge_fx.graph.capture import capture
     from sparseforge_fx.passes import find_linears
     from sparseforge_fx.pattern import check_pattern, density

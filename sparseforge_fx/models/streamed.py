@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -57,7 +57,7 @@ class StreamedModel:
             model = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
         model.tie_weights()  # what was made without values came apart
         self._computed = dict(model.named_buffers())
-        self.skeleton: nn.Module = model.eval()
+        self.skeleton: Any = model.eval()  # of transformers
         without_values(model)
         self._conversions = get_model_conversion_mapping(model)
         self._keys = self._find_keys()
@@ -110,7 +110,7 @@ class StreamedModel:
         for name, parameter in self.skeleton.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
         ties = dict(getattr(self.skeleton, "all_tied_weights_keys", None) or {})
-        found = {}
+        found: dict[str, str] = {}
         for names in groups.values():
             there = [n for n in names if n in self._keys] or [ties[n] for n in names if ties.get(n) in self._keys]
             found |= {n: there[0] for n in names if there}
