@@ -24,7 +24,7 @@ from sparseforge_fx.cli.app import (
     stdout,
 )
 from sparseforge_fx.cli.beside import Beside
-from sparseforge_fx.cli.on_disk import DISK, check_unused
+from sparseforge_fx.cli.on_disk import on_disk
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.page.texts import paired_text, with_error
 
@@ -86,9 +86,8 @@ def evaluate(
     kept = Beside.of(model, "evaluation.json", output)
     shape, (window, stride), (wanted, limit) = parse_pattern(pattern), _read_windows(context), _read_tasks(tasks)
     open_sources(data)
-    if on_disk := device == DISK:
-        check_unused(tasks=tasks, prompt=prompt)
-    where, forced = pick_device("cpu" if on_disk else device), find_dtype(dtype)
+    stays = on_disk(device, tasks=tasks, prompt=prompt)
+    where, forced = pick_device("cpu" if stays else device), find_dtype(dtype)
     check_tasks(wanted, files)
     computing = text = None
     measured, accuracy, correct, texts = {}, {}, {}, {}
@@ -97,7 +96,7 @@ def evaluate(
     for role, name in names.items():
         if name is None:
             continue
-        loaded, tokenizer, weights = _load_on_disk(name) if on_disk else (*_load(name), None)
+        loaded, tokenizer, weights = _load_on_disk(name) if stays else (*_load(name), None)
         computing = computing or choose_dtype(dtype_of(loaded), where, forced)
         cast(loaded, computing.dtype)  # one for both
         text = _tokens(data, text_column, tokenizer, text, dense, model)

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 DISK = "disk"
 
 
-def check_unused(**given: Any) -> None:
-    """Raise SparseForgeError for what a walk from disk has no use for."""
-    if names := [name for name, value in given.items() if value]:
+def on_disk(device: str | None, **given: Any) -> bool:
+    """Are the weights to stay on disk? Raises SparseForgeError for what a walk from there has no use for."""
+    names = [name for name, value in given.items() if value]
+    if device == DISK and names:
         raise SparseForgeError(f"--device disk has no use for --{names[0].replace('_', '-')}: leave it out")
+    return device == DISK
 
 
 def run_on_disk(

@@ -22,7 +22,7 @@ from sparseforge_fx.cli.app import (
 )
 from sparseforge_fx.cli.assignments import read_assignments
 from sparseforge_fx.cli.dry_run import of_sparsify, tell
-from sparseforge_fx.cli.on_disk import DISK, check_unused, run_on_disk, suggest
+from sparseforge_fx.cli.on_disk import on_disk, run_on_disk, suggest
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.tracker import Tracker
@@ -126,8 +126,8 @@ def sparsify(
         folder.check(recipe.describe(), resume=resume, overwrite=overwrite)
         tell(of_sparsify(recipe, output), as_json)
         return
-    if device == DISK:
-        check_unused(log_with=log_with, compile=compile is Compile.on, save_seconds=save_seconds != SAVE_SECONDS)
+    other_saves = save_seconds != SAVE_SECONDS
+    if on_disk(device, log_with=log_with, compile=compile is Compile.on, save_seconds=other_saves):
         run_on_disk(recipe, output, resume=resume, overwrite=overwrite, cache_dir=cache_dir, as_json=as_json)
         return
     _run(
