@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast, send_to_device
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from sparseforge_fx.data.batches import count_tokens
 from sparseforge_fx.errors import SparseForgeError, one_line
@@ -24,6 +25,7 @@ from sparseforge_fx.training import processes
 from sparseforge_fx.training.checkpoint import load_state, save_state
 from sparseforge_fx.training.distillation import Loss
 from sparseforge_fx.training.master_weights import MasterWeights
+from sparseforge_fx.training.replicas import replicated
 from sparseforge_fx.training.saved_run import restore, state_of
 from sparseforge_fx.training.sparse_model import SparseModel
 
@@ -101,6 +103,8 @@ def train(
         save(0)  # a layer-wise start takes long
     sparse.train()
     saved = time.monotonic()
+    if loop.accelerator.num_processes > 1:  # a start that was computed on unlike machines may differ in its last bits
+        broadcast([[w.mask for w in sparse.method.weights], list(sparse.method.held().values())])
     if compile is True:
         sparse.compile()
     with _progress(show_progress and main) as bar:
@@ -134,6 +138,7 @@ class _Loop:
         self.sparse, self.data, self.how, self.accelerator = sparse, data, optimization, accelerator
         self.master = MasterWeights(parameters, sparse.on_grid)
         self.master.serve(sparse.method.weights, sparse.branches)
+        self.learner = replicated(_Learner(sparse), self.master.parameters, accelerator)
         self.optimizer = sparse.optimizer(
             self.master.masters, lr=optimization.lr, betas=optimization.betas, weight_decay=optimization.weight_decay
         )
@@ -148,7 +153,7 @@ class _Loop:
         factor = schedule.learning_rate((step + 1) / (sparse.method.steps + 1), how.warmup, how.lr_floor)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        parts = self._backward(step)
+        loss = self._backward(step)
         master.take_gradients()
         clip = how.clip if how.clip and sparse.method.config.by_gradient else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(master.masters, clip)
@@ -165,9 +170,7 @@ class _Loop:
         row = {
             "step": step + 1,
             "tokens": (self.curves[-1]["tokens"] if self.curves else 0) + self.tokens,
-            "loss": sum(p.total.item() for p in parts) / how.accumulate,
-            "task": sum(p.task.item() for p in parts) / how.accumulate,
-            "kl": sum(p.kl.item() for p in parts) / how.accumulate,
+            **loss,
             "lr": how.lr * factor,
             "grad_norm": float(norm),
             "seconds": time.monotonic() - began,
@@ -176,36 +179,49 @@ class _Loop:
         self.curves.append(row)
         return row
 
-    def _backward(self, step: int) -> list[Loss]:
-        """The losses of the step's micro-batches; the gradients of their mean, over all processes, are in the
+    def _backward(self, step: int) -> dict[str, float]:
+        """The losses of the step, means over its micro-batches on all processes; so are the gradients in the
         parameters."""
         sparse, accelerator, count = self.sparse, self.accelerator, self.how.accumulate
         by_gradient = sparse.method.config.by_gradient
         several = accelerator.num_processes > 1
-        parts, self.tokens = [], 0
+        sums, tokens = [0.0] * len(Loss._fields), 0
         for micro in range(count):
             index = (step * count + micro) * accelerator.num_processes + accelerator.process_index
             device = accelerator.device if several else self.master.parameters[0].device
             batch = send_to_device(self.data.batch(index), device)
-            with torch.set_grad_enabled(by_gradient):
-                loss = _loss(sparse, batch)
-            if not torch.isfinite(loss.total):
-                raise SparseForgeError(
-                    f"the loss is {loss.total.item()} at step {step}: "
-                    f"lower the learning rate ({self.how.lr:g}) or check the data"
-                )
-            if by_gradient:
-                (loss.total / count).backward()
-            sparse.method.observe(loss.total.detach(), partial(_total, sparse, batch))
-            parts.append(loss)
-            self.tokens += count_tokens(batch)
+            last = micro == count - 1
+            with nullcontext() if last else accelerator.no_sync(self.learner), torch.set_grad_enabled(by_gradient):
+                loss = self.learner(batch)
+                if by_gradient:
+                    (loss.total / count).backward()
+            sparse.method.observe(loss.total.detach(), lambda batch=batch: self.learner(batch).total)
+            sums = [known + part.item() for known, part in zip(sums, loss, strict=True)]
+            tokens += count_tokens(batch)
+        told = torch.tensor([*(total / count for total in sums), tokens], dtype=torch.float64)
         if several:
-            counted = accelerator.reduce(torch.tensor(self.tokens, device=accelerator.device))
-            self.tokens = int(counted.item())  # type: ignore[union-attr]
-            for p in self.master.parameters:
+            told = accelerator.reduce(told.to(accelerator.device)).cpu()  # type: ignore[union-attr]
+            told[:-1] /= accelerator.num_processes
+            for p in sparse.method.parameters():  # whose gradients do not come out of the backward pass
                 if p.grad is not None:
                     p.grad = accelerator.reduce(p.grad, reduction="mean")  # type: ignore[assignment]
-        return parts
+        *losses, self.tokens = [*told[:-1].tolist(), int(told[-1])]
+        if not math.isfinite(losses[0]):  # of all processes: each of them ends, and none waits for another
+            raise SparseForgeError(
+                f"the loss is {losses[0]} at step {step}: lower the learning rate ({self.how.lr:g}) or check the data"
+            )
+        return dict(zip(("loss", *Loss._fields[1:]), losses, strict=True))
+
+
+class _Learner(nn.Module):
+    """From a batch to its loss."""
+
+    def __init__(self, sparse: SparseModel):
+        super().__init__()
+        self.sparse = sparse
+
+    def forward(self, batch: Any) -> Loss:
+        return _loss(self.sparse, batch)
 
 
 #: seen on two CPU cores in bf16: compiling saves a sixth of a step, and costs about this many seconds with one block
@@ -216,10 +232,6 @@ COMPILE_SAVES, COMPILE_SECONDS = 1 / 6, 60.0
 def worth_compiling(step_seconds: float, steps_left: int) -> bool:
     """Will compiling save more time over the rest of the run than it takes?"""
     return step_seconds * steps_left * COMPILE_SAVES > 2 * COMPILE_SECONDS
-
-
-def _total(sparse: SparseModel, batch: Any) -> Tensor:
-    return _loss(sparse, batch).total
 
 
 def _loss(sparse: SparseModel, batch: Any) -> Loss:
