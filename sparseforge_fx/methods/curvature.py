@@ -102,6 +102,15 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def mean_of_processes(value: Tensor) -> float:
+    """The mean of what each process has of a number."""
+    if processes() > 1:
+        value = value.detach().double()
+        dist.all_reduce(value)
+        value /= processes()
+    return float(value)
+
+
 def mean_over_processes(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 mean) of what any process has, one at a time; who lacks it counts as zeros. What nobody has is
     left out. ``weights`` gives names, shapes and the device, alike on every process."""

@@ -22,7 +22,7 @@ def replicated(module: nn.Module, trained: Sequence[nn.Parameter], accelerator: 
     precision = accelerator.mixed_precision
     if precision not in ("no", "bf16"):
         raise SparseForgeError(
-            f"mixed precision {precision} scales losses, and a step that overflows would still move the masks: take bf16"
+            f"mixed precision {precision} scales losses, and a step that overflows still moves the masks: take bf16"
         )
     several = accelerator.num_processes > 1
     if not several and precision == "no":

@@ -52,7 +52,7 @@ def restore(
 ) -> tuple[int, list]:
     """Everything is looked at before anything is written: the first step with a wrong shape may be a crash."""
     mine = state_of(sparse, master, optimizer, 0, [], run)
-    _refuse(misfit(dict.fromkeys(state), dict.fromkeys(("format", "version", *mine)), "the state"))
+    _refuse(misfit(dict.fromkeys(state), dict.fromkeys(mine), "the state"))
     _check_run(state["run"], mine["run"])
     saved, masks = state["masters"], state["masks"]
     if isinstance(saved, list) and isinstance(masks, dict):

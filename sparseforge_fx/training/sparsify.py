@@ -101,7 +101,7 @@ def sparsify(
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept (default: the Hugging Face home).
         compile: True, False or "auto".
-        state_path: file of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
+        state_path: folder of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
             The run that wrote it must have had the same weights, data, seed, rate and losses.
         changes: fields of the recipe, and options of its method.
 

@@ -22,8 +22,9 @@ from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.methods import schedule
 from sparseforge_fx.ranges import AtLeastZero, Count, Share, check_numbers
 from sparseforge_fx.training import processes
-from sparseforge_fx.training.checkpoint import load_state, save_state
+from sparseforge_fx.training.checkpoint import find_state, load_state, save_state
 from sparseforge_fx.training.distillation import Loss
+from sparseforge_fx.training.interruption import Interruption, Stopped
 from sparseforge_fx.training.master_weights import MasterWeights
 from sparseforge_fx.training.replicas import replicated
 from sparseforge_fx.training.saved_run import restore, state_of
@@ -79,35 +80,42 @@ def train(
 
     Args:
         parameters: what trains; half-precision ones, and those that are rounded, get float32 masters.
-        state_path: the state is saved there every ``save_seconds``, and at once where a layer-wise solution is the
-            start, and read from there if it exists: a killed run continues to the same bits on a CPU.
+        state_path: the state is saved in this folder every ``save_seconds``, after SIGTERM or Ctrl-C, and at once where
+            a layer-wise solution is the start, and read from there if there is one: a killed run continues to the same
+            bits on a CPU, or on another number of processes.
         run: further plain values (weights, data, seed) that a saved state must agree in, beside the arguments here.
         compile: True, False, or "auto": where the run is long enough to win back what compiling costs.
 
     Raises SparseForgeError at the first loss or gradient that is not finite; the last saved state is then untouched.
-    Raises it, with nothing changed, for a saved state that is damaged or another run's.
+    Raises it, with nothing changed, for a saved state that is damaged or another run's. Raises Stopped, a
+    KeyboardInterrupt, where a signal has ended the run.
     """
     loop = _Loop(sparse, data, parameters, optimization, accelerator or processes.accelerator())
     main, steps = loop.accelerator.is_main_process, sparse.method.steps
-    told = {**(run or {}), **sparse.distillation.describe(), **asdict(optimization)}
-    told |= {"betas": list(optimization.betas), "processes": loop.accelerator.num_processes}
+    told = {**sparse.distillation.describe(), **asdict(optimization)}
+    several = loop.accelerator.num_processes > 1
+    told |= {"betas": list(optimization.betas)}
+    told["micro_batches"] = told.pop("accumulate") * loop.accelerator.num_processes
+    told |= {} if loop.accelerator.mixed_precision == "no" else {"precision": loop.accelerator.mixed_precision}
+    told |= run or {}
 
     def save(step: int) -> None:
-        if state_path is not None and main:
-            save_state(state_path, state_of(sparse, loop.master, loop.optimizer, step, loop.curves, told))
+        if state_path is not None:
+            save_state(state_path, step, state_of(sparse, loop.master, loop.optimizer, step, loop.curves, told))
 
     start = 0
-    if state_path is not None and state_path.exists():
+    if state_path is not None and find_state(state_path) is not None:
         start, loop.curves = restore(sparse, loop.master, loop.optimizer, load_state(state_path), told)
     elif sparse.method.config.start != "dense":
         save(0)  # a layer-wise start takes long
     sparse.train()
     saved = time.monotonic()
-    if loop.accelerator.num_processes > 1:  # a start that was computed on unlike machines may differ in its last bits
+    if several:  # a start that was computed on unlike machines may differ in its last bits
         broadcast([[w.mask for w in sparse.method.weights], list(sparse.method.held().values())])
     if compile is True:
         sparse.compile()
-    with _progress(show_progress and main) as bar:
+    stops = Interruption(active=state_path is not None, patient=several)
+    with _progress(show_progress and main) as bar, stops:
         task = bar.add_task("sparsify", total=steps, completed=start, rate="", loss="")
         for step in range(start, steps):
             row = loop.step(step)
@@ -118,9 +126,13 @@ def train(
             may_compile = compile == "auto" and step == start + 1 and sparse.distillation.features is None
             if may_compile and worth_compiling(row["seconds"], steps - step - 1):
                 sparse.compile()
-            if time.monotonic() - saved > save_seconds:
+            late = time.monotonic() - saved > save_seconds
+            late, signal = processes.largest(loop.accelerator.device, late, stops.number)
+            if late or signal:
                 save(step + 1)
                 saved = time.monotonic()
+            if signal:
+                raise Stopped(int(signal))
     return loop.curves
 
 
@@ -240,6 +252,8 @@ def _loss(sparse: SparseModel, batch: Any) -> Loss:
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, IndexError, RuntimeError) as error:  # a size or a token that the model does not take
+        if processes.other_ended(error):
+            raise
         fixed = "".join(f"; {note}" for note in sparse.dense.notes)
         raise SparseForgeError(
             f"the model cannot take the batch of step {sparse.steps_done}: {one_line(error)}{fixed}"

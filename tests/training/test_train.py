@@ -21,6 +21,7 @@ from sparseforge_fx.methods.learned import MaskLLMConfig, MaskProConfig
 from sparseforge_fx.methods.presets import alps_kd_preset
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
 from sparseforge_fx.pattern import Pattern, check_pattern
+from sparseforge_fx.training.checkpoint import load_state
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.prepare import finalize, prepare
 from sparseforge_fx.training.train import MasterWeights, Optimization, train, worth_compiling
@@ -62,7 +63,7 @@ def losses(curves):
 def test_a_killed_run_goes_on_to_the_same_bits(tiny, tmp_path, name, config):
     """Killed four times: before the first save, while heating or fading, in the quench, at the end."""
     found = bfloat16_mlp() if "bfloat16" in name else tiny(name)
-    path = tmp_path / "state.pt"
+    path = tmp_path / "state"
 
     def run(kill_after=None, **options):
         found.reset()
@@ -112,7 +113,7 @@ train(sparse, Batches(found), sparse.parameters(), Optimization(lr=1e-2), on_ste
 
 def test_sigkill(tiny, tmp_path):
     """Another process is killed for good; this one ends its run."""
-    path = tmp_path / "state.pt"
+    path = tmp_path / "state"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(path)], env=environment, capture_output=True, text=True, timeout=300
@@ -147,7 +148,7 @@ def saved_state(found, path, config=DENSE):
 
 @pytest.mark.parametrize("what", ["another model", "other sites", "other steps", "no state at all"])
 def test_a_state_that_does_not_fit_changes_nothing(tiny, tmp_path, what):
-    path = tmp_path / "state.pt"
+    path = tmp_path / "state"
     found = tiny("mlp")
     saved_state(found, path)
     config, message = DENSE, "another model or another set of sites"
@@ -161,6 +162,7 @@ def test_a_state_that_does_not_fit_changes_nothing(tiny, tmp_path, what):
             "steps 12 instead of 13",
         )
     elif what == "no state at all":
+        path = tmp_path / "other"
         path.write_text("hello")
         message = "not a training state"
     sparse = found.sparse(config)
@@ -174,7 +176,7 @@ def test_a_state_that_does_not_fit_changes_nothing(tiny, tmp_path, what):
 
 def test_state_is_saved_as_often_as_asked(tiny, tmp_path):
     found = tiny("mlp")
-    path = tmp_path / "state.pt"
+    path = tmp_path / "state"
     sparse = found.sparse(DENSE)
     train(sparse, Batches(found), sparse.parameters(), Optimization(lr=1e-2), state_path=path, save_seconds=600.0, **QUIET)
     assert not path.exists()
@@ -189,7 +191,7 @@ class Poisoned(Batches):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     found = tiny("mlp")
-    path = tmp_path / "state.pt"
+    path = tmp_path / "state"
     sparse = found.sparse(DENSE)
     seen = []
 
@@ -210,8 +212,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     assert "\n" not in str(error.value)
     assert len(seen) == 5
     assert all(torch.equal(v, seen[-1][k]) for k, v in found.model.state_dict().items())  # no step was taken with it
-    assert torch.load(path, weights_only=True)["step"] == 5
-    assert all(torch.isfinite(m).all() for m in torch.load(path, weights_only=True)["masters"])
+    assert load_state(path)["step"] == 5
+    assert all(torch.isfinite(m).all() for m in load_state(path)["masters"])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -494,7 +496,7 @@ def test_processes_see_different_batches_and_none_twice(tiny, monkeypatch, accum
                 return super().batch(step)
 
         alone = SimpleNamespace(
-            num_processes=2, process_index=rank, is_main_process=False, device=torch.device("cpu"),
+            num_processes=2, process_index=rank, is_main_process=False, mixed_precision="no", device=torch.device("cpu"),
             reduce=lambda value, reduction="sum": value, no_sync=lambda module: nullcontext(),
         )  # fmt: skip
         sparse = found.sparse(SparseForgeConfig(steps=3))
