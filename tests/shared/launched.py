@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -33,12 +34,17 @@ def finish(run: subprocess.Popen, seconds: float = 300) -> tuple[int, str, str]:
     return run.returncode, *said
 
 
-def wait_for_step(run: subprocess.Popen, state: Path, step: int, seconds: float = 120) -> None:
-    """Wait until a state of that step, or of a later one, is complete."""
+def wait_for(run: subprocess.Popen, so: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait until it is so, while the run goes on."""
     end = time.monotonic() + seconds
-    while not any(int(f.name[5:]) >= step for f in state.glob("step-*")):
+    while not so():
         assert time.monotonic() < end and run.poll() is None, run.communicate()
         time.sleep(0.01)
+
+
+def wait_for_step(run: subprocess.Popen, state: Path, step: int) -> None:
+    """Wait until a state of that step, or of a later one, is complete."""
+    wait_for(run, lambda: any(int(f.name[5:]) >= step for f in state.glob("step-*")))
 
 
 def kill_one(run: subprocess.Popen, rank: int) -> None:
