@@ -84,13 +84,14 @@ class Curvature:
             self.add(name, finish(mean) * scale, weights[name].dtype)
 
     @torch.no_grad()
-    def close(self, weights: Mapping[str, Tensor]) -> None:
+    def close(self, weights: Mapping[str, Tensor] | None = None) -> None:
         """The step's estimate is complete: bring what the probes folded to its mean over the processes. An average of
         averages is the average over all; once a step, in one order, whichever weights saw a token on which process.
 
-        ``weights``: what has a curvature, by name, of the shape of its value. Every process gives the same.
+        ``weights``: what has a curvature, by name, of the shape of its value. Every process gives the same. None: what
+        came in were means over all.
         """
-        if self.estimator in PROBES and processes() > 1:
+        if weights is not None and self.estimator in PROBES and processes() > 1:
             for name, mean in mean_over_processes(self.values, weights):
                 dtype = self.values[name].dtype if name in self.values else weights[name].dtype
                 self.values[name] = mean.to(dtype)

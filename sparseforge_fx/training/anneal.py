@@ -20,6 +20,7 @@ from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.low_rank import fitting_block
 from sparseforge_fx.training.prepare import finalize, prepare_captured
 from sparseforge_fx.training.recipe import Recipe
+from sparseforge_fx.training.sharded import sharding_of
 from sparseforge_fx.training.train import Optimization, train
 from sparseforge_fx.training.undo import dense_again_on_error
 from sparseforge_fx.training.unused import unused_arguments
@@ -62,13 +63,19 @@ def anneal(
             "the low-rank branches (slorb_block) are saved beside the weights: sf.load rebuilds them, transformers' "
             "own from_pretrained leaves them out"
         )
+    sharding = sharding_of(accelerator)
+    if sharding is not None:
+        whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
+        sharding.check(config, run.sites, **whole, compile=how["compile"] is True)
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
     identity = _identity(run, recipe, settings.slorb_block, path)  # of the dense weights
     with dense_again_on_error(run.program) as written, processes.together():
-        sparse = prepare_captured(run.program, run.sites, config, settings.objective, slorb_block=settings.slorb_block)
+        sparse = prepare_captured(
+            run.program, run.sites, config, settings.objective, slorb_block=settings.slorb_block, sharding=sharding
+        )
         how_weights_move = Optimization(recipe.lr, accumulate=accumulate, weight_decay=settings.weight_decay)
         try:
-            written += sparse.copies()
+            written += [] if sharding is not None else sparse.copies()
             if calibrated is not None and not begun:
                 clock = time.monotonic()
                 sparse.calibrate(calibrated)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.training.low_rank import Branch
@@ -40,8 +41,15 @@ class MasterWeights:
 
     def serve(self, weights: Iterable[MaskedWeight], branches: Iterable[Branch] = ()) -> None:
         """Let a method see and write the masters instead of the rounded weights."""
-        master_of = {id(p): m for p, m in zip(self.parameters, self.masters, strict=True)}
+        pairs = zip(self.parameters, self.masters, strict=True)
+        master_of = {id(_here(p)): _here(m) for p, m in pairs}
         for w in weights:
             w.weight = master_of.get(id(w.weight), w.weight)
         for b in branches:
             b.s = master_of.get(id(b.s), b.s)
+
+
+@torch.no_grad()
+def _here(value: Tensor) -> Tensor:
+    """What this process has of a tensor: the very memory."""
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast, send_to_device
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from sparseforge_fx.data.batches import count_tokens
 from sparseforge_fx.errors import SparseForgeError, one_line
@@ -110,7 +111,7 @@ def train(
         save(0)  # a layer-wise start takes long
     sparse.train()
     saved = time.monotonic()
-    if several:  # a start that was computed on unlike machines may differ in its last bits
+    if several and sparse.shards is None:  # a start that was computed on unlike machines may differ in its last bits
         broadcast([[w.mask for w in sparse.method.weights], list(sparse.method.held().values())])
     if compile is True:
         sparse.compile()
@@ -124,6 +125,7 @@ def train(
             if on_step is not None:
                 on_step(step, row)
             may_compile = compile == "auto" and step == start + 1 and sparse.distillation.features is None
+            may_compile &= sparse.shards is None
             if may_compile and worth_compiling(row["seconds"], steps - step - 1):
                 sparse.compile()
             late = time.monotonic() - saved > save_seconds
@@ -150,7 +152,9 @@ class _Loop:
         self.sparse, self.data, self.how, self.accelerator = sparse, data, optimization, accelerator
         self.master = MasterWeights(parameters, sparse.on_grid)
         self.master.serve(sparse.method.weights, sparse.branches)
-        self.learner = replicated(_Learner(sparse), self.master.parameters, accelerator)
+        self.learner: nn.Module = _Learner(sparse)
+        if sparse.shards is None:
+            self.learner = replicated(self.learner, self.master.parameters, accelerator)
         self.optimizer = sparse.optimizer(
             self.master.masters, lr=optimization.lr, betas=optimization.betas, weight_decay=optimization.weight_decay
         )
@@ -169,6 +173,7 @@ class _Loop:
         master.take_gradients()
         clip = how.clip if how.clip and sparse.method.config.by_gradient else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(master.masters, clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             raise SparseForgeError(
                 f"the gradient is not finite at step {step}: lower the learning rate ({how.lr:g}) or check the data"
@@ -202,8 +207,8 @@ class _Loop:
             index = (step * count + micro) * accelerator.num_processes + accelerator.process_index
             device = accelerator.device if several else self.master.parameters[0].device
             batch = send_to_device(self.data.batch(index), device)
-            last = micro == count - 1
-            with nullcontext() if last else accelerator.no_sync(self.learner), torch.set_grad_enabled(by_gradient):
+            summed = micro == count - 1 or sparse.shards is not None  # parts have no memory for what is not summed
+            with nullcontext() if summed else accelerator.no_sync(self.learner), torch.set_grad_enabled(by_gradient):
                 loss = self.learner(batch)
                 if by_gradient:
                     (loss.total / count).backward()
