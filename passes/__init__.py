@@ -37,7 +37,7 @@ def train_passes(
     """From a captured program to a trainable one.
 
     Each pass leaves alone what is there already: with an ``estimator``, on a program that came out of this list without
-    one, it gives the twin of the probe steps over the same weights, masks and branches. ``mask`` makes that of a weight.
+    one, it gives the twin of the probe steps over the same weights, masks and branches. ``mask`` makes the masks.
     """
     passes: list[Pass] = [partial(insert_soft_masks, sites=sites, make=mask)]  # first: the others look for its operator
     if slorb_block is not None:

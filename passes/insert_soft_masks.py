@@ -31,7 +31,8 @@ def insert_soft_masks(
     """Rewrite every node of every eligible site; masks start at one, so that the program computes what it computed.
 
     A weight with several names or users gets one mask, under its first name. Sites that are masked already are left
-    alone. ``make``: from a weight to its mask of ones. ``sites`` must come from :func:`find_linears` on this program, or on the one that it is a copy of.
+    alone. ``sites`` must come from :func:`find_linears` on this program, or on the one that it is a copy of; ``make``
+    goes from a weight to its mask of ones.
     """
     placeholders = {fqn: node for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
     modified = 0

@@ -1,7 +1,7 @@
 """A flat graph gets modules back: its repeated blocks, each with the parameters that it alone reads.
 
 ``torch.export.unflatten`` would give every module of the source back, with clones of its tensors, and stops at modules
-that the graph enters twice. What is cut over processes needs the blocks alone, which the module stacks of the nodes show.
+that the graph enters twice. What is cut over processes needs the blocks alone, which the nodes' module stacks show.
 """
 
 from __future__ import annotations

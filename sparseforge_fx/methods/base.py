@@ -146,8 +146,9 @@ class TrainedMethod(ABC):
     def metrics(self) -> dict[str, float]:
         """The current values of the curves."""
         sample = torch.cat([self.sample(w.mask, w.dim).flatten() for w in self.weights]).float()
+        far = len(sample) and distance_from_binary(sample) * len(sample)
         return {
-            "mask_distance_from_binary": self.rate(len(sample) and distance_from_binary(sample) * len(sample), len(sample)),
+            "mask_distance_from_binary": self.rate(far, len(sample)),
             "flip_rate": 0.0 if self.fixed else self.flip_rate,
             "density": self.rate(sample.sum(dtype=torch.float64).item(), len(sample)),
         }
@@ -161,7 +162,8 @@ class TrainedMethod(ABC):
     def sample(self, mask: Tensor, dim: int) -> Tensor:
         """Whole groups from the first rows, [groups, M]: enough for a curve, too few to slow a step."""
         rows = mask.movedim(dim, -1)
-        rows = rows[..., : max(1, SAMPLE // rows.shape[-1] // rows.shape[:-2].numel()), :]  # of each expert of a stack
+        each = rows.shape[:-2].numel() * rows.shape[-1]  # of each expert of a stack; a part may have none
+        rows = rows[..., : max(1, SAMPLE // max(1, each)), :]
         return to_groups(rows, self.pattern).flatten(0, -2) if isinstance(self.pattern, Pattern) else rows
 
     # -- resuming ----------------------------------------------------------------------------------------------------

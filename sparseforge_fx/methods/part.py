@@ -42,10 +42,6 @@ class Part:
             local.detach(), self.mesh, [Shard(self.dim)], run_check=False, shape=self.shape, stride=stride
         )
 
-    def local(self, whole: Tensor) -> Tensor:
-        """What belongs here of a tensor that is whole on every process; the sum of unlike ones is ``Partial``'s work."""
-        return whole.narrow(self.dim, self.start, self.length)
-
     @property
     def length(self) -> int:
         """Rows that are here."""
@@ -82,6 +78,12 @@ class Part:
         found = [torch.empty_like(padded) for _ in range(count)]
         dist.all_gather(found, padded, group=group)
         return torch.cat([some[:length] for some, length in zip(found, lengths.tolist(), strict=True)])
+
+
+@torch.no_grad()
+def local(value: Tensor) -> Tensor:
+    """What this process has of a tensor: the very memory."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def mean(values: Tensor, part: Part | None) -> Tensor:

@@ -24,6 +24,10 @@ class MaskedWeight:
     dim: int
     part: Part | None = None
 
+    def whole(self, value: Tensor) -> Tensor:
+        """Something of the weight's shape as the processes have it together; over the same memory."""
+        return value if self.part is None else self.part.whole(value)
+
     def oriented(self, expert: int | None = None) -> tuple[Tensor, Tensor]:
         """Views of weight and mask with the reduction dimension last: [out, in], of one expert of a stack."""
         pair = (self.weight, self.mask) if expert is None else (self.weight[expert], self.mask[expert])

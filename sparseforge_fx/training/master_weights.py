@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
+from sparseforge_fx.methods.part import local
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.training.low_rank import Branch
 from sparseforge_fx.training.on_grid import OnGrid
@@ -42,14 +42,8 @@ class MasterWeights:
     def serve(self, weights: Iterable[MaskedWeight], branches: Iterable[Branch] = ()) -> None:
         """Let a method see and write the masters instead of the rounded weights."""
         pairs = zip(self.parameters, self.masters, strict=True)
-        master_of = {id(_here(p)): _here(m) for p, m in pairs}
+        master_of = {id(local(p)): local(m) for p, m in pairs}
         for w in weights:
             w.weight = master_of.get(id(w.weight), w.weight)
         for b in branches:
             b.s = master_of.get(id(b.s), b.s)
-
-
-@torch.no_grad()
-def _here(value: Tensor) -> Tensor:
-    """What this process has of a tensor: the very memory."""
-    return value.to_local() if isinstance(value, DTensor) else value

@@ -28,7 +28,7 @@ from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.module_tree import BlockModule, with_block_modules
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.curvature import Curvature
-from sparseforge_fx.methods.part import Part
+from sparseforge_fx.methods.part import Part, local
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import LinearSite, Pass, run_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -65,7 +65,7 @@ class Sharding:
         """Raise SparseForgeError for a method, an option or a weight that cannot be trained in parts."""
         curvature = getattr(config, "curvature", ESTIMATOR)
         reasons = {
-            f"the method {type(config).__name__.removesuffix('Config')} has an optimizer that wants whole weights; take "
+            f"the method {type(config).__name__.removesuffix('Config')} has an optimizer of whole weights; take "
             "sparseforge, gmp or imp": config.own_optimizer,
             f"start {config.start!r} solves for whole weights; take preset='annealed'": config.start != "dense",
             f"the pattern {config.pattern} has no groups; take N:M": not isinstance(config.pattern, Pattern),
@@ -79,7 +79,7 @@ class Sharding:
             self.placement(site.shape, site.reduction_dim, config.pattern, site.fqn)  # type: ignore[arg-type]
 
     def placement(self, shape: Sequence[int], dim: int, pattern: Pattern, fqn: str) -> Shard:
-        """Along which dimension a weight is cut so that no group of M is. Raises SparseForgeError where none will do."""
+        """Along which dimension a weight is cut so that no group of M is. Raises SparseForgeError where none does."""
         count = self.mesh.size()
         if dim != 0:
             return Shard(0)
@@ -95,7 +95,9 @@ class Sharding:
     def shard(
         self, module: GraphModule, sites: Sequence[LinearSite], pattern: Pattern, whole: Sequence[nn.Parameter] = ()
     ) -> tuple[GraphModule, dict[str, nn.Parameter]]:
-        """``module`` in blocks that FSDP2 has cut up, and its parameters by name; ``whole`` are left as they are."""
+        """``module`` in blocks that FSDP2 has cut up, and its parameters by name, in the order that they
+        had; ``whole`` are left as they are."""
+        order = [name for name, _ in module.named_parameters()] + [name for name, _ in module.named_buffers()]
         masks = {mask_name(s.fqn) for s in eligible(sites)}
         for name in masks & {name for name, _ in module.named_buffers()}:  # FSDP2 cuts parameters alone
             path, _, leaf = name.rpartition(".")
@@ -125,7 +127,8 @@ class Sharding:
         for block in names:
             found |= {names[block][name]: p for name, p in block.named_parameters()}
         inside = {id(p) for p in found.values()}
-        return tree, found | {name: p for name, p in tree.named_parameters() if id(p) not in inside}
+        found |= {name: p for name, p in tree.named_parameters() if id(p) not in inside}
+        return tree, {name: found[name] for name in order if name in found}
 
 
 class Shards:
@@ -157,7 +160,7 @@ class Shards:
         for site in eligible(sites):
             weight, mask = self.parameters[site.fqn], self.parameters[mask_name(site.fqn)]
             assert isinstance(weight, DTensor) and isinstance(mask, DTensor)
-            parts = [_local(weight), _local(mask)]
+            parts = [local(weight), local(mask)]
             masked.state[site.fqn], masked.state[mask_name(site.fqn)] = parts
             self.weights.append(MaskedWeight(site.fqn, *parts, site.reduction_dim, Part.of(weight)))
 
@@ -227,12 +230,6 @@ class ShardedProbe:
         for hook in self._hooks:
             hook.remove()
         self._probes = {}
-
-
-@torch.no_grad()
-def _local(value: DTensor) -> Tensor:
-    """The very memory of what is here."""
-    return value.to_local()
 
 
 def sharding_of(accelerator: Accelerator) -> Sharding | None:

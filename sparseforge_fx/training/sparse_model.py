@@ -266,7 +266,8 @@ class SparseModel(TrainerSurface):
     def trainable(self) -> list[nn.Parameter]:
         """The model's parameters that the method trains, then the method's own."""
         config = self.method.config
-        return [p for p in self.parameters() if p.requires_grad and config.trains_weights] + self.method.parameters()
+        parameters = self.parameters() if self.shards is None else self.shards.parameters.values()
+        return [p for p in parameters if p.requires_grad and config.trains_weights] + self.method.parameters()
 
     def step(self) -> None:
         """Bring the masks to the next step; call it after ``optimizer.step()`` and before ``zero_grad()``."""

@@ -28,7 +28,7 @@ from sparseforge_fx.training.distillation import Loss
 from sparseforge_fx.training.interruption import Interruption, Stopped
 from sparseforge_fx.training.master_weights import MasterWeights
 from sparseforge_fx.training.replicas import replicated
-from sparseforge_fx.training.saved_run import restore, state_of
+from sparseforge_fx.training.saved_run import parts, restore, state_of
 from sparseforge_fx.training.sparse_model import SparseModel
 
 
@@ -106,7 +106,8 @@ def train(
 
     start = 0
     if state_path is not None and find_state(state_path) is not None:
-        start, loop.curves = restore(sparse, loop.master, loop.optimizer, load_state(state_path), told)
+        mine = (sparse, loop.master, loop.optimizer)
+        start, loop.curves = restore(*mine, load_state(state_path, parts(*mine)), told)
     elif sparse.method.config.start != "dense":
         save(0)  # a layer-wise start takes long
     sparse.train()
