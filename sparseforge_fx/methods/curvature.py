@@ -130,13 +130,20 @@ def mean_over_processes(values: Mapping[str, Tensor], weights: Mapping[str, Tens
             yield name, total.div_(count)
 
 
+def scale_of(curvature: Curvature) -> float:
+    """What makes the mean over processes of what probes say the sum that one process has of all their micro-batches:
+    its losses would be so many times smaller, and their squares come in."""
+    return {"gauss_newton": 1 / processes(), "activation": processes()}.get(curvature.estimator or "", 1)
+
+
 def fold_on_backward(probes: Mapping[str, Tensor], curvature: Curvature) -> list:
     """Let every probe hand its gradient to ``curvature`` as soon as it is complete and free it at once; returns the
     hooks."""
+    scale = scale_of(curvature)
 
     def fold(probe: Tensor, name: str) -> None:
         assert probe.grad is not None
-        curvature.add(name, probe.grad)
+        curvature.add(name, probe.grad if scale == 1 else probe.grad * scale)
         probe.grad = None
 
     return [p.register_post_accumulate_grad_hook(lambda p, n=name: fold(p, n)) for name, p in probes.items()]  # type: ignore[misc]

@@ -87,10 +87,9 @@ def local(value: Tensor) -> Tensor:
 
 
 def mean(values: Tensor, part: Part | None) -> Tensor:
-    """Of all entries of the whole tensor."""
-    if part is None:
-        return values.mean()
-    total, count = part.sums(values.sum(dtype=torch.float64).item(), values.numel())
+    """Of all entries of the whole tensor, summed in float64: it does not depend on how the tensor is cut."""
+    found = [values.sum(dtype=torch.float64).item(), float(values.numel())]
+    total, count = found if part is None else part.sums(*found)
     return values.new_tensor(total / max(1.0, count))
 
 

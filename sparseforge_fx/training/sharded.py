@@ -27,7 +27,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.module_tree import BlockModule, with_block_modules
 from sparseforge_fx.methods.base import TrainedConfig
-from sparseforge_fx.methods.curvature import Curvature
+from sparseforge_fx.methods.curvature import Curvature, scale_of
 from sparseforge_fx.methods.part import Part, local
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import LinearSite, Pass, run_passes
@@ -98,12 +98,14 @@ class Sharding:
         """``module`` in blocks that FSDP2 has cut up, and its parameters by name, in the order that they
         had; ``whole`` are left as they are."""
         order = [name for name, _ in module.named_parameters()] + [name for name, _ in module.named_buffers()]
-        masks = {mask_name(s.fqn) for s in eligible(sites)}
-        for name in masks & {name for name, _ in module.named_buffers()}:  # FSDP2 cuts parameters alone
+        buffers = {name for name, _ in module.named_buffers()}
+        for name in (mask_name(s.fqn) for s in eligible(sites)):  # in one order: it is that of FSDP2's messages
+            if name not in buffers:
+                continue
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
             mask = owner._buffers.pop(leaf)
-            assert mask is not None
+            assert mask is not None  # FSDP2 cuts parameters alone
             owner.register_parameter(leaf, nn.Parameter(mask, requires_grad=False))
         placed = {}
         for site in eligible(sites):
@@ -195,6 +197,7 @@ class ShardedProbe:
 
     def __init__(self, shards: Shards, curvature: Curvature):
         self.curvature, self._probes, self._mesh = curvature, shards.probes, shards.sharding.mesh
+        self._scale = scale_of(curvature) / self._mesh.size()
         self._ask(True)  # a hook wants a tensor that has a gradient
         self._hooks = [
             self._probes[w.fqn].register_post_accumulate_grad_hook(partial(self._fold, w)) for w in shards.weights
@@ -205,7 +208,7 @@ class ShardedProbe:
         assert probe.grad is not None and w.part is not None
         total = DTensor.from_local(probe.grad, self._mesh, [Partial()], run_check=False)
         probe.grad = None
-        part = total.redistribute(placements=[Shard(w.part.dim)]).to_local() / self._mesh.size()
+        part = total.redistribute(placements=[Shard(w.part.dim)]).to_local() * self._scale
         self.curvature.add(w.fqn, part)
 
     def keep(self, batch: Reading) -> None:
