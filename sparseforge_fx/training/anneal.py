@@ -104,10 +104,10 @@ def anneal(
 def _micro_batches(recipe: Recipe, count: int, saved: Path | None) -> tuple[int, list[str]]:
     """How many micro-batches a process has in a step. A run that goes on on another number of processes has steps of as
     many as it began with, over all processes, and a note says so."""
-    begun = {} if saved is None else load_plain(saved).get("run")
+    begun: Any = {} if saved is None else load_plain(saved).get("run")
     whole = begun.get("micro_batches") if isinstance(begun, dict) else None
     mine = recipe.accumulate * count
-    if not isinstance(whole, int) or whole == mine or begun["accumulate"] != recipe.accumulate:
+    if not isinstance(whole, int) or whole == mine or begun.get("accumulate") != recipe.accumulate:
         return recipe.accumulate, []  # what else differs is found when the state is read
     if whole % count:
         raise SparseForgeError(

@@ -90,7 +90,7 @@ def load_state(path: Path, like: Callable[[str], Tensor | None] = lambda name: N
 
 def load_plain(path: Path) -> dict[str, Any]:
     """The same state, with None in the place of every tensor."""
-    return _read(path, lambda _, packed: _unpack(packed, defaultdict(lambda: None)))
+    return _read(path, lambda _, packed: _unpack(packed, defaultdict[str, Any](lambda: None)))
 
 
 def _read(path: Path, unpack: Callable[[Path, Any], Any]) -> Any:
@@ -100,7 +100,7 @@ def _read(path: Path, unpack: Callable[[Path, Any], Any]) -> Any:
     try:
         text, digest = (found / PLAIN).read_text(encoding="utf-8").split("\n", 1)
         whole = hashlib.sha256(text.encode()).hexdigest() + "\n" == digest
-        said = json.loads(text) if whole else None
+        said: Any = json.loads(text) if whole else None
         whole = whole and isinstance(said, dict) and said.get("format") == FORMAT
         if whole and said["version"] == VERSION:
             if processes() == 1 or dist.get_rank() == 0:
@@ -133,8 +133,10 @@ def _tensors(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Te
     for name, stored in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
         wanted = like(name)
         size, dtype = stored.size, stored.properties.dtype  # type: ignore[union-attr]
-        fits = wanted is not None and wanted.shape == size
-        tensors[name] = torch.empty_like(wanted, dtype=dtype) if fits else torch.empty(size, dtype=dtype)
+        if wanted is not None and wanted.shape == size:
+            tensors[name] = torch.empty_like(wanted, dtype=dtype)
+        else:
+            tensors[name] = torch.empty(size, dtype=dtype)
     if tensors:
         reader = HuggingFaceStorageReader(str(folder))
         with _plainly():
@@ -171,7 +173,7 @@ def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     return value
 
 
-def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(packed: Any, tensors: Mapping[str, Any]) -> Any:
     if not isinstance(packed, dict):
         return packed
     ((kind, value),) = packed.items()

@@ -107,30 +107,31 @@ class Sharding:
             mask = owner._buffers.pop(leaf)
             assert mask is not None  # FSDP2 cuts parameters alone
             owner.register_parameter(leaf, nn.Parameter(mask, requires_grad=False))
-        placed = {}
+        placed: dict[str, Shard] = {}
         for site in eligible(sites):
             placement = self.placement(site.shape, site.reduction_dim, pattern, site.fqn)  # type: ignore[arg-type]
             placed |= {site.fqn: placement, mask_name(site.fqn): placement}
         tree = with_block_modules(module)
-        names = {block: block.names for block in tree.modules() if isinstance(block, BlockModule)}
+        names: dict[nn.Module, dict[str, str]] = {b: b.names for b in tree.modules() if isinstance(b, BlockModule)}
         found: dict[str, nn.Parameter] = {}
         kept = {id(p) for p in whole}
         for block in [*names, tree]:
             own = names.get(block, {})
-            ways = {id(p): placed.get(own.get(name, name)) for name, p in block.named_parameters()}
             for p in block.parameters():
                 if 0 in p.stride() and id(p) not in kept:
                     p.data = p.data.contiguous()  # a mask of this block
             reshard = {} if block is tree else {"reshard_after_forward": self.reshard}
-            fully_shard(
-                block, shard_placement_fn=lambda p, ways=ways: ways.get(id(p)), ignored_params=set(whole), **reshard,
-                **self.options,
-            )  # fmt: skip
+            way = partial(_way, {id(p): placed.get(own.get(name, name)) for name, p in block.named_parameters()})
+            fully_shard(block, shard_placement_fn=way, ignored_params=set(whole), **reshard, **self.options)
         for block in names:
             found |= {names[block][name]: p for name, p in block.named_parameters()}
         inside = {id(p) for p in found.values()}
         found |= {name: p for name, p in tree.named_parameters() if id(p) not in inside}
         return tree, {name: found[name] for name in order if name in found}
+
+
+def _way(ways: dict[int, Shard | None], parameter: nn.Parameter) -> Shard | None:
+    return ways.get(id(parameter))
 
 
 class Shards:
@@ -162,9 +163,9 @@ class Shards:
         for site in eligible(sites):
             weight, mask = self.parameters[site.fqn], self.parameters[mask_name(site.fqn)]
             assert isinstance(weight, DTensor) and isinstance(mask, DTensor)
-            parts = [local(weight), local(mask)]
-            masked.state[site.fqn], masked.state[mask_name(site.fqn)] = parts
-            self.weights.append(MaskedWeight(site.fqn, *parts, site.reduction_dim, Part.of(weight)))
+            here = local(weight), local(mask)
+            masked.state[site.fqn], masked.state[mask_name(site.fqn)] = here
+            self.weights.append(MaskedWeight(site.fqn, *here, site.reduction_dim, Part.of(weight)))
 
     def teacher(self, module: GraphModule) -> GraphModule:
         """The dense model, cut up in the same way."""

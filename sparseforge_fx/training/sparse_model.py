@@ -164,6 +164,8 @@ class SparseModel(TrainerSurface):
         return self
 
     def _apply(self, fn, recurse=True):
+        if self.shards is not None:
+            raise SparseForgeError("a model that processes share stays where it is: move it before it is prepared")
         super()._apply(fn, recurse)
         if self.teacher is not None:
             self.teacher.module._apply(fn)
@@ -172,7 +174,7 @@ class SparseModel(TrainerSurface):
         for w in self.method.weights:
             w.mask = masks[mask_name(w.fqn)]
             self.program.state[mask_name(w.fqn)] = w.mask
-        if self.probe is not None:
+        if isinstance(self.probe, CurvatureProbe):
             self.probe.move(fn)
         return self
 

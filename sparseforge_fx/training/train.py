@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparseforge_fx.data.batches import count_tokens
@@ -129,8 +130,8 @@ def train(
             may_compile &= sparse.shards is None
             if may_compile and worth_compiling(row["seconds"], steps - step - 1):
                 sparse.compile()
-            late = time.monotonic() - saved > save_seconds
-            late, signal = processes.largest(loop.accelerator.device, late, stops.number)
+            old = time.monotonic() - saved > save_seconds
+            late, signal = processes.largest(loop.accelerator.device, old, stops.number)
             if late or signal:
                 save(step + 1)
                 saved = time.monotonic()
@@ -213,7 +214,7 @@ class _Loop:
                 loss = self.learner(batch)
                 if by_gradient:
                     (loss.total / count).backward()
-            sparse.method.observe(loss.total.detach(), lambda batch=batch: self.learner(batch).total)
+            sparse.method.observe(loss.total.detach(), partial(self._again, batch))
             sums = [known + part.item() for known, part in zip(sums, loss, strict=True)]
             tokens += count_tokens(batch)
         told = torch.tensor([*(total / count for total in sums), tokens], dtype=torch.float64)
@@ -229,6 +230,9 @@ class _Loop:
                 f"the loss is {losses[0]} at step {step}: lower the learning rate ({self.how.lr:g}) or check the data"
             )
         return dict(zip(("loss", *Loss._fields[1:]), losses, strict=True))
+
+    def _again(self, batch: Any) -> Tensor:
+        return self.learner(batch).total
 
 
 class _Learner(nn.Module):
