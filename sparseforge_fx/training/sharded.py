@@ -2,7 +2,9 @@
 
 Enabled as accelerate's users do it: ``accelerate launch --use_fsdp --fsdp_version 2 ...``, or an Accelerator with a
 FullyShardedDataParallelPlugin. The blocks that the graph repeats are sharded one by one, the rest as one; masks are
-gathered and let go with their weights. The dense model is loaded by every process, and cut up when it is captured.
+gathered and let go with their weights. The dense model is loaded by every process, and cut up when it is captured; at
+the end the first process gathers the result, weight by weight, and the models of the others stay empty, as all do where
+a run fails: there is a saved state to go on from.
 """
 
 from __future__ import annotations

@@ -106,8 +106,7 @@ def sparsify(
         changes: fields of the recipe, and options of its method.
 
     Returns SparsifyResult. Raises SparseForgeError on anything that is wrong. Whatever else ends the call (Ctrl-C, an
-    error of ``on_step``) leaves the model dense as it was, too, to the bit. Under FSDP (training/sharded.py) the model of
-    the first process holds the result, gathered weight by weight; the others' are empty, and so are all after an error.
+    error of ``on_step``) leaves the model dense as it was, too, to the bit (under FSDP: training/sharded.py).
     """
     began = time.monotonic()
     recipe = Recipe.of(recipe).changed(**changes)
