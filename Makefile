@@ -7,11 +7,13 @@ READY := $(VENV)/.ready
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 QUICK ?=
+# a folder with model/, *.jsonl.xz to train on, valid.txt, test.txt: `make gpu-training TRAIN=folder`
+TRAIN ?=
 
-.PHONY: help venv test lint demo gpu-suite clean
+.PHONY: help venv test lint demo gpu-suite gpu-training clean
 
 help:
-	@echo "make venv | test [SLOW=1] | lint | demo [QUICK=1] | gpu-suite | clean"
+	@echo "make venv | test [SLOW=1] | lint | demo [QUICK=1] | gpu-suite | gpu-training TRAIN=folder | clean"
 
 venv: $(READY)
 
@@ -55,6 +57,12 @@ else
 	$(BIN)/python examples/benchmarks/training_overhead.py smollm2-135m --device cuda --batch-size 8 --compile
 	$(BIN)/python examples/benchmarks/formats.py smollm2-135m --device cuda --formats packed,generator-aoti,generator-aoti-dense
 endif
+
+# Ten minutes more: a leaderboard at 20M tokens, at one rate for all. What was done is not done again.
+gpu-training: $(READY)
+	@test -n "$(GPU)" -a -d "$(TRAIN)/model" || { echo "make gpu-training needs a CUDA device and TRAIN=folder with model/, texts, valid.txt and test.txt" >&2; exit 1; }
+	$(BIN)/python examples/benchmarks/leaderboard.py $(TRAIN)/model $(foreach text,$(wildcard $(TRAIN)/*.jsonl.xz),--data $(text)) --valid $(TRAIN)/valid.txt --test $(TRAIN)/test.txt \
+		--methods alps+kd,sparseforge-annealed,sparseforge-paper,ast --tokens 20000000 --rate 3e-4 --batch-size 16 --seeds 1 --tasks 0 --device cuda
 
 clean:
 	rm -rf $(VENV) demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -30,6 +30,7 @@ SCRIPTS = {
         {"out_features": 8, "in_features": 16, "rounds": 1},
         {"median_seconds", "relative_output_error"},
     ),
+    "step_profile": ({**MODEL, "dtypes": "float32", "batch_size": 1, "length": 16}, {"dtypes"}),
     "training_overhead": (STEPS, {"prepare_seconds", "modes", "extra_memory"}),
 }
 

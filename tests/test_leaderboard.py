@@ -39,6 +39,11 @@ def test_a_sweep_comes_before_the_seeds_and_decides_their_rate(board):
     assert board.plan(["ast"], 4096, 2, 1024) == []
 
 
+def test_a_rate_for_all_needs_no_sweep(board):
+    (run,) = board.plan(["ast"], 4096, 1, 1024, rate=3e-4)
+    assert run.name == "ast-4096-seed0" and run.arguments[run.arguments.index("--lr") + 1] == "0.0003"
+
+
 @pytest.mark.parametrize(
     ("method", "best", "tried"),
     [

@@ -5,7 +5,7 @@
 
 One run is one process of quality.py and one json in results/leaderboard/; a run that is there is not repeated, a run that
 was killed goes on. The sweep is a run of a quarter of the tokens (or ``--sweep-tokens``: a longer board takes over the rates
-of a shorter one) with seed 0 for each of three rates, and for further ones while the best is the lowest or the highest;
+of a shorter one; ``--rate`` sets one for all instead) with seed 0 for each of three rates, and for further ones while the best is the lowest or the highest;
 the rate with the lowest validation perplexity is taken. ``--ablations`` runs variants of sparseforge, ``--only`` some of
 them, at half of the tokens and its preset's rate. tables.py makes the tables and the picture.
 """
@@ -116,8 +116,8 @@ def best_rate(method: str, short: int) -> float | None:
     return _best(sweep(method, short))
 
 
-def plan(methods: list[str], tokens: int, seeds: int, short: int) -> list[Run]:
-    """What can be started now, the first first."""
+def plan(methods: list[str], tokens: int, seeds: int, short: int, rate: float = 0.0) -> list[Run]:
+    """What can be started now, the first first; ``rate``: the learning rate of all, in the place of sweeps."""
     runs = []
     for method in methods:
         if method in ONE_SHOT:
@@ -125,12 +125,12 @@ def plan(methods: list[str], tokens: int, seeds: int, short: int) -> list[Run]:
             options = ("--method", method, "--tokens", str(tokens))
             runs += [Run(f"{method}-0-seed{seed}", (*options, "--seed", str(seed))) for seed in range(count)]
             continue
-        rate = best_rate(method, short)
-        if rate is None:
+        chosen = rate or best_rate(method, short)
+        if chosen is None:
             runs += sweep(method, short).values()
             continue
         for seed in range(seeds):
-            options = ("--tokens", str(tokens), "--seed", str(seed), *at_rate(method, rate))
+            options = ("--tokens", str(tokens), "--seed", str(seed), *at_rate(method, chosen))
             runs.append(Run(f"{method}-{tokens}-seed{seed}", (*TRAINED[method], *options)))
     return [run for run in runs if not run.file.exists()]
 
@@ -165,6 +165,9 @@ def main(
     ] = False,
     only: Annotated[str, typer.Option(help="these variants by commas instead, each with --seeds")] = "",
     workers: Annotated[int, typer.Option(help="runs side by side, one thread each", min=1)] = 1,
+    rate: Annotated[float, typer.Option(help="learning rate of every method; 0: by its sweep", min=0)] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="sequences of a step", min=1)] = 2,
+    device: str = "cpu",
 ) -> None:
     """Run what is missing, until nothing is."""
     short = sweep_tokens or tokens // 4
@@ -176,18 +179,9 @@ def main(
     if unknown:
         sys.exit(f"no such method: {', '.join(unknown)}; there are {', '.join((*ONE_SHOT, *TRAINED))}")
     common = [
-        model,
-        "--valid",
-        str(valid),
-        "--test",
-        str(test),
-        "--tasks",
-        str(tasks),
-        "--threads",
-        "1",
-        "--compile",
-        "off",
-    ]
+        model, "--valid", str(valid), "--test", str(test), "--tasks", str(tasks), "--batch-size", str(batch_size),
+        "--threads", "1", "--device", device, "--compile", "off" if device == "cpu" else "auto",
+    ]  # fmt: skip
     for source in data:
         common += ["--data", source]
     running: dict[str, subprocess.Popen] = {}
@@ -199,7 +193,7 @@ def main(
                 if process.returncode:
                     failed.add(name)
                     print(f"{name} failed with {process.returncode}: see {RESULTS / name}.log", flush=True)
-        todo = plan(chosen, tokens, seeds, short)
+        todo = plan(chosen, tokens, seeds, short, rate)
         if named or variants:
             todo += ablations(tokens, short, named, seeds if named else 1)
         waiting = [r for r in todo if r.name not in running and r.name not in failed]

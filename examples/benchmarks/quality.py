@@ -50,6 +50,7 @@ def main(
     w_task: Annotated[float | None, typer.Option(help="of the cross-entropy; default: the preset's")] = None,
     w_kl: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
     threads: int = 0,
+    device: str = "cpu",
     label: str = "",
     folder: Annotated[Path, typer.Option(help="where the json goes")] = RESULTS / "quality",
     tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
@@ -61,7 +62,7 @@ def main(
     ] = None,
 ) -> None:
     """Run one (method, preset, seed, budget), or "dense", and write results/quality/NAME.json."""
-    use(threads=threads)
+    use(device, threads)
     settings = read_options(options)
     kind = preset if method == "sparseforge" else "paper" if method in TRAINED else "oneshot"
     name = label or f"{method}-{kind}-{tokens}-seed{seed}"
@@ -70,7 +71,7 @@ def main(
         print(f"{out} is there already")
         return
     tokenizer = AutoTokenizer.from_pretrained(model)
-    net = language_model(model)
+    net = language_model(model, device=device)
     ids = {"valid": token_ids(valid, tokenizer), "test": token_ids(test, tokenizer)}
 
     def score(scored: PreTrainedModel) -> dict[str, float]:

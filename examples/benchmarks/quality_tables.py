@@ -57,26 +57,29 @@ def quality_table() -> str:
 
 
 def reorder_table() -> str:
-    """One-shot methods with and without channels that may change places, of one machine."""
+    """One-shot methods with and without channels that may change places, and blocks that learn after it."""
     runs = sorted(read("reorder"), key=lambda run: -run["sparse_perplexity"]["test"])
     if not runs:
         return NONE
     first = runs[0]
     text = (
-        f"{first['model']}, no training, {first['report']['calibration_sequences']} sequences: perplexity of the first"
+        f"{runs[-1]['model']}, no training, {first['report']['calibration_sequences']} sequences: perplexity of the first"
         f" {first['windows']} windows of {first['context']} tokens (dense {first['dense_perplexity']['test']:.2f} and"
-        f" {first['dense_perplexity']['valid']:.2f}); {first['report']['device']}, commit {first['report']['commit']}."
+        f" {first['dense_perplexity']['valid']:.2f}); {first['report']['device']}."
     )
     rows = [
         (
             run["method"],
             "yes" if run["report"]["config"]["reorder"] else "no",
+            run["report"]["config"].get("reconstruct", 0),
             f"{run['report']['seconds']:,.0f}",
             *scores([run])[:2],
+            run["report"]["commit"],
         )
         for run in runs
     ]
-    return blocks([(text, table(("method", "reorder", "seconds", "test", "validation"), "llrrr", rows))])
+    names = ("method", "reorder", "passes of reconstruct", "seconds", "test", "validation", "commit")
+    return blocks([(text, table(names, "llrrrrl", rows))])
 
 
 SECONDS = "Seconds of the whole run, mean over the seeds; in brackets those of its layer-wise start."

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import typer
 from common import model_and_ids, save
 
@@ -45,6 +46,7 @@ def measured(model: str, count: int, steps: int, length: int) -> dict:
 def work(model: str, steps: int, length: int, folder: Path) -> None:
     import sparseforge_fx as sf
 
+    torch.manual_seed(0)  # the same ids on every process
     net, ids = model_and_ids(model, "cpu", 2 * steps, length)
     seen: dict = {"losses": [], "seconds": []}
 

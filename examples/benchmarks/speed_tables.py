@@ -6,6 +6,9 @@ from collections import defaultdict
 
 from records import blocks, machine, read, table
 
+#: of operators, in step_profile.py
+KINDS = ("products", "attention", "elementwise", "copies", "loss", "optimizer", "other")
+
 
 def overhead_table() -> str:
     rows = []
@@ -23,6 +26,31 @@ def overhead_table() -> str:
         "extra bytes/weight",
     )  # fmt: skip
     return table(names, "llrrrrrrr", rows)
+
+
+def step_profile_table() -> str:
+    """A column for every kind of operator that one of the steps spends a hundredth on."""
+    runs = [(run, dtype, found) for run in read("step_profile") for dtype, found in run["dtypes"].items()]
+    kinds = [kind for kind in KINDS if any(found["shares"].get(kind, 0) >= 0.01 for *_, found in runs)]
+    rows = [
+        (
+            f"{run['model']}, {machine(run)}", dtype, f"{run['batch_size']} x {run['length']}", f"{found['seconds']:.2f} s",
+            f"{found['tokens_per_second']:.0f}", *(f"{found['shares'].get(kind, 0):.0%}" for kind in kinds),
+            f"{found['gflops_of_products']:.0f}", run["commit"],
+        )
+        for run, dtype, found in runs
+    ]  # fmt: skip
+    names = (
+        "model, device, threads",
+        "dtype",
+        "tokens of a step",
+        "step",
+        "tokens/s",
+        *kinds,
+        "GFLOP/s of products",
+        "commit",
+    )
+    return table(names, "ll" + "r" * (len(names) - 3) + "l", rows)
 
 
 def cpu_runs(few_rows: bool) -> list[dict]:

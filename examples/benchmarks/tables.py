@@ -26,6 +26,7 @@ TABLES = {
     "estimator-quality": quality.estimator_quality_table,
     "quantized": quality.quantized_table,
     "overhead": speed.overhead_table,
+    "step-profile": speed.step_profile_table,
     "many-rows": speed.many_rows_table,
     "kernels": speed.kernel_table,
     "gpu-kernels": speed.gpu_kernel_table,

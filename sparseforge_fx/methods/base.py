@@ -19,7 +19,7 @@ from sparseforge_fx.methods.optimizers import decay_groups
 from sparseforge_fx.methods.rounding import Values
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, distance_from_binary, hard_mask, to_groups
-from sparseforge_fx.ranges import Count
+from sparseforge_fx.ranges import Count, CountFromZero, Positive
 
 SAMPLE = 1 << 15  # mask entries of a weight that the curves are taken from
 
@@ -35,6 +35,9 @@ class TrainedConfig(MethodConfig, ABC):
             (methods/rounding.py), and they train rounded, with straight-through gradients; masks must be final then.
         reorder: of a layer-wise start that moves weights: let channels change places where the graph allows it, so that
             groups lose less (methods/reorder.py); masks must be final then.
+        reconstruct, reconstruct_lr: passes over the calibration data in which every repeated block learns, after a
+            layer-wise start and before the run, to hand on what the dense one does, and AdamW's rate there
+            (methods/reconstruct.py); masks must be final then.
     """
 
     trains_weights: ClassVar[bool] = True  # False: the model is frozen, the method's own parameters train
@@ -46,6 +49,8 @@ class TrainedConfig(MethodConfig, ABC):
     start: Literal["dense", "wanda", "sparsegpt", "alps"] = "dense"
     values: Values = field(default="float", kw_only=True)
     reorder: bool = field(default=False, kw_only=True)
+    reconstruct: CountFromZero = field(default=0, kw_only=True)
+    reconstruct_lr: Positive = field(default=1e-3, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +67,12 @@ class TrainedConfig(MethodConfig, ABC):
             raise SparseForgeError(
                 "reorder is for masks that are final from the start on, from sparsegpt or alps: take sparseforge's "
                 "preset alps+kd with quench_end=0"
+            )
+
+        if self.reconstruct and not self.starts_fixed:
+            raise SparseForgeError(
+                "reconstruct is for masks that are final from the start on: take sparseforge's preset alps+kd with "
+                "quench_end=0"
             )
 
     @property

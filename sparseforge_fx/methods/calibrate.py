@@ -82,11 +82,11 @@ def layer_by_layer(
     """
     names = mask_names(module.graph, module.graph.find_nodes(op="placeholder"))
     padded: set[str] = set()
-    flat = [_flatten(module, batch) for batch in batches]
+    flat = [flat_inputs(module, batch) for batch in batches]
     runs = [_Held(module, {}) for _ in batches]
     twins = [_Held(module, twin) for _ in batches] if twin is not None else []
     feeds = [iter(inputs) for inputs in (flat + flat if twins else flat)]
-    last = _last_uses(module, kept_for(weights) if every_token else {})
+    last = last_uses(module, kept_for(weights) if every_token else {})
     seen: set[tuple[str, int | None]] = set()
     moments: dict[Node, list[Tensor]] = {}
     blind: set[Node] = set()
@@ -294,7 +294,8 @@ def _second_moments(found: Sequence[Iterable[Tensor]], masks: Iterable[Tensor | 
     return [total / max(1, tokens) for total in totals], told
 
 
-def _flatten(module: GraphModule, batch: Any) -> list:
+def flat_inputs(module: GraphModule, batch: Any) -> list:
+    """A batch in the order of the module's placeholders."""
     if isinstance(batch, Reading):
         return pytree.tree_leaves((batch.args, batch.kwargs))
     args, kwargs = as_call(batch)
@@ -303,7 +304,8 @@ def _flatten(module: GraphModule, batch: Any) -> list:
     return pytree.tree_leaves((args, {k: kwargs[k] for k in names} if kwargs else {}))
 
 
-def _last_uses(module: GraphModule, kept: Mapping[Node, list[Node]]) -> dict[Node, list[Node]]:
+def last_uses(module: GraphModule, kept: Mapping[Node, list[Node]]) -> dict[Node, list[Node]]:
+    """Node -> whose values nothing reads after it; ``kept``: what a node needs beside its inputs."""
     last: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
     for node in reversed(module.graph.nodes):

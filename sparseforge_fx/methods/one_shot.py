@@ -19,7 +19,7 @@ from sparseforge_fx.methods.rounding import Values
 from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
-from sparseforge_fx.ranges import Count, Range
+from sparseforge_fx.ranges import Count, CountFromZero, Positive, Range
 
 #: share of the mean diagonal; OBS gives up beyond
 Damping = Annotated[float, Range(0, 1e6, above=True)]
@@ -46,12 +46,16 @@ class LayerwiseConfig(MethodConfig, ABC):
             that grid (methods/rounding.py).
         reorder: let channels change places where the graph allows it, so that groups lose less (methods/reorder.py).
             The model computes the same before the pruning; weights of the dense one no longer stand at their places.
+        reconstruct, reconstruct_lr: passes over the calibration data in which every repeated block then learns to hand
+            on what the dense one does, and AdamW's rate there (methods/reconstruct.py); 0: none.
         expert_tokens: an expert of a mixture that saw fewer calibration tokens is pruned by magnitude.
         every_token: calibrate every expert on all tokens, not on those that are routed to it.
     """
 
     values: Values = field(default="float", kw_only=True)
     reorder: bool = field(default=False, kw_only=True)
+    reconstruct: CountFromZero = field(default=0, kw_only=True)
+    reconstruct_lr: Positive = field(default=1e-3, kw_only=True)
     expert_tokens: Count = field(default=EXPERT_TOKENS, kw_only=True)
     every_token: bool = field(default=False, kw_only=True)
 

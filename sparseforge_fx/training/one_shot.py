@@ -24,6 +24,7 @@ from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.recipe import Recipe
+from sparseforge_fx.training.teacher import Teacher, dense_copies, reconstructed
 from sparseforge_fx.training.unused import unused_arguments
 
 
@@ -43,7 +44,7 @@ def prune_once(
     if isinstance(config, LayerwiseConfig):
         experts = Experts(config.pattern, config.expert_tokens, config.every_token)
     readings = [run.reader.read(*as_call(b)) for b in batches or ()]
-    report["layer_notes"], scales = _prune(run, config, readings, experts)
+    report["layer_notes"], scales = _prune(run, config, readings, experts, report)
     if experts.tokens:
         report["experts"] = experts.table()
     return scales
@@ -51,7 +52,7 @@ def prune_once(
 
 @torch.no_grad()
 def _prune(
-    run: Run, config: MethodConfig, batches: list[Reading], experts: Experts
+    run: Run, config: MethodConfig, batches: list[Reading], experts: Experts, report: dict[str, Any]
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     masked, _ = run_passes(run.program, train_passes(run.sites))
     weights = [
@@ -64,7 +65,12 @@ def _prune(
     with undone_on_error(weights, vectors):
         if isinstance(config, LayerwiseConfig):
             pattern = config.pattern if config.reorder else None
+            tensors = [w.weight for w in weights]
+            teacher = Teacher(run.program, dense_copies(run.program, tensors)) if config.reconstruct else None
             notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, pattern)
+            if teacher is not None:
+                report["reconstruction"], none = reconstructed(masked, teacher, batches, weights, config)
+                report["notes"] += none
             format = format_of(config.values)
             against = {s.fqn: why_not_rounded(s.experts, s.in_features, format) for s in eligible(run.sites)}
             fitting = {fqn: format for fqn, reason in against.items() if reason is None}

@@ -35,7 +35,7 @@ from sparseforge_fx.training.low_rank import Branch
 from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.on_grid import OnGrid
 from sparseforge_fx.training.sharded import ESTIMATOR, ShardedProbe, Sharding, Shards, mask_of_ones
-from sparseforge_fx.training.teacher import Teacher, dense_copies
+from sparseforge_fx.training.teacher import Teacher, dense_copies, reconstructed
 from sparseforge_fx.training.trainer_surface import Embedded, ForwardOfSource, TrainerSurface, hook_embeddings
 
 
@@ -197,10 +197,15 @@ class SparseModel(TrainerSurface):
         config = self.method.config
         start = LAYERWISE[config.start](config.pattern)
         experts = Experts(config.pattern, start.expert_tokens)
-        vectors = [p for p in self.parameters() if p.dim() < 2] if config.reorder else []
+        vectors = [p for p in self.parameters() if p.dim() < 2] if config.reorder or config.reconstruct else []
+        teacher = (self.teacher or Teacher(self.dense, self.copies())) if config.reconstruct else None
         with undone_on_error(weights, vectors) as dense, low_rank.handed_over(self.branches, self._hands_over):
             reorder = config.pattern if config.reorder else None
             notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, reorder)
+            blocks = None
+            if teacher is not None:
+                blocks, none = reconstructed(self.program, teacher, readings, weights, config)
+                self.reader.notes += none
             # survivors that took over what was pruned leave nothing to the branches
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
             self.handed_over = moved and config.prunes_on_the_way
@@ -211,6 +216,7 @@ class SparseModel(TrainerSurface):
                 for fqn, text in {**told, **self.on_grid.against}.items():
                     notes[fqn] = "; ".join(filter(None, (notes.get(fqn), text)))
         self.start_report = {"layer_notes": notes} | ({"experts": experts.table()} if experts.tokens else {})
+        self.start_report |= {} if blocks is None else {"reconstruction": blocks}
         return notes
 
     @ForwardOfSource

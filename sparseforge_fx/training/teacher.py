@@ -12,6 +12,10 @@ from torch.fx import GraphModule
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.graph.taps import Taps, tap
+from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.methods.one_shot import LayerwiseConfig
+from sparseforge_fx.methods.reconstruct import reconstruct_blocks
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.training.distillation import FEATURES
 
 
@@ -57,3 +61,17 @@ class Teacher:
         """The dense model's output."""
         self.seen.clear()
         return self.run(*batch.args, **batch.kwargs)
+
+
+def reconstructed(
+    program: Program,
+    teacher: Teacher,
+    batches: Sequence[Reading],
+    weights: Sequence[MaskedWeight],
+    config: LayerwiseConfig | TrainedConfig,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Let the blocks of a pruned program come nearer to the teacher's, as a config asks (methods/reconstruct.py): for
+    the report, what became of each, and a note where there are none."""
+    how: dict[str, Any] = {"epochs": config.reconstruct, "lr": config.reconstruct_lr}
+    found = [b._asdict() for b in reconstruct_blocks(program.module(), teacher.module, batches, weights, **how)]
+    return found, [] if found else ["reconstruct changes nothing: no block of this graph repeats"]
