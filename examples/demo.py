@@ -255,7 +255,7 @@ def print_summary(summary: dict) -> None:
     for which, text in summary["completion"].items():
         print(f"{which:6}: {text}")
     print(f"{summary['sites_exactly_2_4']} of {summary['sites']} linears in {OUTPUT}/ are exactly 2:4")
-    print(f"{OUTPUT}/ holds the checkpoint, report.json, curves.png and demo.json; all in {summary['seconds']:.0f} s")
+    print(f"{OUTPUT}/ holds the checkpoint, report.html, report.json and demo.json; all in {summary['seconds']:.0f} s")
 
 
 def print_table(rows: list[dict], text: str) -> None:

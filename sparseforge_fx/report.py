@@ -1,4 +1,4 @@
-"""What a run leaves behind: report.json and a picture of the curves."""
+"""What a run leaves behind in report.json, and what a number needs beside it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from torch import Tensor
 
 from sparseforge_fx.files import new_file
 from sparseforge_fx.passes import LinearSite
@@ -101,39 +102,18 @@ def describe_sites(sites: Sequence[LinearSite]) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def describe_change(weight: Tensor, dense: Tensor) -> dict[str, float]:
+    """What became of a weight: ``kept``, the share of the dense one's squared size where it is not zero now, and
+    ``moved``, its distance from the dense one over that one's size."""
+    before, after = dense.float(), weight.detach().float()
+    whole = max(float(before.square().sum()), torch.finfo(torch.float32).tiny)
+    left = float(before[after != 0].square().sum())
+    return {"kept": left / whole, "moved": (float((after - before).square().sum()) / whole) ** 0.5}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
     text = json.dumps(value, indent=1, allow_nan=False, default=str) + "\n"
     with new_file(path) as file:
         file.write_text(text)
-
-
-def plot_curves(curves: Sequence[dict[str, float]], path: Path) -> None:
-    """Loss and KL; temperature, lambda and mask distance from binary; flip rate and density; against steps. Nothing
-    without steps."""
-    if not curves:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps = [row["step"] for row in curves]
-    wanted = (
-        (("loss", "task", "kl"), "nats per token"),
-        (("temperature", "lambda", "mask_distance_from_binary"), ""),
-        (("density", "flip_rate"), "share of weights"),
-    )
-    panels = tuple((known, label) for names, label in wanted if (known := [n for n in names if n in curves[0]]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), constrained_layout=True, squeeze=False)
-    for axis, (names, label) in zip(axes[0], panels, strict=True):
-        for name in names:
-            axis.plot(steps, [row[name] for row in curves], label=name.replace("_", " "))
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -6,6 +6,7 @@ import json
 import operator
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,11 @@ def test_the_code_of_the_readme_runs(tmp_path):
     write_checkpoint(tmp_path / "model", max_position_embeddings=1024)
     (tmp_path / "train.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 200)
     (code,) = blocks("README.md", "python")
-    for given, small in (('"HuggingFaceTB/SmolLM2-135M"', '"model"'), ("1_000_000", "4096")):
+    for given, small in (
+        ('"HuggingFaceTB/SmolLM2-135M"', '"model"'),
+        ("1_000_000", "4096"),
+        ("tokens=[1, 8]", "tokens=[1]"),
+    ):
         assert code.count(given) == 1
         code = code.replace(given, small)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -47,6 +52,49 @@ def test_the_code_of_the_readme_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("14 ") and "The sky is" in done.stdout
     assert (tmp_path / "packed" / "model.safetensors").exists()
+
+
+def test_the_code_of_a_pass_and_a_method_of_ones_own_runs():
+    pass_, method = blocks("docs/extending.md", "python")
+    for code in (pass_, method):
+        exec(compile(code, "docs/extending.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_quick_start_runs(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "model", num_hidden_layers=1)
+    (tmp_path / "train.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 60)
+    (code,) = blocks("docs/index.md", "python")
+    small = {"tokens=1_000_000": "tokens=256, length=32, batch_size=2, calibration=4", "tokens=[1, 8]": "tokens=[1]"}
+    for given, less in small.items():
+        assert code.count(given) == 1
+        code = code.replace(given, less)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    exec(compile(code, "docs/index.md", "exec"), {})
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_the_commands_that_are_shown_can_be_typed():
+    """Of every page: the verb is there, and so are its options."""
+    commands = get_command(app).commands
+    shown = 0
+    for page in PAGES:
+        lines = [line for kind in ("", "bash") for block in blocks(page, kind) for line in block.splitlines()]
+        for line in lines:
+            if page == "docs/usage.md" or not line.startswith("sparseforge-fx "):
+                continue  # a listing of all, which has a test of its own
+            _, verb, *rest = shlex.split(line, comments=True)
+            commands[verb].make_context(verb, rest)
+            shown += 1
+    assert shown >= 6
+
+
+def test_every_pass_is_drawn():
+    drawn = {p.stem for p in (ROOT / "docs" / "graphs").glob("*.svg")}
+    named = set(re.findall(r"graphs/(\w+)\.svg", (ROOT / "docs/how_it_works.md").read_text()))
+    assert drawn == named and {"insert_soft_masks", "harden_masks", "lower_sparse_linears"} < drawn
+    inside = (ROOT / "docs" / "graphs" / "insert_soft_masks.svg").read_text()
+    assert "sparseforge.soft_masked_linear" in inside
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import TEXT, tiny_llama, write_gguf
+from tiny_checkpoint import TEXT, tiny_llama, write_checkpoint, write_gguf, write_text
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SAYS = {
@@ -111,8 +111,25 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(demo, monkeypatch, tmp_path, c
     printed = capsys.readouterr().out
     assert "14 of 14 linears in demo_out/ are exactly 2:4" in printed
     files = {p.name for p in (tmp_path / "demo_out").iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "report.json", "curves.png", "demo.json"} <= files
+    assert {"model.safetensors", "config.json", "tokenizer.json", "report.json", "report.html", "demo.json"} <= files
     summary = json.loads((tmp_path / "demo_out" / "demo.json").read_text())
     assert [r["method"] for r in summary["rows"]] == ["dense", "magnitude", "alps+kd"]
     assert [r["training_tokens"] for r in summary["rows"]] == [0, 0, 2560]
     assert all(r["tokens_scored"] == 8 * 63 for r in summary["rows"])
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    write_checkpoint(tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+    for name, value in {"MODEL": "model", "TRAIN": "text.txt", "TEST": "text.txt", "LENGTH": "32"}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # nobody's numbers are kept in it
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
+    assert "14 linears are 2:4" in said and "nats per token, p = " in said and "MB packed" in said
+    assert (tmp_path / "sparse" / "report.html").is_file()

@@ -1,12 +1,10 @@
-"""report.json and the picture of the curves."""
+"""report.json, and what a number needs beside it."""
 
 import json
 import math
 import subprocess
-import warnings
 from pathlib import Path
 
-import matplotlib.image
 import pytest
 import torch
 
@@ -102,21 +100,12 @@ def test_json_has_no_nan_and_a_failure_leaves_the_old_file(tmp_path, bad):
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
-@pytest.mark.parametrize(
-    "curves",
-    [[ROW | {"step": s, "loss": 3 / s} for s in range(1, 9)], [ROW], [{"step": 1, "loss": 2.0, "lambda": 0.0}]],
-    ids=["a run", "one step", "few names"],
-)
-def test_picture_of_the_curves(tmp_path, curves):
-    path = tmp_path / "new" / "curves.png"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        report.plot_curves(curves, path)
-    image = matplotlib.image.imread(path)
-    assert image.shape[0] > 200 and image.shape[1] > 800
-    assert image[..., :3].std() > 0.01  # something is drawn
-
-
-def test_no_curves_no_picture(tmp_path):
-    report.plot_curves([], tmp_path / "curves.png")
-    assert not (tmp_path / "curves.png").exists()
+def test_what_became_of_a_weight():
+    dense = torch.tensor([[3.0, 1.0, 2.0, 0.5], [1.0, 1.0, 1.0, 1.0]])
+    pruned = torch.tensor([[3.0, 0.0, 2.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+    found = report.describe_change(pruned, dense)
+    assert found["kept"] == pytest.approx((9 + 4 + 1 + 1) / 18.25) and found["moved"] == pytest.approx(
+        (3.25 / 18.25) ** 0.5
+    )
+    assert report.describe_change(dense, dense) == {"kept": 1.0, "moved": 0.0}
+    assert report.describe_change(torch.zeros(2, 4), torch.zeros(2, 4)) == {"kept": 0.0, "moved": 0.0}

@@ -134,6 +134,7 @@ def test_a_wide_signature(build):
         passes__one=f"def narrow({twelve}): ...\n\n\nclass A:\n    def method(self, {twelve}): ...\n",
         passes__two=f"def wide({twelve.replace('*', '*rest')}): ...\n\n\ndef wider({twelve}, **more): ...\n",
         passes__three=f"@triton.jit\ndef device({twelve}, m): ...\n\n\ndef sparsify({twelve}, m): ...\n",
+        sparseforge_fx__cli__app=f"@command\ndef verb({twelve}, m): ...\n\n\ndef helper({twelve}, m): ...\n",
         sparseforge_fx__training__sparsify=f"def sparsify({twelve}, m): ...\n\n\ndef train({twelve}, m): ...\n",
     )
     found = {fault.split(" has ")[0] for fault in walls.wide_signatures(root)}
@@ -141,6 +142,7 @@ def test_a_wide_signature(build):
         "passes/two.py:1 wide",
         "passes/two.py:4 wider",
         "passes/three.py:5 sparsify",
+        "sparseforge_fx/cli/app.py:5 helper",
         "sparseforge_fx/training/sparsify.py:4 train",
     }
 

@@ -41,7 +41,7 @@ TABLES = {
     "row-split": frontier.row_split_table,
     "contenders": frontier.contenders_table,
 }
-PAGES = ("README.md", "docs/measurements.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/measurements.md")
 
 
 def main() -> None:

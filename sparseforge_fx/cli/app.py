@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,13 +20,30 @@ from rich.console import Console
 
 from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning, one_line
 
+PROGRAM = "sparseforge-fx"
 app = typer.Typer(
-    name="sparseforge-fx",
-    help="Make PyTorch models exactly 2:4 sparse, and keep their accuracy by distillation.",
+    name=PROGRAM,
     no_args_is_help=True,
-    add_completion=False,
+    epilog=f"Begin with: {PROGRAM} inspect MODEL. {PROGRAM} VERB --help has examples; --install-completion lets your "
+    "shell complete verbs and options.",
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(metadata.version(PROGRAM))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Make PyTorch models exactly 2:4 sparse, and keep their accuracy by distillation."""
+
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -52,7 +71,20 @@ Tokens = Annotated[
     list[int] | None,
     typer.Option("--tokens", help="Token counts (batch x sequence) that matter (repeatable); default: sf.lower's."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print all numbers as json, and nothing else.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
 Exclude = Annotated[list[str], typer.Option("--exclude", help="Keep what matches this glob dense (repeatable).")]
+
+
+def examples(*lines: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What the help of a command shows below its options: (arguments, what that does), as ``arguments  # does``."""
+    shown = "\n\n".join(["Examples:", *(f"{PROGRAM} {line}" for line in lines)])
+
+    def mark(function: Callable[..., None]) -> Callable[..., None]:
+        function.epilog = shown  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -63,7 +95,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         with quiet():
             function(*args, **kwargs)
 
-    return app.command()(guard(quietly))
+    return app.command(epilog=getattr(function, "epilog", None))(guard(quietly))
 
 
 def guard(function: Callable[..., None]) -> Callable[..., None]:
@@ -77,7 +109,8 @@ def guard(function: Callable[..., None]) -> Callable[..., None]:
             _say(f"error: {one_line(error, lines=None, limit=None)}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            _say("; ".join(["interrupted", *getattr(error, "__notes__", ())]))
+            notes = getattr(error, "__notes__", None) or ["nothing was written"]
+            _say("; ".join(["interrupted", *notes]))
             raise typer.Exit(getattr(error, "exit_code", 130)) from error
 
     return guarded
@@ -130,10 +163,15 @@ def quiet() -> Iterator[None]:
             logging.disable(before)
 
 
-def stdout() -> Console:
-    """Standard output; wide enough for the tables where it is a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+def stdout(*, quiet: bool = False) -> Console:
+    """Standard output; wide enough for the tables where it is a file. ``quiet``: nothing, because json goes there."""
+    console = Console(quiet=quiet)
+    return console if console.is_terminal else Console(width=140, quiet=quiet)
+
+
+def print_json(value: Any) -> None:
+    """All of standard output, for a program that reads it."""
+    print(json.dumps(value, indent=1, default=str))
 
 
 def readable_bytes(count: float) -> str:
@@ -151,9 +189,11 @@ def grouped(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], tuple]) 
     return {(v[0]["name"], *k[1:]) if len(v) == 1 else k: v for k, v in groups.items()}
 
 
-def tell_packed(report: Any, output: Path) -> None:
+def tell_packed(report: Any, output: Path, as_json: bool = False) -> None:
     """What was written to ``output``, by the report of it."""
-    console = stdout()
+    if as_json:
+        print_json({**report, "output": str(output)})
+    console = stdout(quiet=as_json)
     before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
     console.print(f"{len(report['sites'])} packed linears: {before} dense, {after} now", highlight=False)
     for note in report.get("notes", ()):

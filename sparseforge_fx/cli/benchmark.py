@@ -9,13 +9,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from sparseforge_fx.cli.app import Model, Tokens, command, pick_device, readable_bytes, stdout
+from sparseforge_fx.cli.app import (
+    AsJson,
+    Model,
+    Tokens,
+    command,
+    examples,
+    pick_device,
+    print_json,
+    readable_bytes,
+    stdout,
+)
+from sparseforge_fx.cli.beside import Beside
 
 if TYPE_CHECKING:
     from sparseforge_fx.deploy.lowering.report import PackingReport
 
 
+OUTPUT = "Write the result there (json); default: benchmark.json of MODEL, if that is the folder of a run."
+
+
 @command
+@examples(
+    "benchmark out",
+    "benchmark out --batch 1 --batch 16 --new-tokens 64 -o speed.json",
+)
 def benchmark(
     model: Model,
     batch: Annotated[list[int], typer.Option(help="Sequences that are generated together (repeatable).")] = [1, 8],  # noqa: B006
@@ -25,21 +43,20 @@ def benchmark(
     rounds: Annotated[int, typer.Option(help="Dense and packed take turns so often.")] = 5,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result there (json).")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help=OUTPUT)] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Generate with MODEL dense and packed in turn."""
     from sparseforge_fx.deploy.export.throughput import compare, random_prompts, with_transformers
     from sparseforge_fx.deploy.lowering.cost import TOKENS
     from sparseforge_fx.deploy.lowering.modules import lower_modules
     from sparseforge_fx.errors import SparseForgeError
-    from sparseforge_fx.files import check_parent
     from sparseforge_fx.models.dense import load_dense
-    from sparseforge_fx.report import environment, write_json
+    from sparseforge_fx.report import environment
 
     if min(*batch, prompt, new_tokens, rounds) < 1:
         raise SparseForgeError("batch, prompt, new-tokens and rounds are at least 1")
-    if output is not None:
-        check_parent(output)
+    kept = Beside.of(model, "benchmark.json", output)
     dense: Any = load_dense(model, dtype=dtype)[0].to(pick_device(device)).eval()
     if not getattr(dense, "can_generate", lambda: False)():
         raise SparseForgeError(f"{model} is no language model that generates text")
@@ -58,15 +75,14 @@ def benchmark(
             same = "yes" if found["same_greedy_text"] else "no"
             speed = f"{found['tokens_per_second']:.1f}"
             table.add_row(str(rows), name, speed, f"{low:.1f} to {high:.1f}", f"{found['ratio']:.2f}x", same)
-    console = stdout()
+    console = stdout(quiet=as_json)
     console.print(table)
     before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
     console.print(f"2:4 linears: {before} dense, {after} lowered", highlight=False)
-    if output is not None:
-        write_json(
-            output, {"model": model, "dtype": dtype, "batches": results, "gate": report["table"], **environment()}
-        )
-        console.print(f"wrote {output}", markup=False)
+    content = {"model": model, "dtype": dtype, "batches": results, "gate": report["table"], **environment()}
+    if as_json:
+        print_json(content)
+    kept.write(content, console)
 
 
 def _count(report: PackingReport) -> int:

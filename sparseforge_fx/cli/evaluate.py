@@ -12,15 +12,20 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseforge_fx.cli.app import (
+    AsJson,
     DtypeOption,
     Model,
     PatternOption,
     command,
+    examples,
     grouped,
     pick_device,
+    print_json,
     stdout,
 )
+from sparseforge_fx.cli.beside import Beside
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.page.texts import paired_text, with_error
 
 if TYPE_CHECKING:
     from sparseforge_fx.evaluation.perplexity import Perplexity
@@ -29,10 +34,19 @@ WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 WINDOWS = (
     "Tokens per window (default 1024, or the model's positions if fewer), and between the starts of those that overlap."
 )
+TASK_DATA = "The documents of a task, as json, jsonl, parquet, csv or arrow: any task without a network (repeatable)."
+OUTPUT = "Write all numbers there (json); default: evaluation.json of MODEL, if that is the folder of a run."
+PROMPT_TOKENS = 48  # that a prompt is continued by
 ZERO_SHOT = "Tasks of lm-eval, by commas; all: the seven of AST. LIMIT: documents of each, a fixed random subset."
 
 
 @command
+@examples(
+    "evaluate out --dense ./model",
+    'evaluate out --dense ./model --data test.txt --prompt "The sky is"',
+    "evaluate out --dense ./model --tasks all:200",
+    "evaluate out --tasks piqa --task-data piqa=piqa.jsonl --json",
+)
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="Evaluation text, as for sparsify.")] = WIKITEXT,
@@ -45,23 +59,31 @@ def evaluate(
     pattern: PatternOption = "2:4",
     dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default cuda where there is one.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers there.")] = None,
+    task_data: Annotated[list[str], typer.Option(metavar="TASK=FILE", help=TASK_DATA)] = [],  # noqa: B006
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Also go on with this text (repeatable).")] = [],  # noqa: B006
+    output: Annotated[Path | None, typer.Option("--output", "-o", help=OUTPUT)] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Perplexity, dense beside sparse, and whether every linear is exactly N:M."""
+    """Perplexity and tasks, dense beside sparse, with standard errors; whether every linear is exactly N:M.
+
+    Of a folder that sparsify wrote, the numbers go into its report.html, too.
+    """
     from sparseforge_fx.data.sources import open_sources
     from sparseforge_fx.evaluation.perplexity import perplexity
-    from sparseforge_fx.evaluation.zero_shot import check_tasks, zero_shot
+    from sparseforge_fx.evaluation.zero_shot import answers, check_tasks
     from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
     from sparseforge_fx.models.dense import find_dtype
     from sparseforge_fx.pattern import parse_pattern
-    from sparseforge_fx.report import environment, write_json
+    from sparseforge_fx.report import environment
 
+    files = _read_files(task_data)
+    kept = Beside.of(model, "evaluation.json", output)
     shape, (window, stride), (wanted, limit) = parse_pattern(pattern), _read_windows(context), _read_tasks(tasks)
     open_sources(data)
     where, forced = pick_device(device), find_dtype(dtype)
-    check_tasks(wanted)
+    check_tasks(wanted, files)
     computing = text = None
-    measured, accuracy = {}, {}
+    measured, accuracy, correct, texts = {}, {}, {}, {}
     linears: list[dict[str, Any]] = []
     names = {"dense": dense, "model": model}
     for role, name in names.items():
@@ -77,23 +99,31 @@ def evaluate(
             batch_size=batch_size, progress=True,
         )  # fmt: skip
         if wanted:
-            accuracy[role] = zero_shot(loaded, tokenizer, wanted, limit=limit)
+            accuracy[role], correct[role] = answers(loaded, tokenizer, wanted, limit=limit, files=files)
+        texts[role] = [_continued(loaded, tokenizer, p) for p in prompt]
         if role == "model":
             linears = _check_linears(loaded.cpu(), shape)
         del loaded
     assert computing is not None
-    console = stdout()
+    console = stdout(quiet=as_json)
     console.print(_perplexity_table(f"perplexity of {data}", measured, names))
     for note in computing.notes() or [f"computed in {str(computing.dtype).removeprefix('torch.')}"]:
         console.print(note, markup=False, highlight=False)
     result: dict[str, Any] = {"model": model, "dense": dense, "data": data, "linears": linears, **environment()}
     result |= {"compute_dtype": computing.describe(), **_compare(console, measured)}
     if accuracy:
-        console.print(_accuracy_table(accuracy, names))
-        result["zero_shot"] = accuracy
+        paired = _paired_tasks(correct)
+        console.print(_accuracy_table(accuracy, names, paired))
+        result |= {"zero_shot": accuracy} | ({"paired_tasks": paired} if paired else {})
+    if prompt:
+        result["texts"] = [{"prompt": p, **{r: t[i] for r, t in texts.items()}} for i, p in enumerate(prompt)]
+        for one in result["texts"]:
+            for role, text in list(one.items())[1:]:
+                console.print(f"{names[role]}: {one['prompt']}{text}", markup=False, highlight=False)
     _print_linears(console, linears, shape)
-    if json_file is not None:
-        write_json(json_file, result)
+    if as_json:
+        print_json(result)
+    kept.write(result, console)
 
 
 def _read_windows(text: str) -> tuple[int | None, int | None]:
@@ -113,6 +143,15 @@ def _read_tasks(text: str) -> tuple[tuple[str, ...], int | None]:
         raise SparseForgeError(f"--tasks {text} has no number of documents behind its colon: write all:200, say")
     wanted = tuple(TASKS) if names == "all" else tuple(t.strip() for t in names.split(",") if t.strip())
     return wanted, int(limit) if colon else None
+
+
+def _read_files(given: list[str]) -> dict[str, str]:
+    """``--task-data rte=rte.jsonl`` -> files by task."""
+    pairs = [text.partition("=") for text in given]
+    for text, (name, _, file) in zip(given, pairs, strict=True):
+        if not name or not file:
+            raise SparseForgeError(f"--task-data {text} is not TASK=FILE: write piqa=validation.jsonl, say")
+    return {name: file for name, _, file in pairs}
 
 
 def _load(name: str) -> tuple[Any, Any]:
@@ -145,7 +184,9 @@ def _perplexity_table(title: str, measured: dict[str, Perplexity], names: dict[s
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for role, p in measured.items():
         numbers = (f"{p.tokens_scored:,}", f"{p.windows:,}", f"{p.context:,}", f"{p.stride:,}", f"{p.seconds:.1f}")
-        table.add_row(str(names[role]), f"{p.perplexity:.4g}", f"{p.nll_per_token:.4f}", *numbers)
+        error = None if p.stderr is None else p.stderr * p.perplexity
+        nats = with_error(p.nll_per_token, p.stderr, "{:.4f}")
+        table.add_row(str(names[role]), with_error(p.perplexity, error, "{:.4g}"), nats, *numbers)
     return table
 
 
@@ -156,26 +197,61 @@ def _compare(console: Console, measured: dict[str, Perplexity]) -> dict[str, Any
     result: dict[str, Any] = {"perplexity": {role: dataclasses.asdict(p) for role, p in measured.items()}}
     if "dense" in measured:
         both = compare(measured["dense"], measured["model"])
-        result |= {"ratio": both["ratio"], "nll_increase": both["nll_increase"]}
-        console.print(f"perplexity x {both['ratio']:.3f} ({both['nll_increase']:+.4f} nats per token)", highlight=False)
+        result |= {name: both[name] for name in ("ratio", "nll_increase", "paired")}
+        told = f"perplexity x {both['ratio']:.3f} ({both['nll_increase']:+.4f}"
+        if test := both["paired"]:
+            told += f" ± {test['stderr']:.4f}"
+        told += " nats per token"
+        told += f"; in pairs over {test['pairs']} windows, p = {test['p']:.2g})" if test else ")"
+        console.print(told, highlight=False)
     return result
 
 
-def _accuracy_table(accuracy: dict[str, dict[str, dict[str, float]]], names: dict[str, str | None]) -> Table:
-    """Tasks by models, with standard errors; length-normalised where the task has that."""
+def _accuracy_table(
+    accuracy: dict[str, dict[str, dict[str, float]]], names: dict[str, str | None], paired: dict[str, dict[str, float]]
+) -> Table:
+    """Tasks by models, with standard errors; length-normalised where the task has that. Of both, the difference."""
+    from sparseforge_fx.evaluation.zero_shot import main_metric
+
     table = Table(title="zero-shot accuracy", title_justify="left")
     table.add_column("task")
     for role in accuracy:
         table.add_column(str(names[role]), justify="right", overflow="fold")
     table.add_column("documents", justify="right")
+    if paired:
+        table.add_column("difference", justify="right")
     first = next(iter(accuracy.values()))
     for task in first:
         cells = []
         for found in accuracy.values():
-            kind = "acc_norm" if "acc_norm" in found[task] else "acc"
-            cells.append(f"{found[task][kind]:.1%} ± {found[task][kind + '_stderr']:.1%}")
-        table.add_row(task, *cells, f"{first[task]['documents']:,}")
+            kind = main_metric(found[task])
+            cells.append(with_error(found[task][kind], found[task].get(f"{kind}_stderr"), "{:.1%}"))
+        last = [paired_text(paired.get(task))] if paired else []
+        table.add_row(task, *cells, f"{first[task]['documents']:,}", *last)
     return table
+
+
+def _paired_tasks(correct: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """By task: the sparse model's accuracy above the dense one's, where both were asked the same."""
+    from sparseforge_fx.evaluation import paired
+
+    if "dense" not in correct:
+        return {}
+    both = {task: (correct["dense"][task], found) for task, found in correct["model"].items()}
+    return {task: paired.documents(*pair) for task, pair in both.items() if pair[0] and len(pair[0]) == len(pair[1])}
+
+
+def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
+    """What the model finds likeliest after the prompt."""
+    import torch
+
+    batch = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not batch["input_ids"].numel():
+        raise SparseForgeError("a --prompt has no tokens: give it a word")
+    with torch.inference_mode():
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        out = model.eval().generate(**batch, max_new_tokens=PROMPT_TOKENS, do_sample=False, pad_token_id=pad)
+    return tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _check_linears(model: Any, pattern: Any) -> list[dict[str, Any]]:

@@ -7,12 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseforge_fx.cli.app import Model, Tokens, command, pick_device, tell_packed
+from sparseforge_fx.cli.app import AsJson, DryRun, Model, Tokens, command, examples, pick_device, tell_packed
+from sparseforge_fx.cli.dry_run import of_export, tell
 
 FORMATS = ("pt2", "aoti", "safetensors")
 
 
 @command
+@examples(
+    "export out -o model.pt2",
+    "export out --format aoti --generator -o generator.pt2",
+    "export out --format safetensors -o packed",
+    "export out -o model.pt2 --dry-run",
+)
 def export(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file (.pt2) or, for safetensors, the folder.")],
@@ -29,6 +36,8 @@ def export(
     table: Annotated[Path | None, typer.Option(help="Decide by a table that `lower -o` wrote.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write MODEL, which is 2:4, as an ExportedProgram, an AOTInductor package, or a packed checkpoint."""
     from sparseforge_fx.deploy.checkpoints.load import load
@@ -46,17 +55,21 @@ def export(
         if generator or portable:
             raise SparseForgeError("--generator and --portable are for graphs; a packed checkpoint has none")
         check_output(output)
-        loaded, tokenizer = load(model, dtype=dtype)
-        report = save_packed(loaded, tokenizer, output)
     else:
         if generator and portable:
             raise SparseForgeError("--generator needs this package's operators: leave --portable out")
         check_path(output)
-        loaded, tokenizer = load(model, dtype=dtype)
+    if dry_run:
+        tell(of_export(model, output, format, tokens), as_json)
+        return
+    loaded, tokenizer = load(model, dtype=dtype)
+    if format == "safetensors":
+        report = save_packed(loaded, tokenizer, output)
+    else:
         moved: Any = loaded.to(pick_device(device))
         options: dict[str, Any] = {"format": format, "tokens": tokens or TOKENS, "gate": gate, "table": table}
         if generator:
             report = export_generator(moved, output, tokenizer, max_length=max_length, **options)
         else:
             report = export_model(moved, output, portable=portable, **options)
-    tell_packed(report, output)
+    tell_packed(report, output, as_json)

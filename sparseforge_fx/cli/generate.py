@@ -7,10 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseforge_fx.cli.app import command, pick_device
+from sparseforge_fx.cli.app import AsJson, command, examples, pick_device, print_json
 
 
 @command
+@examples(
+    'generate generator.pt2 -p "The sky is"',
+    'generate out -p "The sky is" --sample --temperature 0.8 --seed 1',
+    'generate out -p "One" -p "Two" --json',
+)
 def generate(
     model: Annotated[
         str, typer.Argument(help="A file of `export --generator`, or a model as elsewhere.", show_default=False)
@@ -23,6 +28,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this share.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same text.")] = None,
     device: Annotated[str | None, typer.Option(help="For a model folder; default: cuda where there is one.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Go on with each prompt. A model folder that is 2:4 runs packed where that is faster here."""
     options: dict[str, Any] = {
@@ -38,6 +44,9 @@ def generate(
         texts = load_generator(model).text(prompt, seed=seed, **options)
     else:
         texts = _from_folder(model, prompt, seed, device, options)
+    if as_json:
+        print_json([{"prompt": asked, "text": text} for asked, text in zip(prompt, texts, strict=True)])
+        return
     for asked, text in zip(prompt, texts, strict=True):
         sys.stdout.write(f"{asked}{text}\n")
 

@@ -8,10 +8,29 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sparseforge_fx.cli.app import Model, Tokens, command, grouped, pick_device, readable_bytes, stdout
+from sparseforge_fx.cli.app import (
+    AsJson,
+    Model,
+    Tokens,
+    command,
+    examples,
+    grouped,
+    pick_device,
+    print_json,
+    readable_bytes,
+    stdout,
+)
+from sparseforge_fx.cli.beside import Beside
+
+OUTPUT = "Write the measured table there (json); default: costs.json of MODEL, if that is the folder of a run."
 
 
 @command
+@examples(
+    "lower out",
+    "lower out --tokens 1 --tokens 8 -o costs.json",
+    "lower out --table costs.json --json",
+)
 def lower(
     model: Model,
     tokens: Tokens = None,
@@ -21,26 +40,24 @@ def lower(
     table: Annotated[
         Path | None, typer.Option(help="Decide by a table that --output wrote, without measuring.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the measured table there (json).")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help=OUTPUT)] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time every 2:4 linear dense and packed, and say which would run packed, which dense, and why."""
     from sparseforge_fx.deploy.lowering import cost
     from sparseforge_fx.deploy.lowering.lower import lower as lower_model
-    from sparseforge_fx.files import check_parent
     from sparseforge_fx.models.dense import load_dense
 
     counts = tokens or cost.TOKENS
     cost.check_request(counts, table)
-    if output is not None and output.is_dir():
-        raise IsADirectoryError(f"{output} is a folder: name a file")
-    if output is not None:
-        check_parent(output)
+    # a table that was read is not measured again: nothing new to keep
+    kept = Beside.of(model, "costs.json", output) if table is None or output is not None else Beside(None, None)
     loaded = load_dense(model, dtype=dtype)[0].to(pick_device(device))
     report = lower_model(loaded, target=target, tokens=counts, table=table).report
     assert isinstance(report, dict)
-    console = stdout()
+    if as_json:
+        print_json(report)
+    console = stdout(quiet=as_json)
     timings = Table(title="microseconds, dense and packed", title_justify="left")
     for name in ("out x in", "dtype", "layout", "tokens", "dense", "packed", "dense over packed"):
         timings.add_column(name, justify="right")
@@ -59,6 +76,7 @@ def lower(
         console.print(chosen)
     before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
     console.print(f"2:4 linears: {before} dense, {after} lowered", highlight=False)
-    if output is not None:
-        cost.save_table(cost.as_table(cost.read_row(row) for row in report["table"]), output)
-        console.print(f"wrote {output}", markup=False)
+    if kept.file is not None:
+        cost.save_table(cost.as_table(cost.read_row(row) for row in report["table"]), kept.file)
+        console.print(f"wrote {kept.file}", markup=False, highlight=False)
+        kept.show(console)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
-from sparseforge_fx.cli.app import DtypeOption, Model, command, pick_device, stdout
+from sparseforge_fx.cli.app import AsJson, DtypeOption, Model, command, examples, pick_device, print_json, stdout
 from sparseforge_fx.cli.assignments import read_assignments
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ READING_HELP = (
 
 
 @command
+@examples(
+    "plan ./model --data train.jsonl --speedup 1.6 -o plan.json",
+    "plan ./model --data train.jsonl --bytes 0.4 --tokens 1 -o plan.json",
+    'plan ./model --data train.jsonl --loss 0.05 --format int8 --format "2:4 int8" -o plan.json',
+)
 def plan(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the plan there (json).")],
@@ -38,6 +43,7 @@ def plan(
     change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help=READING_HELP)] = [],  # noqa: B006
     dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Choose a format for every linear: times measured here, the loss predicted from the text."""
     from sparseforge_fx.files import check_parent
@@ -64,7 +70,9 @@ def plan(
     )  # fmt: skip
     made.notes += computing.notes()
     made.save(output)
-    console = stdout()
+    if as_json:
+        print_json(made.describe())
+    console = stdout(quiet=as_json)
     console.print(str(made), markup=False, highlight=False)
     console.print(f"wrote {output}; next: {next_steps(made, model, data, output)}", markup=False, highlight=False)
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparseforge_fx.cli.app import Exclude, Include, Model, command, pick_device, tell_packed
+from sparseforge_fx.cli.app import AsJson, DryRun, Exclude, Include, Model, command, examples, pick_device, tell_packed
 from sparseforge_fx.cli.assignments import read_assignments
+from sparseforge_fx.cli.dry_run import of_quantize, tell
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,6 +57,11 @@ def values_of(model: nn.Module, scales: Mapping[str, Tensor], asked: str | None)
 
 
 @command
+@examples(
+    "quantize out --data train.jsonl --plan plan.json -o packed",
+    "quantize out --values int4 --data train.jsonl -o packed",
+    "quantize ./model --values int8 -o packed --dry-run",
+)
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The packed folder.")],
@@ -70,6 +76,8 @@ def quantize(
     change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help=READING_HELP)] = [],  # noqa: B006
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write MODEL packed, its linears in 8 or 4 bits, 2:4 ones without their zeros: all in one kind, or by a plan.
 
@@ -84,6 +92,9 @@ def quantize(
     check_output(output)
     where = pick_device(device)
     scales, notes = scales_of(model, {"data": data, "plan": plan, "include": include, "exclude": exclude})
+    if dry_run:
+        tell(of_quantize(model, output, values, plan, include, exclude), as_json)
+        return
     loaded, tokenizer = load(model, dtype=dtype)
     if scales:
         values, include = values_of(loaded, scales, values), list(scales)
@@ -93,4 +104,4 @@ def quantize(
     )  # fmt: skip
     written = save_packed(loaded, tokenizer, output)
     written["notes"] = notes + report["notes"]
-    tell_packed(written, output)
+    tell_packed(written, output, as_json)

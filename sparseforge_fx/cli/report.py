@@ -10,8 +10,11 @@ import typer
 from rich.table import Table
 
 from sparseforge_fx.cli.app import (
+    AsJson,
     command,
+    examples,
     grouped,
+    print_json,
     readable_bytes,
     stdout,
 )
@@ -19,8 +22,17 @@ from sparseforge_fx.errors import SparseForgeError
 
 
 @command
-def report(folder: Annotated[Path, typer.Argument(help="Output folder of sparsify, or a report.json.")]) -> None:
-    """The summary of a run."""
+@examples(
+    "report out",
+    "report out --html",
+    "report out --json",
+)
+def report(
+    folder: Annotated[Path, typer.Argument(help="Output folder of sparsify, or a report.json.")],
+    page: Annotated[bool, typer.Option("--html", help="Make its report.html again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The summary of a run; or report.html, with what evaluate, benchmark and lower measured since."""
     file = folder / "report.json" if folder.is_dir() else folder
     if not file.is_file():
         raise SparseForgeError(f"there is no report.json in {folder}: name the output folder of a finished run")
@@ -35,7 +47,18 @@ def report(folder: Annotated[Path, typer.Argument(help="Output folder of sparsif
         skipped = grouped(content["skipped"], lambda s: (s["reason"],))
     except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise SparseForgeError(f"{file} is not a whole report of sparseforge-fx ({error})") from error
+    from sparseforge_fx.page.page import write_page
+
+    if page and as_json:
+        raise SparseForgeError("--html writes a page and --json prints: give one of the two")
+
+    if as_json:
+        print_json(content)
+        return
     console = stdout()
+    if page:
+        console.print(f"wrote {write_page(file.parent)}", markup=False, highlight=False)
+        return
     console.print(table)
     for (name, reason), group in skipped.items():
         console.print(f"stays dense: {name} ({len(group)}): {reason}", markup=False, highlight=False)

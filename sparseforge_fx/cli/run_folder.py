@@ -85,6 +85,8 @@ class RunFolder:
             except KeyboardInterrupt as error:
                 if self.saved():
                     error.add_note(f"go on with the same command and --resume, {self.output} holds the run")
+                else:
+                    error.add_note("nothing was saved yet: the same command begins again")
                 raise
 
         return running

@@ -20,7 +20,10 @@ from sparseforge_fx.errors import SparseForgeError
 NEEDS = ("fastapi", "uvicorn", "openai", "pydantic")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: sparseforge-fx serve packed --port 8000",
+)
 @guard
 def serve(
     context: typer.Context,

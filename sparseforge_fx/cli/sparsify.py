@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparseforge_fx.cli.app import DtypeOption, Exclude, Include, command, pick_device, stdout
+from sparseforge_fx.cli.app import (
+    AsJson,
+    DryRun,
+    DtypeOption,
+    Exclude,
+    Include,
+    command,
+    examples,
+    pick_device,
+    print_json,
+    stdout,
+)
 from sparseforge_fx.cli.assignments import read_assignments
+from sparseforge_fx.cli.dry_run import of_sparsify, tell
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.tracker import Tracker
@@ -45,8 +57,15 @@ class Compile(StrEnum):
 
 
 @command
+@examples(
+    "sparsify ./model --data train.jsonl --tokens 20M -o out",
+    "sparsify ./model --data train.jsonl --method alps -o out",
+    "sparsify ./model --data train.jsonl --plan plan.json -o out",
+    "sparsify --config out -o again",
+    "sparsify ./model --data train.jsonl --tokens 20M -o out --dry-run",
+)
 def sparsify(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, report.json and curves.png.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, report.json and report.html.")],
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help=CONFIG)] = None,
     data: Annotated[str | None, typer.Option(help=TRAINING_TEXT)] = None,
@@ -83,6 +102,8 @@ def sparsify(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, at the end.")] = False,
     save_seconds: Annotated[float, typer.Option(min=0, help="Seconds between two saved training states.")] = 600.0,
     log_with: Annotated[str | None, typer.Option(help="A tracker of accelerate: tensorboard, wandb, ...")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a model to exact N:M sparsity, and write it as a plain Hugging Face checkpoint with a report."""
     asked = {
@@ -92,9 +113,13 @@ def sparsify(
         "exclude": sorted(exclude), "plan": plan, "seed": seed, "dtype": dtype,
         "weight_decay": weight_decay,
     }  # fmt: skip
-    recipe = _recipe(config, asked, change, curvature, temperature)
+    recipe, folder = _recipe(config, asked, change, curvature, temperature), RunFolder(output)
+    if dry_run:
+        folder.check(recipe.describe(), resume=resume, overwrite=overwrite)
+        tell(of_sparsify(recipe, output), as_json)
+        return
     _run(
-        recipe, RunFolder(output), device=device, resume=resume, overwrite=overwrite, log_with=log_with,
+        recipe, folder, as_json=as_json, device=device, resume=resume, overwrite=overwrite, log_with=log_with,
         cache_dir=cache_dir, save_seconds=save_seconds,
         compile="auto" if compile is Compile.auto else compile is Compile.on,
     )  # fmt: skip
@@ -133,8 +158,8 @@ def _recipe(
 
 
 def _run(
-    recipe: Recipe, folder: RunFolder, *, device: str | None, resume: bool, overwrite: bool, log_with: str | None,
-    **how: Any,
+    recipe: Recipe, folder: RunFolder, *, as_json: bool, device: str | None, resume: bool, overwrite: bool,
+    log_with: str | None, **how: Any,
 ) -> None:  # fmt: skip
     """Load, sparsify, write; ``how`` goes to :func:`sparseforge_fx.sparsify`."""
     import torch
@@ -179,12 +204,14 @@ def _run(
     def write() -> None:
         logs = [tracker.folder] if tracker.folder.exists() else []
         result.save(folder.output, tokenizer, overwrite=True, beside=logs)
-        console = stdout()
+        if as_json:
+            print_json(result.report)
+        console = stdout(quiet=as_json)
         console.print(summary(result.report))
         next_step = f"next: sparseforge-fx evaluate {folder.output} --dense {recipe.model}"
         if isinstance(recipe.plan, str):
             next_step += f"; in the plan's formats: sparseforge-fx {_packing(recipe.plan, recipe.data, folder.output)}"
-        console.print(f"wrote {folder.output}; {next_step}", markup=False, highlight=False)
+        console.print(f"wrote {folder.output}, with report.html; {next_step}", markup=False, highlight=False)
 
     processes.first_does(write)
     torch.cuda.empty_cache()

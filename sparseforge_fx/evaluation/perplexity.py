@@ -18,6 +18,7 @@ from sparseforge_fx.data.rows import Column
 from sparseforge_fx.data.sources import open_sources
 from sparseforge_fx.data.tokens import TokenData
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.evaluation import paired
 from sparseforge_fx.graph.modes import eval_mode
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits alive at once: 64 MiB, whatever window and vocabulary
@@ -35,6 +36,9 @@ class Perplexity:
     stride: int  # tokens between the starts of neighbouring windows
     seconds: float
     bos_token_id: int | None = None  # in front of every window, and not scored; None: windows begin with text
+    stderr: float | None = None  # of nll_per_token, over windows; None of a single one
+    window_nll: list[float] = dataclasses.field(default_factory=list)  # summed over the tokens that each window scores
+    window_tokens: list[int] = dataclasses.field(default_factory=list)
 
 
 @torch.no_grad()
@@ -93,7 +97,7 @@ def perplexity(
         raise SparseForgeError(f"{len(body)} tokens behind the first, in windows of {width}, give nothing to score")
     windows = list(itertools.islice(_windows(len(body), width, step), max_windows))
     front = body.new_empty(0) if bos is None else body.new_full((1,), bos)
-    total, scored = 0.0, 0
+    sums: list[float] = []
     device = _device(model)
     call = _caller(model)
     with eval_mode(model) if isinstance(model, torch.nn.Module) else nullcontext():
@@ -107,16 +111,17 @@ def perplexity(
                         f"the loss on tokens {start} to {end} is {nll}: the model's weights or activations are not "
                         "finite; look for NaN weights, and evaluate in bfloat16 or float32 rather than float16"
                     )
-                total += nll
-                scored += end - first
+                sums.append(nll)
             del logits  # before the next forward pass makes its own
-    mean = total / scored
+    counts = [end - first for _, end, first in windows]
+    mean = sum(sums) / sum(counts)
     if mean > 700:
         raise SparseForgeError(
             f"the mean loss is {mean:.4g} nats: exp of it is not finite; the model's logits are broken"
         )
-    seconds = time.perf_counter() - started
-    return Perplexity(math.exp(mean), mean, scored, len(windows), context, step, seconds, bos)
+    seconds, error = time.perf_counter() - started, paired.ratio_error(sums, counts)
+    how = (sum(counts), len(windows), context, step, seconds, bos)
+    return Perplexity(math.exp(mean), mean, *how, error, sums, counts)
 
 
 def compare(
@@ -126,7 +131,8 @@ def compare(
     **options: Any,
 ) -> dict[str, Any]:
     """Dense beside sparse, ready for json: {"dense": {...}, "sparse": {...}, "ratio": sparse / dense perplexity,
-    "nll_increase": nats per token}.
+    "nll_increase": nats per token,
+    "paired": the same with its standard error and how likely it is by chance, see :func:`paired.windows`}.
 
     Args:
         dense, sparse: models, or results already measured (sparsify edits a model in place: measure it before).
@@ -150,6 +156,7 @@ def compare(
         "sparse": dataclasses.asdict(after),
         "ratio": math.exp(after.nll_per_token - before.nll_per_token),
         "nll_increase": after.nll_per_token - before.nll_per_token,
+        "paired": paired.windows(before.window_nll, after.window_nll, before.window_tokens),
     }
 
 

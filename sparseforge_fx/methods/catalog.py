@@ -129,8 +129,9 @@ def find_options(method: str) -> dict[str, Any]:
 
 
 def find_name(config: MethodConfig) -> str:
-    """A method of which this is a config; with all of its fields as changes, :func:`configure` gives it again."""
-    return next(name for name in METHODS if _config_class(name) is type(config))
+    """A method of which this is a config; with all of its fields as changes, :func:`configure` gives it again. Of a
+    config that is named nowhere, its class."""
+    return next((name for name in METHODS if _config_class(name) is type(config)), type(config).__name__)
 
 
 def _config_class(method: str) -> type[MethodConfig]:

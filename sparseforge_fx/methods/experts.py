@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class Experts:
         every_token: each expert is told of as if every token came to it.
         tokens: by weight, what each expert saw; filled by the walk.
         errors: by weight, of each expert the squared error of its outputs on these tokens, in relation to their square;
-            None where it saw none.
+            None where it saw none. Of a weight that is no stack, its own alone.
     """
 
     pattern: AnyPattern = TWO_FOUR
@@ -47,15 +48,18 @@ class Experts:
         return enough
 
     def lost(self, name: str, dense: Tensor, pruned: Tensor, moments: Tensor) -> None:
-        """Note what an expert's outputs lost, from its weights [out, in] before and after."""
+        """Note what the outputs of an expert, or of a weight that is no stack, lost, from its weights [out, in] before
+        and after."""
         was, gone = dense.float(), (pruned - dense).float()
         energy = float(((was @ moments) * was).sum())
         error = float(((gone @ moments) * gone).sum()) / energy if energy > 0 else None
         self.errors.setdefault(name, []).append(error)
 
-    def table(self) -> dict[str, dict[str, list]]:
-        """For the report, by weight."""
-        return {name: {"tokens": self.tokens[name], "error": self.errors[name]} for name in self.tokens}
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """For the report, by weight: ``experts``, if there are any, and ``layer_errors`` of all others."""
+        stacks = {name: {"tokens": self.tokens[name], "error": self.errors[name]} for name in self.tokens}
+        errors = {n: e[0] for n, e in self.errors.items() if n not in stacks and e[0] is not None}
+        return {**({"experts": stacks} if stacks else {}), **({"layer_errors": errors} if errors else {})}
 
     def told(self) -> dict[str, str]:
         """A note for each weight whose experts there is something to say of."""

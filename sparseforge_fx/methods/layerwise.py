@@ -83,7 +83,7 @@ def prune_layer_by_layer(
 
     def visit(name: str, moments: Tensor, expert: Expert | None = None) -> None:
         value, mask = by_name[name].oriented(None if expert is None else expert.place)
-        dense = None if expert is None else value.clone()
+        dense = value.clone()
         few = expert is not None and not experts.see(name, expert)
         if few:
             chosen = hard_mask(value.abs(), experts.pattern)
@@ -92,8 +92,7 @@ def prune_layer_by_layer(
             result = solve(value, mask, moments)
         value.copy_(result.weight)
         mask.copy_(result.mask)
-        if dense is not None:
-            experts.lost(name, dense, value, moments)
+        experts.lost(name, dense, value, moments)
         told = "; ".join(filter(None, (result.note, tell_unseen(moments))))
         if told and expert is not None and not few:
             experts.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)

@@ -125,7 +125,7 @@ class SparseForgeConfig(TrainedConfig):
 class SparseForge(TrainedMethod):
     """The state of the annealing over a set of masked weights; see the module's text."""
 
-    plain = (*TrainedMethod.plain, "faded_to")
+    plain = (*TrainedMethod.plain, "faded_to", "mean_curvature")
 
     def __init__(self, config: SparseForgeConfig, weights: Sequence[MaskedWeight]):
         super().__init__(config, weights)
@@ -136,6 +136,7 @@ class SparseForge(TrainedMethod):
             config.curvature_vectors,
             config.curvature_start,
         )
+        self.mean_curvature = dict.fromkeys((w.fqn for w in weights), 0.0) if scored else {}
         #: steps that probe before masks move; where the quench ends earlier, one
         warm = WARM_PROBES.get(self.curvature.estimator or "", 1)
         self.warm = warm if config.heat_end * config.steps >= warm else 1
@@ -215,6 +216,8 @@ class SparseForge(TrainedMethod):
                 w.mask.copy_(self.soft[w.fqn])
         self.soft.clear()
         self.compensation.clear()
+        parts = {w.fqn: w.part for w in self.weights}
+        self.mean_curvature |= {fqn: float(mean(h, parts[fqn])) for fqn, h in self.curvature.values.items()}
         self.curvature.values.clear()
         super().fix()
 

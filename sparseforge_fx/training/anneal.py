@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from sparseforge_fx.data.batches import count_rows, count_steps
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.report import describe_change
 from sparseforge_fx.training import fingerprint, processes
 from sparseforge_fx.training.checkpoint import find_state, load_plain
 from sparseforge_fx.training.inputs import Run
@@ -21,6 +22,7 @@ from sparseforge_fx.training.low_rank import fitting_block
 from sparseforge_fx.training.prepare import finalize, prepare_captured
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.sharded import sharding_of
+from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.train import Optimization, train
 from sparseforge_fx.training.undo import dense_again_on_error
 from sparseforge_fx.training.unused import unused_arguments
@@ -88,9 +90,11 @@ def anneal(
                 sparse, run.batches, sparse.trainable(), how_weights_move, state_path=path,
                 run=identity, accelerator=accelerator, **how,
             )  # fmt: skip
-            report |= sparse.start_report  # after training: a run that goes on has read it with its state
+            # after training: a run that goes on has read it with its state; errors are told with the layers
+            report |= {k: v for k, v in sparse.start_report.items() if k != "layer_errors"}
             report["notes"] += [n for n in sparse.reader.notes if n not in report["notes"]]
             finalize(sparse)
+            report["layers"] = _layers(sparse, written)
         finally:
             sparse.release()
     report["curves"] = curves
@@ -116,6 +120,23 @@ def _micro_batches(recipe: Recipe, count: int, saved: Path | None) -> tuple[int,
         )
     now = whole // count
     return now, [f"the run goes on on {count} processes, with {now} micro-batches in each of their steps"]
+
+
+def _layers(sparse: SparseModel, copies: Sequence[tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
+    """By weight: what the run made of it, by the dense ``copies``, and what it learned of it."""
+    found: dict[str, dict[str, float]] = {}
+    dense = {id(tensor): copy for tensor, copy in copies}
+    errors = sparse.start_report.get("layer_errors", {})
+    curvature = sparse.method.mean_curvature
+    for w in sparse.method.weights:
+        if w.fqn in errors:
+            found.setdefault(w.fqn, {})["error"] = errors[w.fqn]
+        weight = sparse.program.tensor(w.fqn)  # not the master that the method may have
+        if id(weight) in dense and not sparse.method.config.reorder:  # which lets weights stand elsewhere
+            found.setdefault(w.fqn, {}).update(describe_change(weight, dense[id(weight)]))
+        if w.fqn in curvature:
+            found.setdefault(w.fqn, {})["curvature"] = curvature[w.fqn]
+    return found
 
 
 def _identity(run: Run, recipe: Recipe, slorb_block: int | None, path: Path | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sparseforge_fx.passes import harden_passes, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import check_pattern
+from sparseforge_fx.report import describe_change
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.teacher import Teacher, dense_copies, reconstructed
@@ -45,8 +46,10 @@ def prune_once(
         experts = Experts(config.pattern, config.expert_tokens, config.every_token)
     readings = [run.reader.read(*as_call(b)) for b in batches or ()]
     report["layer_notes"], scales = _prune(run, config, readings, experts, report)
-    if experts.tokens:
-        report["experts"] = experts.table()
+    learned = experts.describe()
+    for fqn, error in learned.pop("layer_errors", {}).items():
+        report["layers"].setdefault(fqn, {})["error"] = error
+    report |= learned
     return scales
 
 
@@ -62,7 +65,7 @@ def _prune(
     notes: dict[str, str] = {}
     scales: dict[str, Tensor] = {}
     vectors = [value for _, _, value in masked.lifted(InputKind.PARAMETER) if value.dim() < 2]  # biases change places
-    with undone_on_error(weights, vectors):
+    with undone_on_error(weights, vectors) as dense:
         if isinstance(config, LayerwiseConfig):
             pattern = config.pattern if config.reorder else None
             tensors = [w.weight for w in weights]
@@ -83,4 +86,6 @@ def _prune(
             magnitude(weights, config.pattern)
         run_passes(masked, harden_passes(config.pattern))
         assert all(check_pattern(w.weight, config.pattern, w.dim) for w in weights)
+        moves = isinstance(config, LayerwiseConfig) and config.reorder  # then weights stand elsewhere
+        report["layers"] = {} if moves else {w.fqn: describe_change(w.weight, dense[w.fqn]) for w in weights}
     return notes, scales

@@ -137,7 +137,11 @@ def _wrong_start(start: Any) -> str | None:
     notes = start.get("layer_notes") if isinstance(start, dict) else None
     if not isinstance(notes, dict) or not all(type(v) is str for pair in notes.items() for v in pair):
         return None if start == {} else "start is no report of a layer-wise start"
-    plain = {name: value for name, value in start.items() if name not in ("layer_notes", "experts", "reconstruction")}
+    errors = start.get("layer_errors", {})
+    if not isinstance(errors, dict) or not all(type(e) is float for e in errors.values()):
+        return "start holds errors that are no numbers"
+    told = ("layer_notes", "layer_errors", "experts", "reconstruction")
+    plain = {name: value for name, value in start.items() if name not in told}
     numbers = {"calibration_sequences": 0, "calibration_seconds": 0.0}
     return misfit(plain, numbers, "start") if plain else None
 

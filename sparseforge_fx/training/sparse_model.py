@@ -215,7 +215,7 @@ class SparseModel(TrainerSurface):
                 _, told = round_layer_by_layer(self.program, weights, readings, grid.formats, seen=grid.start)
                 for fqn, text in {**told, **self.on_grid.against}.items():
                     notes[fqn] = "; ".join(filter(None, (notes.get(fqn), text)))
-        self.start_report = {"layer_notes": notes} | ({"experts": experts.table()} if experts.tokens else {})
+        self.start_report = {"layer_notes": notes, **experts.describe()}
         self.start_report |= {} if blocks is None else {"reconstruction": blocks}
         return notes
 

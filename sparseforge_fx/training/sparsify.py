@@ -19,10 +19,11 @@ from sparseforge_fx.graph.adapters import adapter_notes
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import find_preset
 from sparseforge_fx.models.dense import write_checkpoint
+from sparseforge_fx.page.page import write_page
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.pattern import density
 from sparseforge_fx.ranges import AtLeastZero, checked
-from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes, plot_curves, write_json
+from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes, write_json
 from sparseforge_fx.training import processes
 from sparseforge_fx.training.anneal import anneal
 from sparseforge_fx.training.inputs import open_run
@@ -48,8 +49,8 @@ class SparsifyResult:
     def save(
         self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False, beside: Sequence[Path] = ()
     ) -> None:
-        """Write a plain Hugging Face folder with report.json, curves.png, recipe.yaml to repeat the run, and the scales
-        of weights on a grid, if there are any; whole or not at all.
+        """Write a plain Hugging Face folder with report.json, recipe.yaml to repeat the run, and the scales of weights
+        on a grid, if there are any, whole or not at all; then report.html, a page of all that.
 
         Args:
             beside: folders to copy into it.
@@ -58,7 +59,6 @@ class SparsifyResult:
         """
         with new_folder(Path(folder), overwrite=overwrite) as partial:
             write_checkpoint(self.model, tokenizer, partial)
-            plot_curves(self.report.get("curves") or (), partial / "curves.png")
             write_json(partial / "report.json", self.report)
             (partial / FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
             if self.scales:
@@ -66,6 +66,7 @@ class SparsifyResult:
                 save_file({name: t.detach().cpu().contiguous() for name, t in self.scales.items()}, partial / SCALES)
             for other in beside:
                 shutil.copytree(other, partial / other.name)
+        write_page(Path(folder))
 
 
 @checked

@@ -119,11 +119,13 @@ def train(
         sparse.compile()
     stops = Interruption(active=state_path is not None, patient=several)
     with _progress(show_progress and main) as bar, stops:
-        task = bar.add_task("sparsify", total=steps, completed=start, rate="", loss="")
+        task = bar.add_task("sparsify", total=steps, completed=start, rate="", loss="", masks="")
         for step in range(start, steps):
             row = loop.step(step)
             rate = f"{loop.tokens / row['seconds']:,.0f} tokens/s"
-            bar.update(task, advance=1, rate=rate, loss=f"loss {row['loss']:.3f}")
+            masks = row.get("mask_distance_from_binary", 0.0)
+            distance = f"masks {masks:.2f} from 0 and 1" if masks else ""
+            bar.update(task, advance=1, rate=rate, loss=f"loss {row['loss']:.3f}", masks=distance)
             if on_step is not None:
                 on_step(step, row)
             may_compile = compile == "auto" and step == start + 1 and sparse.distillation.features is None
@@ -276,6 +278,7 @@ def _loss(sparse: SparseModel, batch: Any) -> Loss:
 
 def _progress(show: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    more = (TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    fields = (TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "masks", "rate"))
+    more = (*fields, TimeRemainingColumn())
     console = Console(stderr=True)  # a bar is no result: a pipe gets none
     return Progress(*columns, *more, console=console, disable=not (show and console.is_terminal), transient=False)

@@ -132,7 +132,7 @@ def test_only_our_warnings_are_heard(capsys):
 
 def test_sparsify_writes_a_plain_checkpoint_a_report_and_curves(sparse):
     names = set(os.listdir(sparse))
-    assert {"config.json", "model.safetensors", "tokenizer.json", "report.json", "curves.png"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "report.json", "report.html"} <= names
     assert STATE not in names and STATE_OF not in names
     assert not [n for n in os.listdir(sparse.parent) if n.startswith(".")]  # nothing half-written beside it
     report = json.loads((sparse / "report.json").read_text())
@@ -148,7 +148,7 @@ def test_sparsify_writes_a_plain_checkpoint_a_report_and_curves(sparse):
 
 def test_magnitude_needs_no_data(home, tmp_path):
     assert "magnitude" in ok("sparsify", home / "dense", "--output", tmp_path / "out")
-    assert not (tmp_path / "out" / "curves.png").exists()
+    assert "This method does not train" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "report.json").read_text())["method"] == "magnitude"
 
 
@@ -242,7 +242,7 @@ def test_inspect_of_a_gguf_file_reads_its_header_only(home, tmp_path, monkeypatc
 
 def test_evaluate_puts_dense_beside_sparse(home, sparse, tmp_path):
     options = ["--data", home / "test.txt", "--context", "32", "--max-windows", "5"]
-    text = ok("evaluate", sparse, "--dense", home / "dense", *options, "--json", tmp_path / "numbers.json")
+    text = ok("evaluate", sparse, "--dense", home / "dense", *options, "-o", tmp_path / "numbers.json")
     assert "7 of 7 eligible linears are exactly 2:4" in text and "155" in text  # 5 * 31 tokens scored
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["perplexity"]["model"]["tokens_scored"] == numbers["perplexity"]["dense"]["tokens_scored"] == 155
@@ -263,7 +263,7 @@ def test_evaluate_measures_packed_weights_as_it_does_dense_ones(home, sparse, tm
     save_packed(*models.load_dense(sparse), tmp_path / "packed")
     numbers = {}
     for kind, folder in models_of.items():
-        options = ["--data", home / "test.txt", "--context", "32:16", "--max-windows", "3", "--json", tmp_path / "n.json"]
+        options = ["--data", home / "test.txt", "--context", "32:16", "--max-windows", "3", "-o", tmp_path / "n.json"]
         assert "7 of 7 eligible linears are exactly 2:4" in ok("evaluate", folder, *options)
         numbers[kind] = json.loads((tmp_path / "n.json").read_text())["perplexity"]["model"]
         assert (numbers[kind]["context"], numbers[kind]["stride"], numbers[kind]["windows"]) == (32, 16, 3)
@@ -358,7 +358,11 @@ def refused(home, out, *arguments, says):
             ["--data", "{home}/train.txt", "--method", "alps", "--set", "iterations=four"],
             "must be of type int",
         ),
-        ("{home}/dense", ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "values=int3"], "must be one of float, int8"),
+        (
+            "{home}/dense",
+            ["--data", "{home}/train.txt", "--method", "sparsegpt", "--set", "values=int3"],
+            "must be one of float, int8",
+        ),
         ("{home}/dense", ["--data", "{home}/train.txt", "--method", "ast", "--preset", "alps+kd"], "unknown preset"),
         ("{home}/dense", ["--data", "{home}/train.txt", "--method", "maskllm", "--pattern", "50%"], "take N:M"),
         ("{home}/dense", ["--pattern", "100%"], "is not N:M"),
@@ -424,6 +428,8 @@ def test_a_damaged_report(sparse, tmp_path, entry, value):
     report = json.loads((sparse / "report.json").read_text()) | {entry: value}
     (tmp_path / "report.json").write_text(json.dumps(report))
     refused(tmp_path, tmp_path, "report", str(tmp_path), says="not a whole report")
+
+
 # -- the dtype of the computation ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def half(home):
@@ -445,7 +451,9 @@ def test_slow_halves_are_trained_and_evaluated_in_float32_and_saved_as_they_were
     monkeypatch.setattr("sparseforge_fx.models.compute_dtype.time_steps", slow_halves)
     out = tmp_path / "out"
     said = " ".join(ok("sparsify", half, "--data", home / "train.txt", "-o", out, *SHORT).split())
-    sentence = "computed in float32, which is 9.0 times as fast on this processor; the checkpoint's own dtype is bfloat16"
+    sentence = (
+        "computed in float32, which is 9.0 times as fast on this processor; the checkpoint's own dtype is bfloat16"
+    )
     report = json.loads((out / "report.json").read_text())
     assert sentence in report["notes"] and sentence[:30] in said
     assert report["compute_dtype"]["seconds_per_step"] == {"bfloat16": 9.0, "float32": 1.0}
@@ -454,7 +462,7 @@ def test_slow_halves_are_trained_and_evaluated_in_float32_and_saved_as_they_were
     for site in report["sites"]:
         assert int((saved[site["name"]].reshape(-1, 4) != 0).sum(1).max()) <= 2
 
-    options = ("--data", home / "test.txt", "--context", "32", "--json", tmp_path / "out.json")
+    options = ("--data", home / "test.txt", "--context", "32", "-o", tmp_path / "out.json")
     assert sentence in " ".join(ok("evaluate", out, "--dense", half, *options).split())
     measured = json.loads((tmp_path / "out.json").read_text())
     ok("evaluate", out, "--dense", half, *options, "--dtype", "float32")
@@ -587,7 +595,7 @@ def test_interrupting_is_no_traceback(monkeypatch, home, tmp_path):
 
     monkeypatch.setattr(models, "load_dense", interrupt)
     result = run("sparsify", home / "dense", "-o", tmp_path / "out")
-    assert result.exit_code == 130 and result.stderr.strip() == "interrupted"
+    assert result.exit_code == 130 and result.stderr.strip() == "interrupted; nothing was written"
 
 
 # -- before anything was saved, and by several processes -------------------------------------------------------------

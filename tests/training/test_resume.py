@@ -11,6 +11,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.errors import AS_IT_WAS, SparseForgeError
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
 from sparseforge_fx.models import low_rank
+from sparseforge_fx.training import saved_run
 from sparseforge_fx.training.checkpoint import load_state, save_state
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.train import Optimization, train
@@ -235,3 +236,11 @@ def test_a_place_where_no_state_can_be_written_is_seen_first(captured_once, tmp_
     with pytest.raises(SparseForgeError, match="is a file"):
         sf.sparsify(found.model, data, state_path=tmp_path / "file" / "state", **QUIET)
     assert untouched(found)
+
+
+def test_all_that_a_layer_wise_start_reports_comes_back():
+    numbers = {"calibration_sequences": 4, "calibration_seconds": 0.5}
+    blocks = [{"block": "layers.0", "before": 0.2, "after": 0.1}]
+    start = {"layer_notes": {"w": "a note"}, "layer_errors": {"w": 0.1}, "reconstruction": blocks, **numbers}
+    assert saved_run._wrong_start(start) is None
+    assert saved_run._wrong_start(start | {"layer_errors": {"w": "0.1"}}) == "start holds errors that are no numbers"

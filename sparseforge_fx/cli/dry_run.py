@@ -1,0 +1,141 @@
+"""``--dry-run``: what a command would do, from the model's shapes alone. Nothing is written, no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparseforge_fx.cli.app import print_json, readable_bytes, stdout
+
+if TYPE_CHECKING:
+    from sparseforge_fx.training.recipe import Recipe
+
+FLOAT32 = 4  # bytes: of gradients, masters and AdamW's moments
+
+
+def tell(plain: Mapping[str, Any], as_json: bool) -> None:
+    """A line for each entry."""
+    if as_json:
+        print_json(dict(plain))
+        return
+    console = stdout()
+    console.print("would do, with nothing written:", highlight=False)
+    for name, value in plain.items():
+        for line in [value] if isinstance(value, str) else _lines(value):
+            console.print(f"  {name.replace('_', ' ')}: {line}", markup=False, highlight=False)
+
+
+def _lines(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        yield from map(str, value)
+    elif isinstance(value, int | float):
+        yield f"{value:,}"
+    elif value is not None:
+        yield str(value)
+
+
+def of_sparsify(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Which weights, how many steps, and what memory the weights and the optimizer take. Raises SparseForgeError for
+    what the run would refuse once it had the graph."""
+    from sparseforge_fx.errors import SparseForgeError
+    from sparseforge_fx.methods.base import TrainedConfig
+    from sparseforge_fx.plans import planned_formats
+
+    assert recipe.model is not None
+    has_data = recipe.data is not None
+    config = recipe.config(has_data)
+    loaded, sites = _sites(recipe.model, config.pattern, recipe.include, recipe.exclude)
+    chosen = [s for s in sites if s.reason is None]
+    if recipe.plan is not None:
+        formats = planned_formats(recipe.plan, {s.fqn: (s.out_features, s.in_features) for s in chosen})
+        chosen = [s for s in chosen if s.fqn in formats and formats[s.fqn].is_sparse]
+    if not chosen:
+        reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"
+        raise SparseForgeError(f"nothing to prune: {reasons}")
+    weights, parameters = sum(s.numel for s in chosen), sum(p.numel() for p in loaded.parameters())
+    preset = f" ({recipe.preset})" if recipe.preset else ""
+    told: dict[str, Any] = {
+        "model": f"{recipe.model}, {parameters:,} parameters",
+        "method": f"{recipe.name(has_data)}{preset}, {config.pattern}",
+        "made_sparse": f"{len(chosen)} linears with {weights:,} weights ({weights / parameters:.1%} of the parameters)",
+        "stay_dense": [f"{s.fqn}: {s.reason}" for s in sites if s.reason is not None] or "no other linear",
+    }
+    if isinstance(config, TrainedConfig):
+        per_step = recipe.batch_size * recipe.length * recipe.accumulate
+        steps = config.steps if recipe.tokens is None else recipe.tokens // per_step
+        all_tokens = f"{steps:,} steps of {per_step:,} tokens ({steps * per_step:,})"
+        told["training"] = f"{all_tokens} at a peak rate of {recipe.lr:g}"
+        size = next(loaded.parameters()).element_size()
+        state = readable_bytes(weights * (2 * size + 3 * FLOAT32))  # teacher, mask; gradient and two moments
+        whole = readable_bytes(parameters * size)
+        told["memory"] = f"{whole} of weights; {state} for teacher, masks, gradients and AdamW; activations on top"
+        told["time"] = "not known before the first steps: the progress bar shows what is left"
+    size_on_disk = readable_bytes(_bytes(loaded))
+    told["writes"] = f"{output}/: a checkpoint of {size_on_disk}, report.json, report.html, recipe.yaml"
+    return told
+
+
+def of_quantize(
+    model: str, output: Path, values: str | None, plan: str | None, include: list[str], exclude: list[str]
+) -> dict[str, Any]:
+    """The format of every linear by shapes, and the bytes; weights that are 2:4 already take less."""
+    from sparseforge_fx.formats import DENSE, parse_format
+    from sparseforge_fx.pattern import TWO_FOUR
+    from sparseforge_fx.plans import planned_formats
+
+    loaded, sites = _sites(model, TWO_FOUR, include, exclude)
+    chosen = [s for s in sites if s.reason is None]
+    if plan is not None:
+        formats = planned_formats(plan, {s.fqn: None for s in sites})
+    else:
+        formats = {s.fqn: parse_format(values or "int8") for s in chosen}
+    fitting = {s.fqn: s for s in sites if s.fqn in formats and formats[s.fqn].why_not(s.in_features) is None}
+    bits = 8 * next(loaded.parameters()).element_size()
+    before = _bytes(loaded)
+    saved = sum(
+        s.numel * (DENSE.bits(s.in_features, bits) - formats[name].bits(s.in_features, bits)) / 8
+        for name, s in fitting.items()
+    )
+    kinds: dict[str, int] = {}
+    for name in fitting:
+        kinds[str(formats[name])] = kinds.get(str(formats[name]), 0) + 1
+    return {
+        "model": model,
+        "formats": [f"{count} linears in {form}" for form, count in kinds.items()] or "no linear fits",
+        "stay": [f"{s.fqn}: {s.reason}" for s in sites if s.fqn not in fitting and s.reason] or "nothing else",
+        "bytes": f"{readable_bytes(before)} now, {readable_bytes(before - saved)} then; 2:4 weights take less still",
+        "writes": f"{output}/",
+    }
+
+
+def of_export(model: str, output: Path, format: str, tokens: list[int] | None) -> dict[str, Any]:
+    """What would be captured; which linears are packed is known only by their weights and by measuring."""
+    from sparseforge_fx.pattern import TWO_FOUR
+
+    loaded, sites = _sites(model, TWO_FOUR, [], [])
+    fitting = [s for s in sites if s.reason is None]
+    share = sum(s.numel for s in fitting) * next(loaded.parameters()).element_size()
+    size = _bytes(loaded)
+    times = f"each shape dense and packed at {tokens or 'the default'} tokens"
+    return {
+        "model": model,
+        "format": format,
+        "may_be_packed": f"{len(fitting)} linears, those of them whose weights are 2:4",
+        "measures": None if format == "safetensors" else times,
+        "bytes": f"{readable_bytes(size - share * 7 / 16)} (all packed) to {readable_bytes(size)} (none)",
+        "writes": str(output),
+    }
+
+
+def _sites(model: str, pattern: Any, include: Any, exclude: Any) -> tuple[Any, list[Any]]:
+    from sparseforge_fx.graph.capture import capture
+    from sparseforge_fx.models.dense import load_skeleton
+    from sparseforge_fx.passes import find_linears
+
+    loaded = load_skeleton(model)
+    return loaded, find_linears(capture(loaded, dynamic=False), pattern, include, exclude)
+
+
+def _bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,170 @@
+"""What people see of the command line: examples, dry runs, json, and where measurements of a run go."""
+
+import json
+import os
+import shlex
+
+import pytest
+from tiny_checkpoint import write_checkpoint, write_text
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import sparseforge_fx as sf
+from sparseforge_fx import cli
+from sparseforge_fx.cli.run_folder import RunFolder
+from sparseforge_fx.deploy.lowering.cost import Shape, Timing, as_table, save_table
+from sparseforge_fx.formats import DENSE, parse_format
+from sparseforge_fx.plans import Plan, PlannedWeight, Price
+
+COMMANDS = get_command(cli.app).commands
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A dense model, a text, and the folder of a run."""
+    root = tmp_path_factory.mktemp("face")
+    write_checkpoint(root / "dense", num_hidden_layers=1)
+    write_text(root / "test.txt", repeats=6)
+    model, tokenizer = sf.load(root / "dense")
+    sf.sparsify(model).save(root / "run", tokenizer)
+    return root
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def ok(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.parametrize("verb", sorted(COMMANDS))
+def test_every_verb_has_examples_that_can_be_typed(verb):
+    command = COMMANDS[verb]
+    lines = [line.removeprefix("Example: ") for line in command.epilog.split("\n\n") if "sparseforge-fx" in line]
+    assert lines and command.help
+    for line in lines:
+        program, name, *rest = shlex.split(line)
+        assert (program, name) == ("sparseforge-fx", verb)
+        command.make_context(verb, rest)  # raises for an option or a value that there is not
+    assert lines[0] in run(verb, "--help").output.replace("\n ", " ") or len(lines[0]) > 78
+
+
+def test_the_first_help_names_the_first_command_and_completion():
+    text = " ".join(run("--help").output.split())
+    assert "Begin with: sparseforge-fx inspect MODEL" in text and "--install-completion" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "sparsify {home}/dense --data {home}/test.txt --length 16 --tokens 1k -o {home}/no",
+            "15 steps of 64 tokens (960)",
+        ),
+        ("sparsify {home}/dense --method magnitude -o {home}/no", "7 linears with 9,216 weights"),
+        ("quantize {home}/dense --values int4 -o {home}/no", "7 linears in dense int4/32"),
+        ("export {home}/run -o {home}/no.pt2", "7 linears, those of them whose weights are 2:4"),
+        ("export {home}/run --format safetensors -o {home}/no", "all packed"),
+    ],
+)
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, line, says):
+    before = sorted(os.listdir(home))
+    arguments = [*line.format(home=home).split(), "--dry-run"]
+    if "--format" in line:  # one of them is enough
+        assert says in json.loads(ok(*arguments, "--json"))["bytes"]
+    else:
+        assert says in ok(*arguments)
+    assert sorted(os.listdir(home)) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("sparsify {home}/dense --method magnitude --include nothing* -o {home}/no --dry-run", "nothing to prune"),
+        ("sparsify {home}/dense --method magnitude -o {home}/run --dry-run", "is not empty"),
+        ("sparsify {home}/dense --tokens 5 --data {home}/test.txt -o {home}/no --dry-run", "less than one step"),
+        ("sparsify -o {home}/no --dry-run", "there is no model"),
+        ("quantize {home}/dense --values int3 -o {home}/no --dry-run", "int3"),
+        ("quantize {home}/dense --plan {home}/none.json -o {home}/no --dry-run", "is not a plan"),
+        ("export {home}/run --format onnx -o {home}/no --dry-run", "unknown format"),
+        ("export {home}/run --generator --portable -o {home}/no.pt2 --dry-run", "leave --portable out"),
+        ("report {home}/run --html --json", "give one of the two"),
+        ("evaluate {home}/run --task-data rte -o {home}/no", "is not TASK=FILE"),
+        ("evaluate {home}/run --task-data rte=x.jsonl", "is not among the tasks"),
+        ("evaluate {home}/run -o {home}", "name a file"),
+        ("inspect {home}/dense --picture {home}/no/at/all.png", "name a file that ends in .svg"),
+    ],
+)
+def test_a_wrong_invocation_gets_one_sentence(home, line, says):
+    before = sorted(os.listdir(home))
+    result = run(*line.format(home=home).split())
+    assert result.exit_code == 2 and result.stdout == ""
+    assert says in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert sorted(os.listdir(home)) == before
+
+
+def test_json_is_all_that_is_printed(home):
+    assert json.loads(ok("report", home / "run", "--json"))["method"] == "magnitude"
+    (found,) = json.loads(ok("generate", home / "dense", "-p", "The", "--max-new-tokens", "2", "--json"))
+    assert found["prompt"] == "The" and isinstance(found["text"], str)
+
+
+def test_measurements_of_a_run_go_onto_its_page(home):
+    options = ["--data", home / "test.txt", "--context", "32", "--max-windows", "6", "-p", "The quick"]
+    numbers = json.loads(ok("evaluate", home / "run", "--dense", home / "dense", *options, "--json"))
+    assert json.loads((home / "run" / "evaluation.json").read_text()) == numbers
+    assert numbers["paired"]["pairs"] == 6 and numbers["paired"]["difference"] == pytest.approx(numbers["nll_increase"])
+    assert {"prompt", "dense", "model"} == set(numbers["texts"][0]) and numbers["perplexity"]["model"]["stderr"] > 0
+    page = (home / "run" / "report.html").read_text()
+    assert f"{numbers['perplexity']['model']['perplexity']:.4g}" in page and "The quick" in page
+    assert "in pairs over 6 windows (p = " in page
+    (home / "run" / "report.html").unlink()
+    assert "report.html" in ok("report", home / "run", "--html") and (home / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_interruption_says_how_to_go_on(tmp_path, saved):
+    folder = RunFolder(tmp_path)
+
+    def interrupted():
+        if saved:
+            folder.state.write_bytes(b"x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        folder.telling(interrupted)()
+    (told,) = caught.value.__notes__
+    assert ("--resume" in told) == saved and ("nothing was saved" in told) != saved
+
+
+def test_inspect_shows_what_a_plan_and_a_table_predict(home, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    int8, dense = parse_format("2:4 int8"), Price(0.0, 4096.0, {1: 4.0, 8: 8.0})
+    weight = PlannedWeight(name, (64, 32), int8, {DENSE: dense, int8: Price(0.0123, 1280.0, {1: 2.0, 8: 2.0})})
+    Plan([weight], (1, 8), {"speedup": 1.0}, None, 1).save(tmp_path / "plan.json")
+    rows = [
+        Timing(Shape(64, 32, "bfloat16"), layout, 1, 6.0, (6.0, 6.0), us, (us, us))
+        for layout, us in (("a", 4.0), ("b", 3.0))
+    ]
+    save_table(as_table(rows), tmp_path / "costs.json")
+    options = [
+        "--plan",
+        tmp_path / "plan.json",
+        "--table",
+        tmp_path / "costs.json",
+        "--picture",
+        tmp_path / "linears.svg",
+    ]
+    text = ok("inspect", home / "dense", *options)
+    assert "+0.0123, 2.00x 4.00x" in text and "2.00x" in text and "not timed" in text and "wrote" in text
+    picture = (tmp_path / "linears.svg").read_text()
+    assert (
+        "model.layers.0.mlp.up_proj.weight (1)" in picture
+        and "2.00x at 1" in picture
+        and "stays dense: also read" in picture
+    )
+    refused = run("inspect", home / "dense", "--pattern", "4:8", "--table", tmp_path / "costs.json")
+    assert refused.exit_code == 2 and "not of 4:8" in refused.stderr
