@@ -78,6 +78,7 @@ def killed(run, out, step, rank):
     assert "[rank" not in errors  # no traceback of ours
 
 
+@pytest.mark.slow
 def test_a_run_is_terminated_and_killed_on_two_processes_and_ends_on_one(home, unbroken, tmp_path):
     out = tmp_path / "out"
     seldom = [a if a != "0" else "600" for a in command(home, out)]
