@@ -6,8 +6,11 @@ place. ``run_passes`` runs a list; SPARSEFORGE_DUMP=folder in the environment wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+
+import torch
+from torch import Tensor
 
 from sparseforge_fx.passes.base import Choose, Find, Pass, PassRecord, PassResult, run_passes
 from sparseforge_fx.passes.expand_attention import expand_attention
@@ -25,14 +28,18 @@ from sparseforge_fx.pattern import AnyPattern
 
 
 def train_passes(
-    sites: Sequence[LinearSite], *, slorb_block: int | None = None, estimator: str | None = None
+    sites: Sequence[LinearSite],
+    *,
+    slorb_block: int | None = None,
+    estimator: str | None = None,
+    mask: Callable[[Tensor], Tensor] = torch.ones_like,
 ) -> list[Pass]:
     """From a captured program to a trainable one.
 
     Each pass leaves alone what is there already: with an ``estimator``, on a program that came out of this list without
-    one, it gives the twin of the probe steps over the same weights, masks and branches.
+    one, it gives the twin of the probe steps over the same weights, masks and branches. ``mask`` makes the masks.
     """
-    passes: list[Pass] = [partial(insert_soft_masks, sites=sites)]  # first: the others look for its operator
+    passes: list[Pass] = [partial(insert_soft_masks, sites=sites, make=mask)]  # first: the others look for its operator
     if slorb_block is not None:
         passes.append(partial(insert_low_rank, block=slorb_block))  # beside a masked linear; its own are not masked
     if estimator is not None:

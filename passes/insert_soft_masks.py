@@ -3,10 +3,11 @@ mask buffer per weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.export.graph_signature import InputKind
 
 from sparseforge_fx.graph.program import Program
@@ -24,11 +25,14 @@ def mask_name(fqn: str) -> str:
     return f"{fqn}_mask"
 
 
-def insert_soft_masks(program: Program, sites: Sequence[LinearSite]) -> PassResult:
+def insert_soft_masks(
+    program: Program, sites: Sequence[LinearSite], make: Callable[[Tensor], Tensor] = torch.ones_like
+) -> PassResult:
     """Rewrite every node of every eligible site; masks start at one, so that the program computes what it computed.
 
     A weight with several names or users gets one mask, under its first name. Sites that are masked already are left
-    alone. ``sites`` must come from :func:`find_linears` on this program, or on the one that it is a copy of.
+    alone. ``sites`` must come from :func:`find_linears` on this program, or on the one that it is a copy of; ``make``
+    goes from a weight to its mask of ones.
     """
     placeholders = {fqn: node for node, fqn, _ in program.lifted(InputKind.PARAMETER)}
     modified = 0
@@ -37,7 +41,7 @@ def insert_soft_masks(program: Program, sites: Sequence[LinearSite]) -> PassResu
         if name in program.state:
             continue
         weight = program.tensor(site.fqn)
-        mask = program.add_buffer(name, torch.ones_like(weight, requires_grad=False))
+        mask = program.add_buffer(name, make(weight))
         for use in site.uses:
             tail = (placeholders[site.fqn], mask)
             if site.experts is not None and use.expert is None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -140,7 +141,7 @@ class Study:
                 raise
             record |= {"loss": None, "failed": str(error), "tokens": 0, "seconds": 0.0, "report": environment()}
         write_json(self.folder / f"{run.name}.json", record)
-        state.unlink(missing_ok=True)
+        shutil.rmtree(state, ignore_errors=True)
         print(f"{run.name}: {record['loss']} (dense {self.dense}), {record['seconds']:.0f} s", flush=True)
         del net
         torch.compiler.reset()  # or what was compiled for one run stays for all of them

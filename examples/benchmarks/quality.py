@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -109,7 +110,7 @@ def main(
         "report": {k: v for k, v in report.items() if k not in ("skipped", "passes")} | {"sites": len(report["sites"])},
     }
     write_json(out, record)
-    state.unlink(missing_ok=True)
+    shutil.rmtree(state, ignore_errors=True)
     print(f"{name}: dense {dense}, sparse {sparse}")
 
 

@@ -51,6 +51,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars, too; ours is loading_bar
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # DistributedDataParallel's advice on its own options
 }
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a GGUF file.", show_default=False)]
@@ -105,14 +106,24 @@ def guard(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except (SparseForgeError, OSError) as error:
-            print(f"error: {one_line(error, lines=None, limit=None)}", file=sys.stderr)
+            _say(f"error: {one_line(error, lines=None, limit=None)}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             notes = getattr(error, "__notes__", None) or ["nothing was written"]
-            print("; ".join(["interrupted", *notes]), file=sys.stderr)
-            raise typer.Exit(130) from error
+            _say("; ".join(["interrupted", *notes]))
+            raise typer.Exit(getattr(error, "exit_code", 130)) from error
 
     return guarded
+
+
+def _say(text: str) -> None:
+    """On standard error; of several processes one does."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from sparseforge_fx.training.processes import first_to_say
+
+        if not first_to_say():
+            return
+    print(text, file=sys.stderr, flush=True)
 
 
 def pick_device(name: str | None) -> Any:

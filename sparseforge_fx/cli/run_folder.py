@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from sparseforge_fx.cli.tracker import LOGS
 from sparseforge_fx.errors import SparseForgeError
 
-STATE, STATE_OF = "training-state.pt", "training-state.json"
+STATE, STATE_OF = "training-state", "training-state.json"
 
 
 class RunFolder:
@@ -40,7 +41,7 @@ class RunFolder:
             raise SparseForgeError(f"the run in {self.output} is finished: there is nothing to resume")
         unfinished |= resume and inside <= {LOGS}
         check_output(self.output, overwrite=overwrite or unfinished)
-        if resume and not self.state.exists():
+        if resume and not self.saved():
             print(f"nothing was saved in {self.output} yet: starting anew", file=sys.stderr)
 
     def _compare(self, recipe: dict[str, Any]) -> None:
@@ -65,9 +66,15 @@ class RunFolder:
 
         write_json(self.started, {"recipe": recipe, "compute_dtype": compute_dtype})
 
+    def saved(self) -> bool:
+        """Is there a state to go on from?"""
+        from sparseforge_fx.training.checkpoint import find_state
+
+        return find_state(self.state) is not None
+
     def forget(self) -> None:
-        for leftover in (self.state, self.started):
-            leftover.unlink(missing_ok=True)
+        shutil.rmtree(self.state, ignore_errors=True)
+        self.started.unlink(missing_ok=True)
 
     def telling(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """``run``, whose interruption names the way to resume it."""
@@ -76,7 +83,7 @@ class RunFolder:
             try:
                 return run(*args, **options)
             except KeyboardInterrupt as error:
-                if self.state.exists():
+                if self.saved():
                     error.add_note(f"go on with the same command and --resume, {self.output} holds the run")
                 else:
                     error.add_note("nothing was saved yet: the same command begins again")

@@ -191,7 +191,7 @@ def _run(
         suggest(recipe.model)
     loaded, tokenizer = load_dense(recipe.model)
     begun = folder.begun(resume)
-    if "compute_dtype" in begun or (begun and folder.state.is_file()):  # a second measurement might choose otherwise
+    if "compute_dtype" in begun or (begun and folder.saved()):  # a second measurement might choose otherwise
         computing = ComputeDtype.read(begun.get("compute_dtype"))
     else:
         computing = choose_dtype(dtype_of(loaded), where, wanted)

@@ -33,7 +33,7 @@ _SYMBOL = re.compile(r"\b[su]\d+\b")  # symbolic sizes: s72 of inputs, u0 of dat
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """One contiguous range of nodes, as a function of what it reads."""
 
     path: str
@@ -52,7 +52,7 @@ class SharedBlock(nn.Module):
     """The one function that all blocks of a kind call. Holds no parameters, so ``state_dict`` does not see it."""
 
     def __init__(
-        self, body: GraphModule, blocks: list[_Block], compile: bool, checkpoint: bool, options: dict[str, Any]
+        self, body: GraphModule, blocks: list[Block], compile: bool, checkpoint: bool, options: dict[str, Any]
     ):
         super().__init__()
         self.checkpoint = checkpoint
@@ -106,12 +106,12 @@ def compile_repeated_blocks(
             if block is None or node not in block.nodes:
                 env[node] = graph.node_copy(node, env.__getitem__)
         if block is not None:
-            _call(graph, target, block, env)
+            call_block(graph, target, block, tuple(env[n] for n in block.inputs), env)
         position = span.stop
     twin = shallow_twin(module)
     for k, blocks in enumerate(kinds):
         twin.add_module(
-            f"repeated_block_{k}", SharedBlock(_body(blocks[0], module), blocks, compile, checkpoint, options)
+            f"repeated_block_{k}", SharedBlock(block_body(blocks[0], module), blocks, compile, checkpoint, options)
         )
     twin.graph = graph
     if compile and not kinds:
@@ -124,11 +124,15 @@ def count_blocks(module: GraphModule) -> list[tuple[str, int]]:
     return [(blocks[0].container, len(blocks)) for blocks in _find(module)]
 
 
+def find_blocks(module: GraphModule) -> list[Block]:
+    """The repeated blocks, in graph order."""
+    return sorted((block for kind in _find(module) for block in kind), key=lambda block: block.span.start)
+
+
 def block_outputs(module: GraphModule) -> list[Node]:
     """What each repeated block hands on: its first floating-point output of three dimensions, in graph order."""
-    blocks = sorted((b for kind in _find(module) for b in kind), key=lambda b: b.span.start)
     handed = []
-    for block in blocks:
+    for block in find_blocks(module):
         values = (n for n in block.outputs if torch.is_tensor(n.meta.get("val")))
         hidden = [n for n in values if n.meta["val"].is_floating_point() and n.meta["val"].dim() >= 3]
         handed += hidden[:1]
@@ -142,7 +146,7 @@ def block_ends(module: GraphModule) -> list[Node]:
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
-def _find(module: GraphModule) -> list[list[_Block]]:
+def _find(module: GraphModule) -> list[list[Block]]:
     """Kinds of blocks, each a list of ranges that are the same program; outermost containers first; no overlaps.
 
     A block that is the only one of its kind in a container that mostly repeats (a first layer that also computes the
@@ -160,9 +164,9 @@ def _find(module: GraphModule) -> list[list[_Block]]:
         by_depth[path.count(".")].append((path, span))
 
     taken: set[int] = set()
-    found: list[list[_Block]] = []
+    found: list[list[Block]] = []
     for _, candidates in sorted(by_depth.items()):
-        kinds: dict[tuple, list[_Block]] = defaultdict(list)
+        kinds: dict[tuple, list[Block]] = defaultdict(list)
         for path, span in candidates:
             if len(span) >= MIN_NODES and taken.isdisjoint(span) and (block := _as_function(path, span, nodes, module)):
                 kinds[block.key].append(block)
@@ -180,7 +184,7 @@ def _find(module: GraphModule) -> list[list[_Block]]:
     return sorted(filter(None, found), key=lambda blocks: blocks[0].span.start)
 
 
-def _as_function(path: str, span: range, nodes: list[Node], module: GraphModule) -> _Block | None:
+def _as_function(path: str, span: range, nodes: list[Node], module: GraphModule) -> Block | None:
     """The range as a function of outside values; None where it calls submodules, is small, or gives nothing."""
     inside: dict[Node, int] = {}
     for node in nodes[span.start : span.stop]:
@@ -209,7 +213,7 @@ def _as_function(path: str, span: range, nodes: list[Node], module: GraphModule)
     text = repr(([_input_key(node, module) for node in inputs], steps))
     text = _SYMBOL.sub(lambda match: order.setdefault(match[0], f"size{len(order)}"), text)
     key = (tuple(node.target for node in inside), text, tuple(inside[node] for node in outputs))
-    return _Block(path, span, tuple(inside), tuple(inputs), outputs, key)
+    return Block(path, span, tuple(inside), tuple(inputs), outputs, key)
 
 
 def _args_key(node: Node, name: Callable[[Node], Any]) -> str:
@@ -225,12 +229,13 @@ def _value_key(value: Any) -> Any:
     return (type(value).__name__, str(value))
 
 
-def _attribute(node: Node, module: GraphModule) -> Any:
+def attribute(node: Node, module: GraphModule) -> Any:
+    """What a node reads of its module; None for other nodes."""
     return operator.attrgetter(str(node.target))(module) if node.op == "get_attr" else None
 
 
 def _input_key(node: Node, module: GraphModule) -> Any:
-    value = _attribute(node, module)
+    value = attribute(node, module)
     if isinstance(value, Tensor):
         return (type(value).__name__, _value_key(value), value.stride(), value.requires_grad)
     return node.target if node.op == "get_attr" else _value_key(node.meta.get("val"))
@@ -238,7 +243,7 @@ def _input_key(node: Node, module: GraphModule) -> Any:
 
 def _subgraph(node: Node, module: GraphModule) -> GraphModule | None:
     """The body that a higher-order operator (no_grad, autocast, cond) refers to."""
-    value = _attribute(node, module)
+    value = attribute(node, module)
     return value if isinstance(value, GraphModule) else None
 
 
@@ -254,7 +259,7 @@ def _graph_key(body: GraphModule) -> tuple:
 
 
 # -- outlining -------------------------------------------------------------------------------------------------------
-def _body(block: _Block, module: GraphModule) -> GraphModule:
+def block_body(block: Block, module: GraphModule) -> GraphModule:
     """The range as a GraphModule of its own: placeholders for ``block.inputs``, results ``block.outputs``."""
     graph = Graph()
     env: dict[Node, Node] = {}
@@ -271,7 +276,7 @@ def _body(block: _Block, module: GraphModule) -> GraphModule:
     return GraphModule(module, graph, "RepeatedBlock")
 
 
-def _carried(blocks: list[_Block]) -> frozenset[int]:
+def _carried(blocks: list[Block]) -> frozenset[int]:
     """Inputs that one block hands to the next: the residual stream. None where a block writes in place."""
     results = {node for block in blocks for node in block.outputs if torch.is_tensor(node.meta.get("val"))}
     carried = {i for b in blocks for i, n in enumerate(b.inputs) if n in results and n.meta["val"].is_floating_point()}
@@ -279,8 +284,9 @@ def _carried(blocks: list[_Block]) -> frozenset[int]:
     return frozenset() if in_place else frozenset(carried)
 
 
-def _call(graph: Graph, target: str, block: _Block, env: dict[Node, Node]) -> None:
-    call = graph.create_node("call_module", target, tuple(env[n] for n in block.inputs))
+def call_block(graph: Graph, target: str, block: Block, args: tuple[Node, ...], env: dict[Node, Node]) -> None:
+    """Call a module in the place of a block: what it gives goes to ``env``."""
+    call = graph.create_node("call_module", target, args)
     for i, node in enumerate(block.outputs):
         env[node] = call if len(block.outputs) == 1 else graph.call_function(operator.getitem, (call, i))
         env[node].meta = copy.copy(node.meta)

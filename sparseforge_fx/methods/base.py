@@ -150,23 +150,32 @@ class TrainedMethod(ABC):
 
     def harden(self, w: MaskedWeight) -> Tensor:
         """The hard mask nearest to the present one; where that never moved, not the first N but the largest."""
-        scores = w.weight.abs() if bool((w.mask == 1).all()) else w.mask
+        moved = int((w.mask != 1).sum())
+        scores = w.mask if (moved if w.part is None else w.part.sums(moved)[0]) else w.weight.abs()
         return hard_mask(scores, self.pattern, w.dim)
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         """The current values of the curves."""
         sample = torch.cat([self.sample(w.mask, w.dim).flatten() for w in self.weights]).float()
+        far = len(sample) and distance_from_binary(sample) * len(sample)
         return {
-            "mask_distance_from_binary": distance_from_binary(sample),
+            "mask_distance_from_binary": self.rate(far, len(sample)),
             "flip_rate": 0.0 if self.fixed else self.flip_rate,
-            "density": sample.mean().item(),
+            "density": self.rate(sample.sum(dtype=torch.float64).item(), len(sample)),
         }
+
+    def rate(self, some: float, whole: float) -> float:
+        """The share that ``some`` is of ``whole``, of all parts where processes share the weights."""
+        if self.weights and (part := self.weights[0].part) is not None:
+            some, whole = part.sums(some, whole)
+        return some / max(1, whole)
 
     def sample(self, mask: Tensor, dim: int) -> Tensor:
         """Whole groups from the first rows, [groups, M]: enough for a curve, too few to slow a step."""
         rows = mask.movedim(dim, -1)
-        rows = rows[..., : max(1, SAMPLE // rows.shape[-1] // rows.shape[:-2].numel()), :]  # of each expert of a stack
+        each = rows.shape[:-2].numel() * rows.shape[-1]  # of each expert of a stack; a part may have none
+        rows = rows[..., : max(1, SAMPLE // max(1, each)), :]
         return to_groups(rows, self.pattern).flatten(0, -2) if isinstance(self.pattern, Pattern) else rows
 
     # -- resuming ----------------------------------------------------------------------------------------------------

@@ -84,13 +84,14 @@ class Curvature:
             self.add(name, finish(mean) * scale, weights[name].dtype)
 
     @torch.no_grad()
-    def close(self, weights: Mapping[str, Tensor]) -> None:
+    def close(self, weights: Mapping[str, Tensor] | None = None) -> None:
         """The step's estimate is complete: bring what the probes folded to its mean over the processes. An average of
         averages is the average over all; once a step, in one order, whichever weights saw a token on which process.
 
-        ``weights``: what has a curvature, by name, of the shape of its value. Every process gives the same.
+        ``weights``: what has a curvature, by name, of the shape of its value. Every process gives the same. None: what
+        came in were means over all.
         """
-        if self.estimator in PROBES and processes() > 1:
+        if weights is not None and self.estimator in PROBES and processes() > 1:
             for name, mean in mean_over_processes(self.values, weights):
                 dtype = self.values[name].dtype if name in self.values else weights[name].dtype
                 self.values[name] = mean.to(dtype)
@@ -100,6 +101,15 @@ class Curvature:
 def processes() -> int:
     """How many share the data: the size of torch.distributed's default group, 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_of_processes(value: Tensor) -> float:
+    """The mean of what each process has of a number."""
+    if processes() > 1:
+        value = value.detach().double()
+        dist.all_reduce(value)
+        value /= processes()
+    return float(value)
 
 
 def mean_over_processes(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -120,13 +130,20 @@ def mean_over_processes(values: Mapping[str, Tensor], weights: Mapping[str, Tens
             yield name, total.div_(count)
 
 
+def scale_of(curvature: Curvature) -> float:
+    """What makes the mean over processes of what probes say the sum that one process has of all their micro-batches:
+    its losses would be so many times smaller, and their squares come in."""
+    return {"gauss_newton": 1 / processes(), "activation": processes()}.get(curvature.estimator or "", 1)
+
+
 def fold_on_backward(probes: Mapping[str, Tensor], curvature: Curvature) -> list:
     """Let every probe hand its gradient to ``curvature`` as soon as it is complete and free it at once; returns the
     hooks."""
+    scale = scale_of(curvature)
 
     def fold(probe: Tensor, name: str) -> None:
         assert probe.grad is not None
-        curvature.add(name, probe.grad)
+        curvature.add(name, probe.grad if scale == 1 else probe.grad * scale)
         probe.grad = None
 
     return [p.register_post_accumulate_grad_hook(lambda p, n=name: fold(p, n)) for name, p in probes.items()]  # type: ignore[misc]

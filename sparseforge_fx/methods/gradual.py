@@ -15,6 +15,7 @@ import torch
 
 from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
+from sparseforge_fx.methods.part import kth_smallest
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import hard_mask
 from sparseforge_fx.ranges import Count, ShareAboveZero
@@ -73,11 +74,11 @@ class Gradual(TrainedMethod):
         for w in self.weights:
             sizes = w.weight.abs().float() * w.mask  # what is gone has no size, and cannot come back
             doomed = sizes[~hard_mask(sizes, self.pattern, w.dim)]
-            count = round(share * doomed.numel())
+            count = round(share * (doomed.numel() if w.part is None else w.part.sums(doomed.numel())[0]))
             if count == 0:
                 continue
-            limit = doomed.kthvalue(count).values
+            limit = kth_smallest(doomed, count, w.part)
             keep = hard_mask(sizes, self.pattern, w.dim) | (sizes > limit)
             flips, total = flips + int((keep != w.mask.bool()).sum()), total + keep.numel()
             w.mask.copy_(keep)
-        self.flip_rate = flips / max(1, total)
+        self.flip_rate = self.rate(flips, total)

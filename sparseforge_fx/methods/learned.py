@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
+from sparseforge_fx.methods.curvature import mean_of_processes
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, all_patterns, from_groups, hard_mask, to_groups
 from sparseforge_fx.ranges import AtLeastZero, CountFromZero, Positive, Share
@@ -298,7 +299,7 @@ class MaskPro(LearnedMasks):
         with torch.no_grad():
             for w in self.weights:
                 w.mask.copy_(from_groups(self.first[w.fqn], w.dim))
-            residual = float(loss) - float(again())
+            residual = mean_of_processes(loss - again())  # the mask and its likelihood are the same on all
             for w in self.weights:
                 w.mask.copy_(drawn[w.fqn])
         self.average = self.config.memory * self.average + (1 - self.config.memory) * residual

@@ -24,6 +24,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
 from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, Estimator
+from sparseforge_fx.methods.part import Part, mean
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import (
     Pattern,
@@ -215,7 +216,8 @@ class SparseForge(TrainedMethod):
                 w.mask.copy_(self.soft[w.fqn])
         self.soft.clear()
         self.compensation.clear()
-        self.mean_curvature |= {fqn: float(h.float().mean()) for fqn, h in self.curvature.values.items()}
+        parts = {w.fqn: w.part for w in self.weights}
+        self.mean_curvature |= {fqn: float(mean(h, parts[fqn])) for fqn, h in self.curvature.values.items()}
         self.curvature.values.clear()
         super().fix()
 
@@ -232,7 +234,7 @@ class SparseForge(TrainedMethod):
                 continue  # no probe yet
             mask = self.soft.get(w.fqn, w.mask)
             score = self.score(w)
-            gate = self.gate(score, w.dim, heat, reached)
+            gate = self.gate(score, w.dim, heat, reached, w.part)
             before = hard_mask(self.sample(mask, w.dim), self.pattern)
             if mix:
                 gate.lerp_(hard_mask(score, self.pattern, w.dim).float(), mix)
@@ -242,7 +244,7 @@ class SparseForge(TrainedMethod):
             mask.copy_(mask.float().lerp_(gate, c.mask_rate).clamp_(0, 1))
             after = hard_mask(self.sample(mask, w.dim), self.pattern)
             flips, total = flips + int((after != before).sum()), total + before.numel()
-        self.flip_rate = flips / max(1, total)
+        self.flip_rate = self.rate(flips, total)
 
     def score(self, w: MaskedWeight) -> Tensor:
         """Importance of each weight, float32, the weight's shape. Magnitude where no gradient has ever come."""
@@ -255,13 +257,13 @@ class SparseForge(TrainedMethod):
         floor = self.config.score_noise_floor
         if self.config.score == "ratio":
             return value.abs() / (h + (RATIO_FLOOR if floor is None else floor)).sqrt()
-        return value.square() * (h + ((FLOOR * h.mean()).clamp(min=1e-30) if floor is None else floor))
+        return value.square() * (h + ((FLOOR * mean(h, w.part)).clamp(min=1e-30) if floor is None else floor))
 
-    def gate(self, score: Tensor, dim: int, temperature: float, reached: float) -> Tensor:
+    def gate(self, score: Tensor, dim: int, temperature: float, reached: float, part: Part | None = None) -> Tensor:
         """G in [0, 1]; ``reached`` is the share of the final sparsity that the warm-up asks for."""
         pattern = self.pattern
         if self.config.gate == "site":
-            low, tau, high = _quantiles(score, 0.16, reached * (1 - pattern.density), 0.84)
+            low, tau, high = _quantiles(score, part, 0.16, reached * (1 - pattern.density), 0.84)
             return torch.sigmoid((score - tau) / (temperature * ((high - low) / 2).clamp(min=1e-38)))
         assert isinstance(pattern, Pattern)
         grouped = to_groups(score, pattern, dim)
@@ -284,11 +286,14 @@ class SparseForge(TrainedMethod):
         return {**super().held(), "soft": self.soft, "compensation": self.compensation}
 
 
-def _quantiles(values: Tensor, *shares: float) -> list[Tensor]:
+def _quantiles(values: Tensor, part: Part | None, *shares: float) -> list[Tensor]:
     """Quantiles of a matrix, or of each matrix of a stack, from an evenly spaced sample; deterministic. Share 0 is the
-    smallest value."""
-    flat = values.flatten(-2)
-    ordered = flat[..., :: max(1, flat.shape[-1] // SAMPLE)].sort().values
+    smallest value. Of a matrix that processes share they are the same; a stack is shared by the matrix."""
+    matrix = values.dim() == 2
+    count = values[0].numel() if not matrix and len(values) else values.numel() if part is None else part.shape.numel()
+    step = max(1, count // SAMPLE)
+    sample = part.every(values, step) if part is not None and matrix else values.flatten(-2)[..., ::step]
+    ordered = sample.sort().values
     last = ordered.shape[-1] - 1
     found = [ordered[..., min(last, round(q * last))] for q in shares]
-    return found if values.dim() == 2 else [f[:, None, None] for f in found]
+    return found if matrix else [f[:, None, None] for f in found]

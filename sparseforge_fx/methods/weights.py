@@ -8,15 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparseforge_fx.methods.part import Part
+
 
 @dataclass
 class MaskedWeight:
-    """One site's tensors: ``weight`` and ``mask`` are the program's own, written in place. Groups run along ``dim``."""
+    """One site's tensors: ``weight`` and ``mask`` are the program's own, written in place. Groups run along ``dim``.
+
+    Where processes share a weight, both are what this one has of it, and ``part`` says what that is.
+    """
 
     fqn: str
     weight: Tensor
     mask: Tensor
     dim: int
+    part: Part | None = None
+
+    def whole(self, value: Tensor) -> Tensor:
+        """Something of the weight's shape as the processes have it together; over the same memory."""
+        return value if self.part is None else self.part.whole(value)
 
     def oriented(self, expert: int | None = None) -> tuple[Tensor, Tensor]:
         """Views of weight and mask with the reduction dimension last: [out, in], of one expert of a stack."""

@@ -11,14 +11,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows, count_steps
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.report import describe_change
-from sparseforge_fx.training import fingerprint
+from sparseforge_fx.training import fingerprint, processes
+from sparseforge_fx.training.checkpoint import find_state, load_plain
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.low_rank import fitting_block
 from sparseforge_fx.training.prepare import finalize, prepare_captured
 from sparseforge_fx.training.recipe import Recipe
+from sparseforge_fx.training.sharded import sharding_of
 from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.train import Optimization, train
 from sparseforge_fx.training.undo import dense_again_on_error
@@ -38,7 +41,11 @@ def anneal(
     """Train the run's model to exact N:M, and say in the report how it went. ``how`` goes to :func:`train`. Returns the
     scales of weights that were put on a grid."""
     assert run.batches is not None
-    per_step = recipe.accumulate * accelerator.num_processes
+    path = None if state_path is None else Path(state_path)
+    begun = path is not None and find_state(path) is not None
+    accumulate, told = _micro_batches(recipe, accelerator.num_processes, path if begun else None)
+    report["notes"] += told
+    per_step = accumulate * accelerator.num_processes
     steps = None if recipe.tokens is None else count_steps(run.batches, recipe.tokens, per_step)
     config = recipe.config(True, steps)
     assert isinstance(config, TrainedConfig)
@@ -58,15 +65,20 @@ def anneal(
             "the low-rank branches (slorb_block) are saved beside the weights: sf.load rebuilds them, transformers' "
             "own from_pretrained leaves them out"
         )
+    sharding = sharding_of(accelerator)
+    if sharding is not None:
+        whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
+        sharding.check(config, run.sites, **whole, compile=how["compile"] is True)
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
-    path = None if state_path is None else Path(state_path)
     identity = _identity(run, recipe, settings.slorb_block, path)  # of the dense weights
-    with dense_again_on_error(run.program) as written:
-        sparse = prepare_captured(run.program, run.sites, config, settings.objective, slorb_block=settings.slorb_block)
-        how_weights_move = Optimization(recipe.lr, accumulate=recipe.accumulate, weight_decay=settings.weight_decay)
+    with dense_again_on_error(run.program) as written, processes.together():
+        sparse = prepare_captured(
+            run.program, run.sites, config, settings.objective, slorb_block=settings.slorb_block, sharding=sharding
+        )
+        how_weights_move = Optimization(recipe.lr, accumulate=accumulate, weight_decay=settings.weight_decay)
         try:
-            written += sparse.copies()
-            if calibrated is not None and not (path and path.exists()):
+            written += [] if sharding is not None else sparse.copies()
+            if calibrated is not None and not begun:
                 clock = time.monotonic()
                 sparse.calibrate(calibrated)
                 sparse.start_report |= {
@@ -93,6 +105,23 @@ def anneal(
     return {} if sparse.on_grid is None else sparse.on_grid.scales
 
 
+def _micro_batches(recipe: Recipe, count: int, saved: Path | None) -> tuple[int, list[str]]:
+    """How many micro-batches a process has in a step. A run that goes on on another number of processes has steps of as
+    many as it began with, over all processes, and a note says so."""
+    begun: Any = {} if saved is None else load_plain(saved).get("run")
+    whole = begun.get("micro_batches") if isinstance(begun, dict) else None
+    mine = recipe.accumulate * count
+    if not isinstance(whole, int) or whole == mine or begun.get("accumulate") != recipe.accumulate:
+        return recipe.accumulate, []  # what else differs is found when the state is read
+    if whole % count:
+        raise SparseForgeError(
+            f"the run was begun with {whole} micro-batches a step, which {count} processes cannot share evenly: "
+            f"go on with a number of processes that divides {whole}"
+        )
+    now = whole // count
+    return now, [f"the run goes on on {count} processes, with {now} micro-batches in each of their steps"]
+
+
 def _layers(sparse: SparseModel, copies: Sequence[tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
     """By weight: what the run made of it, by the dense ``copies``, and what it learned of it."""
     found: dict[str, dict[str, float]] = {}
@@ -113,7 +142,7 @@ def _layers(sparse: SparseModel, copies: Sequence[tuple[Tensor, Tensor]]) -> dic
 def _identity(run: Run, recipe: Recipe, slorb_block: int | None, path: Path | None) -> dict[str, Any]:
     """What a saved state must agree in, beside what :func:`train` knows itself."""
     assert run.batches is not None
-    known = {name: getattr(recipe, name) for name in ("seed", "batch_size", "length", "calibration")}
+    known = {name: getattr(recipe, name) for name in ("seed", "batch_size", "length", "calibration", "accumulate")}
     known["slorb_block"] = slorb_block
     known["dtype"] = str(run.program.tensor(eligible(run.sites)[0].fqn).dtype)
     if path is not None:

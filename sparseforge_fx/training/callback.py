@@ -9,10 +9,10 @@ from transformers import TrainerCallback
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.misfit import misfit
-from sparseforge_fx.training.checkpoint import load_state, save_state
+from sparseforge_fx.training.checkpoint import find_state, load_state, save_state
 from sparseforge_fx.training.sparse_model import SparseModel
 
-STATE = "sparseforge.pt"  # beside the Trainer's own files in checkpoint-N
+STATE = "sparseforge"  # beside the Trainer's own files in checkpoint-N
 
 
 class SparseForgeCallback(TrainerCallback):
@@ -52,7 +52,7 @@ class SparseForgeCallback(TrainerCallback):
             )
         if state.global_step:  # the Trainer has read weights and masks by now
             path = _folder(args, state) / STATE
-            if not path.is_file():
+            if find_state(path) is None:
                 raise SparseForgeError(f"{path} is missing: the checkpoint was written without SparseForgeCallback")
             saved = load_state(path)
             if wrong := misfit(saved, {**saved, **_state(sparse), "method": saved.get("method")}, path.name):
@@ -93,7 +93,8 @@ class SparseForgeCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            save_state(_folder(args, state) / STATE, _state(_unwrap(model)))
+            sparse = _unwrap(model)
+            save_state(_folder(args, state) / STATE, sparse.steps_done, _state(sparse), alone=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if logs is not None and model is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from sparseforge_fx.methods.part import local
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.training.low_rank import Branch
 from sparseforge_fx.training.on_grid import OnGrid
@@ -40,7 +41,8 @@ class MasterWeights:
 
     def serve(self, weights: Iterable[MaskedWeight], branches: Iterable[Branch] = ()) -> None:
         """Let a method see and write the masters instead of the rounded weights."""
-        master_of = {id(p): m for p, m in zip(self.parameters, self.masters, strict=True)}
+        pairs = zip(self.parameters, self.masters, strict=True)
+        master_of = {id(local(p)): local(m) for p, m in pairs}
         for w in weights:
             w.weight = master_of.get(id(w.weight), w.weight)
         for b in branches:

@@ -24,6 +24,7 @@ from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.ranges import Count, checked
 from sparseforge_fx.training.distillation import Distillation, check_objective
+from sparseforge_fx.training.sharded import Sharding
 from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.trainable import choose_trainable
 from sparseforge_fx.training.undo import dense_again_on_error
@@ -98,11 +99,12 @@ def prepare_captured(
     objective: Distillation | None = None,
     *,
     slorb_block: int | None = None,
+    sharding: Sharding | None = None,
 ) -> SparseModel:
     """The soft-masked model of a captured one, whose parameters require grad where they train. To be called inside of
     :func:`dense_again_on_error`."""
     set_back = choose_trainable(program, sites, config)
-    return SparseModel(program, sites, config, objective, slorb_block=slorb_block, set_back=set_back)
+    return SparseModel(program, sites, config, objective, slorb_block=slorb_block, set_back=set_back, sharding=sharding)
 
 
 def check_weights(model: nn.Module) -> None:
@@ -140,6 +142,8 @@ def finalize(sparse: SparseModel) -> nn.Module:
     sparse.fix()
     hardened, records = run_passes(sparse.program, harden_passes(sparse.method.config.pattern))
     sparse.pass_records += records
+    if sparse.shards is not None:
+        sparse.shards.give_back(sparse.dense)
     sparse.release()
     sparse.program = hardened
     for site in eligible(sparse.sites):

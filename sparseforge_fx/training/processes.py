@@ -1,14 +1,21 @@
-"""Several processes, as torchrun or ``accelerate launch`` start them: one writes, the others wait for it."""
+"""Several processes, as torchrun or ``accelerate launch`` start them: one writes, the others wait for it; what one of
+them knows all know; none waits for one that has ended."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.methods.curvature import processes
 
 
 def accelerator(**options: Any) -> Accelerator:
@@ -18,6 +25,48 @@ def accelerator(**options: Any) -> Accelerator:
 
 def _on_cpus() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+
+
+def largest(device: torch.device, *values: float) -> list[float]:
+    """Of each value the largest that any process gives, in the same order."""
+    if processes() == 1:
+        return list(values)
+    found = torch.tensor(values, dtype=torch.float32, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+#: what gloo and NCCL say where another process is gone
+_GONE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE)
+
+
+def other_ended(error: BaseException) -> bool:
+    """Does an error say that another process of the group is gone?"""
+    return processes() > 1 and isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Raises SparseForgeError where another process has ended, instead of what the library of collectives says."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not other_ended(error):
+            raise
+        raise SparseForgeError(
+            "another process of this run has ended, so this one does, too: see what that one said, and go on from the "
+            "last saved state"
+        ) from error
+
+
+def first_to_say() -> bool:
+    """Is this the first process of the group that has something to say at its end? One message is enough."""
+    if processes() == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("sparseforge-said", 1) == 1
+    except RuntimeError:  # the process that kept the store is the one that is gone
+        return dist.get_rank() == 1
 
 
 class Processes:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.misfit import misfit
+from sparseforge_fx.methods.part import local
+from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.training.master_weights import MasterWeights
 from sparseforge_fx.training.sparse_model import SparseModel
 
@@ -32,14 +34,40 @@ def state_of(
         "run": dict(run),
         "step": step,
         "masters": [m.detach() for m in _own_masters(sparse, master)],
-        "masks": {w.fqn: w.mask for w in sparse.method.weights},
+        "masks": {w.fqn: w.whole(w.mask) for w in sparse.method.weights},
         "optimizer": optimizer.state_dict(),
-        "method": sparse.method.state(),
+        "method": _held(sparse, sparse.method.state(), lambda w, value: w.whole(value)),
         "handed_over": sparse.handed_over,
         "start": sparse.start_report,
         "scales": {} if sparse.on_grid is None else sparse.on_grid.scales,
         "curves": curves,
     }
+
+
+def parts(sparse: SparseModel, master: MasterWeights, optimizer: torch.optim.Optimizer) -> Callable[[str], Any]:
+    """By the name of a saved tensor what this process reads of it (see :func:`load_state`); None: all of it."""
+    if sparse.shards is None:
+        return lambda name: None
+    known: dict[str, Tensor] = {f"state/masters/{i}": m for i, m in enumerate(_own_masters(sparse, master))}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        known |= {f"state/optimizer/state/{i}/{moment}": p for moment in ("exp_avg", "exp_avg_sq")}
+    for w in sparse.method.weights:
+        for place in ("masks", *(f"method/held/{kind}" for kind in sparse.method.held())):
+            known[f"state/{place}/{w.fqn}"] = w.whole(w.mask)
+    return known.get
+
+
+def _held(sparse: SparseModel, state: Any, change: Callable[[MaskedWeight, Tensor], Tensor]) -> Any:
+    """The method's state with a change of what it holds for each weight that processes share."""
+    if sparse.shards is None or not isinstance(state, dict) or not isinstance(state.get("held"), dict):
+        return state
+    of = {w.fqn: w for w in sparse.method.weights}
+    held = {
+        kind: {fqn: change(of[fqn], t) if fqn in of and isinstance(t, Tensor) else t for fqn, t in tensors.items()}
+        for kind, tensors in state["held"].items()
+        if isinstance(tensors, dict)
+    }
+    return {**state, "held": held}
 
 
 @torch.no_grad()
@@ -52,7 +80,7 @@ def restore(
 ) -> tuple[int, list]:
     """Everything is looked at before anything is written: the first step with a wrong shape may be a crash."""
     mine = state_of(sparse, master, optimizer, 0, [], run)
-    _refuse(misfit(dict.fromkeys(state), dict.fromkeys(("format", "version", *mine)), "the state"))
+    _refuse(misfit(dict.fromkeys(state), dict.fromkeys(mine), "the state"))
     _check_run(state["run"], mine["run"])
     saved, masks = state["masters"], state["masks"]
     if isinstance(saved, list) and isinstance(masks, dict):
@@ -65,16 +93,17 @@ def restore(
     for name in ("masters", "masks", "step", "handed_over", "scales"):
         _refuse(misfit(state[name], mine[name], name))
     _refuse(_wrong_start(state["start"]))
-    sparse.method.check_state(state["method"])
+    method = _held(sparse, state["method"], lambda w, value: local(value))
+    sparse.method.check_state(method)
     _refuse(_wrong_progress(state, sparse.method.steps) or _wrong_optimizer(state["optimizer"], optimizer))
-    sparse.method.load_state(state["method"])
+    sparse.method.load_state(method)
     for master_weight, value in zip(_own_masters(sparse, master), saved, strict=True):
         master_weight.copy_(value)
     for fqn, scales in mine["scales"].items():
         scales.copy_(state["scales"][fqn])
     master.write_back()
     for w in sparse.method.weights:
-        w.mask.copy_(masks[w.fqn])
+        w.mask.copy_(local(masks[w.fqn]))
     optimizer.load_state_dict(state["optimizer"])
     sparse.steps_done, sparse.handed_over = state["step"], state["handed_over"]
     sparse.start_report = state["start"]

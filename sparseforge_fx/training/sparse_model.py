@@ -34,6 +34,7 @@ from sparseforge_fx.training.distillation import FEATURES, Distillation, Loss, f
 from sparseforge_fx.training.low_rank import Branch
 from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.on_grid import OnGrid
+from sparseforge_fx.training.sharded import ESTIMATOR, ShardedProbe, Sharding, Shards, mask_of_ones
 from sparseforge_fx.training.teacher import Teacher, dense_copies, reconstructed
 from sparseforge_fx.training.trainer_surface import Embedded, ForwardOfSource, TrainerSurface, hook_embeddings
 
@@ -56,6 +57,7 @@ class SparseModel(TrainerSurface):
         *,
         slorb_block: int | None = None,
         set_back: Callable[[], None] | None = None,
+        sharding: Sharding | None = None,
     ):
         super().__init__()
         self.sites = list(sites)
@@ -64,14 +66,23 @@ class SparseModel(TrainerSurface):
         self._set_back = set_back  # what the parameters' flags were, for :meth:`release`
         if slorb_block is not None:
             low_rank.check_sites(program, self.sites)
-        passes = partial(train_passes, self.sites, slorb_block=slorb_block)
+        make = torch.ones_like if sharding is None else mask_of_ones
+        passes = partial(train_passes, self.sites, slorb_block=slorb_block, mask=make)
         self.program, self.pass_records = run_passes(program, passes())
         self.reader = Reader(program)
         self.objective = Objective(self.distillation, self.config, self.reader.note)
         tensor, state = self.program.tensor, self.program.state
-        weights = [
-            MaskedWeight(s.fqn, tensor(s.fqn), tensor(mask_name(s.fqn)), s.reduction_dim) for s in eligible(self.sites)
-        ]
+        self.shards: Shards | None = None
+        if sharding is not None:
+            self.shards = Shards(sharding, self.program, passes(estimator=ESTIMATOR), self.sites, config.pattern)  # type: ignore[arg-type]
+        weights = (
+            [
+                MaskedWeight(s.fqn, tensor(s.fqn), tensor(mask_name(s.fqn)), s.reduction_dim)
+                for s in eligible(self.sites)
+            ]
+            if self.shards is None
+            else self.shards.weights
+        )
         self.branches = [Branch(w, state[s]) for w in weights if (s := branch_names(w.fqn)[1]) in state]
         self.handed_over = False  # the branches hold what the masks took, and train on their own from now on
         with low_rank.handed_over(self.branches, self._hands_over):
@@ -84,13 +95,18 @@ class SparseModel(TrainerSurface):
         self.optimized = False
         features = self.distillation.features
         self.seen = Taps()
-        self.graph = self._tapped(self.program.module())
+        self.graph = self._tapped(self.program.module()) if self.shards is None else self.shards.module
         self._copies: list[tuple[Tensor, Tensor]] | None = None
         self.teacher: Teacher | None = None
         if self.distillation.kl or features is not None:
-            self.teacher = Teacher(program, self.copies(), features)
-        self.probe: CurvatureProbe | None = None
-        if (curvature := self.method.curvature) is not None and curvature.estimator is not None:
+            cut = None if self.shards is None else self.shards.teacher
+            self.teacher = Teacher(program, self.copies(), features, cut)
+        self.probe: CurvatureProbe | ShardedProbe | None = None
+        if self.shards is not None:
+            self.shards.empty(program)
+            if self.method.curvature is not None:
+                self.probe = ShardedProbe(self.shards, self.method.curvature)
+        elif (curvature := self.method.curvature) is not None and curvature.estimator is not None:
             probing = passes(estimator=PROBES.get(curvature.estimator))
             self.probe = CurvatureProbe(
                 program, self.program, probing, weights, curvature, self.objective.answer, self._tapped
@@ -109,6 +125,9 @@ class SparseModel(TrainerSurface):
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         """The model's tensors that training writes, each with its dense value: the teacher's own, where there is one.
         To be asked for before the first of them changes."""
+        if self.shards is not None:  # which have parts of their own
+            everything = {id(v): v for v in self.dense.state.values() if isinstance(v, nn.Parameter)}
+            return [(v, nn.Parameter(v.detach(), requires_grad=False)) for v in everything.values()]
         if self._copies is None:
             self._copies = dense_copies(self.dense, [w.weight for w in self.method.weights])
         return self._copies
@@ -119,6 +138,8 @@ class SparseModel(TrainerSurface):
         del args
         if self.distillation.features is not None:
             raise SparseForgeError("intermediate values cannot be kept under torch.compile: pass compile=False")
+        if self.shards is not None:
+            raise SparseForgeError("blocks that processes share are not compiled: pass compile=False")
         self.compiled = options
         self.make_runners()
 
@@ -143,6 +164,8 @@ class SparseModel(TrainerSurface):
         return self
 
     def _apply(self, fn, recurse=True):
+        if self.shards is not None:
+            raise SparseForgeError("a model that processes share stays where it is: move it before it is prepared")
         super()._apply(fn, recurse)
         if self.teacher is not None:
             self.teacher.module._apply(fn)
@@ -151,7 +174,7 @@ class SparseModel(TrainerSurface):
         for w in self.method.weights:
             w.mask = masks[mask_name(w.fqn)]
             self.program.state[mask_name(w.fqn)] = w.mask
-        if self.probe is not None:
+        if isinstance(self.probe, CurvatureProbe):
             self.probe.move(fn)
         return self
 
@@ -164,7 +187,7 @@ class SparseModel(TrainerSurface):
             self.probe.release()
         if self._set_back is not None:
             self._set_back()
-        self.probe = self.teacher = self._copies = self._set_back = None
+        self.probe = self.teacher = self._copies = self._set_back = self.shards = None
 
     # -- training ----------------------------------------------------------------------------------------------------
     def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
@@ -251,7 +274,8 @@ class SparseModel(TrainerSurface):
     def trainable(self) -> list[nn.Parameter]:
         """The model's parameters that the method trains, then the method's own."""
         config = self.method.config
-        return [p for p in self.parameters() if p.requires_grad and config.trains_weights] + self.method.parameters()
+        parameters = self.parameters() if self.shards is None else self.shards.parameters.values()
+        return [p for p in parameters if p.requires_grad and config.trains_weights] + self.method.parameters()
 
     def step(self) -> None:
         """Bring the masks to the next step; call it after ``optimizer.step()`` and before ``zero_grad()``."""

@@ -102,12 +102,12 @@ def sparsify(
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept (default: the Hugging Face home).
         compile: True, False or "auto".
-        state_path: file of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
+        state_path: folder of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
             The run that wrote it must have had the same weights, data, seed, rate and losses.
         changes: fields of the recipe, and options of its method.
 
     Returns SparsifyResult. Raises SparseForgeError on anything that is wrong. Whatever else ends the call (Ctrl-C, an
-    error of ``on_step``) leaves the model dense as it was, too, to the bit.
+    error of ``on_step``) leaves the model dense as it was, too, to the bit (under FSDP: training/sharded.py).
     """
     began = time.monotonic()
     recipe = Recipe.of(recipe).changed(**changes)

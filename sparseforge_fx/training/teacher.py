@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.program import Program
@@ -35,14 +36,21 @@ class Teacher:
     Args:
         copies: of :func:`dense_copies`.
         features: a name of :data:`FEATURES`: the values that it compares are kept in ``seen``.
+        cut: what makes of the module one that processes share.
     """
 
-    def __init__(self, program: Program, copies: Sequence[tuple[Tensor, Tensor]], features: str | None = None):
+    def __init__(
+        self,
+        program: Program,
+        copies: Sequence[tuple[Tensor, Tensor]],
+        features: str | None = None,
+        cut: Callable[[GraphModule], GraphModule] | None = None,
+    ):
         frozen = program.copy()
         clones = {id(value): clone for value, clone in copies}
         for fqn, value in list(frozen.state.items()):
             frozen.state[fqn] = clones.get(id(value), value)  # ties stay ties
-        self.module = frozen.module()
+        self.module = frozen.module() if cut is None else cut(frozen.module())
         self.seen = Taps()
         if features is not None:
             self.module = tap(self.module, self.seen, attention=FEATURES[features])

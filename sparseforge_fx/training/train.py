@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,20 +13,23 @@ from typing import Any, Protocol, get_type_hints
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast, send_to_device
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sparseforge_fx.data.batches import count_tokens
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.methods import schedule
 from sparseforge_fx.ranges import AtLeastZero, Count, Share, check_numbers
 from sparseforge_fx.training import processes
-from sparseforge_fx.training.checkpoint import load_state, save_state
+from sparseforge_fx.training.checkpoint import find_state, load_state, save_state
 from sparseforge_fx.training.distillation import Loss
+from sparseforge_fx.training.interruption import Interruption, Stopped
 from sparseforge_fx.training.master_weights import MasterWeights
-from sparseforge_fx.training.saved_run import restore, state_of
+from sparseforge_fx.training.replicas import replicated
+from sparseforge_fx.training.saved_run import parts, restore, state_of
 from sparseforge_fx.training.sparse_model import SparseModel
 
 
@@ -77,33 +82,43 @@ def train(
 
     Args:
         parameters: what trains; half-precision ones, and those that are rounded, get float32 masters.
-        state_path: the state is saved there every ``save_seconds``, and at once where a layer-wise solution is the
-            start, and read from there if it exists: a killed run continues to the same bits on a CPU.
+        state_path: the state is saved in this folder every ``save_seconds``, after SIGTERM or Ctrl-C, and at once where
+            a layer-wise solution is the start, and read from there if there is one: a killed run continues to the same
+            bits on a CPU, or on another number of processes.
         run: further plain values (weights, data, seed) that a saved state must agree in, beside the arguments here.
         compile: True, False, or "auto": where the run is long enough to win back what compiling costs.
 
     Raises SparseForgeError at the first loss or gradient that is not finite; the last saved state is then untouched.
-    Raises it, with nothing changed, for a saved state that is damaged or another run's.
+    Raises it, with nothing changed, for a saved state that is damaged or another run's. Raises Stopped, a
+    KeyboardInterrupt, where a signal has ended the run.
     """
     loop = _Loop(sparse, data, parameters, optimization, accelerator or processes.accelerator())
     main, steps = loop.accelerator.is_main_process, sparse.method.steps
-    told = {**(run or {}), **sparse.distillation.describe(), **asdict(optimization)}
-    told |= {"betas": list(optimization.betas), "processes": loop.accelerator.num_processes}
+    told = {**sparse.distillation.describe(), **asdict(optimization)}
+    several = loop.accelerator.num_processes > 1
+    told |= {"betas": list(optimization.betas)}
+    told["micro_batches"] = told.pop("accumulate") * loop.accelerator.num_processes
+    told |= {} if loop.accelerator.mixed_precision == "no" else {"precision": loop.accelerator.mixed_precision}
+    told |= run or {}
 
     def save(step: int) -> None:
-        if state_path is not None and main:
-            save_state(state_path, state_of(sparse, loop.master, loop.optimizer, step, loop.curves, told))
+        if state_path is not None:
+            save_state(state_path, step, state_of(sparse, loop.master, loop.optimizer, step, loop.curves, told))
 
     start = 0
-    if state_path is not None and state_path.exists():
-        start, loop.curves = restore(sparse, loop.master, loop.optimizer, load_state(state_path), told)
+    if state_path is not None and find_state(state_path) is not None:
+        mine = (sparse, loop.master, loop.optimizer)
+        start, loop.curves = restore(*mine, load_state(state_path, parts(*mine)), told)
     elif sparse.method.config.start != "dense":
         save(0)  # a layer-wise start takes long
     sparse.train()
     saved = time.monotonic()
+    if several and sparse.shards is None:  # a start that was computed on unlike machines may differ in its last bits
+        broadcast([[w.mask for w in sparse.method.weights], list(sparse.method.held().values())])
     if compile is True:
         sparse.compile()
-    with _progress(show_progress and main) as bar:
+    stops = Interruption(active=state_path is not None, patient=several)
+    with _progress(show_progress and main) as bar, stops:
         task = bar.add_task("sparsify", total=steps, completed=start, rate="", loss="", masks="")
         for step in range(start, steps):
             row = loop.step(step)
@@ -114,11 +129,16 @@ def train(
             if on_step is not None:
                 on_step(step, row)
             may_compile = compile == "auto" and step == start + 1 and sparse.distillation.features is None
+            may_compile &= sparse.shards is None
             if may_compile and worth_compiling(row["seconds"], steps - step - 1):
                 sparse.compile()
-            if time.monotonic() - saved > save_seconds:
+            old = time.monotonic() - saved > save_seconds
+            late, signal = processes.largest(loop.accelerator.device, old, stops.number)
+            if late or signal:
                 save(step + 1)
                 saved = time.monotonic()
+            if signal:
+                raise Stopped(int(signal))
     return loop.curves
 
 
@@ -136,6 +156,9 @@ class _Loop:
         self.sparse, self.data, self.how, self.accelerator = sparse, data, optimization, accelerator
         self.master = MasterWeights(parameters, sparse.on_grid)
         self.master.serve(sparse.method.weights, sparse.branches)
+        self.learner: nn.Module = _Learner(sparse)
+        if sparse.shards is None:
+            self.learner = replicated(self.learner, self.master.parameters, accelerator)
         self.optimizer = sparse.optimizer(
             self.master.masters, lr=optimization.lr, betas=optimization.betas, weight_decay=optimization.weight_decay
         )
@@ -150,10 +173,11 @@ class _Loop:
         factor = schedule.learning_rate((step + 1) / (sparse.method.steps + 1), how.warmup, how.lr_floor)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        parts = self._backward(step)
+        loss = self._backward(step)
         master.take_gradients()
         clip = how.clip if how.clip and sparse.method.config.by_gradient else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(master.masters, clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             raise SparseForgeError(
                 f"the gradient is not finite at step {step}: lower the learning rate ({how.lr:g}) or check the data"
@@ -167,9 +191,7 @@ class _Loop:
         row = {
             "step": step + 1,
             "tokens": (self.curves[-1]["tokens"] if self.curves else 0) + self.tokens,
-            "loss": sum(p.total.item() for p in parts) / how.accumulate,
-            "task": sum(p.task.item() for p in parts) / how.accumulate,
-            "kl": sum(p.kl.item() for p in parts) / how.accumulate,
+            **loss,
             "lr": how.lr * factor,
             "grad_norm": float(norm),
             "seconds": time.monotonic() - began,
@@ -178,36 +200,52 @@ class _Loop:
         self.curves.append(row)
         return row
 
-    def _backward(self, step: int) -> list[Loss]:
-        """The losses of the step's micro-batches; the gradients of their mean, over all processes, are in the
+    def _backward(self, step: int) -> dict[str, float]:
+        """The losses of the step, means over its micro-batches on all processes; so are the gradients in the
         parameters."""
         sparse, accelerator, count = self.sparse, self.accelerator, self.how.accumulate
         by_gradient = sparse.method.config.by_gradient
         several = accelerator.num_processes > 1
-        parts, self.tokens = [], 0
+        sums, tokens = [0.0] * len(Loss._fields), 0
         for micro in range(count):
             index = (step * count + micro) * accelerator.num_processes + accelerator.process_index
             device = accelerator.device if several else self.master.parameters[0].device
             batch = send_to_device(self.data.batch(index), device)
-            with torch.set_grad_enabled(by_gradient):
-                loss = _loss(sparse, batch)
-            if not torch.isfinite(loss.total):
-                raise SparseForgeError(
-                    f"the loss is {loss.total.item()} at step {step}: "
-                    f"lower the learning rate ({self.how.lr:g}) or check the data"
-                )
-            if by_gradient:
-                (loss.total / count).backward()
-            sparse.method.observe(loss.total.detach(), partial(_total, sparse, batch))
-            parts.append(loss)
-            self.tokens += count_tokens(batch)
+            summed = micro == count - 1 or sparse.shards is not None  # parts have no memory for what is not summed
+            with nullcontext() if summed else accelerator.no_sync(self.learner), torch.set_grad_enabled(by_gradient):
+                loss = self.learner(batch)
+                if by_gradient:
+                    (loss.total / count).backward()
+            sparse.method.observe(loss.total.detach(), partial(self._again, batch))
+            sums = [known + part.item() for known, part in zip(sums, loss, strict=True)]
+            tokens += count_tokens(batch)
+        told = torch.tensor([*(total / count for total in sums), tokens], dtype=torch.float64)
         if several:
-            counted = accelerator.reduce(torch.tensor(self.tokens, device=accelerator.device))
-            self.tokens = int(counted.item())  # type: ignore[union-attr]
-            for p in self.master.parameters:
+            told = accelerator.reduce(told.to(accelerator.device)).cpu()  # type: ignore[union-attr]
+            told[:-1] /= accelerator.num_processes
+            for p in sparse.method.parameters():  # whose gradients do not come out of the backward pass
                 if p.grad is not None:
                     p.grad = accelerator.reduce(p.grad, reduction="mean")  # type: ignore[assignment]
-        return parts
+        *losses, self.tokens = [*told[:-1].tolist(), int(told[-1])]
+        if not math.isfinite(losses[0]):  # of all processes: each of them ends, and none waits for another
+            raise SparseForgeError(
+                f"the loss is {losses[0]} at step {step}: lower the learning rate ({self.how.lr:g}) or check the data"
+            )
+        return dict(zip(("loss", *Loss._fields[1:]), losses, strict=True))
+
+    def _again(self, batch: Any) -> Tensor:
+        return self.learner(batch).total
+
+
+class _Learner(nn.Module):
+    """From a batch to its loss."""
+
+    def __init__(self, sparse: SparseModel):
+        super().__init__()
+        self.sparse = sparse
+
+    def forward(self, batch: Any) -> Loss:
+        return _loss(self.sparse, batch)
 
 
 #: seen on two CPU cores in bf16: compiling saves a sixth of a step, and costs about this many seconds with one block
@@ -220,16 +258,14 @@ def worth_compiling(step_seconds: float, steps_left: int) -> bool:
     return step_seconds * steps_left * COMPILE_SAVES > 2 * COMPILE_SECONDS
 
 
-def _total(sparse: SparseModel, batch: Any) -> Tensor:
-    return _loss(sparse, batch).total
-
-
 def _loss(sparse: SparseModel, batch: Any) -> Loss:
     try:
         sparse(*(batch if isinstance(batch, tuple | list) else (batch,)))
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, IndexError, RuntimeError) as error:  # a size or a token that the model does not take
+        if processes.other_ended(error):
+            raise
         fixed = "".join(f"; {note}" for note in sparse.dense.notes)
         raise SparseForgeError(
             f"the model cannot take the batch of step {sparse.steps_done}: {one_line(error)}{fixed}"

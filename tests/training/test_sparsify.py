@@ -201,7 +201,7 @@ def test_resume_from_a_file(captured_once, tmp_path, method, preset):
         return [p.detach().clone() for p in found.model.parameters()], [row["loss"] for row in result.report["curves"]]
 
     straight, curve = run()
-    saved = {"state_path": str(tmp_path / "state.pt"), "save_seconds": 0.0}
+    saved = {"state_path": str(tmp_path / "state"), "save_seconds": 0.0}
     for stop in (2, 10):
         assert run(stop, **saved) is None
     weights, resumed = run(**saved)
@@ -608,7 +608,7 @@ def test_a_layer_wise_start_is_saved_before_the_first_step(captured_once, tmp_pa
     def killed(step, row):
         raise KeyboardInterrupt
 
-    options |= {"state_path": tmp_path / "state.pt"}
+    options |= {"state_path": tmp_path / "state"}
     model = captured_once("llama").model
     with pytest.raises(KeyboardInterrupt):
         sf.sparsify(model, ids, **options, on_step=killed)

@@ -1,0 +1,49 @@
+"""SIGTERM and Ctrl-C end a run after the step that is under way, when its state can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to end, and its state is saved. ``exit_code`` is what a shell makes of the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class Interruption:
+    """While it is entered, the first of the two signals is kept in ``number`` (0: none has come).
+
+    Args:
+        active: False: signals do what they always do.
+        patient: nor does a second one end the process: launchers pass on what the terminal has sent, too, and kill what
+            takes too long. Otherwise the second does what it always does.
+    """
+
+    def __init__(self, active: bool, patient: bool):
+        self.number = 0
+        self._patient = patient
+        self._active = active and threading.current_thread() is threading.main_thread()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if self._active:
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+        if not self._patient:
+            self._restore()

@@ -1,0 +1,249 @@
+"""One model over several processes, by FSDP2: each has a part of every weight, of its mask, curvature, master, moments.
+
+Enabled as accelerate's users do it: ``accelerate launch --use_fsdp --fsdp_version 2 ...``, or an Accelerator with a
+FullyShardedDataParallelPlugin. The blocks that the graph repeats are sharded one by one, the rest as one; masks are
+gathered and let go with their weights. The dense model is loaded by every process, and cut up when it is captured; at
+the end the first process gathers the result, weight by weight, and the models of the others stay empty, as all do where
+a run fails: there is a saved state to go on from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.fx import GraphModule
+
+from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.exported import Exported
+from sparseforge_fx.graph.module_tree import BlockModule, with_block_modules
+from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.methods.curvature import Curvature, scale_of
+from sparseforge_fx.methods.part import Part, local
+from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.passes import LinearSite, Pass, run_passes
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.insert_hessian_hooks import probe_name
+from sparseforge_fx.passes.insert_soft_masks import mask_name
+from sparseforge_fx.pattern import Pattern
+
+ESTIMATOR = "gauss_newton"  # the one whose estimate is a sum over tokens, of the weight's shape
+
+
+def mask_of_ones(weight: Tensor) -> Tensor:
+    """A mask that takes the memory of one element until its block is cut up."""
+    return weight.new_ones(()).expand(weight.shape)
+
+
+class Sharding:
+    """How a run's model lies over the processes. Raises SparseForgeError for what cannot be trained so.
+
+    Args:
+        plugin: accelerate's, with the user's choices.
+        device: of this process.
+    """
+
+    def __init__(self, plugin: FullyShardedDataParallelPlugin, device: torch.device):
+        self.mesh: DeviceMesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        self.options = {
+            "mesh": self.mesh,
+            "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            "offload_policy": plugin.cpu_offload,
+        }
+        self.reshard = plugin.reshard_after_forward
+
+    def check(self, config: TrainedConfig, sites: Sequence[LinearSite], **others: bool) -> None:
+        """Raise SparseForgeError for a method, an option or a weight that cannot be trained in parts."""
+        curvature = getattr(config, "curvature", ESTIMATOR)
+        reasons = {
+            f"the method {type(config).__name__.removesuffix('Config')} has an optimizer of whole weights; take "
+            "sparseforge, gmp or imp": config.own_optimizer,
+            f"start {config.start!r} solves for whole weights; take preset='annealed'": config.start != "dense",
+            f"the pattern {config.pattern} has no groups; take N:M": not isinstance(config.pattern, Pattern),
+            f"values {config.values!r} need a layer-wise start; take values='float'": config.values != "float",
+            f"the curvature {curvature} is not gathered in parts; take {ESTIMATOR}": curvature != ESTIMATOR,
+            **{f"{name.replace('_', ' ')} is for whole models; leave it out": asked for name, asked in others.items()},
+        }
+        if wrong := next((reason for reason, holds in reasons.items() if holds), None):
+            raise SparseForgeError(f"under FSDP {wrong}, or run without --use_fsdp")
+        for site in eligible(sites):
+            self.placement(site.shape, site.reduction_dim, config.pattern, site.fqn)  # type: ignore[arg-type]
+
+    def placement(self, shape: Sequence[int], dim: int, pattern: Pattern, fqn: str) -> Shard:
+        """Along which dimension a weight is cut so that no group of M is. Raises SparseForgeError where none does."""
+        count = self.mesh.size()
+        if dim != 0:
+            return Shard(0)
+        if shape[1] % count == 0:
+            return Shard(1)
+        if -(-shape[0] // count) % pattern.m == 0:
+            return Shard(0)
+        raise SparseForgeError(
+            f"under FSDP {fqn} {list(shape)} cannot be cut into {count} parts without cutting groups of {pattern.m}: "
+            f"take a number of processes that divides {shape[1]}, or exclude it"
+        )
+
+    def shard(
+        self, module: GraphModule, sites: Sequence[LinearSite], pattern: Pattern, whole: Sequence[nn.Parameter] = ()
+    ) -> tuple[GraphModule, dict[str, nn.Parameter]]:
+        """``module`` in blocks that FSDP2 has cut up, and its parameters by name, in the order that they
+        had; ``whole`` are left as they are."""
+        order = [name for name, _ in module.named_parameters()] + [name for name, _ in module.named_buffers()]
+        buffers = {name for name, _ in module.named_buffers()}
+        for name in (mask_name(s.fqn) for s in eligible(sites)):  # in one order: it is that of FSDP2's messages
+            if name not in buffers:
+                continue
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            mask = owner._buffers.pop(leaf)
+            assert mask is not None  # FSDP2 cuts parameters alone
+            owner.register_parameter(leaf, nn.Parameter(mask, requires_grad=False))
+        placed: dict[str, Shard] = {}
+        for site in eligible(sites):
+            placement = self.placement(site.shape, site.reduction_dim, pattern, site.fqn)  # type: ignore[arg-type]
+            placed |= {site.fqn: placement, mask_name(site.fqn): placement}
+        tree = with_block_modules(module)
+        names: dict[nn.Module, dict[str, str]] = {b: b.names for b in tree.modules() if isinstance(b, BlockModule)}
+        found: dict[str, nn.Parameter] = {}
+        kept = {id(p) for p in whole}
+        for block in [*names, tree]:
+            own = names.get(block, {})
+            for p in block.parameters():
+                if 0 in p.stride() and id(p) not in kept:
+                    p.data = p.data.contiguous()  # a mask of this block
+            reshard = {} if block is tree else {"reshard_after_forward": self.reshard}
+            way = partial(_way, {id(p): placed.get(own.get(name, name)) for name, p in block.named_parameters()})
+            fully_shard(block, shard_placement_fn=way, ignored_params=set(whole), **reshard, **self.options)
+        for block in names:
+            found |= {names[block][name]: p for name, p in block.named_parameters()}
+        inside = {id(p) for p in found.values()}
+        found |= {name: p for name, p in tree.named_parameters() if id(p) not in inside}
+        return tree, {name: found[name] for name in order if name in found}
+
+
+def _way(ways: dict[int, Shard | None], parameter: nn.Parameter) -> Shard | None:
+    return ways.get(id(parameter))
+
+
+class Shards:
+    """A soft-masked model cut up: what runs, and what this process has of every weight and mask.
+
+    The source model's parameters are empty from then on: :meth:`give_back` fills them.
+
+    Args:
+        masked: the program with its masks; from here on its state holds the parts.
+        probing: from it to the program with probes.
+    """
+
+    def __init__(
+        self,
+        sharding: Sharding,
+        masked: Exported,
+        probing: Sequence[Pass],
+        sites: Sequence[LinearSite],
+        pattern: Pattern,
+    ):
+        self.sharding, self._sites, self._pattern = sharding, sites, pattern
+        module = run_passes(masked, probing)[0].module()
+        names = [site.fqn for site in eligible(sites)]
+        self.probes = {fqn: module.get_parameter(probe_name(fqn)) for fqn in names}
+        for probe in self.probes.values():
+            probe.requires_grad_(False)  # but in the steps that estimate
+        self.module, self.parameters = sharding.shard(module, sites, pattern, list(self.probes.values()))
+        self.weights = []
+        for site in eligible(sites):
+            weight, mask = self.parameters[site.fqn], self.parameters[mask_name(site.fqn)]
+            assert isinstance(weight, DTensor) and isinstance(mask, DTensor)
+            here = local(weight), local(mask)
+            masked.state[site.fqn], masked.state[mask_name(site.fqn)] = here
+            self.weights.append(MaskedWeight(site.fqn, *here, site.reduction_dim, Part.of(weight)))
+
+    def teacher(self, module: GraphModule) -> GraphModule:
+        """The dense model, cut up in the same way."""
+        return self.sharding.shard(module, self._sites, self._pattern)[0]
+
+    @torch.no_grad()
+    def empty(self, source: Exported) -> None:
+        """Let go of the whole weights."""
+        for value in source.state.values():
+            if isinstance(value, nn.Parameter):
+                value.data = value.data.new_empty(0)
+
+    @torch.no_grad()
+    def give_back(self, source: Exported) -> None:
+        """Gather one weight after the other for the source model of the first process; the others' stay empty."""
+        for fqn, value in source.state.items():
+            if fqn in self.parameters and isinstance(value, nn.Parameter):
+                whole = self.parameters[fqn].full_tensor()  # type: ignore[attr-defined]
+                if self.sharding.mesh.get_rank() == 0:
+                    value.data = whole
+
+
+class ShardedProbe:
+    """The probes of a sharded model: each process hears of its own tokens, and keeps its part of the mean over all.
+
+    They stand in the graph that trains, and are asked in the steps that estimate alone. As :class:`CurvatureProbe`.
+    """
+
+    rides, run, module = True, None, None
+
+    def __init__(self, shards: Shards, curvature: Curvature):
+        self.curvature, self._probes, self._mesh = curvature, shards.probes, shards.sharding.mesh
+        self._scale = scale_of(curvature) / self._mesh.size()
+        self._ask(True)  # a hook wants a tensor that has a gradient
+        self._hooks = [
+            self._probes[w.fqn].register_post_accumulate_grad_hook(partial(self._fold, w)) for w in shards.weights
+        ]
+        self.forget()
+
+    def _fold(self, w: MaskedWeight, probe: Tensor) -> None:
+        assert probe.grad is not None and w.part is not None
+        total = DTensor.from_local(probe.grad, self._mesh, [Partial()], run_check=False)
+        probe.grad = None
+        part = total.redistribute(placements=[Shard(w.part.dim)]).to_local() * self._scale
+        self.curvature.add(w.fqn, part)
+
+    def keep(self, batch: Reading) -> None:
+        """A micro-batch of a step that estimates begins."""
+        del batch
+        self._ask(True)
+
+    def complete(self, step: int, loss: Callable[[Any, Reading], Tensor]) -> None:
+        """The step's estimates are complete."""
+        self.curvature.close()
+
+    def forget(self) -> None:
+        """The step is over."""
+        self._ask(False)
+
+    def _ask(self, wanted: bool) -> None:
+        for probe in self._probes.values():
+            probe.requires_grad_(wanted)
+
+    def release(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._probes = {}
+
+
+def sharding_of(accelerator: Accelerator) -> Sharding | None:
+    """What the user has asked accelerate for; None: no FSDP. On CPUs accelerate itself leaves it out."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    plugin = getattr(accelerator.state, "fsdp_plugin", None) or (FullyShardedDataParallelPlugin() if asked else None)
+    if plugin is None:
+        return None
+    if plugin.fsdp_version != 2:
+        raise SparseForgeError("FSDP 1 keeps weights where masks do not see them: take FSDP 2 (--fsdp_version 2)")
+    return None if accelerator.num_processes == 1 else Sharding(plugin, accelerator.device)
