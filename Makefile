@@ -10,10 +10,10 @@ QUICK ?=
 # a folder with model/, *.jsonl.xz to train on, valid.txt, test.txt: `make gpu-training TRAIN=folder`
 TRAIN ?=
 
-.PHONY: help venv test lint docs demo gpu-suite gpu-training clean
+.PHONY: help venv test examples lint docs demo gpu-suite gpu-training clean
 
 help:
-	@echo "make venv | test [SLOW=1] | lint | docs | demo [QUICK=1] | gpu-suite | gpu-training TRAIN=folder | clean"
+	@echo "make venv | test [SLOW=1] | examples | lint | docs | demo [QUICK=1] | gpu-suite | gpu-training TRAIN=folder | clean"
 
 venv: $(READY)
 
@@ -38,6 +38,10 @@ endif
 
 test: venv
 	$(BIN)/python -m pytest -q -n auto --dist loadfile $(if $(SLOW),-m slow)
+
+# the examples that take long, the notebook among them
+examples: venv
+	$(BIN)/python -m pytest -q -n auto -m slow tests/test_examples.py
 
 lint: venv
 	$(BIN)/ruff check .

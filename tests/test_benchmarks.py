@@ -54,7 +54,9 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("decode", "estimator_cost") else []) for n in SCRIPTS]
+)
 def test_a_script_writes_what_it_measured_and_where(name, model, text, results):
     options, holds = SCRIPTS[name]
     files = {"model": str(model), "data": str(text), "valid": text}

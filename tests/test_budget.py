@@ -219,7 +219,7 @@ def test_a_run_is_one_json_and_goes_on_after_a_kill(runs, model, tmp_path, monke
     monkeypatch.setattr(sf, "sparsify", killed)
     with pytest.raises(Killed):
         budget.main(model, **how)
-    assert [file.suffix for file in tmp_path.iterdir() if file.is_file()] == [".state"]
+    assert not [file for file in tmp_path.iterdir() if file.is_file()] and len(list(tmp_path.glob("*.state"))) == 1
     budget.main(model, **how)
     assert steps[:12] == [*range(10), 9, 10]  # the step of the kill was not saved
     files = sorted(tmp_path.glob("*.json"))

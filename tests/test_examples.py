@@ -27,7 +27,11 @@ def test_no_example_is_forgotten():
     assert {p.name for p in EXAMPLES.glob("*.py")} == {*SAYS, "demo.py"}
 
 
-@pytest.mark.parametrize("name", SAYS)
+#: half a minute each
+SLOW = ("export_and_generate.py", "serve_with_openai.py")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in SAYS])
 def test_example_runs(name, tmp_path):
     for needed in NEEDS.get(name, ()):
         pytest.importorskip(needed)
@@ -118,6 +122,7 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(demo, monkeypatch, tmp_path, c
     assert all(r["tokens_scored"] == 8 * 63 for r in summary["rows"])
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")

@@ -105,6 +105,7 @@ print("level", logging.getLogger("torchao").level)
 """
 
 
+@pytest.mark.slow
 def test_every_verb_prints_our_words_only(home, tmp_path):
     pytest.importorskip("torchao")
     write_gguf(home / "tiny.gguf", tiny_llama())
@@ -711,6 +712,7 @@ def test_a_kill_at_any_write_leaves_nothing_that_resuming_cannot_finish(home, sp
     assert os.listdir(tmp_path) == ["out"] and STATE not in os.listdir(out)
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_writes(home, tmp_path):
     out = tmp_path / "out"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(home / "cache")}

@@ -15,6 +15,7 @@ from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.deploy.lowering.cost import Shape, Timing, as_table, save_table
 from sparseforge_fx.formats import DENSE, parse_format
 from sparseforge_fx.plans import Plan, PlannedWeight, Price
+from sparseforge_fx.training.checkpoint import save_state
 
 COMMANDS = get_command(cli.app).commands
 
@@ -131,7 +132,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path, saved):
 
     def interrupted():
         if saved:
-            folder.state.write_bytes(b"x")
+            save_state(folder.state, 0, {"x": 1.0})
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:

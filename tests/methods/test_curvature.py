@@ -458,6 +458,7 @@ def curvatures(rows: slice) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_estimate_what_one_does_with_both_their_batches(tmp_path):
     """In a loop of one's own. Half of the model hears nothing on either process."""
     first, second = run_two(RANKS, tmp_path)

@@ -327,6 +327,7 @@ def under_the_trainer(folder, rows):
     return seen
 
 
+@pytest.mark.slow
 def test_masks_follow_the_curvature_of_all_processes(tmp_path):
     """DistributedDataParallel hands rank 0's masks round; they have to be those of all data."""
     first, second = run_two(RANKS, tmp_path)

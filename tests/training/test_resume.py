@@ -220,7 +220,7 @@ def test_edits_of_what_a_method_holds(masks_under_way, kind, how):
     if how == "whole kind":
         del state["method"]["held"][kind]
     elif how == "of another weight":
-        held["none.weight"] = held[fqn]
+        held["none.weight"] = held[fqn].clone()
     else:
         held[fqn] = {"shape": held[fqn][:3, :5], "dtype": held[fqn].double(), "no tensor": 1.0}[how]
     save_state(path, 3, state)

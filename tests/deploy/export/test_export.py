@@ -175,6 +175,7 @@ def test_the_sparse_kernels_are_inside_and_no_dense_weight(package):
     assert kept in library  # its survivors, row by row
 
 
+@pytest.mark.slow
 def test_a_compiled_package_is_the_same_again(package, tmp_path):
     path, found, _ = package
     sf.export(found.model, tmp_path / "again.pt2", found.example, format="aoti", gate=False)
@@ -262,6 +263,7 @@ def run_from_cpp(path, folder, tokens):
     return subprocess.run([binary, path, *map(str, tokens)], env={}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_package_runs_from_cpp(package, tmp_path):
     path, found, _ = package

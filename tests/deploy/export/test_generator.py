@@ -56,7 +56,9 @@ def prompts(rows=2, length=7, padded=3):
     return ids * mask, mask
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mistral", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "opt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "qwen3", "gemma3"))]
+)
 def test_greedy_tokens_are_those_of_generate(exported, name):
     model, path, report = exported(name)
     ids, mask = prompts()
