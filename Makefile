@@ -39,9 +39,9 @@ endif
 test: venv
 	$(BIN)/python -m pytest -q -n auto --dist loadfile $(if $(SLOW),-m slow)
 
-# the examples that take long, the notebook among them
+# every example, the notebook and the quick start
 examples: venv
-	$(BIN)/python -m pytest -q -n auto -m slow tests/test_examples.py
+	$(BIN)/python -m pytest -q -n auto -m slow tests/test_examples.py tests/test_docs.py
 
 lint: venv
 	$(BIN)/ruff check .

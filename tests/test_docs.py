@@ -60,6 +60,7 @@ def test_the_code_of_a_pass_and_a_method_of_ones_own_runs():
         exec(compile(code, "docs/extending.md", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "model", num_hidden_layers=1)
     (tmp_path / "train.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 60)

@@ -27,11 +27,8 @@ def test_no_example_is_forgotten():
     assert {p.name for p in EXAMPLES.glob("*.py")} == {*SAYS, "demo.py"}
 
 
-#: half a minute each
-SLOW = ("export_and_generate.py", "serve_with_openai.py")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in SAYS])
+@pytest.mark.slow  # all of them together: make examples
+@pytest.mark.parametrize("name", SAYS)
 def test_example_runs(name, tmp_path):
     for needed in NEEDS.get(name, ()):
         pytest.importorskip(needed)
