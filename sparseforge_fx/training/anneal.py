@@ -65,7 +65,7 @@ def anneal(
             "the low-rank branches (slorb_block) are saved beside the weights: sf.load rebuilds them, transformers' "
             "own from_pretrained leaves them out"
         )
-    sharding = sharding_of(accelerator)
+    sharding = sharding_of(accelerator, report["notes"])
     if sharding is not None:
         whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
         sharding.check(config, run.sites, **whole, compile=how["compile"] is True)

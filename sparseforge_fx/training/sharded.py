@@ -238,12 +238,16 @@ class ShardedProbe:
         self._probes = {}
 
 
-def sharding_of(accelerator: Accelerator) -> Sharding | None:
-    """What the user has asked accelerate for; None: no FSDP. On CPUs accelerate itself leaves it out."""
+def sharding_of(accelerator: Accelerator, notes: list[str]) -> Sharding | None:
+    """What the user has asked accelerate for; None: no FSDP. On CPUs accelerate itself leaves it out. ``notes`` gains a
+    sentence where it was asked for in vain."""
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or (FullyShardedDataParallelPlugin() if asked else None)
     if plugin is None:
         return None
     if plugin.fsdp_version != 2:
         raise SparseForgeError("FSDP 1 keeps weights where masks do not see them: take FSDP 2 (--fsdp_version 2)")
-    return None if accelerator.num_processes == 1 else Sharding(plugin, accelerator.device)
+    if accelerator.num_processes == 1:
+        notes.append("FSDP was asked for and does nothing: there is one process to share the model")
+        return None
+    return Sharding(plugin, accelerator.device)

@@ -79,7 +79,7 @@ from sparseforge_fx.training.sharded import sharding_of
 from test_sharded import RUNS, decisions, ran
 torch.set_num_threads(1)
 folder, rank = Path(sys.argv[1]), sys.argv[2]
-sharding = sharding_of(processes.accelerator())
+sharding = sharding_of(processes.accelerator(), [])
 result = {name: ran(name, sharding) for name in RUNS}
 saved = {"save_seconds": 0.0}
 ran("llama", sharding, stop=3, state_path=folder / "by two", **saved)
@@ -233,3 +233,14 @@ def test_a_weight_that_would_be_cut_through_groups_is_named():
     assert sharding.placement((12, 4), 0, Pattern(2, 4), "w").dim == 1
     with pytest.raises(SparseForgeError, match=r"w \[12, 3\] cannot be cut into 2 parts without cutting groups of 4"):
         sharding.placement((12, 3), 0, Pattern(2, 4), "w")
+
+
+def test_one_process_says_that_there_is_nothing_to_share(monkeypatch):
+    from sparseforge_fx.training import processes
+    from sparseforge_fx.training.sharded import sharding_of
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    notes = []
+    assert sharding_of(processes.accelerator(), notes) is None
+    assert len(notes) == 1 and "FSDP was asked for and does nothing" in notes[0]
