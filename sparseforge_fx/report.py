@@ -10,13 +10,15 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from sparseforge_fx.files import new_file
-from sparseforge_fx.passes import LinearSite
+
+if TYPE_CHECKING:
+    from sparseforge_fx.passes import LinearSite
 
 
 class Environment(TypedDict):

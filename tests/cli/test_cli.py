@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import fresh
 import preloaded
 import pytest
 import torch
@@ -213,6 +214,23 @@ def test_inspect_needs_no_weights_and_sums_up_the_layers(home, tmp_path):
     text = ok("inspect", tmp_path, "--include", "*_proj", "--exclude", "*.o_proj")
     assert "18 eligible linears" in text and "model.layers.*.mlp.up_proj.weight" in text and "layers.2" not in text
     assert "excluded by name" in text and "embed_tokens" in text
+
+
+def test_inspect_begins_to_answer_before_it_imports_what_traces(home):
+    said = fresh.run(
+        """
+from typer.testing import CliRunner
+from sparseforge_fx import cli
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("sparseforge_fx.passes", "sparseforge_fx.graph.capture"):
+            raise SystemExit(f"imports {name}")
+sys.meta_path.insert(0, Blocked())
+print(CliRunner().invoke(cli.app, ["inspect", sys.argv[1]]).output)
+""",
+        home / "dense",
+    )
+    assert "parameters; tracing its graph" in said and "imports sparseforge_fx" in said and "eligible" not in said
 
 
 def test_inspect_counts_bytes(home):
