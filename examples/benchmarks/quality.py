@@ -49,6 +49,7 @@ def main(
     windows: int = 16,
     w_task: Annotated[float | None, typer.Option(help="of the cross-entropy; default: the preset's")] = None,
     w_kl: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
+    temperature: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
     threads: int = 0,
     device: str = "cpu",
     label: str = "",
@@ -82,7 +83,12 @@ def main(
     if method == "sparseforge":
         settings["preset"] = preset
     if method in TRAINED:
-        settings |= {"tokens": tokens, "lr": lr, "state_path": state, "objective": loss(method, settings, w_task, w_kl)}
+        settings |= {
+            "tokens": tokens,
+            "lr": lr,
+            "state_path": state,
+            "objective": loss(method, settings, task=w_task, kl=w_kl, temperature=temperature),
+        }
     if method == "dense":
         report = {"sites": [], **environment()}
         sparse = dense
@@ -114,9 +120,9 @@ def main(
     print(f"{name}: dense {dense}, sparse {sparse}")
 
 
-def loss(method: str, settings: dict[str, Any], task: float | None, kl: float | None) -> sf.Distillation | None:
-    """The preset's with these weights; None where none is given."""
-    given = {name: weight for name, weight in (("task", task), ("kl", kl)) if weight is not None}
+def loss(method: str, settings: dict[str, Any], **changes: float | None) -> sf.Distillation | None:
+    """The preset's with these fields; None where none is given."""
+    given = {name: value for name, value in changes.items() if value is not None}
     chosen = sf.Recipe(method=method, preset=settings.get("preset")).settings(True).objective
     return replace(chosen, **given) if given else None
 
