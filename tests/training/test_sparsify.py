@@ -78,6 +78,22 @@ def test_every_method_on_every_kind_of_model(captured_once, method, name):
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", [*METHODS, "sparseforge of the paper", "sparseforge with blocks that learn"])
+def test_every_method_on_a_gpu_with_data_from_the_cpu(method, device="cuda"):
+    torch.manual_seed(0)
+    model = tiny_models.build("llama").to(device)
+    data = torch.randint(3, tiny_models.VOCABULARY, (8, 12))
+    options = SMALL | {"method": method.split()[0]} | ({"preset": "paper"} if "paper" in method else {})
+    options |= {"reorder": True, "reconstruct": 1} if "blocks" in method else {}
+    report = sf.sparsify(model, None if method == "magnitude" else data, **options).report
+    assert report["sites"] and all(check_pattern(model.get_parameter(s["name"]), TWO_FOUR) for s in report["sites"])
+    assert {p.device.type for p in model.parameters()} == {device}
+    ids = data[:2].to(device)
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+
+
 def test_magnitude_is_what_it_says(captured_once):
     found = captured_once("gpt2")
     sf.sparsify(found.model)
