@@ -95,8 +95,12 @@ def read_by_the_tables(file, results):
         row = quality_tables.quality_table().splitlines()[-1]
         seconds = f"{record['report']['seconds']:,.0f} ({record['report']['calibration_seconds']:,.0f})"
         assert row.startswith(f"| alps+kd | 256 | 4 x 64 | 2 | {seconds} | {score} |")
+        where = record["report"]["device"]
         row = quality_tables.leaderboard_table().splitlines()[-1]
-        assert row.startswith(f"| alps+kd | 256 | 0.0005 | {seconds} | {score} |") and "| 50.0 ± 10.0 | 50 |" in row
+        assert (
+            row.startswith(f"| alps+kd | 256 | 4 x 64 | 0.0005 | {seconds} | {where} | {score} |")
+            and "| 50.0 ± 10.0 | 50 |" in row
+        )
 
 
 def test_quality_is_one_json_that_is_not_made_twice(model, results, capsys):

@@ -132,8 +132,10 @@ def _layers(sparse: SparseModel, copies: Sequence[tuple[Tensor, Tensor]]) -> dic
         if w.fqn in errors:
             found.setdefault(w.fqn, {})["error"] = errors[w.fqn]
         weight = sparse.program.tensor(w.fqn)  # not the master that the method may have
-        if id(weight) in dense and not sparse.method.config.reorder:  # which lets weights stand elsewhere
-            found.setdefault(w.fqn, {}).update(describe_change(weight, dense[id(weight)]))
+        known = sparse.moves is not None or not sparse.method.config.reorder  # a resumed run knows no places
+        if id(weight) in dense and known:
+            before = dense[id(weight)] if sparse.moves is None else sparse.moves.follow(w.fqn, dense[id(weight)])
+            found.setdefault(w.fqn, {}).update(describe_change(weight, before))
         if w.fqn in curvature:
             found.setdefault(w.fqn, {})["curvature"] = curvature[w.fqn]
     return found
