@@ -18,6 +18,7 @@ elif os.environ.get("SPARSEFORGE_CPU_ISA", "").startswith("avx512"):
 
 import pytest
 import torch
+import torch.fx.config
 from hypothesis import settings
 from tiny_models import captured_once, tiny  # noqa: F401  (fixtures)
 from torch import nn
@@ -26,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseforge_fx.graph.capture import capture
 
 torch.set_num_threads(1)
+torch.fx.config.do_not_emit_stack_traces = True  # a quarter of every capture, for what no test reads
 settings.register_profile("repository", deadline=None, derandomize=True, database=None)  # the same cases everywhere
 settings.load_profile("repository")
 

@@ -53,12 +53,9 @@ def inspect(
 ) -> None:
     """Which linears are eligible, which not and why; bytes dense and sparse. Needs no weights."""
     from sparseforge_fx.files import check_parent
-    from sparseforge_fx.graph.capture import capture
     from sparseforge_fx.models.dense import load_dense, load_skeleton
-    from sparseforge_fx.passes import find_linears
     from sparseforge_fx.pattern import TWO_FOUR, parse_pattern
     from sparseforge_fx.plans import Plan, planned_formats
-    from sparseforge_fx.report import describe_sites
 
     shape = parse_pattern(pattern)
     if picture is not None:
@@ -73,6 +70,11 @@ def inspect(
     parameters = sum(p.numel() for p in loaded.parameters())  # a tied one comes once
     console = stdout(quiet=as_json)
     console.print(f"{model}: {parameters:,} parameters; tracing its graph", highlight=False, markup=False)
+    # the answer begins above: what it takes to trace is imported after that
+    from sparseforge_fx.graph.capture import capture
+    from sparseforge_fx.passes import find_linears
+    from sparseforge_fx.report import describe_sites
+
     program = capture(loaded, dynamic=False)
     sites = find_linears(program, shape, include, exclude)
     if planned is not None:
