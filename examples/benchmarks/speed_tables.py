@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from records import blocks, machine, read, table
+from records import NONE, blocks, machine, read, table
 
 #: of operators, in step_profile.py
 KINDS = ("products", "attention", "elementwise", "copies", "loss", "optimizer", "other")
@@ -70,6 +70,7 @@ def scale_table() -> str:
                 row["gpus"],
                 f"{row['bytes'] / 1e9:,.0f} GB",
                 f"{row['state_bytes'] / 1e9:,.0f} GB",
+                f"{row['gathered_bytes'] / 1e9:,.0f} GB",
                 f"{row['sequences_at_a_time']} x {row['micro_batches']}",
                 f"{row['compute_seconds']:,.1f} s",
                 f"{row['network_seconds']:,.1f} s",
@@ -80,13 +81,14 @@ def scale_table() -> str:
         names = (
             "GPUs",
             "bytes of each",
-            "states alone",
+            "states",
+            "gathered",
             "sequences x micro-batches",
             "computing",
             "messages",
             "gives out first",
         )
-        parts.append((text, table(names, "rrrrrrl", rows)))
+        parts.append((text, table(names, "rrrrrrrl", rows)))
     each = ", ".join(f"{name} {size:g}" for name, size in runs[0]["bytes_per_weight"].items())
     total = sum(runs[0]["bytes_per_weight"].values())
     head = (
