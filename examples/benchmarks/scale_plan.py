@@ -31,6 +31,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.graph.capture import capture, without_values
 from sparseforge_fx.passes import find_linears
 from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.report import environment
 from sparseforge_fx.training.master_weights import MasterWeights
 
 #: published sides (of DeepSeek-V3 they are the config's own defaults), and how many of the blocks are of a first kind
@@ -63,6 +64,7 @@ class Sites:
 
 def main(models: str = ",".join(MODELS), tokens: int = 1 << 20) -> None:
     """``tokens`` of a step, over all GPUs."""
+    here = environment()  # what is written below makes a change to the tree
     per_weight = bytes_of_a_weight()
     overhead = heating_over_dense()
     for name in models.split(","):
@@ -75,7 +77,7 @@ def main(models: str = ",".join(MODELS), tokens: int = 1 << 20) -> None:
             "heating_over_dense": overhead, "assumed": ASSUMED, "gpus": rows,
             "layerwise_bytes": 4 * 4 * sites.widest**2,
         }  # fmt: skip
-        save("scale", name, record)
+        save("scale", name, record, here)
         print(name, f"{parameters:,}", rows)
 
 
