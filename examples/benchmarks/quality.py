@@ -83,12 +83,8 @@ def main(
     if method == "sparseforge":
         settings["preset"] = preset
     if method in TRAINED:
-        settings |= {
-            "tokens": tokens,
-            "lr": lr,
-            "state_path": state,
-            "objective": loss(method, settings, task=w_task, kl=w_kl, temperature=temperature),
-        }
+        objective = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
+        settings |= {"tokens": tokens, "lr": lr, "state_path": state, "objective": objective}
     if method == "dense":
         report = {"sites": [], **environment()}
         sparse = dense
