@@ -80,8 +80,7 @@ def main(
 
     dense = known_score(dense_from, windows) or score(net)
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
-    if method == "sparseforge":
-        settings["preset"] = preset
+    settings |= {"preset": preset} if method == "sparseforge" else {}
     if method in TRAINED:
         objective = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
         settings |= {"tokens": tokens, "lr": lr, "state_path": state, "objective": objective}
