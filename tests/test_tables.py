@@ -62,6 +62,11 @@ def run(label, method, preset, **report):
             None,
         ),
         (
+            run("alps+kd-0.01-0.001-seed0", "sparseforge", "alps+kd", settings={}) | {"tokens_per_parameter": 0.01},
+            ("alps+kd-0.01-0.001-seed0", "alps+kd"),
+            None,
+        ),
+        (
             run("sweep-alps+kd-plain-0.0005-256", "sparseforge", "alps+kd", settings={}, config={"reconstruct": 0}),
             ("sweep-alps+kd-plain-0.0005-256", "alps+kd"),
             None,

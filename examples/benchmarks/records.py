@@ -31,7 +31,7 @@ def read(folder: str) -> list[dict]:
 def today(run: dict) -> dict:
     """Runs of presets that had other names or constants say so: ``earlier`` is what a reader is told."""
     run = _renamed(run)
-    if not plain(run):
+    if not plain(run) or "tokens_per_parameter" in run:  # the study's methods have names of their own
         return run
     label = re.sub(r"^(sweep-|ablation-|)alps\+kd(?!-plain)(?=-)", r"\1alps+kd-plain", run.get("label", ""))
     return run | {"label": label}
