@@ -81,6 +81,7 @@ def sparsify(
     example_inputs: Any = None,
     cache_dir: str | Path | None = None,
     compile: bool | str = "auto",
+    activation_checkpointing: bool = False,
     state_path: str | Path | None = None,
     save_seconds: AtLeastZero = 600.0,
     accelerator: Accelerator | None = None,
@@ -102,6 +103,8 @@ def sparsify(
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept (default: the Hugging Face home).
         compile: True, False or "auto".
+        activation_checkpointing: keep of each repeated block only what goes into it, and compute the block again in the
+            backward pass: about a third more time for the memory of all but one block's activations, the same numbers.
         state_path: folder of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
             The run that wrote it must have had the same weights, data, seed, rate and losses.
         changes: fields of the recipe, and options of its method.
@@ -132,11 +135,13 @@ def sparsify(
         **environment(),
     }
     scales, beside = dict[str, Tensor](), {"tokenizer": tokenizer, "cache_dir": cache_dir}
+    beside["activation_checkpointing"] = activation_checkpointing or None
     if accelerator is not None and isinstance(config, TrainedConfig):
         report["preset"] = find_preset(report["method"], recipe.preset)
         scales = anneal(
             run, recipe, beside, report, accelerator=accelerator, state_path=state_path, save_seconds=save_seconds,
-            compile=compile, show_progress=show_progress, on_step=on_step,
+            activation_checkpointing=activation_checkpointing, compile=compile, show_progress=show_progress,
+            on_step=on_step,
         )  # fmt: skip
     else:
         scales = prune_once(run, recipe, config, beside, report)
