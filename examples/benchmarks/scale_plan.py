@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,8 @@ class Sites:
 
 def main(models: str = ",".join(MODELS), tokens: int = 1 << 20) -> None:
     """``tokens`` of a step, over all GPUs."""
+    if unknown := set(models.split(",")) - set(MODELS):
+        sys.exit(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     here = environment()  # what is written below makes a change to the tree
     per_weight = bytes_of_a_weight()
     overhead = heating_over_dense()

@@ -55,8 +55,14 @@ class Reordering:
             moved |= {part.fqn for part in each.rows}
         if not moved:
             return None
-        self.notes[name] = f"its inputs have a new order, and so have the outputs of {', '.join(sorted(moved))}"
+        for fqn in moved & self.weights.keys():
+            self._note(fqn, "its outputs have a new order")
+        self._note(name, "its inputs have a new order")
         return inputs
+
+    def _note(self, name: str, text: str) -> None:
+        """One text for all weights that it is true of: a report groups them by it."""
+        self.notes[name] = "; ".join(filter(None, (self.notes.get(name), text)))
 
     def follow(self, name: str, value: Tensor) -> Tensor:
         """A weight as it was before, with its entries where they stand now; the tensor itself where none moved."""
