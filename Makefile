@@ -59,7 +59,8 @@ gpu-suite: $(READY)
 ifeq ($(GPU),)
 	@echo "make gpu-suite needs a CUDA device and nvidia-smi finds none; the CPU's tests are 'make test'" >&2; exit 1
 else
-	$(BIN)/python -m pytest -q -p no:xdist -m gpu $(shell grep -rl "mark\.gpu" tests --include='test_*.py')
+	@# every test by name: a run that its time ends says what it saw; the runs beside each other compile most of the time
+	$(BIN)/python -m pytest -v --tb=short -n 4 --dist loadfile -m gpu $(shell grep -rl "mark\.gpu" tests --include='test_*.py')
 	$(BIN)/python examples/benchmarks/gpu_kernels.py --minutes 3 --rounds 5 --shapes opt-6.7b,llama-7b --counts 1,4,16,64,512,4096
 	$(BIN)/python examples/benchmarks/decode_step.py llama-7b --batch 1 --batch 16 --device cuda
 	$(BIN)/python examples/benchmarks/training_overhead.py smollm2-135m --device cuda --batch-size 8 --compile

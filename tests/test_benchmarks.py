@@ -95,8 +95,12 @@ def read_by_the_tables(file, results):
         row = quality_tables.quality_table().splitlines()[-1]
         seconds = f"{record['report']['seconds']:,.0f} ({record['report']['calibration_seconds']:,.0f})"
         assert row.startswith(f"| alps+kd | 256 | 4 x 64 | 2 | {seconds} | {score} |")
+        where = record["report"]["device"]
         row = quality_tables.leaderboard_table().splitlines()[-1]
-        assert row.startswith(f"| alps+kd | 256 | 0.0005 | {seconds} | {score} |") and "| 50.0 ± 10.0 | 50 |" in row
+        assert (
+            row.startswith(f"| alps+kd | 256 | 4 x 64 | 0.0005 | {seconds} | {where} | {score} |")
+            and "| 50.0 ± 10.0 | 50 |" in row
+        )
 
 
 def test_quality_is_one_json_that_is_not_made_twice(model, results, capsys):
@@ -144,3 +148,20 @@ def test_without_a_gpu_a_script_says_so(results, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="finds no device"):
         common.use("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "sites", "active"),
+    [("llama-70b", 68.98e9, 560, 1.0), ("deepseek-v3", 671.03e9, 604, 0.0533)],
+)
+def test_a_large_model_is_counted_by_its_first_blocks(results, name, parameters, sites, active):
+    """Published sizes; a mixture's tokens meet eight of 256 experts and all that is shared."""
+    import scale_plan
+
+    scale_plan.main(models=name)
+    record = json.loads((results / "scale" / f"{name}.json").read_text())
+    assert record["parameters"] == pytest.approx(parameters, rel=1e-4) and record["sites"] == sites
+    assert record["active_site_entries"] / record["site_entries"] == pytest.approx(active, rel=1e-2)
+    assert [row["gpus"] for row in record["gpus"]] == [8, 64, 512]
+    states = [row["state_bytes"] * row["gpus"] for row in record["gpus"]]
+    assert max(states) == pytest.approx(min(states)) and record["bytes_per_weight"]["float32 master"] == 4

@@ -157,7 +157,7 @@ def test_of_equal_rates_the_highest_is_taken(runs):
 
 def test_cheap_and_decisive_runs_come_first(runs):
     order = runs.plan({})
-    assert [run.method for run in order[:12:3]] == list(runs.DECISIVE) and {run.budget for run in order[:12]} == {0.01}
+    assert [run.method for run in order[:18:3]] == list(runs.DECISIVE) and {run.budget for run in order[:18]} == {0.01}
     assert all(a.rank <= b.rank for a, b in pairwise(order))
     assert len(order) == 3 * len(runs.METHODS) * 3  # the longest two wait
 
@@ -244,7 +244,7 @@ def test_a_run_is_one_json_and_goes_on_after_a_kill(runs, model, tmp_path, monke
 def test_a_run_that_diverges_has_a_record_without_a_loss(runs, model, tmp_path, monkeypatch):
     import budget
 
-    study = budget.Study(model, tmp_path, 32, 4, False, 100.0)
+    study = budget.Study(model, tmp_path, "cpu", 32, 4, False, 100.0)
     monkeypatch.setattr(budget, "BUDGETS", {b: 1 for b in runs.BUDGETS})
     study.run(runs.Run("dense", 0.01, 1e30))
     (record,) = study.known().values()
@@ -257,7 +257,7 @@ def test_the_control_keeps_every_weight_and_a_fixed_mask_is_fixed(runs, model):
 
     import sparseforge_fx as sf
 
-    study = budget.Study(model, model.parent, 32, 4, False, 100.0)
+    study = budget.Study(model, model.parent, "cpu", 32, 4, False, 100.0)
     how = {"tokens": 32 * 6, "batch_size": 1, "length": 32, "compile": False, "show_progress": False}
     dense = study.load()
     before = dense.model.layers[0].mlp.up_proj.weight.detach().clone()

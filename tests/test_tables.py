@@ -51,15 +51,42 @@ def run(label, method, preset, **report):
 @pytest.mark.parametrize(
     ("before", "after", "earlier"),
     [
-        (run("sparseforge-tuned-122880-seed0", "sparseforge", "tuned"), ("alps+kd-122880-seed0", "alps+kd"), None),
-        (run("ablation-tuned-fading-61440", "sparseforge", "tuned"), ("ablation-alps+kd-fading-61440", "alps+kd"), None),
+        (
+            run("sparseforge-tuned-122880-seed0", "sparseforge", "tuned"),
+            ("alps+kd-plain-122880-seed0", "alps+kd"),
+            None,
+        ),
+        (
+            run("alps+kd-122880-seed0", "sparseforge", "alps+kd", settings={}, config={"reconstruct": 1}),
+            ("alps+kd-122880-seed0", "alps+kd"),
+            None,
+        ),
+        (
+            run("alps+kd-0.01-0.001-seed0", "sparseforge", "alps+kd", settings={}) | {"tokens_per_parameter": 0.01},
+            ("alps+kd-0.01-0.001-seed0", "alps+kd"),
+            None,
+        ),
+        (
+            run("sweep-alps+kd-plain-0.0005-256", "sparseforge", "alps+kd", settings={}, config={"reconstruct": 0}),
+            ("sweep-alps+kd-plain-0.0005-256", "alps+kd"),
+            None,
+        ),
+        (
+            run("ablation-tuned-fading-61440", "sparseforge", "tuned"),
+            ("ablation-alps+kd-plain-fading-61440", "alps+kd"),
+            None,
+        ),
         (run("sparsegpt+kd-122880-seed0", "sparseforge", "tuned"), ("sparsegpt+kd-122880-seed0", "alps+kd"), None),
         (
             run("sweep-sparseforge-paper-0.0005-30720", "sparseforge", "paper"),
             ("sweep-sparseforge-annealed-0.0005-30720", "annealed"),
             "then called paper",
         ),
-        (run("sweep-ast-0.0002-30720", "ast", "paper"), ("sweep-ast-earlier-0.0002-30720", "paper"), "earlier constants"),
+        (
+            run("sweep-ast-0.0002-30720", "ast", "paper"),
+            ("sweep-ast-earlier-0.0002-30720", "paper"),
+            "earlier constants",
+        ),
         (run("gmp-122880-seed0", "gmp", "paper"), ("gmp-122880-seed0", "paper"), None),
         (run("ast-122880-seed0", "ast", "paper", settings={}), ("ast-122880-seed0", "paper"), None),
         (

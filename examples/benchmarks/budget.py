@@ -53,6 +53,7 @@ def main(
     length: int = 256,
     windows: Annotated[int, typer.Option(help="of held-out text")] = 256,
     threads: int = 1,
+    device: str = "cpu",
     compile: str = "auto",
     save_seconds: float = 120.0,
     only_list: Annotated[bool, typer.Option("--list", help="say what is done and what is left")] = False,
@@ -62,8 +63,10 @@ def main(
     unknown = [str(x) for x, of in [*((m, METHODS) for m in names), *((b, BUDGETS) for b in wanted)] if x not in of]
     if unknown:
         sys.exit(f"no such method or budget: {', '.join(unknown)}; there are {', '.join(METHODS)} at {', '.join(map(str, BUDGETS))}")  # fmt: skip
-    use(threads=threads)
-    study = Study(model, folder, length, windows, {"on": True, "off": False}.get(compile, compile), save_seconds)
+    use(device, threads)
+    study = Study(
+        model, folder, device, length, windows, {"on": True, "off": False}.get(compile, compile), save_seconds
+    )
     if only_list:
         print(listing(study.known(), names, wanted, seeds, study.parameters))
         return
@@ -75,8 +78,17 @@ def main(
 class Study:
     """One small model, its texts, and the folder of its runs."""
 
-    def __init__(self, model: Path, folder: Path, length: int, windows: int, compile: bool | str, save_seconds: float):
-        self.model, self.folder, self.length, self.windows = model, folder, length, windows
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        device: str,
+        length: int,
+        windows: int,
+        compile: bool | str,
+        save_seconds: float,
+    ):
+        self.model, self.folder, self.device, self.length, self.windows = model, folder, device, length, windows
         self.compile, self.save_seconds = compile, save_seconds
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         net = self.load()
@@ -84,7 +96,7 @@ class Study:
         self.dense: dict[str, float] | None = None
 
     def load(self) -> PreTrainedModel:
-        return language_model(str(self.model), torch.float32)
+        return language_model(str(self.model), torch.float32, self.device)
 
     def known(self) -> Known:
         """What is done, by the runs' names. Leaves with a sentence if that is another model's."""

@@ -7,25 +7,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: name -> what sf.sparsify is called with; the first four say most. No branch beside the weights: all are plain 2:4
+#: name -> what sf.sparsify is called with; the first six say most. No branch beside the weights: all are plain 2:4
 METHODS: dict[str, dict[str, Any]] = {
-    "alps+kd": {"method": "sparseforge", "start": "alps"},
-    "paper-activation": {"method": "sparseforge", "preset": "paper", "curvature": "activation", "slorb_block": 0},
+    "alps+kd": {"method": "sparseforge", "start": "alps", "reorder": False, "reconstruct": 0},
+    "paper-universal": {
+        "method": "sparseforge",
+        "preset": "paper-universal",
+        "curvature": "activation",
+        "slorb_block": 0,
+    },
     "ast": {"method": "ast"},
     "dense": {
         "method": "sr-ste",
         "pattern": "0.0000001%",
     },  # the same loop and loss, and a share that rounds to nothing
-    "paper-gauss-newton": {"method": "sparseforge", "preset": "paper", "curvature": "gauss_newton", "slorb_block": 0},
+    "alps+blocks+kd": {"method": "sparseforge", "start": "alps", "reorder": True, "reconstruct": 3},
     "annealed": {"method": "sparseforge", "preset": "annealed"},
-    "sparsegpt+kd": {"method": "sparseforge", "start": "sparsegpt"},
+    "paper-llama": {"method": "sparseforge", "preset": "paper", "curvature": "gauss_newton", "slorb_block": 0},
+    "sparsegpt+kd": {"method": "sparseforge", "start": "sparsegpt", "reorder": False, "reconstruct": 0},
     "cast": {"method": "cast"},
     "sr-ste": {"method": "sr-ste"},
     "maskllm": {"method": "maskllm"},
-    "wanda+kd": {"method": "sparseforge", "start": "wanda"},
+    "wanda+kd": {"method": "sparseforge", "start": "wanda", "reorder": False, "reconstruct": 0},
     "magnitude+kd": {"method": "gmp", "end": 1e-9},  # all of its pruning behind the first step, which is warm-up
 }
-DECISIVE = tuple(METHODS)[:4]
+DECISIVE = tuple(METHODS)[:6]
 #: tokens per parameter -> sequences of a step: few where there are few tokens, so that there are steps
 BUDGETS = {0.01: 1, 0.05: 2, 0.2: 4, 0.7: 4, 2.0: 8}
 NARROW = (0.7, 2.0)  # their sweeps begin beside the best rate of the budget before

@@ -57,6 +57,8 @@ def draw_perplexity() -> None:
         series[name(run)][run["tokens"]].append(run["sparse_perplexity"]["test"])
     figure, axis = plt.subplots(figsize=(7.5, 5), constrained_layout=True)
     trained = {k: v for k, v in series.items() if any(v)}
+    tab20 = plt.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    axis.set_prop_cycle(color=[*tab20[1::2], *tab20[::2]][-len(trained) :])  # no colour twice, strong ones for the best
     for method in sorted(trained, key=lambda m: -mean(trained[m][max(trained[m])])):
         budgets = sorted(trained[method])
         seeds = [trained[method][b] for b in budgets]
@@ -70,7 +72,7 @@ def draw_perplexity() -> None:
     axis.axhline(runs[0]["dense_perplexity"]["test"], ls="--", color="black", label="dense")
     axis.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="WikiText-2 test perplexity")
     budgets = sorted({b for points in trained.values() for b in points})
-    axis.set_xticks(budgets, [f"{b / 1000:,.0f}k" for b in budgets])
+    axis.set_xticks(budgets, [f"{b / 1e6:.1f}M" if b >= 1e6 else f"{b / 1000:,.0f}k" for b in budgets])
     low, high = axis.get_ylim()
     ticks = [t for t in YTICKS if low <= t <= high]
     axis.set_yticks(ticks, ticks)

@@ -49,6 +49,7 @@ def main(
     windows: int = 16,
     w_task: Annotated[float | None, typer.Option(help="of the cross-entropy; default: the preset's")] = None,
     w_kl: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
+    temperature: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
     threads: int = 0,
     device: str = "cpu",
     label: str = "",
@@ -79,10 +80,10 @@ def main(
 
     dense = known_score(dense_from, windows) or score(net)
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
-    if method == "sparseforge":
-        settings["preset"] = preset
+    settings |= {"preset": preset} if method == "sparseforge" else {}
     if method in TRAINED:
-        settings |= {"tokens": tokens, "lr": lr, "state_path": state, "objective": loss(method, settings, w_task, w_kl)}
+        objective = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
+        settings |= {"tokens": tokens, "lr": lr, "state_path": state, "objective": objective}
     if method == "dense":
         report = {"sites": [], **environment()}
         sparse = dense
@@ -114,9 +115,9 @@ def main(
     print(f"{name}: dense {dense}, sparse {sparse}")
 
 
-def loss(method: str, settings: dict[str, Any], task: float | None, kl: float | None) -> sf.Distillation | None:
-    """The preset's with these weights; None where none is given."""
-    given = {name: weight for name, weight in (("task", task), ("kl", kl)) if weight is not None}
+def loss(method: str, settings: dict[str, Any], **changes: float | None) -> sf.Distillation | None:
+    """The preset's with these fields; None where none is given."""
+    given = {name: value for name, value in changes.items() if value is not None}
     chosen = sf.Recipe(method=method, preset=settings.get("preset")).settings(True).objective
     return replace(chosen, **given) if given else None
 

@@ -7,13 +7,13 @@ import re
 from collections import defaultdict
 from statistics import mean
 
-from records import DIRTY, NONE, blocks, read, table, with_spread
+from records import DIRTY, NONE, blocks, plain, read, table, with_spread
 
 
 def label(run: dict) -> str:
     name, preset = run["method"], run["report"].get("preset")
     if name == "sparseforge" and preset == "alps+kd":
-        return preset
+        return "alps+kd-plain" if plain(run) else preset
     told = [run[key] for key in ("earlier", "note") if run.get(key)]
     name = f"{name} {preset}" if name == "sparseforge" else name
     return f"{name} ({', '.join(told)})" if told else name
@@ -94,6 +94,11 @@ def seconds(runs: list[dict]) -> str:
     return f"{mean(whole):,.0f}" + (f" ({mean(start):,.0f})" if start else "")
 
 
+def spent(runs: list[dict]) -> tuple[str, str]:
+    """Seconds, and what they are of: those of one device say nothing of another."""
+    return seconds(runs), runs[0]["report"].get("device", "") if runs[0]["report"].get("seconds") else ""
+
+
 def steps(report: dict) -> str:
     """Optimizer steps and tokens of each."""
     if not report.get("curves"):
@@ -143,7 +148,11 @@ MAIN = {
         122_880,
     ): "SparseForge's annealing from the dense model with our constants (preset `annealed`)",
     ("sparsegpt+kd", 122_880): "SparseGPT's solution, fixed masks, distillation",
-    ("alps+kd", 122_880): "`alps+kd`, the default: the layer-wise ALPS solution, fixed masks, distillation",
+    ("alps+kd-plain", 122_880): "the layer-wise ALPS solution, fixed masks, distillation",
+    (
+        "alps+kd",
+        122_880,
+    ): "`alps+kd`, the default: the same, channels put in order before and blocks that learn after ALPS",
 }
 THEIRS = {
     ("sparseforge-paper", 122_880): "SparseForge by its authors' LLaMA script (preset `paper`)",
@@ -162,16 +171,18 @@ def main_table() -> str:
     for key, name in (MAIN | {k: v for k, v in THEIRS.items() if k in groups}).items():
         perplexity, _, seeds = scores(groups[key])
         average = accuracy(groups[key], tasks)[0]
-        rows.append((name, f"{key[1]:,}", seconds(groups[key]), perplexity, average, seeds))
+        rows.append(
+            (name, f"{key[1]:,}", steps(groups[key][0]["report"]), *spent(groups[key]), perplexity, average, seeds)
+        )
     rows.sort(
-        key=lambda row: -float(row[3].split()[0]) if row[1] != "0" else -math.inf
+        key=lambda row: -float(row[5].split()[0]) if row[1] != "0" else -math.inf
     )  # those that trained, the best last
     text = (
         f"{setting(groups['dense', 0][0])}, the mean of {len(tasks)} tasks ± its standard error."
         f" {undecided({k: groups[k] for k in MAIN}, tasks)} Every linear but the head is exactly 2:4. {SECONDS}"
     )
-    names = ("method", "training tokens", "seconds", "perplexity", "zero-shot", "seeds")
-    return blocks([(text, table(names, "lrrrrr", rows))])
+    names = ("method", "training tokens", "steps x tokens", "seconds", "device", "perplexity", "zero-shot", "seeds")
+    return blocks([(text, table(names, "lrrrlrrr", rows))])
 
 
 def undecided(groups: dict[tuple[str, int], list[dict]], tasks: list[str]) -> str:
@@ -203,7 +214,7 @@ def leaderboard_table() -> str:
     scored = next(r for runs in groups.values() for r in runs if r["zero_shot"])
     tasks = list(scored["zero_shot"])
     text = (
-        f"{setting(scored)} (length-normalised where lm-eval has it), ± one standard error of the mean over the tasks; {scored['report']['device']},"
+        f"{setting(scored)} (length-normalised where lm-eval has it), ± one standard error of the mean over the tasks;"
         f" {scored['report']['threads']} thread a run, others beside it. {undecided(groups, tasks)} {SECONDS}"
     )
     names = {method for method, tokens in groups if not meaningful(method, groups[method, tokens])}
@@ -219,9 +230,12 @@ def leaderboard_table() -> str:
         average, share = accuracy(runs, tasks)
         swept = f"{rate(runs[0]):g}" if tokens else ""
         name = method if meaningful(method, runs) else f"{method} (not meaningful at this budget)"
-        rows.append((name, f"{tokens:,}", swept, seconds(runs), *scores(runs), average, *share))
-    columns = ("method", "tokens", "lr", "seconds", "perplexity", "validation", "seeds", "zero-shot mean", *tasks)
-    return blocks([(text, table(columns, "lrrrrrrr" + "r" * len(tasks), rows))])
+        long = steps(runs[0]["report"])
+        rows.append((name, f"{tokens:,}", long, swept, *spent(runs), *scores(runs), average, *share))
+    columns = (
+        "method", "tokens", "steps x tokens", "lr", "seconds", "device", "perplexity", "validation", "seeds", "zero-shot mean", *tasks,
+    )  # fmt: skip
+    return blocks([(text, table(columns, "lrrrrlrrrr" + "r" * len(tasks), rows))])
 
 
 def setting(run: dict) -> str:
@@ -259,9 +273,11 @@ def ablation_table() -> str:
         last = f"{100 * flips[-1]:.2f} %" if flips else ""
         commits = ", ".join(dict.fromkeys(r["report"]["commit"] or "" for r in runs))
         dirty |= "+" in commits
-        rows.append((name, f"{tokens:,}", seconds(runs), *scores(runs), last, commits))
-    columns = ("variant", "tokens", "seconds", "perplexity", "validation", "seeds", "mask flips, last update", "commit")
-    return blocks([(f"{SECONDS} {DIRTY}" if dirty else SECONDS, table(columns, "lrrrrrrl", rows))]) if rows else NONE
+        rows.append((name, f"{tokens:,}", *spent(runs), *scores(runs), last, commits))
+    columns = (
+        "variant", "tokens", "seconds", "device", "perplexity", "validation", "seeds", "mask flips, last update", "commit",
+    )  # fmt: skip
+    return blocks([(f"{SECONDS} {DIRTY}" if dirty else SECONDS, table(columns, "lrrlrrrrl", rows))]) if rows else NONE
 
 
 def estimator_quality_table() -> str:
@@ -287,13 +303,13 @@ def quantized_table() -> str:
     runs = read("quantized")
     if not runs:
         return NONE
-    plain = [r for r in read("leaderboard") if r["label"] == f"ablation-alps+kd-{r['tokens']}"]
+    plain = [r for r in read("leaderboard") if r["label"] == f"ablation-alps+kd-plain-{r['tokens']}"]
     floats = {run["tokens"]: run["sparse_perplexity"]["test"] for run in plain}
     kinds = {kind for run in runs for kind in (*run["quantized_perplexity"], values_of(run))} - {"float"}
     kinds = sorted(kinds, reverse=True)
     text = (
         f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens. Of a run that"
-        " trained with rounded values: in relation to the alps+kd run of as many tokens in floats among the leaderboard's ablations."
+        " trained with rounded values: in relation to the alps+kd-plain run of as many tokens in floats among the leaderboard's ablations."
     )
 
     def cell(run: dict, kind: str) -> str:

@@ -30,6 +30,20 @@ def read(folder: str) -> list[dict]:
 
 def today(run: dict) -> dict:
     """Runs of presets that had other names or constants say so: ``earlier`` is what a reader is told."""
+    run = _renamed(run)
+    if not plain(run) or "tokens_per_parameter" in run:  # the study's methods have names of their own
+        return run
+    label = re.sub(r"^(sweep-|ablation-|)alps\+kd(?!-plain)(?=-)", r"\1alps+kd-plain", run.get("label", ""))
+    return run | {"label": label}
+
+
+def plain(run: dict) -> bool:
+    """Is it of alps+kd without blocks that learn before the run, as the preset was, or was asked to be?"""
+    report = run.get("report") or {}
+    return report.get("preset") == "alps+kd" and not report.get("config", {}).get("reconstruct")
+
+
+def _renamed(run: dict) -> dict:
     report = run.get("report") or {}
     if not report.get("preset") or "settings" in report or run["method"] not in ("sparseforge", "ast", "sr-ste"):
         return run  # the presets of today write their settings

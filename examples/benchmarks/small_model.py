@@ -6,7 +6,7 @@
 Each ``--data`` is one kind of text (several files of it by commas); the kinds are mixed evenly by documents, books cut into
 pieces of 3,000 characters. Whole documents are dealt out by a hash of their text: SHARES. The tokenizer is a byte-level BPE
 of the training text. FOLDER is then a Hugging Face folder with, beside the model, training.json (options, the curve of the
-loss, tokens per second, perplexities), valid.txt (for choosing), test.txt (for quoting), and in text/ what the model has
+loss, tokens per second, perplexities of the weights in bfloat16, as they are stored), valid.txt (for choosing), test.txt (for quoting), and in text/ what the model has
 seen (train-*.jsonl) and has not (further-*.jsonl, on which budget.py trains).
 """
 
@@ -58,12 +58,12 @@ def main(
     compile: Annotated[bool, typer.Option(help="worth it on a CPU, too: a third faster")] = True,
 ) -> None:
     """Split the text, train the tokenizer, train the model: what is there is not made again."""
-    if (folder / "model.safetensors").exists():
-        print(f"{folder} has its model already")
-        return
     text = folder / "text"
     if not (folder / "test.txt").exists():
         split(data, folder, seed)
+    if (folder / "model.safetensors").exists():
+        print(f"{folder} has its model already")
+        return
     train = sorted(map(str, text.glob("train-*.jsonl")))
     if not (folder / "tokenizer.json").exists():
         learn_tokenizer(train, folder, entries, seed)
@@ -102,14 +102,14 @@ def main(
                 torch.save(training.state_dict(), file)
             write_json(folder / "training.json", {**record, **training.summary(batch_size * length)})
             saved = time.monotonic()
-    net.eval()
+    net.eval().bfloat16().float()  # as they are stored
     found = {
         which: perplexity(net, ids, context=length, max_windows=WINDOWS, batch_size=16).perplexity
         for which, ids in held_out.items()
     }
     summary = training.summary(batch_size * length)
     write_json(folder / "training.json", {**record, "perplexity": found, "windows": WINDOWS, **summary})
-    net.save_pretrained(folder)
+    net.bfloat16().save_pretrained(folder)
     print(f"{folder}: {json.dumps(found)}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from records import blocks, machine, read, table
+from records import NONE, blocks, machine, read, table
 
 #: of operators, in step_profile.py
 KINDS = ("products", "attention", "elementwise", "copies", "loss", "optimizer", "other")
@@ -51,6 +51,51 @@ def step_profile_table() -> str:
         "commit",
     )
     return table(names, "ll" + "r" * (len(names) - 3) + "l", rows)
+
+
+def scale_table() -> str:
+    """What large models take while they train with masks."""
+    runs = read("scale")
+    if not runs:
+        return NONE
+    parts = []
+    for run in sorted(runs, key=lambda r: r["parameters"]):
+        text = (
+            f"{run['model']}: {run['parameters'] / 1e9:.1f}B parameters, {run['sites']:,} sites with {run['site_entries'] / 1e9:.1f}B"
+            f" entries, of which a token meets {run['active_site_entries'] / 1e9:.1f}B; steps of {run['tokens']:,} tokens; the largest"
+            f" layer-wise problem takes {run['layerwise_bytes'] / 1e9:.1f} GB."
+        )
+        rows = [
+            (
+                row["gpus"],
+                f"{row['bytes'] / 1e9:,.0f} GB",
+                f"{row['state_bytes'] / 1e9:,.0f} GB",
+                f"{row['gathered_bytes'] / 1e9:,.0f} GB",
+                f"{row['sequences_at_a_time']} x {row['micro_batches']}",
+                f"{row['compute_seconds']:,.1f} s",
+                f"{row['network_seconds']:,.1f} s",
+                row["first"] or "nothing",
+            )
+            for row in run["gpus"]
+        ]
+        names = (
+            "GPUs",
+            "bytes of each",
+            "states",
+            "gathered",
+            "sequences x micro-batches",
+            "computing",
+            "messages",
+            "gives out first",
+        )
+        parts.append((text, table(names, "rrrrrrrl", rows)))
+    each = ", ".join(f"{name} {size:g}" for name, size in runs[0]["bytes_per_weight"].items())
+    total = sum(runs[0]["bytes_per_weight"].values())
+    head = (
+        f"Bytes of a weight with a mask: {each}; together {total:g}. A step with masks takes {runs[0]['heating_over_dense']:.2f} times a"
+        f" dense distillation step. Commit {', '.join(sorted({str(r['commit']) for r in runs}))}."
+    )
+    return f"{head}\n\n{blocks(parts)}"
 
 
 def on_disk_table() -> str:

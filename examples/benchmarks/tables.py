@@ -28,6 +28,7 @@ TABLES = {
     "overhead": speed.overhead_table,
     "step-profile": speed.step_profile_table,
     "on-disk": speed.on_disk_table,
+    "scale": speed.scale_table,
     "many-rows": speed.many_rows_table,
     "kernels": speed.kernel_table,
     "gpu-kernels": speed.gpu_kernel_table,
@@ -42,7 +43,7 @@ TABLES = {
     "row-split": frontier.row_split_table,
     "contenders": frontier.contenders_table,
 }
-PAGES = ("README.md", "docs/choosing.md", "docs/measurements.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/measurements.md", "docs/scale.md")
 
 
 def main() -> None:

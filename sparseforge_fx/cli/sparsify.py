@@ -104,6 +104,9 @@ def sparsify(
     dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
     compile: Annotated[Compile, typer.Option(help="torch.compile; auto: where the run is long.")] = Compile.auto,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Blocks are computed again backwards: less memory.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, at the end.")] = False,
     save_seconds: Annotated[
@@ -127,12 +130,15 @@ def sparsify(
         tell(of_sparsify(recipe, output), as_json)
         return
     other_saves = save_seconds != SAVE_SECONDS
-    if on_disk(device, log_with=log_with, compile=compile is Compile.on, save_seconds=other_saves):
+    if on_disk(
+        device, log_with=log_with, compile=compile is Compile.on, save_seconds=other_saves,
+        activation_checkpointing=activation_checkpointing,
+    ):  # fmt: skip
         run_on_disk(recipe, output, resume=resume, overwrite=overwrite, cache_dir=cache_dir, as_json=as_json)
         return
     _run(
         recipe, folder, as_json=as_json, device=device, resume=resume, overwrite=overwrite, log_with=log_with,
-        cache_dir=cache_dir, save_seconds=save_seconds,
+        cache_dir=cache_dir, save_seconds=save_seconds, activation_checkpointing=activation_checkpointing,
         compile="auto" if compile is Compile.auto else compile is Compile.on,
     )  # fmt: skip
 

@@ -74,11 +74,13 @@ class Reader:
             self.notes.append(sentence)
 
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Reading:
-        """A batch in any form that the model takes, whatever the order, form or captured subset of its inputs.
+        """A batch in any form that the model takes, whatever the order, form or captured subset of its inputs; what
+        lies on the CPU goes to the model's device.
 
         Raises SparseForgeError if it lacks what the model was captured with, or if padding would be taken for text.
         """
-        given = {n: pytree.tree_map(trainable_input, v) for n, v in by_name(self._model, args, kwargs).items()}
+        named = by_name(self._model, args, kwargs)
+        given = {n: pytree.tree_map(trainable_input, v) for n, v in self._on_device(named).items()}
         positional = positional_names(self._model, max(self._count, len(args)))[: self._count]
         captured = [*positional, *self._keywords]
         for mask, ids in ((MASK, "input_ids"), (DECODER_MASK, DECODER_IDS)):
@@ -97,6 +99,15 @@ class Reader:
         labels = self._labels(given, captured, real)
         self._name_the_rest(given, captured)
         return Reading(*inputs, given, labels, real, DECODER_MASK if self._decodes else MASK)
+
+    def _on_device(self, named: dict[str, Any]) -> dict[str, Any]:
+        """Data come from the CPU, wherever the model is; what somebody put elsewhere stays there."""
+        device = next((p.device for p in self._model.parameters() if not p.is_meta), torch.device("cpu"))
+
+        def there(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) and value.is_cpu else value
+
+        return named if device.type == "cpu" else {n: pytree.tree_map(there, v) for n, v in named.items()}
 
     def _real(self, given: dict[str, Any], captured: list[str]) -> dict[str, Tensor]:
         real = {}

@@ -24,6 +24,11 @@ from sparseforge_fx.ranges import Count, CountFromZero, Positive
 SAMPLE = 1 << 15  # mask entries of a weight that the curves are taken from
 
 
+def add_up(counts: Sequence[Tensor]) -> int:
+    """The sum of scalars; a GPU is waited for once, not once for each."""
+    return int(torch.stack([count.to(counts[0].device) for count in counts]).sum()) if counts else 0
+
+
 @dataclass(frozen=True)
 class TrainedConfig(MethodConfig, ABC):
     """A trained method's constants.

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
+from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod, add_up
 from sparseforge_fx.methods.optimizers import AdamS
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import hard_mask
@@ -89,13 +89,15 @@ class Cast(TrainedMethod):
             w.mask.copy_(self._spread(w).movedim(-1, w.dim))
 
     def _choose(self) -> None:
-        changed = total = 0
+        changed: list[Tensor] = []
+        total = 0
         for w in self.weights:
             new = hard_mask(w.weight.detach().abs(), self.pattern, w.dim)
             old = self.kept.setdefault(w.fqn, new)
-            changed, total = changed + int((new != old).sum()), total + new.numel()
+            changed.append((new != old).sum())
+            total += new.numel()
             old.copy_(new)
-        self.flip_rate = changed / max(1, total)
+        self.flip_rate = add_up(changed) / max(1, total)
 
     @torch.no_grad()
     def fix(self) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from sparseforge_fx.methods import schedule
-from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
+from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod, add_up
 from sparseforge_fx.methods.part import kth_smallest
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import hard_mask
@@ -70,7 +70,8 @@ class Gradual(TrainedMethod):
         self.fixed = True
 
     def _prune(self, share: float) -> None:
-        flips = total = 0
+        flips: list[torch.Tensor] = []
+        total = 0
         for w in self.weights:
             sizes = w.weight.abs().float() * w.mask  # what is gone has no size, and cannot come back
             doomed = sizes[~hard_mask(sizes, self.pattern, w.dim)]
@@ -79,6 +80,7 @@ class Gradual(TrainedMethod):
                 continue
             limit = kth_smallest(doomed, count, w.part)
             keep = hard_mask(sizes, self.pattern, w.dim) | (sizes > limit)
-            flips, total = flips + int((keep != w.mask.bool()).sum()), total + keep.numel()
+            flips.append((keep != w.mask.bool()).sum())
+            total += keep.numel()
             w.mask.copy_(keep)
-        self.flip_rate = self.rate(flips, total)
+        self.flip_rate = self.rate(add_up(flips), total)

@@ -22,7 +22,7 @@ from sparseforge_fx.methods.rounding import Rounded, follow, round_weight
 from sparseforge_fx.methods.streamed import Streamed
 from sparseforge_fx.methods.unseen import tell_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight, put_back
-from sparseforge_fx.pattern import AnyPattern, Pattern, hard_mask
+from sparseforge_fx.pattern import hard_mask
 
 
 class LayerSolution(NamedTuple):
@@ -61,7 +61,7 @@ def prune_layer_by_layer(
     batches: Sequence[Any],
     solve: Solve,
     experts: Experts | None = None,
-    reorder: AnyPattern | None = None,
+    reorder: Reordering | None = None,
     streamed: tuple[GraphModule, Streamed] | None = None,
     notes: dict[str, str] | None = None,
 ) -> dict[str, str]:
@@ -74,8 +74,8 @@ def prune_layer_by_layer(
         batches: calibration inputs: Readings, or any form that the captured model takes.
         solve: the layer-wise method.
         experts: how few tokens are too few, and where it is kept what each expert saw.
-        reorder: give inputs an order in which groups of this pattern lose less, where the graph lets them change
-            places: what computes them is written, too.
+        reorder: gives inputs another order, where the graph lets them change places: what computes them is written,
+            too.
         streamed: the module to walk, and where its weights are, if they are not in memory.
         notes: those of an earlier part of the same walk; they are added to.
 
@@ -105,10 +105,9 @@ def prune_layer_by_layer(
             notes[name] = told
 
     module, outside = (program.module(), None) if streamed is None else streamed
-    moves = Reordering(program, reorder, weights) if isinstance(reorder, Pattern) else None
     uses = _uses(module, by_name)
     padded = layer_by_layer(
-        module, uses, batches, visit, reorder=moves, every_token=experts.every_token, streamed=outside
+        module, uses, batches, visit, reorder=reorder, every_token=experts.every_token, streamed=outside
     )
     for w in weights if outside is None else ():  # what the graph never reads
         read = {use.expert for use in uses.values() if use.name == w.fqn}
@@ -119,7 +118,7 @@ def prune_layer_by_layer(
                 value.mul_(mask)
     notes |= experts.told()
     _add_padded(notes, padded)
-    for name, told in ({} if moves is None else moves.notes).items():
+    for name, told in ({} if reorder is None else reorder.notes).items():
         notes[name] = "; ".join(filter(None, (told, notes.get(name))))
     return notes
 

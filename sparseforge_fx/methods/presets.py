@@ -16,7 +16,7 @@ from typing import Any
 from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.config import Beside
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
-from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
+from sparseforge_fx.pattern import TWO_FOUR, AnyPattern, Pattern
 
 REFERENCE_STEPS, REFERENCE_EVERY, REFERENCE_EVERY_LATE = 20_000, 30, 10
 REFERENCE_UPDATES = REFERENCE_STEPS // REFERENCE_EVERY
@@ -29,11 +29,17 @@ def alps_kd_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -
     """Ours, the default: masks and survivors of the layer-wise ALPS solution, fixed from the first step on; the run
     distils, nothing is annealed.
 
-    In runs of 30 and 60 steps nothing that delayed the hard masks did better; ``quench_end=0.4, softness_start=0.6``
-    lets the pruned weights fade from the dense model instead.
+    Where they stay fixed and the start moves weights, channels may change places before it (``reorder``) and every
+    block learns for one pass over the calibration data after it (``reconstruct``); more passes take off more. In runs
+    of 30 and 60 steps nothing that delayed the hard masks did better; ``quench_end=0.4, softness_start=0.6`` lets the
+    pruned weights fade from the dense model instead.
     """
     base = SparseForgeConfig(steps=steps, pattern=pattern, start="alps", heat_end=0.0, quench_end=0.0)
-    return replace(base, **changes)
+    config = replace(base, **changes)
+    if config.starts_fixed and config.start in ("sparsegpt", "alps"):
+        grouped = isinstance(pattern, Pattern)
+        config = replace(config, **{"reorder": grouped, "reconstruct": 1} | changes)
+    return config
 
 
 def paper_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> SparseForgeConfig:

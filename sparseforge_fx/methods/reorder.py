@@ -31,6 +31,7 @@ class Reordering:
             if len(names := {part.fqn for part in found.columns}) == 1:
                 self.sets.setdefault(names.pop(), []).append(found)
         self.notes: dict[str, str] = {}
+        self.history: list[tuple[Channels, Tensor]] = []  # what was done, in order
         if not self.sets:
             self.notes[weights[0].fqn] = "reorder changes nothing: no channels of this graph may change places"
 
@@ -47,14 +48,39 @@ class Reordering:
                 continue
             each.permute(self.program.state, order)
             each.permute(masks, order)
+            self.history.append((each, order))
             for part in each.columns:
                 columns = part.indices.to(inputs.device)
                 inputs[columns] = columns[order]
             moved |= {part.fqn for part in each.rows}
         if not moved:
             return None
-        self.notes[name] = f"its inputs have a new order, and so have the outputs of {', '.join(sorted(moved))}"
+        for fqn in moved & self.weights.keys():
+            self._note(fqn, "its outputs have a new order")
+        self._note(name, "its inputs have a new order")
         return inputs
+
+    def _note(self, name: str, text: str) -> None:
+        """One text for all weights that it is true of: a report groups them by it."""
+        self.notes[name] = "; ".join(filter(None, (self.notes.get(name), text)))
+
+    def follow(self, name: str, value: Tensor) -> Tensor:
+        """A weight as it was before, with its entries where they stand now; the tensor itself where none moved."""
+        if any(part.fqn == name for each, _ in self.history for part in (*each.columns, *each.rows)):
+            value = value.detach().clone()
+            for each, order in self.history:
+                each.permute({name: value}, order)
+        return value
+
+    def told(self) -> list[str]:
+        """For the run's notes."""
+        if not self.history:
+            return []
+        moved = {part.fqn for each, _ in self.history for part in (*each.columns, *each.rows)}
+        return [
+            f"channels of {len(moved)} tensors stand in another order than in the dense model: what was made for its "
+            "weights (an adapter, a difference of weights) does not fit any more; reorder=False keeps their places"
+        ]
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods import schedule
-from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
+from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod, add_up
 from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, Estimator
 from sparseforge_fx.methods.part import Part, mean
 from sparseforge_fx.methods.weights import MaskedWeight
@@ -224,7 +224,8 @@ class SparseForge(TrainedMethod):
     # -- the mask update ---------------------------------------------------------------------------------------------
     def _update(self, progress: float) -> None:
         c = self.config
-        flips = total = 0
+        flips: list[Tensor] = []
+        total = 0
         heat = schedule.temperature(progress, c.temperature_start, c.temperature_floor, c.temperature_half_life)
         reached = schedule.target_sparsity(progress, c.sparsity_warmup, 1.0)
         eta = schedule.between(progress, c.sparsity_warmup, c.quench_end, c.structure_start, c.structure)
@@ -243,8 +244,9 @@ class SparseForge(TrainedMethod):
                 gate.sub_(mask.float() - hard_mask(score, self.pattern, w.dim).float(), alpha=eta)
             mask.copy_(mask.float().lerp_(gate, c.mask_rate).clamp_(0, 1))
             after = hard_mask(self.sample(mask, w.dim), self.pattern)
-            flips, total = flips + int((after != before).sum()), total + before.numel()
-        self.flip_rate = self.rate(flips, total)
+            flips.append((after != before).sum())
+            total += before.numel()
+        self.flip_rate = self.rate(add_up(flips), total)
 
     def score(self, w: MaskedWeight) -> Tensor:
         """Importance of each weight, float32, the weight's shape. Magnitude where no gradient has ever come."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.methods import schedule
-from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod
+from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod, add_up
 from sparseforge_fx.methods.config import Beside
 from sparseforge_fx.methods.optimizers import AnnealedDecayAdamW
 from sparseforge_fx.methods.weights import MaskedWeight
@@ -126,15 +126,19 @@ class StraightThrough(TrainedMethod):
 
     @torch.no_grad()
     def _select(self) -> None:
-        changed = initial = total = 0
+        changed: list[Tensor] = []
+        initial: list[Tensor] = []
+        total = 0
         for w in self.weights:
             new = hard_mask(w.weight.abs(), self.pattern, w.dim)
             sampled, before = self.sample(new, w.dim), self.sample(w.mask, w.dim).bool()
             first = self.first.setdefault(w.fqn, sampled.clone())
-            changed, initial = changed + int((sampled != before).sum()), initial + int((sampled != first).sum())
+            changed.append((sampled != before).sum())
+            initial.append((sampled != first).sum())
             total += sampled.numel()
             w.mask.copy_(new)
-        self.flip_rate, self.initial_flip_rate = changed / max(1, total), initial / max(1, total)
+        self.flip_rate = add_up(changed) / max(1, total)
+        self.initial_flip_rate = add_up(initial) / max(1, total)
 
     def metrics(self) -> dict[str, float]:
         return {"masked_decay": self.decay(), **super().metrics(), "initial_flip_rate": self.initial_flip_rate}

@@ -14,6 +14,8 @@ def unseen(moments: Tensor) -> Tensor:
 
 def rank_unseen(scores: Tensor, weight: Tensor, dead: Tensor) -> Tensor:
     """``scores`` (>= 0) [out, in], with the weights of ``dead`` inputs [in] below all others, by magnitude."""
+    if not bool(dead.any()):
+        return scores
     tiny = torch.finfo(torch.float32).tiny
     return torch.where(dead, -1 / (weight.float().square() + tiny), scores)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -19,6 +18,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.initialization import no_init_weights
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import without_values
@@ -53,8 +53,10 @@ class StreamedModel:
         if getattr(config, "dtype", None) is None:  # as from_pretrained(dtype="auto") finds it
             config.dtype = next((p.dtype for p in self.shards.places.values() if p.dtype.is_floating_point), None)
         cls = model_class(config)
-        with explained(f"cannot build the model of {name}"), init_empty_weights(include_buffers=False), _dtype(config):
-            model = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
+        with explained(f"cannot build the model of {name}"):
+            with torch.device("meta"), no_init_weights(), _dtype(config):
+                model = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
+            _compute_buffers(model)
         model.tie_weights()  # what was made without values came apart
         self._computed = dict(model.named_buffers())
         self.skeleton: Any = model.eval()  # of transformers
@@ -130,6 +132,27 @@ class StreamedModel:
         if not isinstance(value, Tensor):
             raise SparseForgeError(f"{stored} cannot be made of the files of {self.folder}: sparsify it in memory")
         return value
+
+
+def _compute_buffers(model: Any) -> None:
+    """Give the buffers of a model on the meta device their values as ``from_pretrained`` does: by ``_init_weights``,
+    which has nothing to do for weights without values. (A model that is made on the CPU takes room for each weight.)
+
+    Raises SparseForgeError where that leaves one without a value which no file holds."""
+    for module in model.modules():
+        for name, value in module._buffers.items():
+            if value is not None and value.is_meta:
+                empty = float("nan") if value.is_floating_point() else 0
+                module._buffers[name] = torch.full_like(value, empty, device="cpu")
+    model.initialize_weights()
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            value = module._buffers.get(name)
+            if value is not None and value.is_floating_point() and bool(value.isnan().any()):
+                raise SparseForgeError(
+                    f"the buffer {path}.{name} has no value after initialize_weights(), as from_pretrained fills it: "
+                    "sparsify the model in memory"
+                )
 
 
 def _natural(key: str) -> tuple:

@@ -36,6 +36,7 @@ def anneal(
     *,
     accelerator: Accelerator,
     state_path: str | Path | None,
+    activation_checkpointing: bool = False,
     **how: Any,
 ) -> dict[str, Tensor]:
     """Train the run's model to exact N:M, and say in the report how it went. ``how`` goes to :func:`train`. Returns the
@@ -68,6 +69,7 @@ def anneal(
     sharding = sharding_of(accelerator, report["notes"])
     if sharding is not None:
         whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
+        whole["activation_checkpointing"] = activation_checkpointing
         sharding.check(config, run.sites, **whole, compile=how["compile"] is True)
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
     identity = _identity(run, recipe, settings.slorb_block, path)  # of the dense weights
@@ -77,6 +79,8 @@ def anneal(
         )
         how_weights_move = Optimization(recipe.lr, accumulate=accumulate, weight_decay=settings.weight_decay)
         try:
+            if activation_checkpointing:
+                sparse.activation_checkpointing_enable()
             written += [] if sharding is not None else sparse.copies()
             if calibrated is not None and not begun:
                 clock = time.monotonic()
@@ -132,8 +136,10 @@ def _layers(sparse: SparseModel, copies: Sequence[tuple[Tensor, Tensor]]) -> dic
         if w.fqn in errors:
             found.setdefault(w.fqn, {})["error"] = errors[w.fqn]
         weight = sparse.program.tensor(w.fqn)  # not the master that the method may have
-        if id(weight) in dense and not sparse.method.config.reorder:  # which lets weights stand elsewhere
-            found.setdefault(w.fqn, {}).update(describe_change(weight, dense[id(weight)]))
+        known = sparse.moves is not None or not sparse.method.config.reorder  # a resumed run knows no places
+        if id(weight) in dense and known:
+            before = dense[id(weight)] if sparse.moves is None else sparse.moves.follow(w.fqn, dense[id(weight)])
+            found.setdefault(w.fqn, {}).update(describe_change(weight, before))
         if w.fqn in curvature:
             found.setdefault(w.fqn, {})["curvature"] = curvature[w.fqn]
     return found

@@ -16,6 +16,7 @@ from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LayerwiseConfig, magnitude
+from sparseforge_fx.methods.reorder import Reordering
 from sparseforge_fx.methods.rounding import format_of, why_not_rounded
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import harden_passes, run_passes, train_passes
@@ -63,14 +64,17 @@ def _prune(
         for s in eligible(run.sites)
     ]
     notes: dict[str, str] = {}
+    moves: Reordering | None = None
     scales: dict[str, Tensor] = {}
     vectors = [value for _, _, value in masked.lifted(InputKind.PARAMETER) if value.dim() < 2]  # biases change places
     with undone_on_error(weights, vectors) as dense:
         if isinstance(config, LayerwiseConfig):
-            pattern = config.pattern if config.reorder else None
+            if config.reorder:
+                moves = Reordering(masked, config.pattern, weights)  # type: ignore[arg-type]
             tensors = [w.weight for w in weights]
             teacher = Teacher(run.program, dense_copies(run.program, tensors)) if config.reconstruct else None
-            notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, pattern)
+            notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, moves)
+            report["notes"] += [] if moves is None else moves.told()
             if teacher is not None:
                 report["reconstruction"], none = reconstructed(masked, teacher, batches, weights, config)
                 report["notes"] += none
@@ -86,6 +90,6 @@ def _prune(
             magnitude(weights, config.pattern)
         run_passes(masked, harden_passes(config.pattern))
         assert all(check_pattern(w.weight, config.pattern, w.dim) for w in weights)
-        moves = isinstance(config, LayerwiseConfig) and config.reorder  # then weights stand elsewhere
-        report["layers"] = {} if moves else {w.fqn: describe_change(w.weight, dense[w.fqn]) for w in weights}
+        before = dense if moves is None else {fqn: moves.follow(fqn, value) for fqn, value in dense.items()}
+        report["layers"] = {w.fqn: describe_change(w.weight, before[w.fqn]) for w in weights}
     return notes, scales

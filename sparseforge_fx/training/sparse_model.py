@@ -21,6 +21,7 @@ from sparseforge_fx.methods.curvature import PROBES
 from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.one_shot import LAYERWISE
+from sparseforge_fx.methods.reorder import Reordering
 from sparseforge_fx.methods.rounding import format_of
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import LinearSite, run_passes, train_passes
@@ -90,6 +91,7 @@ class SparseModel(TrainerSurface):
         form = format_of(config.values)
         self.on_grid = OnGrid(weights, form) if form.is_quantized else None
         self.start_report: dict[str, Any] = {}  # of a layer-wise start; saved with the run
+        self.moves: Reordering | None = None  # what it put in another order; not saved
         self.steps_done = 0
         self.last_loss: Loss | None = None
         self.optimized = False
@@ -200,8 +202,10 @@ class SparseModel(TrainerSurface):
         vectors = [p for p in self.parameters() if p.dim() < 2] if config.reorder or config.reconstruct else []
         teacher = (self.teacher or Teacher(self.dense, self.copies())) if config.reconstruct else None
         with undone_on_error(weights, vectors) as dense, low_rank.handed_over(self.branches, self._hands_over):
-            reorder = config.pattern if config.reorder else None
-            notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, reorder)
+            if config.reorder:
+                self.moves = Reordering(self.program, config.pattern, weights)
+            notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, self.moves)
+            self.reader.notes += [] if self.moves is None else self.moves.told()
             blocks = None
             if teacher is not None:
                 blocks, none = reconstructed(self.program, teacher, readings, weights, config)

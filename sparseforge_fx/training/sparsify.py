@@ -18,6 +18,7 @@ from sparseforge_fx.files import check_parent, new_folder
 from sparseforge_fx.graph.adapters import adapter_notes
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import find_preset
+from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.models.dense import write_checkpoint
 from sparseforge_fx.page.page import write_page
 from sparseforge_fx.passes.find_linears import eligible
@@ -26,7 +27,7 @@ from sparseforge_fx.ranges import AtLeastZero, checked
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes, write_json
 from sparseforge_fx.training import processes
 from sparseforge_fx.training.anneal import anneal
-from sparseforge_fx.training.inputs import open_run
+from sparseforge_fx.training.inputs import Run, open_run
 from sparseforge_fx.training.one_shot import prune_once
 from sparseforge_fx.training.prepare import check_weights
 from sparseforge_fx.training.recipe import FILE, Recipe
@@ -81,6 +82,7 @@ def sparsify(
     example_inputs: Any = None,
     cache_dir: str | Path | None = None,
     compile: bool | str = "auto",
+    activation_checkpointing: bool = False,
     state_path: str | Path | None = None,
     save_seconds: AtLeastZero = 600.0,
     accelerator: Accelerator | None = None,
@@ -102,6 +104,8 @@ def sparsify(
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept (default: the Hugging Face home).
         compile: True, False or "auto".
+        activation_checkpointing: keep of each repeated block only what goes into it, and compute the block again in the
+            backward pass: about a third more time for the memory of all but one block's activations, the same numbers.
         state_path: folder of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
             The run that wrote it must have had the same weights, data, seed, rate and losses.
         changes: fields of the recipe, and options of its method.
@@ -123,20 +127,15 @@ def sparsify(
         tokenizer=tokenizer, cache_dir=cache_dir, example_inputs=example_inputs,
     )  # fmt: skip
     run.notes += adapter_notes(model, [run.program.tensor(s.fqn) for s in eligible(run.sites)])
-    report: dict[str, Any] = {
-        "method": recipe.name(data is not None),
-        "pattern": str(config.pattern),
-        "seed": recipe.seed,
-        "notes": run.notes,
-        **describe_sites(run.sites),
-        **environment(),
-    }
+    report = _begun(run, recipe.name(data is not None), config, recipe.seed)
     scales, beside = dict[str, Tensor](), {"tokenizer": tokenizer, "cache_dir": cache_dir}
+    beside["activation_checkpointing"] = activation_checkpointing or None
     if accelerator is not None and isinstance(config, TrainedConfig):
         report["preset"] = find_preset(report["method"], recipe.preset)
         scales = anneal(
             run, recipe, beside, report, accelerator=accelerator, state_path=state_path, save_seconds=save_seconds,
-            compile=compile, show_progress=show_progress, on_step=on_step,
+            activation_checkpointing=activation_checkpointing, compile=compile, show_progress=show_progress,
+            on_step=on_step,
         )  # fmt: skip
     else:
         scales = prune_once(run, recipe, config, beside, report)
@@ -152,6 +151,18 @@ def sparsify(
         "peak_memory_bytes": peak_memory_bytes(),
     }
     return SparsifyResult(model, report, recipe, scales)
+
+
+def _begun(run: Run, method: str, config: MethodConfig, seed: int) -> dict[str, Any]:
+    """What a report can say before the run."""
+    return {
+        "method": method,
+        "pattern": str(config.pattern),
+        "seed": seed,
+        "notes": run.notes,
+        **describe_sites(run.sites),
+        **environment(),
+    }
 
 
 def _by_text(layer_notes: Mapping[str, str]) -> list[str]:

@@ -9,6 +9,7 @@ from sparseforge_fx.data.batches import is_text
 from sparseforge_fx.training.recipe import Recipe
 
 TRAINING = ("steps", "tokens", "accumulate", "lr", "objective", "weight_decay")
+MEMORY = ("activation_checkpointing",)
 TEXT = ("tokenizer", "text_column", "separator", "cache_dir")
 PACKING = ("batch_size", "length")
 
@@ -29,7 +30,7 @@ def unused_arguments(
     given = {**vars(recipe), **beside, "data": data}
     why: dict[str, str] = {}
     if not trains:
-        why |= dict.fromkeys(TRAINING, f"{method} does not train")
+        why |= dict.fromkeys((*TRAINING, *(n for n in MEMORY if n in beside)), f"{method} does not train")
         if calibrates:
             why |= dict.fromkeys(("steps", "tokens"), f"{method} looks at calibration= sequences")
     if not calibrates:

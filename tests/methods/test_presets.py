@@ -9,7 +9,7 @@ from sparseforge_fx.methods.catalog import TRAINED, configure, find_beside, find
 from sparseforge_fx.methods.config import Beside
 from sparseforge_fx.methods.presets import alps_kd_preset, annealed_preset, paper_preset, paper_universal_preset
 from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.pattern import Pattern
+from sparseforge_fx.pattern import Pattern, parse_pattern
 
 PRESETS = [alps_kd_preset, paper_preset, paper_universal_preset, annealed_preset]
 
@@ -17,6 +17,22 @@ PRESETS = [alps_kd_preset, paper_preset, paper_universal_preset, annealed_preset
 def test_the_default_anneals_nothing():
     config = alps_kd_preset(100)
     assert config.start == "alps" and config.starts_fixed and find_preset("sparseforge") == "alps+kd"
+    assert config.reorder and config.reconstruct == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"start": "wanda"}, {"start": "dense"}, {"quench_end": 0.4, "softness_start": 0.6}]
+)
+def test_the_default_leaves_alone_what_is_not_final_or_moves_no_weight(changes):
+    config = alps_kd_preset(100, **changes)
+    assert not config.reorder and not config.reconstruct
+
+
+def test_the_default_takes_what_it_is_told():
+    config = alps_kd_preset(100, reorder=False, reconstruct=3)
+    assert not config.reorder and config.reconstruct == 3
+    loose = alps_kd_preset(100, parse_pattern("50%"))
+    assert not loose.reorder and loose.reconstruct == 1
 
 
 def test_what_was_called_tuned_is_the_default():

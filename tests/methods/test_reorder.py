@@ -71,7 +71,11 @@ def test_moved_on_the_way_is_moved_before(name, monkeypatch):
     assert len(orders) == len(sets) > 0
     for each, order in zip(sets, orders, strict=True):
         each.permute(program.state, order)
-    sf.sparsify(twin, data, method="sparsegpt")
+    expected = sf.sparsify(twin, data, method="sparsegpt").report
+    told = [any("does not fit any more" in n for n in r["notes"]) for r in (report, expected)]
+    assert told == [True, False]
+    for fqn, change in report["layers"].items():  # what became of a weight is told of where its entries stand now
+        assert change == pytest.approx(expected["layers"][fqn], rel=1e-2), fqn
     for (fqn, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4, msg=fqn)
 
@@ -96,6 +100,7 @@ def test_training_goes_on_from_a_new_order():
     assert "new order" in " ".join(result.report["layer_notes"].values())
     dense = build("llama")
     assert result.report["curves"][0]["kl"] < 1
+    assert all(0 < change["moved"] < 1 for change in result.report["layers"].values())
     assert sum(p.numel() for p in dense.parameters()) == sum(p.numel() for p in result.model.parameters())
 
 

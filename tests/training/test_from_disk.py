@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from safetensors.torch import load_file
 from tiny_checkpoint import byte_tokenizer, write_text
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import has_no_values
 from sparseforge_fx.models.dense import load_dense
 from sparseforge_fx.models.shards import Shards
+from sparseforge_fx.models.streamed import StreamedModel
 from sparseforge_fx.training.from_disk import JOURNAL, sparsify_on_disk
 from sparseforge_fx.training.sparsify import sparsify
 
@@ -213,3 +217,56 @@ def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path, llama, text):
             sparsify_on_disk(llama, text, output=tmp_path / "sparse", **RUN)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+LIMITED = """
+import resource, sys
+from sparseforge_fx.training.from_disk import sparsify_on_disk
+
+small, large, text, output, whole = sys.argv[1:]
+how = {"method": "wanda", "length": 32, "calibration": 4}
+sparsify_on_disk(small, text, output=f"{output}-small", **how)  # what is loaded once, and threads, are there now
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+mapped = int(status["VmSize"].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (mapped + int(whole) // 4,) * 2)
+sparsify_on_disk(large, text, output=output, **how)
+"""
+
+
+@pytest.mark.slow
+def test_a_quarter_of_its_bytes_is_enough(tmp_path, text):
+    """The address space is what a process cannot cheat on. The graph, about a megabyte a block, is in the quarter."""
+    large, sides = tmp_path / "large", {"hidden_size": 768, "intermediate_size": 2112, "num_attention_heads": 8}
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**WIDE | sides | {"num_hidden_layers": 28})
+    )
+    model.save_pretrained(large, max_shard_size="30MB")
+    byte_tokenizer().save_pretrained(large)
+    whole = sum(file.stat().st_size for file in large.glob("*.safetensors"))
+    folders = [write_model(tmp_path / "small", "llama"), large, text, tmp_path / "sparse", whole]
+    command = [sys.executable, "-c", LIMITED, *map(str, folders)]
+    run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    pruned = tensors(tmp_path / "sparse")
+    density = [float((v != 0).float().mean()) for name, v in pruned.items() if name.endswith("_proj.weight")]
+    assert len(density) == 7 * 28 and set(density) == {0.5}
+
+
+def test_the_skeleton_has_no_weights_and_every_buffer(llama):
+    source, whole = StreamedModel(llama), load_dense(llama)[0]
+    assert all(has_no_values(p) for p in source.skeleton.parameters())
+    buffers = dict(whole.named_buffers())
+    assert buffers and all(torch.equal(source.fetch(name), value) for name, value in buffers.items())
+
+
+def test_a_buffer_that_loading_leaves_empty_is_refused(llama, monkeypatch):
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding
+    before = rotary.__init__
+
+    def with_another(self, *args, **options):
+        before(self, *args, **options)
+        self.register_buffer("scale", torch.ones(3), persistent=False)
+
+    monkeypatch.setattr(rotary, "__init__", with_another)
+    with pytest.raises(SparseForgeError, match=r"buffer model\.rotary_emb\.scale has no value"):
+        StreamedModel(llama)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 import sparseforge_fx as sf
 from sparseforge_fx.data.drawn_text import draw_text
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph import compile as compile_module
 from sparseforge_fx.methods.catalog import METHODS, TRAINED
 from sparseforge_fx.pattern import Pattern, check_pattern, hard_mask, parse_pattern
 from sparseforge_fx.training.distillation import Distillation
@@ -76,6 +77,22 @@ def test_every_method_on_every_kind_of_model(captured_once, method, name):
         assert len(report["curves"]) == 4 and report["config"]["steps"] == 4
         assert report["tokens"] == 4 * 2 * (1 if name == "mlp" else 12)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", [*METHODS, "sparseforge of the paper", "sparseforge with blocks that learn"])
+def test_every_method_on_a_gpu_with_data_from_the_cpu(method, device="cuda"):
+    torch.manual_seed(0)
+    model = tiny_models.build("llama").to(device)
+    data = torch.randint(3, tiny_models.VOCABULARY, (8, 12))
+    options = SMALL | {"method": method.split()[0]} | ({"preset": "paper"} if "paper" in method else {})
+    options |= {"reorder": True, "reconstruct": 1} if "blocks" in method else {}
+    report = sf.sparsify(model, None if method == "magnitude" else data, **options).report
+    assert report["sites"] and all(check_pattern(model.get_parameter(s["name"]), TWO_FOUR) for s in report["sites"])
+    assert {p.device.type for p in model.parameters()} == {device}
+    ids = data[:2].to(device)
+    assert torch.isfinite(model(input_ids=ids).logits).all()
 
 
 def test_magnitude_is_what_it_says(captured_once):
@@ -635,3 +652,33 @@ def test_layerwise_methods_put_survivors_on_a_grid_and_keep_its_scales():
         assert scales.dtype == torch.float16 and 0 < codes.abs().max() <= 7
         assert check_pattern(codes, Pattern(2, 4))
     assert sf.sparsify(model, [torch.randn(64, 32)], method="wanda", calibration=64).scales == {}
+
+
+# -- activation checkpointing ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", [{}, {"preset": "annealed"}, {"accumulate": 2}], ids=str)
+def test_blocks_that_are_computed_again_change_no_bit(monkeypatch, options):
+    again: list[bool] = []
+    checkpoint = compile_module.checkpoint
+    monkeypatch.setattr(compile_module, "checkpoint", lambda *a, **k: again.append(True) or checkpoint(*a, **k))
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = tiny_models.build("llama")
+        data = torch.randint(3, tiny_models.VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(1))
+        result = sf.sparsify(model, data, activation_checkpointing=checkpointing, **SMALL | options)
+        found.append((model.state_dict(), [row["loss"] for row in result.report["curves"]]))
+        assert bool(again) == checkpointing
+    (first, losses), (second, others) = found
+    assert losses == others and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_nothing_to_compute_again_is_said(captured_once):
+    found = captured_once("mlp")
+    with pytest.raises(SparseForgeError, match="no repeated blocks"):
+        sf.sparsify(found.model, data_for(found), activation_checkpointing=True, **SMALL)
+    assert untouched(found)
+    found = captured_once("llama")
+    report = sf.sparsify(
+        found.model, data_for(found), method="alps", activation_checkpointing=True, calibration=4
+    ).report
+    assert "activation_checkpointing is given and not used: alps does not train" in report["notes"]
