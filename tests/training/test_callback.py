@@ -1,37 +1,38 @@
 """The Hugging Face Trainer on the same engine: a plain loop's numbers, evaluation, checkpoints, resuming."""
 
-import copy
+import functools
 import shutil
 
 import pytest
 import torch
 from tiny_checkpoint import tiny_llama
+from tiny_models import Tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 from two_processes import run_two
 
 import sparseforge_fx as sf
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.passes import find_linears
 from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.training.callback import STATE, SparseForgeCallback
 from sparseforge_fx.training.distillation import Distillation
-from sparseforge_fx.training.sparse_model import SparseModel
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def dense():
-    return tiny_llama(num_hidden_layers=1)
-
-
-def prepared(dense, steps=STEPS):
-    """A copy of the model under masks, captured with padding."""
-    model = copy.deepcopy(dense)
+@functools.cache
+def captured(layers, number):
+    """A model of weights of its own, captured with padding."""
+    model = tiny_llama(num_hidden_layers=layers).eval()
     example = {"input_ids": torch.randint(0, 250, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
-    program = capture(model, example)
-    return model, SparseModel(program, find_linears(program), sf.annealed_preset(steps), Distillation(task=1.0, kl=1.0))
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    return Tiny(model, example, capture(model, example), first)
+
+
+def prepared(number=0, steps=STEPS, layers=1):
+    """The model as new, under masks. ``number``: 1 for a second one beside the first."""
+    tiny = captured(layers, number).reset()
+    return tiny.model, tiny.sparse(sf.annealed_preset(steps), Distillation(task=1.0, kl=1.0))
 
 
 def padded_rows(count=16, length=12):
@@ -74,8 +75,8 @@ def trainer(sparse, folder, **changes):
     )
 
 
-def test_trainer_ends_exactly_two_four_and_logs_the_masks(dense, tmp_path):
-    model, sparse = prepared(dense)
+def test_trainer_ends_exactly_two_four_and_logs_the_masks(tmp_path):
+    model, sparse = prepared()
     run = trainer(sparse, tmp_path, eval_strategy="steps", eval_steps=2)
     run.train()
     assert sparse.steps_done == STEPS and sparse.method.fixed
@@ -88,13 +89,13 @@ def test_trainer_ends_exactly_two_four_and_logs_the_masks(dense, tmp_path):
             assert check_pattern(model.get_parameter(site.fqn), sparse.method.pattern, site.reduction_dim)
 
 
-def test_trainer_with_accumulation_is_the_plain_loop(dense, tmp_path):
+def test_trainer_with_accumulation_is_the_plain_loop(tmp_path):
     """Two micro-batches of two: the gradient is their mean, the masks move once per optimizer step."""
-    model, sparse = prepared(dense)
+    model, sparse = prepared()
     run = trainer(sparse, tmp_path, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, seed=3)
     order = list(run.get_train_dataloader())
     run.train()
-    by_hand, other = prepared(dense)
+    by_hand, other = prepared(1)
     other.train()
     optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.0)
     for step in range(STEPS):
@@ -109,37 +110,37 @@ def test_trainer_with_accumulation_is_the_plain_loop(dense, tmp_path):
         assert torch.equal(one.mask, two.mask)
 
 
-def test_resuming_from_a_trainer_checkpoint_gives_the_same_model(dense, tmp_path):
-    whole, sparse = prepared(dense)
+def test_resuming_from_a_trainer_checkpoint_gives_the_same_model(tmp_path):
+    whole, sparse = prepared()
     trainer(sparse, tmp_path / "a", save_strategy="steps", save_steps=2).train()
     assert (tmp_path / "a" / "checkpoint-2" / STATE).is_dir()
-    resumed, again = prepared(dense)
+    resumed, again = prepared(1)
     trainer(again, tmp_path / "a").train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert again.steps_done == STEPS
     for (name, one), two in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name
 
 
-def test_a_checkpoint_without_masks_is_refused(dense, tmp_path):
-    _, sparse = prepared(dense)
+def test_a_checkpoint_without_masks_is_refused(tmp_path):
+    _, sparse = prepared()
     trainer(sparse, tmp_path, save_strategy="steps", save_steps=2).train()
     shutil.rmtree(tmp_path / "checkpoint-2" / STATE)
-    _, again = prepared(dense)
+    _, again = prepared(1)
     with pytest.raises(sf.SparseForgeError, match="without SparseForgeCallback"):
         trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_other_lengths_and_other_models_are_refused(dense, tmp_path):
-    _, sparse = prepared(dense, steps=STEPS + 1)
+def test_other_lengths_and_other_models_are_refused(tmp_path):
+    _, sparse = prepared(steps=STEPS + 1)
     with pytest.raises(sf.SparseForgeError, match=f"make the config with steps={STEPS}"):
         trainer(sparse, tmp_path).train()
     with pytest.raises(sf.SparseForgeError, match="needs the model that sf"):
-        Trainer(dense, arguments(tmp_path), train_dataset=padded_rows(), callbacks=[SparseForgeCallback()]).train()
+        Trainer(tiny_llama(), arguments(tmp_path), train_dataset=padded_rows(), callbacks=[SparseForgeCallback()]).train()
 
 
-def test_padding_teaches_nothing(dense):
+def test_padding_teaches_nothing():
     """The loss of a padded batch is that of its real tokens: what stands in the padding does not matter."""
-    _, sparse = prepared(dense)
+    _, sparse = prepared()
     sparse.train()
     with torch.no_grad():
         for p in sparse.parameters():
@@ -153,11 +154,11 @@ def test_padding_teaches_nothing(dense):
     assert sparse.last_loss.kl > 0
 
 
-def test_state_dict_names_a_tied_tensor_once(dense):
-    _, sparse = prepared(dense)
+def test_state_dict_names_a_tied_tensor_once():
+    _, sparse = prepared()
     state = sparse.state_dict()
     assert len({t.data_ptr() for t in state.values()}) == len(state)
-    _, other = prepared(dense)
+    _, other = prepared(1)
     with torch.no_grad():
         for p in other.parameters():
             p.zero_()
@@ -170,8 +171,8 @@ def test_state_dict_names_a_tied_tensor_once(dense):
     ("argument", "value"),
     [("label_smoothing_factor", 0.1), ("auto_find_batch_size", True), ("load_best_model_at_end", True)],
 )
-def test_arguments_that_leave_a_part_out_are_refused_at_the_start(dense, tmp_path, argument, value):
-    _, sparse = prepared(dense)
+def test_arguments_that_leave_a_part_out_are_refused_at_the_start(tmp_path, argument, value):
+    _, sparse = prepared()
     options = {argument: value}
     if argument == "load_best_model_at_end":
         options |= {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
@@ -179,9 +180,9 @@ def test_arguments_that_leave_a_part_out_are_refused_at_the_start(dense, tmp_pat
         trainer(sparse, tmp_path, **options)
 
 
-def test_the_trainers_own_loss_shifts_the_labels(dense, tmp_path):
+def test_the_trainers_own_loss_shifts_the_labels(tmp_path):
     """Without the callback nothing refuses label smoothing; it is that of the next token then."""
-    _, sparse = prepared(dense)
+    _, sparse = prepared()
     batch = {"input_ids": torch.randint(0, 250, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     run = Trainer(sparse, arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=padded_rows())
     loss = run.compute_loss(sparse, batch | {"labels": batch["input_ids"]})
@@ -191,11 +192,11 @@ def test_the_trainers_own_loss_shifts_the_labels(dense, tmp_path):
 
 
 @pytest.mark.parametrize("adds_ours", [False, True], ids=["alone", "beside ours"])
-def test_a_loss_of_ones_own_must_hold_the_distillation(dense, tmp_path, adds_ours):
+def test_a_loss_of_ones_own_must_hold_the_distillation(tmp_path, adds_ours):
     def own(outputs, labels, num_items_in_batch=None):
         return outputs.logits.float().square().mean() + (outputs.loss if adds_ours else 0)
 
-    _, sparse = prepared(dense)
+    _, sparse = prepared()
     before = [p.detach().clone() for p in sparse.parameters()]
     run = Trainer(
         sparse, arguments(tmp_path), train_dataset=padded_rows(), callbacks=[SparseForgeCallback()], compute_loss_func=own
@@ -209,8 +210,8 @@ def test_a_loss_of_ones_own_must_hold_the_distillation(dense, tmp_path, adds_our
     assert all(torch.equal(a, b) for a, b in zip(before, sparse.parameters(), strict=True))
 
 
-def test_columns_that_the_source_knows_stay_and_others_go(dense, tmp_path):
-    _, sparse = prepared(dense)
+def test_columns_that_the_source_knows_stay_and_others_go(tmp_path):
+    _, sparse = prepared()
     rows = [row | {"text": "not for the model"} for row in padded_rows()]
     run = Trainer(
         sparse, arguments(tmp_path, remove_unused_columns=True), train_dataset=rows, callbacks=[SparseForgeCallback()]
@@ -232,10 +233,9 @@ class Counting(TorchDispatchMode):
 
 def test_activation_checkpointing_changes_no_gradient(tmp_path):
     """Blocks run again in the backward pass, and the model learns and is judged as without."""
-    model = tiny_llama(num_hidden_layers=3)
     gradients, calls = [], []
     for checkpointing in (False, True):
-        _, sparse = prepared(model)
+        _, sparse = prepared(layers=3)
         if checkpointing:
             sparse.activation_checkpointing_enable()
         sparse.train()
@@ -253,8 +253,8 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
         mlp.activation_checkpointing_enable()
 
 
-def test_neftune_adds_noise_in_training_only(dense, tmp_path):
-    _, sparse = prepared(dense)
+def test_neftune_adds_noise_in_training_only(tmp_path):
+    _, sparse = prepared()
     row = {k: v[None] for k, v in padded_rows(1)[0].items()}
     quiet = sparse.eval()(**row).logits
     seen = {}
@@ -284,7 +284,7 @@ def test_neftune_adds_noise_in_training_only(dense, tmp_path):
     ids=lambda options: ", ".join(options),
 )
 def test_usual_arguments(tmp_path, options):
-    model, sparse = prepared(tiny_llama(num_hidden_layers=2))
+    model, sparse = prepared(layers=2)
     run = trainer(sparse, tmp_path, **options)
     run.train()
     assert sparse.steps_done == STEPS and sparse.method.fixed
@@ -309,7 +309,7 @@ torch.distributed.destroy_process_group()
 def under_the_trainer(folder, rows):
     """Masks and curvature after the first half of a run of ``rows`` rows per process, without an update of weights."""
     torch.manual_seed(0)
-    _, sparse = prepared(tiny_llama(num_hidden_layers=1), steps=8)
+    _, sparse = prepared(steps=8)
     options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
     options["max_steps"] = 8
     seen = {}
