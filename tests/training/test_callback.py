@@ -135,7 +135,9 @@ def test_other_lengths_and_other_models_are_refused(tmp_path):
     with pytest.raises(sf.SparseForgeError, match=f"make the config with steps={STEPS}"):
         trainer(sparse, tmp_path).train()
     with pytest.raises(sf.SparseForgeError, match="needs the model that sf"):
-        Trainer(tiny_llama(), arguments(tmp_path), train_dataset=padded_rows(), callbacks=[SparseForgeCallback()]).train()
+        Trainer(
+            tiny_llama(), arguments(tmp_path), train_dataset=padded_rows(), callbacks=[SparseForgeCallback()]
+        ).train()
 
 
 def test_padding_teaches_nothing():
