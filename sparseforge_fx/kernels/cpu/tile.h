@@ -144,7 +144,8 @@ TARGET void tile_many(const Job& job, const Elem* x, int64_t columns, int64_t fi
 
 template <class V>
 void tile(const Job& job, const void* x, int64_t columns, int64_t first, int64_t last, float* out) {
-  if (columns == 1) {
+  // a single row may be the last of many, which were prepared for the shorter steps of tile_many
+  if (columns == 1 && job.x_stride % kKept == 0) {
     tile_one<V>(job, static_cast<const Elem*>(x), first, last, out);
   } else {
     tile_many<V>(job, static_cast<const Elem*>(x), columns, first, last, out);

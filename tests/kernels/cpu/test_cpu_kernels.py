@@ -1,6 +1,7 @@
 """Every instruction set of this machine against the reference; the same bits always; no compiler, no harm."""
 
 import itertools
+import math
 import os
 import platform
 import shutil
@@ -99,6 +100,25 @@ def test_every_number_of_rows_and_long_sums(dtype, isa):
     x = torch.randn(67, 2100).to(dtype)
     for rows in range(1, 68):
         assert_correct(run(x[:rows], packed, bias, isa=isa), x[:rows], packed, bias)
+
+
+def leave_nan_in_free_memory(most):
+    """What is allocated next, of up to ``most`` bytes, has NaN around it."""
+    filled = [torch.full((most * part // 16 + 64,), math.nan) for part in range(1, 7)]
+    filled.clear()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_features", [4, 12, 36, 44, 100, 132, 200])
+def test_nothing_is_read_beyond_the_last_row(in_features, dtype, isa):
+    """The last row of 65 or 129 is alone in its pass over the weight."""
+    packed, bias = random_linear(22, in_features, dtype)
+    for rows in (1, 2, 63, 64, 65, 129):
+        x = torch.randn(rows, in_features).to(dtype)
+        for _ in range(5):
+            leave_nan_in_free_memory(rows * (in_features + 64) * 4)
+            assert_correct(run(x, packed, bias, isa=isa), x, packed, bias)
 
 
 @pytest.mark.parametrize("isa", ISAS)
