@@ -67,7 +67,7 @@ else
 	$(BIN)/python examples/benchmarks/formats.py smollm2-135m --device cuda --formats packed,generator-aoti,generator-aoti-dense
 endif
 
-# Ten minutes more: a leaderboard at 20M tokens, at one rate for all. What was done is not done again.
+# A leaderboard at 20M tokens, at one rate for all; ten minutes are for its first runs. What was done is not done again.
 gpu-training: $(READY)
 	@test -n "$(GPU)" -a -d "$(TRAIN)/model" || { echo "make gpu-training needs a CUDA device and TRAIN=folder with model/, texts, valid.txt and test.txt" >&2; exit 1; }
 	$(BIN)/python examples/benchmarks/leaderboard.py $(TRAIN)/model $(foreach text,$(wildcard $(TRAIN)/*.jsonl.xz),--data $(text)) --valid $(TRAIN)/valid.txt --test $(TRAIN)/test.txt \

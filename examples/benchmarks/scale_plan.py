@@ -102,7 +102,7 @@ def count(config: PretrainedConfig, first: int) -> tuple[Sites, int]:
         _, two = blocks(cut, 2)
         whole = alone + (first - 1) * (two - alone) + (layers - first) * (with_both - alone)
     per_token = getattr(config, "num_experts_per_tok", None)
-    shapes = [(shape, times) for block, times in every for shape in block]
+    shapes = [(shape, times) for block, times in every for shape, _ in block]
 
     def active(shape: tuple[int, ...]) -> int:
         return math.prod(shape) if len(shape) == 2 else per_token * math.prod(shape[1:])  # a stack of experts
@@ -111,13 +111,13 @@ def count(config: PretrainedConfig, first: int) -> tuple[Sites, int]:
         sum(times for _, times in shapes),
         sum(math.prod(shape) * times for shape, times in shapes),
         sum(active(shape) * times for shape, times in shapes),
-        max(sum(map(math.prod, block)) for block, _ in every),
-        max(max(shape[-2:]) for shape, _ in shapes),
+        max(sum(math.prod(shape) for shape, _ in block) for block, _ in every),
+        max(inputs for block, _ in every for _, inputs in block),
     ), whole
 
 
-def blocks(config: PretrainedConfig, layers: int) -> tuple[list[list[tuple[int, ...]]], int]:
-    """Shapes of the sites of each of the first ``layers`` blocks, and the parameters of that model."""
+def blocks(config: PretrainedConfig, layers: int) -> tuple[list[list[tuple[tuple[int, ...], int]]], int]:
+    """Shape and inputs of the sites of each of the first ``layers`` blocks, and the parameters of that model."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     for name in ("layer_types", "mlp_layer_types"):
@@ -127,10 +127,10 @@ def blocks(config: PretrainedConfig, layers: int) -> tuple[list[list[tuple[int, 
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     parameters = sum(p.numel() for p in model.parameters())
     without_values(model)
-    found: list[list[tuple[int, ...]]] = [[] for _ in range(layers)]
+    found: list[list[tuple[tuple[int, ...], int]]] = [[] for _ in range(layers)]
     for site in eligible(find_linears(capture(model, dynamic=False))):
         at = next(int(part) for part in site.fqn.split(".") if part.isdigit())
-        found[at].append(tuple(site.shape))
+        found[at].append((tuple(site.shape), site.in_features))
     return found, parameters
 
 
@@ -178,9 +178,8 @@ def row(
 ) -> dict[str, Any]:
     """Of one number of GPUs, weights, masks and states shared by all (FSDP2), activations recomputed block by block."""
     own = max(1, tokens // gpus // LENGTH)  # sequences of one GPU
-    state = (
-        per_weight * sites.entries + 2 * 2 * (parameters - sites.entries)
-    ) / gpus  # the rest is frozen: and a teacher
+    rest = 2 * 2 * (parameters - sites.entries)  # of a bfloat16 model, taken for frozen, and its teacher's
+    state = (per_weight * sites.entries + rest) / gpus
     # what goes into each block, and all of one that is computed again (arXiv 2205.05198, eq. 2, without its scores)
     sequence = LENGTH * config.hidden_size * (2 * config.num_hidden_layers + ASSUMED["block_activation_bytes"])
     gathered = 2 * 2 * 2 * sites.block  # a block's weights and masks, and those of the next, in bfloat16

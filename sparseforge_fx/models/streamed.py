@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -64,6 +65,12 @@ class StreamedModel:
         self._conversions = get_model_conversion_mapping(model)
         self._keys = self._find_keys()
         self._ties = self._find_ties()
+        for name, value in self._computed.items():
+            if name not in self._keys and _unfilled(value):
+                raise SparseForgeError(
+                    f"the buffer {name} is neither in the files of {self.folder} nor filled by initialize_weights(), "
+                    "as from_pretrained does it: sparsify the model in memory"
+                )
         self.own = {n: p.dtype for n, p in model.named_parameters(remove_duplicate=False)}
         if absent := sorted(n for n in self.own if not self._keys.get(self._ties.get(n, n))):
             raise SparseForgeError(
@@ -137,22 +144,28 @@ class StreamedModel:
 def _compute_buffers(model: Any) -> None:
     """Give the buffers of a model on the meta device their values as ``from_pretrained`` does: by ``_init_weights``,
     which has nothing to do for weights without values. (A model that is made on the CPU takes room for each weight.)
-
-    Raises SparseForgeError where that leaves one without a value which no file holds."""
+    What that leaves as it is, is :func:`_unfilled`."""
     for module in model.modules():
         for name, value in module._buffers.items():
             if value is not None and value.is_meta:
-                empty = float("nan") if value.is_floating_point() else 0
-                module._buffers[name] = torch.full_like(value, empty, device="cpu")
+                module._buffers[name] = torch.full_like(value, _empty(value.dtype), device="cpu")
     model.initialize_weights()
-    for path, module in model.named_modules():
-        for name in module._non_persistent_buffers_set:
-            value = module._buffers.get(name)
-            if value is not None and value.is_floating_point() and bool(value.isnan().any()):
-                raise SparseForgeError(
-                    f"the buffer {path}.{name} has no value after initialize_weights(), as from_pretrained fills it: "
-                    "sparsify the model in memory"
-                )
+
+
+def _empty(dtype: torch.dtype) -> float | int:
+    """What no buffer is meant to hold; of two truth values none is left for it."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return math.nan
+    return 0 if dtype is torch.bool else torch.iinfo(dtype).max
+
+
+def _unfilled(value: Tensor) -> bool:
+    """Has this buffer got no value?"""
+    if not value.numel() or value.dtype is torch.bool:
+        return False
+    if value.is_floating_point() or value.is_complex():
+        return bool(value.isnan().any())
+    return bool((value == _empty(value.dtype)).all())
 
 
 def _natural(key: str) -> tuple:

@@ -74,7 +74,6 @@ def _prune(
             tensors = [w.weight for w in weights]
             teacher = Teacher(run.program, dense_copies(run.program, tensors)) if config.reconstruct else None
             notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, moves)
-            report["notes"] += [] if moves is None else moves.told()
             if teacher is not None:
                 report["reconstruction"], none = reconstructed(masked, teacher, batches, weights, config)
                 report["notes"] += none

@@ -205,7 +205,6 @@ class SparseModel(TrainerSurface):
             if config.reorder:
                 self.moves = Reordering(self.program, config.pattern, weights)
             notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, self.moves)
-            self.reader.notes += [] if self.moves is None else self.moves.told()
             blocks = None
             if teacher is not None:
                 blocks, none = reconstructed(self.program, teacher, readings, weights, config)

@@ -19,6 +19,7 @@ from sparseforge_fx.graph.adapters import adapter_notes
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import find_preset
 from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.methods.reorder import tell_moved
 from sparseforge_fx.models.dense import write_checkpoint
 from sparseforge_fx.page.page import write_page
 from sparseforge_fx.passes.find_linears import eligible
@@ -105,7 +106,7 @@ def sparsify(
         cache_dir: where the token file of text is kept (default: the Hugging Face home).
         compile: True, False or "auto".
         activation_checkpointing: keep of each repeated block only what goes into it, and compute the block again in the
-            backward pass: about a third more time for the memory of all but one block's activations, the same numbers.
+            backward pass: one forward pass more for the memory of all but one block's activations, the same numbers.
         state_path: folder of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
             The run that wrote it must have had the same weights, data, seed, rate and losses.
         changes: fields of the recipe, and options of its method.
@@ -141,7 +142,8 @@ def sparsify(
         scales = prune_once(run, recipe, config, beside, report)
     notes = report["notes"]
     notes += [n for n in run.reader.notes if n not in notes]
-    notes += _by_text(report.get("layer_notes") or {})
+    by_layer = report.get("layer_notes") or {}
+    notes += [*tell_moved(by_layer), *_by_text(by_layer)]
     recipe = recipe.resolved(data is not None).changed(data=str(data) if isinstance(data, str | Path) else None)
     report |= {
         "options": dict(recipe.options),

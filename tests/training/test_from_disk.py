@@ -259,14 +259,16 @@ def test_the_skeleton_has_no_weights_and_every_buffer(llama):
     assert buffers and all(torch.equal(source.fetch(name), value) for name, value in buffers.items())
 
 
-def test_a_buffer_that_loading_leaves_empty_is_refused(llama, monkeypatch):
+@pytest.mark.parametrize("value", [torch.ones(3), torch.arange(3)], ids=["floats", "integers"])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_buffer_that_no_file_holds_and_loading_leaves_empty_is_refused(llama, monkeypatch, value, persistent):
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding
     before = rotary.__init__
 
     def with_another(self, *args, **options):
         before(self, *args, **options)
-        self.register_buffer("scale", torch.ones(3), persistent=False)
+        self.register_buffer("scale", value.to(self.inv_freq.device), persistent=persistent)
 
     monkeypatch.setattr(rotary, "__init__", with_another)
-    with pytest.raises(SparseForgeError, match=r"buffer model\.rotary_emb\.scale has no value"):
+    with pytest.raises(SparseForgeError, match=r"buffer model\.rotary_emb\.scale is neither in the files"):
         StreamedModel(llama)
