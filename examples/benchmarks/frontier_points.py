@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 
 import sparseforge_fx as sf
+from sparseforge_fx.decision import decide, everywhere
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
 from sparseforge_fx.kernels.layouts import layouts_of
-from sparseforge_fx.planning.make import decide
 from sparseforge_fx.report import write_json
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -121,17 +121,6 @@ def _once(path: Path, write: Callable[[Path], object]) -> Path:
         write(path)
         print(f"wrote {path}", flush=True)
     return path
-
-
-def everywhere(plan: sf.Plan, form: Format) -> sf.Plan:
-    """The plan with one format on all weights; a weight that cannot be sparse keeps the values alone."""
-    return replace(
-        plan,
-        weights=[
-            replace(w, format=next((f for f in (form, form._replace(pattern="dense")) if f in w.prices), DENSE))
-            for w in plan.weights
-        ],
-    )
 
 
 def predicted(plan: sf.Plan) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseforge_fx.cli.app import print_json, readable_bytes, stdout
+from sparseforge_fx.cli.app import pick_device, print_json, readable_bytes, stdout
+from sparseforge_fx.cli.on_disk import DISK
 
 if TYPE_CHECKING:
+    from sparseforge_fx.training.forecast import Forecast
     from sparseforge_fx.training.recipe import Recipe
 
-FLOAT32 = 4  # bytes: of gradients, masters and AdamW's moments
+FLOAT32 = 4  # bytes
 
 
 def tell(plain: Mapping[str, Any], as_json: bool) -> None:
@@ -35,17 +37,21 @@ def _lines(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def of_sparsify(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Which weights, how many steps, and what memory the weights and the optimizer take. Raises SparseForgeError for
+def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, Any]:
+    """Which weights, how many steps, and what memory and time they take here. Raises SparseForgeError for
     what the run would refuse once it had the graph."""
     from sparseforge_fx.errors import SparseForgeError
     from sparseforge_fx.methods.base import TrainedConfig
+    from sparseforge_fx.models.compute_dtype import choose_dtype, dtype_of
+    from sparseforge_fx.models.dense import find_dtype
     from sparseforge_fx.plans import planned_formats
+    from sparseforge_fx.report import peak_memory_bytes
+    from sparseforge_fx.training.forecast import forecast, memory_from_disk
 
     assert recipe.model is not None
     has_data = recipe.data is not None
     config = recipe.config(has_data)
-    loaded, sites = _sites(recipe.model, config.pattern, recipe.include, recipe.exclude)
+    loaded, program, sites = _sites(recipe.model, config.pattern, recipe.include, recipe.exclude)
     chosen = [s for s in sites if s.reason is None]
     if recipe.plan is not None:
         formats = planned_formats(recipe.plan, {s.fqn: (s.out_features, s.in_features) for s in chosen})
@@ -61,16 +67,18 @@ def of_sparsify(recipe: Recipe, output: Path) -> dict[str, Any]:
         "made_sparse": f"{len(chosen)} linears with {weights:,} weights ({weights / parameters:.1%} of the parameters)",
         "stay_dense": [f"{s.fqn}: {s.reason}" for s in sites if s.reason is not None] or "no other linear",
     }
+    where = pick_device("cpu" if device == DISK else device)
+    dtype = choose_dtype(dtype_of(loaded), where, find_dtype(recipe.dtype)).dtype
     if isinstance(config, TrainedConfig):
         per_step = recipe.batch_size * recipe.length * recipe.accumulate
         steps = config.steps if recipe.tokens is None else recipe.tokens // per_step
         all_tokens = f"{steps:,} steps of {per_step:,} tokens ({steps * per_step:,})"
         told["training"] = f"{all_tokens} at a peak rate of {recipe.lr:g}"
-        size = next(loaded.parameters()).element_size()
-        state = readable_bytes(weights * (2 * size + 3 * FLOAT32))  # teacher, mask; gradient and two moments
-        whole = readable_bytes(parameters * size)
-        told["memory"] = f"{whole} of weights; {state} for teacher, masks, gradients and AdamW; activations on top"
-        told["time"] = "not known before the first steps: the progress bar shows what is left"
+        told["memory"] = _states(parameters, weights, dtype.itemsize)
+    elif device == DISK:
+        peak = peak_memory_bytes() + memory_from_disk(chosen, recipe, config, dtype)
+        told["memory"] = f"about {readable_bytes(peak)} at the largest weight; the others stay on disk"
+    told["time"] = _time(forecast(program, sites, chosen, recipe, config, dtype, where), dtype)
     size_on_disk = readable_bytes(_bytes(loaded))
     told["writes"] = f"{output}/: a checkpoint of {size_on_disk}, report.json, report.html, recipe.yaml"
     return told
@@ -84,7 +92,7 @@ def of_quantize(
     from sparseforge_fx.pattern import TWO_FOUR
     from sparseforge_fx.plans import planned_formats
 
-    loaded, sites = _sites(model, TWO_FOUR, include, exclude)
+    loaded, _, sites = _sites(model, TWO_FOUR, include, exclude)
     chosen = [s for s in sites if s.reason is None]
     if plan is not None:
         formats = planned_formats(plan, {s.fqn: None for s in sites})
@@ -113,7 +121,7 @@ def of_export(model: str, output: Path, format: str, tokens: list[int] | None) -
     """What would be captured; which linears are packed is known only by their weights and by measuring."""
     from sparseforge_fx.pattern import TWO_FOUR
 
-    loaded, sites = _sites(model, TWO_FOUR, [], [])
+    loaded, _, sites = _sites(model, TWO_FOUR, [], [])
     fitting = [s for s in sites if s.reason is None]
     share = sum(s.numel for s in fitting) * next(loaded.parameters()).element_size()
     size = _bytes(loaded)
@@ -128,13 +136,38 @@ def of_export(model: str, output: Path, format: str, tokens: list[int] | None) -
     }
 
 
-def _sites(model: str, pattern: Any, include: Any, exclude: Any) -> tuple[Any, list[Any]]:
+def _states(parameters: int, weights: int, size: int) -> str:
+    """What training keeps of so many parameters, ``weights`` of them with a mask, in numbers of ``size`` bytes."""
+    each = (
+        size + 2 * FLOAT32 + (2 * FLOAT32 if size < FLOAT32 else 0)
+    )  # gradient, moments; float32 master, its gradient
+    states = readable_bytes(parameters * (each + size) + weights * size)  # beside a teacher, and masks
+    whole = readable_bytes(parameters * size)
+    return f"{whole} of weights; {states} for teacher, masks, gradients and AdamW; activations on top"
+
+
+def _time(found: Forecast, dtype: Any) -> str | None:
+    """A sentence; None where nothing takes long enough to be worth one."""
+    from sparseforge_fx.page.facts import duration
+
+    if not found.seconds:
+        return None
+    start = duration(found.start) if found.start else ""
+    name = str(dtype).removeprefix("torch.")
+    if not found.steps:
+        return f"about {start} in {name} on this machine"
+    steps = f"{found.steps:,} steps of {found.step:.2g} s" + (f" after a layer-wise start of {start}" if start else "")
+    return f"about {duration(found.seconds)} ({steps}) in {name} on this machine"
+
+
+def _sites(model: str, pattern: Any, include: Any, exclude: Any) -> tuple[Any, Any, list[Any]]:
     from sparseforge_fx.graph.capture import capture
     from sparseforge_fx.models.dense import load_skeleton
     from sparseforge_fx.passes import find_linears
 
     loaded = load_skeleton(model)
-    return loaded, find_linears(capture(loaded, dynamic=False), pattern, include, exclude)
+    program = capture(loaded, dynamic=False)
+    return loaded, program, find_linears(program, pattern, include, exclude)
 
 
 def _bytes(model: Any) -> int:

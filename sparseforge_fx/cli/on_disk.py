@@ -23,6 +23,14 @@ def on_disk(device: str | None, **given: Any) -> bool:
     return device == DISK
 
 
+def check_before(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise SparseForgeError for what the run would refuse at once."""
+    from sparseforge_fx.training.from_disk import check_method, check_place
+
+    check_method(recipe.config(recipe.data is not None), recipe.data)
+    check_place(output, resume=resume, overwrite=overwrite)
+
+
 def run_on_disk(
     recipe: Recipe, output: Path, *, resume: bool, overwrite: bool, cache_dir: Path | None, as_json: bool
 ) -> None:

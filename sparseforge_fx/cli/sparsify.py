@@ -22,7 +22,7 @@ from sparseforge_fx.cli.app import (
 )
 from sparseforge_fx.cli.assignments import read_assignments
 from sparseforge_fx.cli.dry_run import of_sparsify, tell
-from sparseforge_fx.cli.on_disk import on_disk, run_on_disk, suggest
+from sparseforge_fx.cli.on_disk import check_before, on_disk, run_on_disk, suggest
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.tracker import Tracker
@@ -125,15 +125,18 @@ def sparsify(
         "weight_decay": weight_decay,
     }  # fmt: skip
     recipe, folder = _recipe(config, asked, change, curvature, temperature), RunFolder(output)
-    if dry_run:
-        folder.check(recipe.describe(), resume=resume, overwrite=overwrite)
-        tell(of_sparsify(recipe, output), as_json)
-        return
-    other_saves = save_seconds != SAVE_SECONDS
-    if on_disk(
-        device, log_with=log_with, compile=compile is Compile.on, save_seconds=other_saves,
+    from_disk = on_disk(
+        device, log_with=log_with, compile=compile is Compile.on, save_seconds=save_seconds != SAVE_SECONDS,
         activation_checkpointing=activation_checkpointing,
-    ):  # fmt: skip
+    )  # fmt: skip
+    if dry_run:
+        if from_disk:
+            check_before(recipe, output, resume=resume, overwrite=overwrite)
+        else:
+            folder.check(recipe.describe(), resume=resume, overwrite=overwrite)
+        tell(of_sparsify(recipe, output, device), as_json)
+        return
+    if from_disk:
         run_on_disk(recipe, output, resume=resume, overwrite=overwrite, cache_dir=cache_dir, as_json=as_json)
         return
     _run(

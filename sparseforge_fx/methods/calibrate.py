@@ -91,10 +91,9 @@ def layer_by_layer(
     feeds = [iter(inputs) for inputs in (flat + flat if twins else flat)]
     last = last_uses(module, kept_for(weights) if every_token else {})
     seen: set[tuple[str, int | None]] = set()
+    wanted = {(read.name, read.expert) for read in (Read(*given) for given in weights.values())}
     moments: dict[Node, list[Tensor]] = {}
     blind: set[Node] = set()
-    for run in runs + twins:
-        run.env = {}
     done = None if streamed is None else streamed.resume(runs)
     for step in _steps(module.graph):
         if done is not None:
@@ -129,14 +128,20 @@ def layer_by_layer(
                 visit(
                     read.name, *moments[source], expert=Expert(read.expert, sum(see(r)[..., 0].numel() for r in runs))
                 )
+        if streamed is None and seen >= wanted:
+            break  # nobody asks for what comes behind
         _run_all(runs + twins, step, leave, feeds, len(batches), streamed)
         dead = [value for node in step for value in last.get(node, ())]
-        for held in (moments, *(run.env for run in runs + twins)):
-            for value in dead:
-                held.pop(value, None)  # type: ignore[attr-defined]
+        _forget(dead, [moments, *(run.env for run in runs + twins)])
         if streamed is not None and streamed.after(step, dead, runs):
             break
     return padded
+
+
+def _forget(dead: Iterable[Node], stores: Iterable[dict[Node, Any]]) -> None:
+    for store in stores:
+        for node in dead:
+            store.pop(node, None)
 
 
 def _run_all(
@@ -170,6 +175,7 @@ class Held(Interpreter):
     def __init__(self, module: GraphModule, held: Mapping[str, Tensor] | Streamed):
         super().__init__(module, garbage_collect_values=False)
         self.held = held
+        self.env = {}
 
     def fetch_attr(self, target: str) -> Any:
         return self.held[target] if target in self.held else super().fetch_attr(target)

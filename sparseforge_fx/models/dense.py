@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.kernels.packed import METHOD
@@ -19,6 +20,7 @@ from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.loading_bar import loading_bar
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+GGUF_DTYPE = torch.bfloat16  # of weights that are dequantised
 UNPACK = "load it with sf.load, then save what model.dequantize() gives"
 HUB_TIMEOUT = 10.0  # seconds until the hub counts as not reachable
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -63,7 +65,7 @@ def load_dense(
     tokenizer = load_tokenizer(where, config)
     options: dict[str, Any] = {"dtype": wanted or "auto", "config": config, **where_to(device, device_map)}
     if where.gguf:
-        options["dtype"] = wanted or torch.bfloat16
+        options["dtype"] = wanted or GGUF_DTYPE
         if hasattr(transformers, "GgufConfig"):  # before it came, every GGUF file was dequantised
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     elif is_packed(config):
@@ -92,10 +94,29 @@ def load_skeleton(name: str | Path) -> nn.Module:
     """The model without weights, on the meta device: shapes and graph only, whatever its size."""
     where = locate(name)
     config = load_config(where)
+    if where.gguf:
+        config.dtype = GGUF_DTYPE
+    return make_skeleton(config, name).eval()
+
+
+def make_skeleton(config: Any, name: str | Path) -> Any:
+    """The model of a config on the meta device, in the dtype that the config names. Buffers have no values either."""
     cls = model_class(config)
-    with explained(f"cannot build the model of {name}"), torch.device("meta"):
+    with explained(f"cannot build the model of {name}"), torch.device("meta"), no_init_weights(), _dtype(config):
         model = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
-    return model.eval()
+        model.tie_weights()
+    return model
+
+
+@contextmanager
+def _dtype(config: Any) -> Iterator[None]:
+    """A class that is called, not loaded, makes its weights in the default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(config, "dtype", None) or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -19,7 +16,6 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.initialization import no_init_weights
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import without_values
@@ -30,7 +26,7 @@ from sparseforge_fx.models.dense import (
     load_config,
     load_tokenizer,
     locate,
-    model_class,
+    make_skeleton,
 )
 from sparseforge_fx.models.shards import Shards
 
@@ -53,10 +49,8 @@ class StreamedModel:
         self.shards = Shards(self.folder)
         if getattr(config, "dtype", None) is None:  # as from_pretrained(dtype="auto") finds it
             config.dtype = next((p.dtype for p in self.shards.places.values() if p.dtype.is_floating_point), None)
-        cls = model_class(config)
+        model = make_skeleton(config, name)
         with explained(f"cannot build the model of {name}"):
-            with torch.device("meta"), no_init_weights(), _dtype(config):
-                model = cls.from_config(config) if cls is transformers.AutoModelForCausalLM else cls(config)
             _compute_buffers(model)
         model.tie_weights()  # what was made without values came apart
         self._computed = dict(model.named_buffers())
@@ -170,17 +164,6 @@ def _unfilled(value: Tensor) -> bool:
 
 def _natural(key: str) -> tuple:
     return tuple((int(p), "") if p.isdigit() else (-1, p) for p in key.split("."))
-
-
-@contextmanager
-def _dtype(config: Any) -> Iterator[None]:
-    """A class that is called, not loaded, makes its weights in the default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(config, "dtype", None) or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _download(name: str, options: dict[str, Any]) -> Path:

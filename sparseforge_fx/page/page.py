@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparseforge_fx.decision import everywhere, frontier, standing
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import new_file
+from sparseforge_fx.formats import DENSE
 from sparseforge_fx.page import facts, pictures
 from sparseforge_fx.plans import Plan
 
@@ -51,7 +54,7 @@ def render(folder: Path) -> str:
             "maps": facts.layer_maps(report, plan),
             "blocks": facts.block_table(report),
             "speed": facts.speed_tables(speed, costs.get("rows") or speed.get("gate") or [], plan),
-            "frontier": _frontier(quality, speed),
+            "frontiers": _frontiers(quality, speed, plan),
             "notes": report.get("notes") or [],
             "skipped": facts.skipped(report),
             "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
@@ -92,16 +95,21 @@ def _plan(folder: Path, report: Mapping[str, Any]) -> Plan | None:
     return None
 
 
-def _frontier(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> str | None:
-    """Dense and packed where both axes were measured, of the smallest batch."""
+def _frontiers(quality: Mapping[str, Any], speed: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, str]]:
+    """(title, picture): of what was measured, and of what the plan's prices say."""
     by_role, batches = quality.get("perplexity") or {}, speed.get("batches") or {}
-    if not {"dense", "model"} <= set(by_role) or not batches:
-        return None
-    models = batches[min(batches, key=int)]
-    names = (("dense", "dense", "dense"), ("this run, packed", "packed", "model"))
-    return pictures.frontier(
-        [(name, models[fast]["tokens_per_second"], by_role[role]["perplexity"]) for name, fast, role in names]
-    )
+    found = []
+    if {"dense", "model"} <= set(by_role) and batches:
+        models = batches[min(batches, key=int)]
+        names = (("dense", "dense", "dense"), ("this run, packed", "packed", "model"))
+        points = [(name, models[fast]["tokens_per_second"], by_role[role]["perplexity"]) for name, fast, role in names]
+        found.append(("Quality against speed, as measured", pictures.frontier(points)))
+    if plan is not None and not math.isnan(sum(here := standing(plan))):
+        forms = dict.fromkeys(form for w in plan.weights for form in w.prices if form != DENSE)
+        named = [("dense", 1.0, 0.0), *((str(f), *standing(everywhere(plan, f))) for f in forms)]
+        drawn = pictures.predicted_frontier(frontier(plan), named, here)
+        found.append(("Quality against speed, as the plan predicts them", drawn))
+    return found
 
 
 def _template() -> Any:

@@ -84,6 +84,27 @@ def frontier(points: Sequence[tuple[str, float, float]]) -> str:
     return _svg(figure, "frontier", f"Perplexity against tokens per second. {told}")
 
 
+def predicted_frontier(
+    line: Sequence[tuple[float, float]], named: Sequence[tuple[str, float, float]], here: tuple[float, float]
+) -> str:
+    """Predicted loss against the speed-up of the linears: of the best plans (a line), of one format on all linears
+    (points with names), and of this run's plan."""
+    figure, axis = _figure()
+    axis.plot(*zip(*line, strict=True), color=LINES[0], lw=1.6, label="best by these prices")
+    axis.plot([p[1] for p in named], [p[2] for p in named], "o", ms=4, color=LINES[1], label="one format everywhere")
+    for name, speed, loss in named:
+        axis.annotate(name, (speed, loss), (4, 3), textcoords="offset points", fontsize=8, color=INK)
+    axis.plot([here[0]], [here[1]], "D", color=LINES[2], label="this run's plan")
+    axis.set_xlabel("times as fast as dense, linears alone")
+    axis.set_ylabel("predicted loss, nats")
+    axis.set_xlim(left=0, right=1.15 * max(speed for speed, _ in [*line, *(p[1:] for p in named), here]))
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    points = [("this run's plan", *here), *named]
+    told = "; ".join(f"{name}: {speed:.3g}x for {loss:.3g} nats" for name, speed, loss in points)
+    return _svg(figure, "plans", f"Predicted loss against speed-up. {told}")
+
+
 def _figure() -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # no pyplot: nothing of the process is touched
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.decision import decide
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
@@ -22,7 +21,6 @@ from sparseforge_fx.methods.calibrate import layer_by_layer
 from sparseforge_fx.methods.one_shot import SparseGPTConfig
 from sparseforge_fx.passes.operators import LINEAR_OPS
 from sparseforge_fx.planning.candidates import Candidate, candidates
-from sparseforge_fx.planning.choice import Option, choose
 from sparseforge_fx.planning.sensitivity import drawn_outputs, output_curvature, predicted_loss
 from sparseforge_fx.planning.solutions import solutions
 from sparseforge_fx.plans import Plan, PlannedWeight, Price
@@ -120,26 +118,6 @@ def plan(
     return decide(made)
 
 
-def decide(made: Plan) -> Plan:
-    """The plan with the formats that meet its goal at the least predicted loss (or, with a goal for the loss, the least
-    time); weights of a group get the same one. Raises SparseForgeError where nothing meets it."""
-    (name, aim), *_ = made.goal.items()
-    common = [[form for form in group[0].prices if all(form in w.prices for w in group)] for group in made.groups]
-    items = [
-        [_sum(_option(w.prices[form], made, name) for w in group) for form in forms]
-        for group, forms in zip(made.groups, common, strict=True)
-    ]
-    limit = {"speedup": 1 / aim, "bytes": aim, "loss": aim}[name]
-    chosen = choose(items, limit)
-    if chosen is None:
-        least = sum(min(o.weight for o in options) for options in items)
-        reached = {"speedup": f"{1 / least:.2f} at most", "bytes": f"{least:.2f} at least"}[name]
-        raise SparseForgeError(f"no formats give {name} {aim:g}: with these it is {reached}; ask for less")
-    picked = zip(made.groups, common, chosen, strict=True)
-    formats = {w.name: forms[k] for group, forms, k in picked for w in group}
-    return replace(made, weights=[replace(w, format=formats[w.name]) for w in made.weights])
-
-
 def check_goal(**given: float | None) -> dict[str, float]:
     """The one budget that is given. Raises SparseForgeError where there are none or several."""
     goals = {name: value for name, value in given.items() if value is not None}
@@ -147,21 +125,6 @@ def check_goal(**given: float | None) -> dict[str, float]:
         named = " and ".join(goals) or "none"
         raise SparseForgeError(f"give exactly one of speedup, bytes and loss as the budget of a plan, not {named}")
     return goals
-
-
-def _sum(options: Iterable[Option]) -> Option:
-    return Option(*map(math.fsum, zip(*options, strict=True)))
-
-
-def _option(price: Price, made: Plan, goal: str) -> Option:
-    """What a price is to the goal; times and bytes as shares of all weights' dense ones."""
-    dense = [w.prices[DENSE] for w in made.weights]
-    time = math.fsum(
-        price.microseconds[t] / math.fsum(p.microseconds[t] for p in dense) / len(made.tokens) for t in made.tokens
-    )
-    if goal == "loss":
-        return Option(time, price.loss)
-    return Option(price.loss, time if goal == "speedup" else price.bytes / math.fsum(p.bytes for p in dense))
 
 
 # -- prices ------------------------------------------------------------------------------------------------------------

@@ -84,22 +84,16 @@ def sparsify_on_disk(
     recipe = Recipe.of(recipe).changed(model=str(model), **changes)
     data = recipe.data if data is None else data
     config = recipe.config(data is not None)
-    _check_method(config, data)
+    check_method(config, data)
     folder = Path(output)
-    check_parent(folder)
-    check_output(folder, overwrite=overwrite)
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    if unfinished.exists() and not resume:
-        raise SparseForgeError(
-            f"{unfinished} holds a run that was not finished: give resume to go on with it, or remove it"
-        )
+    unfinished = check_place(folder, resume=resume, overwrite=overwrite)
     source = StreamedModel(model)
+    wanted = find_dtype(recipe.dtype)
+    computing = _begun_in(unfinished) or choose_dtype(dtype_of(source.skeleton), torch.device("cpu"), wanted)
+    source.compute_in(computing.dtype)  # before the capture: a graph has its dtypes in it
     run = _Run(source, data, recipe, config, cache_dir)
     with _disk_full_told(folder):
-        work = _Work(unfinished, source, run.identity())
-        computing = work.computing or choose_dtype(dtype_of(source.skeleton), torch.device("cpu"), run.dtype)
-        source.compute_in(computing.dtype)
-        work.computing = computing
+        work = _Work(unfinished, source, run.identity(), computing)
         report = run.prune(work, activation_bytes, blocks)
         report["notes"] = computing.notes() + report["notes"]
         report |= {"compute_dtype": computing.describe(), "seconds": work.seconds + time.monotonic() - began}
@@ -109,7 +103,8 @@ def sparsify_on_disk(
     return report
 
 
-def _check_method(config: MethodConfig, data: Any) -> None:
+def check_method(config: MethodConfig, data: Any) -> None:
+    """Raise SparseForgeError for what a walk from disk cannot do."""
     if isinstance(config, TrainedConfig):
         raise SparseForgeError("a model that stays on disk is not trained: take magnitude, wanda, sparsegpt or alps")
     if is_self(data):
@@ -120,13 +115,24 @@ def _check_method(config: MethodConfig, data: Any) -> None:
         raise SparseForgeError(f"{wanted[0]} needs the whole model in memory: leave it out, or sparsify in memory")
 
 
+def check_place(folder: Path, *, resume: bool, overwrite: bool) -> Path:
+    """Where the run is while it is under way. Raises SparseForgeError where it may not go."""
+    check_parent(folder)
+    check_output(folder, overwrite=overwrite)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    if unfinished.exists() and not resume:
+        raise SparseForgeError(
+            f"{unfinished} holds a run that was not finished: give resume to go on with it, or remove it"
+        )
+    return unfinished
+
+
 class _Run:
     """The graph, its sites and the calibration set."""
 
     def __init__(self, source: StreamedModel, data: Any, recipe: Recipe, config: MethodConfig, cache_dir: Any):
         torch.manual_seed(recipe.seed)
         self.source, self.recipe, self.config = source, recipe, config
-        self.dtype = find_dtype(recipe.dtype)
         model, batches, example = source.skeleton, None, None
         if isinstance(config, LayerwiseConfig):
             batches = open_batches(
@@ -224,10 +230,10 @@ class _Run:
 class _Work:
     """The folder of a run under way: the output's files, what is alive at the last border, and the journal."""
 
-    def __init__(self, folder: Path, source: StreamedModel, identity: dict[str, Any]):
+    def __init__(self, folder: Path, source: StreamedModel, identity: dict[str, Any], computing: ComputeDtype):
         self.folder, self.scratch, self.file = folder, folder / SCRATCH, folder / JOURNAL
         self.journal: dict[str, Any] = {}
-        self.computing: ComputeDtype | None = None
+        self.computing = computing
         self.seconds = 0.0
         self.began = time.monotonic()
         identity = json.loads(json.dumps(identity, default=str))
@@ -250,8 +256,6 @@ class _Work:
                 f"the run in {self.folder} is another one (its {' and '.join(different)} differ): repeat its options, "
                 "or remove it"
             )
-        if "compute_dtype" in self.journal:
-            self.computing = ComputeDtype.read(self.journal["compute_dtype"])
         self.seconds = float(self.journal.get("seconds", 0.0))
 
     def _make(self, source: StreamedModel, identity: dict[str, Any]) -> None:
@@ -273,7 +277,6 @@ class _Work:
         write_json(self.file, self.journal)
 
     def save(self) -> None:
-        assert self.computing is not None
         self.journal["compute_dtype"] = self.computing.describe()
         self.journal["seconds"] = self.seconds + time.monotonic() - self.began
         write_json(self.file, self.journal)
@@ -284,6 +287,14 @@ class _Work:
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.file.unlink()
         replace_folder(folder, self.folder)
+
+
+def _begun_in(folder: Path) -> ComputeDtype | None:
+    """What the run under way in this folder computes in: a second measurement might choose otherwise."""
+    try:
+        return ComputeDtype.read(json.loads((folder / JOURNAL).read_text())["compute_dtype"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # nothing was computed yet, or the journal is damaged, which _Work says
 
 
 @contextmanager

@@ -61,10 +61,13 @@ def test_the_class_that_wrote_the_checkpoint_loads_it(tmp_path):
     assert type(model) is ViTForImageClassification and tokenizer is None
 
 
-def test_a_skeleton_has_shapes_and_ties_but_no_weights(folder):
-    model = models.load_skeleton(folder)
-    assert all(p.is_meta for p in model.parameters())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_skeleton_has_shapes_ties_and_dtype_but_no_weights(tmp_path, dtype):
+    tiny_llama().to(dtype).save_pretrained(tmp_path)
+    model = models.load_skeleton(tmp_path)
+    assert all(p.is_meta and p.dtype == dtype for p in model.parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.get_default_dtype() == torch.float32
 
 
 # -- GGUF ------------------------------------------------------------------------------------------------------------

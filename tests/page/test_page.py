@@ -138,9 +138,20 @@ def test_one_page_that_needs_nothing_else_and_can_be_read_aloud(full):
     assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
     assert len(page.all("caption")) == len(page.all("table")) > 5
     pictures = page.all("svg")
-    assert len(pictures) == 3 and all(a["role"] == "img" and a["aria-label"] for a in pictures)
+    assert len(pictures) == 4 and all(a["role"] == "img" and a["aria-label"] for a in pictures)
     assert any("goes from 3 to 0.375" in a["aria-label"] for a in pictures)
+    assert any(
+        "this run's plan: 1x for 0.09 nats; dense: 1x for 0 nats; 2:4 int8: 1x" in a["aria-label"] for a in pictures
+    )
     assert not any(colour in full for colour in ("#0101", "#0202", "#0303"))  # the page's own, light and dark
+
+
+def test_a_plan_whose_formats_were_changed_by_hand_has_no_predicted_frontier(full, tmp_path):
+    assert "as the plan predicts them" in full
+    plan = Plan.read(tmp_path / PLAN)
+    plan.weights[0].format = parse_format("dense int8")
+    plan.save(tmp_path / PLAN)
+    assert "as the plan predicts them" not in write_page(tmp_path).read_text(encoding="utf-8")
 
 
 def test_a_run_that_does_not_train(tmp_path):

@@ -17,9 +17,11 @@ from tiny_checkpoint import byte_tokenizer, write_text
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import has_no_values
+from sparseforge_fx.models.compute_dtype import ComputeDtype
 from sparseforge_fx.models.dense import load_dense
 from sparseforge_fx.models.shards import Shards
 from sparseforge_fx.models.streamed import StreamedModel
+from sparseforge_fx.training import from_disk
 from sparseforge_fx.training.from_disk import JOURNAL, sparsify_on_disk
 from sparseforge_fx.training.sparsify import sparsify
 
@@ -36,9 +38,9 @@ MODELS = {
 RUN = {"method": "sparsegpt", "length": 32, "calibration": 8}
 
 
-def write_model(folder: Path, kind: str) -> Path:
+def write_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(MODELS[kind]())
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[kind]()).to(dtype)
     model.save_pretrained(folder, max_shard_size="60KB")
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -87,6 +89,22 @@ def test_equals_the_run_in_memory_to_the_bit(tmp_path, text, kind, method, activ
     assert shards(source).keys() == shards(tmp_path / "sparse").keys()
     for part in ("density", "layer_notes", "experts", "config", "sites", "calibration_sequences"):
         assert report.get(part) == inside.report.get(part), part
+
+
+def test_half_precision_that_is_computed_in_float32(tmp_path, text, monkeypatch):
+    """As on a CPU without instructions for bfloat16; a resumed run does not measure again."""
+    source, options = write_model(tmp_path / "model", "llama", torch.bfloat16), RUN | {"method": "alps"}
+    fast = ComputeDtype(torch.float32, torch.bfloat16, {"bfloat16": 2.0, "float32": 1.0})
+    monkeypatch.setattr(from_disk, "choose_dtype", lambda *_: fast)
+    sparsify_on_disk(source, text, output=tmp_path / "sparse", blocks=1, **options)
+    monkeypatch.setattr(from_disk, "choose_dtype", lambda *_: pytest.fail("measured again"))
+    report = sparsify_on_disk(source, text, output=tmp_path / "sparse", resume=True, **options)
+    assert report["compute_dtype"] == fast.describe() and report["notes"][0].startswith("computed in float32")
+    model, tokenizer = load_dense(source, dtype="float32")
+    inside = sparsify(model, text, tokenizer=tokenizer, **options).model.to(torch.bfloat16).state_dict()
+    ours = tensors(tmp_path / "sparse")
+    assert {value.dtype for value in ours.values()} == {torch.bfloat16}
+    assert [name for name, value in ours.items() if not torch.equal(value, inside[name])] == []
 
 
 def test_magnitude_walks_no_graph(tmp_path, llama):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseforge_fx.planning.choice import Option, choose, hull
+from sparseforge_fx.knapsack import Option, choose, hull
 
 #: quarters, whose sums are exact
 numbers = st.integers(0, 40).map(lambda n: n / 4)

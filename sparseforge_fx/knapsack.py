@@ -10,7 +10,7 @@ of the hull too. The result is at most one such step's value above the optimum.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -23,6 +23,15 @@ class Option(NamedTuple):
 
 def choose(items: Sequence[Sequence[Option]], limit: float) -> list[int] | None:
     """The index of an option for every item; None where even the lightest options are above the limit."""
+    for chosen in path(items):
+        if _weight(items, chosen) <= limit:
+            _fill(items, chosen, limit)
+            return chosen
+    return None
+
+
+def path(items: Sequence[Sequence[Option]]) -> Iterator[list[int]]:
+    """Every choice that is best for some price of the weight: from the least value to the least weight."""
     hulls = [hull(options) for options in items]
     chosen = [found[0] for found in hulls]
     steps = sorted(
@@ -30,16 +39,10 @@ def choose(items: Sequence[Sequence[Option]], limit: float) -> list[int] | None:
         for i, found in enumerate(hulls)
         for place, (a, b) in enumerate(itertools.pairwise(found))
     )
-    weight = _weight(items, chosen)
+    yield list(chosen)
     for _, i, place in steps:
-        if weight <= limit:
-            break
         chosen[i] = hulls[i][place + 1]
-        weight = _weight(items, chosen)
-    if weight > limit:
-        return None
-    _fill(items, chosen, limit)
-    return chosen
+        yield list(chosen)
 
 
 def hull(options: Sequence[Option]) -> list[int]:

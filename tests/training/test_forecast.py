@@ -1,0 +1,124 @@
+"""What a run is predicted to take: counted on a machine whose every number is known, and once on the real one."""
+
+import math
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.methods.one_shot import AlpsConfig
+from sparseforge_fx.passes import find_linears
+from sparseforge_fx.training import forecast as module
+from sparseforge_fx.training.forecast import BACKWARD, FORWARD, LOSS, MASK, OPTIMIZER, Product, forecast
+from sparseforge_fx.training.recipe import Recipe
+
+FLOP = 1e-12  # seconds of a multiply-add on the known machine
+BYTE = 1e-15
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Products take a time that goes by their size, copies next to none, a solver and an order one second."""
+    monkeypatch.setattr(module._Machine, "_time", lambda self, run: BYTE * 2 * 4 * module.COPIED)
+    monkeypatch.setattr(
+        module._Machine,
+        "product",
+        lambda self, out, width, dtype=None: Product(FLOP * out * width, 2 * FLOP * out * width),
+    )
+    monkeypatch.setattr(module._Machine, "solve", lambda *_: 1.0)
+    monkeypatch.setattr(module._Machine, "order", lambda *_: 0.5)
+
+
+def predict(program, **options):
+    recipe = Recipe().changed(batch_size=2, length=32, **options).resolved(True)
+    config = recipe.config(True)
+    sites = find_linears(program, config.pattern)
+    chosen = [s for s in sites if s.reason is None]
+    return forecast(program, sites, chosen, recipe, config, torch.float32, torch.device("cpu")), sites, chosen
+
+
+def multiplied(sites):
+    """Multiply-adds of one row."""
+    return sum(s.numel * len(s.uses) for s in sites)
+
+
+def test_a_step_is_three_products_of_the_student_and_one_of_the_teacher(known, tiny):
+    found = tiny("llama")
+    got, sites, chosen = predict(found.program, tokens=6400, preset="annealed")
+    assert (got.steps, got.start) == (100, 0.0) and got.seconds == pytest.approx(100 * got.step)
+    products = 64 * 4 * multiplied(sites) * FLOP
+    assert products < got.step < 1.05 * products
+    states = (
+        BYTE * 4 * (MASK * sum(s.numel for s in chosen) + OPTIMIZER * sum(p.numel() for p in found.model.parameters()))
+    )
+    logits = BYTE * LOSS * 4 * 64 * found.model.config.vocab_size
+    between = got.step - products - states - logits
+    assert 0 < between < (2 * FORWARD + BACKWARD) * BYTE * 4 * 64 * 100 * found.model.config.hidden_size
+    alone, _, _ = predict(found.program, tokens=6400, preset="annealed", accumulate=3)
+    assert alone.steps == 33 and 2.9 < alone.step / got.step < 3
+    task, _, _ = predict(found.program, tokens=6400, preset="annealed", objective=module_objective(kl=0.0))
+    assert task.step / got.step == pytest.approx(3 / 4, rel=0.02)
+
+
+def module_objective(**options):
+    from sparseforge_fx.training.distillation import Distillation
+
+    return Distillation(**options)
+
+
+def test_a_start_walks_solves_orders_and_lets_blocks_learn(known, tiny):
+    program = tiny("llama").program
+    plain, _, chosen = predict(program, calibration=8, reorder=False, reconstruct=0)
+    assert plain.start == pytest.approx(len(chosen), rel=1e-3)  # seconds of solving; four batches are next to nothing
+    ordered, _, _ = predict(program, calibration=8, reorder=True, reconstruct=0)
+    assert ordered.start - plain.start > 0.5 and (ordered.start - plain.start) / 0.5 == pytest.approx(
+        round((ordered.start - plain.start) / 0.5)
+    )
+    learnt = [predict(program, calibration=8, reorder=False, reconstruct=n)[0].start - plain.start for n in (1, 2, 3)]
+    forward = 64 * sum(s.numel for s in chosen) * FLOP
+    assert learnt[0] == pytest.approx(4 * (4 + 3) * forward, rel=0.05)
+    assert learnt[2] - learnt[1] == pytest.approx(learnt[1] - learnt[0])
+
+
+def test_methods_without_training(known, tiny):
+    program = tiny("gpt2").program
+    alps, _, chosen = predict(program, method="alps", calibration=4)
+    assert (alps.step, alps.steps) == (0, 0) and alps.seconds == alps.start >= len(chosen)
+    assert predict(program, method="magnitude")[0] == (0, 0, 0)
+
+
+def test_images_count_by_samples(known):
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 32,
+    }
+    model = ViTForImageClassification(ViTConfig(**sizes)).eval()
+    got, sites, _ = predict(capture(model), steps=7, preset="annealed")
+    blocks = multiplied([s for s in sites if s.fqn != "classifier.weight"])
+    patches = (32 // 16) ** 2 + 1
+    assert got.steps == 7 and got.step > 4 * FLOP * 2 * patches * blocks
+    assert got.step < 6 * FLOP * 2 * patches * blocks
+
+
+def test_on_this_machine(tiny):
+    before = torch.random.get_rng_state()
+    got, _, _ = predict(tiny("opt").program, tokens=1280)
+    assert got.steps == 20 and 0 < got.step < 60 and 0 < got.start < 600 and math.isfinite(got.seconds)
+    assert torch.equal(torch.random.get_rng_state(), before)  # whoever asks keeps the random numbers
+
+
+def test_a_wide_problem_is_solved_small():
+    machine = module._Machine(torch.float32, torch.device("cpu"))
+    seen = []
+
+    class Watched(AlpsConfig):
+        def solve(self, weight, mask, moments):
+            seen.append(weight.shape)
+            return super().solve(weight, mask, moments)
+
+    machine.solve(Watched(iterations=1), 3 * module.WIDTH, 2 * module.WIDTH)
+    assert set(seen) == {(3 * module.WIDTH // 2 // n, module.WIDTH // n) for n in (1, 2)}
