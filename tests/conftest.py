@@ -19,6 +19,7 @@ elif os.environ.get("SPARSEFORGE_CPU_ISA", "").startswith("avx512"):
 import pytest
 import torch
 import torch.fx.config
+from captures import captures_alike  # noqa: F401  (a fixture)
 from hypothesis import settings
 from tiny_models import captured_once, tiny  # noqa: F401  (fixtures)
 from torch import nn

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from captures import capture_alike
 from torch import Tensor, nn
 
 from sparseforge_fx.deploy.export import export
@@ -60,9 +61,9 @@ class Tiny:
 
 
 def build(name: str) -> nn.Module:
-    """``llama``, ``gpt2`` (Conv1D), ``opt``, ``mistral``, ``qwen3``, ``gemma3``, ``moe`` (a shared expert with a
-    gate, too), ``gpt_oss`` (experts stored [in, out], with biases), ``bert`` and ``vit`` (no language models) or ``mlp``
-    (no Hugging Face model)."""
+    """``llama`` (two blocks), ``llama of one block``, ``gpt2`` (Conv1D), ``opt``, ``mistral``, ``qwen3``, ``gemma3``,
+    ``moe`` (a shared expert with a gate, too), ``gpt_oss`` (experts stored [in, out], with biases), ``bert`` and
+    ``vit`` (no language models) or ``mlp`` (no Hugging Face model)."""
     if name == "mlp":
         return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 8))
     import transformers as t
@@ -75,10 +76,9 @@ def build(name: str) -> nn.Module:
         "max_position_embeddings": 64,
         **common,
     }
-    if name == "llama":
-        config = t.LlamaConfig(
-            **encoder | {"num_hidden_layers": 2}, num_key_value_heads=1, intermediate_size=64, initializer_range=0.2
-        )
+    if name in ("llama", "llama of one block"):
+        blocks = {"num_hidden_layers": 2 if name == "llama" else 1}
+        config = t.LlamaConfig(**encoder | blocks, num_key_value_heads=1, intermediate_size=64, initializer_range=0.2)
         return t.LlamaForCausalLM(config)
     if name == "gpt2":
         return t.GPT2LMHeadModel(
@@ -137,7 +137,7 @@ def captured_once(monkeypatch, tiny):
         return found
 
     def remembered(model, example_inputs=None):
-        return programs.get(id(model)) or capture(model, example_inputs)
+        return programs.get(id(model)) or capture_alike(model, example_inputs)
 
     for module in (prepare, inputs, export):
         monkeypatch.setattr(module, "capture", remembered)

@@ -28,24 +28,37 @@ def stop(step, row):
         raise Stop
 
 
-SAVED: list = []  # once for all tests
+SAVED: dict = {}  # of each model once for all tests
+
+
+def stopped_run(found, data, block, tmp_path, tmp_path_factory):
+    """The state of a run that was stopped in its fourth step; the model is as it was."""
+    path, key = tmp_path / "state", type(found.model)
+    if key not in SAVED:
+        with pytest.raises(Stop):
+            sf.sparsify(found.model, data, method="gmp", slorb_block=block, state_path=path, on_step=stop, **QUIET)
+        assert load_state(path)["step"] == 3
+        SAVED[key] = shutil.copytree(path, tmp_path_factory.mktemp("saved") / "state")
+        found.reset()
+        shutil.rmtree(path)
+    shutil.copytree(SAVED[key], path)
+    return path
 
 
 @pytest.fixture
 def stopped(captured_once, tmp_path, tmp_path_factory):
-    """A model, ids, and the state of a run that was stopped in its fourth step."""
+    """A model, ids, and the state of its run."""
     found = captured_once("llama")
     ids = torch.randint(3, 97, (16, 12), generator=torch.Generator().manual_seed(0))
-    path = tmp_path / "state"
-    if not SAVED:
-        with pytest.raises(Stop):
-            sf.sparsify(found.model, ids, method="gmp", slorb_block=16, state_path=path, on_step=stop, **QUIET)
-        assert load_state(path)["step"] == 3
-        SAVED.append(shutil.copytree(path, tmp_path_factory.mktemp("saved") / "state"))
-        found.reset()
-        shutil.rmtree(path)
-    shutil.copytree(SAVED[0], path)
-    return found, ids, path
+    return found, ids, stopped_run(found, ids, 16, tmp_path, tmp_path_factory)
+
+
+@pytest.fixture
+def stopped_mlp(captured_once, tmp_path, tmp_path_factory):
+    """The same of the least model."""
+    found = captured_once("mlp")
+    data = [found.batch(seed) for seed in range(8)]
+    return found, data, stopped_run(found, data, 8, tmp_path, tmp_path_factory)
 
 
 def resume(found, ids, path, **changes):
@@ -103,6 +116,13 @@ def test_the_same_run_goes_on_with_its_branches(stopped):
     resume(found, ids, path.with_name("none"))
     whole = found.model.state_dict()
     assert any("slorb" in k for k in whole) and all(torch.equal(v, whole[k]) for k, v in resumed.items())
+    for module in found.model.modules():
+        low_rank.detach(module)
+
+
+def test_what_is_edited_below_goes_on_as_it_is(stopped_mlp):
+    found, data, path = stopped_mlp
+    assert len(resume(found, data, path, slorb_block=8).report["curves"]) == 6
     for module in found.model.modules():
         low_rank.detach(module)
 
@@ -176,14 +196,14 @@ EDITS |= {
 
 
 @pytest.mark.parametrize("what", EDITS)
-def test_edits_are_refused_before_anything_changes(stopped, what):
+def test_edits_are_refused_before_anything_changes(stopped_mlp, what):
     """Written anew by this package, so that only the content is wrong."""
-    found, ids, path = stopped
+    found, data, path = stopped_mlp
     state = load_state(path)
     EDITS[what](state)
     save_state(path, 3, state)
     with pytest.raises(SparseForgeError) as error:
-        resume(found, ids, path)
+        resume(found, data, path, slorb_block=8)
     assert "\n" not in str(error.value) and AS_IT_WAS not in str(error.value), error.value
     assert untouched(found)
     assert all(p.requires_grad and p.grad is None for p in found.model.parameters())

@@ -23,7 +23,7 @@ from sparseforge_fx.training.train import Optimization, train
 ANNEALED = SparseForgeConfig(steps=6, heat_end=0.3, quench_end=0.9, mask_rate=0.3)
 #: model, config, dtype; the mixture trains so slowly that no token changes its expert
 RUNS = {
-    "llama": ("llama", ANNEALED, 1e-3),
+    "llama": ("llama of one block", ANNEALED, 1e-3),
     "gpt2 in bfloat16": ("gpt2", GradualConfig(steps=3), 1e-3),
     "moe": ("moe", SparseForgeConfig(steps=3, heat_end=0.3, quench_end=0.9, mask_rate=0.3), 1e-6),
 }

@@ -145,7 +145,7 @@ def divergence(found, dense, batches):
 
 @pytest.mark.parametrize("preset", TRAINED["sparseforge"])
 def test_training_brings_the_model_nearer_than_magnitude(captured_once, preset):
-    found = captured_once("llama")
+    found = captured_once("llama of one block")
     ids = data_for(found, 16)
     batches = [{"input_ids": ids}]
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_training_brings_the_model_nearer_than_magnitude(captured_once, preset):
 # -- what it leaves as it was ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", METHODS)
 def test_modes_gradients_and_flags_come_back(captured_once, method):
-    found = captured_once("llama")
+    found = captured_once("llama of one block")
     model = found.model
     model.train()
     model.model.layers[0].eval()
@@ -268,7 +268,7 @@ def test_uneven_batches_are_counted_as_they_come(captured_once, accumulate):
 
 
 def test_padding_is_not_counted(tiny):
-    found = tiny("llama")
+    found = tiny("gpt2")
     batch = found.batch(rows=2) | {"attention_mask": torch.tensor([[1] * 12, [1] * 6 + [0] * 6])}
     options = {k: v for k, v in SMALL.items() if k != "steps"}
     result = sf.sparsify(found.model, [batch], tokens=4 * 18, **options)
@@ -342,7 +342,7 @@ def test_what_was_noted_of_layers_is_in_the_notes(method):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_callers_grad_mode_does_not_matter(captured_once, mode):
-    found = captured_once("llama")
+    found = captured_once("llama of one block")
     results = []
     for context in (contextlib.nullcontext, mode):
         found.reset()
@@ -617,7 +617,7 @@ def test_a_layer_wise_start_is_saved_before_the_first_step(captured_once, tmp_pa
     """It takes minutes on a real model: a run that is killed in its first step does not solve all layers again."""
     ids = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(0))
     options = {"steps": 3, "batch_size": 2, "compile": False, "show_progress": False}
-    model = captured_once("llama").model
+    model = captured_once("llama of one block").model
     first = sf.sparsify(model, ids, **options).report
     want = {name: value.clone() for name, value in model.state_dict().items()}
     assert first["calibration_seconds"] > 0
@@ -626,10 +626,10 @@ def test_a_layer_wise_start_is_saved_before_the_first_step(captured_once, tmp_pa
         raise KeyboardInterrupt
 
     options |= {"state_path": tmp_path / "state"}
-    model = captured_once("llama").model
+    model = captured_once("llama of one block").model
     with pytest.raises(KeyboardInterrupt):
         sf.sparsify(model, ids, **options, on_step=killed)
-    model = captured_once("llama").model
+    model = captured_once("llama of one block").model
     report = sf.sparsify(model, ids, **options).report
     assert report["calibration_seconds"] > 0 and report["calibration_sequences"] == 4
     assert report["layer_notes"] == first["layer_notes"] and len(report["curves"]) == 3

@@ -59,7 +59,7 @@ def losses(curves):
 
 # -- resuming --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("config", [DENSE, OBS], ids=["dense start", "obs start"])
-@pytest.mark.parametrize("name", ["mlp", "mlp in bfloat16", "llama"])
+@pytest.mark.parametrize("name", ["mlp", "mlp in bfloat16", "llama of one block"])
 def test_a_killed_run_goes_on_to_the_same_bits(tiny, tmp_path, name, config):
     """Killed four times: before the first save, while heating or fading, in the quench, at the end."""
     found = bfloat16_mlp() if "bfloat16" in name else tiny(name)
@@ -418,7 +418,7 @@ torch.distributed.destroy_process_group()
 """
 #: model, config and micro-batches of a step over all processes
 RUNS = {
-    "soft masks": ("llama", SparseForgeConfig(steps=6, heat_end=0.8, quench_end=1.0, mask_rate=0.3), 4),
+    "soft masks": ("llama of one block", SparseForgeConfig(steps=6, heat_end=0.8, quench_end=1.0, mask_rate=0.3), 4),
     "half of it": ("half", SparseForgeConfig(steps=4, heat_end=0.8, quench_end=1.0, mask_rate=0.3), 2),
     "maskllm": ("mlp", MaskLLMConfig(steps=4), 2),
     "maskpro": ("mlp", MaskProConfig(steps=4, logit_lr=5.0), 2),

@@ -42,6 +42,19 @@ def exported(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def loaded(exported):
+    """loaded(name): the generator of its pt2 file, each read once; nothing is to be changed of it."""
+    made = {}
+
+    def load(name):
+        if name not in made:
+            made[name] = sf.load_generator(exported(name)[1])
+        return made[name]
+
+    return load
+
+
 def tokenizer():
     words = ["<pad>", "<s>", "</s>", *(chr(97 + i) for i in range(26))]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
@@ -59,10 +72,10 @@ def prompts(rows=2, length=7, padded=3):
 @pytest.mark.parametrize(
     "name", ["llama", "gpt2", "opt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "qwen3", "gemma3"))]
 )
-def test_greedy_tokens_are_those_of_generate(exported, name):
+def test_greedy_tokens_are_those_of_generate(exported, loaded, name):
     model, path, report = exported(name)
     ids, mask = prompts()
-    generator = sf.load_generator(path)
+    generator = loaded(name)
     want = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
     assert torch.equal(generator.generate(ids, mask, max_new_tokens=20), want)
     one = ids[1:, :1]  # no prefill
@@ -74,7 +87,7 @@ def test_greedy_tokens_are_those_of_generate(exported, name):
 def test_every_format_generates_what_its_modules_do(tmp_path):
     """Dense codes have an empty bitmask, which once could not be packaged."""
     torch.manual_seed(0)
-    model = build("llama").eval()
+    model = build("llama of one block").eval()
     formats = mixed_formats(model)
     assert {form.is_sparse for form in formats.values()} == {True, False}
     model.generation_config.eos_token_id = None
@@ -96,9 +109,9 @@ def test_a_cache_that_grows_holds_what_it_held(exported, monkeypatch):
     assert lengths == [-(-slots // 4) * 4 for slots in range(8, LENGTH)]  # no more than a step ahead of the text
 
 
-def test_one_copy_of_the_weights(exported):
+def test_one_copy_of_the_weights(exported, loaded):
     model, path, report = exported("llama")
-    generator = sf.load_generator(path)
+    generator = loaded("llama")
     first, second = generator._prefill.state_dict(), generator._decode.state_dict()
     assert first.keys() == second.keys() and all(first[n].data_ptr() == second[n].data_ptr() for n in first)
     with zipfile.ZipFile(path) as archive:
@@ -108,7 +121,7 @@ def test_one_copy_of_the_weights(exported):
 
 
 def test_compiled_graphs(exported, tmp_path):
-    model, path, _ = exported("llama", "aoti")
+    model, path, _ = exported("llama of one block", "aoti")
     ids, mask = prompts()
     want = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
     generator = sf.load_generator(path)
@@ -151,8 +164,8 @@ def test_text_in_a_fresh_process(exported):
     assert fresh.run(code, path).strip() == str(tokenizer().batch_decode(want, skip_special_tokens=True))
 
 
-def test_sampling(exported):
-    generator = sf.load_generator(exported("llama")[1])
+def test_sampling(loaded):
+    generator = loaded("llama")
     ids, mask = prompts()
     draw = lambda **options: generator.generate(ids, mask, max_new_tokens=12, do_sample=True, **options)  # noqa: E731
     assert torch.equal(draw(seed=3), draw(seed=3)) and not torch.equal(draw(seed=3), draw(seed=4))
@@ -161,22 +174,22 @@ def test_sampling(exported):
     assert torch.equal(draw(temperature=1e-4, seed=0), greedy)
 
 
-def test_the_first_sampled_token_follows_the_distribution(exported):
-    model, path, _ = exported("llama")
+def test_the_first_sampled_token_follows_the_distribution(exported, loaded):
+    model, _, _ = exported("llama")
     ids = prompts(rows=1, padded=0)[0]
     many = ids.expand(4000, -1)
-    drawn = sf.load_generator(path).generate(many, max_new_tokens=1, do_sample=True, seed=0)[:, -1]
+    drawn = loaded("llama").generate(many, max_new_tokens=1, do_sample=True, seed=0)[:, -1]
     want = model(ids).logits[0, -1].softmax(-1)
     got = drawn.bincount(minlength=want.numel()) / 4000
     assert (got - want).abs().max() < 5 * (0.25 / 4000) ** 0.5
 
 
-def test_sequences_end(exported):
-    model, path, _ = exported("llama")
-    generator = sf.load_generator(path)
+def test_sequences_end(exported, loaded, monkeypatch):
+    model, _, _ = exported("llama")
+    generator = loaded("llama")
     ids, mask = prompts(rows=3, padded=0)
     free = generator.generate(ids, max_new_tokens=12)
-    generator.eos = [int(free[0, 9])]  # the third new token of the first row
+    monkeypatch.setattr(generator, "eos", [int(free[0, 9])])  # the third new token of the first row
     model.generation_config.eos_token_id = generator.eos
     try:
         want = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
@@ -187,13 +200,13 @@ def test_sequences_end(exported):
 
 
 def test_a_second_export_gives_the_same_bytes(exported, tmp_path):
-    model, path, _ = exported("llama")
+    model, path, _ = exported("gpt2")
     sf.export_generator(model, tmp_path / "other.pt2", tokenizer(), max_length=LENGTH, gate=False)
     assert (tmp_path / "other.pt2").read_bytes() == path.read_bytes()
 
 
-def test_a_mask_that_is_not_left_padding_is_refused(exported):
-    generator = sf.load_generator(exported("llama")[1])
+def test_a_mask_that_is_not_left_padding_is_refused(loaded):
+    generator = loaded("llama")
     ids, mask = prompts()
     for wrong in (mask.flip(1), mask[:, 1:]):
         with pytest.raises(SparseForgeError, match="pad on the left"):
@@ -206,7 +219,7 @@ def test_a_tokenizer_that_writes_no_tokenizer_json_is_refused(exported, tmp_path
             Path(folder, "tokenizer.model").write_bytes(b"\xff\x00")
 
     with pytest.raises(SparseForgeError, match="Slow writes no tokenizer"):
-        sf.export_generator(exported("llama")[0], tmp_path / "g.pt2", Slow(), max_length=16, gate=False)
+        sf.export_generator(exported("gpt2")[0], tmp_path / "g.pt2", Slow(), max_length=16, gate=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -230,8 +243,8 @@ def test_the_model_is_left_alone(exported):
         ),
     ],
 )
-def test_what_the_runner_refuses(exported, ids, options, message):
-    generator = sf.load_generator(exported("llama")[1])
+def test_what_the_runner_refuses(loaded, ids, options, message):
+    generator = loaded("llama")
     with pytest.raises(SparseForgeError, match=message):
         generator.generate(ids, **options)
 
