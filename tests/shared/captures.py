@@ -20,7 +20,7 @@ USERS += [f"deploy.lowering.{name}" for name in ("lower", "round_on_data")]
 USERS += ["models.streamed_forward", "graph.capture"]
 USERS += [f"training.{name}" for name in ("from_disk", "inputs", "prepare")]
 #: folders of tests for which a capture is a step on the way, and not what they test
-FOLDERS = ("cli", "export", "training")
+FOLDERS = ("export", "training")
 LARGEST = 4_000_000  # weights of a model that is kept
 PLAIN = (bool, int, float, str, type(None))
 
