@@ -67,6 +67,7 @@ def export_generator(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) if _is_causal(model) else None
     if limit and max_length > limit:
         raise SparseForgeError(f"max_length {max_length} is more than the {limit} positions of the model")
+    with_text = _tokenizer_files(tokenizer)  # refused before anything takes long
     step = Step(model, min(max_length, EXAMPLE_SLOTS))
     options: dict[str, Any] = {"target": target, "tokens": tokens, "table": table, "gate": gate, "durable": True}
     prefill, report = lower_captured(capture(step, step.example(length=3)), **options)
@@ -83,7 +84,7 @@ def export_generator(
         "eos_token_id": _as_list(model.generation_config.eos_token_id),  # type: ignore[union-attr]
         "pad_token_id": model.generation_config.pad_token_id,  # type: ignore[union-attr]
     }
-    extra = {SPEC_FILE: json.dumps(spec, indent=1), **_tokenizer_files(tokenizer)}
+    extra = {SPEC_FILE: json.dumps(spec, indent=1), **with_text}
     programs = {"prefill": prefill, "decode": decode}
 
     def write(file: Path) -> None:
