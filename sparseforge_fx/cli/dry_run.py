@@ -137,11 +137,10 @@ def of_export(model: str, output: Path, format: str, tokens: list[int] | None) -
 
 
 def _states(parameters: int, weights: int, size: int) -> str:
-    """What training keeps of so many parameters, ``weights`` of them with a mask, in numbers of ``size`` bytes."""
-    each = (
-        size + 2 * FLOAT32 + (2 * FLOAT32 if size < FLOAT32 else 0)
-    )  # gradient, moments; float32 master, its gradient
-    states = readable_bytes(parameters * (each + size) + weights * size)  # beside a teacher, and masks
+    """What training keeps of so many parameters, ``weights`` of them with a mask, in numbers of ``size`` bytes: the
+    others are not trained, but for norms and biases."""
+    masters = 2 * FLOAT32 if size < FLOAT32 else 0  # and their gradients
+    states = readable_bytes(weights * (3 * size + masters + 2 * FLOAT32))  # teacher, mask and gradient; moments
     whole = readable_bytes(parameters * size)
     return f"{whole} of weights; {states} for teacher, masks, gradients and AdamW; activations on top"
 

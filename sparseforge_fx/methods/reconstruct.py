@@ -54,8 +54,9 @@ def reconstruct_blocks(
         epochs: passes over ``batches`` for every block.
         lr: AdamW's peak rate; it falls to zero along a cosine.
 
-    Returns what became of every block; empty where no block repeats. Memory: what is alive between two blocks for all
-    batches, of both models, and the float32 masters and moments of one block.
+    A block that comes no nearer keeps its solution. Returns what became of every block; empty where no block repeats.
+    Memory: what is alive between two blocks for all batches, of both models, and the float32 masters and moments of one
+    block.
     """
     names = mask_names(student.graph, student.graph.find_nodes(op="placeholder"))
     rows = [names.get(node, "") for node in block_outputs(student)]
@@ -73,12 +74,18 @@ def reconstruct_blocks(
         leaves = _leaves(ours, block, trained)
         masks = [batch.real.get(name) for batch in batches]
         before = _error(ours, block, targets, masks)
+        solution = [(leaf, leaf.detach().clone()) for leaf in leaves.values()]
         _learn(ours, block, leaves, targets, masks, epochs, lr)
         with torch.no_grad():
             for w in weights:
                 if any(w.weight is leaf for leaf in leaves.values()):
                     w.weight.mul_(w.mask)  # pruned weights have gradients, too: straight through
-            found.append(Reconstructed(_name(block), before, _error(ours, block, targets, masks)))
+            after = _error(ours, block, targets, masks)
+            if not after < before:  # NaN, too
+                for leaf, value in solution:
+                    leaf.copy_(value)
+                after = before
+            found.append(Reconstructed(_name(block), before, after))
             for k in range(len(batches)):
                 ours.leave(block, k)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def _frontiers(quality: Mapping[str, Any], speed: Mapping[str, Any], plan: Plan 
         points = [(name, models[fast]["tokens_per_second"], by_role[role]["perplexity"]) for name, fast, role in names]
         found.append(("Quality against speed, as measured", pictures.frontier(points)))
     if plan is not None and not math.isnan(sum(here := standing(plan))):
-        forms = dict.fromkeys(form for w in plan.weights for form in w.prices if form != DENSE)
+        counts = Counter(form for w in plan.weights for form in w.prices if form != DENSE)
+        forms = [form for form, count in counts.items() if 2 * count > len(plan.weights)]  # the others fit too few
         named = [("dense", 1.0, 0.0), *((str(f), *standing(everywhere(plan, f))) for f in forms)]
         drawn = pictures.predicted_frontier(frontier(plan), named, here)
         found.append(("Quality against speed, as the plan predicts them", drawn))

@@ -34,7 +34,7 @@ ROUNDS, ENOUGH = 3, 0.5  # of a timing: calls, and seconds after which there is 
 FLOAT32 = 4  # bytes
 #: how often memory is passed over: by a mask's product with its weight, forward and backward; by an optimizer step with
 #: float32 masters; by what one operator hands to the next, forward and backward; by the loss over the logits
-MASK, OPTIMIZER, FORWARD, BACKWARD, LOSS = 6, 13, 2, 4, 10
+MASK, OPTIMIZER, FORWARD, BACKWARD, LOSS = 6, 13, 3, 6, 10
 #: float32 matrices [in, in] and [out, in] that a solver holds at its peak, its moments among them, as measured on
 #: weights of 128 x 2048 to 8192 x 1024
 SOLVING: dict[type[MethodConfig], tuple[float, float]] = {
@@ -101,7 +101,7 @@ def forecast(
     """
     with torch.random.fork_rng(devices=[]):
         machine = _Machine(dtype, device)
-        work = _Work(machine, program, sites, recipe.batch_size, recipe.length)
+        work = _Work(machine, program, sites, chosen, recipe)
         start = _start(machine, work, chosen, recipe, config)
     if not isinstance(config, TrainedConfig):
         return Forecast(start, 0.0, 0)
@@ -110,9 +110,7 @@ def forecast(
     micro = work.forward + teacher + work.backward + work.loss + machine.masks(chosen)
     per_step = recipe.batch_size * recipe.length * recipe.accumulate
     steps = config.steps if recipe.tokens is None else recipe.tokens // per_step
-    return Forecast(
-        start, recipe.accumulate * micro + machine.optimizer(sum(p.numel() for p in program.state.values())), steps
-    )
+    return Forecast(start, recipe.accumulate * micro + machine.optimizer(sum(s.numel for s in chosen)), steps)
 
 
 def _start(machine: _Machine, work: _Work, chosen: Sequence[LinearSite], recipe: Recipe, config: MethodConfig) -> float:
@@ -218,12 +216,20 @@ class _Machine:
 class _Work:
     """Seconds of one batch: forward and backward of the dense model, and the loss."""
 
-    def __init__(self, machine: _Machine, program: Program, sites: Sequence[LinearSite], batch_size: int, length: int):
+    def __init__(
+        self,
+        machine: _Machine,
+        program: Program,
+        sites: Sequence[LinearSite],
+        chosen: Sequence[LinearSite],
+        recipe: Recipe,
+    ):
         self.machine, self.program = machine, program
         nodes = {node.name: node for node in program.graph.nodes}
         example = program.user_inputs()[0].meta["val"]
         text = not example.is_floating_point() and example.dim() == 2
-        self.scale = batch_size * (length / _numel(example) if text else 1 / _size(example.shape[0]))
+        self.scale = recipe.batch_size * (recipe.length / _numel(example) if text else 1 / _size(example.shape[0]))
+        self.trained = {s.fqn for s in chosen}  # of the others no gradient is computed
         self.uses = [(site, nodes[use.node]) for site in sites for use in site.uses if use.node in nodes]
         linears = {node for _, node in self.uses}
         between = sum(_numel(v) for n in nodes.values() if n not in linears for v in _written(n))
@@ -237,13 +243,13 @@ class _Work:
         """Seconds of one batch in these weights' products, and in what lies between them."""
         names = {s.fqn for s in sites}
         found = [
-            (self.rows(site, node), self.machine.product(site.out_features, site.in_features))
+            (self.rows(site, node), self.machine.product(site.out_features, site.in_features), site.fqn in self.trained)
             for site, node in self.uses
             if site.fqn in names
         ]
         return Product(
-            sum(n * p.forward for n, p in found) + FORWARD * self.move,
-            sum(n * p.backward for n, p in found) + BACKWARD * self.move,
+            sum(n * p.forward for n, p, _ in found) + FORWARD * self.move,
+            sum(n * (p.backward if both else p.backward / 2) for n, p, both in found) + BACKWARD * self.move,
         )
 
     def rows(self, site: LinearSite, node: Node) -> float:

@@ -79,6 +79,16 @@ def test_every_shape_of_block_comes_nearer_and_stays_sparse(name):
     assert all(torch.equal(parameters[n], before) for n, before in outside.items())
 
 
+@pytest.mark.parametrize("lr", [30.0, 1e30])  # worse, and not a number
+def test_a_block_that_comes_no_nearer_keeps_its_solution(lr):
+    plain, net = model(), model()
+    sf.sparsify(plain, text(), method="sparsegpt", calibration=8, **HOW)
+    report = sf.sparsify(net, text(), method="sparsegpt", calibration=8, reconstruct=1, reconstruct_lr=lr, **HOW).report
+    assert [b["after"] for b in report["reconstruction"]] == [b["before"] for b in report["reconstruction"]]
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
+    assert any(note.startswith("2 of 2 blocks came no nearer") for note in report["notes"])
+
+
 def test_before_training_it_is_part_of_the_start():
     net = model()
     result = sf.sparsify(net, text(), start="alps", reconstruct=2, reorder=True, steps=2, calibration=8, **HOW)
