@@ -35,6 +35,7 @@ FLOAT32 = 4  # bytes
 #: how often memory is passed over: by a mask's product with its weight, forward and backward; by an optimizer step with
 #: float32 masters; by what one operator hands to the next, forward and backward; by the loss over the logits
 MASK, OPTIMIZER, FORWARD, BACKWARD, LOSS = 6, 13, 3, 6, 10
+HUTCHINSON = 2.8  # steps that a probe takes as long as: examples/benchmarks/results/estimator_cost; others take a sixth
 #: float32 matrices [in, in] and [out, in] that a solver holds at its peak, its moments among them, as measured on
 #: weights of 128 x 2048 to 8192 x 1024
 SOLVING: dict[type[MethodConfig], tuple[float, float]] = {
@@ -108,6 +109,8 @@ def forecast(
     loss = recipe.settings(True).objective
     teacher = work.forward if loss.kl or loss.features is not None else 0.0
     micro = work.forward + teacher + work.backward + work.loss + machine.masks(chosen)
+    if getattr(config, "curvature", "") == "hutchinson" and not config.starts_fixed:
+        micro *= 1 + HUTCHINSON / config.probe_every  # type: ignore[attr-defined]
     per_step = recipe.batch_size * recipe.length * recipe.accumulate
     steps = config.steps if recipe.tokens is None else recipe.tokens // per_step
     return Forecast(start, recipe.accumulate * micro + machine.optimizer(sum(s.numel for s in chosen)), steps)

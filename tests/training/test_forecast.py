@@ -57,6 +57,8 @@ def test_a_step_is_three_products_of_what_trains_two_of_the_rest_and_one_of_the_
     assert between < 0.1 * products
     longer, _, _ = predict(found.program, tokens=6400, preset="annealed", accumulate=3)
     assert longer.steps == 33 and 2.9 < longer.step / got.step < 3
+    theirs, _, _ = predict(found.program, tokens=6400, preset="paper")  # Hutchinson at every step
+    assert theirs.step == pytest.approx((1 + module.HUTCHINSON) * got.step, rel=0.01)
     task, _, _ = predict(found.program, tokens=6400, preset="annealed", objective=Distillation(kl=0.0))
     assert got.step - task.step == pytest.approx(64 * FLOP * multiplied(sites), rel=0.05)
 
