@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_checkpoint import write_checkpoint, write_text
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -165,3 +166,27 @@ def test_a_large_model_is_counted_by_its_first_blocks(results, name, parameters,
     assert [row["gpus"] for row in record["gpus"]] == [8, 64, 512]
     states = [row["state_bytes"] * row["gpus"] for row in record["gpus"]]
     assert max(states) == pytest.approx(min(states)) and record["bytes_per_weight"]["float32 master"] == 4
+
+
+def test_a_forecast_stands_beside_what_the_run_took(results, model, tmp_path, monkeypatch):
+    import forecasts
+
+    said = {"start": 8.0, "step": 1.5, "steps": 2, "seconds": 11.0}
+    report = {"seconds": 22.0, "peak_memory_bytes": 10, "calibration_seconds": 4.0, "method": "sparseforge"}
+    report["curves"] = [{"seconds": 3.0}, {"seconds": 1.0}, {"seconds": 1.0}]
+
+    def run(arguments):
+        if "--dry-run" in arguments:
+            return json.dumps({"predicted": said})
+        (tmp_path / "sparse").mkdir()
+        (tmp_path / "sparse" / "report.json").write_text(json.dumps(report))
+        return ""
+
+    monkeypatch.setattr(forecasts, "run", run)
+    monkeypatch.setitem(
+        forecasts.SHAPES, "tiny", transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1)
+    )
+    forecasts.main(tmp_path, "some text", str(model), ["--tokens", "9"], model="tiny", blocks=1)
+    record = json.loads((results / "forecasts" / "tiny-1-sparseforge.json").read_text())
+    assert record["ratio"] == {"seconds": 0.5, "step": 1.5, "start": 2.0} and record["options"] == ["--tokens", "9"]
+    assert not (tmp_path / "sparse").exists() and not (tmp_path / "model").exists()

@@ -98,6 +98,31 @@ def scale_table() -> str:
     return f"{head}\n\n{blocks(parts)}"
 
 
+def forecast_table() -> str:
+    """What a dry run said beforehand, what was measured, and the former as a share of the latter."""
+
+    def cell(run: dict, name: str, text: str, by: float = 1.0) -> str:
+        if name not in run["ratio"]:
+            return ""
+        said, took = (text.format(run[of][name] / by) for of in ("predicted", "measured"))
+        return f"{said}, {took}: {run['ratio'][name]:.2f}"
+
+    rows = [
+        (
+            f"{run['model']}, {run['blocks']} blocks, {machine(run)}",
+            run["method"],
+            cell(run, "start", "{:.0f} s"),
+            cell(run, "step", "{:.2f} s"),
+            cell(run, "seconds", "{:.0f} s"),
+            cell(run, "peak_memory_bytes", "{:.2f} GB", 1e9),
+            run["commit"],
+        )
+        for run in read("forecasts")
+    ]
+    names = ("model, device, threads", "method", "start", "step", "whole run", "peak memory", "commit")
+    return table(names, "llrrrrl", rows) if rows else NONE
+
+
 def on_disk_table() -> str:
     """A row for every run of larger_than_memory.py, and what its rate says of more."""
     rows = []

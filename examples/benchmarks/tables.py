@@ -27,6 +27,7 @@ TABLES = {
     "quantized": quality.quantized_table,
     "overhead": speed.overhead_table,
     "step-profile": speed.step_profile_table,
+    "forecasts": speed.forecast_table,
     "on-disk": speed.on_disk_table,
     "scale": speed.scale_table,
     "many-rows": speed.many_rows_table,

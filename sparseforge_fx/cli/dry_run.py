@@ -29,11 +29,12 @@ def tell(plain: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _lines(value: Any) -> Iterator[str]:
+    """Numbers by name are for --json: some sentence says them."""
     if isinstance(value, list):
         yield from map(str, value)
     elif isinstance(value, int | float):
         yield f"{value:,}"
-    elif value is not None:
+    elif value is not None and not isinstance(value, dict):
         yield str(value)
 
 
@@ -75,10 +76,13 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, A
         all_tokens = f"{steps:,} steps of {per_step:,} tokens ({steps * per_step:,})"
         told["training"] = f"{all_tokens} at a peak rate of {recipe.lr:g}"
         told["memory"] = _states(parameters, weights, dtype.itemsize)
-    elif device == DISK:
-        peak = peak_memory_bytes() + memory_from_disk(chosen, recipe, config, dtype)
+    memory = peak_memory_bytes()  # of a process with the graph
+    found = forecast(program, sites, chosen, recipe, config, dtype, where)
+    predicted: dict[str, float] = {**found._asdict(), "seconds": found.seconds}
+    if device == DISK:
+        predicted["peak_memory_bytes"] = peak = memory + memory_from_disk(chosen, recipe, config, dtype)
         told["memory"] = f"about {readable_bytes(peak)} at the largest weight; the others stay on disk"
-    told["time"] = _time(forecast(program, sites, chosen, recipe, config, dtype, where), dtype)
+    told |= {"time": _time(found, dtype), "predicted": predicted}
     size_on_disk = readable_bytes(_bytes(loaded))
     told["writes"] = f"{output}/: a checkpoint of {size_on_disk}, report.json, report.html, recipe.yaml"
     return told
