@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+GRACE = 5.0  # seconds to say why a run has ended, where its launcher wants it to end at once
 
 
 class Stopped(KeyboardInterrupt):
@@ -22,13 +25,15 @@ class Interruption:
     Args:
         active: False: signals do what they always do.
         patient: nor does a second one end the process: launchers pass on what the terminal has sent, too, and kill what
-            takes too long. Otherwise the second does what it always does.
+            takes too long. Otherwise the second does what it always does. After an error, SIGTERM takes GRACE seconds to
+            end the process: a launcher sends it as soon as another process has ended, and that is to be told.
     """
 
     def __init__(self, active: bool, patient: bool):
         self.number = 0
         self._patient = patient
-        self._active = active and threading.current_thread() is threading.main_thread()
+        self._main = threading.current_thread() is threading.main_thread()
+        self._active = active and self._main
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -38,6 +43,8 @@ class Interruption:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
+        if self._main and self._patient and error is not None:
+            signal.signal(signal.SIGTERM, _later)
 
     def _restore(self) -> None:
         while self._before:
@@ -47,3 +54,11 @@ class Interruption:
         self.number = self.number or number
         if not self._patient:
             self._restore()
+
+
+def _later(number: int, frame: FrameType | None) -> None:
+    """Let the signal do what it does without us, but not at once."""
+    signal.signal(number, signal.SIG_DFL)
+    end = threading.Timer(GRACE, os.kill, (os.getpid(), number))
+    end.daemon = True
+    end.start()
