@@ -25,8 +25,8 @@ class Interruption:
     Args:
         active: False: signals do what they always do.
         patient: nor does a second one end the process: launchers pass on what the terminal has sent, too, and kill what
-            takes too long. Otherwise the second does what it always does. After an error, SIGTERM takes GRACE seconds to
-            end the process: a launcher sends it as soon as another process has ended, and that is to be told.
+            takes too long. Otherwise the second does what it always does. After an error SIGTERM takes GRACE seconds to
+            end the process: a launcher sends it as soon as another process has ended, and why is to be told.
     """
 
     def __init__(self, active: bool, patient: bool):
