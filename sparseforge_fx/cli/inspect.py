@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,24 +54,27 @@ def inspect(
 ) -> None:
     """Which linears are eligible, which not and why; bytes dense and sparse. Needs no weights."""
     from sparseforge_fx.files import check_parent
+
+    if picture is not None:
+        if picture.suffix != ".svg":
+            raise SparseForgeError(f"--picture {picture}: name a file that ends in .svg")
+        check_parent(picture)
+    console = stdout(quiet=as_json)
+    if name := _named(model):
+        console.print(f"{model}: {name}; reading its shapes", highlight=False, markup=False)
+    # the answer begins above: importing what reads and traces models takes seconds
     from sparseforge_fx.models.dense import load_dense, load_skeleton
     from sparseforge_fx.pattern import TWO_FOUR, parse_pattern
     from sparseforge_fx.plans import Plan, planned_formats
 
     shape = parse_pattern(pattern)
-    if picture is not None:
-        if picture.suffix != ".svg":
-            raise SparseForgeError(f"--picture {picture}: name a file that ends in .svg")
-        check_parent(picture)
     if table is not None and shape != TWO_FOUR:
         raise SparseForgeError(f"--table has times of 2:4 and not of {shape}: leave out one of the two")
     gains = {} if table is None else _gains(table)
     planned = None if plan is None else Plan.read(plan)
     loaded = load_skeleton(model) if meta else load_dense(model)[0]
     parameters = sum(p.numel() for p in loaded.parameters())  # a tied one comes once
-    console = stdout(quiet=as_json)
-    console.print(f"{model}: {parameters:,} parameters; tracing its graph", highlight=False, markup=False)
-    # the answer begins above: what it takes to trace is imported after that
+    console.print(f"{parameters:,} parameters; tracing its graph", highlight=False)
     from sparseforge_fx.graph.capture import capture
     from sparseforge_fx.passes import find_linears
     from sparseforge_fx.report import describe_sites
@@ -106,6 +110,14 @@ def inspect(
     if picture is not None:
         _draw(result, factor, picture)
         console.print(f"wrote {picture}", markup=False, highlight=False)
+
+
+def _named(model: str) -> str:
+    """What the config of a folder calls the model; "" where nothing does."""
+    try:
+        return str(json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["architectures"][0])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""  # whatever is wrong with it is told where the model is read
 
 
 def _gains(table: Path) -> dict[tuple[int, int], dict[int, float]]:
