@@ -54,24 +54,24 @@ def inspect(
 ) -> None:
     """Which linears are eligible, which not and why; bytes dense and sparse. Needs no weights."""
     from sparseforge_fx.files import check_parent
+    from sparseforge_fx.pattern import TWO_FOUR, parse_pattern
 
+    shape = parse_pattern(pattern)
     if picture is not None:
         if picture.suffix != ".svg":
             raise SparseForgeError(f"--picture {picture}: name a file that ends in .svg")
         check_parent(picture)
+    if table is not None and shape != TWO_FOUR:
+        raise SparseForgeError(f"--table has times of 2:4 and not of {shape}: leave out one of the two")
+    gains = {} if table is None else _gains(table)
+    planned = None if plan is None else _plan(plan)
     console = stdout(quiet=as_json)
     if name := _named(model):
         console.print(f"{model}: {name}; reading its shapes", highlight=False, markup=False)
     # the answer begins above: importing what reads and traces models takes seconds
     from sparseforge_fx.models.dense import load_dense, load_skeleton
-    from sparseforge_fx.pattern import TWO_FOUR, parse_pattern
-    from sparseforge_fx.plans import Plan, planned_formats
+    from sparseforge_fx.plans import planned_formats
 
-    shape = parse_pattern(pattern)
-    if table is not None and shape != TWO_FOUR:
-        raise SparseForgeError(f"--table has times of 2:4 and not of {shape}: leave out one of the two")
-    gains = {} if table is None else _gains(table)
-    planned = None if plan is None else Plan.read(plan)
     loaded = load_skeleton(model) if meta else load_dense(model)[0]
     parameters = sum(p.numel() for p in loaded.parameters())  # a tied one comes once
     console.print(f"{parameters:,} parameters; tracing its graph", highlight=False)
@@ -110,6 +110,12 @@ def inspect(
     if picture is not None:
         _draw(result, factor, picture)
         console.print(f"wrote {picture}", markup=False, highlight=False)
+
+
+def _plan(file: Path) -> Plan:
+    from sparseforge_fx.plans import Plan
+
+    return Plan.read(file)
 
 
 def _named(model: str) -> str:

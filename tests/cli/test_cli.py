@@ -223,14 +223,14 @@ from typer.testing import CliRunner
 from sparseforge_fx import cli
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name in ("torch", "transformers"):
+        if name in ("transformers", "accelerate", "sparseforge_fx.graph"):
             raise SystemExit(f"imports {name}")
 sys.meta_path.insert(0, Blocked())
 print(CliRunner().invoke(cli.app, ["inspect", sys.argv[1]]).output)
 """,
         home / "dense",
     )
-    assert "LlamaForCausalLM; reading its shapes" in said and "imports torch" in said and "parameters" not in said
+    assert "LlamaForCausalLM; reading its shapes" in said and "imports " in said and "parameters" not in said
 
 
 def test_inspect_counts_bytes(home):
