@@ -70,14 +70,13 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, A
     }
     where = pick_device("cpu" if device == DISK else device)
     dtype = choose_dtype(dtype_of(loaded), where, find_dtype(recipe.dtype)).dtype
-    if isinstance(config, TrainedConfig):
-        per_step = recipe.batch_size * recipe.length * recipe.accumulate
-        steps = config.steps if recipe.tokens is None else recipe.tokens // per_step
-        all_tokens = f"{steps:,} steps of {per_step:,} tokens ({steps * per_step:,})"
-        told["training"] = f"{all_tokens} at a peak rate of {recipe.lr:g}"
-        told["memory"] = _states(parameters, weights, dtype.itemsize)
     memory = peak_memory_bytes()  # of a process with the graph
     found = forecast(program, sites, chosen, recipe, config, dtype, where)
+    if isinstance(config, TrainedConfig):
+        per_step = recipe.batch_size * recipe.length * recipe.accumulate
+        all_tokens = f"{found.steps:,} steps of {per_step:,} tokens ({found.steps * per_step:,})"
+        told["training"] = f"{all_tokens} at a peak rate of {recipe.lr:g}"
+        told["memory"] = _states(parameters, weights, dtype.itemsize)
     predicted: dict[str, float] = {**found._asdict(), "seconds": found.seconds}
     if device == DISK:
         predicted["peak_memory_bytes"] = peak = memory + memory_from_disk(chosen, recipe, config, dtype)

@@ -71,7 +71,7 @@ def reconstructed(
     config: LayerwiseConfig | TrainedConfig,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Let the blocks of a pruned program come nearer to the teacher's, as a config asks (methods/reconstruct.py): for
-    the report, what became of each, and a note where there are none."""
+    the report, what became of each, and a note where there are none or one learned nothing."""
     how: dict[str, Any] = {"epochs": config.reconstruct, "lr": config.reconstruct_lr}
     found = [b._asdict() for b in reconstruct_blocks(program.module(), teacher.module, batches, weights, **how)]
     if not found:
