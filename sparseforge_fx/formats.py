@@ -19,7 +19,7 @@ class Format(NamedTuple):
 
     Attributes:
         pattern: ``dense`` or ``2:4``.
-        values: ``float`` (the model's own dtype), ``int8``, or ``int4``; both symmetric, so that zero is on the grid.
+        values: ``float`` (the model's own dtype), ``int8``, or ``int4``; zero is on the grid of both.
         group: inputs, the pruned ones counted, that share a float16 scale; None: one float32 scale per output.
     """
 

@@ -94,6 +94,9 @@ def sparsify(
     weight_decay: Annotated[
         float | None, typer.Option(help="AdamW's, of matrices; default: the preset's, or 0.")
     ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw (default), or adamw8bit, its moments in 8 bits (torchao).")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the distillation; default: the preset's, or 1.")] = None,
     curvature: Annotated[str | None, typer.Option(help=CURVATURE)] = None,
     change: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help=OTHER_FIELD)] = [],  # noqa: B006
@@ -122,7 +125,7 @@ def sparsify(
         "preset": preset, "tokens": tokens, "pattern": pattern, "lr": lr, "batch_size": batch_size, "length": length,
         "accumulate": accumulate, "calibration": calibration, "slorb_block": slorb_block, "include": sorted(include),
         "exclude": sorted(exclude), "plan": plan, "seed": seed, "dtype": dtype,
-        "weight_decay": weight_decay,
+        "weight_decay": weight_decay, "optimizer": optimizer,
     }  # fmt: skip
     recipe, folder = _recipe(config, asked, change, curvature, temperature), RunFolder(output)
     from_disk = on_disk(

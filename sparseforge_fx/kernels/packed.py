@@ -28,7 +28,7 @@ class Packed(NamedTuple):
     Attributes:
         values: the survivors of each row in order, ``in`` rounded up to P, a multiple of 8 places. 2:4: [..., out,
             P/2], dense: [..., out, P]. In a floating dtype, or int8 codes in [-127, 127], or as uint8 two int4 codes in
-            [-7, 7] a byte, in two's complement, the first in the low bits: half as many columns.
+            [-8, 7] a byte, in two's complement, the first in the low bits: half as many columns.
         bitmask: uint8 [..., out, P/8]; bit k of byte j is set where element 8 j + k survives. Every group has exactly
             two bits: one with fewer non-zeros keeps zeros at its earliest free places. Dense: [..., out, 0].
         in_features: ``in``. Places beyond it hold zeros; a kernel must not read its input there.
@@ -113,12 +113,12 @@ def pack_codes(codes: Tensor, scales: Tensor, format: Format) -> Packed:
     """Pack the weight ``codes * scales`` in a quantised format. Exact.
 
     Args:
-        codes: integers [..., out, in], in [-127, 127] for int8 and [-7, 7] for int4; zero wherever the pattern prunes.
-        scales: [..., out, 1] for int8, [..., out, in / group] for int4; positive.
+        codes: integers [..., out, in], in [-127, 127] for int8 and [-8, 7] for int4; zero wherever the pattern prunes.
+        scales: [..., out, 1] for int8, positive; [..., out, in / group] for int4, of either sign.
 
     Raises SparseForgeError if the codes or scales are not those of such a format.
     """
-    largest, in_features = {"int8": 127, "int4": 7}[format.values], codes.shape[-1]
+    (least, largest), in_features = {"int8": (-127, 127), "int4": (-8, 7)}[format.values], codes.shape[-1]
     if (against := format.why_not(in_features)) is not None:
         raise SparseForgeError(f"{format}: {against}")
     width = in_features // format.group if format.group else 1
@@ -126,13 +126,12 @@ def pack_codes(codes: Tensor, scales: Tensor, format: Format) -> Packed:
         raise SparseForgeError(
             f"scales of shape {list(scales.shape)} do not belong to {format} codes {list(codes.shape)}"
         )
-    if int(codes.abs().amax()) > largest:
-        raise SparseForgeError(f"a code of {format} is beyond {largest}: round and clamp first")
+    lowest, highest = map(int, codes.aminmax())
+    if lowest < least or highest > largest:
+        raise SparseForgeError(f"a code of {format} is beyond {least} to {largest}: round and clamp first")
     scales = scales.to(torch.float16 if format.group else torch.float32)
-    if not (scales.isfinite() & (scales > 0)).all():
-        raise SparseForgeError(
-            f"a scale of {format} is not positive and finite as {scales.dtype}: choose scales in its range"
-        )
+    if (wrong := _wrong_scale(scales)) is not None:
+        raise SparseForgeError(f"a scale of {format} is {wrong} as {scales.dtype}: choose scales in its range")
     codes = codes.to(torch.int8)
     if format.is_sparse:
         values, bitmask, _, _ = pack(codes)
@@ -187,11 +186,18 @@ def check_packed(packed: Packed) -> Packed:
         raise SparseForgeError("a group of four in the bitmask has not exactly two bits set: the data is damaged")
     if scales is None:
         return packed
-    if not (scales.isfinite() & (scales > 0)).all():
-        raise SparseForgeError("a scale is not positive and finite: the data is damaged")
-    if ((values == -128) if values.dtype == torch.int8 else (values & 15 == 8) | (values >> 4 == 8)).any():
-        raise SparseForgeError("a code of the values is not on the symmetric grid: the data is damaged")
+    if (wrong := _wrong_scale(scales)) is not None:
+        raise SparseForgeError(f"a scale is {wrong}: the data is damaged")
+    if values.dtype == torch.int8 and (values == -128).any():
+        raise SparseForgeError("a code of the values is -128, which is on no grid: the data is damaged")
     return packed
+
+
+def _wrong_scale(scales: Tensor) -> str | None:
+    """What is wrong with one of them. Those of int4, in float16, may be below zero."""
+    if not (scales.isfinite() & (scales != 0)).all():
+        return "zero or not finite"
+    return "below zero" if scales.dtype != torch.float16 and (scales < 0).any() else None
 
 
 def check_shapes(packed: Packed) -> Packed:

@@ -1,9 +1,10 @@
 """Blocks that learn, one after the other, to hand on what the dense ones hand on: after a layer-wise solution, within
-its masks, from the same few sequences.
+its masks and on its grids, from the same few sequences.
 
 min over the survivors of a block f and its vectors of ||f(X) - f_dense(X_dense)||^2 / ||f_dense(X_dense)||^2, X being
 what the reconstructed blocks before it give (EBFT, arXiv 2402.12419, section 3.2; there over Wanda's or SparseGPT's
-masks). What a layer-wise solver cannot do, layers of a block make good here for each other.
+masks; of rounded weights the codes and their scales learn, as in the first phase of EfficientQAT, arXiv 2407.11062,
+section 3.2). What a layer-wise solver cannot do, layers of a block make good here for each other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import operator
 import os.path
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.compile import SharedBlock, block_outputs, compile_repeated_blocks
 from sparseforge_fx.graph.padding import MASK, mask_names, real_rows
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.calibrate import flat_inputs, last_uses
+from sparseforge_fx.methods.on_grid import Learner, OnGrid
 from sparseforge_fx.methods.weights import MaskedWeight
 
 WARMUP = 0.05  # share of a block's steps
@@ -36,6 +39,27 @@ class Reconstructed(NamedTuple):
     after: float
 
 
+def reconstructed(
+    program: Program,
+    dense: GraphModule,
+    batches: Sequence[Reading],
+    weights: Sequence[MaskedWeight],
+    *,
+    epochs: int,
+    lr: float,
+    grid: OnGrid | None = None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """As :func:`reconstruct_blocks` over a soft-masked program: for the report, what became of each block, and a note
+    where there are none or one learned nothing."""
+    found = reconstruct_blocks(program.module(), dense, batches, weights, epochs=epochs, lr=lr, grid=grid)
+    if not found:
+        return [], ["reconstruct changes nothing: no block of this graph repeats"]
+    kept = sum(block.after == block.before for block in found)
+    told = f"{kept} of {len(found)} blocks came no nearer to the dense ones and keep the layer-wise solution"
+    notes = [f"{told}: try a lower reconstruct_lr than {lr:g}"] if kept else []
+    return [block._asdict() for block in found], notes
+
+
 def reconstruct_blocks(
     student: GraphModule,
     teacher: GraphModule,
@@ -44,6 +68,7 @@ def reconstruct_blocks(
     *,
     epochs: int,
     lr: float,
+    grid: OnGrid | None = None,
 ) -> list[Reconstructed]:
     """Train the blocks' masked weights and their vectors (biases, norms), in place; what is frozen stays.
 
@@ -53,6 +78,7 @@ def reconstruct_blocks(
         batches: calibration data; one is one step.
         epochs: passes over ``batches`` for every block.
         lr: AdamW's peak rate; it falls to zero along a cosine.
+        grid: of the weights that are rounded and stay so.
 
     A block that comes no nearer keeps its solution. Returns what became of every block; empty where no block repeats.
     Memory: what is alive between two blocks for all batches, of both models, and the float32 masters and moments of one
@@ -64,31 +90,67 @@ def reconstruct_blocks(
     if len(ours.blocks) != len(theirs.blocks):
         return []
     rows = rows if len(rows) == len(ours.blocks) else [MASK] * len(ours.blocks)
-    trained = {id(w.weight) for w in weights}
+    masks = {id(w.weight): w.mask for w in weights}
     found = []
     for block, aim, name in zip(ours.blocks, theirs.blocks, rows, strict=True):
         with torch.no_grad():
             ours.come_to(block)
             theirs.come_to(aim)
             targets = [theirs.leave(aim, k) for k in range(len(batches))]
-        leaves = _leaves(ours, block, trained)
-        masks = [batch.real.get(name) for batch in batches]
-        before = _error(ours, block, targets, masks)
-        solution = [(leaf, leaf.detach().clone()) for leaf in leaves.values()]
-        _learn(ours, block, leaves, targets, masks, epochs, lr)
+        leaves = {k: _Leaf(p, masks.get(id(p)), grid) for k, p in _learnable(ours, block, masks).items()}
+        real = [batch.real.get(name) for batch in batches]
+        before = _error(ours, block, targets, real)
+        _learn(ours, block, leaves, targets, real, epochs, lr)
+        for leaf in leaves.values():
+            leaf.write()
+        after = _error(ours, block, targets, real)
+        if not after < before:  # NaN, too
+            for leaf in leaves.values():
+                leaf.undo()
+            after = before
+        found.append(Reconstructed(_name(block), before, after))
         with torch.no_grad():
-            for w in weights:
-                if any(w.weight is leaf for leaf in leaves.values()):
-                    w.weight.mul_(w.mask)  # pruned weights have gradients, too: straight through
-            after = _error(ours, block, targets, masks)
-            if not after < before:  # NaN, too
-                for leaf, value in solution:
-                    leaf.copy_(value)
-                after = before
-            found.append(Reconstructed(_name(block), before, after))
             for k in range(len(batches)):
                 ours.leave(block, k)
     return found
+
+
+class _Leaf:
+    """A parameter of a block that learns, and what learns in its place."""
+
+    def __init__(self, parameter: nn.Parameter, mask: Tensor | None, grid: OnGrid | None):
+        self.parameter, self.mask = parameter, mask
+        self.grid = grid if grid is not None and grid.takes(parameter) else None
+        self.first: Learner | Tensor
+        self.learner: Learner | None = None
+        if self.grid is not None:
+            self.first, self.learner = self.grid.learner(parameter), self.grid.learner(parameter)
+            self.learning = self.learner.leaves
+        else:
+            self.first = parameter.detach().clone()
+            self.learning = [parameter.detach().to(torch.float32, copy=True).requires_grad_()]
+
+    def value(self) -> Tensor:
+        """What the block is to see, differentiable."""
+        found = self.learning[0] if self.learner is None else self.learner.value()
+        return found.to(self.parameter.dtype)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        if self.grid is not None and self.learner is not None:
+            self.parameter.copy_(self.grid.learned(self.parameter, self.learner))
+            return
+        self.parameter.copy_(self.learning[0])
+        if self.mask is not None:
+            self.parameter.mul_(self.mask)  # pruned weights have gradients, too: straight through
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """As it was before it learned."""
+        if self.grid is not None and isinstance(self.first, Learner):
+            self.parameter.copy_(self.grid.learned(self.parameter, self.first))
+        elif isinstance(self.first, Tensor):
+            self.parameter.copy_(self.first)
 
 
 class _Stream:
@@ -132,8 +194,8 @@ class _Stream:
             run.env.pop(dead, None)
 
 
-def _leaves(stream: _Stream, block: Node, trained: set[int]) -> dict[int, nn.Parameter]:
-    """Position of an argument -> the parameter that learns there: masked weights and vectors that are this block's
+def _learnable(stream: _Stream, block: Node, masked: Container[int]) -> dict[int, nn.Parameter]:
+    """Position of an argument -> the parameter that can learn there: masked weights and vectors that are this block's
     alone and not frozen."""
     values = {n: operator.attrgetter(str(n.target))(stream.module) for n in stream.nodes if n.op == "get_attr"}
     readers = Counter(id(value) for node, value in values.items() for _ in node.users)
@@ -144,7 +206,7 @@ def _leaves(stream: _Stream, block: Node, trained: set[int]) -> dict[int, nn.Par
         and isinstance(value := values.get(a), nn.Parameter)
         and value.requires_grad
         and readers[id(value)] == 1
-        and (id(value) in trained or value.dim() < 2)
+        and (id(value) in masked or value.dim() < 2)
     }
 
 
@@ -152,37 +214,34 @@ def _leaves(stream: _Stream, block: Node, trained: set[int]) -> dict[int, nn.Par
 def _learn(
     stream: _Stream,
     block: Node,
-    leaves: dict[int, nn.Parameter],
+    leaves: dict[int, _Leaf],
     targets: Sequence[Any],
-    masks: Sequence[Tensor | None],
+    real: Sequence[Tensor | None],
     epochs: int,
     lr: float,
 ) -> None:
     if not leaves:
         return
-    masters = {k: p.detach().to(torch.float32, copy=True).requires_grad_() for k, p in leaves.items()}
-    optimizer = torch.optim.AdamW(masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    learning = [tensor for leaf in leaves.values() for tensor in leaf.learning]
+    optimizer = torch.optim.AdamW(learning, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     steps = epochs * len(targets)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule.learning_rate((step + 1) / (steps + 1), WARMUP, 0.0)
         k = step % len(targets)
         arguments = stream.arguments(block, k)
-        for position, master in masters.items():
-            arguments[position] = master.to(leaves[position].dtype)
-        _distance(stream.call(block)(*arguments), targets[k], masks[k]).backward()
+        for position, leaf in leaves.items():
+            arguments[position] = leaf.value()
+        _distance(stream.call(block)(*arguments), targets[k], real[k]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        for position, master in masters.items():
-            leaves[position].copy_(master)
 
 
 @torch.no_grad()
-def _error(stream: _Stream, block: Node, targets: Sequence[Any], masks: Sequence[Tensor | None]) -> float:
+def _error(stream: _Stream, block: Node, targets: Sequence[Any], real: Sequence[Tensor | None]) -> float:
     errors = (
         _distance(stream.call(block)(*stream.arguments(block, k)), target, mask).item()
-        for k, (target, mask) in enumerate(zip(targets, masks, strict=True))
+        for k, (target, mask) in enumerate(zip(targets, real, strict=True))
     )
     return sum(errors) / len(targets)
 

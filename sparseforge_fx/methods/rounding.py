@@ -32,8 +32,8 @@ class Rounded(NamedTuple):
     """The weight ``codes * scales``.
 
     Attributes:
-        codes: int8 [out, in], in [-127, 127] or [-7, 7].
-        scales: float32 [out, 1] of int8; float16 [out, in / group] of int4.
+        codes: int8 [out, in], in [-127, 127] or [-8, 7].
+        scales: float32 [out, 1] of int8, positive; float16 [out, in / group] of int4, of either sign.
     """
 
     codes: Tensor
@@ -65,9 +65,18 @@ def why_not_rounded(experts: int | None, width: int, format: Format) -> str | No
     return "experts stay floats" if experts is not None and format.is_quantized else format.why_not(width)
 
 
-def largest_code(format: Format) -> int:
-    """Codes run from its negative to it."""
-    return 2 ** (BITS[format.values] - 1) - 1
+class Codes(NamedTuple):
+    """Of a kind of values the least and the largest code."""
+
+    least: int
+    largest: int
+
+
+def codes_in(format: Format) -> Codes:
+    """Those of int8 are as many on either side. Of int4 there is one more below, which is a sixteenth of all: a scale
+    below zero puts it on the side that has the largest weight (as llama.cpp's Q4_0 does)."""
+    largest = 2 ** (BITS[format.values] - 1) - 1
+    return Codes(-largest - (format.values == "int4"), largest)
 
 
 @torch.no_grad()
@@ -96,18 +105,18 @@ def round_weight(weight: Tensor, format: Format, moments: Tensor | None = None, 
         raise SparseForgeError(
             "a weight or its calibration inputs are not finite; check the model's weights and the data"
         )
-    largest = largest_code(format)
+    bounds = codes_in(format)
     # the undamped energies: an input that is never active has no say in a scale, if any other has
     energies = torch.ones_like(w[0]) if moments is None else moments.diagonal().float().clamp(min=0)
     shares = SHRINK if moments is not None else SHRINK[:1]  # who knows no inputs cannot tell what may be cut off
-    scales = _storable(_find_scales(w, energies, format.group or w.shape[1], largest, shares), format)
-    codes = _nearest(w, spread(scales, w.shape[1]), largest)
+    scales = _storable(_find_scales(w, energies, format.group or w.shape[1], bounds, shares), format)
+    codes = _nearest(w, spread(scales, w.shape[1]), bounds)
     if h is not None:
         target = w @ h
         for _ in range(SWEEPS):
-            _move_codes(codes, spread(scales, w.shape[1]), target, h, kept, largest)
+            _move_codes(codes, spread(scales, w.shape[1]), target, h, kept, bounds)
             scales = _storable(_move_scales(codes, scales.float(), target, h), format)
-        _move_codes(codes, spread(scales, w.shape[1]), target, h, kept, largest)
+        _move_codes(codes, spread(scales, w.shape[1]), target, h, kept, bounds)
     return Rounded(codes.to(torch.int8), scales)
 
 
@@ -132,7 +141,7 @@ def follow(weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
 def codes_of(weight: Tensor, scales: Tensor, format: Format) -> Rounded:
     """The nearest codes on scales [out, groups] that are known."""
     stored = scales.to(torch.float16 if format.group else torch.float32)
-    codes = _nearest(weight.detach().float(), spread(stored, weight.shape[1]), largest_code(format))
+    codes = _nearest(weight.detach().float(), spread(stored, weight.shape[1]), codes_in(format))
     return Rounded(codes.to(torch.int8), stored)
 
 
@@ -143,30 +152,32 @@ def _damped(moments: Tensor) -> Tensor:
     return h
 
 
-def _nearest(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
-    return (weight / scale).round_().clamp_(-largest, largest)
+def _nearest(weight: Tensor, scale: Tensor, bounds: Codes) -> Tensor:
+    return (weight / scale).round_().clamp_(*bounds)
 
 
 def _storable(scales: Tensor, format: Format) -> Tensor:
-    """Positive, in the dtype that they are kept in."""
+    """Not zero, in the dtype that they are kept in."""
     dtype, least = (torch.float16, 6e-8) if format.group else (torch.float32, torch.finfo(torch.float32).tiny)
-    return scales.clamp(least, torch.finfo(dtype).max).to(dtype)
+    sizes = scales.abs().clamp(least, torch.finfo(dtype).max)
+    return torch.where(scales < 0, -sizes, sizes).to(dtype)
 
 
-def _find_scales(weight: Tensor, energies: Tensor, group: int, largest: int, shares: Tensor) -> Tensor:
+def _find_scales(weight: Tensor, energies: Tensor, group: int, bounds: Codes, shares: Tensor) -> Tensor:
     """[out, groups]: of a few tried, those with the least squared error, each place weighted."""
     parts, energies = weight.unflatten(1, (-1, group)), energies.view(-1, group)
     energies = torch.where(energies.sum(1, keepdim=True) > 0, energies, 1.0)
-    peak = parts.abs().amax(2, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * largest * 2)
-    best, least = peak / largest, torch.full_like(peak, float("inf"))
-    for share in shares.tolist():
-        scale = peak * (share / largest)
-        error = ((_nearest(parts, scale, largest) * scale - parts).square_() * energies).sum(2, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    peak = parts.abs().amax(2, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * bounds.largest * 2)
+    best, least = peak / bounds.largest, torch.full_like(peak, float("inf"))
+    sides = (1.0, -1.0) if bounds.largest != -bounds.least else (1.0,)
+    for code in dict.fromkeys((bounds.largest, -bounds.least)):  # that the largest |w| may be
+        for scale in (peak * (side * share / code) for side in sides for share in shares.tolist()):
+            error = ((_nearest(parts, scale, bounds) * scale - parts).square_() * energies).sum(2, keepdim=True)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best.squeeze(2)
 
 
-def _move_codes(codes: Tensor, scale: Tensor, target: Tensor, h: Tensor, kept: Tensor, largest: int) -> None:
+def _move_codes(codes: Tensor, scale: Tensor, target: Tensor, h: Tensor, kept: Tensor, bounds: Codes) -> None:
     """One sweep of coordinate descent over the columns, in place; no step raises the error."""
     gradient = (codes * scale) @ h - target
     for start in range(0, len(h), BLOCK):
@@ -176,7 +187,7 @@ def _move_codes(codes: Tensor, scale: Tensor, target: Tensor, h: Tensor, kept: T
         slope, part, steps, free = (t[:, here].t().contiguous() for t in (gradient, codes, scale, kept))
         moved = torch.empty_like(slope)
         for j in range(len(block)):
-            best = _nearest(part[j] * steps[j] - slope[j] / block[j, j], steps[j], largest) * free[j]
+            best = _nearest(part[j] * steps[j] - slope[j] / block[j, j], steps[j], bounds) * free[j]
             torch.mul(best - part[j], steps[j], out=moved[j])
             slope[j + 1 :].addr_(block[j, j + 1 :], moved[j])
             part[j] = best
@@ -193,7 +204,8 @@ def _move_scales(codes: Tensor, scales: Tensor, target: Tensor, h: Tensor) -> Te
         part = codes[:, here]
         curve = ((part @ h[here, here]) * part).sum(1)
         step = torch.where(curve > 0, -(gradient[:, here] * part).sum(1) / curve.clamp(min=1e-30), 0.0)
-        step = torch.maximum(torch.minimum(step, 0.3 * scales[:, index]), -0.3 * scales[:, index])
+        most = 0.3 * scales[:, index].abs()
+        step = torch.maximum(torch.minimum(step, most), -most)
         scales[:, index] += step
         gradient += (step[:, None] * part) @ h[here]
     return scales

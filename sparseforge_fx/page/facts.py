@@ -185,13 +185,20 @@ def layer_maps(report: Json, plan: Plan | None) -> list[Maps]:
     return found
 
 
-def block_table(report: Json) -> Table | None:
+def block_tables(report: Json) -> list[Table]:
     """What the blocks of a layer-wise solution learned, where they did."""
-    if not (blocks := report.get("reconstruction")):
-        return None
-    rows = [(b["block"], f"{b['before']:.2%}", f"{b['after']:.2%}") for b in blocks]
     caption = "Error of what each block hands on, before and after it learned"
-    return Table(caption, ("block", "before", "after"), rows, (1, 2))
+    kinds = {"reconstruction": caption, "rounded_reconstruction": f"{caption} with its rounded weights"}
+    return [
+        Table(
+            told,
+            ("block", "before", "after"),
+            [(b["block"], f"{b['before']:.2%}", f"{b['after']:.2%}") for b in report[name]],
+            (1, 2),
+        )
+        for name, told in kinds.items()
+        if report.get(name)
+    ]
 
 
 def speed_tables(speed: Json, costs: Sequence[Json], plan: Plan | None) -> list[Table]:

@@ -53,7 +53,7 @@ def render(folder: Path) -> str:
             "curves": drawn,
             "constant": {n.replace("_", " "): f"{v:.3g}" for n, v in constant.items()},
             "maps": facts.layer_maps(report, plan),
-            "blocks": facts.block_table(report),
+            "blocks": facts.block_tables(report),
             "speed": facts.speed_tables(speed, costs.get("rows") or speed.get("gate") or [], plan),
             "frontiers": _frontiers(quality, speed, plan),
             "notes": report.get("notes") or [],

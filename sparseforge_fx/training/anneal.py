@@ -21,6 +21,7 @@ from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.low_rank import fitting_block
 from sparseforge_fx.training.prepare import finalize, prepare_captured
 from sparseforge_fx.training.recipe import Recipe
+from sparseforge_fx.training.settings import Settings
 from sparseforge_fx.training.sharded import sharding_of
 from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.train import Optimization, train
@@ -55,21 +56,11 @@ def anneal(
         recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=calibrated is not None,
         batches=run.batches,
     )  # fmt: skip
-    settings = recipe.settings(True)
-    if "slorb_block" in settings.by_preset:  # which nobody asked for: no error where it cannot stand
-        block, why = fitting_block(run.program, run.sites, settings.by_preset["slorb_block"])
-        settings = settings.with_block(block)
-        report["notes"] += why
-    report["notes"] += settings.note(report["preset"])
-    if settings.slorb_block is not None:
-        report["notes"].append(
-            "the low-rank branches (slorb_block) are saved beside the weights: sf.load rebuilds them, transformers' "
-            "own from_pretrained leaves them out"
-        )
+    settings = _settings(run, recipe, report)
     sharding = sharding_of(accelerator, report["notes"])
     if sharding is not None:
         whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
-        whole["activation_checkpointing"] = activation_checkpointing
+        whole |= {"activation_checkpointing": activation_checkpointing, "adamw8bit": recipe.optimizer != "adamw"}
         sharding.check(config, run.sites, **whole, compile=how["compile"] is True)
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
     identity = _identity(run, recipe, settings.slorb_block, path)  # of the dense weights
@@ -77,7 +68,9 @@ def anneal(
         sparse = prepare_captured(
             run.program, run.sites, config, settings.objective, slorb_block=settings.slorb_block, sharding=sharding
         )
-        how_weights_move = Optimization(recipe.lr, accumulate=accumulate, weight_decay=settings.weight_decay)
+        how_weights_move = Optimization(
+            recipe.lr, accumulate=accumulate, weight_decay=settings.weight_decay, optimizer=recipe.optimizer
+        )
         try:
             if activation_checkpointing:
                 sparse.activation_checkpointing_enable()
@@ -107,6 +100,22 @@ def anneal(
     if (report["epochs"] or 0) > 1:
         report["notes"].append(f"the run went over its data {report['epochs']:.1f} times")
     return {} if sparse.on_grid is None else sparse.on_grid.scales
+
+
+def _settings(run: Run, recipe: Recipe, report: dict[str, Any]) -> Settings:
+    """What the run takes beside the method's constants, and notes on what is a preset's word."""
+    settings = recipe.settings(True)
+    if "slorb_block" in settings.by_preset:  # which nobody asked for: no error where it cannot stand
+        block, why = fitting_block(run.program, run.sites, settings.by_preset["slorb_block"])
+        settings = settings.with_block(block)
+        report["notes"] += why
+    report["notes"] += settings.note(report["preset"])
+    if settings.slorb_block is not None:
+        report["notes"].append(
+            "the low-rank branches (slorb_block) are saved beside the weights: sf.load rebuilds them, transformers' "
+            "own from_pretrained leaves them out"
+        )
+    return settings
 
 
 def _micro_batches(recipe: Recipe, count: int, saved: Path | None) -> tuple[int, list[str]]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from sparseforge_fx.methods.on_grid import OnGrid
 from sparseforge_fx.methods.part import local
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.training.low_rank import Branch
-from sparseforge_fx.training.on_grid import OnGrid
 
 
 class MasterWeights:

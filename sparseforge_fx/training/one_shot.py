@@ -14,10 +14,12 @@ from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.experts import Experts
-from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.finish import finish
+from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.on_grid import OnGrid, fitting
 from sparseforge_fx.methods.one_shot import LayerwiseConfig, magnitude
 from sparseforge_fx.methods.reorder import Reordering
-from sparseforge_fx.methods.rounding import format_of, why_not_rounded
+from sparseforge_fx.methods.rounding import format_of
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import harden_passes, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
@@ -26,7 +28,7 @@ from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.report import describe_change
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.recipe import Recipe
-from sparseforge_fx.training.teacher import Teacher, dense_copies, reconstructed
+from sparseforge_fx.training.teacher import Teacher, dense_copies
 from sparseforge_fx.training.unused import unused_arguments
 
 
@@ -72,19 +74,17 @@ def _prune(
             if config.reorder:
                 moves = Reordering(masked, config.pattern, weights)  # type: ignore[arg-type]
             tensors = [w.weight for w in weights]
-            teacher = Teacher(run.program, dense_copies(run.program, tensors)) if config.reconstruct else None
+            aim = Teacher(run.program, dense_copies(run.program, tensors)).module if config.reconstruct else None
             notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, moves)
-            if teacher is not None:
-                report["reconstruction"], none = reconstructed(masked, teacher, batches, weights, config)
-                report["notes"] += none
-            format = format_of(config.values)
-            against = {s.fqn: why_not_rounded(s.experts, s.in_features, format) for s in eligible(run.sites)}
-            fitting = {fqn: format for fqn, reason in against.items() if reason is None}
-            if format.is_quantized:
-                rounded, told = round_layer_by_layer(masked, weights, batches, fitting)
-                told |= {fqn: f"not in {format.values}: {reason}" for fqn, reason in against.items() if reason}
-                notes |= {fqn: "; ".join(filter(None, (notes.get(fqn), text))) for fqn, text in told.items()}
-                scales = {fqn: found.scales for fqn, found in rounded.items()}
+            formats, against = fitting(weights, format_of(config.values))
+            grid = OnGrid(weights, formats) if formats else None
+            how: dict[str, Any] = {"epochs": config.reconstruct, "lr": config.reconstruct_lr}
+            blocks, told, more = finish(masked, weights, batches, grid, aim, **how)
+            report |= blocks
+            report["notes"] += more
+            for fqn, text in (told | against).items():
+                notes[fqn] = "; ".join(filter(None, (notes.get(fqn), text)))
+            scales = {} if grid is None else grid.scales
         else:
             magnitude(weights, config.pattern)
         run_passes(masked, harden_passes(config.pattern))

@@ -13,6 +13,7 @@ from sparseforge_fx.methods.misfit import misfit
 from sparseforge_fx.methods.part import local
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.training.master_weights import MasterWeights
+from sparseforge_fx.training.optimizer import load_plain_state, moment_like, plain_state
 from sparseforge_fx.training.sparse_model import SparseModel
 
 
@@ -35,7 +36,7 @@ def state_of(
         "step": step,
         "masters": [m.detach() for m in _own_masters(sparse, master)],
         "masks": {w.fqn: w.whole(w.mask) for w in sparse.method.weights},
-        "optimizer": optimizer.state_dict(),
+        "optimizer": plain_state(optimizer),
         "method": _held(sparse, sparse.method.state(), lambda w, value: w.whole(value)),
         "handed_over": sparse.handed_over,
         "start": sparse.start_report,
@@ -104,7 +105,7 @@ def restore(
     master.write_back()
     for w in sparse.method.weights:
         w.mask.copy_(local(masks[w.fqn]))
-    optimizer.load_state_dict(state["optimizer"])
+    load_plain_state(optimizer, state["optimizer"])
     sparse.steps_done, sparse.handed_over = state["step"], state["handed_over"]
     sparse.start_report = state["start"]
     return state["step"], list(state["curves"])
@@ -140,7 +141,7 @@ def _wrong_start(start: Any) -> str | None:
     errors = start.get("layer_errors", {})
     if not isinstance(errors, dict) or not all(type(e) is float for e in errors.values()):
         return "start holds errors that are no numbers"
-    told = ("layer_notes", "layer_errors", "experts", "reconstruction")
+    told = ("layer_notes", "layer_errors", "experts", "reconstruction", "rounded_reconstruction")
     plain = {name: value for name, value in start.items() if name not in told}
     numbers = {"calibration_sequences": 0, "calibration_seconds": 0.0}
     return misfit(plain, numbers, "start") if plain else None
@@ -159,7 +160,7 @@ def _wrong_progress(state: dict[str, Any], steps: int) -> str | None:
 
 def _wrong_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
     """What is wrong with an optimizer's state: each tensor must have its parameter's shape, or be a count."""
-    mine = optimizer.state_dict()
+    mine = plain_state(optimizer)
     groups = [group | {"lr": 0.0} for group in mine["param_groups"]]
     try:
         if [group | {"lr": group["lr"] * 0.0} for group in saved["param_groups"]] != groups or set(saved) != set(mine):
@@ -174,7 +175,7 @@ def _wrong_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> str | None
         if not isinstance(entries, dict) or set(entries) != names:
             return f"optimizer[{index}] holds other moments"
         for name, value in entries.items():
-            wanted = torch.zeros(()) if name == "step" else parameters[index]
+            wanted = torch.zeros(()) if name == "step" else moment_like(optimizer, parameters[index])
             if wrong := misfit(value, wanted, f"optimizer[{index}][{name}]"):
                 return wrong
     return None

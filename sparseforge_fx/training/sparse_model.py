@@ -19,7 +19,9 @@ from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.curvature import PROBES
 from sparseforge_fx.methods.experts import Experts
-from sparseforge_fx.methods.layerwise import prune_layer_by_layer, round_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.finish import finish
+from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
+from sparseforge_fx.methods.on_grid import OnGrid, fitting
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.reorder import Reordering
 from sparseforge_fx.methods.rounding import format_of
@@ -34,9 +36,8 @@ from sparseforge_fx.training.curvature_probe import CurvatureProbe
 from sparseforge_fx.training.distillation import FEATURES, Distillation, Loss, feature_loss
 from sparseforge_fx.training.low_rank import Branch
 from sparseforge_fx.training.objective import Objective
-from sparseforge_fx.training.on_grid import OnGrid
 from sparseforge_fx.training.sharded import ESTIMATOR, ShardedProbe, Sharding, Shards, mask_of_ones
-from sparseforge_fx.training.teacher import Teacher, dense_copies, reconstructed
+from sparseforge_fx.training.teacher import Teacher, dense_copies
 from sparseforge_fx.training.trainer_surface import Embedded, ForwardOfSource, TrainerSurface, hook_embeddings
 
 
@@ -88,8 +89,8 @@ class SparseModel(TrainerSurface):
         self.handed_over = False  # the branches hold what the masks took, and train on their own from now on
         with low_rank.handed_over(self.branches, self._hands_over):
             self.method = config.build(weights)
-        form = format_of(config.values)
-        self.on_grid = OnGrid(weights, form) if form.is_quantized else None
+        formats, self._off_grid = fitting(weights, format_of(config.values))
+        self.on_grid = OnGrid(weights, formats) if formats else None
         self.start_report: dict[str, Any] = {}  # of a layer-wise start; saved with the run
         self.moves: Reordering | None = None  # what it put in another order; not saved
         self.steps_done = 0
@@ -205,21 +206,17 @@ class SparseModel(TrainerSurface):
             if config.reorder:
                 self.moves = Reordering(self.program, config.pattern, weights)
             notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, self.moves)
-            blocks = None
-            if teacher is not None:
-                blocks, none = reconstructed(self.program, teacher, readings, weights, config)
-                self.reader.notes += none
             # survivors that took over what was pruned leave nothing to the branches
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
-            self.handed_over = moved and config.prunes_on_the_way
+            self.handed_over = (moved or teacher is not None) and config.prunes_on_the_way
+            how = {"epochs": config.reconstruct, "lr": config.reconstruct_lr}
+            aim = None if teacher is None else teacher.module
+            blocks, told, more = finish(self.program, weights, readings, self.on_grid, aim, **how)
+            self.reader.notes += more
+            for fqn, text in (told | self._off_grid).items():
+                notes[fqn] = "; ".join(filter(None, (notes.get(fqn), text)))
             self.method.start_from(dense)
-            if self.on_grid is not None:
-                grid = self.on_grid
-                _, told = round_layer_by_layer(self.program, weights, readings, grid.formats, seen=grid.start)
-                for fqn, text in {**told, **self.on_grid.against}.items():
-                    notes[fqn] = "; ".join(filter(None, (notes.get(fqn), text)))
-        self.start_report = {"layer_notes": notes, **experts.describe()}
-        self.start_report |= {} if blocks is None else {"reconstruction": blocks}
+        self.start_report = {"layer_notes": notes, **experts.describe(), **blocks}
         return notes
 
     @ForwardOfSource

@@ -12,10 +12,6 @@ from torch.fx import GraphModule
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.graph.taps import Taps, tap
-from sparseforge_fx.methods.base import TrainedConfig
-from sparseforge_fx.methods.one_shot import LayerwiseConfig
-from sparseforge_fx.methods.reconstruct import reconstruct_blocks
-from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.training.distillation import FEATURES
 
 
@@ -61,21 +57,3 @@ class Teacher:
         """The dense model's output."""
         self.seen.clear()
         return self.run(*batch.args, **batch.kwargs)
-
-
-def reconstructed(
-    program: Program,
-    teacher: Teacher,
-    batches: Sequence[Reading],
-    weights: Sequence[MaskedWeight],
-    config: LayerwiseConfig | TrainedConfig,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Let the blocks of a pruned program come nearer to the teacher's, as a config asks (methods/reconstruct.py): for
-    the report, what became of each, and a note where there are none or one learned nothing."""
-    how: dict[str, Any] = {"epochs": config.reconstruct, "lr": config.reconstruct_lr}
-    found = [b._asdict() for b in reconstruct_blocks(program.module(), teacher.module, batches, weights, **how)]
-    if not found:
-        return [], ["reconstruct changes nothing: no block of this graph repeats"]
-    kept = sum(block["after"] == block["before"] for block in found)
-    told = f"{kept} of {len(found)} blocks came no nearer to the dense ones and keep the layer-wise solution"
-    return found, [f"{told}: try a lower reconstruct_lr than {config.reconstruct_lr:g}"] if kept else []

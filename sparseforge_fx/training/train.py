@@ -28,6 +28,7 @@ from sparseforge_fx.training.checkpoint import find_state, load_state, save_stat
 from sparseforge_fx.training.distillation import Loss
 from sparseforge_fx.training.interruption import Interruption, Stopped
 from sparseforge_fx.training.master_weights import MasterWeights
+from sparseforge_fx.training.optimizer import Optimizer, adamw_8bit, check_method, check_optimizer, set_rate
 from sparseforge_fx.training.replicas import replicated
 from sparseforge_fx.training.saved_run import parts, restore, state_of
 from sparseforge_fx.training.sparse_model import SparseModel
@@ -48,6 +49,7 @@ class Optimization:
         betas, weight_decay: AdamW's.
         clip: largest gradient norm over all parameters; 0 for none.
         accumulate: micro-batches per step.
+        optimizer: ``adamw``, or ``adamw8bit``: its moments in 8 bits, for methods without an optimizer of their own.
     """
 
     lr: AtLeastZero
@@ -57,11 +59,13 @@ class Optimization:
     weight_decay: AtLeastZero = 0.0
     clip: AtLeastZero = 1.0
     accumulate: Count = 1
+    optimizer: Optimizer = "adamw"
 
     def __post_init__(self) -> None:
         check_numbers(get_type_hints(type(self), include_extras=True), vars(self))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SparseForgeError(f"betas are {self.betas!r}: give two numbers from 0 to below 1")
+        check_optimizer(self.optimizer)
 
 
 def train(
@@ -159,20 +163,26 @@ class _Loop:
         self.learner: nn.Module = _Learner(sparse)
         if sparse.shards is None:
             self.learner = replicated(self.learner, self.master.parameters, accelerator)
-        self.optimizer = sparse.optimizer(
-            self.master.masters, lr=optimization.lr, betas=optimization.betas, weight_decay=optimization.weight_decay
-        )
+        self.optimizer = self._optimizer()
         for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # a method's own parameters may have a rate of their own
+            group.setdefault("initial_lr", float(group["lr"]))  # a method's own parameters may have a rate of their own
         self.curves: list[dict[str, float]] = []
         self.tokens = 0  # of the last step
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        how, sparse = self.how, self.sparse
+        options: dict[str, Any] = {"lr": how.lr, "betas": how.betas, "weight_decay": how.weight_decay}
+        check_method(how.optimizer, sparse.method.config)
+        if how.optimizer == "adamw":
+            return sparse.optimizer(self.master.masters, **options)
+        return adamw_8bit(self.master.masters, **options)
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step and the masks' step after it; returns the row of the curves, which it also keeps."""
         began, sparse, master, how = time.monotonic(), self.sparse, self.master, self.how
         factor = schedule.learning_rate((step + 1) / (sparse.method.steps + 1), how.warmup, how.lr_floor)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            set_rate(group, group["initial_lr"] * factor)
         loss = self._backward(step)
         master.take_gradients()
         clip = how.clip if how.clip and sparse.method.config.by_gradient else float("inf")

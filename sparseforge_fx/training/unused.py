@@ -8,7 +8,7 @@ from typing import Any
 from sparseforge_fx.data.batches import is_text
 from sparseforge_fx.training.recipe import Recipe
 
-TRAINING = ("steps", "tokens", "accumulate", "lr", "objective", "weight_decay")
+TRAINING = ("steps", "tokens", "accumulate", "lr", "objective", "weight_decay", "optimizer")
 MEMORY = ("activation_checkpointing",)
 TEXT = ("tokenizer", "text_column", "separator", "cache_dir")
 PACKING = ("batch_size", "length")

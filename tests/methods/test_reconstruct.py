@@ -89,6 +89,53 @@ def test_a_block_that_comes_no_nearer_keeps_its_solution(lr):
     assert any(note.startswith("2 of 2 blocks came no nearer") for note in report["notes"])
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # weights of either orientation
+@pytest.mark.parametrize("values", ["int4", "int8"])
+def test_rounded_weights_learn_on_their_grid(name, values):
+    plain, net = model(name), model(name)
+    how = {"method": "sparsegpt", "calibration": 8, "values": values, **HOW}
+    first = sf.sparsify(plain, text(), **how)
+    result = sf.sparsify(net, text(), reconstruct=3, **how)
+    assert all(b["after"] < b["before"] for b in result.report["rounded_reconstruction"])
+    assert set(result.scales) == set(first.scales)
+    moved = 0
+    for fqn, scale in result.scales.items():
+        dim = 0 if name == "gpt2" else 1
+        weight = net.get_parameter(fqn).detach().movedim(dim, -1)
+        codes = weight / scale.float().repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+        assert (codes - codes.round()).abs().max() < 1e-3 and codes.abs().max() < (8.1 if values == "int4" else 127.1)
+        assert check_pattern(weight, TWO_FOUR)
+        moved += int((scale != first.scales[fqn]).sum())
+    assert moved  # scales learn, too
+    packed = copy.deepcopy(net)
+    sf.quantize(packed, values, scales=result.scales, dense=False)
+    for fqn in result.scales:
+        module = packed.get_submodule(fqn.removesuffix(".weight"))
+        assert torch.equal(module.weight, net.get_parameter(fqn).movedim(0 if name == "gpt2" else 1, -1))
+
+
+def test_rounded_blocks_that_come_no_nearer_keep_codes_and_scales():
+    plain, net = model(), model()
+    how = {"method": "sparsegpt", "calibration": 8, "values": "int4", **HOW}
+    first = sf.sparsify(plain, text(), **how)
+    result = sf.sparsify(net, text(), reconstruct=1, reconstruct_lr=30.0, **how)
+    assert all(b["after"] == b["before"] for b in result.report["rounded_reconstruction"])
+    assert any(note.startswith("rounded: 2 of 2 blocks came no nearer") for note in result.report["notes"])
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
+    assert all(torch.equal(scale, first.scales[fqn]) for fqn, scale in result.scales.items())
+
+
+def test_a_run_goes_on_from_what_rounded_blocks_learned():
+    net, begun = model(), model()
+    how = {"preset": "alps+kd", "reconstruct": 2, "values": "int4", "steps": 1, "calibration": 8, **HOW}
+    result = sf.sparsify(net, text(), lr=1e-12, **how)
+    assert all(b["after"] < b["before"] for b in result.report["rounded_reconstruction"])
+    alone = sf.sparsify(begun, text(), method="alps", calibration=8, reconstruct=2, reorder=True, values="int4", **HOW)
+    for fqn, scale in alone.scales.items():
+        assert torch.equal(scale, result.scales[fqn])
+        torch.testing.assert_close(net.get_parameter(fqn), begun.get_parameter(fqn), rtol=1e-4, atol=1e-5)
+
+
 def test_before_training_it_is_part_of_the_start():
     net = model()
     result = sf.sparsify(net, text(), start="alps", reconstruct=2, reorder=True, steps=2, calibration=8, **HOW)

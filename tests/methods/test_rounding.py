@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
-from sparseforge_fx.methods.rounding import codes_of, follow, format_of, largest_code, round_weight, spread
+from sparseforge_fx.methods.rounding import codes_in, codes_of, follow, format_of, round_weight, spread
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 FORMATS = [parse_format(text) for text in ("int8", "int4/32", "2:4 int4/128")]
@@ -36,10 +36,12 @@ def test_codes_and_scales_are_those_of_the_format(format, out, groups, seen, exp
     weight, moments = layer(out, 128 * groups, seed=seed)
     weight *= 2.0**exponent
     codes, scales = round_weight(weight, format, moments if seen else None)
-    assert codes.dtype == torch.int8 and codes.abs().max() <= largest_code(format) and not codes[weight == 0].any()
+    least, largest = codes_in(format)
+    assert codes.dtype == torch.int8 and least <= codes.min() and codes.max() <= largest
+    assert not codes[weight == 0].any()
     assert scales.dtype == (torch.float16 if format.group else torch.float32)
     assert scales.shape == (out, weight.shape[1] // format.group if format.group else 1)
-    assert (scales > 0).all() and scales.isfinite().all()
+    assert scales.isfinite().all() and ((scales != 0) if format.group else (scales > 0)).all()
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -47,8 +49,9 @@ def test_without_inputs_the_codes_are_the_nearest(format):
     weight, _ = layer()
     found = round_weight(weight, format)
     step = spread(found.scales, 128)
-    inside = weight.abs() < largest_code(format) * step
-    assert ((found.weight - weight).abs() <= 0.51 * step)[inside].all() and inside.float().mean() > 0.95
+    least, largest = codes_in(format)
+    inside = (weight / step > least) & (weight / step < largest)
+    assert ((found.weight - weight).abs() <= 0.51 * step.abs())[inside].all() and inside.float().mean() > 0.95
 
 
 def test_by_hand():
@@ -57,6 +60,15 @@ def test_by_hand():
     weight[0, :4] = torch.tensor([7.0, -3.0, 0.0, 1.0])
     codes, scales = round_weight(weight, Format("dense", "int4", 32), torch.eye(32))
     assert codes[0, :4].tolist() == [7, -3, 0, 1] and scales.item() == 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_sixteenth_code_of_int4_is_on_the_side_of_the_largest_weight(sign, seen):
+    """Eight below and seven above: exact at a scale of 1 or -1, and at no other."""
+    weight = sign * torch.tensor([[8.0, *range(-7, 8), 1.0, 0.0, *[3.0] * 14]])
+    found = round_weight(weight, Format("dense", "int4", 32), torch.eye(32) if seen else None)
+    assert torch.equal(found.weight, weight) and found.scales.item() == -sign and found.codes.min() == -8
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -78,7 +90,7 @@ def test_no_other_code_of_one_place_is_better():
     for row, place, change in itertools.product(range(2), range(32), (-1, 1)):
         codes = found.codes.clone()
         codes[row, place] += change
-        if weight[row, place] != 0 and codes[row, place].abs() <= 7:
+        if weight[row, place] != 0 and -8 <= codes[row, place] <= 7:
             worse += error(weight, found._replace(codes=codes), h) > least
             assert error(weight, found._replace(codes=codes), h) > 0.99 * least
     assert worse > 20

@@ -22,11 +22,13 @@ X_RUN = 256  # inputs of x, of which those share a scale that are summed in one 
 def random_codes(out, width, text, seed=0):
     """(Packed, codes) of a random weight in the format of that text."""
     generator, format = torch.Generator().manual_seed(seed), parse_format(text)
-    largest = 127 if format.values == "int8" else 7
-    codes = torch.randint(-largest, largest + 1, (out, width), generator=generator, dtype=torch.int8)
+    least, largest = (-127, 127) if format.values == "int8" else (-8, 7)
+    codes = torch.randint(least, largest + 1, (out, width), generator=generator, dtype=torch.int8)
     if format.is_sparse:
         codes *= hard_mask(torch.rand(out, width, generator=generator), TWO_FOUR).to(torch.int8)
     scales = 0.001 + 0.01 * torch.rand(out, width // format.group if format.group else 1, generator=generator)
+    if format.group:  # of either sign
+        scales *= torch.randint(2, scales.shape, generator=generator) * 2 - 1
     return pack_codes(codes, scales, format), codes
 
 

@@ -89,6 +89,8 @@ def quantize(
             weights = {name: sites[name].weight for name in formats}
             rounded, more = round_on_data(model, weights, formats, batches, example_inputs)
             notes += [*told, *more]
+        elif data is not None:
+            notes.append("data is given and not used: the scales of all weights are known")
         packed = {
             name: _packed(module, chosen.formats[name], known.get(f"{name}.weight"), rounded.get(name), name)
             for name, module in sites.items()
@@ -96,7 +98,13 @@ def quantize(
         layouts = _put(model, sites, packed)
         for name in chosen.copied:
             part(model, name)
-    dense_bytes = [module.weight.nbytes for module in sites.values()]
+    return _report(chosen, packed, layouts, notes)
+
+
+def _report(
+    chosen: Chosen, packed: Mapping[str, Packed], layouts: Mapping[str, str], notes: list[str]
+) -> PackingReport:
+    dense_bytes = [module.weight.nbytes for module in chosen.modules.values()]
     return {
         "sites": [stored_site(name, weight, layouts[name]) for name, weight in packed.items()],
         "skipped": [{"name": name, "reason": reason} for name, reason in chosen.skipped.items()],

@@ -220,7 +220,7 @@ LIES = {
     "scales in float32": put("2:4 int4/32", "scales", lambda t: t.float()),
     "scales for a row less": put("2:4 int4/128", "scales", lambda t: t[:-1]),
     "a code off the grid": put("dense int8", "values", lambda t: torch.full_like(t, -128)),
-    "a nibble off the grid": put("dense int4/128", "values", lambda t: torch.full_like(t, 0x88)),
+    "scales below zero": put("dense int8", "scales", lambda t: -t),
     "three bits of four": put("2:4 int4/32", "bitmask", lambda t: torch.full_like(t, 0x77)),
     "values of another dtype": put("2:4 int8", "values", lambda t: t.view(torch.uint8)),
     "a bitmask for dense": put("dense int8", "bitmask", lambda t: torch.zeros(len(t), 16, dtype=torch.uint8)),
