@@ -81,7 +81,8 @@ def test_scales_that_are_known_are_kept_to_the_bit():
     codes = (model[0].weight.detach() * 3).round().clamp(-7, 7)
     model[0].weight.data = codes * scales.float().repeat_interleave(32, 1)
     want = model[0].weight.detach().clone()
-    sf.quantize(model, "int4", scales={"0.weight": scales})
+    report = sf.quantize(model, "int4", [torch.randn(4, 64)], scales={"0.weight": scales})
+    assert report["notes"] == ["data is given and not used: the scales of all weights are known"]
     assert torch.equal(model[0].weight, want) and torch.equal(model[0].packed().scales, scales)
 
 
