@@ -34,6 +34,8 @@ from sparseforge_fx.kernels.packed import BITMASK, METHOD, SCALES, VALUES, Packe
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.models.dense import UNPACK
 
+NEVER = 0x88  # two int4 codes of -8, of which no row that was rounded consists
+
 
 class PackedVllmConfig(QuantizationConfig):
     """``quantization_config`` of a packed checkpoint as vLLM carries it."""
@@ -130,7 +132,7 @@ class PackedLinearMethod(LinearMethodBase):
         weight_loader = extra_weight_attrs.pop("weight_loader")
         data = Site(rows, width, "float32", self.format).empty(params_dtype)
         # what no weight has, so that tensors which the checkpoint lacks are seen when they are checked
-        blank = {BITMASK: 0, SCALES: torch.nan, VALUES: {"float": 0, "int8": -128, "int4": 0x88}[self.format.values]}
+        blank = {BITMASK: 0, SCALES: torch.nan, VALUES: {"float": 0, "int8": -128, "int4": NEVER}[self.format.values]}
         for name, tensor in data.items():
             tensor.fill_(blank[name])
             places = {"input_dim": 1, "output_dim": 0, "weight_loader": weight_loader}
@@ -157,6 +159,8 @@ class PackedLinearMethod(LinearMethodBase):
         if scales is not None:  # vLLM pads a vocabulary with zeros, of which a scale cannot be
             scales[getattr(layer, "num_org_embeddings_per_partition", len(scales)) :] = 1
         try:
+            if values.dtype == torch.uint8 and (values == NEVER).all(-1).any():
+                raise SparseForgeError("a code of every place in a row is -8, as where no values were loaded")
             packed = check_packed(Packed(values, bitmask, layer.packed_width, scales))  # type: ignore[arg-type]
         except SparseForgeError as error:
             raise SparseForgeError(f"'{self.prefix}': {error}; copy the checkpoint anew") from error
