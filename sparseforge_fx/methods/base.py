@@ -42,7 +42,7 @@ class TrainedConfig(MethodConfig, ABC):
             groups lose less (methods/reorder.py); masks must be final then.
         reconstruct, reconstruct_lr: passes over the calibration data in which every repeated block learns, after a
             layer-wise start and before the run, to hand on what the dense one does, and AdamW's rate there
-            (methods/reconstruct.py); masks must be final then.
+            (methods/reconstruct.py), and once more if ``values`` are rounded; masks must be final then.
     """
 
     trains_weights: ClassVar[bool] = True  # False: the model is frozen, the method's own parameters train

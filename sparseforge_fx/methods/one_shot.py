@@ -47,7 +47,8 @@ class LayerwiseConfig(MethodConfig, ABC):
         reorder: let channels change places where the graph allows it, so that groups lose less (methods/reorder.py).
             The model computes the same before the pruning; weights of the dense one no longer stand at their places.
         reconstruct, reconstruct_lr: passes over the calibration data in which every repeated block then learns to hand
-            on what the dense one does, and AdamW's rate there (methods/reconstruct.py); 0: none.
+            on what the dense one does, and AdamW's rate there (methods/reconstruct.py); 0: none. Rounded values learn
+            so once more.
         expert_tokens: an expert of a mixture that saw fewer calibration tokens is pruned by magnitude.
         every_token: calibrate every expert on all tokens, not on those that are routed to it.
     """

@@ -140,8 +140,9 @@ def _start(machine: _Machine, work: _Work, chosen: Sequence[LinearSite], recipe:
         learn = (
             blocks.forward + blocks.backward + machine.masks(chosen) + machine.optimizer(sum(s.numel for s in chosen))
         )
+        times = 1 if getattr(config, "values", "float") == "float" else 2  # once more after the rounding
         # beside that: the dense blocks, the errors before and after, and what is handed on
-        seconds += batches * (4 * blocks.forward + epochs * learn)
+        seconds += times * batches * (4 * blocks.forward + epochs * learn)
     return seconds
 
 
