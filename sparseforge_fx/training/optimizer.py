@@ -30,11 +30,10 @@ def check_optimizer(name: Any) -> None:
         raise SparseForgeError(f"optimizer {name} needs torchao: pip install torchao, or leave out the optimizer")
 
 
-def check_method(name: str, config: TrainedConfig) -> None:
-    """Raise a SparseForgeError if the method has an optimizer, or parameters, of its own."""
+def check_method(name: str, config: TrainedConfig, method: str) -> None:
+    """Raise a SparseForgeError if the method, as users call it, has an optimizer, or parameters, of its own."""
     if name != "adamw" and (config.own_optimizer or not config.trains_weights):
-        method = type(config).__name__.removesuffix("Config")
-        raise SparseForgeError(f"optimizer {name}: {method} has one of its own: leave out the optimizer")
+        raise SparseForgeError(f"optimizer {name}: the method {method} has one of its own: leave out the optimizer")
 
 
 def adamw_8bit(parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:

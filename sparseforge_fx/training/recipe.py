@@ -167,7 +167,7 @@ class Recipe:
                 f"slorb_block: method {name} trains no low-rank branch: take a trained one, e.g. ast"
             )
         if isinstance(config, TrainedConfig):
-            check_method(self.optimizer, config)
+            check_method(self.optimizer, config, name)
         return config
 
     def settings(self, has_data: bool) -> Settings:

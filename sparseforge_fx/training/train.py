@@ -172,7 +172,7 @@ class _Loop:
     def _optimizer(self) -> torch.optim.Optimizer:
         how, sparse = self.how, self.sparse
         options: dict[str, Any] = {"lr": how.lr, "betas": how.betas, "weight_decay": how.weight_decay}
-        check_method(how.optimizer, sparse.method.config)
+        check_method(how.optimizer, sparse.method.config, type(sparse.method).__name__)
         if how.optimizer == "adamw":
             return sparse.optimizer(self.master.masters, **options)
         return adamw_8bit(self.master.masters, **options)
