@@ -10,6 +10,9 @@ from sparseforge_fx.errors import SparseForgeError
 PATTERNS = ("dense", "2:4")
 #: bits of a value; those of ``float`` are the model's own
 BITS = {"int8": 8, "int4": 4}
+#: the least and the largest code. Of int4 there is one more below, which is a sixteenth of all: a scale below zero puts
+#: it on the side that has the largest weight (as llama.cpp's Q4_0 does)
+CODES = {"int8": (-127, 127), "int4": (-8, 7)}
 VALUES = ("float", *BITS)
 GROUPS = (32, 128)  # inputs that share a scale of int4
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.formats import GROUPS, Format
+from sparseforge_fx.formats import CODES, GROUPS, Format
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
 
 FORMAT_VERSION = 3
@@ -118,7 +118,7 @@ def pack_codes(codes: Tensor, scales: Tensor, format: Format) -> Packed:
 
     Raises SparseForgeError if the codes or scales are not those of such a format.
     """
-    (least, largest), in_features = {"int8": (-127, 127), "int4": (-8, 7)}[format.values], codes.shape[-1]
+    (least, largest), in_features = CODES[format.values], codes.shape[-1]
     if (against := format.why_not(in_features)) is not None:
         raise SparseForgeError(f"{format}: {against}")
     width = in_features // format.group if format.group else 1

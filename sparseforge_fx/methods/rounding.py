@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.formats import BITS, Format, parse_format
+from sparseforge_fx.formats import CODES, Format, parse_format
 from sparseforge_fx.methods.refit import refit
 
 #: what the scale search tries, as shares of the scale at which the largest |w| has the last code above zero; 7/8 of it
@@ -76,10 +76,8 @@ class Codes(NamedTuple):
 
 
 def codes_in(format: Format) -> Codes:
-    """Those of int8 are as many on either side. Of int4 there is one more below, which is a sixteenth of all: a scale
-    below zero puts it on the side that has the largest weight (as llama.cpp's Q4_0 does)."""
-    largest = 2 ** (BITS[format.values] - 1) - 1
-    return Codes(-largest - (format.values == "int4"), largest)
+    """Those of a quantised format."""
+    return Codes(*CODES[format.values])
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from sparseforge_fx.kernels.packed import BITMASK, METHOD, SCALES, VALUES, Packe
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.models.dense import UNPACK
 
-NEVER = 0x88  # two int4 codes of -8, of which no row that was rounded consists
+NEVER = 0x88  # two int4 codes of -8: a row of nothing else is none that was rounded
 
 
 class PackedVllmConfig(QuantizationConfig):
