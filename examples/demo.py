@@ -64,7 +64,9 @@ class Scores:
     def add(self, name: str, model, tokens: int, seconds: float) -> float:
         import sparseforge_fx as sf
 
-        result = sf.perplexity(model, self.held_out, context=self.scale.context, max_windows=self.scale.windows)
+        result = sf.perplexity(
+            model, self.held_out, context=self.scale.context, max_windows=self.scale.windows, progress=True
+        )
         measured = asdict(result)
         measured["evaluation_seconds"] = measured.pop("seconds")
         self.rows.append({"method": name, "training_tokens": tokens, "seconds": seconds, **measured})
@@ -159,7 +161,6 @@ def train(model, tokenizer, text: Text, scale: Scale, say: Say):
         start=scale.start,
         calibration=scale.calibration,
         on_step=on_step,
-        show_progress=False,
     )
 
 

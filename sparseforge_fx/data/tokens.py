@@ -23,6 +23,7 @@ from sparseforge_fx.data.sources import open_sources, stable_hash
 from sparseforge_fx.data.text import load_text
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import new_file
+from sparseforge_fx.progress import counted
 
 CACHE_FORMAT = 1  # part of every cache name: raise it when the same inputs would give other tokens
 
@@ -189,24 +190,13 @@ def _token_blocks(
 
 def _write(path: Path, blocks: Iterable[np.ndarray], limit: int | None, nothing: str) -> None:
     """Tokens to `path`, which is replaced only by the finished file. Raises SparseForgeError `nothing` for none."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    console = Console(stderr=True)
     written = 0
     try:
-        with (
-            Progress(
-                *Progress.get_default_columns(), MofNCompleteColumn(), console=console, disable=not console.is_terminal
-            ) as bar,
-            new_file(path, shared=True) as partial,
-            open(partial, "wb") as file,
-        ):
-            task = bar.add_task("Tokenising", total=limit)
+        with counted("tokens", limit) as advance, new_file(path, shared=True) as partial, open(partial, "wb") as file:
             for block in blocks:
                 file.write(block.tobytes())
                 written += block.size
-                bar.update(task, completed=written)
+                advance(by=block.size)
             if not written:
                 raise SparseForgeError(nothing)
     except OSError as error:

@@ -20,6 +20,7 @@ from sparseforge_fx.data.tokens import TokenData
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.evaluation import paired
 from sparseforge_fx.graph.modes import eval_mode
+from sparseforge_fx.progress import counted, shown
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits alive at once: 64 MiB, whatever window and vocabulary
 
@@ -78,7 +79,7 @@ def perplexity(
         stride: tokens between the starts of neighbouring windows, 1 to context; None: context.
         max_windows: score only so many windows, from the start.
         batch_size: windows per forward pass.
-        progress: show a bar on standard error, if that is a terminal.
+        progress: tell on standard error how far it is.
 
     Log-softmax is float32 whatever the model's type, the sum float64; float32 logits exist for one chunk of rows only.
 
@@ -98,10 +99,10 @@ def perplexity(
     windows = list(itertools.islice(_windows(len(body), width, step), max_windows))
     front = body.new_empty(0) if bos is None else body.new_full((1,), bos)
     sums: list[float] = []
-    device = _device(model)
-    call = _caller(model)
-    with eval_mode(model) if isinstance(model, torch.nn.Module) else nullcontext():
-        for group in _track(list(_groups(windows, batch_size)), progress):
+    device, call, groups = _device(model), _caller(model), list(_groups(windows, batch_size))
+    modes = eval_mode(model) if isinstance(model, torch.nn.Module) else nullcontext()
+    with modes, shown(progress), counted("perplexity", len(groups)) as advance:
+        for group in groups:
             batch = torch.stack([torch.cat([front, body[start:end]]) for start, end, _ in group]).to(device, torch.long)
             logits = _logits(call(batch), batch)
             for row, (start, end, first) in enumerate(group):
@@ -112,6 +113,7 @@ def perplexity(
                         "finite; look for NaN weights, and evaluate in bfloat16 or float32 rather than float16"
                     )
                 sums.append(nll)
+            advance()
             del logits  # before the next forward pass makes its own
     counts = [end - first for _, end, first in windows]
     mean = sum(sums) / sum(counts)
@@ -119,9 +121,8 @@ def perplexity(
         raise SparseForgeError(
             f"the mean loss is {mean:.4g} nats: exp of it is not finite; the model's logits are broken"
         )
-    seconds, error = time.perf_counter() - started, paired.ratio_error(sums, counts)
-    how = (sum(counts), len(windows), context, step, seconds, bos)
-    return Perplexity(math.exp(mean), mean, *how, error, sums, counts)
+    error, how = paired.ratio_error(sums, counts), (sum(counts), len(windows), context, step)
+    return Perplexity(math.exp(mean), mean, *how, time.perf_counter() - started, bos, error, sums, counts)
 
 
 def compare(
@@ -293,11 +294,3 @@ def _caller(model: Any) -> Callable[[torch.Tensor], Any]:
         inspect.Parameter.VAR_KEYWORD,
     }
     return (lambda ids: model(input_ids=ids)) if "input_ids" in parameters or anything else model
-
-
-def _track(groups: list[Any], progress: bool) -> Any:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(groups, "Perplexity", console=console, disable=not (progress and console.is_terminal))

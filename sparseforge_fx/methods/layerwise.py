@@ -23,6 +23,7 @@ from sparseforge_fx.methods.streamed import Streamed
 from sparseforge_fx.methods.unseen import tell_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight, put_back
 from sparseforge_fx.pattern import hard_mask
+from sparseforge_fx.progress import counted
 
 
 class LayerSolution(NamedTuple):
@@ -103,12 +104,16 @@ def prune_layer_by_layer(
             experts.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)
         elif told and expert is None:
             notes[name] = told
+        advance()
 
     module, outside = (program.module(), None) if streamed is None else streamed
     uses = _uses(module, by_name)
-    padded = layer_by_layer(
-        module, uses, batches, visit, reorder=reorder, every_token=experts.every_token, streamed=outside
-    )
+    count = {w.fqn: w.weight.shape[:-2].numel() for w in weights}
+    done = sum(count[name] for name in ([] if outside is None else outside.finished))
+    with counted("layer by layer", sum(count.values()), done) as advance:
+        padded = layer_by_layer(
+            module, uses, batches, visit, reorder=reorder, every_token=experts.every_token, streamed=outside
+        )
     for w in weights if outside is None else ():  # what the graph never reads
         read = {use.expert for use in uses.values() if use.name == w.fqn}
         for place in range(len(w.weight)) if w.weight.dim() == 3 and None not in read else ():
@@ -154,10 +159,12 @@ def round_layer_by_layer(
         value.copy_(rounded[name].weight)
         if bool(unseen(moments).all()):
             notes[name] = "saw no calibration token: its own nearest values"
+        advance()
 
     module = program.module()
     twin = {name: w.weight.detach().clone() for name, w in by_name.items()}
-    _add_padded(notes, layer_by_layer(module, _uses(module, by_name), batches, visit, twin))
+    with counted("rounding layer by layer", len(by_name)) as advance:
+        _add_padded(notes, layer_by_layer(module, _uses(module, by_name), batches, visit, twin))
     return rounded, notes
 
 

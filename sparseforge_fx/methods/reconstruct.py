@@ -27,6 +27,7 @@ from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.calibrate import flat_inputs, last_uses
 from sparseforge_fx.methods.on_grid import Learner, OnGrid
 from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.progress import counted
 
 WARMUP = 0.05  # share of a block's steps
 
@@ -92,26 +93,28 @@ def reconstruct_blocks(
     rows = rows if len(rows) == len(ours.blocks) else [MASK] * len(ours.blocks)
     masks = {id(w.weight): w.mask for w in weights}
     found = []
-    for block, aim, name in zip(ours.blocks, theirs.blocks, rows, strict=True):
-        with torch.no_grad():
-            ours.come_to(block)
-            theirs.come_to(aim)
-            targets = [theirs.leave(aim, k) for k in range(len(batches))]
-        leaves = {k: _Leaf(p, masks.get(id(p)), grid) for k, p in _learnable(ours, block, masks).items()}
-        real = [batch.real.get(name) for batch in batches]
-        before = _error(ours, block, targets, real)
-        _learn(ours, block, leaves, targets, real, epochs, lr)
-        for leaf in leaves.values():
-            leaf.write()
-        after = _error(ours, block, targets, real)
-        if not after < before:  # NaN, too
+    with counted("blocks learn", len(ours.blocks)) as advance:
+        for block, aim, name in zip(ours.blocks, theirs.blocks, rows, strict=True):
+            with torch.no_grad():
+                ours.come_to(block)
+                theirs.come_to(aim)
+                targets = [theirs.leave(aim, k) for k in range(len(batches))]
+            leaves = {k: _Leaf(p, masks.get(id(p)), grid) for k, p in _learnable(ours, block, masks).items()}
+            real = [batch.real.get(name) for batch in batches]
+            before = _error(ours, block, targets, real)
+            _learn(ours, block, leaves, targets, real, epochs, lr)
             for leaf in leaves.values():
-                leaf.undo()
-            after = before
-        found.append(Reconstructed(_name(block), before, after))
-        with torch.no_grad():
-            for k in range(len(batches)):
-                ours.leave(block, k)
+                leaf.write()
+            after = _error(ours, block, targets, real)
+            if not after < before:  # NaN, too
+                for leaf in leaves.values():
+                    leaf.undo()
+                after = before
+            found.append(Reconstructed(_name(block), before, after))
+            with torch.no_grad():
+                for k in range(len(batches)):
+                    ours.leave(block, k)
+            advance(f"error {before:.2g} -> {after:.2g}")
     return found
 
 

@@ -24,6 +24,7 @@ from sparseforge_fx.planning.candidates import Candidate, candidates
 from sparseforge_fx.planning.sensitivity import drawn_outputs, output_curvature, predicted_loss
 from sparseforge_fx.planning.solutions import solutions
 from sparseforge_fx.plans import Plan, PlannedWeight, Price
+from sparseforge_fx.progress import counted
 from sparseforge_fx.ranges import AtLeastZero, Positive, ShareAboveZero, checked
 from sparseforge_fx.report import environment
 from sparseforge_fx.training.distillation import Distillation
@@ -199,8 +200,11 @@ def predict(
         weight = weight[rows]
         for form, solved in solutions(weight, moments, by_name[name].formats[1:]).items():
             losses[name][form] = predicted_loss(solved - weight, moments, shares)
+        advance()
 
     sources = {node: (c.site.fqn, LINEAR_OPS[node.target][0]) for node, c in nodes.items()}
-    for name in layer_by_layer(module, sources, batches, visit):
+    with counted("losses of formats", len(found)) as advance:
+        padded = layer_by_layer(module, sources, batches, visit)
+    for name in padded:
         run.notes.append(f"padding counted in what {name} is predicted to cost: its inputs are no positions")
     return losses

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.progress import counted
 from sparseforge_fx.training.objective import Answer, drawn_loss
 
 #: node that multiplies by a weight -> the weight's name
@@ -51,15 +52,17 @@ def output_curvature(
     generator = torch.Generator().manual_seed(seed)
     total: dict[str, Tensor] = {}
     answers = 0
-    for batch in batches:
-        run = _Watched(module, nodes, total)
-        found = answer(run.run(*pytree.tree_leaves((batch.args, batch.kwargs))))
-        keep = None if found.span else batch.real_rows(found.value)
-        value = found.value if keep is None else found.value[keep]
-        answers += value.shape[:-1].numel()
-        for draw in range(draws):
-            loss = drawn_loss(value, found.scores, generator)
-            loss.backward(retain_graph=draw + 1 < draws)
+    with counted("curvature", len(batches)) as advance:
+        for batch in batches:
+            run = _Watched(module, nodes, total)
+            found = answer(run.run(*pytree.tree_leaves((batch.args, batch.kwargs))))
+            keep = None if found.span else batch.real_rows(found.value)
+            value = found.value if keep is None else found.value[keep]
+            answers += value.shape[:-1].numel()
+            for draw in range(draws):
+                loss = drawn_loss(value, found.scores, generator)
+                loss.backward(retain_graph=draw + 1 < draws)
+            advance()
     return {name: value / (draws * max(1, answers)) for name, value in total.items()}
 
 

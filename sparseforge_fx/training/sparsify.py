@@ -24,6 +24,7 @@ from sparseforge_fx.models.dense import write_checkpoint
 from sparseforge_fx.page.page import write_page
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.pattern import density
+from sparseforge_fx.progress import shown
 from sparseforge_fx.ranges import AtLeastZero, checked
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes, write_json
 from sparseforge_fx.training import processes
@@ -107,6 +108,7 @@ def sparsify(
         compile: True, False or "auto".
         activation_checkpointing: keep of each repeated block only what goes into it, and compute the block again in the
             backward pass: one forward pass more for the memory of all but one block's activations, the same numbers.
+        show_progress: tell on standard error how far the run is: a bar on a terminal, else a line a minute.
         state_path: folder of the training state: written every ``save_seconds``, read if it exists, removed by nobody.
             The run that wrote it must have had the same weights, data, seed, rate and losses.
         changes: fields of the recipe, and options of its method.
@@ -131,15 +133,15 @@ def sparsify(
     report = _begun(run, recipe.name(data is not None), config, recipe.seed)
     scales, beside = dict[str, Tensor](), {"tokenizer": tokenizer, "cache_dir": cache_dir}
     beside["activation_checkpointing"] = activation_checkpointing or None
-    if accelerator is not None and isinstance(config, TrainedConfig):
-        report["preset"] = find_preset(report["method"], recipe.preset)
-        scales = anneal(
-            run, recipe, beside, report, accelerator=accelerator, state_path=state_path, save_seconds=save_seconds,
-            activation_checkpointing=activation_checkpointing, compile=compile, show_progress=show_progress,
-            on_step=on_step,
-        )  # fmt: skip
-    else:
-        scales = prune_once(run, recipe, config, beside, report)
+    with shown(show_progress and (accelerator is None or accelerator.is_main_process)):
+        if accelerator is not None and isinstance(config, TrainedConfig):
+            report["preset"] = find_preset(report["method"], recipe.preset)
+            scales = anneal(
+                run, recipe, beside, report, accelerator=accelerator, state_path=state_path, save_seconds=save_seconds,
+                activation_checkpointing=activation_checkpointing, compile=compile, on_step=on_step,
+            )  # fmt: skip
+        else:
+            scales = prune_once(run, recipe, config, beside, report)
     notes = report["notes"]
     notes += [n for n in run.reader.notes if n not in notes]
     by_layer = report.get("layer_notes") or {}

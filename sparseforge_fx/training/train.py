@@ -14,14 +14,13 @@ from typing import Any, Protocol, get_type_hints
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sparseforge_fx.data.batches import count_tokens
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.methods import schedule
+from sparseforge_fx.progress import counted, shown
 from sparseforge_fx.ranges import AtLeastZero, Count, Share, check_numbers
 from sparseforge_fx.training import processes
 from sparseforge_fx.training.checkpoint import find_state, load_state, save_state
@@ -79,7 +78,6 @@ def train(
     save_seconds: float = 600.0,
     accelerator: Accelerator | None = None,
     compile: bool | str = "auto",
-    show_progress: bool = True,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Run the method's steps with its optimizer and return the curves, one dict per step.
@@ -122,14 +120,12 @@ def train(
     if compile is True:
         sparse.compile()
     stops = Interruption(active=state_path is not None, patient=several)
-    with _progress(show_progress and main) as bar, stops:
-        task = bar.add_task("sparsify", total=steps, completed=start, rate="", loss="", masks="")
+    with shown(main), counted("steps", steps, start) as advance, stops:
         for step in range(start, steps):
             row = loop.step(step)
             rate = f"{loop.tokens / row['seconds']:,.0f} tokens/s"
             masks = row.get("mask_distance_from_binary", 0.0)
-            distance = f"masks {masks:.2f} from 0 and 1" if masks else ""
-            bar.update(task, advance=1, rate=rate, loss=f"loss {row['loss']:.3f}", masks=distance)
+            advance(f"loss {row['loss']:.3f}", f"masks {masks:.2f} from 0 and 1" if masks else "", rate)
             if on_step is not None:
                 on_step(step, row)
             may_compile = compile == "auto" and step == start + 1 and sparse.distillation.features is None
@@ -284,11 +280,3 @@ def _loss(sparse: SparseModel, batch: Any) -> Loss:
     if loss is None:
         raise SparseForgeError("there is nothing to learn from: no labels, no logits and kl = 0")
     return loss
-
-
-def _progress(show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    fields = (TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "masks", "rate"))
-    more = (*fields, TimeRemainingColumn())
-    console = Console(stderr=True)  # a bar is no result: a pipe gets none
-    return Progress(*columns, *more, console=console, disable=not (show and console.is_terminal), transient=False)

@@ -16,7 +16,7 @@ PUBLIC = "__init__"  # the names that sparseforge_fx/__init__.py gives out
 #: from the lowest up: a room imports from rows below its own, and nothing beside it
 ROWS = (
     ("errors",),
-    ("files", "ranges", "pattern", "formats"),
+    ("files", "ranges", "pattern", "formats", "progress"),
     ("kernels", "graph"),
     ("passes", "data"),
     ("methods",),

@@ -222,7 +222,7 @@ def masks_under_way(tiny, tmp_path):
     def run(**options):
         found.reset()
         sparse = found.sparse(config)
-        options |= {"state_path": path, "save_seconds": 0.0, "show_progress": False, "compile": False}
+        options |= {"state_path": path, "save_seconds": 0.0, "compile": False}
         return train(sparse, Batches(), sparse.parameters(), Optimization(lr=1e-2), **options)
 
     with pytest.raises(Stop):

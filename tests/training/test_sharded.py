@@ -63,7 +63,7 @@ def ran(name, sharding=None, stop=None, **saved):
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     how = Optimization(lr=lr, accumulate=2 // ranks)
     try:
-        curves = train(sparse, Batches(), sparse.trainable(), how, show_progress=False, compile=False, on_step=on_step, **saved)
+        curves = train(sparse, Batches(), sparse.trainable(), how, compile=False, on_step=on_step, **saved)
     except Stop:
         return None
     finalize(sparse)

@@ -26,7 +26,7 @@ from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.prepare import finalize, prepare
 from sparseforge_fx.training.train import MasterWeights, Optimization, train, worth_compiling
 
-QUIET = {"show_progress": False, "compile": False}
+QUIET = {"compile": False}
 DENSE = SparseForgeConfig(steps=12, heat_end=0.3, quench_end=0.7, masked_decay=1e-3)
 OBS = alps_kd_preset(12, start="sparsegpt", softness_start=0.6, heat_end=0.0, quench_end=0.5)
 

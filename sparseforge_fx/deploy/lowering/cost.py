@@ -22,6 +22,7 @@ from sparseforge_fx.kernels.packed import Packed, pack, pack_codes
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.methods.rounding import round_weight
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
+from sparseforge_fx.progress import counted
 from sparseforge_fx.report import environment, write_json
 
 #: token counts (batch x sequence) that matter where nobody says others: decoding, small batches, a prompt
@@ -120,8 +121,10 @@ def timings(
     for shape in wanted:
         by_size.setdefault(shape[:3], []).append(shape)
     found: Table = {}
-    for together in by_size.values():
-        found |= measure(together, tokens, device, layouts)
+    with counted("timing products", len(by_size)) as advance:
+        for together in by_size.values():
+            found |= measure(together, tokens, device, layouts)
+            advance()
     return {shape: found[shape] for shape in wanted}
 
 
