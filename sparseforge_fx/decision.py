@@ -12,9 +12,22 @@ from sparseforge_fx.knapsack import Option, choose, path
 from sparseforge_fx.plans import Plan, PlannedWeight, Price
 
 
+class OutOfReach(SparseForgeError):
+    """No choice of formats keeps a budget.
+
+    Attributes:
+        plan: with all prices, and the goal that cannot be met.
+        nearest: what the goal could be.
+    """
+
+    def __init__(self, text: str, plan: Plan, nearest: float):
+        super().__init__(text)
+        self.plan, self.nearest = plan, nearest
+
+
 def decide(made: Plan) -> Plan:
     """The plan with the formats that meet its goal at the least predicted loss (or, with a goal for the loss, the least
-    time); weights of a group get the same one. Raises SparseForgeError where nothing meets it."""
+    time); weights of a group get the same one. Raises OutOfReach where nothing meets it."""
     (name, aim), *_ = made.goal.items()
     common = [_common(group) for group in made.groups]
     items = _items(made, name)
@@ -22,8 +35,12 @@ def decide(made: Plan) -> Plan:
     chosen = choose(items, limit)
     if chosen is None:
         least = sum(min(o.weight for o in options) for options in items)
-        reached = {"speedup": f"{1 / least:.2f} at most", "bytes": f"{least:.2f} at least"}[name]
-        raise SparseForgeError(f"no formats give {name} {aim:g}: with these it is {reached}; ask for less")
+        nearest, most = {  # rounded to what can be met
+            "speedup": (math.floor(100 / least) / 100, "at most"),
+            "bytes": (math.ceil(100 * least) / 100, "at least"),
+        }[name]
+        told = f"no formats give {name} {aim:g}: with these it is {nearest:.2f} {most}; ask for less"
+        raise OutOfReach(told, made, nearest)
     picked = zip(made.groups, common, chosen, strict=True)
     formats = {w.name: forms[k] for group, forms, k in picked for w in group}
     return replace(made, weights=[replace(w, format=formats[w.name]) for w in made.weights])

@@ -202,10 +202,12 @@ class Plan:
         """From a file. Raises SparseForgeError where there is none, or where it is no plan."""
         try:
             return cls.from_plain(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError) as error:
-            raise SparseForgeError(f"{path} is not a plan: {type(error).__name__} {error}") from error
+        except OSError as error:
+            raise SparseForgeError(f"{path} cannot be read: {error.strerror or error}") from error
         except SparseForgeError as error:
-            raise SparseForgeError(f"{path}: {error}") from error
+            raise SparseForgeError(f"{path} is not a plan: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise SparseForgeError(f"{path} is not a plan: {type(error).__name__} {error}") from error
 
     def check_machine(self) -> None:
         """Raise a SparseForgeError if it was measured on another machine than this one."""

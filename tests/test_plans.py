@@ -95,5 +95,5 @@ def test_files_that_are_no_plan(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(SparseForgeError, match=r"plan\.json"):
         Plan.read(tmp_path / "plan.json")
-    with pytest.raises(SparseForgeError, match="is not a plan: FileNotFoundError"):
+    with pytest.raises(SparseForgeError, match="cannot be read: No such file"):
         Plan.read(tmp_path / "none.json")

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -106,7 +106,7 @@ def guard(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except (SparseForgeError, OSError) as error:
-            _say(f"error: {one_line(error, lines=None, limit=None)}")
+            _say(f"error: {as_typed(one_line(error, lines=None, limit=None), function)}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             notes = getattr(error, "__notes__", None) or ["nothing was written"]
@@ -114,6 +114,29 @@ def guard(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(getattr(error, "exit_code", 130)) from error
 
     return guarded
+
+
+#: an argument of Python with a plain value, behind no --set; and a call that is not closed
+ARGUMENT = re.compile(r"(?<![\w(,.=-])(?<!--set )([a-z_]+)=([\w.+-]*\w)(?![\w(=\[])")
+OPEN_CALL = re.compile(r"\w\([^()]*$")
+
+
+def as_typed(text: str, command: Callable[..., None]) -> str:
+    """Arguments that an error names as Python has them, as options of the command."""
+    takes = get_type_hints(command)
+
+    def typed(found: re.Match) -> str:
+        name, value = found.groups()
+        if OPEN_CALL.search(text, 0, found.start()):
+            return found[0]
+        if name not in takes:
+            return f"--set {found[0]}" if "change" in takes else found[0]
+        kinds = get_args(takes[name]) or (takes[name],)
+        if str in kinds or (int in kinds and value.isdecimal()) or (float in kinds and not value[0].isalpha()):
+            return f"--{name.replace('_', '-')} {value}"
+        return found[0]  # a switch, or a word that the command does not take
+
+    return ARGUMENT.sub(typed, text)
 
 
 def _say(text: str) -> None:

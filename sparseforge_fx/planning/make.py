@@ -20,6 +20,7 @@ from sparseforge_fx.kernels.layouts import find_target
 from sparseforge_fx.methods.calibrate import layer_by_layer
 from sparseforge_fx.methods.one_shot import SparseGPTConfig
 from sparseforge_fx.passes.operators import LINEAR_OPS
+from sparseforge_fx.planning.again import plan_again
 from sparseforge_fx.planning.candidates import Candidate, candidates
 from sparseforge_fx.planning.sensitivity import drawn_outputs, output_curvature, predicted_loss
 from sparseforge_fx.planning.solutions import solutions
@@ -44,10 +45,10 @@ Losses = Mapping[str, Mapping[Format, float]]
 @checked
 @torch.inference_mode(False)
 def plan(
-    model: nn.Module,
-    data: Any,
+    model: nn.Module | Plan | str | Path,
+    data: Any = None,
     *,
-    tokens: Sequence[int] = TOKENS,
+    tokens: Sequence[int] | None = None,
     speedup: Positive | None = None,
     bytes: ShareAboveZero | None = None,
     loss: AtLeastZero | None = None,
@@ -66,8 +67,9 @@ def plan(
     left as it is.
 
     Args:
+        model: or a plan (its path): another budget is then chosen from its prices, and nothing is measured or read.
         data: as for :func:`sparseforge_fx.sparsify`.
-        tokens: token counts (batch x sequence) that speed is of.
+        tokens: token counts (batch x sequence) that speed is of; default 1 and 8.
         speedup: of the linears together, at least: the mean over the token counts of the time in relation to dense is
             held under 1 / speedup, so that the geometric mean of the speed-ups is not below it. What is between the
             linears is not counted.
@@ -82,14 +84,21 @@ def plan(
             16), batch_size, length, seed, text_column, separator. An output layer, a router, or a head that is tied to
             an embedding may be quantised; sparse they can be only where ``include`` names them (a tied head never).
 
-    Raises SparseForgeError unless exactly one budget is given, and where no choice of formats keeps it.
+    Raises SparseForgeError unless exactly one budget is given; where no choice of formats keeps it, OutOfReach, whose
+    ``plan`` has what was measured.
     """
     goal = check_goal(speedup=speedup, bytes=bytes, loss=loss)
+    wanted = None if formats is None else [parse_format(f) for f in formats]
+    if not isinstance(model, nn.Module):
+        beside = {"data": data, "table": table, "tokenizer": tokenizer, "cache_dir": cache_dir}
+        return plan_again(model, goal, tokens, wanted, {**beside, "example_inputs": example_inputs, **reading})
+    if data is None:
+        raise SparseForgeError("a plan of a model needs data, which the loss is predicted by")
+    tokens = TOKENS if tokens is None else tokens
     known = cost.check_request(tokens, table)
     if unknown := sorted(set(reading) - set(READING)):
         raise SparseForgeError(f"a plan has no option {', '.join(unknown)}; it has {', '.join(READING)}")
     recipe = Recipe(calibration=CALIBRATION).changed(**reading)
-    wanted = None if formats is None else [parse_format(f) for f in formats]
     unlabelled = recipe.changed(objective=Distillation(task=0))  # or the lack of labels would be noted
     run = open_run(
         model, data, unlabelled, SparseGPTConfig(), None,
@@ -106,10 +115,7 @@ def plan(
     )
     if not found:
         raise SparseForgeError(f"nothing to plan: {'; '.join(f'{n}: {r}' for n, r in list(skipped.items())[:4])}")
-    shapes = [_shape(c, form) for c in found for form in c.formats if form != DENSE]
-    if known is not None:  # it may have them one by one
-        shapes += [_shape(_alone(c), form) for c in found for form in c.formats if form != DENSE]
-    times = cost.timings(shapes, tokens, device, layouts, known)
+    times = cost.timings(_shapes(found, alone=known is not None), tokens, device, layouts, known)
     losses = predict(run, recipe, found)
     weights = [_priced(c, losses[c.site.fqn], times, tokens, run.notes) for c in found]
     made = Plan(
@@ -133,6 +139,12 @@ def _shape(candidate: Candidate, form: Format) -> cost.Shape:
     """Of the product that it is a part of."""
     site = candidate.site
     return cost.Shape.of(candidate.group_outputs, site.in_features, site.dtype, form)
+
+
+def _shapes(found: Sequence[Candidate], alone: bool) -> list[cost.Shape]:
+    """Of all that is to be timed; ``alone``: of the weights one by one, too, as a table may have them."""
+    each = [(c, form) for c in found for form in c.formats if form != DENSE]
+    return [_shape(c, form) for c, form in each] + [_shape(_alone(c), form) for c, form in each if alone]
 
 
 def _alone(candidate: Candidate) -> Candidate:

@@ -1,6 +1,8 @@
 """plan as a command, and sparsify under what it wrote."""
 
 import json
+import os
+import re
 
 import pytest
 import torch
@@ -92,3 +94,26 @@ def test_values_on_a_grid_are_packed_by_their_own_scales(home, tmp_path):
     assert said.exit_code == 2 and "on a grid of int8, not int4" in said.output and not (tmp_path / "other").exists()
     said = run("quantize", out, "--include", "*.q_proj", "-o", tmp_path / "asked", "--device", "cpu")
     assert said.exit_code == 0 and "is not used: include asks" in said.output
+
+
+def test_what_was_measured_in_vain_serves_another_budget(home, tmp_path):
+    text = ("--data", home / "text.txt", "--set", "length=32", "--set", "calibration=2", "--set", "batch_size=2")
+    options = ("--format", "2:4 int8", "--tokens", "4", "--device", "cpu")
+    said = run("plan", home / "dense", *text, *options, "--bytes", "0.01", "-o", tmp_path / "plan.json")
+    assert said.exit_code == 2 and sorted(os.listdir(tmp_path)) == ["plan.prices.json"]
+    told = re.search(r"What was measured is kept: sparseforge-fx (.*)", said.stderr)[1].split()
+    said = run(*told)
+    assert said.exit_code == 0 and "sparsify MODEL --data DATA --plan" in " ".join(said.stdout.split())
+    assert Plan.read(tmp_path / "plan.json").bytes <= float(told[told.index("--bytes") + 1])
+    said = run(*told, "--data", home / "text.txt", "--device", "cpu")
+    assert said.exit_code == 2 and "leave data, device out" in said.stderr
+    said = run("plan", home / "dense", "--bytes", "0.5", "-o", tmp_path / "other.json")
+    assert said.exit_code == 2 and "give --data" in said.stderr and not (tmp_path / "other.json").exists()
+
+
+def test_an_error_names_options_as_they_are_typed(home, tmp_path):
+    text = ("--data", home / "text.txt")
+    said = run("plan", home / "dense", *text, "--speedup", "1.1", "--set", "length=4096", "-o", tmp_path / "plan.json")
+    assert said.exit_code == 2 and re.search(r"positions: pass --set length=\d+$", said.stderr.strip()), said.stderr
+    said = run("sparsify", home / "dense", *text, "--length", "4096", "-o", tmp_path / "out")
+    assert said.exit_code == 2 and re.search(r"positions: pass --length \d+$", said.stderr.strip()), said.stderr

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 import sparseforge_fx as sf
 from sparseforge_fx import cli
+from sparseforge_fx.cli.app import as_typed
 from sparseforge_fx.cli.run_folder import RunFolder
+from sparseforge_fx.cli.sparsify import sparsify
 from sparseforge_fx.deploy.lowering.cost import Shape, Timing, as_table, save_table
 from sparseforge_fx.formats import DENSE, parse_format
 from sparseforge_fx.plans import Plan, PlannedWeight, Price
@@ -101,7 +103,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, line, says):
         ("sparsify {home}/dense --method magnitude --device disk -o {home}/run --dry-run", "is not empty"),
         ("sparsify {home}/dense --method magnitude --device tpu -o {home}/no --dry-run", "cannot be used here"),
         ("quantize {home}/dense --values int3 -o {home}/no --dry-run", "int3"),
-        ("quantize {home}/dense --plan {home}/none.json -o {home}/no --dry-run", "is not a plan"),
+        ("quantize {home}/dense --plan {home}/none.json -o {home}/no --dry-run", "none.json cannot be read: No such"),
         ("export {home}/run --format onnx -o {home}/no --dry-run", "unknown format"),
         ("export {home}/run --generator --portable -o {home}/no.pt2 --dry-run", "leave --portable out"),
         ("report {home}/run --html --json", "give one of the two"),
@@ -181,3 +183,20 @@ def test_inspect_shows_what_a_plan_and_a_table_predict(home, tmp_path):
     )
     refused = run("inspect", home / "dense", "--pattern", "4:8", "--table", tmp_path / "costs.json")
     assert refused.exit_code == 2 and "not of 4:8" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "typed"),
+    [
+        ("pass length=256", "pass --length 256"),
+        ("batch_size=4 is too many: use batch_size=2, or length=8.", "--batch-size 4 is too many: use --batch-size 2, or --length 8."),
+        ("--set length=9x: write NAME=VALUE", "--set length=9x: write NAME=VALUE"),
+        ("pass curvature_beta=0.5", "pass --set curvature_beta=0.5"),
+        ("call sf.sparsify(model, length=3, lr=0.1) with lr=0.1", "call sf.sparsify(model, length=3, lr=0.1) with --lr 0.1"),
+        ("compile=False or resume=True", "compile=False or resume=True"),
+        ("use length=positions", "use length=positions"),
+        ("x==3, objective=Distillation(kl=0)", "x==3, objective=Distillation(kl=0)"),
+    ],
+)  # fmt: skip
+def test_arguments_of_python_are_told_as_options(text, typed):
+    assert as_typed(text, sparsify) == typed

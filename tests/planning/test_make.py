@@ -8,6 +8,7 @@ import torch
 from plan_tables import table_of_shares
 
 import sparseforge_fx as sf
+from sparseforge_fx.decision import OutOfReach
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, parse_format
@@ -122,3 +123,55 @@ def test_a_format_without_times_is_not_considered_and_said(planned):
     _, made = planned("llama", bytes=0.9, formats=["2:4", "2:4 int4/32"])
     assert made.notes[-1].startswith("2:4 int4/32 has no times for") and math.isfinite(made.loss)
     assert not any(parse_format("2:4 int4") in w.prices for w in made.weights)
+
+
+# -- another budget from the prices of a plan ------------------------------------------------------------------------
+@pytest.mark.parametrize("goal", [{"speedup": 2.2}, {"bytes": 0.6}, {"loss": 0.01}])
+def test_a_plan_again_is_what_the_model_would_get(planned, tmp_path, goal):
+    _, made = planned("llama", speedup=1.2)
+    made.save(tmp_path / "plan.json")
+    _, fresh = planned("llama", **goal)
+    for source in (made, tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        again = sf.plan(source, **goal)
+        assert again.formats == fresh.formats and again.goal == goal
+        assert [w.prices for w in again.weights] == [w.prices for w in made.weights]
+
+
+def test_a_plan_again_with_fewer_formats_and_tokens(planned):
+    _, made = planned("llama", speedup=1.2)
+    again = sf.plan(made, bytes=0.9, formats=["dense int8"], tokens=[8])
+    assert {str(form) for form in again.formats.values()} == {"dense", "dense int8"} and again.tokens == (8,)
+    assert sf.plan(sf.Plan.from_plain(again.describe()), speedup=2.2).speedup >= 2.2  # it forgot no price
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"data": "text.txt"}, "nothing is measured or read: leave data out"),
+     ({"table": "costs.json", "length": 4}, "leave table, length out"),
+     ({"tokens": [1, 3]}, "has times at 1, 8 tokens, not at 3: plan the model again for these"),
+     ({"tokens": []}, "give a list of token counts"),
+     ({"formats": ["dense int4"]}, "has no prices of dense int4"),
+     ({"speedup": 99.0}, "no formats give speedup 99"),
+     ({"bytes": 0.5}, "exactly one of")],
+)  # fmt: skip
+def test_what_a_plan_again_refuses(planned, options, message):
+    _, made = planned("llama", speedup=1.2)
+    with pytest.raises(SparseForgeError, match=message):
+        sf.plan(made, **{"speedup": 1.3, **options})
+
+
+def test_what_cannot_be_met_gives_the_prices_and_the_nearest(planned):
+    with pytest.raises(OutOfReach) as caught:
+        planned("llama", speedup=9)
+    nearest = sf.plan(caught.value.plan, speedup=caught.value.nearest)
+    assert nearest.speedup == pytest.approx(caught.value.nearest, abs=0.011) and str(caught.value).count("9") >= 1
+    with pytest.raises(OutOfReach) as caught:
+        planned("llama", bytes=0.001)
+    assert sf.plan(caught.value.plan, bytes=caught.value.nearest).bytes <= caught.value.nearest
+
+
+def test_a_plan_of_a_model_needs_data(captured_once):
+    with pytest.raises(SparseForgeError, match="needs data"):
+        sf.plan(captured_once("mlp").model, speedup=1.1)
+    with pytest.raises(SparseForgeError, match="cannot be read: No such file"):
+        sf.plan("nowhere.json", speedup=1.1)

@@ -70,7 +70,7 @@ def test_a_trained_method_trains_what_the_plan_makes_sparse(captured_once):
      ({UP: "2:4"}, {"pattern": "1:4"}, "the plan makes weights 2:4 and the pattern is 1:4"),
      ({UP: "2:4"}, {"include": "*.up_proj"}, "leave out include and exclude"),
      ({"model.embed_tokens.weight": "2:4"}, {}, "makes model.embed_tokens.weight 2:4, which it cannot be: read by"),
-     ("nowhere.json", {}, "nowhere.json is not a plan"),
+     ("nowhere.json", {}, "nowhere.json cannot be read: No such file"),
      (3, {}, "give a Plan, the path of one, or formats by the weights' names")],
 )  # fmt: skip
 def test_plans_that_do_not_fit(captured_once, plan, options, message):
