@@ -25,7 +25,7 @@ from sparseforge_fx.cli.app import (
 )
 from sparseforge_fx.cli.beside import Beside
 from sparseforge_fx.cli.on_disk import on_disk
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, add_sentence
 from sparseforge_fx.page.texts import paired_text, with_error
 
 if TYPE_CHECKING:
@@ -188,7 +188,12 @@ def _tokens(data: str, column: str | None, tokenizer: Any, before: Any, dense: s
     """The text as this model reads it, and as the one measured ``before`` it did."""
     from sparseforge_fx.evaluation.perplexity import text_tokens
 
-    ids = text_tokens(data, tokenizer, text_column=column)
+    try:
+        ids = text_tokens(data, tokenizer, text_column=column)
+    except SparseForgeError as error:
+        if data == WIKITEXT:  # which nobody asked for by name
+            add_sentence(error, "--data takes a text of yours in its place")
+        raise
     if before is not None and not (ids.shape == before.shape and bool((ids == before).all())):
         raise SparseForgeError(
             f"{dense} and {model} cut the text into different tokens: their perplexities cannot be compared"

@@ -158,6 +158,7 @@ def _recipe(
 
     from sparseforge_fx.data.sources import open_sources
     from sparseforge_fx.methods.catalog import find_options, find_preset
+    from sparseforge_fx.plans import Plan
     from sparseforge_fx.training.recipe import Recipe
 
     recipe = Recipe() if config is None else Recipe.read(config)
@@ -176,6 +177,8 @@ def _recipe(
     if recipe.model is None:
         raise SparseForgeError("there is no model: name a folder, a hub id or a GGUF file, or a --config that does")
     recipe.check_one_step()
+    if isinstance(recipe.plan, str):
+        Plan.read(recipe.plan).check_machine()
     if recipe.data is not None and recipe.data != "self":
         open_sources(recipe.data)
     return recipe.resolved(has_data)

@@ -60,7 +60,7 @@ def test_a_graph_and_a_packed_folder(folder, tmp_path, always_faster):
     torch.testing.assert_close(sf.load(tmp_path / "packed")[0](ids).logits, want)
     assert "4 packed linears" in ok("export", tmp_path / "packed", "-o", tmp_path / "again.pt2", "--device", "cpu")
     generated = run("generate", tmp_path / "packed", "-p", "dog", "--device", "cpu", "--max-new-tokens", "4")
-    assert generated.exit_code == 0 and "note: nothing to lower" in generated.stderr
+    assert generated.exit_code == 0 and generated.stderr == ""  # it runs packed as it is
 
 
 def test_a_damaged_packed_folder(folder, tmp_path):

@@ -136,15 +136,16 @@ def lower_modules(
     """Replace every nn.Linear and Conv1D whose weight is exactly 2:4, and gains from it, by a :class:`SparseLinear`.
 
     In place; their dense weights are freed. Options as for :func:`sparseforge_fx.lower`. Returns the report: sites,
-    skipped modules with reasons, the cost table, bytes before and after. Raises SparseForgeError if no weight is 2:4.
+    skipped modules with reasons, the cost table, bytes before and after. Linears that are packed already stay so.
+    Raises SparseForgeError if no weight is 2:4.
     """
     known = cost.check_request(tokens, table)
     sites, skipped = find_packable(model)
-    if not sites:
+    if not sites and not any(isinstance(module, SparseLinear) for module in model.modules()):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
         raise SparseForgeError(f"nothing to lower: {reasons or 'the model has no linear layer'}; run sparsify first")
     weights = {name: weight_of(module) for name, module in sites.items()}
-    device = next(iter(weights.values())).device
+    device = next(iter(weights.values()) if weights else model.buffers()).device
     layouts = find_target(target, device)
     shapes = {name: cost.Shape.of(weight.shape[0], weight.shape[1], weight.dtype) for name, weight in weights.items()}
     timings = cost.timings(shapes.values(), tokens, device, layouts, known) if gate else {}

@@ -94,3 +94,14 @@ def test_nothing_to_lower():
         sf.lower_modules(nn.Sequential(nn.Linear(8, 8)))
     with pytest.raises(SparseForgeError, match="wrap it"):
         sf.lower_modules(nn.Linear(8, 8))
+
+
+def test_what_is_packed_stays_so():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sf.sparsify(model, method="magnitude", example_inputs=torch.zeros(1, 8))
+    sf.lower_modules(model, gate=False)
+    before = dict(model.named_modules())
+    report = sf.lower_modules(model)
+    assert report["sites"] == [] and report["lowered_bytes"] == 0 and dict(model.named_modules()) == before
+    with pytest.raises(SparseForgeError, match="nowhere"):
+        sf.lower_modules(model, target="nowhere")
