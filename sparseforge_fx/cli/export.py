@@ -11,6 +11,7 @@ from sparseforge_fx.cli.app import AsJson, DryRun, Model, Tokens, command, examp
 from sparseforge_fx.cli.dry_run import of_export, tell
 
 FORMATS = ("pt2", "aoti", "safetensors")
+MAX_LENGTH = "Tokens that the cache of a generator holds; default 1024, or as many as the model has positions."
 
 
 @command
@@ -27,7 +28,7 @@ def export(
     generator: Annotated[
         bool, typer.Option("--generator", help="Prompt and next-token graphs with a key/value cache, for `generate`.")
     ] = False,
-    max_length: Annotated[int, typer.Option(help="Tokens that the cache of a generator holds.")] = 1024,
+    max_length: Annotated[int | None, typer.Option(help=MAX_LENGTH)] = None,
     portable: Annotated[
         bool, typer.Option("--portable", help="pt2 of plain aten operators: torch alone runs it.")
     ] = False,

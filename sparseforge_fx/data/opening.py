@@ -13,6 +13,7 @@ from sparseforge_fx.data.drawn_text import draw_text
 from sparseforge_fx.errors import SparseForgeError
 
 SELF = "self"
+LENGTH = 512  # of sequences that are cut from text, where nobody says another and the model takes it
 
 
 def is_self(data: Any) -> bool:
@@ -38,10 +39,11 @@ def open_batches(
     Args:
         tokens: of text, no more is read or drawn.
 
-    Raises SparseForgeError as :func:`as_batches` does, and for text in longer sequences than the model takes.
+    Sequences of the default length, 512, are as long as the model takes; other text in longer ones is refused. Raises
+    SparseForgeError as :func:`as_batches` does.
     """
     if is_text(data):
-        check_length(model, length)
+        length = min(length, _positions(model) or length) if length == LENGTH else check_length(model, length)
     if is_self(data):
         begun = tokenizer is not None and leading_bos(tokenizer) is not None
         data = draw_text(model, tokens, length=length, seed=seed, keep_start=begun)
@@ -71,10 +73,22 @@ def first_batches(batches: Batches, sequences: int) -> tuple[list[Any], list[str
     return chosen, []
 
 
-def check_length(model: nn.Module, length: int) -> None:
-    """Raise a SparseForgeError if the model has fewer positions."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
+def check_length(model: nn.Module, length: int) -> int:
+    """The length. Raises a SparseForgeError if the model has fewer positions."""
+    limit = _positions(model)
+    if limit is not None and limit < length:
         raise SparseForgeError(
             f"sequences of {length} tokens are longer than the model's {limit} positions: pass length={limit}"
         )
+    return length
+
+
+def tell_length(data: Any, batches: Batches | None, length: int) -> list[str]:
+    """A note where ``batches`` of text have shorter sequences than the default."""
+    cut = getattr(getattr(batches, "data", None), "length", length) if is_text(data) else length
+    return [f"sequences have {cut} tokens, all that the model has positions for"] if cut < length == LENGTH else []
+
+
+def _positions(model: nn.Module) -> int | None:
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

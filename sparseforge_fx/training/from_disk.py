@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows
-from sparseforge_fx.data.opening import first_batches, is_self, open_batches
+from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length
 from sparseforge_fx.data.reading import Reader
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_output, check_parent, replace_folder
@@ -155,7 +155,13 @@ class _Run:
         for reading in self.readings:
             check_ids(model, reading)
         beside = {"tokenizer": None, "cache_dir": cache_dir}
-        self.notes = [*self.program.notes, *planned, *told, *self.reader.notes]
+        self.notes = [
+            *self.program.notes,
+            *planned,
+            *told,
+            *self.reader.notes,
+            *tell_length(data, batches, recipe.length),
+        ]
         self.notes += unused_arguments(
             recipe, beside, data=data, method=recipe.name(data is not None), trains=False,
             calibrates=bool(self.chosen), batches=batches,

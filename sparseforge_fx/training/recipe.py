@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from sparseforge_fx.data.opening import LENGTH
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import configure, find_beside, find_name, find_options, find_preset
@@ -82,7 +83,7 @@ class Recipe:
     steps: Count | None = None
     tokens: Count | None = None
     batch_size: Count = 4
-    length: Count = 512
+    length: Count = LENGTH
     accumulate: Count = 1
     lr: Positive = 5e-4
     objective: Distillation | None = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_checkpoint import byte_tokenizer, tiny_llama
 
-from sparseforge_fx.data.opening import first_batches, open_batches
+from sparseforge_fx.data.opening import LENGTH, first_batches, open_batches, tell_length
 from sparseforge_fx.errors import SparseForgeError
 
 HOW = {"tokens": 40, "batch_size": 2, "length": 8, "seed": 0}
@@ -28,3 +28,15 @@ def test_text_of_the_model_itself():
 def test_sequences_that_are_too_long(data):
     with pytest.raises(SparseForgeError, match="sequences of 129 tokens are longer than the model's 128 positions"):
         open_batches(tiny_llama(), data, byte_tokenizer(), **HOW | {"length": 129})
+
+
+@pytest.mark.parametrize("data", ["self", ["a text"] * 999])
+def test_sequences_of_the_default_length_are_as_long_as_the_model_takes(data):
+    batches = open_batches(tiny_llama(), data, byte_tokenizer(), **HOW | {"length": LENGTH, "tokens": 2000})
+    assert batches.batch(0)["input_ids"].shape == (2, 128)
+    assert tell_length(data, batches, LENGTH) == ["sequences have 128 tokens, all that the model has positions for"]
+    assert tell_length(data, batches, 128) == tell_length(torch.arange(9), batches, LENGTH) == []
+    long = tiny_llama()
+    long.config.max_position_embeddings = 2048
+    batches = open_batches(long, data, byte_tokenizer(), **HOW | {"length": LENGTH, "tokens": 2000})
+    assert batches.batch(0)["input_ids"].shape[1] == LENGTH and tell_length(data, batches, LENGTH) == []

@@ -41,7 +41,7 @@ def export_generator(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     format: str = "pt2",
-    max_length: int = 1024,
+    max_length: int | None = None,
     target: str = "auto",
     tokens: Sequence[int] = cost.TOKENS,
     table: str | Path | cost.Table | None = None,
@@ -53,7 +53,8 @@ def export_generator(
         path: a file whose name ends in ``.pt2``.
         tokenizer: travels in the file, so that text can be generated.
         format: ``pt2`` or ``aoti``, as for :func:`sparseforge_fx.export`.
-        max_length: tokens of prompt and answer together; so many slots the cache may have.
+        max_length: tokens of prompt and answer together, which the cache has slots for; default 1024, or as many as
+            the model has positions.
         target, tokens, table, gate: as for :func:`sparseforge_fx.lower`.
 
     Returns its report with ``file_bytes`` and the bytes of a full cache per sequence, ``cache_bytes``. Raises
@@ -62,9 +63,10 @@ def export_generator(
     check_path(path)
     if format not in FORMATS:
         raise SparseForgeError(f"unknown format {format!r}; choose {' or '.join(FORMATS)}")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) if _is_causal(model) else None
+    max_length = min(1024, limit or 1024) if max_length is None else max_length
     if max_length < 2:
         raise SparseForgeError(f"max_length is {max_length}: there must be room for a prompt and a token")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) if _is_causal(model) else None
     if limit and max_length > limit:
         raise SparseForgeError(f"max_length {max_length} is more than the {limit} positions of the model")
     with_text = _tokenizer_files(tokenizer)  # refused before anything takes long

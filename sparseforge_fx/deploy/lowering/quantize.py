@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparseforge_fx.data.opening import first_batches, open_batches
+from sparseforge_fx.data.opening import LENGTH, first_batches, open_batches, tell_length
 from sparseforge_fx.deploy.lowering.chosen import Chosen, by_plan, by_values
 from sparseforge_fx.deploy.lowering.modules import SparseLinear, replace, weight_of
 from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
@@ -165,7 +165,7 @@ def _batches(
     tokenizer: Any,
     *,
     calibration: Count = 64,
-    length: Count = 512,
+    length: Count = LENGTH,
     batch_size: Count = 4,
     seed: int = 0,
     **text: Any,
@@ -174,7 +174,8 @@ def _batches(
     batches = open_batches(
         model, data, tokenizer, tokens=calibration * length, length=length, batch_size=batch_size, seed=seed, **text
     )
-    return first_batches(batches, calibration)
+    found, notes = first_batches(batches, calibration)
+    return found, notes + tell_length(data, batches, length)
 
 
 @contextmanager
