@@ -188,6 +188,8 @@ class Plan:
             weights = [_weight(entry, tokens) for entry in plain["weights"]]
             machine, goal = plain["machine"], {str(k): float(v) for k, v in plain["goal"].items()}
             rest = (int(plain["threads"]), dict(plain["versions"]), dict(plain["skipped"]), list(plain["notes"]))
+        except SparseForgeError:  # a ValueError, too
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SparseForgeError(f"a plan lacks or garbles an entry: {type(error).__name__} {error}") from error
         names = [w.name for w in weights]

@@ -31,6 +31,8 @@ def plan_again(
         raise SparseForgeError(
             f"a plan is made again from its prices, nothing is measured or read: leave {', '.join(unused)} out"
         )
+    if not isinstance(made, Plan) and Path(made).suffix != ".json":
+        raise SparseForgeError(f"{made} is no plan (.json): to plan for a model, load it first, with sf.load")
     made = made if isinstance(made, Plan) else Plan.read(made)
     counts = made.tokens if tokens is None else tuple(tokens)
     if not counts:

@@ -299,7 +299,9 @@ def load_table(path: str | Path) -> Table:
         return as_table(map(read_row, content["rows"]))
     except SparseForgeError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+    except OSError as error:
+        raise SparseForgeError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise SparseForgeError(f"{path} is not a cost table: {type(error).__name__} {error}") from error
 
 
