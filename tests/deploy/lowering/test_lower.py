@@ -137,7 +137,7 @@ def test_a_lowered_graph_compiles_in_one_piece(captured_once):
         ({}, "nothing to lower: 0.weight: not 2:4"),
         ({"tokens": []}, "token counts"),
         ({"target": "tpu"}, "unknown target"),
-        ({"table": "no/such/file.json"}, "not a cost table"),
+        ({"table": "no/such/file.json"}, "cannot be read: No such file"),
     ],
 )
 def test_what_is_refused(options, message):
