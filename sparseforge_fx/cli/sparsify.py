@@ -52,6 +52,10 @@ DEVICE = (
     "cpu, cuda, cuda:1, ...; default cuda where there is one. disk: weights stay there, those of one block at a time "
     "in memory (methods that do not train)."
 )
+TEACHER = (
+    "Where MODEL is 2:4 already: the model before that, which it is distilled from; --set start=magnitude takes its "
+    "masks as they are."
+)
 SAVE_SECONDS = 600.0
 MODEL = "A Hugging Face folder, a hub id, or a GGUF file; default: the recipe's."
 
@@ -75,6 +79,7 @@ def sparsify(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help=CONFIG)] = None,
     data: Annotated[str | None, typer.Option(help=TRAINING_TEXT)] = None,
+    teacher: Annotated[str | None, typer.Option(help=TEACHER)] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the text; default: found.")] = None,
     separator: Annotated[str | None, typer.Option(help="Between documents; default: the tokenizer's end.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Of token files; default: the Hugging Face home.")] = None,
@@ -125,7 +130,7 @@ def sparsify(
         "preset": preset, "tokens": tokens, "pattern": pattern, "lr": lr, "batch_size": batch_size, "length": length,
         "accumulate": accumulate, "calibration": calibration, "slorb_block": slorb_block, "include": sorted(include),
         "exclude": sorted(exclude), "plan": plan, "seed": seed, "dtype": dtype,
-        "weight_decay": weight_decay, "optimizer": optimizer,
+        "weight_decay": weight_decay, "optimizer": optimizer, "teacher": teacher,
     }  # fmt: skip
     recipe, folder = _recipe(config, asked, change, curvature, temperature), RunFolder(output)
     from_disk = on_disk(

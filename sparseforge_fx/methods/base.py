@@ -35,7 +35,8 @@ class TrainedConfig(MethodConfig, ABC):
 
     Attributes:
         steps: optimizer steps of the whole run.
-        start: ``dense``, or the layer-wise method whose masks and survivors the run starts from.
+        start: ``dense``, or the layer-wise method whose masks and survivors the run starts from; ``magnitude``: the
+            weights as they are, with its masks, which are those of a model that is N:M already.
         values: what the survivors are kept in. Unless ``float``, the start puts them on that grid
             (methods/rounding.py), and they train rounded, with straight-through gradients; masks must be final then.
         reorder: of a layer-wise start that moves weights: let channels change places where the graph allows it, so that
@@ -51,7 +52,7 @@ class TrainedConfig(MethodConfig, ABC):
     prunes_on_the_way: ClassVar[bool] = True  # False: until the end, masks are scales or drawn anew for every step
 
     steps: Count = field(kw_only=True)
-    start: Literal["dense", "wanda", "sparsegpt", "alps"] = "dense"
+    start: Literal["dense", "magnitude", "wanda", "sparsegpt", "alps"] = "dense"
     values: Values = field(default="float", kw_only=True)
     reorder: bool = field(default=False, kw_only=True)
     reconstruct: CountFromZero = field(default=0, kw_only=True)
@@ -59,7 +60,7 @@ class TrainedConfig(MethodConfig, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.choose("start", ("dense", *LAYERWISE))
+        self.choose("start", ("dense", "magnitude", *LAYERWISE))
         self.choose("values", get_args(Values))
         if self.values != "float" and not self.starts_fixed:
             raise SparseForgeError(
@@ -79,6 +80,11 @@ class TrainedConfig(MethodConfig, ABC):
                 "reconstruct is for masks that are final from the start on: take sparseforge's preset alps+kd with "
                 "quench_end=0"
             )
+
+    @property
+    def calibrates(self) -> bool:
+        """Does the start look at data?"""
+        return self.start in LAYERWISE or self.reconstruct > 0 or self.values != "float"
 
     @property
     def starts_fixed(self) -> bool:

@@ -51,7 +51,7 @@ def anneal(
     steps = None if recipe.tokens is None else count_steps(run.batches, recipe.tokens, per_step)
     config = recipe.config(True, steps)
     assert isinstance(config, TrainedConfig)
-    calibrated = run.first(recipe.calibration) if config.start != "dense" else None
+    calibrated = run.first(recipe.calibration) if config.calibrates else None
     report["notes"] += unused_arguments(
         recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=calibrated is not None,
         batches=run.batches,
@@ -66,8 +66,9 @@ def anneal(
     identity = _identity(run, recipe, settings.slorb_block, path)  # of the dense weights
     with dense_again_on_error(run.program) as written, processes.together():
         sparse = prepare_captured(
-            run.program, run.sites, config, settings.objective, slorb_block=settings.slorb_block, sharding=sharding
-        )
+            run.program, run.sites, config, settings.objective, slorb_block=settings.slorb_block, sharding=sharding,
+            taught_by=run.taught_by,
+        )  # fmt: skip
         how_weights_move = Optimization(
             recipe.lr, accumulate=accumulate, weight_decay=settings.weight_decay, optimizer=recipe.optimizer
         )
@@ -75,11 +76,11 @@ def anneal(
             if activation_checkpointing:
                 sparse.activation_checkpointing_enable()
             written += [] if sharding is not None else sparse.copies()
-            if calibrated is not None and not begun:
+            if config.start != "dense" and not begun:
                 clock = time.monotonic()
-                sparse.calibrate(calibrated)
+                sparse.calibrate(calibrated or [])
                 sparse.start_report |= {
-                    "calibration_sequences": sum(count_rows(b) for b in calibrated),
+                    "calibration_sequences": sum(count_rows(b) for b in calibrated or []),
                     "calibration_seconds": time.monotonic() - clock,
                 }
             report["passes"] = [r._asdict() for r in sparse.pass_records]
@@ -162,4 +163,5 @@ def _identity(run: Run, recipe: Recipe, slorb_block: int | None, path: Path | No
     known["dtype"] = str(run.program.tensor(eligible(run.sites)[0].fqn).dtype)
     if path is not None:
         known |= {"weights": fingerprint.of_tensors(run.program.state), "data": fingerprint.of_batches(run.batches)}
+        known |= {} if run.taught_by is None else {"teacher": fingerprint.of_tensors(run.taught_by)}
     return known

@@ -119,14 +119,14 @@ def forecast(
 def _start(machine: _Machine, work: _Work, chosen: Sequence[LinearSite], recipe: Recipe, config: MethodConfig) -> float:
     """Seconds of a layer-wise method: the walk, its moments and its problems, and the blocks that learn after it."""
     solver = config if isinstance(config, LayerwiseConfig) else None
-    if solver is None:
-        kind = LAYERWISE.get(getattr(config, "start", "dense"))
-        if kind is None:
-            return 0.0
+    if solver is None and (kind := LAYERWISE.get(getattr(config, "start", "dense"))) is not None:
         solver = kind(config.pattern)
     batches = math.ceil(recipe.calibration / recipe.batch_size)
     blocks = work.products(chosen)
-    seconds = batches * (blocks.forward + sum(work.moments(s) for s in chosen))
+    seconds = 0.0
+    if solver is not None:
+        seconds += batches * (blocks.forward + sum(work.moments(s) for s in chosen))
+        seconds += sum((s.experts or 1) * machine.solve(solver, s.out_features, s.in_features) for s in chosen)
     if getattr(config, "reorder", False) and isinstance(config.pattern, Pattern):
         outputs = {s.fqn: s.out_features for s in chosen}
         masked, _ = run_passes(work.program, train_passes(chosen))
@@ -135,7 +135,6 @@ def _start(machine: _Machine, work: _Work, chosen: Sequence[LinearSite], recipe:
                 seconds += machine.order(
                     len(found.columns) * outputs[name], len(found.columns[0].indices), config.pattern
                 )
-    seconds += sum((s.experts or 1) * machine.solve(solver, s.out_features, s.in_features) for s in chosen)
     if epochs := getattr(config, "reconstruct", 0):
         learn = (
             blocks.forward + blocks.backward + machine.masks(chosen) + machine.optimizer(sum(s.numel for s in chosen))

@@ -154,7 +154,7 @@ class _Run:
         self.readings = [self.reader.read(*as_call(b)) for b in self.chosen]
         for reading in self.readings:
             check_ids(model, reading)
-        beside = {"tokenizer": None, "cache_dir": cache_dir}
+        beside = {"tokenizer": None, "cache_dir": cache_dir, "teacher": recipe.teacher}
         self.notes = [
             *self.program.notes,
             *planned,

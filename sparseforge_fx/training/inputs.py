@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from sparseforge_fx.data.batches import Batches, is_text
 from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length
@@ -27,12 +27,13 @@ from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.planned import planned_sites
 from sparseforge_fx.training.prepare import check_sites
 from sparseforge_fx.training.recipe import Recipe
+from sparseforge_fx.training.teacher import weights_of
 
 
 @dataclass
 class Run:
     """What :func:`open_run` gives. ``data`` is what was given, ``batches`` what became of it (None: nothing is looked
-    at); ``notes`` is the report's list."""
+    at); ``notes`` is the report's list; ``taught_by`` are the weights of a teacher that was given."""
 
     program: Exported
     sites: list[LinearSite]
@@ -40,6 +41,7 @@ class Run:
     data: Any
     batches: Batches | None
     notes: list[str]
+    taught_by: dict[str, Tensor] | None = None
 
     def first(self, sequences: int) -> list[Any]:
         """The first batches that hold so many sequences, none twice; a note where the data has fewer."""
@@ -59,6 +61,7 @@ def open_run(
     tokenizer: Any,
     cache_dir: str | Path | None,
     example_inputs: Any,
+    teacher: nn.Module | None = None,
 ) -> Run:
     """Read the data as far as the run needs it, capture the model, find its sites, try the first batch.
 
@@ -97,7 +100,7 @@ def open_run(
     if batches is not None:
         objective = Objective(recipe.settings(True).objective, getattr(model, "config", None), reader.note)
         check_batch(program, reader, objective, batches.batch(0))
-    return Run(program, sites, reader, data, batches, notes)
+    return Run(program, sites, reader, data, batches, notes, None if teacher is None else weights_of(teacher, program))
 
 
 def _tokens_needed(recipe: Recipe, config: TrainedConfig | LayerwiseConfig, accelerator: Accelerator | None) -> int:

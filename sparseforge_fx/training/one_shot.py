@@ -28,7 +28,7 @@ from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.report import describe_change
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.recipe import Recipe
-from sparseforge_fx.training.teacher import Teacher, dense_copies
+from sparseforge_fx.training.teacher import Teacher, counterparts, dense_copies
 from sparseforge_fx.training.unused import unused_arguments
 
 
@@ -74,7 +74,11 @@ def _prune(
             if config.reorder:
                 moves = Reordering(masked, config.pattern, weights)  # type: ignore[arg-type]
             tensors = [w.weight for w in weights]
-            aim = Teacher(run.program, dense_copies(run.program, tensors)).module if config.reconstruct else None
+            aim = None
+            if config.reconstruct:
+                taught = run.taught_by
+                pairs = dense_copies(run.program, tensors) if taught is None else counterparts(run.program, taught)
+                aim = Teacher(run.program, pairs).module
             notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, moves)
             formats, against = fitting(weights, format_of(config.values))
             grid = OnGrid(weights, formats) if formats else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseforge_fx.data.reading import example_of
 from sparseforge_fx.errors import SparseForgeError
@@ -26,6 +26,7 @@ from sparseforge_fx.ranges import Count, checked
 from sparseforge_fx.training.distillation import Distillation, check_objective
 from sparseforge_fx.training.sharded import Sharding
 from sparseforge_fx.training.sparse_model import SparseModel
+from sparseforge_fx.training.teacher import weights_of
 from sparseforge_fx.training.trainable import choose_trainable
 from sparseforge_fx.training.undo import dense_again_on_error
 
@@ -43,6 +44,7 @@ def prepare(
     calibration: Sequence[Any] | None = None,
     objective: Distillation | None = None,
     slorb_block: Count | None = None,
+    teacher: nn.Module | None = None,
     compile: bool = False,
 ) -> SparseModel:
     """Capture ``model`` and give it soft masks, curvature probes and a dense teacher, for a loop of one's own.
@@ -59,6 +61,8 @@ def prepare(
         calibration: batches for a config with a layer-wise ``start``.
         objective: the loss; default: cross-entropy and KL from the dense model, both with the weight 1.
         slorb_block: width of SLoRB's blocks; None for no low-rank branch.
+        teacher: the same model as it was before it was pruned, for a ``model`` that is N:M already; None: ``model``
+            itself, as it is now.
 
     Raises SparseForgeError if nothing is eligible (with the reasons), or if weights are not finite.
     """
@@ -78,15 +82,16 @@ def prepare(
     program = capture(model, None if example_inputs is None else example_of(model, example_inputs))
     sites = find_linears(program, config.pattern, include, exclude)
     check_sites(program, sites)
-    if config.start != "dense" and calibration is None:
+    if config.calibrates and calibration is None:
         raise SparseForgeError(
             "this preset starts from a layer-wise solution: pass calibration=[batches], or use annealed_preset"
         )
+    taught_by = None if teacher is None else weights_of(teacher, program)
     with dense_again_on_error(program) as written:
-        sparse = prepare_captured(program, sites, config, objective, slorb_block=slorb_block)
-        if calibration is not None and config.start != "dense":
+        sparse = prepare_captured(program, sites, config, objective, slorb_block=slorb_block, taught_by=taught_by)
+        if config.start != "dense":
             written += sparse.copies() if sparse.teacher is not None else []  # calibrate has copies of its own
-            sparse.calibrate(calibration)
+            sparse.calibrate(calibration or [])
         if compile:
             sparse.compile()
     return sparse
@@ -100,11 +105,15 @@ def prepare_captured(
     *,
     slorb_block: int | None = None,
     sharding: Sharding | None = None,
+    taught_by: Mapping[str, Tensor] | None = None,
 ) -> SparseModel:
     """The soft-masked model of a captured one, whose parameters require grad where they train. To be called inside of
-    :func:`dense_again_on_error`."""
+    :func:`dense_again_on_error`. ``taught_by``: of :func:`weights_of`."""
     set_back = choose_trainable(program, sites, config)
-    return SparseModel(program, sites, config, objective, slorb_block=slorb_block, set_back=set_back, sharding=sharding)
+    return SparseModel(
+        program, sites, config, objective, slorb_block=slorb_block, set_back=set_back, sharding=sharding,
+        taught_by=taught_by,
+    )  # fmt: skip
 
 
 def check_weights(model: nn.Module) -> None:

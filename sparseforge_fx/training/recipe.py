@@ -34,6 +34,8 @@ class Recipe:
     Attributes:
         model, data: what the command line loads: a folder, hub id or file. :func:`sparseforge_fx.sparsify` takes its
             own model, and ``data`` where it is given none.
+        teacher: the same model as it was before it was pruned (a folder, hub id or file), where ``model`` is N:M
+            already; None: ``model`` as it is teaches what it becomes.
         text_column, separator: of text: the column of its rows (default: the one that stands out, or chats, which go
             through the tokenizer's chat template), what stands between documents (default: the tokenizer's end of
             sequence).
@@ -70,6 +72,7 @@ class Recipe:
 
     model: str | None = None
     data: str | None = None
+    teacher: str | None = None
     text_column: str | None = None
     separator: str | None = None
     dtype: str | None = None

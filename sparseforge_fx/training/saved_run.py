@@ -130,7 +130,7 @@ def _check_run(saved: Any, mine: dict[str, Any]) -> None:
 
 
 #: entries of ``run`` that say nothing to a reader but whether they are the same
-HASHES = ("weights", "data")
+HASHES = ("weights", "data", "teacher")
 
 
 def _wrong_start(start: Any) -> str | None:

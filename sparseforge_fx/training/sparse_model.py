@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.finish import finish
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.on_grid import OnGrid, fitting
-from sparseforge_fx.methods.one_shot import LAYERWISE
+from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude
 from sparseforge_fx.methods.reorder import Reordering
 from sparseforge_fx.methods.rounding import format_of
 from sparseforge_fx.methods.weights import MaskedWeight
@@ -37,7 +37,7 @@ from sparseforge_fx.training.distillation import FEATURES, Distillation, Loss, f
 from sparseforge_fx.training.low_rank import Branch
 from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.sharded import ESTIMATOR, ShardedProbe, Sharding, Shards, mask_of_ones
-from sparseforge_fx.training.teacher import Teacher, dense_copies
+from sparseforge_fx.training.teacher import Teacher, counterparts, dense_copies
 from sparseforge_fx.training.trainer_surface import Embedded, ForwardOfSource, TrainerSurface, hook_embeddings
 
 
@@ -60,12 +60,14 @@ class SparseModel(TrainerSurface):
         slorb_block: int | None = None,
         set_back: Callable[[], None] | None = None,
         sharding: Sharding | None = None,
+        taught_by: Mapping[str, Tensor] | None = None,
     ):
         super().__init__()
         self.sites = list(sites)
         self.dense = program
         self.distillation = distillation or Distillation()
         self._set_back = set_back  # what the parameters' flags were, for :meth:`release`
+        self._taught_by = taught_by  # the teacher's weights, by the names of the model's
         if slorb_block is not None:
             low_rank.check_sites(program, self.sites)
         make = torch.ones_like if sharding is None else mask_of_ones
@@ -103,7 +105,7 @@ class SparseModel(TrainerSurface):
         self.teacher: Teacher | None = None
         if self.distillation.kl or features is not None:
             cut = None if self.shards is None else self.shards.teacher
-            self.teacher = Teacher(program, self.copies(), features, cut)
+            self.teacher = Teacher(program, self._teachers(), features, cut)
         self.probe: CurvatureProbe | ShardedProbe | None = None
         if self.shards is not None:
             self.shards.empty(program)
@@ -125,9 +127,13 @@ class SparseModel(TrainerSurface):
         features = self.distillation.features
         return module if features is None else tap(module, self.seen, attention=FEATURES[features])
 
+    def _teachers(self) -> list[tuple[Tensor, Tensor]]:
+        """The model's tensors, each with the one that the teacher has in its place."""
+        return self.copies() if self._taught_by is None else counterparts(self.dense, self._taught_by)
+
     def copies(self) -> list[tuple[Tensor, Tensor]]:
-        """The model's tensors that training writes, each with its dense value: the teacher's own, where there is one.
-        To be asked for before the first of them changes."""
+        """The model's tensors that training writes, each with its value now: the teacher's own, where there is one and
+        no other model is it. To be asked for before the first of them changes."""
         if self.shards is not None:  # which have parts of their own
             everything = {id(v): v for v in self.dense.state.values() if isinstance(v, nn.Parameter)}
             return [(v, nn.Parameter(v.detach(), requires_grad=False)) for v in everything.values()]
@@ -194,18 +200,22 @@ class SparseModel(TrainerSurface):
 
     # -- training ----------------------------------------------------------------------------------------------------
     def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
-        """Set weights and masks to the layer-wise solution on ``batches`` that ``config.start`` names."""
+        """Set weights and masks to what ``config.start`` names: a layer-wise solution on ``batches``, or magnitude."""
         readings = [self.reader.read(*as_call(batch)) for batch in batches]
         weights = self.method.weights
         config = self.method.config
-        start = LAYERWISE[config.start](config.pattern)
-        experts = Experts(config.pattern, start.expert_tokens)
+        start = LAYERWISE[config.start](config.pattern) if config.start in LAYERWISE else None
+        experts = Experts(config.pattern, *(() if start is None else (start.expert_tokens,)))
         vectors = [p for p in self.parameters() if p.dim() < 2] if config.reorder or config.reconstruct else []
-        teacher = (self.teacher or Teacher(self.dense, self.copies())) if config.reconstruct else None
+        teacher = (self.teacher or Teacher(self.dense, self._teachers())) if config.reconstruct else None
         with undone_on_error(weights, vectors) as dense, low_rank.handed_over(self.branches, self._hands_over):
             if config.reorder:
                 self.moves = Reordering(self.program, config.pattern, weights)
-            notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, self.moves)
+            notes = dict[str, str]()
+            if start is None:
+                magnitude(weights, config.pattern)
+            else:
+                notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, self.moves)
             # survivors that took over what was pruned leave nothing to the branches
             moved = any(bool(((w.weight - dense[w.fqn]) * w.mask).any()) for w in weights)
             self.handed_over = (moved or teacher is not None) and config.prunes_on_the_way

@@ -20,7 +20,7 @@ from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import find_preset
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.reorder import tell_moved
-from sparseforge_fx.models.dense import write_checkpoint
+from sparseforge_fx.models.dense import load_dense, write_checkpoint
 from sparseforge_fx.page.page import write_page
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.pattern import density
@@ -33,6 +33,7 @@ from sparseforge_fx.training.inputs import Run, open_run
 from sparseforge_fx.training.one_shot import prune_once
 from sparseforge_fx.training.prepare import check_weights
 from sparseforge_fx.training.recipe import FILE, Recipe
+from sparseforge_fx.training.taught import is_taught, pruned_already
 
 #: in an output folder, by the weights' names; not beside the checkpoint's files, where it would be taken for one
 SCALES = "values/scales.safetensors"
@@ -80,6 +81,7 @@ def sparsify(
     data: Any = None,
     recipe: Recipe | None = None,
     *,
+    teacher: nn.Module | str | Path | None = None,
     tokenizer: Any = None,
     example_inputs: Any = None,
     cache_dir: str | Path | None = None,
@@ -103,6 +105,8 @@ def sparsify(
             ``tokenizer``), token ids [n] or [n, length], a DataLoader, or any list of batches. None: the recipe's or,
             without one, the weights alone decide (``magnitude``). ``"self"``: text drawn from the model itself.
         recipe: the run; default ``Recipe()``.
+        teacher: the same model before it was pruned (or a folder, hub id, file), if ``model`` is N:M already: it is
+            distilled from that; ``start="magnitude"`` begins at its own masks. Default: the recipe's, or ``model``.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept (default: the Hugging Face home).
         compile: True, False or "auto".
@@ -125,14 +129,18 @@ def sparsify(
         check_parent(Path(state_path))
     if isinstance(config, TrainedConfig):
         accelerator = accelerator or processes.accelerator()
+    teacher = recipe.teacher if teacher is None else teacher
     run = open_run(
-        model, data, recipe, config, accelerator,
-        tokenizer=tokenizer, cache_dir=cache_dir, example_inputs=example_inputs,
+        model, data, recipe, config, accelerator, tokenizer=tokenizer, cache_dir=cache_dir,
+        example_inputs=example_inputs, teacher=load_dense(teacher)[0] if isinstance(teacher, str | Path) else teacher,
     )  # fmt: skip
     run.notes += adapter_notes(model, [run.program.tensor(s.fqn) for s in eligible(run.sites)])
     report = _begun(run, recipe.name(data is not None), config, recipe.seed)
     scales, beside = dict[str, Tensor](), {"tokenizer": tokenizer, "cache_dir": cache_dir}
     beside["activation_checkpointing"] = activation_checkpointing or None
+    taught = is_taught(recipe, config)
+    beside |= {} if taught else {"teacher": teacher}
+    report["notes"] += pruned_already(run, config) if taught and teacher is None else []
     with shown(show_progress and (accelerator is None or accelerator.is_main_process)):
         if accelerator is not None and isinstance(config, TrainedConfig):
             report["preset"] = find_preset(report["method"], recipe.preset)
@@ -142,19 +150,21 @@ def sparsify(
             )  # fmt: skip
         else:
             scales = prune_once(run, recipe, config, beside, report)
+    names = {k: str(v) if isinstance(v, str | Path) else None for k, v in (("data", data), ("teacher", teacher))}
+    recipe = recipe.resolved(data is not None).changed(**names)
+    report |= {"options": dict(recipe.options), "recipe": recipe.describe(), "seconds": time.monotonic() - began}
+    _end(report, run)
+    return SparsifyResult(model, report, recipe, scales)
+
+
+def _end(report: dict[str, Any], run: Run) -> None:
+    """What a report can say of any run behind it."""
     notes = report["notes"]
     notes += [n for n in run.reader.notes if n not in notes]
     by_layer = report.get("layer_notes") or {}
     notes += [*tell_moved(by_layer), *_by_text(by_layer)]
-    recipe = recipe.resolved(data is not None).changed(data=str(data) if isinstance(data, str | Path) else None)
-    report |= {
-        "options": dict(recipe.options),
-        "recipe": recipe.describe(),
-        "density": {s.fqn: density(run.program.tensor(s.fqn)) for s in eligible(run.sites)},
-        "seconds": time.monotonic() - began,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    return SparsifyResult(model, report, recipe, scales)
+    report["density"] = {s.fqn: density(run.program.tensor(s.fqn)) for s in eligible(run.sites)}
+    report["peak_memory_bytes"] = peak_memory_bytes()
 
 
 def _begun(run: Run, method: str, config: MethodConfig, seed: int) -> dict[str, Any]:

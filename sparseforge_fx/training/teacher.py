@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.training.distillation import FEATURES
@@ -26,11 +27,42 @@ def dense_copies(program: Program, weights: Sequence[Tensor]) -> list[tuple[Tens
     ]
 
 
+def weights_of(teacher: nn.Module, program: Program) -> dict[str, Tensor]:
+    """The parameters of ``teacher`` by the names that the captured model has for them.
+
+    Raises SparseForgeError unless it is the same model in other weights.
+    """
+    theirs = dict(teacher.named_parameters(remove_duplicate=False))
+    wanted = {fqn: value for fqn, value in program.state.items() if isinstance(value, nn.Parameter)}
+    for fqn, value in wanted.items():
+        if fqn not in theirs or theirs[fqn].shape != value.shape:
+            have = "no such weight" if fqn not in theirs else f"it as {list(theirs[fqn].shape)}"
+            raise SparseForgeError(
+                f"the teacher has {have} where the model has {fqn} {list(value.shape)}: a teacher is the same model, "
+                "in the weights that it had before it was pruned"
+            )
+        if theirs[fqn].is_meta or not bool(torch.isfinite(theirs[fqn]).all()):
+            raise SparseForgeError(f"{fqn} of the teacher is not there, or holds NaN or infinite values")
+    return {fqn: theirs[fqn].detach() for fqn in wanted}
+
+
+def counterparts(program: Program, weights: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The parameters of a program, each with what stands in its place in a teacher of these weights."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for fqn, value in program.state.items():
+        if fqn in weights and id(value) not in found:
+            other = weights[fqn].to(value.device, value.dtype)
+            if other.data_ptr() == value.data_ptr():  # a teacher does not learn
+                other = other.clone()
+            found[id(value)] = value, nn.Parameter(other, requires_grad=False)
+    return list(found.values())
+
+
 class Teacher:
     """The dense program over ``copies`` of what changes; the rest of its tensors is shared with the model.
 
     Args:
-        copies: of :func:`dense_copies`.
+        copies: of :func:`dense_copies`, or the :func:`counterparts` in another model.
         features: a name of :data:`FEATURES`: the values that it compares are kept in ``seen``.
         cut: what makes of the module one that processes share.
     """

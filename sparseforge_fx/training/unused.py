@@ -35,6 +35,8 @@ def unused_arguments(
             why |= dict.fromkeys(("steps", "tokens"), f"{method} looks at calibration= sequences")
     if not calibrates:
         why["calibration"] = "nothing is calibrated in this run"
+    if "teacher" in beside:
+        why["teacher"] = "nothing in this run comes near to it: no distillation (kl), no reconstruct"
     if not (trains or calibrates):
         why |= dict.fromkeys(("data", *TEXT, *PACKING), f"{method} looks at the weights alone")
     elif not is_text(data):

@@ -175,5 +175,5 @@ def test_a_plan_of_a_model_needs_data(captured_once):
         sf.plan(captured_once("mlp").model, speedup=1.1)
     with pytest.raises(SparseForgeError, match="cannot be read: No such file"):
         sf.plan("nowhere.json", speedup=1.1)
-    with pytest.raises(SparseForgeError, match="gpt2 is no plan .* load it first"):
+    with pytest.raises(SparseForgeError, match=r"gpt2 is no plan .* load it first"):
         sf.plan("openai-community/gpt2", speedup=1.1)

@@ -1,6 +1,5 @@
 """Two processes that share one model do what one process does with it: FSDP2, masks by the whole weight, states."""
 
-
 import functools
 
 import pytest
@@ -14,7 +13,8 @@ from sparseforge_fx.methods.learned import MaskLLMConfig
 from sparseforge_fx.methods.part import kth_smallest, local
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
 from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.pattern import Pattern, Unstructured, check_pattern
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.pattern import Pattern, Unstructured, check_pattern, hard_mask
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.prepare import finalize
 from sparseforge_fx.training.sparse_model import SparseModel
@@ -25,6 +25,7 @@ ANNEALED = SparseForgeConfig(steps=6, heat_end=0.3, quench_end=0.9, mask_rate=0.
 RUNS = {
     "llama": ("llama of one block", ANNEALED, 1e-3),
     "gpt2 in bfloat16": ("gpt2", GradualConfig(steps=3), 1e-3),
+    "pruned": ("llama", SparseForgeConfig(steps=3, start="magnitude", heat_end=0.0, quench_end=0.0), 1e-3),
     "moe": ("moe", SparseForgeConfig(steps=3, heat_end=0.3, quench_end=0.9, mask_rate=0.3), 1e-6),
 }
 
@@ -49,7 +50,15 @@ def ran(name, sharding=None, stop=None, **saved):
     model, program, first = captured(kind, torch.bfloat16 if "bfloat16" in name else torch.float32)
     for fqn, p in model.named_parameters():
         p.data = first[fqn].clone()
-    sparse = SparseModel(program, tiny_models.find_linears(program), config, Distillation(), sharding=sharding)
+    sites, taught = tiny_models.find_linears(program), None
+    if config.start != "dense":  # the model is pruned, and what it was teaches it
+        taught = {fqn: p.clone() for fqn, p in first.items()}
+        for site in eligible(sites):
+            weight = model.get_parameter(site.fqn).data
+            weight.mul_(hard_mask(weight.abs(), config.pattern, site.reduction_dim))
+    sparse = SparseModel(program, sites, config, Distillation(), sharding=sharding, taught_by=taught)
+    if config.start != "dense":
+        sparse.calibrate([])
     held = sum(local(t).numel() for t in (*sparse.graph.parameters(), *sparse.graph.buffers()) if 0 not in t.stride())
 
     class Batches:
@@ -119,7 +128,11 @@ def decisions(sharding=None):
             place = sharding.placement(shape, dim, Pattern(2, 4), "w")
             ours = lambda t, place=place: distribute_tensor(t, sharding.mesh, [place]).to_local().clone()  # noqa: E731
             part = Part.of(distribute_tensor(weight, sharding.mesh, [place]))
-        for config in (ANNEALED, GradualConfig(steps=6), SparseForgeConfig(steps=6, heat_end=0.3, quench_end=0.9, gate="pattern")):
+        for config in (
+            ANNEALED,
+            GradualConfig(steps=6),
+            SparseForgeConfig(steps=6, heat_end=0.3, quench_end=0.9, gate="pattern"),
+        ):
             w = MaskedWeight("w", ours(weight), torch.ones_like(ours(weight)), dim, part)
             method = config.build([w])
             for step in range(4):
@@ -134,7 +147,9 @@ def decisions(sharding=None):
             mask = w.whole(w.mask)
             found[(*key, "hard")] = mask.clone() if part is None else mask.full_tensor()
         if len(shape) == 2:
-            found[number, "kth"] = torch.stack([kth_smallest(ours(weight).flatten(), k, part) for k in (1, 2, weight.numel() // 2 + 1, weight.numel())])
+            found[number, "kth"] = torch.stack(
+                [kth_smallest(ours(weight).flatten(), k, part) for k in (1, 2, weight.numel() // 2 + 1, weight.numel())]
+            )
     return found
 
 
@@ -208,6 +223,11 @@ class TwoProcesses:
     [
         (MaskLLMConfig(steps=4), {}, "optimizer of whole weights; take sparseforge, gmp or imp"),
         (SparseForgeConfig(steps=4, start="alps", softness_start=0.5), {}, "start 'alps' solves for whole weights"),
+        (
+            SparseForgeConfig(steps=4, start="magnitude", heat_end=0.0, quench_end=0.0, reconstruct=1),
+            {},
+            "reconstruct=0",
+        ),
         (SparseForgeConfig(steps=4, curvature="hutchinson"), {}, "curvature hutchinson is not gathered in parts"),
         (SparseForgeConfig(steps=4, pattern=Unstructured(0.5)), {}, "50% has no groups; take N:M"),
         (ANNEALED, {"slorb_block": True}, "slorb block is for whole models"),

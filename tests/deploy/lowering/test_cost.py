@@ -122,7 +122,7 @@ def test_files_that_are_no_table(tmp_path, text):
     path.write_text(text)
     with pytest.raises(SparseForgeError, match="cost table"):
         cost.load_table(path)
-    with pytest.raises(SparseForgeError, match="none.json cannot be read: No such file"):
+    with pytest.raises(SparseForgeError, match=r"none\.json cannot be read: No such file"):
         cost.load_table(tmp_path / "none.json")
 
 

@@ -1,0 +1,32 @@
+"""Who teaches a run: whether anybody does, and whether the model that does has lost its weights already."""
+
+from __future__ import annotations
+
+from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.pattern import Pattern, check_pattern
+from sparseforge_fx.training.inputs import Run
+from sparseforge_fx.training.recipe import Recipe
+
+
+def is_taught(recipe: Recipe, config: MethodConfig) -> bool:
+    """Does anything in the run come near to the dense model?"""
+    if getattr(config, "reconstruct", 0) or not isinstance(config, TrainedConfig):
+        return bool(getattr(config, "reconstruct", 0))
+    loss = recipe.settings(True).objective
+    return bool(loss.kl) or loss.features is not None
+
+
+def pruned_already(run: Run, config: MethodConfig) -> list[str]:
+    """A note where every weight is N:M as it is given: what it is distilled from has lost as much."""
+    pattern = config.pattern
+    if not isinstance(pattern, Pattern):
+        return []
+    weights = ((run.program.tensor(s.fqn), s.reduction_dim) for s in eligible(run.sites))
+    if not all(check_pattern(weight, pattern, dim) for weight, dim in weights):
+        return []
+    return [
+        f"the model is {pattern} already, and is its own teacher: teacher= names what it was before, "
+        "start='magnitude' begins at the masks that it has"
+    ]
