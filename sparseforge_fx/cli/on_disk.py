@@ -47,7 +47,14 @@ def run_on_disk(
     console = stdout(quiet=as_json)
     console.print(summary(report))
     told = f"wrote {output}; next: sparseforge-fx evaluate {output} --dense {recipe.model} --device disk"
+    told += f"; train it: sparseforge-fx {healing(output, recipe)}"
     console.print(told, markup=False, highlight=False)
+
+
+def healing(output: Path, recipe: Recipe) -> str:
+    """The command that trains what a method has pruned that does not train."""
+    data = recipe.data if isinstance(recipe.data, str) else "DATA"
+    return f"sparsify {output} --teacher {recipe.model} --set start=magnitude --data {data} -o healed"
 
 
 def suggest(model: str) -> None:

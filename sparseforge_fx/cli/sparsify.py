@@ -22,7 +22,7 @@ from sparseforge_fx.cli.app import (
 )
 from sparseforge_fx.cli.assignments import read_assignments
 from sparseforge_fx.cli.dry_run import of_sparsify, tell
-from sparseforge_fx.cli.on_disk import check_before, on_disk, run_on_disk, suggest
+from sparseforge_fx.cli.on_disk import check_before, healing, on_disk, run_on_disk, suggest
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.tracker import Tracker
@@ -243,7 +243,9 @@ def _run(
             print_json(result.report)
         console = stdout(quiet=as_json)
         console.print(summary(result.report))
-        next_step = f"next: sparseforge-fx evaluate {folder.output} --dense {recipe.model}"
+        next_step = f"next: sparseforge-fx evaluate {folder.output} --dense {recipe.teacher or recipe.model}"
+        if recipe.method in ONE_SHOT:
+            next_step += f"; train it: sparseforge-fx {healing(folder.output, recipe)}"
         if isinstance(recipe.plan, str):
             next_step += f"; in the plan's formats: sparseforge-fx {_packing(recipe.plan, recipe.data, folder.output)}"
         console.print(f"wrote {folder.output}, with report.html; {next_step}", markup=False, highlight=False)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.training.distillation import FEATURES
@@ -28,11 +29,13 @@ def dense_copies(program: Program, weights: Sequence[Tensor]) -> list[tuple[Tens
 
 
 def weights_of(teacher: nn.Module, program: Program) -> dict[str, Tensor]:
-    """The parameters of ``teacher`` by the names that the captured model has for them.
+    """The parameters of ``teacher`` by the names that the captured model has for them; buffers stay the model's own.
 
     Raises SparseForgeError unless it is the same model in other weights.
     """
-    theirs = dict(teacher.named_parameters(remove_duplicate=False))
+    if not isinstance(teacher, nn.Module):
+        raise SparseForgeError(f"teacher is {teacher!r}: give a model, or the folder, hub id or file of one")
+    theirs = dict(unwrapped(teacher).named_parameters(remove_duplicate=False))
     wanted = {fqn: value for fqn, value in program.state.items() if isinstance(value, nn.Parameter)}
     for fqn, value in wanted.items():
         if fqn not in theirs or theirs[fqn].shape != value.shape:

@@ -65,6 +65,13 @@ def test_without_a_teacher_it_teaches_itself_and_that_is_said():
         assert not any("already" in n for n in report["notes"])
 
 
+def test_a_teacher_in_a_wrapper():
+    dense, sparse, _ = pair()
+    plain = curve(sf.sparsify(copy.deepcopy(sparse), text(), teacher=dense, **HEAL))
+    for wrapped in (torch.compile(dense), torch.nn.DataParallel(dense)):
+        assert curve(sf.sparsify(copy.deepcopy(sparse), text(), teacher=wrapped, **HEAL)) == plain
+
+
 def test_the_model_itself_as_its_teacher_does_not_learn():
     dense, _, _ = pair()
     alone, own = copy.deepcopy(dense), dense
@@ -138,7 +145,8 @@ def with_nan(dense):
      (lambda dense: build("gpt2"), "has no such weight where the model has"),
      (with_nan, r"model\.norm\.weight of the teacher is not there, or holds NaN"),
      (lambda dense: dense.to("meta"), "of the teacher is not there"),
-     (lambda dense: "no/such/folder", "no/such/folder")],
+     (lambda dense: "no/such/folder", "no/such/folder"),
+     (lambda dense: 3, "teacher is 3: give a model, or the folder")],
 )  # fmt: skip
 def test_what_is_no_teacher(change, message):
     dense, sparse, _ = pair()
@@ -180,11 +188,16 @@ def test_on_the_command_line(tmp_path):
     def run(*arguments):
         return CliRunner().invoke(cli.app, [*map(str, arguments), "--device", "cpu"])
 
-    assert run("sparsify", tmp_path / "dense", "--method", "magnitude", "-o", tmp_path / "sparse").exit_code == 0
+    said = run("sparsify", tmp_path / "dense", "--method", "magnitude", "-o", tmp_path / "sparse")
+    next_step = (
+        f"sparsify {tmp_path / 'sparse'} --teacher {tmp_path / 'dense'} --set start=magnitude --data DATA -o healed"
+    )
+    assert next_step in " ".join(said.stdout.split())
     how = ("--data", tmp_path / "text.txt", "--tokens", "256", "--length", "32", "--batch-size", "2")
     more = ("--set", "start=magnitude", "--teacher", tmp_path / "dense")
     said = run("sparsify", tmp_path / "sparse", *how, *more, "-o", tmp_path / "healed")
     assert said.exit_code == 0, said.output
+    assert f"healed --dense {tmp_path / 'dense'}" in " ".join(said.stdout.split())
     recipe = sf.Recipe.read(tmp_path / "healed")
     assert recipe.teacher == str(tmp_path / "dense") and recipe.options["start"] == "magnitude"
     again = run("sparsify", "--config", tmp_path / "healed", "-o", tmp_path / "again")
