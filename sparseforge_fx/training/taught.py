@@ -19,14 +19,15 @@ def is_taught(recipe: Recipe, config: MethodConfig) -> bool:
 
 
 def pruned_already(run: Run, config: MethodConfig) -> list[str]:
-    """A note where every weight is N:M as it is given: what it is distilled from has lost as much."""
+    """A note where weights are N:M as they are given: what the model is distilled from has lost as much."""
     pattern = config.pattern
     if not isinstance(pattern, Pattern):
         return []
-    weights = ((run.program.tensor(s.fqn), s.reduction_dim) for s in eligible(run.sites))
-    if not all(check_pattern(weight, pattern, dim) for weight, dim in weights):
+    weights = [(run.program.tensor(s.fqn), s.reduction_dim) for s in eligible(run.sites)]
+    count = sum(bool(weight.any()) and check_pattern(weight, pattern, dim) for weight, dim in weights)
+    if not count:
         return []
     return [
-        f"the model is {pattern} already, and is its own teacher: teacher= names what it was before, "
-        "start='magnitude' begins at the masks that it has"
+        f"{count} of {len(weights)} weights are {pattern} already, and the model is its own teacher: teacher= names "
+        "what it was before, start='magnitude' begins at the masks that it has"
     ]

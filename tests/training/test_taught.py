@@ -51,11 +51,11 @@ def test_to_heal_is_to_prune_and_train_in_one(name):
 
 
 def test_without_a_teacher_it_teaches_itself_and_that_is_said():
-    dense, sparse, _ = pair()
+    dense, sparse, sites = pair()
     result = sf.sparsify(sparse, text(), **HEAL)
     assert result.report["curves"][0]["kl"] < 1e-6
     (note,) = [n for n in result.report["notes"] if "already" in n]
-    assert note.startswith("the model is 2:4 already, and is its own teacher: teacher= names what it was before")
+    assert note.startswith(f"{len(sites)} of {len(sites)} weights are 2:4 already, and the model is its own teacher")
     for model, options in (
         (dense, {}),
         (pair()[1], {"teacher": dense}),
@@ -63,6 +63,11 @@ def test_without_a_teacher_it_teaches_itself_and_that_is_said():
     ):
         report = sf.sparsify(model, text(), **HEAL, **options).report
         assert not any("already" in n for n in report["notes"])
+    partly, _, _ = pair()
+    sf.sparsify(partly, method="magnitude", include="*.up_proj")
+    partly.get_parameter(sites[0]).data.zero_()  # which says nothing
+    notes = sf.sparsify(partly, text(), exclude="*.down_proj", **HEAL).report["notes"]
+    assert [n for n in notes if n.startswith(f"2 of {len(sites) - 2} weights are 2:4 already")]
 
 
 def test_a_teacher_in_a_wrapper():
