@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,12 @@ def run_on_disk(
 
 def healing(output: Path, recipe: Recipe) -> str:
     """The command that trains what a method has pruned that does not train."""
-    data = recipe.data if isinstance(recipe.data, str) else "DATA"
-    return f"sparsify {output} --teacher {recipe.model} --set start=magnitude --data {data} -o healed"
+    asked: dict[str, Any] = {"--teacher": recipe.model, "--set": "start=magnitude", "--data": recipe.data or "DATA"}
+    asked |= {"--pattern": recipe.pattern, "--plan": recipe.plan}
+    words = [word for option, value in asked.items() if value is not None for word in (option, str(value))]
+    for option, globs in (("--include", recipe.include), ("--exclude", recipe.exclude)):
+        words += [word for glob in globs for word in (option, glob)]
+    return shlex.join(["sparsify", str(output), *words, "-o", "healed"])
 
 
 def suggest(model: str) -> None:

@@ -18,7 +18,7 @@ from sparseforge_fx.methods.obs import prune_obs
 from sparseforge_fx.methods.rounding import Values
 from sparseforge_fx.methods.unseen import rank_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, hard_mask
+from sparseforge_fx.pattern import AnyPattern, Pattern, Unstructured, check_pattern, hard_mask
 from sparseforge_fx.ranges import Count, CountFromZero, Positive, Range
 
 #: share of the mean diagonal; OBS gives up beyond
@@ -35,6 +35,12 @@ def magnitude(weights: Sequence[MaskedWeight], pattern: AnyPattern) -> None:
     """Keep the N largest |w| of every group of M: masks are written, weights are not."""
     for w in weights:
         w.mask.copy_(hard_mask(w.weight.abs(), pattern, w.dim))
+
+
+def tell_new(weights: Sequence[MaskedWeight], pattern: AnyPattern) -> dict[str, str]:
+    """Notes, by weight, on those that are not N:M yet where others are: a model whose own masks are taken."""
+    new = [w.fqn for w in weights if not check_pattern(w.weight, pattern, w.dim)]
+    return {} if len(new) == len(weights) else dict.fromkeys(new, f"was not {pattern} yet, and is pruned by magnitude")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ def plan_again(
         raise SparseForgeError(
             f"a plan is made again from its prices, nothing is measured or read: leave {', '.join(unused)} out"
         )
+    if not isinstance(made, Plan | str | Path):
+        raise SparseForgeError(f"expected a model or a plan, got {type(made).__name__}")
     if not isinstance(made, Plan) and Path(made).suffix != ".json":
         raise SparseForgeError(f"{made} is no plan (.json): to plan for a model, load it first, with sf.load")
     made = made if isinstance(made, Plan) else Plan.read(made)

@@ -22,7 +22,7 @@ from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.finish import finish
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer, undone_on_error
 from sparseforge_fx.methods.on_grid import OnGrid, fitting
-from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude
+from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude, tell_new
 from sparseforge_fx.methods.reorder import Reordering
 from sparseforge_fx.methods.rounding import format_of
 from sparseforge_fx.methods.weights import MaskedWeight
@@ -211,8 +211,8 @@ class SparseModel(TrainerSurface):
         with undone_on_error(weights, vectors) as dense, low_rank.handed_over(self.branches, self._hands_over):
             if config.reorder:
                 self.moves = Reordering(self.program, config.pattern, weights)
-            notes = dict[str, str]()
             if start is None:
+                notes = tell_new(weights, config.pattern)
                 magnitude(weights, config.pattern)
             else:
                 notes = prune_layer_by_layer(self.program, weights, readings, start.solve, experts, self.moves)

@@ -177,3 +177,5 @@ def test_a_plan_of_a_model_needs_data(captured_once):
         sf.plan("nowhere.json", speedup=1.1)
     with pytest.raises(SparseForgeError, match=r"gpt2 is no plan .* load it first"):
         sf.plan("openai-community/gpt2", speedup=1.1)
+    with pytest.raises(SparseForgeError, match="expected a model or a plan, got int"):
+        sf.plan(3, speedup=1.1)

@@ -96,6 +96,19 @@ def test_blocks_come_near_to_the_teachers():
         assert not any(n.startswith("teacher is given") for n in report["notes"])
 
 
+def test_weights_that_were_dense_are_named():
+    dense, _, sites = pair()
+    partly = copy.deepcopy(dense)
+    sf.sparsify(partly, method="magnitude", exclude="*.down_proj")
+    report = sf.sparsify(partly, text(), teacher=dense, **HEAL).report
+    named = [n for n in report["notes"] if n.startswith("was not 2:4 yet, and is pruned by magnitude: ")]
+    assert len(named) == 1 and named[0].count("down_proj") == sum("down_proj" in s for s in sites)
+    partly = copy.deepcopy(pair()[0])
+    sf.sparsify(partly, method="magnitude", exclude="*.down_proj")
+    report = sf.sparsify(partly, text(), teacher=dense, exclude="*.down_proj", **HEAL).report
+    assert not any("was not" in n for n in report["notes"])
+
+
 def test_values_in_few_bits_from_the_masks_as_they_are():
     dense, sparse, sites = pair()
     result = sf.sparsify(sparse, text(), teacher=dense, values="int8", calibration=8, **HEAL)
@@ -198,6 +211,10 @@ def test_on_the_command_line(tmp_path):
         f"sparsify {tmp_path / 'sparse'} --teacher {tmp_path / 'dense'} --set start=magnitude --data DATA -o healed"
     )
     assert next_step in " ".join(said.stdout.split())
+    said = run(
+        "sparsify", tmp_path / "dense", "--method", "magnitude", "--exclude", "*.o_proj", "-o", tmp_path / "part"
+    )
+    assert "start=magnitude --data DATA --exclude '*.o_proj' -o healed" in " ".join(said.stdout.split())
     how = ("--data", tmp_path / "text.txt", "--tokens", "256", "--length", "32", "--batch-size", "2")
     more = ("--set", "start=magnitude", "--teacher", tmp_path / "dense")
     said = run("sparsify", tmp_path / "sparse", *how, *more, "-o", tmp_path / "healed")
