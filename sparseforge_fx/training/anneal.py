@@ -69,6 +69,7 @@ def anneal(
             run.program, run.sites, config, settings.objective, slorb_block=settings.slorb_block, sharding=sharding,
             taught_by=run.taught_by,
         )  # fmt: skip
+        run.taught_by = None
         how_weights_move = Optimization(
             recipe.lr, accumulate=accumulate, weight_decay=settings.weight_decay, optimizer=recipe.optimizer
         )

@@ -106,6 +106,7 @@ class SparseModel(TrainerSurface):
         if self.distillation.kl or features is not None:
             cut = None if self.shards is None else self.shards.teacher
             self.teacher = Teacher(program, self._teachers(), features, cut)
+            self._taught_by = None  # processes that share the teacher have parts of it alone
         self.probe: CurvatureProbe | ShardedProbe | None = None
         if self.shards is not None:
             self.shards.empty(program)

@@ -126,6 +126,7 @@ def test_other_methods_take_a_teacher_too():
 def test_a_loop_of_ones_own():
     dense, sparse, sites = pair()
     prepared = sf.prepare(sparse, text()[0], sf.alps_kd_preset(steps=2, start="magnitude"), teacher=dense)
+    assert prepared._taught_by is None  # a shared teacher is not held whole beside its parts
     loss = prepared(**text()[0]).loss
     alone = sf.prepare(pair()[1], text()[0], sf.alps_kd_preset(steps=2, start="magnitude"))
     assert loss > alone(**text()[0]).loss + 0.001
