@@ -192,7 +192,11 @@ def _write(path: Path, blocks: Iterable[np.ndarray], limit: int | None, nothing:
     """Tokens to `path`, which is replaced only by the finished file. Raises SparseForgeError `nothing` for none."""
     written = 0
     try:
-        with counted("tokenising", limit) as advance, new_file(path, shared=True) as partial, open(partial, "wb") as file:
+        with (
+            counted("tokenising", limit) as advance,
+            new_file(path, shared=True) as partial,
+            open(partial, "wb") as file,
+        ):
             for block in blocks:
                 file.write(block.tobytes())
                 written += block.size
