@@ -88,14 +88,23 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, A
 
 
 def of_quantize(
-    model: str, output: Path, values: str | None, plan: str | None, include: list[str], exclude: list[str]
+    model: str,
+    output: Path,
+    values: str | None,
+    plan: str | None,
+    include: list[str],
+    exclude: list[str],
+    reading: Mapping[str, Any] | None,
+    device: str | None,
 ) -> dict[str, Any]:
-    """The format of every linear by shapes, and the bytes; weights that are 2:4 already take less."""
+    """The format of every linear by shapes, the bytes (weights that are 2:4 already take less), and the time of a walk
+    over data; ``reading``: how much of these is read, None: no data."""
     from sparseforge_fx.formats import DENSE, parse_format
+    from sparseforge_fx.models.compute_dtype import dtype_of
     from sparseforge_fx.pattern import TWO_FOUR
     from sparseforge_fx.plans import planned_formats
 
-    loaded, _, sites = _sites(model, TWO_FOUR, include, exclude)
+    loaded, program, sites = _sites(model, TWO_FOUR, include, exclude)
     chosen = [s for s in sites if s.reason is None]
     if plan is not None:
         formats = planned_formats(plan, {s.fqn: None for s in sites})
@@ -111,13 +120,33 @@ def of_quantize(
     kinds: dict[str, int] = {}
     for name in fitting:
         kinds[str(formats[name])] = kinds.get(str(formats[name]), 0) + 1
+    walk: dict[str, Any] = {}
+    if reading is not None:
+        rounded = {name: formats[name] for name in fitting if formats[name].is_quantized}
+        walk = _rounding(program, sites, rounded, reading, dtype_of(loaded), device)
     return {
         "model": model,
         "formats": [f"{count} linears in {form}" for form, count in kinds.items()] or "no linear fits",
         "stay": [f"{s.fqn}: {s.reason}" for s in sites if s.fqn not in fitting and s.reason] or "nothing else",
         "bytes": f"{readable_bytes(before)} now, {readable_bytes(before - saved)} then; 2:4 weights take less still",
+        **walk,
         "writes": f"{output}/",
     }
+
+
+def _rounding(
+    program: Any, sites: list[Any], formats: Mapping[str, Any], reading: Mapping[str, Any], own: Any, device: str | None
+) -> dict[str, Any]:
+    """How long the walk over data takes of a model whose dtype is ``own``."""
+    from sparseforge_fx.models.compute_dtype import choose_dtype
+    from sparseforge_fx.training.forecast import forecast_rounding
+    from sparseforge_fx.training.recipe import Recipe
+
+    where = pick_device(device)
+    dtype = choose_dtype(own, where).dtype
+    counts = {name: reading[name] for name in ("calibration", "length", "batch_size") if name in reading}
+    found = forecast_rounding(program, sites, formats, Recipe(**counts), dtype, where)
+    return {"time": _time(found, dtype), "predicted": {"seconds": found.seconds}}
 
 
 def of_export(model: str, output: Path, format: str, tokens: list[int] | None) -> dict[str, Any]:

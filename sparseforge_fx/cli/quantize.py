@@ -93,7 +93,8 @@ def quantize(
     where = pick_device(device)
     scales, notes = scales_of(model, {"data": data, "plan": plan, "include": include, "exclude": exclude})
     if dry_run:
-        tell(of_quantize(model, output, values, plan, include, exclude), as_json)
+        walked = None if data is None or scales else reading
+        tell(of_quantize(model, output, values, plan, include, exclude, walked, device), as_json)
         return
     loaded, tokenizer = load(model, dtype=dtype)
     if scales:

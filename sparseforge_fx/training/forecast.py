@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from sparseforge_fx.formats import Format
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.one_shot import LAYERWISE, AlpsConfig, LayerwiseConfig, SparseGPTConfig, WandaConfig
 from sparseforge_fx.methods.reorder import ROUNDS as ROUNDS_OF_ORDER
 from sparseforge_fx.methods.reorder import find_order
+from sparseforge_fx.methods.rounding import Rounded, follow, round_weight
 from sparseforge_fx.passes import LinearSite, run_passes, train_passes
 from sparseforge_fx.passes.find_channels import find_channels
 from sparseforge_fx.pattern import Pattern
@@ -116,6 +118,49 @@ def forecast(
     return Forecast(start, recipe.accumulate * micro + machine.optimizer(sum(s.numel for s in chosen)), steps)
 
 
+@torch.no_grad()
+def forecast_rounding(
+    program: Program,
+    sites: Sequence[LinearSite],
+    formats: Mapping[str, Format],
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Forecast:
+    """Predict the walk over data in which ``sf.quantize`` puts weights on their grids; as :func:`forecast`.
+
+    Args:
+        formats: of the weights that are rounded, by name.
+        recipe: how much is read: its calibration, length and batch size.
+    """
+    chosen = [s for s in sites if s.fqn in formats]
+    with torch.random.fork_rng(devices=[]):
+        machine = _Machine(dtype, device)
+        work = _Work(machine, program, sites, chosen, recipe)
+        # the model beside its twin that is not rounded; moments of the inputs, and with those of the twin
+        batches = 2 * math.ceil(recipe.calibration / recipe.batch_size)
+        seconds = batches * (work.products(chosen).forward + sum(work.moments(s) for s in chosen))
+        for form in set(formats.values()):
+            machine.solved.clear()
+            fitting = [s for s in chosen if formats[s.fqn] == form]
+            seconds += sum(machine.solve(_Rounding(form), s.out_features, s.in_features) for s in fitting)
+    return Forecast(seconds, 0.0, 0)
+
+
+class _Rounding:
+    """A weight that is put on a grid, as a problem that can be timed."""
+
+    def __init__(self, form: Format):
+        self.form = form
+
+    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> Rounded:
+        return round_weight(follow(weight * mask, moments, moments), self.form, moments)
+
+
+class _Problem(Protocol):
+    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> object: ...
+
+
 def _start(machine: _Machine, work: _Work, chosen: Sequence[LinearSite], recipe: Recipe, config: MethodConfig) -> float:
     """Seconds of a layer-wise method: the walk, its moments and its problems, and the blocks that learn after it."""
     solver = config if isinstance(config, LayerwiseConfig) else None
@@ -168,7 +213,7 @@ class _Machine:
             self.products[key] = Product(forward / ROWS, self._time(lambda: (y @ w, y.t() @ x)) / ROWS)
         return self.products[key]
 
-    def solve(self, solver: LayerwiseConfig, out: int, width: int) -> float:
+    def solve(self, solver: _Problem, out: int, width: int) -> float:
         """Seconds of one weight; of a wide one by two problems of its form that are small enough to be solved now. The
         power of the width that lies between them grows with the width, to 3: half-way is taken."""
         if (out, width) not in self.solved:
@@ -179,7 +224,7 @@ class _Machine:
                 self.solved[out, width] *= factor ** ((3 + min(3.0, max(1.0, power))) / 2)
         return self.solved[out, width]
 
-    def _solve(self, solver: LayerwiseConfig, out: float, width: float) -> float:
+    def _solve(self, solver: _Problem, out: float, width: float) -> float:
         rows, columns = (max(16, round(n / 16) * 16) for n in (out, width))  # whole groups
         inputs = torch.randn(2 * columns, columns, device=self.device)
         moments, weight = inputs.t() @ inputs, torch.randn(rows, columns, device=self.device)

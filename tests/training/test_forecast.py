@@ -6,12 +6,22 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
+from sparseforge_fx.formats import parse_format
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.methods.one_shot import AlpsConfig
 from sparseforge_fx.passes import find_linears
 from sparseforge_fx.training import forecast as module
 from sparseforge_fx.training.distillation import Distillation
-from sparseforge_fx.training.forecast import BACKWARD, FORWARD, LOSS, MASK, OPTIMIZER, Product, forecast
+from sparseforge_fx.training.forecast import (
+    BACKWARD,
+    FORWARD,
+    LOSS,
+    MASK,
+    OPTIMIZER,
+    Product,
+    forecast,
+    forecast_rounding,
+)
 from sparseforge_fx.training.recipe import Recipe
 
 FLOP = 1e-12  # seconds of a multiply-add on the known machine
@@ -117,3 +127,27 @@ def test_a_wide_problem_is_solved_small():
 
     machine.solve(Watched(iterations=1), 3 * module.WIDTH, 2 * module.WIDTH)
     assert set(seen) == {(3 * module.WIDTH // 2 // n, module.WIDTH // n) for n in (1, 2)}
+
+
+def test_rounding_walks_the_model_and_its_twin(known, tiny):
+    program = tiny("llama").program
+    sites = find_linears(program, Recipe().config(False).pattern)
+    forms = {s.fqn: parse_format("int4" if k % 2 else "int8") for k, s in enumerate(sites) if s.reason is None}
+    found = [
+        forecast_rounding(
+            program, sites, forms, Recipe(calibration=n, batch_size=2, length=32), torch.float32, torch.device("cpu")
+        )
+        for n in (8, 16)
+    ]
+    assert [f[1:] for f in found] == [(0.0, 0)] * 2 and found[0].seconds == pytest.approx(len(forms), rel=1e-3)
+    chosen = [s for s in sites if s.fqn in forms]
+    products = 64 * FLOP * (multiplied(chosen) + sum(s.in_features**2 * len(s.uses) for s in chosen))
+    assert found[1].seconds - found[0].seconds == pytest.approx(2 * 4 * products, rel=0.05)
+
+
+def test_rounding_on_this_machine(tiny):
+    program = tiny("opt").program
+    sites = find_linears(program, Recipe().config(False).pattern)
+    forms = {s.fqn: parse_format("int4") for s in sites if s.reason is None}
+    got = forecast_rounding(program, sites, forms, Recipe(), torch.float32, torch.device("cpu"))
+    assert 0 < got.seconds < 600

@@ -21,6 +21,7 @@ from sparseforge_fx.kernels.layouts import layouts_of, native_layout
 from sparseforge_fx.kernels.packed import Packed, pack_codes
 from sparseforge_fx.methods.rounding import Rounded, codes_of, round_weight
 from sparseforge_fx.methods.weights import put_back
+from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
 from sparseforge_fx.models.ties import part
 from sparseforge_fx.ranges import Count, checked
 from sparseforge_fx.report import environment
@@ -59,7 +60,8 @@ def quantize(
         scales: those of weights that are on a grid already, by the weights' names (``sparsify(...).scales``): they are
             packed exactly.
         data: calibration text, token ids or batches, as for :func:`sparseforge_fx.sparsify`. A weight that they do not
-            reach gets the scales of its largest values and its nearest codes, and a note.
+            reach gets the scales of its largest values and its nearest codes, and a note. Where half precision is
+            slower on this CPU, the model goes over them in float32, and a note says so.
         dense: weights that are not 2:4, too; False leaves them as they are. A plan says so itself.
         include, exclude: globs over weights or modules, in the place of a plan: only what is included is quantised. A
             head that is tied to an embedding stays as it is unless it is included (``include="*"``: everything).
@@ -87,8 +89,13 @@ def quantize(
         if data is not None and formats:
             batches, told = _batches(model, data, tokenizer, **reading)
             weights = {name: sites[name].weight for name in formats}
-            rounded, more = round_on_data(model, weights, formats, batches, example_inputs)
-            notes += [*told, *more]
+            computing = choose_dtype(dtype_of(model), next(iter(weights.values())).device)
+            back = cast(model, computing.dtype)
+            try:
+                rounded, more = round_on_data(model, weights, formats, batches, example_inputs)
+            finally:
+                back()
+            notes += [*computing.notes(), *told, *more]
         elif data is not None:
             notes.append("data is given and not used: the scales of all weights are known")
         packed = {

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import sparseforge_fx as sf
+from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
 from sparseforge_fx.deploy.lowering import quantize
 from sparseforge_fx.deploy.lowering.modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
@@ -173,3 +174,48 @@ def test_weights_that_are_not_finite_are_named():
     with pytest.raises(SparseForgeError, match=r"'1': .*not finite"):
         sf.quantize(model)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.fixture
+def slow_halves(monkeypatch):
+    """A processor that takes ten times as long in bfloat16."""
+    seconds = {"bfloat16": 1.0, "float32": 0.1}
+    monkeypatch.setattr("sparseforge_fx.models.compute_dtype.time_steps", lambda dtypes: seconds)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_where_half_precision_is_slow_the_data_is_walked_in_float32(slow_halves, captured_once, values):
+    found = captured_once("llama")
+    torch.manual_seed(0)
+    half = type(found.model)(found.model.config).eval().bfloat16()
+    half.model.norm.float()  # which stays
+    full = copy.deepcopy(half).float()
+    report = sf.quantize(half, values, [found.batch()])
+    expected = sf.quantize(full, values, [found.batch()])
+    told = "computed in float32, which is 10.0 times as fast on this processor; the checkpoint's own dtype is bfloat16"
+    assert told in report["notes"] and told not in expected["notes"]
+    assert {n: p.dtype for n, p in half.named_parameters()} == {
+        n: torch.float32 if n == "model.norm.weight" else torch.bfloat16 for n, _ in half.named_parameters()
+    }
+    ours, theirs = (packed_linears(model) for model in (half, full))
+    assert ours and all(m.weight.dtype == torch.bfloat16 for m in ours.values())
+    for name, module in ours.items():
+        assert torch.equal(module.packed().values, theirs[name].packed().values), name
+        assert torch.equal(module.packed().scales, theirs[name].packed().scales), name
+
+
+def test_an_error_in_that_walk_leaves_the_halves_as_they_were(slow_halves, captured_once, monkeypatch):
+    found = captured_once("llama")
+    model = copy.deepcopy(found.model).bfloat16()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fails(model, weights, *_):
+        for weight in weights.values():
+            weight.data.zero_()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "round_on_data", fails)
+    with pytest.raises(KeyboardInterrupt):
+        sf.quantize(model, "int8", [found.batch()])
+    after = model.state_dict()
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
