@@ -77,7 +77,7 @@ def test_the_first_help_names_the_first_command_and_completion():
         ),
         ("sparsify {home}/dense --method magnitude -o {home}/no", "7 linears with 9,216 weights"),
         ("quantize {home}/dense --values int4 -o {home}/no", "7 linears in dense int4/32"),
-        ("quantize {home}/dense --data {home}/test.txt --set length=16 -o {home}/no", " in float32 on this machine"),
+        ("quantize {home}/dense --data {home}/test.txt --set length=16 -o {home}/no", " on this machine"),
         ("export {home}/run -o {home}/no.pt2", "7 linears, those of them whose weights are 2:4"),
         ("export {home}/run --format safetensors -o {home}/no", "all packed"),
     ],
