@@ -84,7 +84,20 @@ def test_a_damaged_packed_folder(folder, tmp_path):
 
 
 def test_benchmark(folder, tmp_path, always_faster):
-    options = ("--prompt", "4", "--new-tokens", "3", "--tokens", "2", "--rounds", "2", "--device", "cpu", "--dtype", "float32")
+    options = (
+        "--prompt",
+        "4",
+        "--new-tokens",
+        "3",
+        "--tokens",
+        "2",
+        "--rounds",
+        "2",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    )
     said = ok("benchmark", folder, "--batch", "2", *options, "-o", tmp_path / "speed.json")
     assert said.startswith("7 of 7 2:4 linears packed")
     found = json.loads((tmp_path / "speed.json").read_text())["batches"]["2"]
@@ -101,7 +114,10 @@ def test_benchmark(folder, tmp_path, always_faster):
         (["export", "SPARSE", "-o", "OUT/m.bin"], "does not end in .pt2"),
         (["export", "DENSE", "-o", "OUT/m.pt2", "--device", "cpu"], "nothing to lower"),
         (["export", "SPARSE/none", "-o", "OUT/m.pt2"], "none"),
-        (["export", "SPARSE", "-o", "OUT/m.pt2", "--generator", "--device", "cpu"], "more than the 128 positions"),
+        (
+            ["export", "SPARSE", "-o", "OUT/m.pt2", "--generator", "--max-length", "999", "--device", "cpu"],
+            "more than the 128 positions",
+        ),
         (["generate", "OUT/none.pt2", "-p", "a"], "is not there"),
         (["generate", "SPARSE/config.json", "-p", "a"], "config.json"),
         (["benchmark", "DENSE", "--device", "cpu"], "nothing to lower"),

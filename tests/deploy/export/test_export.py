@@ -137,7 +137,7 @@ def test_packed_linears_stay_packed(sparse, tmp_path):
 
 def test_the_gate_decides_here_too(sparse, tmp_path):
     found = sparse("mlp")
-    with pytest.raises(SparseForgeError, match="cost table"):
+    with pytest.raises(SparseForgeError, match="cannot be read: No such file"):
         sf.export(found.model, tmp_path / "m.pt2", found.example, table=tmp_path / "none.json")
     report = sf.export(found.model, tmp_path / "m.pt2", found.example, table={}, tokens=[1])
     assert report["sites"] == [] and {s["reason"][:8] for s in report["skipped"]} == {"gate: no", "not 2:4:"}
