@@ -129,16 +129,15 @@ def sparsify(
         check_parent(Path(state_path))
     if isinstance(config, TrainedConfig):
         accelerator = accelerator or processes.accelerator()
-    teacher = recipe.teacher if teacher is None else teacher
+    taught, teacher = is_taught(recipe, config), recipe.teacher if teacher is None else teacher
     run = open_run(
         model, data, recipe, config, accelerator, tokenizer=tokenizer, cache_dir=cache_dir,
-        example_inputs=example_inputs, teacher=load_dense(teacher)[0] if isinstance(teacher, str | Path) else teacher,
+        example_inputs=example_inputs, teacher=_opened(teacher) if taught else None,
     )  # fmt: skip
     run.notes += adapter_notes(model, [run.program.tensor(s.fqn) for s in eligible(run.sites)])
     report = _begun(run, recipe.name(data is not None), config, recipe.seed)
     scales, beside = dict[str, Tensor](), {"tokenizer": tokenizer, "cache_dir": cache_dir}
     beside["activation_checkpointing"] = activation_checkpointing or None
-    taught = is_taught(recipe, config)
     beside |= {} if taught else {"teacher": teacher}
     report["notes"] += pruned_already(run, config) if taught and teacher is None else []
     with shown(show_progress and (accelerator is None or accelerator.is_main_process)):
@@ -155,6 +154,10 @@ def sparsify(
     report |= {"options": dict(recipe.options), "recipe": recipe.describe(), "seconds": time.monotonic() - began}
     _end(report, run)
     return SparsifyResult(model, report, recipe, scales)
+
+
+def _opened(teacher: nn.Module | str | Path | None) -> nn.Module | None:
+    return load_dense(teacher)[0] if isinstance(teacher, str | Path) else teacher
 
 
 def _end(report: dict[str, Any], run: Run) -> None:

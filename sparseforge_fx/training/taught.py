@@ -12,8 +12,10 @@ from sparseforge_fx.training.recipe import Recipe
 
 def is_taught(recipe: Recipe, config: MethodConfig) -> bool:
     """Does anything in the run come near to the dense model?"""
-    if getattr(config, "reconstruct", 0) or not isinstance(config, TrainedConfig):
-        return bool(getattr(config, "reconstruct", 0))
+    if getattr(config, "reconstruct", 0):
+        return True
+    if not isinstance(config, TrainedConfig):
+        return False
     loss = recipe.settings(True).objective
     return bool(loss.kl) or loss.features is not None
 
