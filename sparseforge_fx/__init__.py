@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparseforge_fx.methods.catalog import configure
     from sparseforge_fx.methods.presets import alps_kd_preset, annealed_preset, paper_preset, paper_universal_preset
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig
+    from sparseforge_fx.models.streamed import StreamedModel
     from sparseforge_fx.planning.make import plan
     from sparseforge_fx.plans import Plan
     from sparseforge_fx.training.callback import SparseForgeCallback
@@ -47,6 +48,7 @@ _HOMES = {
     "SparseForgeConfig": "methods.soft_mask",
     "SparseModel": "training.sparse_model",
     "SparsifyResult": "training.sparsify",
+    "StreamedModel": "models.streamed",
     "alps_kd_preset": "methods.presets",
     "annealed_preset": "methods.presets",
     "as_batches": "data.batches",
@@ -83,6 +85,7 @@ __all__ = [
     "SparseForgeError",
     "SparseModel",
     "SparsifyResult",
+    "StreamedModel",
     "alps_kd_preset",
     "annealed_preset",
     "as_batches",

@@ -60,8 +60,8 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
     return Exported(exported, model, notes)
 
 
-def without_values(model: nn.Module) -> None:
-    """Turn weights and buffers, wherever they are, into tensors on the CPU that have a shape alone, so that the model
+def without_values(model: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Turn weights and buffers, wherever they are, into tensors on a device that have a shape alone, so that the model
     is captured as it runs there. (On the meta device a model may take another way.)"""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     made: dict[int, Tensor] = {}  # tied weights stay tied
@@ -72,7 +72,7 @@ def without_values(model: nn.Module) -> None:
                     if value is None:
                         continue
                     if id(value) not in made:
-                        fake = torch.empty(value.shape, dtype=value.dtype)
+                        fake = torch.empty(value.shape, dtype=value.dtype, device=device)
                         made[id(value)] = nn.Parameter(fake) if isinstance(value, nn.Parameter) else fake
                     table[name] = made[id(value)]  # type: ignore[assignment]
 

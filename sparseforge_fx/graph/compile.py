@@ -16,7 +16,7 @@ import copy
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +51,20 @@ class Block:
 class SharedBlock(nn.Module):
     """The one function that all blocks of a kind call. Holds no parameters, so ``state_dict`` does not see it."""
 
-    def __init__(
-        self, body: GraphModule, blocks: list[Block], compile: bool, checkpoint: bool, options: dict[str, Any]
-    ):
+    def __init__(self, body: GraphModule, blocks: list[Block]):
         super().__init__()
-        self.checkpoint = checkpoint
         self.body, self.path, self.count = body, blocks[0].container, len(blocks)
+        self._carried = _carried(blocks)
+        self.run_as()
+
+    def run_as(self, compile: Mapping[str, Any] | None = None, checkpoint: bool = False) -> SharedBlock:
+        """From now on: compiled with these options of ``torch.compile``, if any; computed again in the backward pass,
+        or not."""
+        self.checkpoint = checkpoint
         # body.forward, and not body: its code object, which torch.compile counts recompiles by, is this block's own
-        self.call: Callable = torch.compile(body.forward, **options) if compile else body.forward
-        self.carried = _carried(blocks) if compile else frozenset()
+        self.call: Callable = self.body.forward if compile is None else torch.compile(self.body.forward, **compile)
+        self.carried = frozenset() if compile is None else self._carried
+        return self
 
     def forward(self, *args: Any) -> Any:
         if self.carried and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -110,9 +115,8 @@ def compile_repeated_blocks(
         position = span.stop
     twin = shallow_twin(module)
     for k, blocks in enumerate(kinds):
-        twin.add_module(
-            f"repeated_block_{k}", SharedBlock(block_body(blocks[0], module), blocks, compile, checkpoint, options)
-        )
+        shared = SharedBlock(block_body(blocks[0], module), blocks)
+        twin.add_module(f"repeated_block_{k}", shared.run_as(options if compile else None, checkpoint))
     twin.graph = graph
     if compile and not kinds:
         twin.compile(**options)

@@ -13,15 +13,24 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from sparseforge_fx.graph.compile import Block, attribute, block_body, call_block, find_blocks, shallow_twin
+from sparseforge_fx.graph.compile import (
+    Block,
+    SharedBlock,
+    attribute,
+    block_body,
+    call_block,
+    find_blocks,
+    shallow_twin,
+)
 
 
 class BlockModule(nn.Module):
     """A block as a function of what the graph hands it; its own parameters are in ``names``: attribute -> full name."""
 
-    def __init__(self, block: Block, module: GraphModule, own: dict[Node, nn.Parameter]):
+    def __init__(self, block: Block, shared: SharedBlock, own: dict[Node, nn.Parameter]):
         super().__init__()
-        self.path, self.body = block.path, block_body(block, module)
+        self.path = block.path
+        self.shared = (shared,)  # with the other blocks of its kind: no child of one of them
         self.names: dict[str, str] = {}
         self._order: list[str | None] = []  # of the body's arguments: an attribute, or the next of what is handed
         for node in block.inputs:
@@ -34,7 +43,12 @@ class BlockModule(nn.Module):
 
     def forward(self, *handed: Any) -> Any:
         rest = iter(handed)
-        return self.body(*(next(rest) if name is None else getattr(self, name) for name in self._order))
+        return self.shared[0](*(next(rest) if name is None else getattr(self, name) for name in self._order))
+
+
+def shared_blocks(tree: nn.Module) -> list[SharedBlock]:
+    """What the block modules of a tree run, one for each kind."""
+    return list(dict.fromkeys(m.shared[0] for m in tree.modules() if isinstance(m, BlockModule)))
 
 
 def with_block_modules(module: GraphModule) -> GraphModule:
@@ -59,13 +73,17 @@ def with_block_modules(module: GraphModule) -> GraphModule:
     twin = shallow_twin(module)
     env: dict[Node, Node] = {}
     ends = {block.span.stop - 1: i for i, block in enumerate(blocks)}
+    kinds: dict[tuple, list[Block]] = defaultdict(list)
+    for block in blocks:
+        kinds[block.key].append(block)
+    shared = {key: SharedBlock(block_body(kind[0], module), kind) for key, kind in kinds.items()}
     for position, node in enumerate(module.graph.nodes):
         if node not in owner and node not in own:
             env[node] = graph.node_copy(node, env.__getitem__)
         if position in ends:
             block = blocks[ends[position]]
             name = f"block_{ends[position]}"
-            twin.add_module(name, BlockModule(block, module, own))
+            twin.add_module(name, BlockModule(block, shared[block.key], own))
             call_block(graph, name, block, tuple(env[n] for n in block.inputs if n not in own), env)
     twin.graph = graph
     for node in own:

@@ -32,14 +32,18 @@ from sparseforge_fx.models.shards import Shards
 
 
 class StreamedModel:
-    """``skeleton`` is the model with shapes alone; :meth:`fetch` gives its tensors by name.
+    """``skeleton`` is the model with shapes alone; :meth:`fetch` gives its tensors by name, on the CPU.
+
+    Args:
+        name: a folder with safetensors files, or a hub id, which is fetched.
+        device: what ``skeleton`` is captured for.
 
     Buffers that a model computes are its own, made without its weights. Names and shapes in the files need not be the
     model's: transformers' conversions (experts that are stacked, prefixes that came and went) are followed both ways.
     Raises SparseForgeError where a weight is missing, and for checkpoints that hold no dense safetensors.
     """
 
-    def __init__(self, name: str | Path):
+    def __init__(self, name: str | Path, device: torch.device | str = "cpu"):
         where = locate(name)
         config = load_config(where)
         if where.gguf or is_packed(config) or getattr(config, "quantization_config", None) is not None:
@@ -54,8 +58,9 @@ class StreamedModel:
             _compute_buffers(model)
         model.tie_weights()  # what was made without values came apart
         self._computed = dict(model.named_buffers())
+        self.device = torch.device(device)
         self.skeleton: Any = model.eval()  # of transformers
-        without_values(model)
+        without_values(model, device)
         self._conversions = get_model_conversion_mapping(model)
         self._keys = self._find_keys()
         self._ties = self._find_ties()

@@ -22,7 +22,7 @@ from sparseforge_fx.training.low_rank import fitting_block
 from sparseforge_fx.training.prepare import finalize, prepare_captured
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.settings import Settings
-from sparseforge_fx.training.sharded import sharding_of
+from sparseforge_fx.training.sharded import SHARED, sharding_of
 from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.train import Optimization, train
 from sparseforge_fx.training.undo import dense_again_on_error
@@ -57,11 +57,13 @@ def anneal(
         batches=run.batches,
     )  # fmt: skip
     settings = _settings(run, recipe, report)
-    sharding = sharding_of(accelerator, report["notes"])
+    sharding = sharding_of(accelerator, report["notes"], run.in_parts)
+    if run.in_parts is not None and sharding is None:
+        raise SparseForgeError(f"a model that stays on disk is trained {SHARED}, or load it with all of its weights")
     if sharding is not None:
         whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
-        whole |= {"activation_checkpointing": activation_checkpointing, "adamw8bit": recipe.optimizer != "adamw"}
-        sharding.check(config, run.sites, **whole, compile=how["compile"] is True)
+        whole |= {"adamw8bit": recipe.optimizer != "adamw"}
+        sharding.check(config, run.sites, **whole)
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
     identity = _identity(run, recipe, settings.slorb_block, path)  # of the dense weights
     with dense_again_on_error(run.program) as written, processes.together():
@@ -163,6 +165,11 @@ def _identity(run: Run, recipe: Recipe, slorb_block: int | None, path: Path | No
     known["slorb_block"] = slorb_block
     known["dtype"] = str(run.program.tensor(eligible(run.sites)[0].fqn).dtype)
     if path is not None:
-        known |= {"weights": fingerprint.of_tensors(run.program.state), "data": fingerprint.of_batches(run.batches)}
-        known |= {} if run.taught_by is None else {"teacher": fingerprint.of_tensors(run.taught_by)}
+        weights: Mapping[str, Tensor] = run.program.state
+        taught_by: Mapping[str, Tensor] | None = run.taught_by
+        if run.in_parts is not None:
+            weights, teacher = run.in_parts.model.shards, run.in_parts.teacher
+            taught_by = None if teacher is None else teacher.shards
+        known |= {"weights": fingerprint.of_tensors(weights), "data": fingerprint.of_batches(run.batches)}
+        known |= {} if taught_by is None else {"teacher": fingerprint.of_tensors(taught_by)}
     return known

@@ -25,7 +25,8 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     the memory, which a changed entry changes; a cryptographic hash of 7B weights would take a minute.
     """
     digest = hashlib.blake2b(digest_size=6)
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]  # one at a time: a mapping may fetch them
         value = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         bits = value.detach().reshape(-1).view(_INTEGERS[value.element_size()])
         step = max(1, bits.numel() // SAMPLE)

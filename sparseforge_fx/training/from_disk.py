@@ -39,6 +39,7 @@ from sparseforge_fx.pattern import density, hard_mask
 from sparseforge_fx.ranges import Count, checked
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes, write_json
 from sparseforge_fx.training.first_batch import check_ids, example_inputs_of
+from sparseforge_fx.training.in_parts import copy_checkpoint
 from sparseforge_fx.training.planned import planned_sites
 from sparseforge_fx.training.prepare import check_sites
 from sparseforge_fx.training.recipe import FILE, Recipe
@@ -275,10 +276,7 @@ class _Work:
                 "name another place"
             )
         self.scratch.mkdir(parents=True, exist_ok=True)
-        for file in source.folder.iterdir():
-            wanted = file in source.shards.files or file.suffix != ".safetensors"
-            if file.is_file() and wanted and file.suffix not in (".bin", ".pt", ".pth", ".gguf"):
-                shutil.copyfile(file, self.folder / file.name)
+        copy_checkpoint(source, self.folder)
         self.journal = {"identity": identity}
         write_json(self.file, self.journal)
 

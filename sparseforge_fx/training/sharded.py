@@ -2,9 +2,10 @@
 
 Enabled as accelerate's users do it: ``accelerate launch --use_fsdp --fsdp_version 2 ...``, or an Accelerator with a
 FullyShardedDataParallelPlugin. The blocks that the graph repeats are sharded one by one, the rest as one; masks are
-gathered and let go with their weights. The dense model is loaded by every process, and cut up when it is captured; at
-the end the first process gathers the result, weight by weight, and the models of the others stay empty, as all do where
-a run fails: there is a saved state to go on from.
+gathered and let go with their weights. A dense model that was given is loaded by every process, and cut up when it is
+captured; at the end the first process gathers the result, weight by weight, and the models of the others stay empty, as
+all do where a run fails: there is a saved state to go on from. Of a checkpoint on disk (in_parts.py) each process reads
+its part, and has it at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import Pattern
+from sparseforge_fx.training.in_parts import InParts, one_element
 
+#: how a model is
+SHARED = "by several processes that share it (accelerate launch --use_fsdp --fsdp_version 2)"
 ESTIMATOR = "gauss_newton"  # the one whose estimate is a sum over tokens, of the weight's shape
 
 
@@ -52,9 +56,13 @@ class Sharding:
     Args:
         plugin: accelerate's, with the user's choices.
         device: of this process.
+        in_parts: where weights come from that are still on disk.
     """
 
-    def __init__(self, plugin: FullyShardedDataParallelPlugin, device: torch.device):
+    def __init__(
+        self, plugin: FullyShardedDataParallelPlugin, device: torch.device, in_parts: InParts | None = None
+    ):
+        self.in_parts = in_parts
         self.mesh: DeviceMesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self.options = {
             "mesh": self.mesh,
@@ -97,13 +105,19 @@ class Sharding:
         )
 
     def shard(
-        self, module: GraphModule, sites: Sequence[LinearSite], pattern: Pattern, whole: Sequence[nn.Parameter] = ()
+        self,
+        module: GraphModule,
+        sites: Sequence[LinearSite],
+        pattern: Pattern,
+        whole: Sequence[nn.Parameter] = (),
+        fetch: Callable[[str], Tensor] | None = None,
     ) -> tuple[GraphModule, dict[str, nn.Parameter]]:
         """``module`` in blocks that FSDP2 has cut up, and its parameters by name, in the order that they
-        had; ``whole`` are left as they are."""
+        had; ``whole`` are left as they are. ``fetch``: their values, if they have none."""
         order = [name for name, _ in module.named_parameters()] + [name for name, _ in module.named_buffers()]
         buffers = {name for name, _ in module.named_buffers()}
-        for name in (mask_name(s.fqn) for s in eligible(sites)):  # in one order: it is that of FSDP2's messages
+        masks = [mask_name(s.fqn) for s in eligible(sites)]
+        for name in masks:  # in one order: it is that of FSDP2's messages
             if name not in buffers:
                 continue
             path, _, leaf = name.rpartition(".")
@@ -121,12 +135,20 @@ class Sharding:
         kept = {id(p) for p in whole}
         for block in [*names, tree]:
             own = names.get(block, {})
-            for p in block.parameters():
-                if 0 in p.stride() and id(p) not in kept:
-                    p.data = p.data.contiguous()  # a mask of this block
+            lent: list[nn.Parameter] = []
+            for name, p in block.named_parameters():
+                if isinstance(p, DTensor) or id(p) in kept:
+                    continue
+                if 0 in p.stride() and own.get(name, name) in masks:
+                    p.data = p.data.contiguous()
+                elif fetch is not None:
+                    p.data = fetch(own.get(name, name)).to(p.device)
+                    lent.append(p)
             reshard = {} if block is tree else {"reshard_after_forward": self.reshard}
             way = partial(_way, {id(p): placed.get(own.get(name, name)) for name, p in block.named_parameters()})
             fully_shard(block, shard_placement_fn=way, ignored_params=set(whole), **reshard, **self.options)
+            for p in lent:  # the block has copies of its parts
+                p.data = one_element(p)
         for block in names:
             found |= {names[block][name]: p for name, p in block.named_parameters()}
         inside = {id(p) for p in found.values()}
@@ -162,7 +184,8 @@ class Shards:
         self.probes = {fqn: module.get_parameter(probe_name(fqn)) for fqn in names}
         for probe in self.probes.values():
             probe.requires_grad_(False)  # but in the steps that estimate
-        self.module, self.parameters = sharding.shard(module, sites, pattern, list(self.probes.values()))
+        fetch = None if sharding.in_parts is None else sharding.in_parts.weight
+        self.module, self.parameters = sharding.shard(module, sites, pattern, list(self.probes.values()), fetch)
         self.weights = []
         for site in eligible(sites):
             weight, mask = self.parameters[site.fqn], self.parameters[mask_name(site.fqn)]
@@ -173,7 +196,8 @@ class Shards:
 
     def teacher(self, module: GraphModule) -> GraphModule:
         """The dense model, cut up in the same way."""
-        return self.sharding.shard(module, self._sites, self._pattern)[0]
+        fetch = None if self.sharding.in_parts is None else self.sharding.in_parts.taught
+        return self.sharding.shard(module, self._sites, self._pattern, fetch=fetch)[0]
 
     @torch.no_grad()
     def empty(self, source: Exported) -> None:
@@ -184,7 +208,11 @@ class Shards:
 
     @torch.no_grad()
     def give_back(self, source: Exported) -> None:
-        """Gather one weight after the other for the source model of the first process; the others' stay empty."""
+        """Gather one weight after the other for the source model of the first process; the others' stay empty. A model
+        that was on disk gets the parts, on every process."""
+        if self.sharding.in_parts is not None:
+            self.sharding.in_parts.take(source, self.parameters)
+            return
         for fqn, value in source.state.items():
             if fqn in self.parameters and isinstance(value, nn.Parameter):
                 whole = self.parameters[fqn].full_tensor()  # type: ignore[attr-defined]
@@ -240,11 +268,11 @@ class ShardedProbe:
         self._probes = {}
 
 
-def sharding_of(accelerator: Accelerator, notes: list[str]) -> Sharding | None:
+def sharding_of(accelerator: Accelerator, notes: list[str], in_parts: InParts | None = None) -> Sharding | None:
     """What the user has asked accelerate for; None: no FSDP. On CPUs accelerate itself leaves it out. ``notes`` gains a
     sentence where it was asked for in vain."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    plugin = getattr(accelerator.state, "fsdp_plugin", None) or (FullyShardedDataParallelPlugin() if asked else None)
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin = plugin or (FullyShardedDataParallelPlugin() if asked_for() else None)
     if plugin is None:
         return None
     if plugin.fsdp_version != 2:
@@ -252,4 +280,9 @@ def sharding_of(accelerator: Accelerator, notes: list[str]) -> Sharding | None:
     if accelerator.num_processes == 1:
         notes.append("FSDP was asked for and does nothing: there is one process to share the model")
         return None
-    return Sharding(plugin, accelerator.device)
+    return Sharding(plugin, accelerator.device, in_parts)
+
+
+def asked_for() -> bool:
+    """Has the launcher been told to share the model?"""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")

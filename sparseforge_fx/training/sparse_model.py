@@ -15,6 +15,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.compile import compile_repeated_blocks
 from sparseforge_fx.graph.exported import Exported
+from sparseforge_fx.graph.module_tree import shared_blocks
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.curvature import PROBES
@@ -146,12 +147,18 @@ class SparseModel(TrainerSurface):
         """Run the graph (and its probed twin, and the teacher) under torch.compile, one repeated block compiled
         once."""
         del args
-        if self.distillation.features is not None:
-            raise SparseForgeError("intermediate values cannot be kept under torch.compile: pass compile=False")
-        if self.shards is not None:
-            raise SparseForgeError("blocks that processes share are not compiled: pass compile=False")
+        if why := self.not_compiled():
+            raise SparseForgeError(f"{why}: pass compile=False")
         self.compiled = options
         self.make_runners()
+
+    def not_compiled(self) -> str | None:
+        """Why this model is not compiled; None: it can be."""
+        if self.distillation.features is not None:
+            return "intermediate values cannot be kept under torch.compile"
+        if self.shards is not None and not shared_blocks(self.graph):
+            return "a model that processes share is compiled by its repeated blocks, and this one has none"
+        return None
 
     def make_runners(self) -> None:
         """What runs: the modules, with a hold on the embeddings, with checkpointed or compiled blocks, as was asked."""
@@ -165,6 +172,10 @@ class SparseModel(TrainerSurface):
         if student and self.embedded is not None:
             module = hook_embeddings(module, *self.embedded)
         again = student and self.checkpointing
+        if self.shards is not None:
+            for block in shared_blocks(module):
+                block.run_as(self.compiled, again)
+            return module
         if self.compiled is not None:
             return compile_repeated_blocks(module, checkpoint=again, **self.compiled)
         return compile_repeated_blocks(module, compile=False, checkpoint=True) if again else module

@@ -13,14 +13,18 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_parent, new_folder
 from sparseforge_fx.graph.adapters import adapter_notes
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import find_preset
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.reorder import tell_moved
+from sparseforge_fx.models.compute_dtype import dtype_of
 from sparseforge_fx.models.dense import load_dense, write_checkpoint
+from sparseforge_fx.models.streamed import StreamedModel
 from sparseforge_fx.page.page import write_page
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.pattern import density
@@ -29,6 +33,7 @@ from sparseforge_fx.ranges import AtLeastZero, checked
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes, write_json
 from sparseforge_fx.training import processes
 from sparseforge_fx.training.anneal import anneal
+from sparseforge_fx.training.in_parts import InParts
 from sparseforge_fx.training.inputs import Run, open_run
 from sparseforge_fx.training.one_shot import prune_once
 from sparseforge_fx.training.prepare import check_weights
@@ -43,12 +48,13 @@ SCALES = "values/scales.safetensors"
 class SparsifyResult:
     """``model`` is the object that went in, its weights now exactly N:M; ``report`` is plain data for report.json;
     ``recipe`` repeats the run; ``scales`` are those of weights on a grid (``values="int4"``), which ``sf.quantize``
-    packs by them exactly."""
+    packs by them exactly. Of a checkpoint on disk, ``in_parts``, each process has its part of the weights (DTensor)."""
 
     model: nn.Module
     report: dict[str, Any] = field(repr=False)
     recipe: Recipe = field(repr=False)
     scales: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    in_parts: InParts | None = field(default=None, repr=False)
 
     def save(
         self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False, beside: Sequence[Path] = ()
@@ -59,10 +65,17 @@ class SparsifyResult:
         Args:
             beside: folders to copy into it.
 
-        Raises SparseForgeError if ``folder`` exists and is not empty, unless ``overwrite``.
+        Raises SparseForgeError if ``folder`` exists and is not empty, unless ``overwrite``. One process calls it; of
+        a model in parts, all do, and the first writes.
         """
+        if self.in_parts is not None and not processes.Processes().first:
+            self.in_parts.write(None)
+            return
         with new_folder(Path(folder), overwrite=overwrite) as partial:
-            write_checkpoint(self.model, tokenizer, partial)
+            if self.in_parts is None:
+                write_checkpoint(self.model, tokenizer, partial)
+            else:
+                self.in_parts.write(partial)
             write_json(partial / "report.json", self.report)
             (partial / FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
             if self.scales:
@@ -77,11 +90,11 @@ class SparsifyResult:
 @torch.inference_mode(False)
 @torch.enable_grad()  # training needs both, whatever the caller stands in
 def sparsify(
-    model: nn.Module,
+    model: nn.Module | StreamedModel,
     data: Any = None,
     recipe: Recipe | None = None,
     *,
-    teacher: nn.Module | str | Path | None = None,
+    teacher: nn.Module | StreamedModel | str | Path | None = None,
     tokenizer: Any = None,
     example_inputs: Any = None,
     cache_dir: str | Path | None = None,
@@ -100,7 +113,8 @@ def sparsify(
     the loss, are the fields of a :class:`Recipe`; single ones are given by name.
 
     Args:
-        model: any nn.Module that torch.export takes.
+        model: any nn.Module that torch.export takes; under FSDP2 also a checkpoint on disk (``sf.StreamedModel``), of
+            which each process reads its part.
         data: training data: a hub id, a text / jsonl / parquet file, a folder of them, a list of strings (these need a
             ``tokenizer``), token ids [n] or [n, length], a DataLoader, or any list of batches. None: the recipe's or,
             without one, the weights alone decide (``magnitude``). ``"self"``: text drawn from the model itself.
@@ -124,15 +138,16 @@ def sparsify(
     recipe = Recipe.of(recipe).changed(**changes)
     data = recipe.data if data is None else data
     config = recipe.config(data is not None)  # what is wrong with it is found out before anything is read
+    taught, teacher = is_taught(recipe, config), recipe.teacher if teacher is None else teacher
+    in_parts, model, opened = _opened(model, teacher if taught else None)
     check_weights(model)
     if state_path is not None:
         check_parent(Path(state_path))
     if isinstance(config, TrainedConfig):
         accelerator = accelerator or processes.accelerator()
-    taught, teacher = is_taught(recipe, config), recipe.teacher if teacher is None else teacher
     run = open_run(
         model, data, recipe, config, accelerator, tokenizer=tokenizer, cache_dir=cache_dir,
-        example_inputs=example_inputs, teacher=_opened(teacher) if taught else None,
+        example_inputs=example_inputs, teacher=opened, in_parts=in_parts,
     )  # fmt: skip
     run.notes += adapter_notes(model, [run.program.tensor(s.fqn) for s in eligible(run.sites)])
     report = _begun(run, recipe.name(data is not None), config, recipe.seed)
@@ -153,11 +168,23 @@ def sparsify(
     recipe = recipe.resolved(data is not None).changed(**names)
     report |= {"options": dict(recipe.options), "recipe": recipe.describe(), "seconds": time.monotonic() - began}
     _end(report, run)
-    return SparsifyResult(model, report, recipe, scales)
+    return SparsifyResult(model, report, recipe, scales, in_parts)
 
 
-def _opened(teacher: nn.Module | str | Path | None) -> nn.Module | None:
-    return load_dense(teacher)[0] if isinstance(teacher, str | Path) else teacher
+def _opened(
+    model: nn.Module | StreamedModel, teacher: nn.Module | StreamedModel | str | Path | None
+) -> tuple[InParts | None, nn.Module, nn.Module | None]:
+    """Where weights come from that are on disk; the model; its teacher, if it is in memory."""
+    if not isinstance(model, StreamedModel):
+        if isinstance(teacher, StreamedModel):
+            raise SparseForgeError("a model in memory has no teacher on disk: give its folder's name, or a model")
+        return None, model, load_dense(teacher)[0] if isinstance(teacher, str | Path) else teacher
+    if isinstance(teacher, str | Path):
+        teacher = StreamedModel(teacher, model.device)
+        teacher.compute_in(dtype_of(model.skeleton))
+    if isinstance(teacher, nn.Module):
+        raise SparseForgeError("a model on disk has no teacher in memory: give its folder, or a StreamedModel")
+    return InParts(model, teacher), model.skeleton, None
 
 
 def _end(report: dict[str, Any], run: Run) -> None:
@@ -166,7 +193,8 @@ def _end(report: dict[str, Any], run: Run) -> None:
     notes += [n for n in run.reader.notes if n not in notes]
     by_layer = report.get("layer_notes") or {}
     notes += [*tell_moved(by_layer), *_by_text(by_layer)]
-    report["density"] = {s.fqn: density(run.program.tensor(s.fqn)) for s in eligible(run.sites)}
+    weights = ((s.fqn, run.program.tensor(s.fqn)) for s in eligible(run.sites))
+    report["density"] = {fqn: density(w.full_tensor() if isinstance(w, DTensor) else w) for fqn, w in weights}
     report["peak_memory_bytes"] = peak_memory_bytes()
 
 

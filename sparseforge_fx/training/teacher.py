@@ -33,6 +33,16 @@ def weights_of(teacher: nn.Module, program: Program) -> dict[str, Tensor]:
 
     Raises SparseForgeError unless it is the same model in other weights.
     """
+    theirs = check_same(teacher, program)
+    for fqn, value in theirs.items():
+        if value.is_meta or not bool(torch.isfinite(value).all()):
+            raise SparseForgeError(f"{fqn} of the teacher is not there, or holds NaN or infinite values")
+    return {fqn: value.detach() for fqn, value in theirs.items()}
+
+
+def check_same(teacher: nn.Module, program: Program) -> dict[str, Tensor]:
+    """The parameters of ``teacher`` that stand where the captured model has one. Raises SparseForgeError unless they
+    are all there, in its shapes."""
     if not isinstance(teacher, nn.Module):
         raise SparseForgeError(f"teacher is {teacher!r}: give a model, or the folder, hub id or file of one")
     theirs = dict(unwrapped(teacher).named_parameters(remove_duplicate=False))
@@ -44,9 +54,7 @@ def weights_of(teacher: nn.Module, program: Program) -> dict[str, Tensor]:
                 f"the teacher has {have} where the model has {fqn} {list(value.shape)}: a teacher is the same model, "
                 "in the weights that it had before it was pruned"
             )
-        if theirs[fqn].is_meta or not bool(torch.isfinite(theirs[fqn]).all()):
-            raise SparseForgeError(f"{fqn} of the teacher is not there, or holds NaN or infinite values")
-    return {fqn: theirs[fqn].detach() for fqn in wanted}
+    return {fqn: theirs[fqn] for fqn in wanted}
 
 
 def counterparts(program: Program, weights: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -128,10 +128,10 @@ def train(
             advance(f"loss {row['loss']:.3f}", f"masks {masks:.2f} from 0 and 1" if masks else "", rate)
             if on_step is not None:
                 on_step(step, row)
-            may_compile = compile == "auto" and step == start + 1 and sparse.distillation.features is None
-            may_compile &= sparse.shards is None
-            if may_compile and worth_compiling(row["seconds"], steps - step - 1):
-                sparse.compile()
+            if compile == "auto" and step == start + 1 and sparse.not_compiled() is None:
+                (seconds,) = processes.largest(loop.accelerator.device, row["seconds"])  # all decide alike
+                if worth_compiling(seconds, steps - step - 1):
+                    sparse.compile()
             old = time.monotonic() - saved > save_seconds
             late, signal = processes.largest(loop.accelerator.device, old, stops.number)
             if late or signal:

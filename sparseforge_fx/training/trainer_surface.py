@@ -18,6 +18,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.compile import count_blocks, shallow_twin
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import signature_of
+from sparseforge_fx.graph.module_tree import shared_blocks
 from sparseforge_fx.training.distillation import Distillation
 
 
@@ -122,7 +123,7 @@ class TrainerSurface(nn.Module, ABC):
             )
         if self.distillation.features is not None:
             raise SparseForgeError("features cannot be distilled under activation checkpointing: choose one of the two")
-        if not count_blocks(self.graph):
+        if not (count_blocks(self.graph) or shared_blocks(self.graph)):
             raise SparseForgeError("the model has no repeated blocks whose activations could be checkpointed")
         self.checkpointing = True
         self.make_runners()

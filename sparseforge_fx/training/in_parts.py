@@ -1,0 +1,107 @@
+"""A checkpoint that stays on disk until the processes of a run have cut its model up: each reads one block after the
+other, keeps its part of it, and none ever holds the whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import has_no_values
+from sparseforge_fx.graph.exported import Exported
+from sparseforge_fx.models.shards import Shards
+from sparseforge_fx.models.streamed import StreamedModel
+
+
+@dataclass(frozen=True)
+class InParts:
+    """``model``, and what teaches it: itself, unless ``teacher`` is another checkpoint."""
+
+    model: StreamedModel
+    teacher: StreamedModel | None = None
+
+    def stand_in(self, program: Exported) -> None:
+        """Give the tensors of a program that was captured without values some: buffers their own, parameters one
+        element's memory, until they are cut up."""
+        made: dict[int, Tensor] = {}  # ties stay ties
+        for tensors in (program.state, program.exported.constants):
+            for name, value in tensors.items():
+                if isinstance(value, Tensor) and has_no_values(value) and id(value) not in made:
+                    made[id(value)] = self._stand_in(name, value)
+        self._replace(program, made)
+
+    def take(self, program: Exported, parts: Mapping[str, nn.Parameter]) -> None:
+        """Put the parts that are here in the place of the program's parameters, and of the model's."""
+        mine = {fqn: nn.Parameter(p.detach(), False) for fqn, p in parts.items() if fqn in program.state}
+        self._replace(program, {id(program.state[fqn]): p for fqn, p in mine.items()})
+
+    def _replace(self, program: Exported, made: Mapping[int, Any]) -> None:
+        tables: list[dict[str, Any]] = [program.state, program.exported.constants]
+        for module in self.model.skeleton.modules():
+            tables += [module._parameters, module._buffers]
+        for table in tables:
+            for name, value in table.items():
+                table[name] = made.get(id(value), value)
+
+    def _stand_in(self, name: str, value: Tensor) -> Tensor:
+        if not isinstance(value, nn.Parameter):
+            return self.model.fetch(name).to(value.device)
+        return nn.Parameter(one_element(value), requires_grad=value.requires_grad)
+
+    def weight(self, name: str) -> Tensor:
+        """A whole parameter. Raises SparseForgeError if it is not finite."""
+        return _sound(self.model, name)
+
+    def taught(self, name: str) -> Tensor:
+        """The teacher's parameter in the place of one of the model."""
+        return _sound(self.teacher or self.model, name)
+
+    @torch.no_grad()
+    def write(self, folder: Path | None) -> None:
+        """Copy the checkpoint into ``folder``, with the parts of all processes in the place of the weights that they
+        share. All processes call it, those that do not write with None."""
+        source, failure, to = self.model, None, None
+        try:
+            if folder is not None:
+                copy_checkpoint(source, folder)
+                to = Shards(folder)
+        except Exception as error:  # the others wait for this one's parts
+            failure = error
+        for name, value in source.skeleton.named_parameters():
+            if not isinstance(value, DTensor):
+                continue  # nothing that the graph reads
+            whole = value.full_tensor()
+            try:
+                if to is not None and failure is None:
+                    source.write(name, whole.cpu(), to)
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+
+def one_element(like: Tensor) -> Tensor:
+    """Zeros in its form that take the memory of one."""
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+def copy_checkpoint(source: StreamedModel, folder: Path) -> None:
+    """All files of a checkpoint but weights in other formats."""
+    for file in source.folder.iterdir():
+        wanted = file in source.shards.files or file.suffix != ".safetensors"
+        if file.is_file() and wanted and file.suffix not in (".bin", ".pt", ".pth", ".gguf"):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _sound(source: StreamedModel, name: str) -> Tensor:
+    value = source.fetch(name)
+    if not bool(torch.isfinite(value).all()):
+        raise SparseForgeError(f"{name} in {source.folder} holds NaN or infinite values: repair the checkpoint first")
+    return value
