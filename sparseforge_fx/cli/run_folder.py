@@ -13,6 +13,7 @@ from sparseforge_fx.cli.tracker import LOGS
 from sparseforge_fx.errors import SparseForgeError
 
 STATE, STATE_OF = "training-state", "training-state.json"
+STARTS = (f"{STATE}-start", f"{STATE}-start.unfinished")  # of a model that stays on disk (training/start_on_disk.py)
 
 
 class RunFolder:
@@ -32,6 +33,7 @@ class RunFolder:
             self._compare(recipe)
         inside = {entry.name for entry in self.output.iterdir()} if self.output.is_dir() else set()
         unfinished = bool(inside & {name + end for name in (STATE, STATE_OF) for end in ("", ".partial")})
+        unfinished |= bool(inside & set(STARTS))
         if unfinished and not (resume or overwrite):
             raise SparseForgeError(
                 f"{self.output} holds a run that was not finished: give --resume to go on with it or --overwrite to "
@@ -41,7 +43,7 @@ class RunFolder:
             raise SparseForgeError(f"the run in {self.output} is finished: there is nothing to resume")
         unfinished |= resume and inside <= {LOGS}
         check_output(self.output, overwrite=overwrite or unfinished)
-        if resume and not self.saved():
+        if resume and not self.goes_on():
             print(f"nothing was saved in {self.output} yet: starting anew", file=sys.stderr)
 
     def _compare(self, recipe: dict[str, Any]) -> None:
@@ -72,8 +74,13 @@ class RunFolder:
 
         return find_state(self.state) is not None
 
+    def goes_on(self) -> bool:
+        """Is there a state, or a start that was begun?"""
+        return self.saved() or any((self.output / name).exists() for name in STARTS)
+
     def forget(self) -> None:
-        shutil.rmtree(self.state, ignore_errors=True)
+        for name in (STATE, *STARTS):
+            shutil.rmtree(self.output / name, ignore_errors=True)
         self.started.unlink(missing_ok=True)
 
     def telling(self, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +90,7 @@ class RunFolder:
             try:
                 return run(*args, **options)
             except KeyboardInterrupt as error:
-                if self.saved():
+                if self.goes_on():
                     error.add_note(f"go on with the same command and --resume, {self.output} holds the run")
                 else:
                     error.add_note("nothing was saved yet: the same command begins again")

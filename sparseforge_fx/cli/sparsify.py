@@ -196,9 +196,10 @@ def _run(
     """Load, sparsify, write; ``how`` goes to :func:`sparseforge_fx.sparsify`."""
     import torch
 
+    from sparseforge_fx.cli.opened import Opened
     from sparseforge_fx.methods.catalog import ONE_SHOT
-    from sparseforge_fx.models.compute_dtype import ComputeDtype, cast, choose_dtype, dtype_of
-    from sparseforge_fx.models.dense import find_dtype, load_dense
+    from sparseforge_fx.models.compute_dtype import ComputeDtype, choose_dtype
+    from sparseforge_fx.models.dense import find_dtype
     from sparseforge_fx.training.processes import Processes
     from sparseforge_fx.training.sparsify import sparsify as run
 
@@ -209,14 +210,13 @@ def _run(
     assert recipe.model is not None
     if recipe.method in ONE_SHOT:
         suggest(recipe.model)
-    loaded, tokenizer = load_dense(recipe.model)
+    opened = Opened(recipe, where)
     begun = folder.begun(resume)
     if "compute_dtype" in begun or (begun and folder.saved()):  # a second measurement might choose otherwise
         computing = ComputeDtype.read(begun.get("compute_dtype"))
     else:
-        computing = choose_dtype(dtype_of(loaded), where, wanted)
-    restore_dtype = cast(loaded, computing.dtype)
-    loaded.to(where)
+        computing = choose_dtype(opened.dtype, where, wanted)
+    opened.compute_in(computing.dtype)
     if overwrite:
         processes.first_does(folder.forget)
     tracker = Tracker(log_with, folder.output, plain)
@@ -227,18 +227,21 @@ def _run(
         tracker.log(row, step)
 
     result = folder.telling(run)(
-        loaded, recipe=recipe, tokenizer=tokenizer, state_path=folder.state, accelerator=tracker.accelerator,
-        on_step=on_step, **how,
+        opened.model, recipe=recipe, tokenizer=opened.tokenizer, state_path=folder.state,
+        accelerator=tracker.accelerator, on_step=on_step, **how,
     )  # fmt: skip
     tracker.end()
     result.report["compute_dtype"] = computing.describe()
     result.report["notes"] = computing.notes() + result.report["notes"]
-    restore_dtype()
-    result.model.cpu()
+    opened.restore(result.model)
+
+    def save() -> None:
+        logs = [tracker.folder] if tracker.folder.exists() else []
+        result.save(folder.output, opened.tokenizer, overwrite=True, beside=logs)
 
     def write() -> None:
-        logs = [tracker.folder] if tracker.folder.exists() else []
-        result.save(folder.output, tokenizer, overwrite=True, beside=logs)
+        if result.in_parts is None:
+            save()
         if as_json:
             print_json(result.report)
         console = stdout(quiet=as_json)
@@ -250,6 +253,8 @@ def _run(
             next_step += f"; in the plan's formats: sparseforge-fx {_packing(recipe.plan, recipe.data, folder.output)}"
         console.print(f"wrote {folder.output}, with report.html; {next_step}", markup=False, highlight=False)
 
+    if result.in_parts is not None:  # all have a part of it
+        save()
     processes.first_does(write)
     torch.cuda.empty_cache()
 

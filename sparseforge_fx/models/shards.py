@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +33,8 @@ class Place(NamedTuple):
     size: int
 
 
-class Shards(Mapping[str, Tensor]):
-    """Tensors by name, read when they are asked for; ``places`` are where they stand. Raises SparseForgeError for
-    files that are missing or damaged, before anything is read."""
+class Shards:
+    """``places`` by name. Raises SparseForgeError for files that are missing or damaged, before anything is read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -44,15 +42,6 @@ class Shards(Mapping[str, Tensor]):
         self.places: dict[str, Place] = {}
         for file in self.files:
             self.places |= _places(file)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
 
     @property
     def bytes(self) -> int:

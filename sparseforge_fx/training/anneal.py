@@ -16,14 +16,15 @@ from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.report import describe_change
 from sparseforge_fx.training import fingerprint, processes
-from sparseforge_fx.training.checkpoint import find_state, load_plain
+from sparseforge_fx.training.checkpoint import find_state
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.low_rank import fitting_block
 from sparseforge_fx.training.prepare import finalize, prepare_captured
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.settings import Settings
-from sparseforge_fx.training.sharded import SHARED, sharding_of
+from sparseforge_fx.training.sharded import SHARED, Sharding, sharding_of
 from sparseforge_fx.training.sparse_model import SparseModel
+from sparseforge_fx.training.start_on_disk import StartOnDisk
 from sparseforge_fx.training.train import Optimization, train
 from sparseforge_fx.training.undo import dense_again_on_error
 from sparseforge_fx.training.unused import unused_arguments
@@ -45,46 +46,47 @@ def anneal(
     assert run.batches is not None
     path = None if state_path is None else Path(state_path)
     begun = path is not None and find_state(path) is not None
-    accumulate, told = _micro_batches(recipe, accelerator.num_processes, path if begun else None)
-    report["notes"] += told
-    per_step = accumulate * accelerator.num_processes
+    per_step = run.accumulate * accelerator.num_processes
     steps = None if recipe.tokens is None else count_steps(run.batches, recipe.tokens, per_step)
     config = recipe.config(True, steps)
     assert isinstance(config, TrainedConfig)
-    calibrated = run.first(recipe.calibration) if config.calibrates else None
+    start = None if run.in_parts is None else StartOnDisk.of(config, recipe)
+    trained = config if start is None else start.trained
+    calibrated = run.first(recipe.calibration) if trained.calibrates else None
     report["notes"] += unused_arguments(
-        recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=calibrated is not None,
+        recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=config.calibrates,
         batches=run.batches,
     )  # fmt: skip
     settings = _settings(run, recipe, report)
-    sharding = sharding_of(accelerator, report["notes"], run.in_parts)
-    if run.in_parts is not None and sharding is None:
-        raise SparseForgeError(f"a model that stays on disk is trained {SHARED}, or load it with all of its weights")
-    if sharding is not None:
-        whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
-        whole |= {"adamw8bit": recipe.optimizer != "adamw"}
-        sharding.check(config, run.sites, **whole)
+    sharding = _sharding(run, recipe, trained, settings, accelerator, report["notes"])
+    begins: dict[str, Any] = {}  # what the report says of a start that is done
+    if start is not None and sharding is not None:
+        config = start.config
+        report["notes"] += start.notes
+        if not begun:
+            sharding.in_parts, begins = start.walk(sharding.in_parts, run.data, recipe, path, beside["cache_dir"])
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
     identity = _identity(run, recipe, settings.slorb_block, path)  # of the dense weights
     with dense_again_on_error(run.program) as written, processes.together():
         sparse = prepare_captured(
-            run.program, run.sites, config, settings.objective, slorb_block=settings.slorb_block, sharding=sharding,
+            run.program, run.sites, trained, settings.objective, slorb_block=settings.slorb_block, sharding=sharding,
             taught_by=run.taught_by,
         )  # fmt: skip
         run.taught_by = None
         how_weights_move = Optimization(
-            recipe.lr, accumulate=accumulate, weight_decay=settings.weight_decay, optimizer=recipe.optimizer
+            recipe.lr, accumulate=run.accumulate, weight_decay=settings.weight_decay, optimizer=recipe.optimizer
         )
         try:
             if activation_checkpointing:
                 sparse.activation_checkpointing_enable()
             written += [] if sharding is not None else sparse.copies()
-            if config.start != "dense" and not begun:
+            if trained.start != "dense" and not begun:
                 clock = time.monotonic()
                 sparse.calibrate(calibrated or [])
                 sparse.start_report |= {
                     "calibration_sequences": sum(count_rows(b) for b in calibrated or []),
                     "calibration_seconds": time.monotonic() - clock,
+                    **begins,
                 }
             report["passes"] = [r._asdict() for r in sparse.pass_records]
             curves = train(
@@ -106,6 +108,20 @@ def anneal(
     return {} if sparse.on_grid is None else sparse.on_grid.scales
 
 
+def _sharding(
+    run: Run, recipe: Recipe, config: TrainedConfig, settings: Settings, accelerator: Accelerator, notes: list[str]
+) -> Sharding | None:
+    """How the run's model lies over the processes; None: each has all of it."""
+    sharding = sharding_of(accelerator, notes, run.in_parts)
+    if sharding is None:
+        if run.in_parts is not None:
+            raise SparseForgeError(f"a model that stays on disk is trained {SHARED}; or load it whole")
+        return None
+    whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
+    sharding.check(config, run.sites, **whole, adamw8bit=recipe.optimizer != "adamw")
+    return sharding
+
+
 def _settings(run: Run, recipe: Recipe, report: dict[str, Any]) -> Settings:
     """What the run takes beside the method's constants, and notes on what is a preset's word."""
     settings = recipe.settings(True)
@@ -120,23 +136,6 @@ def _settings(run: Run, recipe: Recipe, report: dict[str, Any]) -> Settings:
             "own from_pretrained leaves them out"
         )
     return settings
-
-
-def _micro_batches(recipe: Recipe, count: int, saved: Path | None) -> tuple[int, list[str]]:
-    """How many micro-batches a process has in a step. A run that goes on on another number of processes has steps of as
-    many as it began with, over all processes, and a note says so."""
-    begun: Any = {} if saved is None else load_plain(saved).get("run")
-    whole = begun.get("micro_batches") if isinstance(begun, dict) else None
-    mine = recipe.accumulate * count
-    if not isinstance(whole, int) or whole == mine or begun.get("accumulate") != recipe.accumulate:
-        return recipe.accumulate, []  # what else differs is found when the state is read
-    if whole % count:
-        raise SparseForgeError(
-            f"the run was begun with {whole} micro-batches a step, which {count} processes cannot share evenly: "
-            f"go on with a number of processes that divides {whole}"
-        )
-    now = whole // count
-    return now, [f"the run goes on on {count} processes, with {now} micro-batches in each of their steps"]
 
 
 def _layers(sparse: SparseModel, copies: Sequence[tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
@@ -168,8 +167,7 @@ def _identity(run: Run, recipe: Recipe, slorb_block: int | None, path: Path | No
         weights: Mapping[str, Tensor] = run.program.state
         taught_by: Mapping[str, Tensor] | None = run.taught_by
         if run.in_parts is not None:
-            weights, teacher = run.in_parts.model.shards, run.in_parts.teacher
-            taught_by = None if teacher is None else teacher.shards
+            weights, taught_by = run.in_parts.weights(run.program), run.in_parts.teachers(run.program)
         known |= {"weights": fingerprint.of_tensors(weights), "data": fingerprint.of_batches(run.batches)}
         known |= {} if taught_by is None else {"teacher": fingerprint.of_tensors(taught_by)}
     return known

@@ -43,6 +43,7 @@ from sparseforge_fx.training.in_parts import copy_checkpoint
 from sparseforge_fx.training.planned import planned_sites
 from sparseforge_fx.training.prepare import check_sites
 from sparseforge_fx.training.recipe import FILE, Recipe
+from sparseforge_fx.training.sharded import SHARED
 from sparseforge_fx.training.unused import unused_arguments
 
 JOURNAL, SCRATCH = "sparseforge-journal.json", "sparseforge-scratch"
@@ -107,7 +108,10 @@ def sparsify_on_disk(
 def check_method(config: MethodConfig, data: Any) -> None:
     """Raise SparseForgeError for what a walk from disk cannot do."""
     if isinstance(config, TrainedConfig):
-        raise SparseForgeError("a model that stays on disk is not trained: take magnitude, wanda, sparsegpt or alps")
+        raise SparseForgeError(
+            "a model that stays on disk is not trained by one process: take magnitude, wanda, sparsegpt or alps, or "
+            f"train it {SHARED}"
+        )
     if is_self(data):
         raise SparseForgeError("a model that stays on disk draws no text: give a text as data")
     wanted = [n for n in ("reorder", "reconstruct") if getattr(config, n, False)]

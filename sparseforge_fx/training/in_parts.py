@@ -4,7 +4,7 @@ other, keeps its part of it, and none ever holds the whole."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from sparseforge_fx.models.streamed import StreamedModel
 
 @dataclass(frozen=True)
 class InParts:
-    """``model``, and what teaches it: itself, unless ``teacher`` is another checkpoint."""
+    """``model``, and what teaches it: itself, unless ``teacher`` is another checkpoint. ``start``: files of the model's
+    names, with the weights that the run begins at."""
 
     model: StreamedModel
     teacher: StreamedModel | None = None
+    start: Shards | None = None
 
     def stand_in(self, program: Exported) -> None:
         """Give the tensors of a program that was captured without values some: buffers their own, parameters one
@@ -57,11 +59,20 @@ class InParts:
 
     def weight(self, name: str) -> Tensor:
         """A whole parameter. Raises SparseForgeError if it is not finite."""
-        return _sound(self.model, name)
+        return _sound(self.model, name, self.start)
 
     def taught(self, name: str) -> Tensor:
         """The teacher's parameter in the place of one of the model."""
         return _sound(self.teacher or self.model, name)
+
+    def weights(self, program: Exported) -> Fetched:
+        """The dense model's tensors, by the names that the program has for them."""
+        return Fetched(self.model, list(program.state))
+
+    def teachers(self, program: Exported) -> Fetched | None:
+        """The parameters of a teacher that was given, likewise."""
+        names = [name for name, value in program.state.items() if isinstance(value, nn.Parameter)]
+        return None if self.teacher is None else Fetched(self.teacher, names)
 
     @torch.no_grad()
     def write(self, folder: Path | None) -> None:
@@ -87,6 +98,22 @@ class InParts:
             raise failure
 
 
+class Fetched(Mapping[str, Tensor]):
+    """Tensors of a model on disk that are read when they are asked for."""
+
+    def __init__(self, source: StreamedModel, names: Sequence[str]):
+        self._source, self._names = source, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source.fetch(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def one_element(like: Tensor) -> Tensor:
     """Zeros in its form that take the memory of one."""
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
@@ -100,8 +127,8 @@ def copy_checkpoint(source: StreamedModel, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _sound(source: StreamedModel, name: str) -> Tensor:
-    value = source.fetch(name)
+def _sound(source: StreamedModel, name: str, shards: Shards | None = None) -> Tensor:
+    value = source.fetch(name, shards)
     if not bool(torch.isfinite(value).all()):
         raise SparseForgeError(f"{name} in {source.folder} holds NaN or infinite values: repair the checkpoint first")
     return value

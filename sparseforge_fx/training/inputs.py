@@ -14,6 +14,7 @@ from sparseforge_fx.data.batches import Batches, is_text
 from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length
 from sparseforge_fx.data.reading import Reader
 from sparseforge_fx.data.sources import unused_text
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call, capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.methods.base import TrainedConfig
@@ -22,6 +23,7 @@ from sparseforge_fx.methods.one_shot import LayerwiseConfig
 from sparseforge_fx.models.compute_dtype import dtype_of
 from sparseforge_fx.models.dense import DTYPES
 from sparseforge_fx.passes import LinearSite, find_linears
+from sparseforge_fx.training.checkpoint import find_state, load_plain
 from sparseforge_fx.training.first_batch import check_batch, check_ids, example_inputs_of
 from sparseforge_fx.training.in_parts import InParts
 from sparseforge_fx.training.objective import Objective
@@ -34,8 +36,8 @@ from sparseforge_fx.training.teacher import check_same, weights_of
 @dataclass
 class Run:
     """What :func:`open_run` gives. ``data`` is what was given, ``batches`` what became of it (None: nothing is looked
-    at); ``notes`` is the report's list; ``taught_by`` are the weights of a teacher that was given; ``in_parts``: where
-    the weights are while they are on disk."""
+    at); ``notes`` is the report's list; ``accumulate`` are the micro-batches of a process in a step; ``taught_by`` are
+    the weights of a teacher that was given; ``in_parts``: where the weights are while they are on disk."""
 
     program: Exported
     sites: list[LinearSite]
@@ -43,6 +45,7 @@ class Run:
     data: Any
     batches: Batches | None
     notes: list[str]
+    accumulate: int
     taught_by: dict[str, Tensor] | None = None
     in_parts: InParts | None = None
 
@@ -66,6 +69,7 @@ def open_run(
     example_inputs: Any,
     teacher: nn.Module | None = None,
     in_parts: InParts | None = None,
+    state_path: str | Path | None = None,
 ) -> Run:
     """Read the data as far as the run needs it, capture the model, find its sites, try the first batch (of a model on
     disk, look at its token ids).
@@ -73,11 +77,13 @@ def open_run(
     Raises SparseForgeError for whatever does not fit, before a weight changes.
     """
     torch.manual_seed(recipe.seed)
-    batches = None
+    batches, count = None, 1 if accelerator is None else accelerator.num_processes
+    begun = Path(state_path) if state_path is not None and isinstance(config, TrainedConfig) else None
+    accumulate, told = _micro_batches(recipe, count, begun)
     if in_parts is not None:
         tokenizer = in_parts.model.tokenizer if tokenizer is None else tokenizer
     if isinstance(config, TrainedConfig | LayerwiseConfig):
-        needed = _tokens_needed(recipe, config, accelerator)
+        needed = _tokens_needed(recipe, config, accumulate * count)
         batches = open_batches(
             model,
             data,
@@ -100,7 +106,7 @@ def open_run(
         sites, planned = planned_sites(program, recipe.plan, config.pattern)
     check_sites(program, sites)
     unread = unused_text(data, recipe.text_column) if is_text(data) and not is_self(data) else ()
-    notes = [*program.notes, *planned, *unread, *tell_length(data, batches, recipe.length)]
+    notes = [*told, *program.notes, *planned, *unread, *tell_length(data, batches, recipe.length)]
     if recipe.dtype is not None and DTYPES.get(recipe.dtype) != (own := dtype_of(model)):
         notes.append(f"dtype {recipe.dtype} is for the command line: the model given computes in {own}")
     reader = Reader(program)
@@ -110,18 +116,35 @@ def open_run(
         if in_parts.teacher is not None:
             check_same(in_parts.teacher.skeleton, program)
         in_parts.stand_in(program)
-        return Run(program, sites, reader, data, batches, notes, in_parts=in_parts)
+        return Run(program, sites, reader, data, batches, notes, accumulate, in_parts=in_parts)
     if batches is not None:
         objective = Objective(recipe.settings(True).objective, getattr(model, "config", None), reader.note)
         check_batch(program, reader, objective, batches.batch(0))
-    return Run(program, sites, reader, data, batches, notes, None if teacher is None else weights_of(teacher, program))
+    taught_by = None if teacher is None else weights_of(teacher, program)
+    return Run(program, sites, reader, data, batches, notes, accumulate, taught_by)
 
 
-def _tokens_needed(recipe: Recipe, config: TrainedConfig | LayerwiseConfig, accelerator: Accelerator | None) -> int:
-    """Of text: no more is read than the run takes."""
+def _tokens_needed(recipe: Recipe, config: TrainedConfig | LayerwiseConfig, micro_batches: int) -> int:
+    """Of text: no more is read than the run takes, of so many micro-batches a step."""
     if isinstance(config, LayerwiseConfig):
         return recipe.calibration * recipe.length
     if recipe.tokens is not None:
         return recipe.tokens
-    processes = accelerator.num_processes if accelerator is not None else 1
-    return config.steps * recipe.batch_size * recipe.length * recipe.accumulate * processes
+    return config.steps * recipe.batch_size * recipe.length * micro_batches
+
+
+def _micro_batches(recipe: Recipe, count: int, state: Path | None) -> tuple[int, list[str]]:
+    """How many micro-batches a process has in a step. A run that goes on on another number of processes has steps of as
+    many as it began with, over all processes, and a note says so."""
+    begun: Any = {} if state is None or find_state(state) is None else load_plain(state).get("run")
+    whole = begun.get("micro_batches") if isinstance(begun, dict) else None
+    mine = recipe.accumulate * count
+    if not isinstance(whole, int) or whole == mine or begun.get("accumulate") != recipe.accumulate:
+        return recipe.accumulate, []  # what else differs is found when the state is read
+    if whole % count:
+        raise SparseForgeError(
+            f"the run was begun with {whole} micro-batches a step, which {count} processes cannot share evenly: "
+            f"go on with a number of processes that divides {whole}"
+        )
+    now = whole // count
+    return now, [f"the run goes on on {count} processes, with {now} micro-batches in each of their steps"]

@@ -3,8 +3,10 @@ them knows all know; none waits for one that has ended."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.curvature import processes
@@ -70,24 +71,33 @@ def first_to_say() -> bool:
 
 
 class Processes:
-    """``first``: is this the one that writes?"""
+    """``first``: is this the one that writes? ``several``: are there others?"""
 
     def __init__(self) -> None:
         self._state = PartialState(cpu=_on_cpus())
         self.first = self._state.is_main_process
+        self.several = self._state.num_processes > 1
 
     def first_does(self, work: Callable[[], None]) -> None:
-        """Let the first process work while the others wait. What goes wrong is raised there, and ends the others with
-        exit code 2 and no word: it is said once."""
-        failure: Exception | None = None
+        """Let the first process work while the others wait, as long as it takes (a collective would lose patience).
+        What goes wrong is raised there, and ends the others with exit code 2 and no word: it is said once."""
+        if not self.several:
+            work()
+            return
+        store, name = dist.distributed_c10d._get_default_store(), f"sparseforge-first-{next(_TURNS)}"
         if self.first:
+            outcome = "failed"
             try:
                 work()
-            except Exception as error:
-                failure = error
-        if self._state.num_processes > 1:
-            failed = broadcast_object_list([failure is not None])[0]
-            if failed and not self.first:
-                raise SystemExit(2)
-        if failure is not None:
-            raise failure
+                outcome = "done"
+            finally:
+                store.set(name, outcome)
+            return
+        while not store.check([name]):
+            time.sleep(WAIT)
+        if store.get(name) != b"done":
+            raise SystemExit(2)
+
+
+_TURNS = itertools.count()  # the same in all processes
+WAIT = 0.1  # seconds between two looks

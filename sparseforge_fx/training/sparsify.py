@@ -147,7 +147,7 @@ def sparsify(
         accelerator = accelerator or processes.accelerator()
     run = open_run(
         model, data, recipe, config, accelerator, tokenizer=tokenizer, cache_dir=cache_dir,
-        example_inputs=example_inputs, teacher=opened, in_parts=in_parts,
+        example_inputs=example_inputs, teacher=opened, in_parts=in_parts, state_path=state_path,
     )  # fmt: skip
     run.notes += adapter_notes(model, [run.program.tensor(s.fqn) for s in eligible(run.sites)])
     report = _begun(run, recipe.name(data is not None), config, recipe.seed)

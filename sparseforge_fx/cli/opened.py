@@ -1,0 +1,55 @@
+"""What ``sparsify`` works on: a model in memory or, where processes share it, a checkpoint that they read in parts."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparseforge_fx.errors import SparseForgeError, one_line
+from sparseforge_fx.methods.catalog import ONE_SHOT
+from sparseforge_fx.models.compute_dtype import cast, dtype_of
+from sparseforge_fx.models.dense import load_dense
+from sparseforge_fx.models.streamed import StreamedModel
+from sparseforge_fx.training.processes import Processes
+from sparseforge_fx.training.sharded import asked_for
+
+if TYPE_CHECKING:
+    from sparseforge_fx.training.recipe import Recipe
+
+
+class Opened:
+    """``model`` for :func:`sparseforge_fx.sparsify`, its ``tokenizer``, the ``dtype`` of its weights."""
+
+    def __init__(self, recipe: Recipe, where: torch.device):
+        assert recipe.model is not None
+        self._where, self._restore = where, lambda: None
+        self.model: Any = None
+        told = ""
+        if asked_for() and Processes().several and recipe.method not in ONE_SHOT:
+            try:
+                self.model = StreamedModel(recipe.model, where)
+            except SparseForgeError as error:
+                told = f"note: every process loads the whole model: {one_line(error)}"
+        if self.model is None:
+            self.model, self.tokenizer = load_dense(recipe.model)  # says what is wrong with the checkpoint itself
+            self.dtype = dtype_of(self.model)
+            if told and Processes().first:
+                print(told, file=sys.stderr)
+        else:
+            self.tokenizer, self.dtype = self.model.tokenizer, dtype_of(self.model.skeleton)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Cast the model, and bring it to its device."""
+        if isinstance(self.model, StreamedModel):
+            self.model.compute_in(dtype)
+            return
+        self._restore = cast(self.model, dtype)
+        self.model.to(self._where)
+
+    def restore(self, made: Any) -> None:
+        """Give what was made of it the checkpoint's dtype, on the CPU, if it is in memory."""
+        if not isinstance(self.model, StreamedModel):
+            self._restore()
+            made.cpu()
