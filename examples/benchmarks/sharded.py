@@ -2,9 +2,10 @@
 
     python examples/benchmarks/sharded.py MODEL [--ranks 1,2] [--steps 3] [--length 256]
 
-Each count runs by itself, under torchrun, on this machine's CPU. ``peak_bytes`` is the largest resident size of a
-process over its life, in which it has loaded the whole dense model once; ``training_bytes`` the resident size after the
-last step's update, of a process that trains.
+Each count runs by itself, under torchrun, on this machine's CPU, in float32: one process with the whole model, several
+that load the whole of it before it is cut up ("loaded"), and several that read it in parts ("in parts"). ``peak_bytes`` is
+the largest resident size of a process over its life; ``training_bytes`` the resident size after the last step's update;
+``import_bytes`` what it is before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 import typer
-from common import model_and_ids, save
+from common import language_model, save
 
 from sparseforge_fx.report import peak_memory_bytes
 
@@ -28,39 +29,52 @@ def main(model: str, ranks: str = "1,2", steps: int = 3, length: int = 256, labe
         work(model, steps, length, Path(worker))
         return
     counts = [int(count) for count in ranks.split(",")]
-    runs = [measured(model, count, steps, length) for count in counts]
-    record = {"model": Path(model).name, "steps": steps, "length": length, "batch_size": 1, "runs": runs}
+    ways = [(count, way) for count in counts for way in (("loaded", "in parts") if count > 1 else ("loaded",))]
+    runs = [measured(model, count, way, steps, length) for count, way in ways]
+    record = {"model": Path(model).name, "dtype": "float32", "steps": steps, "length": length, "batch_size": 1, "runs": runs}  # fmt: skip
     save("sharded", label or Path(model).name, record)
 
 
-def measured(model: str, count: int, steps: int, length: int) -> dict:
+def measured(model: str, count: int, way: str, steps: int, length: int) -> dict:
     """The records of all processes of one run."""
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
         run = [__file__, model, "--steps", str(steps), "--length", str(length), "--worker", folder]
         shared = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-        subprocess.run([*launch, *run], env=os.environ | (shared if count > 1 else {}), check=True)
-        return {"processes": count, "each": [json.loads(f.read_text()) for f in sorted(Path(folder).iterdir())]}
+        environment = os.environ | {"WAY": way} | (shared if count > 1 else {})
+        subprocess.run([*launch, *run], env=environment, check=True)
+        each = [json.loads(f.read_text()) for f in sorted(Path(folder).glob("*.json"))]
+        return {"processes": count, "way": way, "each": each}
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def work(model: str, steps: int, length: int, folder: Path) -> None:
     import sparseforge_fx as sf
 
-    torch.manual_seed(0)  # the same ids on every process
-    net, ids = model_and_ids(model, "cpu", 2 * steps, length)
-    seen: dict = {"losses": [], "seconds": []}
+    sparsify, in_parts = sf.sparsify, os.environ["WAY"] == "in parts"
+    seen: dict = {"losses": [], "seconds": [], "import_bytes": resident()}
+    if in_parts:
+        source = sf.StreamedModel(model)
+        source.compute_in(torch.float32)
+    net = source if in_parts else language_model(model, torch.float32)
+    size = (source.skeleton if in_parts else net).config.vocab_size
+    ids = torch.randint(0, size, (2 * steps, length), generator=torch.Generator().manual_seed(0))
 
     def on_step(step: int, row: dict) -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        seen["training_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+        seen["training_bytes"] = resident()
         seen["losses"].append(row["loss"])
         seen["seconds"].append(row["seconds"])
 
     ranks = int(os.environ["WORLD_SIZE"])
-    sf.sparsify(
+    result = sparsify(
         net, ids, preset="annealed", steps=steps, batch_size=1, length=length, accumulate=2 // ranks, compile=False,
         show_progress=False, on_step=on_step,
     )  # fmt: skip
+    if in_parts or os.environ["RANK"] == "0":
+        result.save(folder / "out")
     seen["peak_bytes"] = peak_memory_bytes()
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
 

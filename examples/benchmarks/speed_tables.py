@@ -142,6 +142,26 @@ def on_disk_table() -> str:
     return table(names, "ll" + "r" * (len(names) - 3) + "l", rows)
 
 
+def sharded_table() -> str:
+    """A row for every way in which sharded.py has shared a model."""
+    rows = []
+    for run in read("sharded"):
+        (alone,) = (r["each"][0] for r in run["runs"] if r["processes"] == 1)
+        for shared in run["runs"]:
+            most = {key: max(each[key] for each in shared["each"]) for key in ("peak_bytes", "training_bytes")}
+            ratios = (f"{size / alone[key]:.2f}x" for key, size in most.items())
+            losses = zip(*(r["losses"] for r in (shared["each"][0], alone)), strict=True)
+            rows.append((
+                f"{run['model']}, {run['dtype']}", shared["processes"], shared["way"], f"{most['training_bytes'] / 1e9:.2f} GB",
+                f"{most['peak_bytes'] / 1e9:.2f} GB", *ratios, f"{max(abs(a - b) / b for a, b in losses):.1e}", run["commit"],
+            ))  # fmt: skip
+    names = (
+        "model, dtype", "processes", "weights are", "after a step", "peak", "peak, to one process's", "after a step, to it",
+        "losses differ by", "commit",
+    )  # fmt: skip
+    return table(names, "lrl" + "r" * (len(names) - 4) + "l", rows)
+
+
 def cpu_runs(few_rows: bool) -> list[dict]:
     """The runs of cpu_kernels.py from one token on, or those of more."""
     runs = [run for run in read("kernels") if "instruction_set" in run]

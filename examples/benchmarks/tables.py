@@ -29,6 +29,7 @@ TABLES = {
     "step-profile": speed.step_profile_table,
     "forecasts": speed.forecast_table,
     "on-disk": speed.on_disk_table,
+    "sharded": speed.sharded_table,
     "scale": speed.scale_table,
     "many-rows": speed.many_rows_table,
     "kernels": speed.kernel_table,
