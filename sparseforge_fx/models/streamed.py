@@ -28,6 +28,7 @@ from sparseforge_fx.models.dense import (
     locate,
     make_skeleton,
 )
+from sparseforge_fx.models.low_rank import branch_names
 from sparseforge_fx.models.shards import Shards
 
 
@@ -51,6 +52,10 @@ class StreamedModel:
         self.tokenizer = load_tokenizer(where, config)
         self.folder = _download(where.name, where.options)
         self.shards = Shards(self.folder)
+        if branch_names(self.shards.places):
+            raise SparseForgeError(
+                f"{name} has low-rank branches (slorb_block), which would be left out from disk: load the model whole"
+            )
         if getattr(config, "dtype", None) is None:  # as from_pretrained(dtype="auto") finds it
             config.dtype = next((p.dtype for p in self.shards.places.values() if p.dtype.is_floating_point), None)
         model = make_skeleton(config, name)

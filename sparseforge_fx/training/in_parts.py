@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sparseforge_fx.data.opening import is_self
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import has_no_values
 from sparseforge_fx.graph.exported import Exported
+from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.models.compute_dtype import dtype_of
+from sparseforge_fx.models.dense import load_dense
 from sparseforge_fx.models.shards import Shards
 from sparseforge_fx.models.streamed import StreamedModel
 
@@ -96,6 +101,31 @@ class InParts:
                 failure = error
         if failure is not None:
             raise failure
+
+
+def open_both(
+    model: nn.Module | StreamedModel,
+    teacher: nn.Module | StreamedModel | str | Path | None,
+    data: Any,
+    config: MethodConfig,
+) -> tuple[InParts | None, nn.Module, nn.Module | None]:
+    """Where weights come from that are on disk, if they are; the model; its teacher, if it is in memory."""
+    if not isinstance(model, StreamedModel):
+        if isinstance(teacher, StreamedModel):
+            raise SparseForgeError("a model in memory has no teacher on disk: give its folder's name, or a model")
+        return None, model, load_dense(teacher)[0] if isinstance(teacher, str | Path) else teacher
+    if not isinstance(config, TrainedConfig):
+        raise SparseForgeError("a method that does not train walks through a model on disk: sf.sparsify_on_disk")
+    if is_self(data):
+        raise SparseForgeError("a model that stays on disk draws no text: give a text as data")
+    if not all(map(has_no_values, model.skeleton.parameters())):
+        raise SparseForgeError("this StreamedModel has been through a run: make another one of its folder")
+    if isinstance(teacher, str | Path):
+        teacher = StreamedModel(teacher, model.device)
+        teacher.compute_in(dtype_of(model.skeleton))
+    if isinstance(teacher, nn.Module):
+        raise SparseForgeError("a model on disk has no teacher in memory: give its folder, or a StreamedModel")
+    return InParts(model, teacher), model.skeleton, None
 
 
 class Fetched(Mapping[str, Tensor]):

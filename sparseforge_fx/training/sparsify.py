@@ -15,15 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.files import check_parent, new_folder
+from sparseforge_fx.files import check_output, check_parent, new_folder
 from sparseforge_fx.graph.adapters import adapter_notes
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import find_preset
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.reorder import tell_moved
-from sparseforge_fx.models.compute_dtype import dtype_of
-from sparseforge_fx.models.dense import load_dense, write_checkpoint
+from sparseforge_fx.models.dense import write_checkpoint
 from sparseforge_fx.models.streamed import StreamedModel
 from sparseforge_fx.page.page import write_page
 from sparseforge_fx.passes.find_linears import eligible
@@ -33,7 +31,7 @@ from sparseforge_fx.ranges import AtLeastZero, checked
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes, write_json
 from sparseforge_fx.training import processes
 from sparseforge_fx.training.anneal import anneal
-from sparseforge_fx.training.in_parts import InParts
+from sparseforge_fx.training.in_parts import InParts, open_both
 from sparseforge_fx.training.inputs import Run, open_run
 from sparseforge_fx.training.one_shot import prune_once
 from sparseforge_fx.training.prepare import check_weights
@@ -68,9 +66,11 @@ class SparsifyResult:
         Raises SparseForgeError if ``folder`` exists and is not empty, unless ``overwrite``. One process calls it; of
         a model in parts, all do, and the first writes.
         """
-        if self.in_parts is not None and not processes.Processes().first:
-            self.in_parts.write(None)
-            return
+        if self.in_parts is not None:
+            processes.Processes().first_does(lambda: check_output(Path(folder), overwrite=overwrite))
+            if not processes.Processes().first:
+                self.in_parts.write(None)
+                return
         with new_folder(Path(folder), overwrite=overwrite) as partial:
             if self.in_parts is None:
                 write_checkpoint(self.model, tokenizer, partial)
@@ -139,7 +139,7 @@ def sparsify(
     data = recipe.data if data is None else data
     config = recipe.config(data is not None)  # what is wrong with it is found out before anything is read
     taught, teacher = is_taught(recipe, config), recipe.teacher if teacher is None else teacher
-    in_parts, model, opened = _opened(model, teacher if taught else None)
+    in_parts, model, opened = open_both(model, teacher if taught else None, data, config)
     check_weights(model)
     if state_path is not None:
         check_parent(Path(state_path))
@@ -169,22 +169,6 @@ def sparsify(
     report |= {"options": dict(recipe.options), "recipe": recipe.describe(), "seconds": time.monotonic() - began}
     _end(report, run)
     return SparsifyResult(model, report, recipe, scales, in_parts)
-
-
-def _opened(
-    model: nn.Module | StreamedModel, teacher: nn.Module | StreamedModel | str | Path | None
-) -> tuple[InParts | None, nn.Module, nn.Module | None]:
-    """Where weights come from that are on disk; the model; its teacher, if it is in memory."""
-    if not isinstance(model, StreamedModel):
-        if isinstance(teacher, StreamedModel):
-            raise SparseForgeError("a model in memory has no teacher on disk: give its folder's name, or a model")
-        return None, model, load_dense(teacher)[0] if isinstance(teacher, str | Path) else teacher
-    if isinstance(teacher, str | Path):
-        teacher = StreamedModel(teacher, model.device)
-        teacher.compute_in(dtype_of(model.skeleton))
-    if isinstance(teacher, nn.Module):
-        raise SparseForgeError("a model on disk has no teacher in memory: give its folder, or a StreamedModel")
-    return InParts(model, teacher), model.skeleton, None
 
 
 def _end(report: dict[str, Any], run: Run) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import byte_tokenizer, write_text
 
 from sparseforge_fx.errors import SparseForgeError
@@ -69,6 +69,19 @@ def whole(llama, text, tmp_path_factory):
     """What an undisturbed run gives."""
     output = tmp_path_factory.mktemp("whole") / "sparse"
     return output, sparsify_on_disk(llama, text, output=output, **RUN)
+
+
+def test_branches_beside_the_weights_are_not_left_out_in_silence(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    file = sorted(folder.glob("*.safetensors"))[0]
+    branch = "model.layers.0.self_attn.q_proj.slorb"
+    save_file(load_file(file) | {f"{branch}.x": torch.zeros(2, 8), f"{branch}.s": torch.zeros(32, 2)}, file)
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    names["weight_map"] |= {f"{branch}.{leaf}": file.name for leaf in "xs"}
+    index.write_text(json.dumps(names))
+    with pytest.raises(SparseForgeError, match=r"low-rank branches .* left out from disk: load the model whole"):
+        StreamedModel(folder)
 
 
 @pytest.mark.parametrize(

@@ -190,12 +190,20 @@ def test_one_process_alone_does_not_train_from_disk(ran):
         in_parts(ran[0], "annealed")
 
 
-def test_teachers_are_where_the_model_is(ran, tiny):
+def test_what_a_model_on_disk_cannot_have_is_refused(ran, tiny):
     folder, text = ran[0], str(ran[0] / "text.txt")
     with pytest.raises(SparseForgeError, match="a model on disk has no teacher in memory"):
         sparsify(StreamedModel(folder / "llama"), text, teacher=tiny("llama").model, **COMMON)
     with pytest.raises(SparseForgeError, match="a model in memory has no teacher on disk"):
         sparsify(tiny("llama").model, text, teacher=StreamedModel(folder / "llama"), **COMMON)
+    with pytest.raises(SparseForgeError, match=r"does not train walks through a model on disk: sf.sparsify_on_disk"):
+        sparsify(StreamedModel(folder / "llama"), text, method="wanda")
+    with pytest.raises(SparseForgeError, match="draws no text"):
+        sparsify(StreamedModel(folder / "llama"), "self", **COMMON)
+    used = StreamedModel(folder / "llama")
+    used.skeleton.lm_head.weight = torch.nn.Parameter(torch.zeros(260, 32))
+    with pytest.raises(SparseForgeError, match="has been through a run"):
+        sparsify(used, text, **COMMON)
     with pytest.raises(SparseForgeError, match="the teacher has"):
         sparsify(StreamedModel(folder / "llama"), text, teacher=folder / "mixtral", **COMMON, preset="annealed")
 
