@@ -116,6 +116,11 @@ def test_names_in_the_text_are_public(page):
     assert named <= set(sf.__all__)
 
 
+def test_every_public_name_is_on_the_api_page():
+    shown = re.findall(r"^::: [\w.]+\.(\w+)$", (ROOT / "docs/api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(shown) == sorted(sf.__all__)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_files_are_there(page):
     text = (ROOT / page).read_text()

@@ -5,7 +5,8 @@
 Each count runs by itself, under torchrun, on this machine's CPU, in float32: one process with the whole model, several
 that load the whole of it before it is cut up ("loaded"), and several that read it in parts ("in parts"). ``peak_bytes`` is
 the largest resident size of a process over its life; ``training_bytes`` the resident size after the last step's update;
-``import_bytes`` what it is before anything is loaded.
+``import_bytes`` what it is before anything is loaded. glibc is told to give freed memory back (GLIBC below): as it is, it
+keeps what blocks were gathered into, and all ways look alike.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import typer
 from common import language_model, save
 
 from sparseforge_fx.report import peak_memory_bytes
+
+GLIBC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 
 
 def main(model: str, ranks: str = "1,2", steps: int = 3, length: int = 256, label: str = "", worker: str = "") -> None:
@@ -41,7 +44,7 @@ def measured(model: str, count: int, way: str, steps: int, length: int) -> dict:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
         run = [__file__, model, "--steps", str(steps), "--length", str(length), "--worker", folder]
         shared = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-        environment = os.environ | {"WAY": way} | (shared if count > 1 else {})
+        environment = os.environ | {"WAY": way} | GLIBC | (shared if count > 1 else {})
         subprocess.run([*launch, *run], env=environment, check=True)
         each = [json.loads(f.read_text()) for f in sorted(Path(folder).glob("*.json"))]
         return {"processes": count, "way": way, "each": each}

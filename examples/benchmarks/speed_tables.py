@@ -148,16 +148,18 @@ def sharded_table() -> str:
     for run in read("sharded"):
         (alone,) = (r["each"][0] for r in run["runs"] if r["processes"] == 1)
         for shared in run["runs"]:
-            most = {key: max(each[key] for each in shared["each"]) for key in ("peak_bytes", "training_bytes")}
-            ratios = (f"{size / alone[key]:.2f}x" for key, size in most.items())
+            kinds, base = ("training_bytes", "peak_bytes"), alone["import_bytes"]
+            most = [max(each[key] for each in shared["each"]) for key in kinds]
+            ratios = (f"{(size - base) / (alone[key] - base):.2f}x" for key, size in zip(kinds, most, strict=True))
             losses = zip(*(r["losses"] for r in (shared["each"][0], alone)), strict=True)
             rows.append((
-                f"{run['model']}, {run['dtype']}", shared["processes"], shared["way"], f"{most['training_bytes'] / 1e9:.2f} GB",
-                f"{most['peak_bytes'] / 1e9:.2f} GB", *ratios, f"{max(abs(a - b) / b for a, b in losses):.1e}", run["commit"],
+                f"{run['model']}, {run['dtype']}", shared["processes"], shared["way"],
+                *(f"{size / 1e9:.2f} GB" for size in most), *ratios,
+                f"{max(abs(a - b) / b for a, b in losses):.1e}", run["commit"],
             ))  # fmt: skip
     names = (
-        "model, dtype", "processes", "weights are", "after a step", "peak", "peak, to one process's", "after a step, to it",
-        "losses differ by", "commit",
+        "model, dtype", "processes", "weights are", "after a step", "peak", "after a step, to one process's",
+        "peak, to it", "losses differ by", "commit",
     )  # fmt: skip
     return table(names, "lrl" + "r" * (len(names) - 4) + "l", rows)
 

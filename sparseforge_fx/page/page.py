@@ -16,7 +16,7 @@ from sparseforge_fx.formats import DENSE
 from sparseforge_fx.page import facts, pictures
 from sparseforge_fx.plans import Plan
 
-PAGE = "report.html"
+PAGE, REPORT = "report.html", "report.json"
 #: beside report.json, as far as somebody made them: what evaluate, benchmark, lower and plan measured
 QUALITY, SPEED, COSTS, PLAN = "evaluation.json", "benchmark.json", "costs.json", "plan.json"
 
@@ -34,7 +34,7 @@ def write_page(folder: Path) -> Path:
 
 def render(folder: Path) -> str:
     """The page's text."""
-    report = read(folder / "report.json")
+    report = read(folder / REPORT)
     if report is None:
         raise SparseForgeError(f"there is no report.json in {folder}: name the output folder of a finished run")
     quality, speed, costs = (read(folder / name) or {} for name in (QUALITY, SPEED, COSTS))

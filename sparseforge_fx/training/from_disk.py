@@ -32,6 +32,7 @@ from sparseforge_fx.models.compute_dtype import ComputeDtype, choose_dtype, dtyp
 from sparseforge_fx.models.dense import find_dtype
 from sparseforge_fx.models.shards import Shards
 from sparseforge_fx.models.streamed import StreamedModel
+from sparseforge_fx.page.page import write_page
 from sparseforge_fx.passes import LinearSite, find_linears, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.harden_masks import fold
@@ -295,6 +296,7 @@ class _Work:
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.file.unlink()
         replace_folder(folder, self.folder)
+        write_page(folder)
 
 
 def _begun_in(folder: Path) -> ComputeDtype | None:

@@ -23,6 +23,8 @@ from sparseforge_fx.models.compute_dtype import dtype_of
 from sparseforge_fx.models.dense import load_dense
 from sparseforge_fx.models.shards import Shards
 from sparseforge_fx.models.streamed import StreamedModel
+from sparseforge_fx.page.page import COSTS, PAGE, PLAN, QUALITY, REPORT, SPEED
+from sparseforge_fx.training.recipe import FILE
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,10 @@ def one_element(like: Tensor) -> Tensor:
 
 
 def copy_checkpoint(source: StreamedModel, folder: Path) -> None:
-    """All files of a checkpoint but weights in other formats."""
+    """All files of a checkpoint but weights in other formats, and what is said there of another run's weights."""
+    said = {REPORT, PAGE, FILE, QUALITY, SPEED, COSTS, PLAN}
     for file in source.folder.iterdir():
-        wanted = file in source.shards.files or file.suffix != ".safetensors"
+        wanted = file in source.shards.files or (file.suffix != ".safetensors" and file.name not in said)
         if file.is_file() and wanted and file.suffix not in (".bin", ".pt", ".pth", ".gguf"):
             shutil.copyfile(file, folder / file.name)
 

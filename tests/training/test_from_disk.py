@@ -71,6 +71,18 @@ def whole(llama, text, tmp_path_factory):
     return output, sparsify_on_disk(llama, text, output=output, **RUN)
 
 
+def test_what_is_said_of_the_input_is_not_said_of_the_output(llama, text, tmp_path):
+    """A model that was evaluated, timed and planned for: its pages speak of its own weights."""
+    folder = shutil.copytree(llama, tmp_path / "model")
+    for name in ("report.json", "report.html", "recipe.yaml", "evaluation.json", "benchmark.json", "costs.json", "plan.json"):
+        (folder / name).write_text("of the input")
+    (folder / "LICENSE").write_text("mine")
+    sparsify_on_disk(folder, text, output=tmp_path / "sparse", **RUN | {"method": "magnitude"})
+    assert not any(f.read_text() == "of the input" for f in (tmp_path / "sparse").iterdir() if f.suffix in (".json", ".html", ".yaml"))  # fmt: skip
+    assert (tmp_path / "sparse" / "LICENSE").read_text() == "mine"
+    assert "magnitude" in (tmp_path / "sparse" / "report.html").read_text()
+
+
 def test_branches_beside_the_weights_are_not_left_out_in_silence(llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "model")
     file = sorted(folder.glob("*.safetensors"))[0]

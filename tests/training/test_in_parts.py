@@ -59,6 +59,7 @@ def in_parts(folder, name, **how):
     source = StreamedModel(folder / model)
     source.compute_in(torch.float32)
     teacher = {} if teacher is None else {"teacher": folder / teacher}
+    how |= {"activation_checkpointing": name == "healed"}
     how |= {} if name != "the default preset" else {"state_path": folder / "state", "save_seconds": 0.0}
     return sparsify(source, str(folder / "text.txt"), **COMMON, **options, **teacher, **how, accumulate=1)
 
