@@ -43,7 +43,7 @@ class StartOnDisk:
             )
         left_out = [n for n in WHOLE[:2] if getattr(config, n)]
         config = replace(config, reorder=False, reconstruct=0)
-        told = f"the start {config.start} was solved from disk, block by block"
+        told = f"the start {config.start} was solved from disk, block by block, on the CPU"
         told += f", without the preset's {' and '.join(left_out)}, which want the model in memory" if left_out else ""
         return cls(config, replace(config, start="magnitude"), [told])
 

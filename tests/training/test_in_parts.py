@@ -153,7 +153,7 @@ def test_the_files_are_those_of_a_run_in_memory(ran, tmp_path, name):
     assert (out / "report.html").is_file() and (out / "recipe.yaml").is_file()
     if name == "the default preset":
         told = json.loads((out / "report.json").read_text())
-        assert any("the start alps was solved from disk, block by block, without the preset's reorder and reconstruct" in n for n in told["notes"])  # fmt: skip
+        assert any("the start alps was solved from disk, block by block, on the CPU, without the preset's reorder and reconstruct" in n for n in told["notes"])  # fmt: skip
         assert told["config"]["start"] == "alps" and not told["config"]["reorder"] and told["recipe"]["options"] == {}
         assert told["calibration_sequences"] == 6 and 0 < told["calibration_seconds"] < told["seconds"]
         assert {n: v["error"] for n, v in told["layers"].items()} == pytest.approx(report["layer_errors"], rel=1e-3)
