@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -9,29 +10,57 @@ import torch
 
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.methods.catalog import ONE_SHOT
+from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.models.compute_dtype import cast, dtype_of
 from sparseforge_fx.models.dense import load_dense
 from sparseforge_fx.models.streamed import StreamedModel
-from sparseforge_fx.training.processes import Processes
+from sparseforge_fx.training.processes import Processes, largest
 from sparseforge_fx.training.sharded import asked_for
 
 if TYPE_CHECKING:
     from sparseforge_fx.training.recipe import Recipe
 
 
-class Opened:
-    """``model`` for :func:`sparseforge_fx.sparsify`, its ``tokenizer``, the ``dtype`` of its weights."""
+WHOLE_START = 16  # bytes of each parameter: the weight, its dense copy, what solves for it, activations beside that
 
-    def __init__(self, recipe: Recipe, where: torch.device):
+
+def shares(recipe: Recipe) -> bool:
+    """Do processes share the model of this run?"""
+    return asked_for() and Processes().several and recipe.method not in ONE_SHOT
+
+
+def has_room(model: torch.nn.Module, where: torch.device) -> bool:
+    """Can every process of this machine hold all of a model, and what a layer-wise start needs beside it?"""
+    import psutil
+
+    if where.type == "cuda":
+        free = torch.cuda.mem_get_info(where)[0]
+    else:
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    (room,) = largest(where, -float(free))  # of the process that has least
+    return WHOLE_START * sum(p.numel() for p in model.parameters()) < -room
+
+
+class Opened:
+    """``model`` for :func:`sparseforge_fx.sparsify`, its ``tokenizer``, the ``dtype`` of its weights.
+
+    Processes that share a model read it in parts; but a layer-wise start does better in memory, so that where there is
+    room for it each of them loads all, unless ``on_disk``.
+    """
+
+    def __init__(self, recipe: Recipe, where: torch.device, on_disk: bool = False):
         assert recipe.model is not None
         self._where, self._restore = where, lambda: None
         self.model: Any = None
         told = ""
-        if asked_for() and Processes().several and recipe.method not in ONE_SHOT:
+        if shares(recipe):
             try:
                 self.model = StreamedModel(recipe.model, where)
             except SparseForgeError as error:
                 told = f"note: every process loads the whole model: {one_line(error)}"
+        starts = getattr(recipe.config(recipe.data is not None), "start", None) in LAYERWISE
+        if self.model is not None and starts and not on_disk and has_room(self.model.skeleton, where):
+            self.model = None
         if self.model is None:
             self.model, self.tokenizer = load_dense(recipe.model)  # says what is wrong with the checkpoint itself
             self.dtype = dtype_of(self.model)

@@ -13,7 +13,7 @@ from sparseforge_fx.cli.tracker import LOGS
 from sparseforge_fx.errors import SparseForgeError
 
 STATE, STATE_OF = "training-state", "training-state.json"
-STARTS = (f"{STATE}-start", f"{STATE}-start.unfinished")  # of a model that stays on disk (training/start_on_disk.py)
+STARTS = (f"{STATE}-start", f"{STATE}-start.unfinished")  # of a model that stays on disk (training/shared_start.py)
 
 
 class RunFolder:

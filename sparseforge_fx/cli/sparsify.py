@@ -22,7 +22,7 @@ from sparseforge_fx.cli.app import (
 )
 from sparseforge_fx.cli.assignments import read_assignments
 from sparseforge_fx.cli.dry_run import of_sparsify, tell
-from sparseforge_fx.cli.on_disk import check_before, healing, on_disk, run_on_disk, suggest
+from sparseforge_fx.cli.on_disk import DISK, check_before, healing, on_disk, run_on_disk, suggest
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.tracker import Tracker
@@ -50,7 +50,7 @@ CURVATURE = (
 )
 DEVICE = (
     "cpu, cuda, cuda:1, ...; default cuda where there is one. disk: weights stay there, those of one block at a time "
-    "in memory (methods that do not train)."
+    "in memory (methods that do not train; trained ones by processes that share the model under FSDP2)."
 )
 TEACHER = (
     "Where MODEL is 2:4 already: the model before that, which it is distilled from; --set start=magnitude takes its "
@@ -133,7 +133,7 @@ def sparsify(
         "weight_decay": weight_decay, "optimizer": optimizer, "teacher": teacher,
     }  # fmt: skip
     recipe, folder = _recipe(config, asked, change, curvature, temperature), RunFolder(output)
-    from_disk = on_disk(
+    from_disk = not _shared(device, recipe) and on_disk(
         device, log_with=log_with, compile=compile is Compile.on, save_seconds=save_seconds != SAVE_SECONDS,
         activation_checkpointing=activation_checkpointing,
     )  # fmt: skip
@@ -189,6 +189,15 @@ def _recipe(
     return recipe.resolved(has_data)
 
 
+def _shared(device: str | None, recipe: Recipe) -> bool:
+    """Is this a run of processes that share a model, which they read from disk?"""
+    if device != DISK:
+        return False
+    from sparseforge_fx.cli.opened import shares
+
+    return shares(recipe)
+
+
 def _run(
     recipe: Recipe, folder: RunFolder, *, as_json: bool, device: str | None, resume: bool, overwrite: bool,
     log_with: str | None, **how: Any,
@@ -206,11 +215,11 @@ def _run(
     plain = recipe.describe()
     processes = Processes()
     processes.first_does(lambda: folder.check(plain, resume=resume, overwrite=overwrite))
-    where, wanted = pick_device(device), find_dtype(recipe.dtype)
+    where, wanted = pick_device(None if device == DISK else device), find_dtype(recipe.dtype)
     assert recipe.model is not None
     if recipe.method in ONE_SHOT:
         suggest(recipe.model)
-    opened = Opened(recipe, where)
+    opened = Opened(recipe, where, device == DISK)
     begun = folder.begun(resume)
     if "compute_dtype" in begun or (begun and folder.saved()):  # a second measurement might choose otherwise
         computing = ComputeDtype.read(begun.get("compute_dtype"))

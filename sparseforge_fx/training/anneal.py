@@ -23,8 +23,8 @@ from sparseforge_fx.training.prepare import finalize, prepare_captured
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.settings import Settings
 from sparseforge_fx.training.sharded import SHARED, Sharding, sharding_of
+from sparseforge_fx.training.shared_start import SharedStart
 from sparseforge_fx.training.sparse_model import SparseModel
-from sparseforge_fx.training.start_on_disk import StartOnDisk
 from sparseforge_fx.training.train import Optimization, train
 from sparseforge_fx.training.undo import dense_again_on_error
 from sparseforge_fx.training.unused import unused_arguments
@@ -50,23 +50,23 @@ def anneal(
     steps = None if recipe.tokens is None else count_steps(run.batches, recipe.tokens, per_step)
     config = recipe.config(True, steps)
     assert isinstance(config, TrainedConfig)
-    start = None if run.in_parts is None else StartOnDisk.of(config, recipe)
+    settings = _settings(run, recipe, report)
+    sharding, start = _sharding(run, recipe, config, settings, accelerator, report["notes"])
     trained = config if start is None else start.trained
-    calibrated = run.first(recipe.calibration) if trained.calibrates else None
+    calibrated = run.first(recipe.calibration) if config.calibrates and run.in_parts is None else []
     report["notes"] += unused_arguments(
         recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=config.calibrates,
         batches=run.batches,
     )  # fmt: skip
-    settings = _settings(run, recipe, report)
-    sharding = _sharding(run, recipe, trained, settings, accelerator, report["notes"])
-    begins: dict[str, Any] = {}  # what the report says of a start that is done
-    if start is not None and sharding is not None:
-        config = start.config
-        report["notes"] += start.notes
-        if not begun:
-            sharding.in_parts, begins = start.walk(sharding.in_parts, run.data, recipe, path, beside["cache_dir"])
+    config = config if start is None else start.config
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
     identity = _identity(run, recipe, settings.slorb_block, path)  # of the dense weights
+    begins: dict[str, Any] = {}  # what the report says of a start that is done
+    if sharding is not None and start is not None and not begun:
+        if run.in_parts is None:
+            begins = start.in_memory(run, calibrated)
+        else:
+            sharding.in_parts, begins = start.from_disk(run.in_parts, run.data, recipe, path, beside["cache_dir"])
     with dense_again_on_error(run.program) as written, processes.together():
         sparse = prepare_captured(
             run.program, run.sites, trained, settings.objective, slorb_block=settings.slorb_block, sharding=sharding,
@@ -82,12 +82,12 @@ def anneal(
             written += [] if sharding is not None else sparse.copies()
             if trained.start != "dense" and not begun:
                 clock = time.monotonic()
-                sparse.calibrate(calibrated or [])
-                sparse.start_report |= {
-                    "calibration_sequences": sum(count_rows(b) for b in calibrated or []),
+                sparse.calibrate(calibrated)
+                begins = begins or {
+                    "calibration_sequences": sum(map(count_rows, calibrated)),
                     "calibration_seconds": time.monotonic() - clock,
-                    **begins,
                 }
+                sparse.start_report |= begins
             report["passes"] = [r._asdict() for r in sparse.pass_records]
             curves = train(
                 sparse, run.batches, sparse.trainable(), how_weights_move, state_path=path,
@@ -110,16 +110,20 @@ def anneal(
 
 def _sharding(
     run: Run, recipe: Recipe, config: TrainedConfig, settings: Settings, accelerator: Accelerator, notes: list[str]
-) -> Sharding | None:
-    """How the run's model lies over the processes; None: each has all of it."""
+) -> tuple[Sharding | None, SharedStart | None]:
+    """How the run's model lies over the processes (None: each has all of it), and what comes before it is cut up."""
     sharding = sharding_of(accelerator, notes, run.in_parts)
     if sharding is None:
         if run.in_parts is not None:
             raise SparseForgeError(f"a model that stays on disk is trained {SHARED}; or load it whole")
-        return None
+        return None, None
+    start = SharedStart.of(config, recipe, run.in_parts is not None)
     whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
-    sharding.check(config, run.sites, **whole, adamw8bit=recipe.optimizer != "adamw")
-    return sharding
+    sharding.check(
+        config if start is None else start.trained, run.sites, **whole, adamw8bit=recipe.optimizer != "adamw"
+    )
+    notes += [] if start is None else start.notes
+    return sharding, start
 
 
 def _settings(run: Run, recipe: Recipe, report: dict[str, Any]) -> Settings:

@@ -77,8 +77,8 @@ class Sharding:
         reasons = {
             f"the method {type(config).__name__.removesuffix('Config')} has an optimizer of whole weights; take "
             "sparseforge, gmp or imp": config.own_optimizer,
-            f"start {config.start!r} solves for whole weights; take preset='annealed', or prune first, by one process, "
-            "and go on from there with start='magnitude' and teacher=": config.start not in ("dense", "magnitude"),
+            f"start {config.start!r} is for masks that are final from then on; take preset='alps+kd' with "
+            "quench_end=0, or preset='annealed'": config.start not in ("dense", "magnitude"),
             "blocks learn in whole models alone; take reconstruct=0": config.reconstruct > 0,
             f"the pattern {config.pattern} has no groups; take N:M": not isinstance(config.pattern, Pattern),
             f"values {config.values!r} need a layer-wise start; take values='float'": config.values != "float",

@@ -34,6 +34,7 @@ RUNS = {
     "experts in bfloat16 files": ("mixtral", None, {"method": "gmp", "lr": 1e-6}),
     "the default preset": ("llama", None, {"lr": 1e-3, "calibration": 6}),
 }
+IN_MEMORY = {"length": 16, "batch_size": 2, "tokens": 192, "calibration": 6, "reconstruct": 1, "lr": 1e-3}
 
 
 def write_models(folder):
@@ -69,7 +70,7 @@ import sys, torch
 from pathlib import Path
 from torch.multiprocessing.reductions import StorageWeakRef
 from sparseforge_fx.models.streamed import StreamedModel
-from test_in_parts import RUNS, in_parts
+from test_in_parts import IN_MEMORY, RUNS, in_parts, load_dense, sparsify
 torch.set_num_threads(1)
 folder, rank = Path(sys.argv[1]), sys.argv[2]
 alive, most = [], 0
@@ -101,6 +102,9 @@ try:
     in_parts(folder, "annealed", state_path=folder / "stopped", save_seconds=0.0, on_step=stop)
 except InterruptedError:
     pass
+loaded, tokenizer = load_dense(folder / "llama", dtype="float32")
+result = sparsify(loaded, str(folder / "text.txt"), **IN_MEMORY, tokenizer=tokenizer)
+found["in memory"] = {"curves": result.report["curves"], "report": result.report, "weights": loaded.state_dict()}
 torch.save(found, folder / f"{rank}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -171,19 +175,19 @@ def test_no_process_holds_the_whole_model(ran, name):
 def test_a_start_that_is_not_this_runs_is_refused(ran):
     from sparseforge_fx.training.in_parts import InParts
     from sparseforge_fx.training.recipe import Recipe
-    from sparseforge_fx.training.start_on_disk import StartOnDisk
+    from sparseforge_fx.training.shared_start import SharedStart
 
     folder = ran[0]
     recipe = Recipe(**COMMON, calibration=5)
-    start = StartOnDisk.of(recipe.config(True), recipe)
+    start = SharedStart.of(recipe.config(True), recipe, True)
     source = StreamedModel(folder / "llama")
     with pytest.raises(SparseForgeError, match=r"state-start is the start of another run \(its calibration differ\)"):
-        start.walk(InParts(source), "text", recipe, folder / "state", None)
+        start.from_disk(InParts(source), "text", recipe, folder / "state", None)
     with pytest.raises(SparseForgeError, match="is written beside the training state: give state_path"):
-        start.walk(InParts(source), "text", recipe, None, None)
+        start.from_disk(InParts(source), "text", recipe, None, None)
     with pytest.raises(SparseForgeError, match="reconstruct needs the whole model in memory, and this one stays"):
-        StartOnDisk.of(recipe.config(True), recipe.changed(reconstruct=2))
-    assert StartOnDisk.of(recipe.changed(preset="annealed").config(True), recipe) is None
+        SharedStart.of(recipe.config(True), recipe.changed(reconstruct=2), True)
+    assert SharedStart.of(recipe.changed(preset="annealed").config(True), recipe, True) is None
 
 
 def test_one_process_alone_does_not_train_from_disk(ran):
@@ -209,6 +213,23 @@ def test_what_a_model_on_disk_cannot_have_is_refused(ran, tiny):
         sparsify(StreamedModel(folder / "llama"), text, teacher=folder / "mixtral", **COMMON, preset="annealed")
 
 
+def test_a_model_in_memory_has_the_whole_start(ran):
+    """Channels in another order, blocks that learn: as on one process, before the model is cut up."""
+    folder, first, second = ran
+    loaded, tokenizer = load_dense(folder / "llama", dtype="float32")
+    alone = sparsify(
+        loaded, str(folder / "text.txt"), **IN_MEMORY, tokenizer=tokenizer, accumulate=2, compile=False
+    ).report
+    told = first["in memory"]["report"]
+    assert told["config"] == alone["config"] and told["config"]["reorder"] and told["config"]["reconstruct"] == 1
+    assert told["reconstruction"] == alone["reconstruction"] and told["layer_notes"] == alone["layer_notes"]
+    assert first["in memory"]["curves"][-1]["loss"] == second["in memory"]["curves"][-1]["loss"]
+    for row, expected in zip(told["curves"], alone["curves"], strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    for fqn, value in loaded.state_dict().items():
+        torch.testing.assert_close(first["in memory"]["weights"][fqn], value, rtol=0, atol=5e-4, msg=fqn)
+
+
 def test_what_two_began_in_parts_one_ends_in_memory(ran, tmp_path):
     folder, first, _ = ran
     loaded, tokenizer = load_dense(folder / "llama", dtype="float32")
@@ -225,7 +246,7 @@ ON_TWO = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 def command(folder, out):
     short = ["--length", "16", "--batch-size", "2", "--tokens", "256", "--calibration", "6", "--save-seconds", "0"]
-    return ["sparsify", str(folder / "llama"), "--data", str(folder / "text.txt"), *short, "--dtype", "float32", "-o", str(out)]  # fmt: skip
+    return ["sparsify", str(folder / "llama"), "--device", "disk", "--data", str(folder / "text.txt"), *short, "--dtype", "float32", "-o", str(out)]  # fmt: skip
 
 
 def test_the_command_line_goes_on_after_a_kill_within_the_start(ran, tmp_path):

@@ -226,7 +226,7 @@ class TwoProcesses:
     ("config", "others", "says"),
     [
         (MaskLLMConfig(steps=4), {}, "optimizer of whole weights; take sparseforge, gmp or imp"),
-        (SparseForgeConfig(steps=4, start="alps", softness_start=0.5), {}, "start 'alps' solves for whole weights"),
+        (SparseForgeConfig(steps=4, start="alps", softness_start=0.5), {}, "start 'alps' is for masks that are final from then on"),
         (
             SparseForgeConfig(steps=4, start="magnitude", heat_end=0.0, quench_end=0.0, reconstruct=1),
             {},
