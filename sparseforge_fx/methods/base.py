@@ -21,6 +21,8 @@ from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import Pattern, distance_from_binary, hard_mask, to_groups
 from sparseforge_fx.ranges import Count, CountFromZero, Positive
 
+#: fields of a config that say how a run begins, and nothing of how it goes on
+STARTING = ("start", "reorder", "reconstruct", "reconstruct_lr")
 SAMPLE = 1 << 15  # mask entries of a weight that the curves are taken from
 
 
@@ -220,7 +222,8 @@ class TrainedMethod(ABC):
             wrong = "method[config] is no dictionary"
         if wrong is None:
             theirs = state["config"]
-            changed = [f"{k} {theirs.get(k)} instead of {v}" for k, v in mine["config"].items() if v != theirs.get(k)]
+            constants = {k: v for k, v in mine["config"].items() if k not in STARTING}  # a start is over by then
+            changed = [f"{k} {theirs.get(k)} instead of {v}" for k, v in constants.items() if v != theirs.get(k)]
             if changed:
                 raise SparseForgeError(
                     f"the saved training state was made with {', '.join(changed)}; delete it to start anew"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows, count_steps
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.methods.base import STARTING, TrainedConfig
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.report import describe_change
 from sparseforge_fx.training import fingerprint, processes
@@ -50,17 +50,18 @@ def anneal(
     steps = None if recipe.tokens is None else count_steps(run.batches, recipe.tokens, per_step)
     config = recipe.config(True, steps)
     assert isinstance(config, TrainedConfig)
-    settings = _settings(run, recipe, report)
-    sharding, start = _sharding(run, recipe, config, settings, accelerator, report["notes"])
+    sharding = sharding_of(accelerator, report["notes"], run.in_parts)
+    settings = _settings(run, recipe, report, sharding is not None)
+    start = _shared_start(run, recipe, config, settings, sharding)
     trained = config if start is None else start.trained
     calibrated = run.first(recipe.calibration) if config.calibrates and run.in_parts is None else []
     report["notes"] += unused_arguments(
         recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=config.calibrates,
         batches=run.batches,
     )  # fmt: skip
+    identity = _identity(run, recipe, config, settings.slorb_block, path)  # of the dense weights
     config = config if start is None else start.config
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
-    identity = _identity(run, recipe, settings.slorb_block, path)  # of the dense weights
     begins: dict[str, Any] = {}  # what the report says of a start that is done
     if sharding is not None and start is not None and not begun:
         if run.in_parts is None:
@@ -94,8 +95,10 @@ def anneal(
                 run=identity, accelerator=accelerator, **how,
             )  # fmt: skip
             # after training: a run that goes on has read it with its state; errors are told with the layers
-            report |= {k: v for k, v in sparse.start_report.items() if k != "layer_errors"}
-            report["notes"] += [n for n in sparse.reader.notes if n not in report["notes"]]
+            told = {k: v for k, v in sparse.start_report.items() if k != "layer_errors"}
+            notes = [*told.pop("start_notes", ()), *sparse.reader.notes]
+            report["notes"] += [note for note in notes if note not in report["notes"]]
+            report |= told
             finalize(sparse)
             report["layers"] = _layers(sparse, written)
         finally:
@@ -108,29 +111,29 @@ def anneal(
     return {} if sparse.on_grid is None else sparse.on_grid.scales
 
 
-def _sharding(
-    run: Run, recipe: Recipe, config: TrainedConfig, settings: Settings, accelerator: Accelerator, notes: list[str]
-) -> tuple[Sharding | None, SharedStart | None]:
-    """How the run's model lies over the processes (None: each has all of it), and what comes before it is cut up."""
-    sharding = sharding_of(accelerator, notes, run.in_parts)
+def _shared_start(
+    run: Run, recipe: Recipe, config: TrainedConfig, settings: Settings, sharding: Sharding | None
+) -> SharedStart | None:
+    """What comes before the model is cut up. Raises SparseForgeError for what processes that share it cannot do."""
     if sharding is None:
         if run.in_parts is not None:
             raise SparseForgeError(f"a model that stays on disk is trained {SHARED}; or load it whole")
-        return None, None
+        return None
     start = SharedStart.of(config, recipe, run.in_parts is not None)
     whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
-    sharding.check(
-        config if start is None else start.trained, run.sites, **whole, adamw8bit=recipe.optimizer != "adamw"
-    )
-    notes += [] if start is None else start.notes
-    return sharding, start
+    trained = config if start is None else start.trained
+    sharding.check(trained, run.sites, **whole, adamw8bit=recipe.optimizer != "adamw")
+    return start
 
 
-def _settings(run: Run, recipe: Recipe, report: dict[str, Any]) -> Settings:
+def _settings(run: Run, recipe: Recipe, report: dict[str, Any], shared: bool) -> Settings:
     """What the run takes beside the method's constants, and notes on what is a preset's word."""
     settings = recipe.settings(True)
     if "slorb_block" in settings.by_preset:  # which nobody asked for: no error where it cannot stand
-        block, why = fitting_block(run.program, run.sites, settings.by_preset["slorb_block"])
+        wanted = settings.by_preset["slorb_block"]
+        block, why = None, [f"the preset's slorb_block {wanted} is left out: the processes share the weights"]
+        if not shared:
+            block, why = fitting_block(run.program, run.sites, wanted)
         settings = settings.with_block(block)
         report["notes"] += why
     report["notes"] += settings.note(report["preset"])
@@ -161,11 +164,13 @@ def _layers(sparse: SparseModel, copies: Sequence[tuple[Tensor, Tensor]]) -> dic
     return found
 
 
-def _identity(run: Run, recipe: Recipe, slorb_block: int | None, path: Path | None) -> dict[str, Any]:
+def _identity(
+    run: Run, recipe: Recipe, config: TrainedConfig, slorb_block: int | None, path: Path | None
+) -> dict[str, Any]:
     """What a saved state must agree in, beside what :func:`train` knows itself."""
     assert run.batches is not None
     known = {name: getattr(recipe, name) for name in ("seed", "batch_size", "length", "calibration", "accumulate")}
-    known["slorb_block"] = slorb_block
+    known |= {name: getattr(config, name) for name in STARTING} | {"slorb_block": slorb_block}
     known["dtype"] = str(run.program.tensor(eligible(run.sites)[0].fqn).dtype)
     if path is not None:
         weights: Mapping[str, Tensor] = run.program.state

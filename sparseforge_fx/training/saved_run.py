@@ -141,7 +141,10 @@ def _wrong_start(start: Any) -> str | None:
     errors = start.get("layer_errors", {})
     if not isinstance(errors, dict) or not all(type(e) is float for e in errors.values()):
         return "start holds errors that are no numbers"
-    told = ("layer_notes", "layer_errors", "experts", "reconstruction", "rounded_reconstruction")
+    said = start.get("start_notes", [])
+    if not isinstance(said, list) or not all(type(note) is str for note in said):
+        return "start holds notes that are no text"
+    told = ("layer_notes", "layer_errors", "experts", "reconstruction", "rounded_reconstruction", "start_notes")
     plain = {name: value for name, value in start.items() if name not in told}
     numbers = {"calibration_sequences": 0, "calibration_seconds": 0.0}
     return misfit(plain, numbers, "start") if plain else None

@@ -115,4 +115,5 @@ class SharedStart:
             )
         told = {"layer_notes": report["layer_notes"], "calibration_sequences": report["calibration_sequences"]}
         told |= {name: report[name] for name in ("layer_errors", "experts") if name in report}
-        return replace(in_parts, start=Shards(folder)), told | {"calibration_seconds": float(report["seconds"])}
+        told |= {"calibration_seconds": float(report["seconds"]), "start_notes": self.notes}
+        return replace(in_parts, start=Shards(folder)), told

@@ -33,6 +33,7 @@ RUNS = {
     "healed": ("pruned", "llama", {"start": "magnitude", "lr": 1e-3, "reconstruct": 0, "reorder": False}),
     "experts in bfloat16 files": ("mixtral", None, {"method": "gmp", "lr": 1e-6}),
     "the default preset": ("llama", None, {"lr": 1e-3, "calibration": 6}),
+    "the paper's preset": ("llama", None, {"preset": "paper", "curvature": "gauss_newton", "lr": 1e-3}),
 }
 IN_MEMORY = {"length": 16, "batch_size": 2, "tokens": 192, "calibration": 6, "reconstruct": 1, "lr": 1e-3}
 
@@ -61,7 +62,8 @@ def in_parts(folder, name, **how):
     source.compute_in(torch.float32)
     teacher = {} if teacher is None else {"teacher": folder / teacher}
     how |= {"activation_checkpointing": name == "healed"}
-    how |= {} if name != "the default preset" else {"state_path": folder / "state", "save_seconds": 0.0}
+    if name == "the default preset":
+        how = {"state_path": folder / "state", "save_seconds": 0.0} | how
     return sparsify(source, str(folder / "text.txt"), **COMMON, **options, **teacher, **how, accumulate=1)
 
 
@@ -91,17 +93,18 @@ for name in RUNS:
     result = in_parts(folder, name)
     here = sum(p.to_local().numel() if hasattr(p, "to_local") else 0 for p in result.model.parameters())
     result.save(folder / "out" / name, result.in_parts.model.tokenizer)
-    density = result.report["density"]
-    found[name] = {"most": most, "here": here, "density": density, "curves": result.report["curves"]}
+    told = {n: result.report[n] for n in ("density", "curves", "notes")}
+    found[name] = {"most": most, "here": here, **told}
 
 def stop(step, row):
     if step == 1:
         raise InterruptedError
 
-try:
-    in_parts(folder, "annealed", state_path=folder / "stopped", save_seconds=0.0, on_step=stop)
-except InterruptedError:
-    pass
+for name in ("annealed", "the default preset"):
+    try:
+        in_parts(folder, name, state_path=folder / f"stopped {name}", save_seconds=0.0, on_step=stop)
+    except InterruptedError:
+        pass
 loaded, tokenizer = load_dense(folder / "llama", dtype="float32")
 result = sparsify(loaded, str(folder / "text.txt"), **IN_MEMORY, tokenizer=tokenizer)
 found["in memory"] = {"curves": result.report["curves"], "report": result.report, "weights": loaded.state_dict()}
@@ -132,6 +135,9 @@ def test_the_files_are_those_of_a_run_in_memory(ran, tmp_path, name):
         start = {"method": "alps", "calibration": 6, "length": 16, "batch_size": 2, "dtype": "float32"}
         report = sparsify_on_disk(folder / model, str(folder / "text.txt"), output=tmp_path / "start", **start)
         model, teacher, options = tmp_path / "start", model, RUNS["healed"][2]
+    elif name == "the paper's preset":
+        assert any("slorb_block 64 is left out: the processes share the weights" in n for n in first[name]["notes"])
+        options = options | {"slorb_block": 0}
     loaded, tokenizer = load_dense(folder / model, dtype="float32")
     options = options if teacher is None else options | {"teacher": folder / teacher}
     alone = sparsify(
@@ -230,14 +236,16 @@ def test_a_model_in_memory_has_the_whole_start(ran):
         torch.testing.assert_close(first["in memory"]["weights"][fqn], value, rtol=0, atol=5e-4, msg=fqn)
 
 
-def test_what_two_began_in_parts_one_ends_in_memory(ran, tmp_path):
+@pytest.mark.parametrize("name", ["annealed", "the default preset"])
+def test_what_two_began_in_parts_one_ends_in_memory(ran, tmp_path, name):
     folder, first, _ = ran
     loaded, tokenizer = load_dense(folder / "llama", dtype="float32")
-    shutil.copytree(folder / "stopped", tmp_path / "state")
-    options = RUNS["annealed"][2] | {"state_path": tmp_path / "state", "tokenizer": tokenizer, "accumulate": 1}
+    shutil.copytree(folder / f"stopped {name}", tmp_path / "state")
+    options = RUNS[name][2] | {"state_path": tmp_path / "state", "tokenizer": tokenizer, "accumulate": 1}
     report = sparsify(loaded, str(folder / "text.txt"), **COMMON, **options, compile=False).report
     assert any("goes on on 1 processes, with 2 micro-batches" in note for note in report["notes"])
-    for row, expected in zip(report["curves"], first["annealed"]["curves"], strict=True):
+    assert any("the start alps was solved from disk" in n for n in report["notes"]) == (name != "annealed")
+    for row, expected in zip(report["curves"], first[name]["curves"], strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
