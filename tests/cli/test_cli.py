@@ -18,6 +18,7 @@ from tiny_checkpoint import tiny_llama, write_checkpoint, write_gguf, write_text
 from typer.testing import CliRunner
 
 from sparseforge_fx import cli
+from sparseforge_fx.cli import opened
 from sparseforge_fx.cli.app import quiet
 from sparseforge_fx.cli.evaluate import _read_tasks, _read_windows
 from sparseforge_fx.cli.run_folder import STATE, STATE_OF
@@ -612,7 +613,7 @@ def test_interrupting_is_no_traceback(monkeypatch, home, tmp_path):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "load_dense", interrupt)
+    monkeypatch.setattr(opened, "load_dense", interrupt)
     result = run("sparsify", home / "dense", "-o", tmp_path / "out")
     assert result.exit_code == 130 and result.stderr.strip() == "interrupted; nothing was written"
 
@@ -677,7 +678,8 @@ def test_an_interrupted_run_says_how_to_go_on(home, monkeypatch, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_seen_before_the_model(home, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(models, "load_dense", None)
+    for home_of in (models, opened):
+        monkeypatch.setattr(home_of, "load_dense", None)
     out = tmp_path / "file" / "out"
     for arguments in (
         ["sparsify", home / "dense", "-o", out],
