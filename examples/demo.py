@@ -1,7 +1,7 @@
 """The main job on a real pretrained model, on any machine: dense, magnitude and the default preset (alps+kd: a
 layer-wise solution, fixed masks, distillation) in one table.
 
-    make demo            15 minutes to over an hour on two CPU cores
+    make demo            15 minutes to an hour and a half on two CPU cores
     make demo QUICK=1    the same path in a few short steps from a SparseGPT start, two minutes; its numbers mean
                          nothing
 
