@@ -5,8 +5,8 @@
 Each count runs by itself, under torchrun, on this machine's CPU, in float32: one process with the whole model, several
 that load the whole of it before it is cut up ("loaded"), and several that read it in parts ("in parts"). ``peak_bytes`` is
 the largest resident size of a process over its life; ``training_bytes`` the resident size after the last step's update;
-``import_bytes`` what it is before anything is loaded. glibc is told to give freed memory back (GLIBC below): as it is, it
-keeps what blocks were gathered into, and all ways look alike.
+``import_bytes`` what it is before anything is loaded. glibc is told to give freed memory back (GLIBC below), of which
+it may keep what blocks were gathered into.
 """
 
 from __future__ import annotations
