@@ -83,6 +83,35 @@ def test_every_document_has_one_part(scripts):
     assert all(abs(parts.count(part) / 2000 - share / 100) < 0.03 for part, share in small_model.SHARES.items())
 
 
+# -- the mixture that is made of it -----------------------------------------------------------------------------------
+def test_a_mixture_begins_as_the_small_model_and_its_experts_differ_when_trained(scripts, model, tmp_path, monkeypatch):
+    import budget_tables
+    import mixture
+    import torch
+    from common import language_model
+
+    dense, ids = language_model(str(model), torch.float32), torch.arange(24)[None]
+    monkeypatch.setattr(mixture, "DRAWN", 0.0)
+    grown = mixture.upcycled(dense, seed=0)
+    assert mixture.alike(grown) == pytest.approx(1, abs=1e-5)
+    assert torch.allclose(grown(ids).logits, dense(ids).logits, atol=1e-5)
+    monkeypatch.setattr(mixture, "DRAWN", 0.25)
+    how = {"tokens": 960, "healing": 320, "batch_size": 2, "length": 32, "calibration": 4, "windows": 2}
+    how |= {"methods": "magnitude,wanda,sparseforge alps+kd", "results": tmp_path / "results"}
+    mixture.main(model, tmp_path / "mixture", **how)
+    runs = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "results").glob("*.json")}
+    assert runs.keys() == {"magnitude", "wanda", "sparseforge-alps+kd"} and runs["wanda"]["alike"] < 0.9
+    assert runs["sparseforge-alps+kd"]["tokens"] >= 320 and runs["wanda"]["report"]["commit"]
+    for stack in runs["wanda"]["report"]["experts"].values():
+        assert len(stack["tokens"]) == mixture.EXPERTS and sum(stack["tokens"]) == 4 * 32 * mixture.CHOSEN
+    made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")}
+    mixture.main(model, tmp_path / "mixture", **how)
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")} == made
+    monkeypatch.setattr(budget_tables, "read", lambda folder: list(runs.values()))
+    rows = [line for line in budget_tables.mixture_table().splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 3 and sum(" to " in row for row in rows) == 2
+
+
 # -- which runs, in which order, at which rate -----------------------------------------------------------------------
 @pytest.fixture
 def runs(scripts):

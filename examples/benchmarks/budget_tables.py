@@ -1,4 +1,4 @@
-"""Table and picture of the study of budgets: what 2:4 costs against tokens per parameter."""
+"""Tables of the small model: what 2:4 costs against tokens per parameter, and what it costs a mixture of experts."""
 
 from __future__ import annotations
 
@@ -72,3 +72,39 @@ def cell(point: tuple[list[Mapping[str, Any]], bool] | None) -> str:
 
 def seconds(point: tuple[list[Mapping[str, Any]], bool] | None) -> str:
     return "" if point is None else f"{mean(run['seconds'] for run in point[0]):,.0f}"
+
+
+def mixture_table() -> str:
+    """Methods in the order of their perplexities, and what they learned of the experts."""
+    runs = sorted(read("mixture"), key=lambda run: -run["sparse_perplexity"]["test"])
+    if not runs:
+        return NONE
+    first = runs[0]
+    experts, chosen_of_them = first["experts"]
+    text = (
+        f"{first['parameters']:,} parameters, {experts} experts a layer of which a token meets {chosen_of_them}, trained on"
+        f" {first['trained_on']:,} tokens: the weights of two experts of a layer have a mean cosine of {first['alike']:.2f}. Perplexity of"
+        f" {first['windows']} windows of {first['context']} tokens, dense {first['dense_perplexity']['test']:.2f} (test) and"
+        f" {first['dense_perplexity']['valid']:.2f} (validation). {', '.join(sorted({run['report']['device'] for run in runs}))}."
+    )
+    rows = [
+        (
+            run["label"], f"{run['tokens']:,}", f"{run['seconds']:,.0f}", f"{run['sparse_perplexity']['test']:.2f}",
+            f"{run['sparse_perplexity']['valid']:.2f}", *of_experts(run["report"].get("experts", {})), run["report"]["commit"],
+        )
+        for run in runs
+    ]  # fmt: skip
+    names = (
+        "method", "training tokens", "seconds", "test perplexity", "validation", "calibration tokens an expert saw",
+        "error of an expert's outputs", "commit",
+    )  # fmt: skip
+    return blocks([(text, table(names, "lrrrrrrl", rows))])
+
+
+def of_experts(stacks: Mapping[str, Mapping[str, list]]) -> tuple[str, str]:
+    """The least and the most tokens that an expert saw, and the smallest and the largest error."""
+    tokens = [count for stack in stacks.values() for count in stack["tokens"]]
+    errors = [error for stack in stacks.values() for error in stack["error"] if error is not None]
+    if not tokens or not errors:
+        return "", ""
+    return f"{min(tokens):,} to {max(tokens):,}", f"{min(errors):.1%} to {max(errors):.1%}"

@@ -21,6 +21,7 @@ TABLES = {
     "quality": quality.quality_table,
     "leaderboard": quality.leaderboard_table,
     "budget": budget.budget_table,
+    "mixture": budget.mixture_table,
     "ablations": quality.ablation_table,
     "reorder": quality.reorder_table,
     "estimator-quality": quality.estimator_quality_table,
