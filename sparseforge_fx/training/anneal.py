@@ -15,7 +15,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import STARTING, TrainedConfig
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.report import describe_change
-from sparseforge_fx.training import fingerprint, processes
+from sparseforge_fx.training import fingerprint
 from sparseforge_fx.training.checkpoint import find_state
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.low_rank import fitting_block
@@ -68,7 +68,7 @@ def anneal(
             begins = start.in_memory(run, calibrated)
         else:
             sharding.in_parts, begins = start.from_disk(run.in_parts, run.data, recipe, path, beside["cache_dir"])
-    with dense_again_on_error(run.program) as written, processes.together():
+    with dense_again_on_error(run.program) as written:
         sparse = prepare_captured(
             run.program, run.sites, trained, settings.objective, slorb_block=settings.slorb_block, sharding=sharding,
             taught_by=run.taught_by,

@@ -43,7 +43,9 @@ _GONE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|tim
 
 def other_ended(error: BaseException) -> bool:
     """Does an error say that another process of the group is gone?"""
-    return processes() > 1 and isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
+    if processes() == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistNetworkError) or bool(_GONE.search(str(error)))
 
 
 @contextmanager

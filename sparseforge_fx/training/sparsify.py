@@ -54,6 +54,7 @@ class SparsifyResult:
     scales: dict[str, Tensor] = field(default_factory=dict, repr=False)
     in_parts: InParts | None = field(default=None, repr=False)
 
+    @processes.together()
     def save(
         self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False, beside: Sequence[Path] = ()
     ) -> None:
@@ -89,6 +90,7 @@ class SparsifyResult:
 @checked
 @torch.inference_mode(False)
 @torch.enable_grad()  # training needs both, whatever the caller stands in
+@processes.together()
 def sparsify(
     model: nn.Module | StreamedModel,
     data: Any = None,

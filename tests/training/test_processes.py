@@ -1,8 +1,11 @@
 """Two processes under torchrun: one dies, or all are asked to end, and the run goes on on one and on two."""
 
 import json
+import multiprocessing
+import os
 import random
 import signal
+import socket
 import time
 
 import pytest
@@ -14,6 +17,8 @@ from typer.testing import CliRunner
 
 from sparseforge_fx import cli
 from sparseforge_fx.cli.run_folder import STATE
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.training import processes
 
 STEPS = 30
 SHORT = ["--length", "16", "--batch-size", "2", "--tokens", str(2 * 16 * 2 * STEPS), "--compile", "off", "--save-seconds", "0"]
@@ -108,3 +113,30 @@ def test_twenty_kills_at_random_steps(home, unbroken, tmp_path):
             code, _, errors = finish(start([*command(home, out), "--resume"], home))
             assert code == 0, errors
             same(out, tmp_path / "two", 0.0)  # the same bits
+
+
+def lost_while_the_other_waits(rank, port, said):
+    """The first process works alone, and is gone."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = processes.Processes()
+    try:
+        with processes.together():
+            group.first_does(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    except SparseForgeError as error:
+        said.put(str(error))
+
+
+def test_the_first_process_is_gone_while_the_others_wait_for_its_work():
+    spawn = multiprocessing.get_context("spawn")
+    said = spawn.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    both = [spawn.Process(target=lost_while_the_other_waits, args=(rank, port, said)) for rank in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join(60)
+    assert [one.exitcode for one in both] == [-signal.SIGKILL, 0]
+    assert said.get().startswith("another process of this run has ended")
