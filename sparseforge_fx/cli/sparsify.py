@@ -236,8 +236,8 @@ def _run(
         tracker.log(row, step)
 
     result = folder.telling(run)(
-        opened.model, recipe=recipe, tokenizer=opened.tokenizer, state_path=folder.state,
-        accelerator=tracker.accelerator, on_step=on_step, **how,
+        opened.model, recipe=recipe, tokenizer=None if recipe.data is None else opened.tokenizer,
+        state_path=folder.state, accelerator=tracker.accelerator, on_step=on_step, **how,
     )  # fmt: skip
     tracker.end()
     result.report["compute_dtype"] = computing.describe()
