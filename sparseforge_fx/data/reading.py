@@ -57,15 +57,19 @@ class Reader:
     """Reads batches for one captured program.
 
     ``notes`` gathers, once each, the sentences about what was given and is not used.
+
+    Args:
+        labels: does what follows learn from them?
     """
 
-    def __init__(self, program: Exported):
+    def __init__(self, program: Exported, labels: bool = True):
         assert program.source is not None
         self._model = program.source
         self._in_spec = program.exported.call_spec.in_spec
         self._count, self._keywords = call_signature(self._in_spec)
         self._causal = is_causal_lm(self._model)
         self._decodes = _is_encoder_decoder(self._model)
+        self._learns = labels or self._decodes  # a decoder's labels are its inputs, too
         self.notes: list[str] = []
 
     def note(self, sentence: str) -> None:
@@ -139,11 +143,14 @@ class Reader:
         return shifted_labels(labels, real.get(MASK))
 
     def _name_the_rest(self, given: dict[str, Any], captured: list[str]) -> None:
-        known = {*captured, LABELS[0], *SPAN, MASK, DECODER_MASK}
+        targets = {LABELS[0], *SPAN}
+        known = {*captured, MASK, DECODER_MASK, *(targets if self._learns else ())}
         name = type(self._model).__name__
         for key, value in given.items():
             if key not in known and value is not None:
                 why = "the loss has no place for it" if key in FURTHER_LABELS else f"{name} was captured without it"
+                if key in targets or (key in FURTHER_LABELS and not self._learns):
+                    why = "nothing in this run learns from labels"
                 self.note(f"{key} is in the batches and not used: {why}")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sparseforge_fx.data.opening import check_length
 from sparseforge_fx.data.reading import LABELS, SPAN, Reader, Reading, example_of
@@ -29,9 +30,9 @@ def example_inputs_of(model: nn.Module, batch: Any) -> Any:
 
 
 @torch.no_grad()
-def check_batch(program: Program, reader: Reader, objective: Objective, batch: Any) -> None:
+def check_batch(program: Program, reader: Reader, objective: Objective | None, batch: Any) -> None:
     """One forward pass, so that data which does not fit is refused, and what is not used is noted, before a weight
-    changes."""
+    changes. ``objective`` is None where nothing learns: any answer will do."""
     found = reader.read(*as_call(batch))
     model = program.source
     assert model is not None
@@ -43,11 +44,14 @@ def check_batch(program: Program, reader: Reader, objective: Objective, batch: A
         raise SparseForgeError(
             f"the model cannot take the first batch of the data ({shapes}): {one_line(error)}"
         ) from error
-    dense = objective.answer(output)
-    if torch.isnan(dense.value).any():
+    dense = None if objective is None else objective.answer(output)
+    values = pytree.tree_leaves(output) if dense is None else [dense.value]
+    if any(torch.isnan(v).any() for v in values if isinstance(v, Tensor) and v.dim()):
         raise SparseForgeError(
             "the dense model answers the first batch of the data with NaN: check its weights and the data"
         )
+    if objective is None or dense is None:
+        return
     ours = objective.loss(dense, None, found, task_alone=True)
     if ours is None and objective.weights.task and "labels" not in found.given:
         reader.note("the batches hold no labels: the dense model's answers are all that is learnt from")

@@ -156,7 +156,7 @@ class _Run:
             self.sites, planned = planned_sites(self.program, recipe.plan, config.pattern)
         check_sites(self.program, self.sites)
         self.chosen, told = ([], []) if batches is None else first_batches(batches, recipe.calibration)
-        self.reader = Reader(self.program)
+        self.reader = Reader(self.program, labels=False)
         self.readings = [self.reader.read(*as_call(b)) for b in self.chosen]
         for reading in self.readings:
             check_ids(model, reading)

@@ -109,7 +109,8 @@ def open_run(
     notes = [*told, *program.notes, *planned, *unread, *tell_length(data, batches, recipe.length)]
     if recipe.dtype is not None and DTYPES.get(recipe.dtype) != (own := dtype_of(model)):
         notes.append(f"dtype {recipe.dtype} is for the command line: the model given computes in {own}")
-    reader = Reader(program)
+    learns = isinstance(config, TrainedConfig)
+    reader = Reader(program, labels=learns)
     if in_parts is not None:
         assert batches is not None
         check_ids(model, reader.read(*as_call(batches.batch(0))))
@@ -119,7 +120,7 @@ def open_run(
         return Run(program, sites, reader, data, batches, notes, accumulate, in_parts=in_parts)
     if batches is not None:
         objective = Objective(recipe.settings(True).objective, getattr(model, "config", None), reader.note)
-        check_batch(program, reader, objective, batches.batch(0))
+        check_batch(program, reader, objective if learns else None, batches.batch(0))
     taught_by = None if teacher is None else weights_of(teacher, program)
     return Run(program, sites, reader, data, batches, notes, accumulate, taught_by)
 

@@ -316,6 +316,30 @@ def test_what_is_given_and_not_used_is_in_the_notes():
     assert any("no labels" in n for n in notes)
 
 
+class _OneNumber(nn.Module):
+    """Its answer holds nothing that could be distilled."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu()).square().mean()
+
+
+@pytest.mark.parametrize("form", [lambda x, y: {"x": x, "labels": y}, lambda x, y: (x, y), lambda x, y: {"x": x}])
+@pytest.mark.parametrize("options", [{"method": "wanda"}, {"method": "alps", "reconstruct": 1}])
+def test_a_method_that_does_not_train_wants_no_labels_and_no_answer_to_distil(form, options):
+    batches = [form(torch.randn(4, 16), torch.randint(0, 8, (4,))) for _ in range(2)]
+    report = sf.sparsify(_OneNumber(), batches, calibration=8, **options).report
+    assert len(report["sites"]) == 2
+    told = [n for n in report["notes"] if "labels" in n]
+    given = len(batches[0]) == 2
+    assert told == (["labels is in the batches and not used: nothing in this run learns from labels"] if given else [])
+    with pytest.raises(SparseForgeError, match="nothing that can be distilled"):
+        sf.sparsify(_OneNumber(), batches, steps=2)
+
+
 @pytest.mark.parametrize(
     "method, preset", [("sparseforge", "paper"), ("sparseforge", "alps+kd"), ("ast", None), ("alps", None)]
 )

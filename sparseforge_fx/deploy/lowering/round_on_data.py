@@ -35,7 +35,7 @@ def round_on_data(
         example_inputs: to capture with, where the batches do not serve.
     """
     program = capture(model, _example(model, batches[0]) if example_inputs is None else example_inputs)
-    reader = Reader(program)
+    reader = Reader(program, labels=False)
     modules = {id(weights[name]): name for name in formats}
     sites = find_linears(program, Unstructured(0.5), include=["*"])
     for site in eligible(sites):
