@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.fx import Node
 from sparseforge_fx.graph.adapters import find_adapters
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.passes.aliases import Aliases
+from sparseforge_fx.passes.globs import matches
 from sparseforge_fx.passes.low_rank_pairs import find_low_rank_pairs
 from sparseforge_fx.passes.operators import LINEAR_OPS, MOVES, op_name
 from sparseforge_fx.passes.uses import LinearUse, find_uses, readers_of, stack_operands
@@ -90,9 +90,9 @@ def find_linears(
 
     Args:
         pattern: groups of M must divide the reduction dimension.
-        include: globs over weight or module names; given, only these are sites, and they may name what is left dense
-            by default.
-        exclude: globs over weight or module names that stay dense; wins over ``include``.
+        include: globs over the names of weights, or of modules that hold them; given, only these are sites, and they
+            may name what is left dense by default.
+        exclude: globs over the same names, of what stays dense; wins over ``include``.
 
     Dense unless included by name: output layers (nothing but shape and elementwise operators between them and the
     program's output), routers (the same before a topk), gates (linears with one output), low-rank pairs beside a linear
@@ -209,13 +209,6 @@ def _overlapping(values: Sequence[Tensor]) -> set[tuple]:
             if end > reach:
                 reach, owner = end, key
     return found
-
-
-# -- names -----------------------------------------------------------------------------------------------------------
-def matches(fqn: str, globs: str | Sequence[str]) -> bool:
-    """Does a weight's name, or its module's, match one of the globs?"""
-    module = fqn.rpartition(".")[0]
-    return any(fnmatchcase(fqn, g) or fnmatchcase(module, g) for g in ([globs] if isinstance(globs, str) else globs))
 
 
 # -- what the graph does with a linear, and where its weight comes from ------------------------------------------------

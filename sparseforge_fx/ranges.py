@@ -25,7 +25,7 @@ class Range(NamedTuple):
     def holds(self, value: float) -> bool:
         """Is the value finite and inside?"""
         enough = value > self.least if self.above else value >= self.least
-        return math.isfinite(value) and enough and value <= self.most
+        return (isinstance(value, int) or math.isfinite(value)) and enough and value <= self.most
 
     def __str__(self) -> str:
         low = "" if self.least == -math.inf else f" {'above' if self.above else 'from'} {self.least:g}"
@@ -38,6 +38,7 @@ Positive = Annotated[float, Range(0, above=True)]
 AtLeastZero = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 ShareAboveZero = Annotated[float, Range(0, 1, above=True)]
+Seed = Annotated[int, Range(-(2**63), 2**64 - 1)]  # torch's
 
 
 def check_numbers(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:

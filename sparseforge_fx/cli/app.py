@@ -57,7 +57,7 @@ QUIET = {
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a GGUF file.", show_default=False)]
 PatternOption = Annotated[str, typer.Option("--pattern", help="Keep at most N of every M weights along the input.")]
 Include = Annotated[
-    list[str], typer.Option("--include", help="Only weights or modules that match this glob (repeatable).")
+    list[str], typer.Option("--include", help="Only weights, or all in modules, that match this glob (repeatable).")
 ]
 DtypeOption = Annotated[
     str | None,
@@ -73,7 +73,10 @@ Tokens = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all numbers as json, and nothing else.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
-Exclude = Annotated[list[str], typer.Option("--exclude", help="Keep what matches this glob dense (repeatable).")]
+Exclude = Annotated[
+    list[str],
+    typer.Option("--exclude", help="Keep dense the weights, or all in modules, that match this glob (repeatable)."),
+]
 
 
 def examples(*lines: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

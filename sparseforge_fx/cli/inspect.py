@@ -77,6 +77,7 @@ def inspect(
     console.print(f"{parameters:,} parameters; tracing its graph", highlight=False)
     from sparseforge_fx.graph.capture import capture
     from sparseforge_fx.passes import find_linears
+    from sparseforge_fx.passes.globs import unmatched
     from sparseforge_fx.report import describe_sites
 
     program = capture(loaded, dynamic=False)
@@ -97,7 +98,7 @@ def inspect(
         "site_parameters": found["site_parameters"],
         "bytes_dense_bf16": dense,
         "bytes_sparse_bf16": round(dense - found["site_parameters"] * BF16_BYTES * (1 - factor)),
-        "notes": list(program.notes),
+        "notes": [*program.notes, *unmatched(loaded, include=include, exclude=exclude)],
         "sites": found["sites"],
         "skipped": found["skipped"],
         **({} if planned is None else {"plan": planned.describe()["weights"]}),

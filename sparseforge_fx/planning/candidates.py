@@ -12,7 +12,7 @@ from sparseforge_fx.formats import DENSE, Format
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.models.ties import tied_heads
 from sparseforge_fx.passes import LinearSite, find_linears
-from sparseforge_fx.passes.find_linears import matches
+from sparseforge_fx.passes.globs import matches
 from sparseforge_fx.pattern import TWO_FOUR, Unstructured
 
 _EMBEDDING = str(torch.ops.aten.embedding.default)

@@ -29,6 +29,7 @@ from sparseforge_fx.progress import counted
 from sparseforge_fx.ranges import AtLeastZero, Positive, ShareAboveZero, checked
 from sparseforge_fx.report import environment
 from sparseforge_fx.training.distillation import Distillation
+from sparseforge_fx.training.first_batch import check_batch
 from sparseforge_fx.training.inputs import Run, open_run
 from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.recipe import Recipe
@@ -99,11 +100,11 @@ def plan(
     if unknown := sorted(set(reading) - set(READING)):
         raise SparseForgeError(f"a plan has no option {', '.join(unknown)}; it has {', '.join(READING)}")
     recipe = Recipe(calibration=CALIBRATION).changed(**reading)
-    unlabelled = recipe.changed(objective=Distillation(task=0))  # or the lack of labels would be noted
     run = open_run(
-        model, data, unlabelled, SparseGPTConfig(), None,
+        model, data, recipe, SparseGPTConfig(), None,
         tokenizer=tokenizer, cache_dir=cache_dir, example_inputs=example_inputs,
     )  # fmt: skip
+    _check_answer(run)
     run.notes += unused_arguments(
         recipe, {"tokenizer": tokenizer, "cache_dir": cache_dir}, data=data, method="a plan", trains=False,
         calibrates=True, batches=run.batches,
@@ -123,6 +124,13 @@ def plan(
         skipped, list(dict.fromkeys([*run.notes, *run.reader.notes])),
     )  # fmt: skip
     return decide(made)
+
+
+def _check_answer(run: Run) -> None:
+    """Raise SparseForgeError for an answer without a curvature, before products are timed."""
+    assert run.batches is not None
+    objective = Objective(Distillation(task=0), getattr(run.program.source, "config", None), run.reader.note)
+    check_batch(run.program, run.reader, objective, run.batches.batch(0))
 
 
 def check_goal(**given: float | None) -> dict[str, float]:

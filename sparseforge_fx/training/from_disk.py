@@ -35,6 +35,7 @@ from sparseforge_fx.models.streamed import StreamedModel
 from sparseforge_fx.page.page import write_page
 from sparseforge_fx.passes import LinearSite, find_linears, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.globs import unmatched
 from sparseforge_fx.passes.harden_masks import fold
 from sparseforge_fx.pattern import density, hard_mask
 from sparseforge_fx.ranges import Count, checked
@@ -152,6 +153,7 @@ class _Run:
         planned: list[str] = []
         if recipe.plan is None:
             self.sites = find_linears(self.program, config.pattern, recipe.include, recipe.exclude)
+            planned = unmatched(model, include=recipe.include, exclude=recipe.exclude)
         else:
             self.sites, planned = planned_sites(self.program, recipe.plan, config.pattern)
         check_sites(self.program, self.sites)

@@ -23,6 +23,7 @@ from sparseforge_fx.methods.one_shot import LayerwiseConfig
 from sparseforge_fx.models.compute_dtype import dtype_of
 from sparseforge_fx.models.dense import DTYPES
 from sparseforge_fx.passes import LinearSite, find_linears
+from sparseforge_fx.passes.globs import unmatched
 from sparseforge_fx.training.checkpoint import find_state, load_plain
 from sparseforge_fx.training.first_batch import check_batch, check_ids, example_inputs_of
 from sparseforge_fx.training.in_parts import InParts
@@ -102,6 +103,7 @@ def open_run(
     planned: list[str] = []
     if recipe.plan is None:
         sites = find_linears(program, config.pattern, recipe.include, recipe.exclude)
+        told += unmatched(model, include=recipe.include, exclude=recipe.exclude)
     else:
         sites, planned = planned_sites(program, recipe.plan, config.pattern)
     check_sites(program, sites)

@@ -20,6 +20,7 @@ from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.low_rank import LowRankBranch, attach
 from sparseforge_fx.passes import LinearSite, find_linears, harden_passes, run_passes
 from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.globs import unmatched
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.ranges import Count, checked
@@ -94,6 +95,8 @@ def prepare(
             sparse.calibrate(calibration or [])
         if compile:
             sparse.compile()
+    for sentence in unmatched(model, include=include, exclude=exclude):
+        sparse.reader.note(sentence)
     return sparse
 
 

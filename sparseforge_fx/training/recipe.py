@@ -17,7 +17,7 @@ from sparseforge_fx.methods.catalog import configure, find_beside, find_name, fi
 from sparseforge_fx.methods.config import Beside, MethodConfig
 from sparseforge_fx.pattern import AnyPattern
 from sparseforge_fx.plans import Plan
-from sparseforge_fx.ranges import AtLeastZero, Count, CountFromZero, Positive, check_numbers
+from sparseforge_fx.ranges import AtLeastZero, Count, CountFromZero, Positive, Seed, check_numbers
 from sparseforge_fx.training.distillation import Distillation, check_objective
 from sparseforge_fx.training.optimizer import Optimizer, check_method, check_optimizer
 from sparseforge_fx.training.settings import Settings, choose_settings
@@ -94,7 +94,7 @@ class Recipe:
     optimizer: Optimizer = "adamw"
     slorb_block: CountFromZero | None = None
     calibration: Count = 64
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):

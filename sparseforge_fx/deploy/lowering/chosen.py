@@ -13,7 +13,7 @@ from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format
 from sparseforge_fx.models.ties import tied_heads
-from sparseforge_fx.passes.find_linears import matches
+from sparseforge_fx.passes.globs import matches
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.plans import planned_formats
 

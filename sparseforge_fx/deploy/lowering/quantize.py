@@ -23,7 +23,8 @@ from sparseforge_fx.methods.rounding import Rounded, codes_of, round_weight
 from sparseforge_fx.methods.weights import put_back
 from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
 from sparseforge_fx.models.ties import part
-from sparseforge_fx.ranges import Count, checked
+from sparseforge_fx.passes.globs import unmatched
+from sparseforge_fx.ranges import Count, Seed, checked
 from sparseforge_fx.report import environment
 
 #: options that say what of the data is read
@@ -77,6 +78,7 @@ def quantize(
     """
     notes = _unused(data, {"tokenizer": tokenizer, "example_inputs": example_inputs}, reading)
     chosen = _choose(model, values, plan, dense, include, exclude)
+    notes += unmatched(model, include=include, exclude=exclude)
     known = dict(scales or {})
     _check(chosen, known)
     sites = chosen.modules
@@ -174,7 +176,7 @@ def _batches(
     calibration: Count = 64,
     length: Count = LENGTH,
     batch_size: Count = 4,
-    seed: int = 0,
+    seed: Seed = 0,
     **text: Any,
 ) -> tuple[list[Any], list[str]]:
     """What of the data is looked at, and what to say of it."""
