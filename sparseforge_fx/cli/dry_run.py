@@ -41,6 +41,7 @@ def _lines(value: Any) -> Iterator[str]:
 def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, Any]:
     """Which weights, how many steps, and what memory and time they take here. Raises SparseForgeError for
     what the run would refuse once it had the graph."""
+    from sparseforge_fx.data.opening import text_length
     from sparseforge_fx.errors import SparseForgeError
     from sparseforge_fx.methods.base import TrainedConfig
     from sparseforge_fx.models.compute_dtype import choose_dtype, dtype_of
@@ -53,6 +54,8 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, A
     has_data = recipe.data is not None
     config = recipe.config(has_data)
     loaded, program, sites = _sites(recipe.model, config.pattern, recipe.include, recipe.exclude)
+    if has_data:
+        recipe = recipe.changed(length=text_length(loaded, recipe.length))
     chosen = [s for s in sites if s.reason is None]
     if recipe.plan is not None:
         formats = planned_formats(recipe.plan, {s.fqn: (s.out_features, s.in_features) for s in chosen})
@@ -68,6 +71,7 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, A
         "made_sparse": f"{len(chosen)} linears with {weights:,} weights ({weights / parameters:.1%} of the parameters)",
         "stay_dense": [f"{s.fqn}: {s.reason}" for s in sites if s.reason is not None] or "no other linear",
     }
+    told |= _unmatched(loaded, recipe.include, recipe.exclude)
     where = pick_device("cpu" if device == DISK else device)
     dtype = choose_dtype(dtype_of(loaded), where, find_dtype(recipe.dtype)).dtype
     memory = peak_memory_bytes()  # of a process with the graph
@@ -129,6 +133,7 @@ def of_quantize(
         "formats": [f"{count} linears in {form}" for form, count in kinds.items()] or "no linear fits",
         "stay": [f"{s.fqn}: {s.reason}" for s in sites if s.fqn not in fitting and s.reason] or "nothing else",
         "bytes": f"{readable_bytes(before)} now, {readable_bytes(before - saved)} then; 2:4 weights take less still",
+        **_unmatched(loaded, include, exclude),
         **walk,
         "writes": f"{output}/",
     }
@@ -138,6 +143,7 @@ def _rounding(
     program: Any, sites: list[Any], formats: Mapping[str, Any], reading: Mapping[str, Any], own: Any, device: str | None
 ) -> dict[str, Any]:
     """How long the walk over data takes of a model whose dtype is ``own``."""
+    from sparseforge_fx.data.opening import text_length
     from sparseforge_fx.models.compute_dtype import choose_dtype
     from sparseforge_fx.training.forecast import forecast_rounding
     from sparseforge_fx.training.recipe import Recipe
@@ -145,7 +151,9 @@ def _rounding(
     where = pick_device(device)
     dtype = choose_dtype(own, where).dtype
     counts = {name: reading[name] for name in ("calibration", "length", "batch_size") if name in reading}
-    found = forecast_rounding(program, sites, formats, Recipe(**counts), dtype, where)
+    recipe = Recipe(**counts)
+    recipe = recipe.changed(length=text_length(program.source, recipe.length))
+    found = forecast_rounding(program, sites, formats, recipe, dtype, where)
     return {"time": _time(found, dtype), "predicted": {"seconds": found.seconds}}
 
 
@@ -199,6 +207,14 @@ def _sites(model: str, pattern: Any, include: Any, exclude: Any) -> tuple[Any, A
     loaded = load_skeleton(model)
     program = capture(loaded, dynamic=False)
     return loaded, program, find_linears(program, pattern, include, exclude)
+
+
+def _unmatched(model: Any, include: Any, exclude: Any) -> dict[str, list[str]]:
+    """A line for globs that name nothing, if there are any."""
+    from sparseforge_fx.passes.globs import unmatched
+
+    found = unmatched(model, include=include, exclude=exclude)
+    return {"notes": found} if found else {}
 
 
 def _bytes(model: Any) -> int:

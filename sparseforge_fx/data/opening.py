@@ -43,7 +43,7 @@ def open_batches(
     SparseForgeError as :func:`as_batches` does.
     """
     if is_text(data):
-        length = min(length, _positions(model) or length) if length == LENGTH else check_length(model, length)
+        length = text_length(model, length)
     if is_self(data):
         begun = tokenizer is not None and leading_bos(tokenizer) is not None
         data = draw_text(model, tokens, length=length, seed=seed, keep_start=begun)
@@ -71,6 +71,12 @@ def first_batches(batches: Batches, sequences: int) -> tuple[list[Any], list[str
         chosen.append(batch)
         rows += count_rows(batch)
     return chosen, []
+
+
+def text_length(model: nn.Module, length: int) -> int:
+    """Tokens of a sequence of text where ``length`` is asked for: of the default no more than the model takes. Raises
+    SparseForgeError for other lengths that it does not."""
+    return min(length, _positions(model) or length) if length == LENGTH else check_length(model, length)
 
 
 def check_length(model: nn.Module, length: int) -> int:

@@ -75,7 +75,17 @@ def test_the_first_help_names_the_first_command_and_completion():
             "sparsify {home}/dense --data {home}/test.txt --length 16 --method wanda --device disk -o {home}/no",
             "at the largest weight; the others stay on disk",
         ),
+        (
+            "sparsify {home}/dense --data {home}/test.txt --tokens 3k --method ast -o {home}/no",  # it has 128 positions
+            "5 steps of 512 tokens (2,560)",
+        ),
         ("sparsify {home}/dense --method magnitude -o {home}/no", "7 linears with 9,216 weights"),
+        (
+            "sparsify {home}/dense --method magnitude --exclude model.layers.0.mlp -o {home}/no",
+            "model.layers.0.mlp.up_proj.weight: excluded by name",
+        ),
+        ("sparsify {home}/dense --method magnitude --exclude lm_haed -o {home}/no", "notes: exclude 'lm_haed' is"),
+        ("quantize {home}/dense --exclude lm_haed -o {home}/no", "notes: exclude 'lm_haed' is"),
         ("quantize {home}/dense --values int4 -o {home}/no", "7 linears in dense int4/32"),
         ("quantize {home}/dense --data {home}/test.txt --set length=16 -o {home}/no", " on this machine"),
         ("export {home}/run -o {home}/no.pt2", "7 linears, those of them whose weights are 2:4"),
