@@ -268,9 +268,9 @@ def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
     """What the model finds likeliest after the prompt."""
     import torch
 
-    batch = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not batch["input_ids"].numel():
-        raise SparseForgeError("a --prompt has no tokens: give it a word")
+    from sparseforge_fx.data.prompts import prompt_batch
+
+    batch = prompt_batch(tokenizer, [prompt]).to(model.device)
     with torch.inference_mode():
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         out = model.eval().generate(**batch, max_new_tokens=PROMPT_TOKENS, do_sample=False, pad_token_id=pad)

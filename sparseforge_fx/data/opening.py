@@ -76,12 +76,12 @@ def first_batches(batches: Batches, sequences: int) -> tuple[list[Any], list[str
 def text_length(model: nn.Module, length: int) -> int:
     """Tokens of a sequence of text where ``length`` is asked for: of the default no more than the model takes. Raises
     SparseForgeError for other lengths that it does not."""
-    return min(length, _positions(model) or length) if length == LENGTH else check_length(model, length)
+    return min(length, positions(model) or length) if length == LENGTH else check_length(model, length)
 
 
 def check_length(model: nn.Module, length: int) -> int:
     """The length. Raises a SparseForgeError if the model has fewer positions."""
-    limit = _positions(model)
+    limit = positions(model)
     if limit is not None and limit < length:
         raise SparseForgeError(
             f"sequences of {length} tokens are longer than the model's {limit} positions: pass length={limit}"
@@ -95,6 +95,7 @@ def tell_length(data: Any, batches: Batches | None, length: int) -> list[str]:
     return [f"sequences have {cut} tokens, all that the model has positions for"] if cut < length == LENGTH else []
 
 
-def _positions(model: nn.Module) -> int | None:
+def positions(model: nn.Module) -> int | None:
+    """How many its config says that it has; None: it says nothing."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

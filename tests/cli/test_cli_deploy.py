@@ -47,6 +47,11 @@ def test_a_generator_writes_what_the_folder_writes(folder, tmp_path, always_fast
     text = run("generate", tmp_path / "g.pt2", *arguments)
     assert text.exit_code == 0 and text.stdout.startswith("The quick")
     assert text.stdout == run("generate", folder, "--device", "cpu", *arguments).stdout
+    for bad, says in ((("-p", ""), "has no tokens"), (("-p", "a", "--device", "cpu"), "is for a model folder")):
+        refused = run("generate", tmp_path / "g.pt2", *bad)
+        assert refused.exit_code == 2 and says in refused.stderr
+    short = run("generate", folder, "--device", "cpu", "-p", "a" * 120, "--max-new-tokens", "20")
+    assert "no more than 8 new tokens fit the model's 128 positions" in short.stderr and short.exit_code == 0
     drawn = [run("generate", tmp_path / "g.pt2", *arguments, "--sample", "--seed", s).stdout for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -120,6 +125,12 @@ def test_benchmark(folder, tmp_path, always_faster):
         ),
         (["generate", "OUT/none.pt2", "-p", "a"], "is not there"),
         (["generate", "SPARSE/config.json", "-p", "a"], "config.json"),
+        (["generate", "SPARSE", "-p", ""], "has no tokens"),
+        (["generate", "SPARSE", "-p", "a", "-p", ""], "has no tokens"),
+        (["generate", "SPARSE", "-p", "a" * 300], "the prompt has 300 tokens and the model 128 positions"),
+        (["generate", "SPARSE", "-p", "a", "--temperature", "0.5"], "--temperature without --sample has no effect"),
+        (["generate", "SPARSE", "-p", "a", "--seed", "1"], "--seed without --sample has no effect"),
+        (["generate", "SPARSE", "-p", "a", "--sample", "--top-p", "1.5"], "--top-p is 1.5"),
         (["benchmark", "DENSE", "--device", "cpu"], "nothing to lower"),
         (["benchmark", "SPARSE", "--rounds", "0"], "at least 1"),
     ],

@@ -22,11 +22,13 @@ from transformers import (
 )
 
 import sparseforge_fx.kernels.sparse_linear  # noqa: F401  (its operator stands in the graphs)
+from sparseforge_fx.data.prompts import prompt_batch
 from sparseforge_fx.deploy.export.archive import Archive, check_export, refuse_pickles
 from sparseforge_fx.deploy.export.export import FORMATS
 from sparseforge_fx.deploy.export.generation import GENERATOR_VERSION, SPEC_FILE, TOKENIZER_FOLDER
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.models.dense import explained
+from sparseforge_fx.ranges import Count, CountFromZero, Positive, Seed, ShareAboveZero, checked
 
 SLOTS = 128  # a cache grows by so many: attention reads them all, and growing copies it
 
@@ -53,18 +55,19 @@ class Generator:
         new = [token[:, None].to(input_ids.device) for token in self.stream(input_ids, attention_mask, **options)]
         return torch.cat([input_ids, *new], dim=1)
 
+    @checked
     @torch.no_grad()
     def stream(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: Count = 64,
         do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
+        temperature: Positive = 1.0,
+        top_k: CountFromZero = 0,
+        top_p: ShareAboveZero = 1.0,
+        seed: Seed | None = None,
     ) -> Iterator[Tensor]:
         """Yield the tokens [batch] that go on from prompts [batch, length], as they are made.
 
@@ -83,7 +86,7 @@ class Generator:
                 f"{length} tokens of prompt and {max_new_tokens} new ones do not fit a cache of {self.max_length}: "
                 "export the model with a larger max_length, or shorten the prompt"
             )
-        choose = _sampler(temperature, top_k, top_p, seed) if do_sample else lambda _, logits: logits.argmax(-1)
+        choose = _chooser(do_sample, temperature, top_k, top_p, seed)
         device = torch.device(self._spec["device"])
         dtype = getattr(torch, self._spec["dtype"])
         slots = self._room(length + 1)
@@ -123,11 +126,7 @@ class Generator:
         """The continuation of each prompt, by the tokenizer of the file; options as for :meth:`stream`."""
         if self.tokenizer is None:
             raise SparseForgeError("the file has no tokenizer: export it with one, or use generate() on token ids")
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=True)
+        batch = prompt_batch(self.tokenizer, [prompt] if isinstance(prompt, str) else prompt)
         out = self.generate(batch["input_ids"], batch["attention_mask"], **options)
         return self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -232,17 +231,23 @@ def _tokenizer(files: dict[str, Any]) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(folder)
 
 
+def _chooser(do_sample: bool, *how: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """From ids [batch, length] and logits [batch, vocab] to the next tokens [batch]."""
+    if do_sample:
+        return _sampler(*how)
+    if how != (1.0, 0, 1.0, None):
+        raise SparseForgeError("temperature, top_k, top_p and seed are for do_sample=True: set it, or leave them out")
+    return lambda _, logits: logits.argmax(-1)
+
+
 def _sampler(temperature: float, top_k: int, top_p: float, seed: int | None) -> Callable[[Tensor, Tensor], Tensor]:
     warpers = LogitsProcessorList()
-    try:
-        if temperature != 1.0:
-            warpers.append(TemperatureLogitsWarper(temperature))
-        if top_k:
-            warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1.0:
-            warpers.append(TopPLogitsWarper(top_p))
-    except ValueError as error:
-        raise SparseForgeError(str(error)) from error
+    if temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(float(top_p)))
     generators: dict[torch.device, torch.Generator] = {}
 
     def sample(ids: Tensor, logits: Tensor) -> Tensor:

@@ -233,7 +233,9 @@ def test_the_model_is_left_alone(exported):
     ("ids", "options", "message"),
     [
         (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": LENGTH}, "do not fit a cache of 40"),
-        (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": 0}, "do not fit"),
+        (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": 4, "temperature": 0.5}, "are for do_sample=True"),
+        (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": 4, "do_sample": True, "top_p": 1.5}, "top_p is 1.5"),
         (torch.ones(1, 4), {}, "int64 ids"),
         (torch.ones(1, 0, dtype=torch.long), {}, "int64 ids"),
         (
