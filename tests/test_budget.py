@@ -192,9 +192,12 @@ def test_cheap_and_decisive_runs_come_first(runs):
 
 
 def test_the_methods_are_those_of_the_package(runs):
+    import budget
+
     from sparseforge_fx.training.recipe import Recipe
 
-    for options in runs.METHODS.values():
+    for method in runs.METHODS:
+        options = budget.options(method)
         recipe = Recipe(steps=10).changed(**options)
         assert recipe.config(True).steps == 10 and not recipe.settings(True).slorb_block
 

@@ -9,7 +9,7 @@ the same on every day. Runs come in the order in which they say most (budget_run
 Learning rates are swept for every method and every budget at its full length, with seed 0, on the validation text: 3e-4,
 1e-3 and 3e-3, and further ones by factors of about three while the best is the lowest or the highest. At 0.7 and 2 tokens
 per parameter the sweep begins at the best rate of the budget before and its two neighbours instead. All minimise cross-entropy +
-KL from the dense model. "dense" is the dense model trained on by the same loop and loss; "...+kd" are fixed masks. A
+KL from the dense model, or what their authors' presets say; "...+kl" the KL alone, at temperature 2. "dense" is the dense model trained on by the same loop and loss; "...+kd" are fixed masks. A
 budget's sequences are drawn from one stream a seed, so that all have the same mixture of texts; what a layer-wise start
 sees of it is never more than the run's tokens.
 """
@@ -136,7 +136,7 @@ class Study:
             report = sf.sparsify(
                 net, self.data(run.seed), tokens=tokens, lr=run.lr, seed=run.seed, batch_size=size, length=self.length,
                 calibration=max(1, min(CALIBRATION, tokens // self.length)), state_path=state, compile=self.compile,
-                save_seconds=self.save_seconds, show_progress=False, **METHODS[run.method],
+                save_seconds=self.save_seconds, show_progress=False, **options(run.method),
             ).report  # fmt: skip
             curves = report.pop("curves")
             record |= {
@@ -158,6 +158,13 @@ class Study:
         del net
         torch.compiler.reset()  # or what was compiled for one run stays for all of them
         gc.collect()
+
+
+def options(method: str) -> dict[str, Any]:
+    """What sf.sparsify takes of it."""
+    asked = dict(METHODS[method])
+    loss = asked.pop("loss", None)
+    return asked if loss is None else asked | {"objective": sf.Distillation(**loss)}
 
 
 def seconds_of(curves: list[dict[str, float]]) -> float:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: name -> what sf.sparsify is called with; the first six say most. No branch beside the weights: all are plain 2:4
+#: name -> what sf.sparsify is called with, ``loss`` being fields of its objective; the first six say most. No branch beside the
+#: weights: all are plain 2:4
 METHODS: dict[str, dict[str, Any]] = {
     "alps+kd": {"method": "sparseforge", "start": "alps", "reorder": False, "reconstruct": 0},
     "paper-universal": {
@@ -30,6 +31,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "maskllm": {"method": "maskllm"},
     "wanda+kd": {"method": "sparseforge", "start": "wanda", "reorder": False, "reconstruct": 0},
     "magnitude+kd": {"method": "gmp", "end": 1e-9},  # all of its pruning behind the first step, which is warm-up
+    "alps+kl": {
+        "method": "sparseforge",
+        "start": "alps",
+        "reorder": False,
+        "reconstruct": 0,
+        "loss": {"task": 0.0, "temperature": 2.0},
+    },
+    "alps+blocks+kl": {
+        "method": "sparseforge",
+        "start": "alps",
+        "reorder": True,
+        "reconstruct": 3,
+        "loss": {"task": 0.0, "temperature": 2.0},
+    },
+    "ast-from-alps": {"method": "ast", "start": "alps"},
 }
 DECISIVE = tuple(METHODS)[:6]
 #: tokens per parameter -> sequences of a step: few where there are few tokens, so that there are steps
