@@ -1,9 +1,11 @@
-"""Memory of each process when one model is shared by several (FSDP2), beside one process alone; one json.
+"""Losses, masks and memory of each process when several train one model, beside one process alone; one json.
 
     python examples/benchmarks/sharded.py MODEL [--ranks 1,2] [--steps 3] [--length 256]
 
 Each count runs by itself, under torchrun, on this machine's CPU, in float32: one process with the whole model, several
-that load the whole of it before it is cut up ("loaded"), and several that read it in parts ("in parts"). ``peak_bytes`` is
+that load the whole of it before FSDP2 cuts it up ("loaded"), several that read it in parts ("in parts"), and several with all of
+it each ("replicated", DDP). ``masks_differ`` is the share of all entries of all weights that are zero in the first process's
+result and not in one process's, or the other way round. ``peak_bytes`` is
 the largest resident size of a process over its life; ``training_bytes`` the resident size after the last step's update;
 ``import_bytes`` what it is before anything is loaded. glibc is told to give freed memory back (GLIBC below), of which
 it may keep what blocks were gathered into.
@@ -21,9 +23,11 @@ from pathlib import Path
 import torch
 import typer
 from common import language_model, save
+from safetensors.torch import load_file
 
 from sparseforge_fx.report import peak_memory_bytes
 
+WAYS = ("loaded", "in parts", "replicated")
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 
 
@@ -32,22 +36,32 @@ def main(model: str, ranks: str = "1,2", steps: int = 3, length: int = 256, labe
         work(model, steps, length, Path(worker))
         return
     counts = [int(count) for count in ranks.split(",")]
-    ways = [(count, way) for count in counts for way in (("loaded", "in parts") if count > 1 else ("loaded",))]
-    runs = [measured(model, count, way, steps, length) for count, way in ways]
+    ways = [(count, way) for count in counts for way in (("loaded",) if count == 1 else WAYS)]
+    runs, first = [], None
+    for count, way in ways:
+        each, zeros = measured(model, count, way, steps, length)
+        first = zeros if first is None else first
+        runs.append({"processes": count, "way": way, "masks_differ": differing(zeros, first), "each": each})
     record = {"model": Path(model).name, "dtype": "float32", "steps": steps, "length": length, "batch_size": 1, "runs": runs}  # fmt: skip
     save("sharded", label or Path(model).name, record)
 
 
-def measured(model: str, count: int, way: str, steps: int, length: int) -> dict:
-    """The records of all processes of one run."""
+def measured(model: str, count: int, way: str, steps: int, length: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The records of all processes of one run, and where the weights that it wrote are zero."""
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
         run = [__file__, model, "--steps", str(steps), "--length", str(length), "--worker", folder]
         shared = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-        environment = os.environ | {"WAY": way} | GLIBC | (shared if count > 1 else {})
+        environment = os.environ | {"WAY": way} | GLIBC | (shared if count > 1 and way != "replicated" else {})
         subprocess.run([*launch, *run], env=environment, check=True)
         each = [json.loads(f.read_text()) for f in sorted(Path(folder).glob("*.json"))]
-        return {"processes": count, "way": way, "each": each}
+        return each, {name: value == 0 for name, value in load_file(Path(folder) / "out" / "model.safetensors").items()}
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Share of all entries."""
+    different = sum(int((one[name] != zeros).sum()) for name, zeros in other.items())
+    return different / sum(zeros.numel() for zeros in other.values())
 
 
 def resident() -> int:

@@ -155,11 +155,11 @@ def sharded_table() -> str:
             rows.append((
                 f"{run['model']}, {run['dtype']}", shared["processes"], shared["way"],
                 *(f"{size / 1e9:.2f} GB" for size in most), *ratios,
-                f"{max(abs(a - b) / b for a, b in losses):.1e}", run["commit"],
+                f"{max(abs(a - b) / b for a, b in losses):.1e}", f"{shared['masks_differ']:.1e}", run["commit"],
             ))  # fmt: skip
     names = (
         "model, dtype", "processes", "weights are", "after a step", "peak", "after a step, to one process's",
-        "peak, to it", "losses differ by", "commit",
+        "peak, to it", "losses differ by", "masks differ in", "commit",
     )  # fmt: skip
     return table(names, "lrl" + "r" * (len(names) - 4) + "l", rows)
 
