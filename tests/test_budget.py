@@ -107,6 +107,8 @@ def test_a_mixture_begins_as_the_small_model_and_its_experts_differ_when_trained
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")}
     mixture.main(model, tmp_path / "mixture", **how)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json")} == made
+    with pytest.raises(SystemExit, match="was trained with"):  # its text would be among that which prunes
+        mixture.main(model, tmp_path / "mixture", **how | {"tokens": 640})
     monkeypatch.setattr(budget_tables, "read", lambda folder: list(runs.values()))
     rows = [line for line in budget_tables.mixture_table().splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 3 and sum(" to " in row for row in rows) == 2

@@ -10,6 +10,8 @@ What follows in the same stream prunes. FOLDER gets the mixture; what is there i
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,16 +71,20 @@ def main(
         how: dict[str, Any] = {"context": length, "max_windows": windows, "batch_size": 16}
         return {which: perplexity(net, text, **how).perplexity for which, text in texts.items()}
 
+    asked = {"tokens": tokens, "healing": healing, "length": length, "batch_size": batch_size, "lr": lr, "seed": seed}
     if not (folder / "model.safetensors").exists():
         net = upcycled(language_model(str(small), torch.float32), seed)
         print("upcycled", scores(net), flush=True)  # type: ignore[arg-type]
         trained = train(net, ids, batch_size, lr)
         net.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_json(folder / "training.json", trained | environment())
+        write_json(folder / "training.json", trained | environment() | {"options": asked})
+    training = json.loads((folder / "training.json").read_text())
+    if training["options"] != asked:  # its text would be pruned with, too
+        sys.exit(f"{folder} was trained with {training['options']}: repeat these, or take another folder")
     dense = language_model(str(folder), torch.float32)
     record = {
-        "model": "mixture", "parameters": dense.num_parameters(), "experts": [EXPERTS, CHOSEN], "trained_on": tokens,
+        "model": "mixture", "parameters": dense.num_parameters(), "experts": [EXPERTS, CHOSEN], "trained_on": training["tokens"],
         "windows": windows, "context": length, "alike": alike(dense), "dense_perplexity": scores(dense),
     }  # fmt: skip
     for name in methods.split(","):
