@@ -19,8 +19,8 @@ USERS = [f"deploy.export.{name}" for name in ("export", "generation")]
 USERS += [f"deploy.lowering.{name}" for name in ("lower", "round_on_data")]
 USERS += ["models.streamed_forward", "graph.capture"]
 USERS += [f"training.{name}" for name in ("from_disk", "inputs", "prepare")]
-#: folders of tests for which a capture is a step on the way, and not what they test
-FOLDERS = ("export", "training")
+#: folders of tests whose models are many, or whose subject captures are; elsewhere a capture is a step on the way
+FOR_THEMSELVES = ("graph", "tests")
 LARGEST = 4_000_000  # weights of a model that is kept
 PLAIN = (bool, int, float, str, type(None))
 
@@ -78,8 +78,8 @@ def capture_alike(model: nn.Module, example_inputs: Any = None, *, dynamic: bool
 
 @pytest.fixture(scope="module", autouse=True)
 def captures_alike(request):
-    """In these folders, whatever captures does so once for all models that are built alike."""
-    users = USERS if request.path.parent.name in FOLDERS else []
+    """Whatever captures does so once for all models that are built alike."""
+    users = [] if request.path.parent.name in FOR_THEMSELVES else USERS
     with pytest.MonkeyPatch.context() as patch:
         for module in [importlib.import_module(f"sparseforge_fx.{name}") for name in users]:
             patch.setattr(module, "capture", capture_alike)
