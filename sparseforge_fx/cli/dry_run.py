@@ -56,6 +56,8 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, A
     loaded, program, sites = _sites(recipe.model, config.pattern, recipe.include, recipe.exclude)
     if has_data:
         recipe = recipe.changed(length=text_length(loaded, recipe.length))
+    if isinstance(config, TrainedConfig):
+        recipe.check_one_step()
     chosen = [s for s in sites if s.reason is None]
     if recipe.plan is not None:
         formats = planned_formats(recipe.plan, {s.fqn: (s.out_features, s.in_features) for s in chosen})

@@ -161,7 +161,9 @@ def _recipe(
     wrong before a model is loaded."""
     from dataclasses import replace
 
+    from sparseforge_fx.data.opening import LENGTH
     from sparseforge_fx.data.sources import open_sources
+    from sparseforge_fx.methods.base import TrainedConfig
     from sparseforge_fx.methods.catalog import find_options, find_preset
     from sparseforge_fx.plans import Plan
     from sparseforge_fx.training.recipe import Recipe
@@ -178,10 +180,11 @@ def _recipe(
     recipe = recipe.changed(**read_assignments(change, find_options(chosen)))
     if curvature is not None:
         recipe = recipe.changed(curvature=curvature)
-    recipe.config(has_data)
+    constants = recipe.config(has_data)
     if recipe.model is None:
         raise SparseForgeError("there is no model: name a folder, a hub id or a GGUF file, or a --config that does")
-    recipe.check_one_step()
+    if isinstance(constants, TrainedConfig) and recipe.length != LENGTH:  # of that, no more than the model takes
+        recipe.check_one_step()
     if isinstance(recipe.plan, str):
         Plan.read(recipe.plan).check_machine()
     if recipe.data is not None and recipe.data != "self":

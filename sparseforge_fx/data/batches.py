@@ -79,15 +79,21 @@ COUNTED = 1024  # batches of a run that are counted one by one before it starts
 
 
 def count_steps(data: Batches, tokens: int, per_step: int) -> int:
-    """The most steps, of `per_step` batches each (over all micro-batches and processes), that a budget allows; one if
-    it allows none. Batches are counted as they come; what lies beyond the first `COUNTED` is taken to be like these."""
+    """The most steps, of `per_step` batches each (over all micro-batches and processes), that a budget allows.
+    Batches are counted as they come; what lies beyond the first `COUNTED` is taken to be like these.
+
+    Raises a SparseForgeError for a budget that allows none."""
     seen = 0
     steps = max(1, COUNTED // per_step)
     for step in range(steps):
         seen += sum(count_tokens(data.batch(step * per_step + k)) for k in range(per_step))
+        if seen > tokens and not step:
+            raise SparseForgeError(
+                f"tokens {tokens} are less than one step of {seen}: raise them, or make the batches shorter or fewer"
+            )
         if seen > tokens:
-            return max(1, step)
-    return max(1, tokens * steps // max(1, seen))
+            return step
+    return tokens * steps // max(1, seen)
 
 
 def as_batches(

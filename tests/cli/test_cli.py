@@ -530,7 +530,9 @@ def test_options_go_before_the_recipe(home, sparse, tmp_path):
         ("data: self", "there is no model: name a folder"),
         ("model: {home}/dense\nlearning_rate: 1", "no entry learning_rate"),
         ("model: {home}/dense\nmethod: ast", "method ast needs data"),
-        ("model: {home}/dense\ndata: {home}/train.txt\ntokens: 96", "less than one step"),
+        ("model: {home}/dense\ndata: {home}/train.txt\ntokens: 96", "less than one sequence"),
+        ("model: {home}/dense\ndata: {home}/train.txt\ntokens: 130", "less than one step of 512"),
+        ("model: {home}/dense\ndata: {home}/train.txt\ntokens: 96\nlength: 32", "less than one step of 128"),
         (None, "there is no recipe"),
     ],
 )

@@ -156,9 +156,12 @@ def test_a_batch_without_a_tensor():
 def test_steps_within_a_budget_by_what_the_batches_hold():
     """Batches of 4, 4 and 1, over and over."""
     data = as_batches([torch.ones(n, 8) for n in (4, 4, 1)], batch_size=7, length=9, seed=0)
-    assert [count_steps(data, tokens, 1) for tokens in (1, 4, 8, 9, 12, 13, 18)] == [1, 1, 2, 3, 3, 4, 6]
+    assert [count_steps(data, tokens, 1) for tokens in (4, 8, 9, 12, 13, 18)] == [1, 2, 3, 3, 4, 6]
     assert [count_steps(data, tokens, 2) for tokens in (8, 12, 13, 18)] == [1, 1, 2, 3]  # steps of 8, 5, 5
     assert abs(count_steps(data, 9 * 1024, 1) - 3 * 1024) <= 1  # beyond what is counted one by one
+    for tokens, per_step, step in ((1, 1, 4), (7, 2, 8)):
+        with pytest.raises(SparseForgeError, match=f"tokens {tokens} are less than one step of {step}: raise them"):
+            count_steps(data, tokens, per_step)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["with len", "without len"])
