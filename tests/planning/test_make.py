@@ -93,7 +93,6 @@ def test_a_group_has_one_format_and_its_share_of_the_products_time(captured_once
 def test_what_is_measured_here(captured_once, monkeypatch):
     found = captured_once("mlp")
     monkeypatch.setattr(cost, "measure", partial(cost.measure, rounds=2, seconds=1e-5))
-    monkeypatch.setattr(cost, "ROTATED_BYTES", 1 << 12)
     made = sf.plan(found.model, [found.batch(0, rows=64)], bytes=0.9, tokens=[2], formats=["2:4"])
     assert [str(f) for f in made.formats.values()] in (["dense", "2:4"], ["2:4", "dense"])
     assert all(

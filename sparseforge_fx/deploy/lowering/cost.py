@@ -29,6 +29,7 @@ from sparseforge_fx.report import environment, write_json
 TOKENS = (1, 8, 64, 2048)
 NOISE = 0.03  # a ratio within 3 % of one is neither a gain nor a loss
 ROTATED_BYTES = 256 << 20  # weights are rotated over so much memory: in a model each is cold when its turn comes
+MOST_COPIES = 4096  # of one weight; what is below 64 KiB would else have millions, and a sample's calls see no more
 TABLE_VERSION = 3
 
 
@@ -195,7 +196,8 @@ def _random(weight: Tensor, form: Format) -> Packed:
 def _copies(tensors: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:
     """So many that together they are beyond the caches."""
     size = sum(t.nbytes for t in tensors if t is not None)
-    return [tuple(None if t is None else t.clone() for t in tensors) for _ in range(max(2, -(-ROTATED_BYTES // size)))]
+    count = min(max(2, -(-ROTATED_BYTES // size)), MOST_COPIES)
+    return [tuple(None if t is None else t.clone() for t in tensors) for _ in range(count)]
 
 
 def _packed(layout: str, x: Tensor, copy: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:

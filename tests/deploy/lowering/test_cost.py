@@ -14,12 +14,6 @@ CPU = torch.device("cpu")
 SHAPE = cost.Shape(16, 32, "float32")
 
 
-@pytest.fixture(autouse=True)
-def few_copies(monkeypatch):
-    """Of tiny weights, 256 MB are very many."""
-    monkeypatch.setattr(cost, "ROTATED_BYTES", 1 << 16)
-
-
 def timing(tokens, ratio, shape=SHAPE, layout="rows"):
     return cost.Timing(shape, layout, tokens, 10.0 * ratio, (9.0 * ratio, 11.0 * ratio), 10.0, (9.0, 11.0))
 
@@ -36,6 +30,13 @@ def timing(tokens, ratio, shape=SHAPE, layout="rows"):
 )
 def test_verdict(ratios, reason):
     assert cost.verdict(ratios, [1, 8]) == reason
+
+
+@pytest.mark.parametrize(("numbers", "copies"), [(1 << 25, 2), (1 << 16, 1024), (16, cost.MOST_COPIES)])
+def test_a_weight_is_cold_when_its_turn_comes(numbers, copies):
+    """As many copies as 256 MiB hold, and of the least no more than calls are timed."""
+    made = cost._copies((torch.zeros(numbers), None))
+    assert len(made) == copies and len({copy[0].data_ptr() for copy in made}) == copies
 
 
 def test_only_the_token_counts_asked_for_matter():

@@ -103,7 +103,6 @@ def test_measuring(sparse_llama, monkeypatch):
     found = sparse_llama
     measure = cost.measure
     monkeypatch.setattr(cost, "measure", lambda *a: measure(*a, rounds=2, seconds=1e-5))
-    monkeypatch.setattr(cost, "ROTATED_BYTES", 1 << 14)
     report = sf.lower(found.model, found.example, tokens=[1]).report
     assert len(report["table"]) == 4 and all(row["ratio"] > 0 for row in report["table"])
     assert len(report["sites"]) + sum(s["reason"].startswith("gate") for s in report["skipped"]) == 8
