@@ -76,6 +76,12 @@ def capture_alike(model: nn.Module, example_inputs: Any = None, *, dynamic: bool
     return program
 
 
+def share_captures() -> None:
+    """For the whole of a process that a test starts."""
+    for module in [importlib.import_module(f"sparseforge_fx.{name}") for name in USERS]:
+        module.capture = capture_alike
+
+
 @pytest.fixture(scope="module", autouse=True)
 def captures_alike(request):
     """Whatever captures does so once for all models that are built alike."""

@@ -70,10 +70,12 @@ def in_parts(folder, name, **how):
 RANKS = """
 import sys, torch
 from pathlib import Path
+from captures import share_captures
 from torch.multiprocessing.reductions import StorageWeakRef
 from sparseforge_fx.models.streamed import StreamedModel
 from test_in_parts import IN_MEMORY, RUNS, in_parts, load_dense, sparsify
 torch.set_num_threads(1)
+share_captures()
 folder, rank = Path(sys.argv[1]), sys.argv[2]
 alive, most = [], 0
 fetch = StreamedModel.fetch

@@ -87,10 +87,12 @@ def ran(name, sharding=None, stop=None, **saved):
 RANKS = """
 import sys, torch
 from pathlib import Path
+from captures import share_captures
 from sparseforge_fx.training import processes
 from sparseforge_fx.training.sharded import sharding_of
 from test_sharded import RUNS, decisions, ran
 torch.set_num_threads(1)
+share_captures()
 folder, rank = Path(sys.argv[1]), sys.argv[2]
 sharding = sharding_of(processes.accelerator(), [])
 result = {name: ran(name, sharding) for name in RUNS}
