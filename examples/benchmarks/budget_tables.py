@@ -74,6 +74,43 @@ def seconds(point: tuple[list[Mapping[str, Any]], bool] | None) -> str:
     return "" if point is None else f"{mean(run['seconds'] for run in point[0]):,.0f}"
 
 
+def objective_table() -> str:
+    """Runs from one start on a language model, by what their loss is made of."""
+    runs = sorted(read("objective"), key=lambda run: -run["sparse_perplexity"]["test"])
+    if not runs:
+        return NONE
+    first = next(run for run in runs if run["teacher"] is None)
+    report = first["report"]
+    text = (
+        f"{first['model']}, from one start ({first['method']}, {report['calibration_sequences']} sequences, channels in order,"
+        f" blocks that learned for {report['config']['reconstruct']} pass) on with its masks: perplexity of the first"
+        f" {first['windows']} windows of {first['context']} tokens (dense {first['dense_perplexity']['test']:.2f} and"
+        f" {first['dense_perplexity']['valid']:.2f}); seed 0, {report['device']}. Seconds while the machine had other work."
+    )
+    rows = []
+    for run in runs:
+        said, perplexity = run["report"], run["sparse_perplexity"]
+        loss = said.get("settings", {}).get("objective")
+        how = (
+            ("none: the start", "", "")
+            if loss is None
+            else (f"{loss['task']:g}", f"{loss['kl']:g}", f"{loss['temperature']:g}")
+        )
+        trained = (f"{run['tokens']:,}", f"{said['lr']:g}") if loss else ("", "")
+        rows.append(
+            (
+                *how,
+                *trained,
+                f"{said['seconds']:,.0f}",
+                f"{perplexity['test']:.2f}",
+                f"{perplexity['valid']:.2f}",
+                said["commit"],
+            )
+        )
+    names = ("cross-entropy", "KL", "temperature", "tokens", "rate", "seconds", "test", "validation", "commit")
+    return blocks([(text, table(names, "lrrrrrrrl", rows))])
+
+
 def mixture_table() -> str:
     """Methods in the order of their perplexities, and what they learned of the experts."""
     runs = sorted(read("mixture"), key=lambda run: -run["sparse_perplexity"]["test"])

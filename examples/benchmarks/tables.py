@@ -22,6 +22,7 @@ TABLES = {
     "leaderboard": quality.leaderboard_table,
     "budget": budget.budget_table,
     "mixture": budget.mixture_table,
+    "objective": budget.objective_table,
     "ablations": quality.ablation_table,
     "reorder": quality.reorder_table,
     "estimator-quality": quality.estimator_quality_table,
