@@ -3,6 +3,8 @@
     python examples/benchmarks/quality.py MODEL --data c4.jsonl --data reviews.jsonl.xz --data books.jsonl.xz \\
         --valid valid.txt --test test.txt --preset alps+kd --tokens 122880 --seed 0
 
+With ``--method alps --keep START`` the pruned checkpoint stays, and START with ``--teacher MODEL`` is trained on from there.
+
 The sources are mixed evenly by documents (books cut into pieces of 3,000 characters). Perplexity is that of the first
 ``--windows`` windows of 1,024 tokens. Choose by the validation text, quote the test text.
 """
