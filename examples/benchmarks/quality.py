@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from common import CONTEXT, language_model, token_ids, use, windowed_perplexity
 from records import RESULTS
@@ -54,6 +55,11 @@ def main(
     temperature: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
     threads: int = 0,
     device: str = "cpu",
+    dtype: Annotated[str, typer.Option(help="of the checkpoint and its scores")] = "bfloat16",
+    teacher: Annotated[
+        Path | None, typer.Option(help="checkpoint that MODEL was pruned from, and that is distilled from", exists=True)
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(help="folder for the pruned checkpoint")] = None,
     label: str = "",
     folder: Annotated[Path, typer.Option(help="where the json goes")] = RESULTS / "quality",
     tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
@@ -74,18 +80,19 @@ def main(
         print(f"{out} is there already")
         return
     tokenizer = AutoTokenizer.from_pretrained(model)
-    net = language_model(model, device=device)
+    net = language_model(model, getattr(torch, dtype), device)
+    original = language_model(str(teacher), getattr(torch, dtype), device) if teacher else None
     ids = {"valid": token_ids(valid, tokenizer), "test": token_ids(test, tokenizer)}
 
     def score(scored: PreTrainedModel) -> dict[str, float]:
         return {which: windowed_perplexity(scored, ids[which], windows) for which in ids}
 
-    dense = known_score(dense_from, windows) or score(net)
+    dense = known_score(dense_from, windows) or score(original or net)
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
     settings |= {"preset": preset} if method == "sparseforge" else {}
     if method in TRAINED:
         objective = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
-        settings |= {"tokens": tokens, "lr": lr, "state_path": state, "objective": objective}
+        settings |= {"tokens": tokens, "lr": lr, "state_path": state, "objective": objective, "teacher": original}
     if method == "dense":
         report = {"sites": [], **environment()}
         sparse = dense
@@ -96,9 +103,13 @@ def main(
         ).report  # fmt: skip
         report.pop("density")
         sparse = score(net)
+        if keep is not None:
+            net.save_pretrained(keep)
+            tokenizer.save_pretrained(keep)
     record = {
         "label": name,
         "model": Path(model).name,
+        "teacher": teacher.name if teacher else None,
         "method": method,
         "tokens": report.get("tokens", 0),
         "data": [Path(d).name for d in data],
