@@ -91,41 +91,43 @@ def main(
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
     settings |= {"preset": preset} if method == "sparseforge" else {}
     if method in TRAINED:
-        objective = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
-        settings |= {"tokens": tokens, "lr": lr, "state_path": state, "objective": objective, "teacher": original}
-    if method == "dense":
-        report = {"sites": [], **environment()}
-        sparse = dense
-    else:
+        settings["objective"] = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
+        settings |= {"tokens": tokens, "lr": lr, "state_path": state, "teacher": original}
+    report, sparse = {"sites": [], **environment()}, dense
+    if method != "dense":
         report = sf.sparsify(
             net, corpus if method != "magnitude" else None, method=method, batch_size=batch_size, length=length, calibration=calibration,
             seed=seed, compile={"on": True, "off": False}.get(compile, compile), show_progress=False, on_step=print_step, **settings,
         ).report  # fmt: skip
         report.pop("density")
         sparse = score(net)
-        if keep is not None:
-            net.save_pretrained(keep)
-            tokenizer.save_pretrained(keep)
+        for part in (net, tokenizer) if keep else ():
+            part.save_pretrained(keep)
     record = {
         "label": name,
-        "model": Path(model).name,
-        "teacher": teacher.name if teacher else None,
-        "method": method,
+        **about(model, teacher, method, data, windows),
         "tokens": report.get("tokens", 0),
-        "data": [Path(d).name for d in data],
-        "windows": windows,
-        "context": CONTEXT,
         "dense_perplexity": dense,
         "sparse_perplexity": sparse,
         "zero_shot": zero_shot(net, tokenizer, limit=tasks) if tasks else None,
-        "quantized_perplexity": {
-            values: quantized_score(net, values, score, corpus, calibration) for values in quantize.split(",") if values
-        },
+        "quantized_perplexity": quantized_scores(net, quantize, score, corpus, calibration),
         "report": {k: v for k, v in report.items() if k not in ("skipped", "passes")} | {"sites": len(report["sites"])},
     }
     write_json(out, record)
     shutil.rmtree(state, ignore_errors=True)
     print(f"{name}: dense {dense}, sparse {sparse}")
+
+
+def about(model: str, teacher: Path | None, method: str, data: list[str], windows: int) -> dict[str, Any]:
+    """What a record says of the run that it is of."""
+    return {
+        "model": Path(model).name,
+        "teacher": teacher.name if teacher else None,
+        "method": method,
+        "data": [Path(d).name for d in data],
+        "windows": windows,
+        "context": CONTEXT,
+    }
 
 
 def loss(method: str, settings: dict[str, Any], **changes: float | None) -> sf.Distillation | None:
@@ -148,13 +150,16 @@ def known_score(record: Path | None, windows: int) -> dict[str, float] | None:
     return known["dense_perplexity"] if known.get("windows") == windows else None
 
 
-def quantized_score(
+def quantized_scores(
     model: PreTrainedModel, values: str, score: Score, corpus: TokenData, calibration: int
-) -> dict[str, float]:
-    """Perplexities, and the seconds that the rounding took."""
-    rounded, clock = copy.deepcopy(model), time.monotonic()
-    sf.quantize(rounded, values, corpus, calibration=calibration)
-    return {"seconds": time.monotonic() - clock, **score(rounded)}
+) -> dict[str, dict[str, float]]:
+    """Perplexities by each of the values, and the seconds that the rounding took."""
+    found = {}
+    for name in filter(None, values.split(",")):
+        rounded, clock = copy.deepcopy(model), time.monotonic()
+        sf.quantize(rounded, name, corpus, calibration=calibration)
+        found[name] = {"seconds": time.monotonic() - clock, **score(rounded)}
+    return found
 
 
 def print_step(step: int, row: dict[str, float]) -> None:
