@@ -85,28 +85,21 @@ def objective_table() -> str:
         f"{first['model']}, from one start ({first['method']}, {report['calibration_sequences']} sequences, channels in order,"
         f" blocks that learned for {report['config']['reconstruct']} pass) on with its masks: perplexity of the first"
         f" {first['windows']} windows of {first['context']} tokens (dense {first['dense_perplexity']['test']:.2f} and"
-        f" {first['dense_perplexity']['valid']:.2f}); seed 0, {report['device']}. Seconds while the machine had other work."
+        f" {first['dense_perplexity']['valid']:.2f}); seed {report['seed']}, {report['device']}. Seconds while the machine had other work."
     )
     rows = []
     for run in runs:
         said, perplexity = run["report"], run["sparse_perplexity"]
-        loss = said.get("settings", {}).get("objective")
-        how = (
-            ("none: the start", "", "")
-            if loss is None
-            else (f"{loss['task']:g}", f"{loss['kl']:g}", f"{loss['temperature']:g}")
-        )
-        trained = (f"{run['tokens']:,}", f"{said['lr']:g}") if loss else ("", "")
-        rows.append(
-            (
-                *how,
-                *trained,
-                f"{said['seconds']:,.0f}",
-                f"{perplexity['test']:.2f}",
-                f"{perplexity['valid']:.2f}",
-                said["commit"],
-            )
-        )
+        how = ["none: the start", "", "", "", ""]
+        if run["teacher"] is not None:
+            loss = said["settings"]["objective"]
+            how = [
+                *(f"{loss[name]:g}" for name in ("task", "kl", "temperature")),
+                f"{run['tokens']:,}",
+                f"{said['lr']:g}",
+            ]
+        scored = [f"{perplexity[text]:.2f}" for text in ("test", "valid")]
+        rows.append((*how, f"{said['seconds']:,.0f}", *scored, said["commit"]))
     names = ("cross-entropy", "KL", "temperature", "tokens", "rate", "seconds", "test", "validation", "commit")
     return blocks([(text, table(names, "lrrrrrrrl", rows))])
 

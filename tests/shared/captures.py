@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,17 +77,16 @@ def capture_alike(model: nn.Module, example_inputs: Any = None, *, dynamic: bool
     return program
 
 
-def share_captures() -> None:
-    """For the whole of a process that a test starts."""
+def share_captures(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """By default for the whole of a process, which a test has started."""
     for module in [importlib.import_module(f"sparseforge_fx.{name}") for name in USERS]:
-        module.capture = capture_alike
+        put(module, "capture", capture_alike)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def captures_alike(request):
     """Whatever captures does so once for all models that are built alike."""
-    users = [] if request.path.parent.name in FOR_THEMSELVES else USERS
     with pytest.MonkeyPatch.context() as patch:
-        for module in [importlib.import_module(f"sparseforge_fx.{name}") for name in users]:
-            patch.setattr(module, "capture", capture_alike)
+        if request.path.parent.name not in FOR_THEMSELVES:
+            share_captures(patch.setattr)
         yield

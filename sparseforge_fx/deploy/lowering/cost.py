@@ -29,7 +29,7 @@ from sparseforge_fx.report import environment, write_json
 TOKENS = (1, 8, 64, 2048)
 NOISE = 0.03  # a ratio within 3 % of one is neither a gain nor a loss
 ROTATED_BYTES = 256 << 20  # weights are rotated over so much memory: in a model each is cold when its turn comes
-MOST_COPIES = 4096  # of one weight; what is below 64 KiB would else have millions, and a sample's calls see no more
+MOST_COPIES = 4096  # of one weight; what is below 64 KiB would else have up to a million, more than a sample has calls
 TABLE_VERSION = 3
 
 
