@@ -55,7 +55,7 @@ def made(
     Args:
         data: text of the plan's predictions, of the training and of the rounding.
         recipe: makes sparse what is to be sparse, by a plan or everywhere.
-        dtype: of the floats. All work is done in float32.
+        dtype: of the floats. Rounding is done in float32, making sparse in the recipe's dtype (default: float32).
     """
     asked = {"model": model, "data": data, "recipe": recipe.describe(), "dtype": dtype, "batch": list(batch)}
     before = folder / "made-of.json"
@@ -69,7 +69,7 @@ def made(
         points.append(Point("dense fp32", model, "float32"))
 
     def sparse(path: Path, **how: Any) -> None:
-        loaded, tokenizer = sf.load(model, dtype="float32")
+        loaded, tokenizer = sf.load(model, dtype=recipe.dtype or "float32")
         sf.sparsify(loaded, data, recipe, tokenizer=tokenizer, **how).save(path, tokenizer)
 
     def rounded(source: str | Path, path: Path, **how: Any) -> None:
