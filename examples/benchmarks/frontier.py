@@ -39,6 +39,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="the dense model that points are made of")] = None,
     data: Annotated[str | None, typer.Option(help="text to train, round and predict by")] = None,
     recipe: Annotated[Path | None, typer.Option(help="of the sparse points; default: sparsegpt, untrained")] = None,
+    rounding: Annotated[int, typer.Option(help="sequences that values are rounded on")] = 32,
     dtype: Annotated[str, typer.Option(help="of the floats in the points that are made")] = "bfloat16",
     speedup: Annotated[list[float], typer.Option(help="of the plans")] = [1.3, 1.6, 2.0],  # noqa: B006
     point: Annotated[list[str], typer.Option(help="another one: NAME=PATH or NAME=PATH:DTYPE")] = [],  # noqa: B006
@@ -58,7 +59,7 @@ def main(
     if model is not None:
         if data is None:
             sys.exit("--model needs --data: points are made by it")
-        points = made(model, data, folder, recipe_of(recipe), dtype, batch, speedup) + points
+        points = made(model, data, folder, recipe_of(recipe), rounding, dtype, batch, speedup) + points
     known = {each.name: prepared(each, folder, text, list(batch), windows, tasks, max_length) for each in points}
     if prepare:
         return

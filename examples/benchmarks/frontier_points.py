@@ -48,19 +48,34 @@ class Point(NamedTuple):
 
 
 def made(
-    model: str, data: str, folder: Path, recipe: sf.Recipe, dtype: str, batch: Sequence[int], speedups: Sequence[float]
+    model: str,
+    data: str,
+    folder: Path,
+    recipe: sf.Recipe,
+    rounding: int,
+    dtype: str,
+    batch: Sequence[int],
+    speedups: Sequence[float],
 ) -> list[Point]:
     """Dense, and 2:4, in floats, int8 and int4, and a plan for each speed-up of the linears, in ``folder``.
 
     Args:
         data: text of the plan's predictions, of the training and of the rounding.
         recipe: makes sparse what is to be sparse, by a plan or everywhere.
+        rounding: sequences that values are rounded on.
         dtype: of the floats. Rounding is done in float32, making sparse in the recipe's dtype (default: float32).
     """
-    asked = {"model": model, "data": data, "recipe": recipe.describe(), "dtype": dtype, "batch": list(batch)}
+    asked = {
+        "model": model,
+        "data": data,
+        "recipe": recipe.describe(),
+        "rounding": rounding,
+        "dtype": dtype,
+        "batch": list(batch),
+    }
     before = folder / "made-of.json"
     if before.exists() and json.loads(before.read_text()) != asked:
-        sys.exit(f"{folder} holds points of another model, data, recipe, dtype or batch ({before}): name a new folder")
+        sys.exit(f"{folder} holds points of another model, data, recipe, rounding, dtype or batch ({before}): name a new folder")
     write_json(before, asked)
     prices = _once(folder / "prices.json", lambda path: _price(model, data, recipe, dtype, batch).save(path))
     plan = sf.Plan.read(prices)
@@ -74,8 +89,8 @@ def made(
 
     def rounded(source: str | Path, path: Path, **how: Any) -> None:
         loaded, tokenizer = sf.load(source, dtype="float32")
-        reading = {n: getattr(recipe, n) for n in ("calibration", "length", "batch_size", "seed", "text_column")}
-        sf.quantize(loaded, data=data, tokenizer=tokenizer, **reading, **how)
+        reading = {n: getattr(recipe, n) for n in ("length", "batch_size", "seed", "text_column")}
+        sf.quantize(loaded, data=data, tokenizer=tokenizer, calibration=rounding, **reading, **how)
         sf.save_packed(loaded.to(getattr(torch, dtype)), tokenizer, path)
 
     def packed(source: Path, path: Path) -> None:
