@@ -78,13 +78,13 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     model = str(write_checkpoint(tmp_path / "dense", num_hidden_layers=1))
     data = str(write_text(tmp_path / "text.txt"))
     recipe = points.recipe_of(None).changed(calibration=2, length=32, batch_size=2)
-    ask = (model, data, tmp_path, recipe, "bfloat16", [1, 8], [2.3, 9.0])
+    ask = (model, data, tmp_path, recipe, 2, "bfloat16", [1, 8], [2.3, 9.0])
     made = points.made(*ask)
     names = ["dense bf16", "dense fp32", "2:4 bf16", "plan 2.3x"]
     assert [p.name for p in made] == names
     assert points.made(*ask) == made
     with pytest.raises(SystemExit, match="holds points of another model"):
-        points.made(*ask[:4], "float32", *ask[5:])
+        points.made(*ask[:5], "float32", *ask[6:])
     planned, two_four = made[3], made[2]
     assert two_four.predicted["formats"] == {"2:4": 7, "dense": 1}
     assert planned.predicted["speedup"] == {t: pytest.approx(2.3, abs=0.2) for t in "18"}
