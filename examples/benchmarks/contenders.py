@@ -17,6 +17,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from sparseforge_fx.formats import BITS, Format
 from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.layouts import native_layout
 from sparseforge_fx.kernels.packed import pack_codes, unpack
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
@@ -58,7 +60,7 @@ def main(
     for shape, dtype in itertools.product(shapes.split(","), (torch.float32, torch.bfloat16)):
         out, width = map(int, shape.split("x"))
         weight = torch.randn(out, width, generator=torch.Generator().manual_seed(0))
-        contenders = of_torch(weight, dtype) | ours(weight) | (compiled_ones(weight, dtype) if compiled else {})
+        contenders = of_torch(weight, dtype) | ours(weight, dtype) | (compiled_ones(weight, dtype) if compiled else {})
         copies = {name: rotated(c.weight, rotate_bytes) for name, c in contenders.items()}
         for count, m in itertools.product(map(int, threads.split(",")), map(int, rows.split(","))):
             torch.set_num_threads(count)
@@ -117,8 +119,8 @@ def aten_int4(weight: Tensor, dtype: torch.dtype, group: int) -> Contender:
     return Contender(4, call, (packed, scales_and_zeros), times_scales(codes, scales, group))
 
 
-def ours(weight: Tensor) -> dict[str, Contender]:
-    """The operator of this package, on dense and on 2:4 codes."""
+def ours(weight: Tensor, dtype: torch.dtype) -> dict[str, Contender]:
+    """The operator of this package, on dense and on 2:4 codes, each in the layout that it is kept in here."""
     found = {}
     for pattern, (values, group) in itertools.product(("", " 2:4"), (("int8", None), ("int4", 32), ("int4", 128))):
         form = Format(pattern.strip() or "dense", values, group)
@@ -128,14 +130,14 @@ def ours(weight: Tensor) -> dict[str, Contender]:
         codes, scales = to_int4(kept, group) if group else to_int8(kept)
         packed = pack_codes(codes, scales if group else scales[:, None], form)
         name = f"{values}{f'/{group}' if group else ''} ours{pattern}"
-        found[name] = Contender(
-            BITS[values], packed_linear, (packed.values, packed.bitmask, packed.scales), unpack(packed)
-        )
+        layout = native_layout(weight.device, form, *weight.shape, dtype)
+        tensors = (*layout.convert(packed), packed.scales)
+        found[name] = Contender(BITS[values], partial(packed_linear, layout.name), tensors, unpack(packed))
     return found
 
 
-def packed_linear(x: Tensor, values: Tensor, bitmask: Tensor, scales: Tensor) -> Tensor:
-    return OP(x, values, bitmask, "rows", x.shape[-1], None, "none", scales)
+def packed_linear(layout: str, x: Tensor, values: Tensor, meta: Tensor, scales: Tensor) -> Tensor:
+    return OP(x, values, meta, layout, x.shape[-1], None, "none", scales)
 
 
 def compiled_ones(weight: Tensor, dtype: torch.dtype) -> dict[str, Contender]:

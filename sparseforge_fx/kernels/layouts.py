@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.formats import SPARSE, VALUES, Format
+from sparseforge_fx.formats import VALUES, Format
 from sparseforge_fx.kernels.gpu import cusparselt, cutlass
 from sparseforge_fx.kernels.gpu.planes import from_planes
 from sparseforge_fx.kernels.gpu.planes_linear import as_planes, as_words, planes_dense, planes_product, tune_planes
 from sparseforge_fx.kernels.packed import Packed
+from sparseforge_fx.kernels.pairs import as_pairs, from_pairs, pairs_dense, pairs_dense_on_cpu, pairs_product
+from sparseforge_fx.kernels.pairs import why_not as why_not_pairs
 from sparseforge_fx.kernels.rows import rows_dense, rows_dense_on_cpu, rows_product_on_cpu
 
 
@@ -88,6 +90,16 @@ ROWS = Layout(
     takes=VALUES,
     takes_dense=True,
 )
+#: int4 on CPUs with AVX-512
+PAIRS = Layout(
+    "pairs",
+    as_pairs,
+    from_pairs,
+    {"cpu": Kernel(pairs_dense_on_cpu, pairs_product)},
+    elsewhere=Kernel(pairs_dense),
+    limits=why_not_pairs,
+    takes=("int4",),
+)
 #: decoding on a GPU, by Triton
 PLANES = Layout(
     "planes",
@@ -121,7 +133,10 @@ CUTLASS = Layout(
     durable=False,
 )
 #: by name; of a device's own, the first serves every number of rows, and is taken where nothing is measured
-LAYOUTS = {layout.name: layout for layout in (ROWS, PLANES, CUSPARSELT, CUTLASS)}
+LAYOUTS = {layout.name: layout for layout in (ROWS, PAIRS, PLANES, CUSPARSELT, CUTLASS)}
+
+#: what needs no measuring: the first that takes a weight serves every number of rows as well as any other
+NATIVE = (PAIRS, ROWS, PLANES, CUSPARSELT, CUTLASS)
 
 
 def kernel_of(layout: str, device: torch.device) -> Kernel:
@@ -138,9 +153,11 @@ def layouts_of(device: torch.device) -> tuple[Layout, ...]:
     return tuple(layout for layout in LAYOUTS.values() if device.type in layout.kernels)
 
 
-def native_layout(device: torch.device, form: Format = SPARSE) -> Layout:
-    """What a weight that comes from a file is kept in on this device."""
-    return next((layout for layout in layouts_of(device) if layout.knows(form)), ROWS)
+def native_layout(device: torch.device, form: Format, out: int, width: int, dtype: torch.dtype) -> Layout:
+    """What a weight [out, width] that comes from a file is kept in on this device, in a model that computes in
+    ``dtype``."""
+    own = (layout for layout in NATIVE if device.type in layout.kernels)
+    return next((layout for layout in own if layout.refuses(out, width, dtype, device, form) is None), ROWS)
 
 
 def find_target(name: str, device: torch.device) -> tuple[Layout, ...]:

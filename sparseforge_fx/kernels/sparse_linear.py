@@ -66,7 +66,8 @@ def sparse_linear(
         activation: "none", "relu", "gelu", "gelu_tanh", "silu", or "silu_mul": silu of the first half of the outputs
             times the second half, [..., out / 2].
         scales: those of ``Packed``, if ``values`` are int8 or int4 codes. A CPU's kernels then round x to 8 bits, one
-            scale for 16 (AVX-512 with VNNI), 32 (AVX2) or 128 inputs: an error of at most 1/254 of their largest.
+            scale for 16 (AVX-512 with VNNI), 32 (AVX2, "pairs") or 128 inputs: an error of at most 1/254 of their
+            largest.
 
     Sums are float32 or better and rounded once, after the activation (plain torch also rounds before it). A row of x
     that holds inf or NaN spoils its own outputs only; whether a pruned place makes NaN of them (0 * inf, as in a dense

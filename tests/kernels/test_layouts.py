@@ -23,6 +23,8 @@ from sparseforge_fx.kernels.layouts import (
     CUSPARSELT,
     CUTLASS,
     LAYOUTS,
+    NATIVE,
+    PAIRS,
     PLANES,
     ROWS,
     find_target,
@@ -117,6 +119,8 @@ def usable(layout, device, dtype=torch.bfloat16, form=SPARSE, sides=(64, 128)):
 def test_there_and_back(calls, name, device, rows, columns, dtype, empty, seed):
     """Groups with one survivor and with none, too."""
     layout = usable(LAYOUTS[name], device, dtype)
+    if not layout.knows(SPARSE):
+        return  # test_pairs.py
     dense = unpack(random_linear(32 * rows, 64 * columns, dtype, seed)[0])
     dense[torch.rand(dense.shape, generator=torch.Generator().manual_seed(seed)) < empty] = 0
     dense = dense.to(device)
@@ -205,7 +209,7 @@ def test_what_is_refused(calls, monkeypatch):
     assert "not torch.float32" in CUSPARSELT.refuses(16, 16, torch.float32, CPU, SPARSE)
     assert "multiples of 32 x 64, not 32 x 32" in CUTLASS.refuses(32, 32, torch.float16, CPU, SPARSE)
     assert "not torch.float32" in CUTLASS.refuses(32, 64, torch.float32, CPU, SPARSE)
-    assert all(layout.refuses(32, 64, torch.float16, CPU, SPARSE) is None for layout in LAYOUTS.values())
+    assert all(o.refuses(32, 64, torch.float16, CPU, SPARSE) is None for o in LAYOUTS.values() if o is not PAIRS)
     assert ROWS.refuses(3, 5, torch.float32, CPU, SPARSE) is PLANES.refuses(3, 5, torch.float32, CPU, SPARSE) is None
     int8, int4 = parse_format("2:4 int8"), parse_format("2:4 int4")
     monkeypatch.setattr(cusparselt, "_stack", lambda device: (800, (9, 0)))
@@ -225,14 +229,14 @@ def test_what_may_be_stacked_and_saved():
     first, second = (random_linear(32, 64, torch.bfloat16, seed)[0] for seed in (0, 1))
     both = pack(torch.cat([unpack(first), unpack(second)]))
     for layout in LAYOUTS.values():
-        if layout.by_rows:
+        if layout.by_rows and layout.knows(SPARSE):
             parts = zip(layout.convert(first), layout.convert(second), layout.convert(both), strict=True)
             assert all(torch.equal(torch.cat([a, b]), c) for a, b, c in parts)
     assert [name for name, layout in LAYOUTS.items() if not layout.durable] == ["cusparselt", "cutlass"]
 
 
 def test_targets():
-    assert find_target("auto", CPU) == find_target("cpu", CPU) == layouts_of(CPU) == (ROWS,)
+    assert find_target("auto", CPU) == find_target("cpu", CPU) == layouts_of(CPU) == (ROWS, PAIRS)
     with pytest.raises(SparseForgeError, match="unknown target"):
         find_target("tpu", CPU)
     with pytest.raises(SparseForgeError, match="no sparse kernels for meta"):
@@ -243,6 +247,7 @@ def test_targets():
 
 def test_what_a_device_has_and_in_which_order():
     assert [layout.name for layout in layouts_of(torch.device("cuda"))] == ["planes", "cusparselt", "cutlass"]
-    assert [native_layout(torch.device(kind)) for kind in ("cpu", "cuda", "meta")] == [ROWS, PLANES, ROWS]
-    forms = [parse_format(text) for text in ("2:4 int8", "2:4 int4", "dense int8")]
-    assert [native_layout(torch.device("cuda"), form) for form in forms] == [PLANES, PLANES, ROWS]
+    native = lambda kind, text: native_layout(torch.device(kind), parse_format(text), 64, 128, torch.bfloat16)  # noqa: E731
+    assert [native(kind, "2:4") for kind in ("cpu", "cuda", "meta")] == [ROWS, PLANES, ROWS]
+    assert [native("cuda", text) for text in ("2:4 int8", "2:4 int4", "dense int8")] == [PLANES, PLANES, ROWS]
+    assert sorted(layout.name for layout in NATIVE) == sorted(LAYOUTS)

@@ -40,10 +40,11 @@ def lanes(isa):
     return (16 if {"avx512vbmi", "avx512_vbmi2", "avx512_vnni"} <= known else 8), 4
 
 
-def rounded(x, isa=None):
-    """x [rows, in] as 8-bit integers times a scale for each group, in float64, and the largest error of a place."""
+def rounded(x, isa=None, sums_of=None):
+    """x [rows, in] as 8-bit integers times a scale for each group, in float64, and the largest error of a place.
+    ``sums_of``: what ``lanes`` says, where it is not that of rows."""
     rows, width = x.shape
-    sums, near = lanes(isa or cpu.instruction_set())
+    sums, near = sums_of or lanes(isa or cpu.instruction_set())
     shape = (rows, -1, X_RUN // (near * sums), sums, near)
     groups = F.pad(x.double(), (0, -width % X_RUN)).view(shape)
     scales = groups.abs().amax((2, 4), keepdim=True) / 127

@@ -184,7 +184,8 @@ class PackedQuantizer(HfQuantizer):
 
 def change_to_device(module: SparseLinear) -> None:
     """Give a packed linear the layout that its device reads; one without kernels of its own keeps that of the disk."""
-    module.change_layout(native_layout(module.weight_values.device, module.format))
+    device, sides = module.weight_values.device, (module.out_features, module.in_features)
+    module.change_layout(native_layout(device, module.format, *sides, module.dtype))
 
 
 def _has_header(folder: Path, header: Header) -> bool:

@@ -209,7 +209,8 @@ def _put(model: nn.Module, sites: Mapping[str, Any], packed: Mapping[str, Packed
     for name, module in sites.items():
         dtype = module.weight.dtype
         sparse = SparseLinear(packed[name], module.bias, transposed=isinstance(module, Conv1D), dtype=dtype)
-        sparse.change_layout(native_layout(module.weight.device, packed[name].format))
+        out, width = packed[name].shape
+        sparse.change_layout(native_layout(module.weight.device, sparse.format, out, width, dtype))
         layouts[name] = sparse.layout
         replace(model, name, sparse.train(module.training))
     return layouts

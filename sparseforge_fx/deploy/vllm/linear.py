@@ -149,6 +149,7 @@ class PackedLinearMethod(LinearMethodBase):
         set_weight_attrs(empty, {"weight_loader": lambda *_, **__: None})
         layer.register_parameter("weight", empty)
         layer.packed_width, layer.packed_layout = width, "rows"  # type: ignore[assignment]
+        layer.packed_dtype = params_dtype  # type: ignore[assignment]
 
     @torch.no_grad()
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -166,7 +167,8 @@ class PackedLinearMethod(LinearMethodBase):
             raise SparseForgeError(f"'{self.prefix}': {error}; copy the checkpoint anew") from error
         if "weight" in layer._parameters:
             del layer.weight
-        layout = native_layout(values.device, self.format)
+        (out, width), dtype = packed.shape, layer.packed_dtype
+        layout = native_layout(values.device, self.format, out, width, dtype)  # type: ignore[arg-type]
         if layout is ROWS:
             return
         for name, tensor in zip((VALUES, BITMASK), layout.convert(packed), strict=True):

@@ -25,12 +25,16 @@ ISA_VARIABLE = "SPARSEFORGE_CPU_ISA"
 _SOURCES = (
     "rows_linear.cpp",
     "codes_linear.cpp",
+    "pairs_linear.cpp",
     "sparse_linear.cpp",
     "operator.cpp",
     "aoti.cpp",
     "rows_linear.h",
     "codes_linear.h",
     "codes_tile.h",
+    "pairs_linear.h",
+    "multiply_in_tiles.h",
+    "quantize.h",
     "numbers.h",
     "primitives.h",
     "tile.h",
@@ -104,6 +108,21 @@ def rows_dense(values, bitmask, in_features, scales=None):
     """The dense weight [out, in] of a 2-D ``Packed`` of a 2- or 4-byte dtype, or of codes, then in float32; call only
     if :func:`available`."""
     return torch.ops.sparseforge_cpu.rows_dense(values, bitmask, in_features, scales)
+
+
+def pairs_rows() -> int:
+    """So many rows of x are served by :func:`pairs_linear`; 0: none, for want of instructions or of the kernels."""
+    return torch.ops.sparseforge_cpu.pairs_rows(instruction_set()) if available() else 0
+
+
+def pairs_linear(x, values, places, in_features, scales, bias=None, activation="none"):
+    """act(x W^T + b), the weight in the layout of ``kernels/pairs.py``; call only where :func:`pairs_rows` is not 0."""
+    return torch.ops.sparseforge_cpu.pairs_linear(x, values, places, scales, in_features, bias, activation)
+
+
+def pairs_dense(values, places, in_features, scales):
+    """The dense weight [out, in] in float32; call only if :func:`available`."""
+    return torch.ops.sparseforge_cpu.pairs_dense(values, places, scales, in_features)
 
 
 @functools.cache

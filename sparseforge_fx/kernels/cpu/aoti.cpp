@@ -1,4 +1,4 @@
-// What a package of AOTInductor calls: sparseforge::sparse_linear on packed rows, without Python and without the
+// What a package of AOTInductor calls: sparseforge::sparse_linear in a CPU's layouts, without Python and without the
 // dispatcher. Linked into the package's own library (see deploy/export/aoti.py).
 
 #include "rows_linear.h"
@@ -18,13 +18,14 @@ extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_cpu_sparse_linear(
       return isa_named(wanted ? wanted : "");
     }();
     const auto act = activation_named(activation);
-    TORCH_CHECK(act && std::string_view(layout) == "rows", "no CPU kernel for ", activation, " on ", layout);
+    const auto kept = layout_named(layout);
+    TORCH_CHECK(act && kept, "no CPU kernel for ", activation, " on ", layout);
     const auto given = [](AtenTensorHandle* t) -> std::optional<at::Tensor> {
       return t ? std::optional(*tensor_handle_to_tensor_pointer(*t)) : std::nullopt;
     };
     *result = torch::aot_inductor::new_tensor_handle(
         sparse_linear(*tensor_handle_to_tensor_pointer(x), *tensor_handle_to_tensor_pointer(values),
-                      *tensor_handle_to_tensor_pointer(meta), in_features, given(bias), *act,
+                      *tensor_handle_to_tensor_pointer(meta), *kept, in_features, given(bias), *act,
                       given(scales), isa));
   });
 }

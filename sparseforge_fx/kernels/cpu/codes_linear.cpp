@@ -6,22 +6,14 @@
 
 #include "codes_linear.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include "numbers.h"
+#include "multiply_in_tiles.h"
 
 #include <type_traits>
 
 namespace sparseforge {
 namespace {
-
-constexpr int64_t kTileRows = 16;      // weight rows (outputs) per task, as finish.h has them
-constexpr int64_t kMaxColumns = 32;    // rows of x per pass over the weight
-constexpr int64_t kStep = 64;          // inputs that are multiplied at a time
-constexpr int64_t kRun = 4;            // steps whose x shares a scale, and whose weight scales are read at a time
-constexpr int64_t kXGroup = kRun * kStep;
 
 // A run of inputs of a row of x. `offset` takes back what is added to codes to make them unsigned: instructions multiply
 // unsigned by signed bytes, sums of four in a lane. With int4 codes there is one for each step, with int8 one for all.
@@ -46,13 +38,6 @@ struct CodesJob {
   int64_t runs, whole_runs, steps;             // of kXGroup inputs, and those that are complete; of kStep inputs
   int64_t group;                               // inputs that share a scale; 0: all of a row
 };
-
-float half_of(const uint8_t* bytes) {
-  const uint16_t bits = read<uint16_t>(bytes);
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size = exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
-  return bits >> 15 ? -size : size;
-}
 
 namespace portable_codes {
 #define TARGET
@@ -133,6 +118,7 @@ INLINE void sum_four(const Acc* a, float* out) {
 }
 #include "codes_tile.h"
 #include "finish.h"
+#include "quantize.h"
 #undef TARGET
 }  // namespace portable_codes
 
@@ -259,6 +245,7 @@ INLINE Acc scaled(Acc acc, __m256 part, const float* x_scale) {
 INLINE void sum_four(const Acc* a, float* out) { _mm_storeu_ps(out, halves(pairs(a[0], a[1]), pairs(a[2], a[3]))); }
 #include "codes_tile.h"
 #include "finish.h"
+#include "quantize.h"
 #undef TARGET
 }  // namespace avx2_codes
 
@@ -345,33 +332,17 @@ INLINE void sum_four(const Acc* a, float* out) {
 }
 #include "codes_tile.h"
 #include "finish.h"
+#include "quantize.h"
 #undef TARGET
 }  // namespace vnni_codes
 
-bool has_vnni() {
-  static const bool known = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-                            __builtin_cpu_supports("avx512vnni") &&
-                            __builtin_cpu_supports("f16c");
-  return known;
-}
 #endif
 
-using Tile = void (*)(const CodesJob&, const void*, int64_t, int64_t, int64_t, float*);
-
-template <class S>
-struct Kernel {
-  Tile tile;
-  void (*finish)(Activation, const float*, const float*, const S*, const S*, int64_t, S*);
-  void (*quantize)(const S* x, int64_t in, int64_t runs, void* rows);
-  size_t run_bytes;  // of an XRun
-};
-
 #define SPARSEFORGE_KERNEL(space) \
-  {sparse ? space::tile<true, BITS> : space::tile<false, BITS>, space::finish<S>, space::quantize<S, BITS>, sizeof(XRun<BITS>)}
+  {sparse ? space::tile<true, BITS> : space::tile<false, BITS>, space::finish<S>, space::quantize<S, XRun<BITS>>, sizeof(XRun<BITS>)}
 
 template <class S, int BITS>
-Kernel<S> kernel_of(Isa isa, bool sparse) {
+TileKernel<S, CodesJob> kernel_of(Isa isa, bool sparse) {
 #ifdef SPARSEFORGE_X86
   if (isa >= Isa::avx512 && has_vnni()) return SPARSEFORGE_KERNEL(vnni_codes);
   if (isa >= Isa::avx2 && __builtin_cpu_supports("f16c")) return SPARSEFORGE_KERNEL(avx2_codes);
@@ -401,46 +372,16 @@ at::Tensor copy_last(CodesJob& job, int64_t out) {
 template <class S>
 void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int bits, int64_t out_features,
          const S* bias, Activation activation, Isa isa, S* y) {
-  const Kernel<S> kernel = bits == 8 ? kernel_of<S, 8>(isa, sparse) : kernel_of<S, 4>(isa, sparse);
-  const bool gated = activation == Activation::silu_mul;
-  const int64_t width = gated ? out_features / 2 : out_features;
-
-  const int64_t runs = job.runs;
+  const auto kernel = bits == 8 ? kernel_of<S, 8>(isa, sparse) : kernel_of<S, 4>(isa, sparse);
   const at::Tensor last = copy_last(job, out_features);
-  const int64_t row_bytes = runs * static_cast<int64_t>(kernel.run_bytes);
-  const at::Tensor memory = at::empty({columns * row_bytes + 64}, at::kByte);
-  auto* rows = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) / 64 * 64);
-  at::parallel_for(0, columns, std::max<int64_t>(1, 16384 / in), [&](int64_t from, int64_t to) {
-    for (int64_t m = from; m < to; ++m) kernel.quantize(x + m * in, in, runs, rows + m * row_bytes);
-  });
-
-  const int64_t tiles = (width + kTileRows - 1) / kTileRows;
-  const int64_t work = kTileRows * in * (1 + columns) * (gated ? 2 : 1);
-  const auto scaled = [&](float* sums, int64_t part, int64_t first, int64_t last) {  // int8: one scale per output
-    if (bits != 8) return;
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      const float scale = read<float>(job.all.scales + std::min(first + r, last) * 4);
-      for (int64_t m = 0; m < part; ++m) sums[m * kTileRows + r] *= scale;
-    }
-  };
-  at::parallel_for(0, tiles, std::max<int64_t>(1, 262144 / std::max<int64_t>(1, work)), [&](int64_t from, int64_t to) {
-    alignas(64) float sums[kMaxColumns * kTileRows], second[kMaxColumns * kTileRows];
-    for (int64_t m = 0; m < columns; m += kMaxColumns) {
-      const int64_t part = std::min(kMaxColumns, columns - m);
-      for (int64_t t = from; t < to; ++t) {
-        const int64_t first = t * kTileRows, count = std::min(kTileRows, width - first);
-        kernel.tile(job, rows + m * row_bytes, part, first, width - 1, sums);
-        scaled(sums, part, first, width - 1);
-        if (gated) {
-          kernel.tile(job, rows + m * row_bytes, part, width + first, 2 * width - 1, second);
-          scaled(second, part, width + first, 2 * width - 1);
-        }
-        for (int64_t i = 0; i < part; ++i)
-          kernel.finish(activation, sums + i * kTileRows, second + i * kTileRows, bias ? bias + first : nullptr,
-                        bias && gated ? bias + width + first : nullptr, count, y + (m + i) * width + first);
-      }
-    }
-  });
+  multiply_in_tiles(kernel, job, x, columns, in, out_features, bias, activation, y,
+                    [&](float* sums, int64_t part, int64_t first, int64_t last) {  // int8: one scale per output
+                      if (bits != 8) return;
+                      for (int64_t r = 0; r < kTileRows; ++r) {
+                        const float scale = read<float>(job.all.scales + std::min(first + r, last) * 4);
+                        for (int64_t m = 0; m < part; ++m) sums[m * kTileRows + r] *= scale;
+                      }
+                    });
 }
 
 }  // namespace

@@ -2,9 +2,10 @@
 // longer in Python than in the kernel.
 //
 // sparse_linear.py defines both operators, implements them for any device, differentiates them, and words the errors.
-// Here is only what is usual: packed rows, tensors that fit, no gradients. Everything else is handed to Python.
+// Here is only what is usual: a CPU's layouts, tensors that fit, no gradients. Everything else is handed to Python.
 
 #include "codes_linear.h"
+#include "pairs_linear.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -47,9 +48,12 @@ constexpr c10::DispatchKeySet kPythonAutograd{c10::DispatchKey::AutogradOther};
 
 bool serves(const at::Tensor& values, const at::Tensor& meta, c10::string_view layout, int64_t in_features,
             const OptionalTensor& scales) {
-  if (isa_in_use < 0 || layout != "rows" || !values.is_cpu() || !meta.is_cpu()) return false;
-  if (scales) return scales->is_cpu() && is_codes(values, meta, *scales, in_features);
-  return (values.element_size() == 2 || values.element_size() == 4) && is_packed(values, meta, in_features);
+  const auto kept = layout_named(layout);
+  if (isa_in_use < 0 || !kept || !values.is_cpu() || !meta.is_cpu()) return false;
+  if (scales)
+    return scales->is_cpu() && (kept == Layout::pairs ? is_pairs(values, meta, *scales, in_features)
+                                                      : is_codes(values, meta, *scales, in_features));
+  return kept == Layout::rows && (values.element_size() == 2 || values.element_size() == 4) && is_packed(values, meta, in_features);
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& meta, c10::string_view layout,
@@ -59,14 +63,15 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& values, const at::Tenso
   if (!act || !serves(values, meta, layout, in_features, scales) || !x.is_floating_point() ||
       !fits(x, values, in_features, bias, *act, scales.has_value()))
     return linear_operator().redispatch(kPython, x, values, meta, layout, in_features, bias, activation, scales);
-  return sparse_linear(x, values, meta, in_features, bias, *act, scales, static_cast<Isa>(isa_in_use.load()));
+  return sparse_linear(x, values, meta, *layout_named(layout), in_features, bias, *act, scales,
+                       static_cast<Isa>(isa_in_use.load()));
 }
 
 at::Tensor dense(const at::Tensor& values, const at::Tensor& meta, c10::string_view layout, int64_t in_features,
                  const OptionalTensor& scales) {
   if (!serves(values, meta, layout, in_features, scales))
     return dense_operator().redispatch(kPython, values, meta, layout, in_features, scales);
-  return scales ? codes_dense(values, meta, *scales, in_features) : rows_dense(values, meta, in_features);
+  return dense_weight(values, meta, *layout_named(layout), in_features, scales);
 }
 
 at::Tensor linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& values,
@@ -91,6 +96,16 @@ at::Tensor rows_linear_named(const at::Tensor& x, const at::Tensor& values, cons
                 : rows_linear(x, values, mask, in_features, bias, *act, isa_named(isa));
 }
 
+at::Tensor pairs_linear_named(const at::Tensor& x, const at::Tensor& values, const at::Tensor& places,
+                              const at::Tensor& scales, int64_t in_features, const OptionalTensor& bias,
+                              c10::string_view activation) {
+  const auto act = activation_named(activation);
+  TORCH_CHECK(act, "unknown activation '", activation, "'");
+  return pairs_linear(x, values, places, scales, in_features, bias, *act);
+}
+
+int64_t pairs_rows_named(c10::string_view isa) { return pairs_rows(isa_named(isa)); }
+
 at::Tensor rows_dense_any(const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
                           const OptionalTensor& scales) {
   return scales ? codes_dense(values, mask, *scales, in_features) : rows_dense(values, mask, in_features);
@@ -104,6 +119,11 @@ TORCH_LIBRARY(sparseforge_cpu, m) {
       "rows_linear(Tensor x, Tensor values, Tensor bitmask, int in_features, Tensor? bias, str activation,"
       " Tensor? scales, str isa) -> Tensor");
   m.def("rows_dense(Tensor values, Tensor bitmask, int in_features, Tensor? scales) -> Tensor");
+  m.def(
+      "pairs_linear(Tensor x, Tensor values, Tensor places, Tensor scales, int in_features, Tensor? bias,"
+      " str activation) -> Tensor");
+  m.def("pairs_dense(Tensor values, Tensor places, Tensor scales, int in_features) -> Tensor");
+  m.def("pairs_rows(str isa) -> int", &sparseforge::pairs_rows_named);
   m.def("instruction_sets() -> str[]", &sparseforge::instruction_sets);
   m.def("max_rows(ScalarType dtype, bool codes) -> int", &sparseforge::max_rows);
   m.def("use(str isa) -> ()", &sparseforge::use);
@@ -112,6 +132,8 @@ TORCH_LIBRARY(sparseforge_cpu, m) {
 TORCH_LIBRARY_IMPL(sparseforge_cpu, CPU, m) {
   m.impl("rows_linear", &sparseforge::rows_linear_named);
   m.impl("rows_dense", &sparseforge::rows_dense_any);
+  m.impl("pairs_linear", &sparseforge::pairs_linear_named);
+  m.impl("pairs_dense", &sparseforge::pairs_dense);
 }
 
 TORCH_LIBRARY_IMPL(sparseforge, CPU, m) {

@@ -40,10 +40,20 @@ at::Tensor rows_dense(const at::Tensor& values, const at::Tensor& mask, int64_t 
 // AMX and two threads, cpu_kernels.py); -1 for types that it does not take.
 int64_t max_rows(at::ScalarType dtype, bool codes);
 
-// rows_linear or codes_linear, or the expanded weight and a dense product: what is faster for so many rows. Any type
-// that rows_dense takes.
-at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
-                         const std::optional<at::Tensor>& bias, Activation activation,
+// How a weight is kept: as on disk, or as pairs.py has it.
+enum class Layout { rows, pairs };
+
+// Of the CPU's; none for others.
+std::optional<Layout> layout_named(std::string_view name);
+
+// The dense weight [out, in_features]: of codes in float32.
+at::Tensor dense_weight(const at::Tensor& values, const at::Tensor& meta, Layout layout, int64_t in_features,
+                        const std::optional<at::Tensor>& scales);
+
+// The layout's kernel, or the expanded weight and a dense product: what is faster for so many rows. Any type that
+// rows_dense takes.
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& meta, Layout layout,
+                         int64_t in_features, const std::optional<at::Tensor>& bias, Activation activation,
                          const std::optional<at::Tensor>& scales, Isa isa);
 
 }  // namespace sparseforge

@@ -1,6 +1,7 @@
 // The faster of the two ways to multiply with a packed weight, for so many rows of x.
 
 #include "codes_linear.h"
+#include "pairs_linear.h"
 
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/gelu.h>
@@ -38,16 +39,30 @@ int64_t max_rows(at::ScalarType dtype, bool codes) {
   return dtype == at::kBFloat16 ? 512 : dtype == at::kFloat ? 128 : -1;
 }
 
-at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
-                         const std::optional<at::Tensor>& bias, Activation activation,
+std::optional<Layout> layout_named(std::string_view name) {
+  if (name == "rows") return Layout::rows;
+  if (name == "pairs") return Layout::pairs;
+  return {};
+}
+
+at::Tensor dense_weight(const at::Tensor& values, const at::Tensor& meta, Layout layout, int64_t in_features,
+                        const std::optional<at::Tensor>& scales) {
+  if (layout == Layout::pairs) return pairs_dense(values, meta, scales.value(), in_features);
+  return scales ? codes_dense(values, meta, *scales, in_features) : rows_dense(values, meta, in_features);
+}
+
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& meta, Layout layout,
+                         int64_t in_features, const std::optional<at::Tensor>& bias, Activation activation,
                          const std::optional<at::Tensor>& scales, Isa isa) {
-  if (x.numel() / in_features <= max_rows(x.scalar_type(), scales.has_value()))
-    return scales ? codes_linear(x, values, mask, *scales, in_features, bias, activation, isa)
-                  : rows_linear(x, values, mask, in_features, bias, activation, isa);
+  const int64_t most = max_rows(x.scalar_type(), scales.has_value());
+  if (x.numel() / in_features <= (layout == Layout::pairs ? std::min(most, pairs_rows(isa)) : most)) {
+    if (layout == Layout::pairs) return pairs_linear(x, values, meta, scales.value(), in_features, bias, activation);
+    return scales ? codes_linear(x, values, meta, *scales, in_features, bias, activation, isa)
+                  : rows_linear(x, values, meta, in_features, bias, activation, isa);
+  }
   // as rows: at::linear of three dimensions may take another path, with other bits
   const auto rows = x.reshape({-1, in_features});
-  const auto weight = scales ? codes_dense(values, mask, *scales, in_features).to(x.scalar_type())
-                             : rows_dense(values, mask, in_features);
+  const auto weight = dense_weight(values, meta, layout, in_features, scales).to(x.scalar_type());
   const auto y = activate(at::linear(rows, weight, bias), activation);
   auto sizes = x.sizes().vec();
   sizes.back() = y.size(1);
