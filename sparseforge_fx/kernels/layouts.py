@@ -90,7 +90,7 @@ ROWS = Layout(
     takes=VALUES,
     takes_dense=True,
 )
-#: int4 on CPUs with AVX-512
+#: int4 on CPUs
 PAIRS = Layout(
     "pairs",
     as_pairs,

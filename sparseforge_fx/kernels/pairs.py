@@ -1,4 +1,4 @@
-"""The layout ``pairs``: 2:4 weights of int4 codes as a CPU with AVX-512 and VNNI multiplies them fastest.
+"""The layout ``pairs``: 2:4 weights of int4 codes as a CPU with AVX2 or AVX-512 multiplies them fastest.
 
 The rows of the weight are taken two by two and their inputs in steps of 64. Of such a step there are 64 survivors: of
 each sixteen inputs eight of the first row, then eight of the second. Their codes lie in 32 bytes, that of survivor i in
@@ -27,7 +27,7 @@ def why_not(out_features: int, in_features: int, dtype: torch.dtype, device: tor
         return misfit
     if dtype not in (torch.bfloat16, torch.float32):
         return f"pairs multiply bfloat16 and float32, not {dtype}"
-    return None if cpu.pairs_rows() else "pairs need a CPU that has AVX-512 with VNNI, and a C++ compiler"
+    return None if cpu.pairs_rows() else "pairs need a CPU that has AVX2, and a C++ compiler"
 
 
 def _misfit(out_features: int, in_features: int) -> str | None:

@@ -33,6 +33,7 @@ _SOURCES = (
     "codes_linear.h",
     "codes_tile.h",
     "pairs_linear.h",
+    "pairs_tile.h",
     "multiply_in_tiles.h",
     "quantize.h",
     "numbers.h",
@@ -110,14 +111,15 @@ def rows_dense(values, bitmask, in_features, scales=None):
     return torch.ops.sparseforge_cpu.rows_dense(values, bitmask, in_features, scales)
 
 
-def pairs_rows() -> int:
+def pairs_rows(isa=None) -> int:
     """So many rows of x are served by :func:`pairs_linear`; 0: none, for want of instructions or of the kernels."""
-    return torch.ops.sparseforge_cpu.pairs_rows(instruction_set()) if available() else 0
+    return torch.ops.sparseforge_cpu.pairs_rows(isa or instruction_set()) if available() else 0
 
 
-def pairs_linear(x, values, places, in_features, scales, bias=None, activation="none"):
+def pairs_linear(x, values, places, in_features, scales, bias=None, activation="none", isa=None):
     """act(x W^T + b), the weight in the layout of ``kernels/pairs.py``; call only where :func:`pairs_rows` is not 0."""
-    return torch.ops.sparseforge_cpu.pairs_linear(x, values, places, scales, in_features, bias, activation)
+    isa = isa or instruction_set()
+    return torch.ops.sparseforge_cpu.pairs_linear(x, values, places, scales, in_features, bias, activation, isa)
 
 
 def pairs_dense(values, places, in_features, scales):

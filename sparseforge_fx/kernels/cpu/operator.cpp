@@ -98,10 +98,10 @@ at::Tensor rows_linear_named(const at::Tensor& x, const at::Tensor& values, cons
 
 at::Tensor pairs_linear_named(const at::Tensor& x, const at::Tensor& values, const at::Tensor& places,
                               const at::Tensor& scales, int64_t in_features, const OptionalTensor& bias,
-                              c10::string_view activation) {
+                              c10::string_view activation, c10::string_view isa) {
   const auto act = activation_named(activation);
   TORCH_CHECK(act, "unknown activation '", activation, "'");
-  return pairs_linear(x, values, places, scales, in_features, bias, *act);
+  return pairs_linear(x, values, places, scales, in_features, bias, *act, isa_named(isa));
 }
 
 int64_t pairs_rows_named(c10::string_view isa) { return pairs_rows(isa_named(isa)); }
@@ -121,7 +121,7 @@ TORCH_LIBRARY(sparseforge_cpu, m) {
   m.def("rows_dense(Tensor values, Tensor bitmask, int in_features, Tensor? scales) -> Tensor");
   m.def(
       "pairs_linear(Tensor x, Tensor values, Tensor places, Tensor scales, int in_features, Tensor? bias,"
-      " str activation) -> Tensor");
+      " str activation, str isa) -> Tensor");
   m.def("pairs_dense(Tensor values, Tensor places, Tensor scales, int in_features) -> Tensor");
   m.def("pairs_rows(str isa) -> int", &sparseforge::pairs_rows_named);
   m.def("instruction_sets() -> str[]", &sparseforge::instruction_sets);

@@ -27,22 +27,124 @@ struct PairsJob {
 };
 
 #ifdef SPARSEFORGE_X86
+// Inputs of a run of a row of x, 128 added, and the scale of each lane; the same for both of the following.
+#define SPARSEFORGE_RUN                                                                                              \
+  constexpr int kSums = 8, kNear = 8;                                                                                \
+  struct alignas(64) Run {                                                                                           \
+    int8_t q[kRun][kStep];                                                                                           \
+    float scale[16];                                                                                                 \
+  };                                                                                                                 \
+  INLINE void set_offsets(Run& x) {                                                                                  \
+    for (int64_t i = 0; i < kXGroup; ++i) x.q[0][i] = static_cast<int8_t>(x.q[0][i] ^ -128);                         \
+    float near[kSums];                                                                                               \
+    std::memcpy(near, x.scale, sizeof(near));                                                                        \
+    for (int lane = 0; lane < 16; ++lane) x.scale[lane] = near[lane / 4 * 2 + lane % 2] / kCode;                     \
+  }
+
+namespace avx2_pairs {
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+constexpr float kCode = 1;
+constexpr int kColumns = 2;
+template <int COLUMNS>
+constexpr int kPairsOf = COLUMNS == 1 ? 2 : 1;
+using Sums = __m256;
+SPARSEFORGE_RUN
+
+INLINE void sum_lanes(Sums sums, float* to) {
+  alignas(32) float lane[8];
+  _mm256_store_ps(lane, sums);
+  for (int row = 0; row < 2; ++row) to[row] = (lane[2 * row] + lane[2 * row + 1]) + (lane[2 * row + 4] + lane[2 * row + 5]);
+}
+
+// One row's scales of the COUNT steps that begin at `at`: one for each 32 inputs.
+template <int COUNT>
+INLINE void load_scales(const PairsJob& job, const uint8_t* at, float* scales) {
+  PREFETCH_FAR(at + kTileRows * job.scale_bytes);
+  alignas(16) uint16_t halves[8] = {};
+  std::memcpy(halves, at, job.group == 32 ? 4 * COUNT : COUNT / 2 * 2);  // no byte behind the last
+  const __m256 found = _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(halves)));
+  const __m256i first_two = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  _mm256_store_ps(scales, job.group == 32 ? found : _mm256_permutevar8x32_ps(found, first_two));
+}
+
+// A run, COUNT steps of which are there, of ROWS pairs of weight rows by COLUMNS rows of x. Of a step first half the
+// inputs, then the others.
+template <int COLUMNS, int ROWS, int COUNT>
+INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run* x, int64_t runs, int64_t run,
+                     Sums (*sums)[ROWS]) {
+  const int64_t from = run * kRun;
+  const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), two_bits = _mm256_set1_epi8(3);
+  const __m256i group = _mm256_setr_epi32(0x04040000, 0x0c0c0808, 0x04040000, 0x0c0c0808, 0x04040000, 0x0c0c0808,
+                                          0x04040000, 0x0c0c0808);
+  const __m256i offset = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+  alignas(32) float scales[ROWS][2][8];
+  __m256 part[2][COLUMNS][ROWS] = {};
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int row = 0; row < 2; ++row)
+      load_scales<COUNT>(job, job.scales + (2 * pairs[r] + row) * job.scale_bytes + from * kStep / job.group * 2,
+                         scales[r][row]);
+#pragma GCC unroll 4
+  for (int k = 0; k < COUNT; ++k) {
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t at = pairs[r] * job.steps + from + k;
+      const uint8_t *values = job.values + at * kPairValues, *places = job.places + at * kPairPlaces;
+      if (k % 2 == 0) PREFETCH_FAR(values + kPairs * job.steps * kPairValues);
+      if (k == 0) PREFETCH_FAR(places + kPairs * job.steps * kPairPlaces);
+      const __m256i nibbles = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+      const __m256i fields = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(places)));
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m256i nibble = _mm256_and_si256(half ? _mm256_srli_epi16(nibbles, 4) : nibbles, low);
+        const __m256i codes = _mm256_sub_epi8(_mm256_xor_si256(nibble, eight), eight);
+        const __m256i to_low = half ? _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6) : _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
+        const __m256i place = _mm256_or_si256(_mm256_and_si256(_mm256_srlv_epi32(fields, to_low), two_bits), group);
+        const __m256i start = _mm256_maddubs_epi16(offset, codes);
+        const __m256 scale = _mm256_blend_ps(_mm256_broadcast_ss(&scales[r][0][2 * k + half]),
+                                             _mm256_broadcast_ss(&scales[r][1][2 * k + half]), 0xcc);
+#pragma GCC unroll 2
+        for (int m = 0; m < COLUMNS; ++m) {
+          const auto* const q = reinterpret_cast<const __m256i*>(x[m * runs + run].q[k]) + half;
+          const __m256i picked = _mm256_shuffle_epi8(_mm256_load_si256(q), place);
+          const __m256i products = _mm256_sub_epi16(_mm256_maddubs_epi16(picked, codes), start);
+          const __m256 sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(products, ones));
+          part[half][m][r] = _mm256_fmadd_ps(sum, scale, part[half][m][r]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int m = 0; m < COLUMNS; ++m)
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+        sums[m][r] = _mm256_fmadd_ps(part[half][m][r], _mm256_load_ps(x[m * runs + run].scale + 8 * half), sums[m][r]);
+}
+#include "pairs_tile.h"
+#include "finish.h"
+#include "quantize.h"
+#undef TARGET
+}  // namespace avx2_pairs
+
 namespace vnni_pairs {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c")))
-constexpr int kSums = 8, kNear = 8;
+constexpr float kCode = 16;  // what codes come times
+constexpr int kColumns = 4;
+template <int COLUMNS>
+constexpr int kPairsOf = COLUMNS == 1 ? 4 : 2;
+using Sums = __m512;
+SPARSEFORGE_RUN
 
-// Inputs of a run of a row of x, 128 added, and the scale of each lane.
-struct alignas(64) Run {
-  int8_t q[kRun][kStep];
-  float scale[16];
-};
-
-INLINE void set_offsets(Run& x) {
-  for (int k = 0; k < kRun; ++k)
-    _mm512_store_si512(x.q[k], _mm512_xor_si512(_mm512_load_si512(x.q[k]), _mm512_set1_epi8(-128)));
-  float near[kSums];
-  std::memcpy(near, x.scale, sizeof(near));
-  for (int lane = 0; lane < 16; ++lane) x.scale[lane] = near[lane / 4 * 2 + lane % 2] / 16;  // codes come times 16
+INLINE void sum_lanes(Sums sums, float* to) {
+  alignas(64) float lane[16];
+  _mm512_store_ps(lane, sums);
+  for (int row = 0; row < 2; ++row) {
+    const float* const l = lane + 2 * row;
+    to[row] = ((l[0] + l[1]) + (l[4] + l[5])) + ((l[8] + l[9]) + (l[12] + l[13]));
+  }
 }
 
 // The scales of two rows from `at` on, of the COUNT steps that begin there: eight of the first, eight of the second.
@@ -111,60 +213,15 @@ INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run* x, in
       sums[m][r] = _mm512_fmadd_ps(part[m][r], _mm512_load_ps(x[m * runs + run].scale), sums[m][r]);
 }
 
-template <int COLUMNS>
-TARGET void tile_of(const PairsJob& job, const Run* x, int64_t first, int64_t last, float* out) {
-  constexpr int R = COLUMNS == 1 ? 4 : 2;  // pairs in work at a time: their sums are in registers
-  const int64_t runs = (job.steps + kRun - 1) / kRun, whole_runs = job.steps / kRun;
-  for (int i = 0; i < kPairs / R; ++i) {
-    int64_t pairs[R];
-    for (int r = 0; r < R; ++r) pairs[r] = std::min(first / 2 + i * R + r, last / 2);  // beyond the last: not stored
-    __m512 sums[COLUMNS][R];
-    for (int m = 0; m < COLUMNS; ++m)
-      for (int r = 0; r < R; ++r) sums[m][r] = _mm512_setzero_ps();
-    for (int64_t run = 0; run < whole_runs; ++run) multiply<COLUMNS, R, kRun>(job, pairs, x, runs, run, sums);
-    const auto rest = [&](auto count) TARGET { multiply<COLUMNS, R, count()>(job, pairs, x, runs, whole_runs, sums); };
-    if (job.steps % kRun == 1) rest(std::integral_constant<int, 1>{});
-    if (job.steps % kRun == 2) rest(std::integral_constant<int, 2>{});
-    if (job.steps % kRun == 3) rest(std::integral_constant<int, 3>{});
-    for (int m = 0; m < COLUMNS; ++m)
-      for (int r = 0; r < R; ++r) {
-        alignas(64) float lane[16];
-        _mm512_store_ps(lane, sums[m][r]);
-        float* const to = out + m * kTileRows + 2 * (i * R + r);
-        for (int row = 0; row < 2; ++row) {
-          const float* const l = lane + 2 * row;
-          to[row] = ((l[0] + l[1]) + (l[4] + l[5])) + ((l[8] + l[9]) + (l[12] + l[13]));
-        }
-      }
-  }
-}
-
-void tile(const PairsJob& job, const void* rows, int64_t columns, int64_t first, int64_t last, float* out) {
-  const auto* x = static_cast<const Run*>(rows);
-  const int64_t runs = (job.steps + kRun - 1) / kRun, passes = (columns + 3) / 4;
-  for (int64_t p = 0; p < passes; ++p) {  // of much the same size
-    const int64_t m = p * columns / passes;
-    const auto call = [&](auto of) { of(job, x + m * runs, first, last, out + m * kTileRows); };
-    switch ((p + 1) * columns / passes - m) {
-      case 1:
-        call(tile_of<1>);
-        break;
-      case 2:
-        call(tile_of<2>);
-        break;
-      case 3:
-        call(tile_of<3>);
-        break;
-      default:
-        call(tile_of<4>);
-    }
-  }
-}
+#include "pairs_tile.h"
 #include "finish.h"
 #include "quantize.h"
 #undef TARGET
 }  // namespace vnni_pairs
 #endif
+
+#define SPARSEFORGE_KERNEL(space) \
+  TileKernel<S, PairsJob>{space::tile, space::finish<S>, space::quantize<S, space::Run>, sizeof(space::Run)}
 
 PairsJob job_of(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales, int64_t in) {
   return {static_cast<const uint8_t*>(values.const_data_ptr()), static_cast<const uint8_t*>(places.const_data_ptr()),
@@ -182,11 +239,17 @@ bool is_pairs(const at::Tensor& values, const at::Tensor& places, const at::Tens
          (in / groups == 32 || in / groups == 128);
 }
 
-int64_t pairs_rows(Isa isa) { return isa >= Isa::avx512 && has_vnni() ? 2048 : 0; }
+int64_t pairs_rows(Isa isa) {
+#ifdef SPARSEFORGE_X86
+  if (isa >= Isa::avx512 && has_vnni()) return 2048;
+  if (isa >= Isa::avx2 && __builtin_cpu_supports("f16c")) return 512;
+#endif
+  return 0;
+}
 
 at::Tensor pairs_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& places,
                         const at::Tensor& scales, int64_t in_features, const std::optional<at::Tensor>& bias,
-                        Activation activation) {
+                        Activation activation, Isa isa) {
   TORCH_CHECK(is_pairs(values, places, scales, in_features), "not a weight of pairs");
   TORCH_CHECK(fits(x, values, in_features, bias, activation, /*codes=*/true), "x, bias or activation does not fit the weight");
   const int64_t out = values.size(0);
@@ -200,14 +263,14 @@ at::Tensor pairs_linear(const at::Tensor& x, const at::Tensor& values, const at:
   const auto call = [&](auto zero) {
     using S = decltype(zero);
 #ifdef SPARSEFORGE_X86
-    const TileKernel<S, PairsJob> kernel{vnni_pairs::tile, vnni_pairs::finish<S>,
-                                         vnni_pairs::quantize<S, vnni_pairs::Run>, sizeof(vnni_pairs::Run)};
+    const TileKernel<S, PairsJob> kernel =
+        isa >= Isa::avx512 && has_vnni() ? SPARSEFORGE_KERNEL(vnni_pairs) : SPARSEFORGE_KERNEL(avx2_pairs);
     multiply_in_tiles(kernel, job, static_cast<const S*>(xc.const_data_ptr()), x.numel() / in_features, in_features, out,
                       bias ? static_cast<const S*>(bc.const_data_ptr()) : nullptr, activation,
                       static_cast<S*>(y.mutable_data_ptr()), [](float*, int64_t, int64_t, int64_t) {});
 #endif
   };
-  TORCH_CHECK(pairs_rows(Isa::avx512) > 0, "this CPU has no AVX-512 with VNNI");
+  TORCH_CHECK(pairs_rows(isa) > 0, "this CPU has no AVX2");
   if (x.scalar_type() == at::kBFloat16) {
     call(bf16{});
   } else {

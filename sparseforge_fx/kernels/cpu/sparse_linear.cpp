@@ -56,7 +56,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
                          const std::optional<at::Tensor>& scales, Isa isa) {
   const int64_t most = max_rows(x.scalar_type(), scales.has_value());
   if (x.numel() / in_features <= (layout == Layout::pairs ? std::min(most, pairs_rows(isa)) : most)) {
-    if (layout == Layout::pairs) return pairs_linear(x, values, meta, scales.value(), in_features, bias, activation);
+    if (layout == Layout::pairs) return pairs_linear(x, values, meta, scales.value(), in_features, bias, activation, isa);
     return scales ? codes_linear(x, values, meta, *scales, in_features, bias, activation, isa)
                   : rows_linear(x, values, meta, in_features, bias, activation, isa);
   }
