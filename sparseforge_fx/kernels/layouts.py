@@ -90,7 +90,7 @@ ROWS = Layout(
     takes=VALUES,
     takes_dense=True,
 )
-#: int4 on CPUs
+#: few bits on CPUs
 PAIRS = Layout(
     "pairs",
     as_pairs,
@@ -98,7 +98,7 @@ PAIRS = Layout(
     {"cpu": Kernel(pairs_dense_on_cpu, pairs_product)},
     elsewhere=Kernel(pairs_dense),
     limits=why_not_pairs,
-    takes=("int4",),
+    takes=("int8", "int4"),
 )
 #: decoding on a GPU, by Triton
 PLANES = Layout(

@@ -1,10 +1,10 @@
-"""The layout ``pairs``: 2:4 weights of int4 codes as a CPU with AVX2 or AVX-512 multiplies them fastest.
+"""The layout ``pairs``: 2:4 weights of int8 or int4 codes as a CPU with AVX2 or AVX-512 multiplies them fastest.
 
 The rows of the weight are taken two by two and their inputs in steps of 64. Of such a step there are 64 survivors: of
-each sixteen inputs eight of the first row, then eight of the second. Their codes lie in 32 bytes, that of survivor i in
-the low bits of byte i where i < 32, else in the high bits of byte i - 32. Where each stands in its group of four is in
-16 bytes: that of survivor i in bits 2 (i // 16) and the next of byte i % 16. These are as many bytes as on disk, the
-places instead of the bitmask; scales are those on disk. The kernel is ``cpu/pairs_linear.cpp``.
+each sixteen inputs eight of the first row, then eight of the second. Their int8 codes follow each other; of int4 codes
+that of survivor i is in the low bits of byte i where i < 32, else in the high bits of byte i - 32. Where each stands in
+its group of four is in 16 bytes: that of survivor i in bits 2 (i // 16) and the next of byte i % 16. These are as many
+bytes as on disk, the places instead of the bitmask; scales are those on disk. The kernel is ``cpu/pairs_linear.cpp``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def why_not(out_features: int, in_features: int, dtype: torch.dtype, device: tor
         return misfit
     if dtype not in (torch.bfloat16, torch.float32):
         return f"pairs multiply bfloat16 and float32, not {dtype}"
-    return None if cpu.pairs_rows() else "pairs need a CPU that has AVX2, and a C++ compiler"
+    if not cpu.pairs_rows():
+        return "pairs need a CPU that has AVX2, and a C++ compiler"
+    return "with AVX-512 rows of int8 are as fast" if form.values == "int8" and cpu.vnni() else None
 
 
 def _misfit(out_features: int, in_features: int) -> str | None:
@@ -37,37 +39,44 @@ def _misfit(out_features: int, in_features: int) -> str | None:
 
 
 def as_pairs(packed: Packed) -> tuple[Tensor, Tensor]:
-    """Values, uint8 [out, in/4], and places, uint8 [out, in/8]; exact.
+    """Values, int8 [out, in/2] or uint8 [out, in/4], and places, uint8 [out, in/8]; exact.
 
-    Raises SparseForgeError for a weight that is not 2:4 in int4, or whose sides do not fit.
+    Raises SparseForgeError for a weight that is not 2:4 in few bits, or whose sides do not fit.
     """
     (out, width), form = packed.shape, packed.format
-    if not form.is_sparse or form.values != "int4":
-        raise SparseForgeError(f"pairs are of 2:4 weights in int4, not of {form}: keep this one as rows")
+    if not (form.is_sparse and form.is_quantized):
+        raise SparseForgeError(f"pairs are of 2:4 weights in int8 and int4, not of {form}: keep this one as rows")
     if (misfit := _misfit(out, width)) is not None:
         raise SparseForgeError(f"{misfit}: keep this weight as rows")
-    values = torch.stack((packed.values & 15, packed.values >> 4), -1).flatten(-2)  # in order, [out, in/2]
+    eight, values = form.values == "int8", packed.values
+    if not eight:
+        values = torch.stack((values & 15, values >> 4), -1).flatten(-2)  # in order, [out, in/2]
     group = unpack_mask(packed.bitmask).unflatten(-1, (-1, 4)).to(torch.uint8)
     first, last = group.argmax(-1), 3 - group.flip(-1).argmax(-1)
     places = torch.stack((first, last), -1).flatten(-2).to(torch.uint8)
-    low, high = _two_rows(values).unflatten(-1, (2, -1)).unbind(-2)
+    codes = _two_rows(values)
+    if not eight:
+        low, high = codes.unflatten(-1, (2, -1)).unbind(-2)
+        codes = low | high << 4
     fields = _two_rows(places).unflatten(-1, (4, 16)).unbind(-2)
-    codes = low | high << 4
     where = fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
-    return codes.reshape(out, width // 4), where.reshape(out, width // 8)
+    return codes.reshape(out, -1), where.reshape(out, width // 8)
 
 
 def from_pairs(values: Tensor, places: Tensor, in_features: int, scales: Tensor) -> Packed:
     """The packed weight that these are of, bit for bit."""
     out = values.shape[0]
-    codes = values.reshape(out // 2, -1, 32)
+    eight = values.dtype == torch.int8
+    codes = values.reshape(out // 2, -1, STEP if eight else STEP // 2)
     fields = places.reshape(out // 2, -1, 16)
-    kept = _one_row(torch.cat((codes & 15, codes >> 4), -1))
+    kept = _one_row(codes if eight else torch.cat((codes & 15, codes >> 4), -1))
     where = _one_row(torch.cat([fields >> 2 * lane & 3 for lane in range(4)], -1))
-    low, high = kept.unflatten(-1, (-1, 2)).unbind(-1)
+    if not eight:
+        low, high = kept.unflatten(-1, (-1, 2)).unbind(-1)
+        kept = low | high << 4
     bits = (torch.ones_like(where) << where).unflatten(-1, (-1, 4))  # of two groups: four survivors
     bitmask = bits[..., 0] | bits[..., 1] | (bits[..., 2] | bits[..., 3]) << 4
-    return Packed(low | high << 4, bitmask, in_features, scales)
+    return Packed(kept, bitmask, in_features, scales)
 
 
 def _two_rows(survivors: Tensor) -> Tensor:
@@ -85,7 +94,7 @@ def _one_row(survivors: Tensor) -> Tensor:
 def pairs_dense(values: Tensor, places: Tensor, in_features: int, scales: Tensor | None) -> Tensor:
     """The dense weight [out, in], in plain torch."""
     if scales is None:
-        raise SparseForgeError("a weight of pairs has scales: it is int4")
+        raise SparseForgeError("a weight of pairs has scales: it is int8 or int4")
     return unpack(from_pairs(values, places, in_features, scales))
 
 

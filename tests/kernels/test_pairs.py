@@ -17,7 +17,7 @@ from sparseforge_fx.kernels.pairs import pairs_product
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP, reference
 
 CPU = torch.device("cpu")
-TEXTS = ["2:4 int4/32", "2:4 int4/128"]
+TEXTS = ["2:4 int8", "2:4 int4/32", "2:4 int4/128"]
 ISAS = [isa for isa in cpu.instruction_sets() if cpu.pairs_rows(isa)]
 needs_kernel = pytest.mark.skipif(not ISAS, reason="needs a CPU with AVX2 and a C++ compiler")
 
@@ -37,10 +37,13 @@ def same(one, other):
 def test_there_and_back(fours, steps, text, seed):
     """Bit for bit, by the C++ kernel where there is one and in plain torch, in no more bytes."""
     form = parse_format(text)
-    width = steps * max(64, form.group)
+    width = steps * max(64, form.group or 0)
     packed, _ = random_codes(4 * fours, width, text, seed)
     values, places = PAIRS.convert(packed)
-    assert values.shape == (4 * fours, width // 4) and places.shape == (4 * fours, width // 8)
+    assert values.shape == (4 * fours, width // (2 if form.values == "int8" else 4)) and places.shape == (
+        4 * fours,
+        width // 8,
+    )
     assert same(PAIRS.restore(values, places, width, packed.scales), packed)
     assert torch.equal(DENSE_OP(values, places, "pairs", width, packed.scales), unpack(packed))
     assert torch.equal(PAIRS.elsewhere.dense(values, places, width, packed.scales), unpack(packed))
@@ -139,7 +142,7 @@ def test_damaged_places_reach_no_foreign_memory():
 
 @pytest.mark.parametrize(
     "text, sides, told",
-    [("2:4 int8", (8, 64), "not of 2:4 int8"), ("dense int4", (8, 64), "not of dense int4"),
+    [("dense int8", (8, 64), "not of dense int8"), ("dense int4", (8, 64), "not of dense int4"),
      ("2:4 int4", (6, 64), "multiples of 4 x 64"), ("2:4 int4", (8, 96), "multiples of 4 x 64")],
 )  # fmt: skip
 def test_what_is_no_weight_of_pairs_is_refused(text, sides, told):
@@ -154,18 +157,20 @@ def test_whom_it_serves(monkeypatch):
     assert layouts_of(CPU) == (ROWS, PAIRS) and not PAIRS.knows(SPARSE)
     monkeypatch.setattr(cpu, "pairs_rows", lambda: 2048)
     assert PAIRS.refuses(8, 64, torch.bfloat16, CPU, form) is None
+    int8 = Format("2:4", "int8")
+    for vnni in (True, False):
+        monkeypatch.setattr(cpu, "vnni", lambda vnni=vnni: vnni)
+        assert (PAIRS.refuses(8, 64, torch.bfloat16, CPU, int8) is None) != vnni
     assert "not torch.float16" in PAIRS.refuses(8, 64, torch.float16, CPU, form)
     monkeypatch.setattr(cpu, "pairs_rows", lambda: 0)
     assert "AVX2" in PAIRS.refuses(8, 64, torch.bfloat16, CPU, form)
 
 
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("there", [pytest.param(True, marks=needs_kernel), False])
 def test_a_quantised_model_is_kept_in_it_where_it_is_fast_and_files_hold_rows(there, monkeypatch, tmp_path):
     """Weights whose sides it takes, and no others; merged ones, too, and the same model again out of a file."""
-    monkeypatch.setattr(cpu, "pairs_rows", lambda: 2048 if there else 0)
-    monkeypatch.setattr(
-        cpu, "pairs_linear", lambda x, v, p, width, s, b, a: reference(x, PAIRS.restore(v, p, width, s), b, a)
-    )
+    if not there:
+        monkeypatch.setattr(cpu, "pairs_rows", lambda: 0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
     )
@@ -186,6 +191,6 @@ def test_a_quantised_model_is_kept_in_it_where_it_is_fast_and_files_hold_rows(th
     assert all(same(loaded.get_submodule(name).packed(), packed) for name, packed in rows.items())
     assert torch.equal(loaded(ids).logits, want)
     lowered = sf.lower(loaded, (ids,), tokens=[1])  # merges what has one input
-    assert torch.allclose(lowered(ids).logits, want, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(lowered(ids).logits, want, rtol=1e-3, atol=2e-3)
     assert {site["layout"] for site in lowered.report["sites"]} == {"rows", *({"pairs"} if there else ())}
     assert len(lowered.report["sites"]) < 15

@@ -116,6 +116,11 @@ def pairs_rows(isa=None) -> int:
     return torch.ops.sparseforge_cpu.pairs_rows(isa or instruction_set()) if available() else 0
 
 
+def vnni() -> bool:
+    """Whether codes are multiplied by AVX-512's instructions for 8-bit integers."""
+    return available() and torch.ops.sparseforge_cpu.vnni(instruction_set())
+
+
 def pairs_linear(x, values, places, in_features, scales, bias=None, activation="none", isa=None):
     """act(x W^T + b), the weight in the layout of ``kernels/pairs.py``; call only where :func:`pairs_rows` is not 0."""
     isa = isa or instruction_set()

@@ -375,13 +375,7 @@ void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int
   const auto kernel = bits == 8 ? kernel_of<S, 8>(isa, sparse) : kernel_of<S, 4>(isa, sparse);
   const at::Tensor last = copy_last(job, out_features);
   multiply_in_tiles(kernel, job, x, columns, in, out_features, bias, activation, y,
-                    [&](float* sums, int64_t part, int64_t first, int64_t last) {  // int8: one scale per output
-                      if (bits != 8) return;
-                      for (int64_t r = 0; r < kTileRows; ++r) {
-                        const float scale = read<float>(job.all.scales + std::min(first + r, last) * 4);
-                        for (int64_t m = 0; m < part; ++m) sums[m * kTileRows + r] *= scale;
-                      }
-                    });
+                    ScaleOfOutputs{bits == 8 ? job.all.scales : nullptr});
 }
 
 }  // namespace

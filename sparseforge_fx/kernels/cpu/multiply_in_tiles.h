@@ -43,10 +43,23 @@ struct TileKernel {
   size_t run_bytes;
 };
 
-// y = act(x W^T + b). `scaled` (sums, columns, first, last) gives the sums of a tile what the kernel left out.
-template <class S, class Job, class Scaled>
+// For sums of int8 codes: the scale of each output. Without scales it changes nothing.
+struct ScaleOfOutputs {
+  const uint8_t* scales;
+
+  void operator()(float* sums, int64_t columns, int64_t first, int64_t last) const {
+    if (!scales) return;
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const float scale = read<float>(scales + std::min(first + r, last) * 4);
+      for (int64_t m = 0; m < columns; ++m) sums[m * kTileRows + r] *= scale;
+    }
+  }
+};
+
+// y = act(x W^T + b).
+template <class S, class Job>
 void multiply_in_tiles(const TileKernel<S, Job>& kernel, const Job& job, const S* x, int64_t columns, int64_t in,
-                       int64_t out_features, const S* bias, Activation activation, S* y, const Scaled& scaled) {
+                       int64_t out_features, const S* bias, Activation activation, S* y, const ScaleOfOutputs& scaled) {
   const bool gated = activation == Activation::silu_mul;
   const int64_t width = gated ? out_features / 2 : out_features;
   const int64_t runs = (in + kXGroup - 1) / kXGroup, row_bytes = runs * static_cast<int64_t>(kernel.run_bytes);

@@ -5,6 +5,7 @@
 // Here is only what is usual: a CPU's layouts, tensors that fit, no gradients. Everything else is handed to Python.
 
 #include "codes_linear.h"
+#include "multiply_in_tiles.h"
 #include "pairs_linear.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -106,6 +107,8 @@ at::Tensor pairs_linear_named(const at::Tensor& x, const at::Tensor& values, con
 
 int64_t pairs_rows_named(c10::string_view isa) { return pairs_rows(isa_named(isa)); }
 
+bool vnni_named(c10::string_view isa) { return isa_named(isa) >= Isa::avx512 && has_vnni(); }
+
 at::Tensor rows_dense_any(const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
                           const OptionalTensor& scales) {
   return scales ? codes_dense(values, mask, *scales, in_features) : rows_dense(values, mask, in_features);
@@ -124,6 +127,7 @@ TORCH_LIBRARY(sparseforge_cpu, m) {
       " str activation, str isa) -> Tensor");
   m.def("pairs_dense(Tensor values, Tensor places, Tensor scales, int in_features) -> Tensor");
   m.def("pairs_rows(str isa) -> int", &sparseforge::pairs_rows_named);
+  m.def("vnni(str isa) -> bool", &sparseforge::vnni_named);
   m.def("instruction_sets() -> str[]", &sparseforge::instruction_sets);
   m.def("max_rows(ScalarType dtype, bool codes) -> int", &sparseforge::max_rows);
   m.def("use(str isa) -> ()", &sparseforge::use);

@@ -1,4 +1,4 @@
-// y = act(x W^T + b), W 2:4 with int4 codes, in the layout of pairs.py.
+// y = act(x W^T + b), W 2:4 with int8 or int4 codes, in the layout of pairs.py.
 //
 // Where codes_linear.cpp puts the codes to the places of x, this puts x to the codes: a shuffle picks, of sixteen inputs,
 // those at which the eight survivors of one row stand and those of the row after it. So an instruction multiplies
@@ -16,34 +16,41 @@
 namespace sparseforge {
 namespace {
 
-constexpr int64_t kPairValues = 32, kPairPlaces = 16;  // bytes of a step of two rows
+template <int BITS>
+constexpr int64_t kPairValues = 8 * BITS;  // bytes of a step of two rows
+constexpr int64_t kPairPlaces = 16;
 constexpr int64_t kPairs = kTileRows / 2;              // of a tile
 
 struct PairsJob {
   const uint8_t *values, *places, *scales;
   int64_t steps;        // of kStep inputs
   int64_t scale_bytes;  // of a weight row
-  int64_t group;        // inputs that share a scale
+  int64_t group;        // inputs that share a scale; of int8 all, and it is left to others
 };
 
 #ifdef SPARSEFORGE_X86
-// Inputs of a run of a row of x, 128 added, and the scale of each lane; the same for both of the following.
+// Inputs of a run of a row of x, and the scale of each lane; the same for both of the following.
 #define SPARSEFORGE_RUN                                                                                              \
   constexpr int kSums = 8, kNear = 8;                                                                                \
+  template <int BITS>                                                                                                \
   struct alignas(64) Run {                                                                                           \
     int8_t q[kRun][kStep];                                                                                           \
     float scale[16];                                                                                                 \
   };                                                                                                                 \
-  INLINE void set_offsets(Run& x) {                                                                                  \
-    for (int64_t i = 0; i < kXGroup; ++i) x.q[0][i] = static_cast<int8_t>(x.q[0][i] ^ -128);                         \
+  template <int BITS>                                                                                                \
+  INLINE void set_offsets(Run<BITS>& x) {                                                                            \
+    for (int64_t i = 0; i < kXGroup; ++i) x.q[0][i] = static_cast<int8_t>(x.q[0][i] ^ kAdded<BITS>);                 \
     float near[kSums];                                                                                               \
     std::memcpy(near, x.scale, sizeof(near));                                                                        \
-    for (int lane = 0; lane < 16; ++lane) x.scale[lane] = near[lane / 4 * 2 + lane % 2] / kCode;                     \
+    for (int lane = 0; lane < 16; ++lane) x.scale[lane] = near[lane / 4 * 2 + lane % 2] / kCode<BITS>;               \
   }
 
 namespace avx2_pairs {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-constexpr float kCode = 1;
+template <int BITS>
+constexpr int8_t kAdded = BITS == 8 ? 0 : -128;  // 128 to make x unsigned; else the codes' signs go to x
+template <int BITS>
+constexpr float kCode = 1;  // what codes come times
 constexpr int kColumns = 2;
 template <int COLUMNS>
 constexpr int kPairsOf = COLUMNS == 1 ? 2 : 1;
@@ -67,50 +74,68 @@ INLINE void load_scales(const PairsJob& job, const uint8_t* at, float* scales) {
   _mm256_store_ps(scales, job.group == 32 ? found : _mm256_permutevar8x32_ps(found, first_two));
 }
 
-// A run, COUNT steps of which are there, of ROWS pairs of weight rows by COLUMNS rows of x. Of a step first half the
-// inputs, then the others.
-template <int COLUMNS, int ROWS, int COUNT>
-INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run* x, int64_t runs, int64_t run,
-                     Sums (*sums)[ROWS]) {
-  const int64_t from = run * kRun;
-  const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), two_bits = _mm256_set1_epi8(3);
+// Where in sixteen bytes the survivors of 32 inputs of two rows stand.
+INLINE __m256i places_of(__m256i fields, int half) {
   const __m256i group = _mm256_setr_epi32(0x04040000, 0x0c0c0808, 0x04040000, 0x0c0c0808, 0x04040000, 0x0c0c0808,
                                           0x04040000, 0x0c0c0808);
+  const __m256i to_low = half ? _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6) : _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
+  return _mm256_or_si256(_mm256_and_si256(_mm256_srlv_epi32(fields, to_low), _mm256_set1_epi8(3)), group);
+}
+
+// A run, COUNT steps of which are there, of ROWS pairs of weight rows by COLUMNS rows of x. Of a step first half the
+// inputs, then the others.
+template <int BITS, int COLUMNS, int ROWS, int COUNT>
+INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run<BITS>* x, int64_t runs, int64_t run,
+                     Sums (*sums)[ROWS]) {
+  const int64_t from = run * kRun;
+  const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
   const __m256i offset = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
   alignas(32) float scales[ROWS][2][8];
-  __m256 part[2][COLUMNS][ROWS] = {};
+  std::conditional_t<BITS == 8, __m256i, __m256> part[2][COLUMNS][ROWS] = {};
+  if constexpr (BITS == 4)
 #pragma GCC unroll 2
-  for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-    for (int row = 0; row < 2; ++row)
-      load_scales<COUNT>(job, job.scales + (2 * pairs[r] + row) * job.scale_bytes + from * kStep / job.group * 2,
-                         scales[r][row]);
+      for (int row = 0; row < 2; ++row)
+        load_scales<COUNT>(job, job.scales + (2 * pairs[r] + row) * job.scale_bytes + from * kStep / job.group * 2,
+                           scales[r][row]);
 #pragma GCC unroll 4
   for (int k = 0; k < COUNT; ++k) {
 #pragma GCC unroll 2
     for (int r = 0; r < ROWS; ++r) {
       const int64_t at = pairs[r] * job.steps + from + k;
-      const uint8_t *values = job.values + at * kPairValues, *places = job.places + at * kPairPlaces;
-      if (k % 2 == 0) PREFETCH_FAR(values + kPairs * job.steps * kPairValues);
+      const uint8_t *values = job.values + at * kPairValues<BITS>, *places = job.places + at * kPairPlaces;
+      if (BITS == 8 || k % 2 == 0) PREFETCH_FAR(values + kPairs * job.steps * kPairValues<BITS>);
       if (k == 0) PREFETCH_FAR(places + kPairs * job.steps * kPairPlaces);
-      const __m256i nibbles = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+      const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
       const __m256i fields = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(places)));
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const __m256i nibble = _mm256_and_si256(half ? _mm256_srli_epi16(nibbles, 4) : nibbles, low);
-        const __m256i codes = _mm256_sub_epi8(_mm256_xor_si256(nibble, eight), eight);
-        const __m256i to_low = half ? _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6) : _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
-        const __m256i place = _mm256_or_si256(_mm256_and_si256(_mm256_srlv_epi32(fields, to_low), two_bits), group);
-        const __m256i start = _mm256_maddubs_epi16(offset, codes);
-        const __m256 scale = _mm256_blend_ps(_mm256_broadcast_ss(&scales[r][0][2 * k + half]),
-                                             _mm256_broadcast_ss(&scales[r][1][2 * k + half]), 0xcc);
-#pragma GCC unroll 2
-        for (int m = 0; m < COLUMNS; ++m) {
+        const __m256i place = places_of(fields, half);
+        const auto picked = [&](int m) TARGET __attribute__((always_inline)) {
           const auto* const q = reinterpret_cast<const __m256i*>(x[m * runs + run].q[k]) + half;
-          const __m256i picked = _mm256_shuffle_epi8(_mm256_load_si256(q), place);
-          const __m256i products = _mm256_sub_epi16(_mm256_maddubs_epi16(picked, codes), start);
-          const __m256 sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(products, ones));
-          part[half][m][r] = _mm256_fmadd_ps(sum, scale, part[half][m][r]);
+          return _mm256_shuffle_epi8(_mm256_load_si256(q), place);
+        };
+        if constexpr (BITS == 8) {
+          const __m256i codes = half ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values) + 1) : first;
+          const __m256i sizes = _mm256_abs_epi8(codes);
+#pragma GCC unroll 2
+          for (int m = 0; m < COLUMNS; ++m) {
+            const __m256i products = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(picked(m), codes));
+            part[half][m][r] = _mm256_add_epi32(part[half][m][r], _mm256_madd_epi16(products, ones));
+          }
+        } else {
+          const __m256i nibble = _mm256_and_si256(half ? _mm256_srli_epi16(first, 4) : first, low);
+          const __m256i codes = _mm256_sub_epi8(_mm256_xor_si256(nibble, eight), eight);
+          const __m256i start = _mm256_maddubs_epi16(offset, codes);
+          const __m256 scale = _mm256_blend_ps(_mm256_broadcast_ss(&scales[r][0][2 * k + half]),
+                                               _mm256_broadcast_ss(&scales[r][1][2 * k + half]), 0xcc);
+#pragma GCC unroll 2
+          for (int m = 0; m < COLUMNS; ++m) {
+            const __m256i products = _mm256_sub_epi16(_mm256_maddubs_epi16(picked(m), codes), start);
+            const __m256 sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(products, ones));
+            part[half][m][r] = _mm256_fmadd_ps(sum, scale, part[half][m][r]);
+          }
         }
       }
     }
@@ -120,8 +145,14 @@ INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run* x, in
 #pragma GCC unroll 2
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half)
-        sums[m][r] = _mm256_fmadd_ps(part[half][m][r], _mm256_load_ps(x[m * runs + run].scale + 8 * half), sums[m][r]);
+      for (int half = 0; half < 2; ++half) {
+        const __m256 scale = _mm256_load_ps(x[m * runs + run].scale + 8 * half);
+        if constexpr (BITS == 8) {
+          sums[m][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part[half][m][r]), scale, sums[m][r]);
+        } else {
+          sums[m][r] = _mm256_fmadd_ps(part[half][m][r], scale, sums[m][r]);
+        }
+      }
 }
 #include "pairs_tile.h"
 #include "finish.h"
@@ -131,7 +162,10 @@ INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run* x, in
 
 namespace vnni_pairs {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c")))
-constexpr float kCode = 16;  // what codes come times
+template <int BITS>
+constexpr int8_t kAdded = -128;
+template <int BITS>
+constexpr float kCode = BITS == 8 ? 1 : 16;
 constexpr int kColumns = 4;
 template <int COLUMNS>
 constexpr int kPairsOf = COLUMNS == 1 ? 4 : 2;
@@ -165,54 +199,68 @@ INLINE __m512 scales_of(const PairsJob& job, const uint8_t* at) {
 }
 
 // A run, COUNT steps of which are there, of ROWS pairs of weight rows by COLUMNS rows of x.
-template <int COLUMNS, int ROWS, int COUNT>
-INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run* x, int64_t runs, int64_t run,
-                     __m512 (*sums)[ROWS]) {
+template <int BITS, int COLUMNS, int ROWS, int COUNT>
+INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run<BITS>* x, int64_t runs, int64_t run,
+                     Sums (*sums)[ROWS]) {
   const int64_t from = run * kRun;
   const __m512i high = _mm512_set1_epi8(-16), two_bits = _mm512_set1_epi8(3), offset = _mm512_set1_epi8(-128);
   const __m512i group = _mm512_set4_epi32(0x0c0c0808, 0x04040000, 0x0c0c0808, 0x04040000);
   const __m512i to_high = _mm512_setr_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m512i to_low = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
   const __m512i scale_of_lane = _mm512_setr_epi32(0, 0, 8, 8, 0, 0, 8, 8, 1, 1, 9, 9, 1, 1, 9, 9);
-  __m512 part[COLUMNS][ROWS], scales[ROWS];
+  const __m512i zero = _mm512_setzero_si512();
+  std::conditional_t<BITS == 8, __m512i, __m512> part[COLUMNS][ROWS] = {};
+  __m512 scales[ROWS];
+  __m512i starts[ROWS] = {};
+  if constexpr (BITS == 4)
 #pragma GCC unroll 4
-  for (int r = 0; r < ROWS; ++r) {
-    const uint8_t* const at = job.scales + 2 * pairs[r] * job.scale_bytes;
-    scales[r] = scales_of<COUNT>(job, at + from * kStep / job.group * 2);
-#pragma GCC unroll 4
-    for (int m = 0; m < COLUMNS; ++m) part[m][r] = _mm512_setzero_ps();
-  }
+    for (int r = 0; r < ROWS; ++r)
+      scales[r] = scales_of<COUNT>(job, job.scales + 2 * pairs[r] * job.scale_bytes + from * kStep / job.group * 2);
 #pragma GCC unroll 4
   for (int k = 0; k < COUNT; ++k) {
     const __m512i lanes = _mm512_add_epi32(scale_of_lane, _mm512_set1_epi32(2 * k));
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const int64_t at = pairs[r] * job.steps + from + k;
-      const uint8_t *values = job.values + at * kPairValues, *places = job.places + at * kPairPlaces;
-      if (k % 2 == 0) PREFETCH_FAR(values + kPairs * job.steps * kPairValues);
+      const uint8_t *values = job.values + at * kPairValues<BITS>, *places = job.places + at * kPairPlaces;
+      if (BITS == 8 || k % 2 == 0) PREFETCH_FAR(values + kPairs * job.steps * kPairValues<BITS>);
       if (k == 0) PREFETCH_FAR(places + kPairs * job.steps * kPairPlaces);
-      const __m512i nibbles = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-      const __m512i codes = _mm512_and_si512(_mm512_sllv_epi32(nibbles, to_high), high);
       const __m512i fields = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(places)));
       constexpr int kAndOr = 0xea;  // (a & b) | c
-      const __m512i from_place = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(fields, to_low), two_bits, group, kAndOr);
-      const __m512i zero = _mm512_setzero_si512();
-      const __m512i start = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, offset, codes));
-      const __m512 scale = _mm512_permutexvar_ps(lanes, scales[r]);
+      const __m512i place = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(fields, to_low), two_bits, group, kAndOr);
+      const auto picked = [&](int m) TARGET __attribute__((always_inline)) {
+        return _mm512_shuffle_epi8(_mm512_load_si512(x[m * runs + run].q[k]), place);
+      };
+      if constexpr (BITS == 8) {
+        const __m512i codes = _mm512_loadu_si512(values);
+        starts[r] = _mm512_dpbusd_epi32(starts[r], offset, codes);
 #pragma GCC unroll 4
-      for (int m = 0; m < COLUMNS; ++m) {
-        const __m512i picked = _mm512_shuffle_epi8(_mm512_load_si512(x[m * runs + run].q[k]), from_place);
-        part[m][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, picked, codes)), scale, part[m][r]);
+        for (int m = 0; m < COLUMNS; ++m) part[m][r] = _mm512_dpbusd_epi32(part[m][r], picked(m), codes);
+      } else {
+        const __m512i nibbles = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+        const __m512i codes = _mm512_and_si512(_mm512_sllv_epi32(nibbles, to_high), high);
+        const __m512i start = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, offset, codes));
+        const __m512 scale = _mm512_permutexvar_ps(lanes, scales[r]);
+#pragma GCC unroll 4
+        for (int m = 0; m < COLUMNS; ++m) {
+          const __m512 sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, picked(m), codes));
+          part[m][r] = _mm512_fmadd_ps(sum, scale, part[m][r]);
+        }
       }
     }
   }
 #pragma GCC unroll 4
   for (int m = 0; m < COLUMNS; ++m)
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-      sums[m][r] = _mm512_fmadd_ps(part[m][r], _mm512_load_ps(x[m * runs + run].scale), sums[m][r]);
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512 scale = _mm512_load_ps(x[m * runs + run].scale);
+      if constexpr (BITS == 8) {
+        sums[m][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(part[m][r], starts[r])), scale, sums[m][r]);
+      } else {
+        sums[m][r] = _mm512_fmadd_ps(part[m][r], scale, sums[m][r]);
+      }
+    }
 }
-
 #include "pairs_tile.h"
 #include "finish.h"
 #include "quantize.h"
@@ -220,12 +268,21 @@ INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run* x, in
 }  // namespace vnni_pairs
 #endif
 
+#ifdef SPARSEFORGE_X86
 #define SPARSEFORGE_KERNEL(space) \
-  TileKernel<S, PairsJob>{space::tile, space::finish<S>, space::quantize<S, space::Run>, sizeof(space::Run)}
+  {space::tile<BITS>, space::finish<S>, space::quantize<S, space::Run<BITS>>, sizeof(space::Run<BITS>)}
+
+template <class S, int BITS>
+TileKernel<S, PairsJob> kernel_of(Isa isa) {
+  if (isa >= Isa::avx512 && has_vnni()) return SPARSEFORGE_KERNEL(vnni_pairs);
+  return SPARSEFORGE_KERNEL(avx2_pairs);
+}
+#endif
 
 PairsJob job_of(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales, int64_t in) {
   return {static_cast<const uint8_t*>(values.const_data_ptr()), static_cast<const uint8_t*>(places.const_data_ptr()),
-          static_cast<const uint8_t*>(scales.const_data_ptr()), in / kStep, scales.size(1) * 2, in / scales.size(1)};
+          static_cast<const uint8_t*>(scales.const_data_ptr()), in / kStep, scales.size(1) * scales.element_size(),
+          in / scales.size(1)};
 }
 
 }  // namespace
@@ -233,10 +290,12 @@ PairsJob job_of(const at::Tensor& values, const at::Tensor& places, const at::Te
 bool is_pairs(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales, int64_t in) {
   if (in <= 0 || in % kStep || values.dim() != 2 || places.dim() != 2 || scales.dim() != 2) return false;
   const int64_t out = values.size(0), groups = scales.size(1);
-  return out > 0 && out % 4 == 0 && values.scalar_type() == at::kByte && places.scalar_type() == at::kByte &&
-         scales.scalar_type() == at::kHalf && places.size(0) == out && scales.size(0) == out &&
-         values.size(1) * 4 == in && places.size(1) * 8 == in && groups > 0 && in % groups == 0 &&
-         (in / groups == 32 || in / groups == 128);
+  const bool eight = values.scalar_type() == at::kChar;
+  const bool scaled = eight ? scales.scalar_type() == at::kFloat && groups == 1
+                            : values.scalar_type() == at::kByte && scales.scalar_type() == at::kHalf && groups > 0 &&
+                                  in % groups == 0 && (in / groups == 32 || in / groups == 128);
+  return scaled && out > 0 && out % 4 == 0 && places.scalar_type() == at::kByte && places.size(0) == out &&
+         scales.size(0) == out && values.size(1) * (eight ? 2 : 4) == in && places.size(1) * 8 == in;
 }
 
 int64_t pairs_rows(Isa isa) {
@@ -263,11 +322,11 @@ at::Tensor pairs_linear(const at::Tensor& x, const at::Tensor& values, const at:
   const auto call = [&](auto zero) {
     using S = decltype(zero);
 #ifdef SPARSEFORGE_X86
-    const TileKernel<S, PairsJob> kernel =
-        isa >= Isa::avx512 && has_vnni() ? SPARSEFORGE_KERNEL(vnni_pairs) : SPARSEFORGE_KERNEL(avx2_pairs);
-    multiply_in_tiles(kernel, job, static_cast<const S*>(xc.const_data_ptr()), x.numel() / in_features, in_features, out,
+    const bool eight = values.scalar_type() == at::kChar;
+    multiply_in_tiles(eight ? kernel_of<S, 8>(isa) : kernel_of<S, 4>(isa), job, static_cast<const S*>(xc.const_data_ptr()),
+                      x.numel() / in_features, in_features, out,
                       bias ? static_cast<const S*>(bc.const_data_ptr()) : nullptr, activation,
-                      static_cast<S*>(y.mutable_data_ptr()), [](float*, int64_t, int64_t, int64_t) {});
+                      static_cast<S*>(y.mutable_data_ptr()), ScaleOfOutputs{eight ? job.scales : nullptr});
 #endif
   };
   TORCH_CHECK(pairs_rows(isa) > 0, "this CPU has no AVX2");
@@ -287,16 +346,18 @@ at::Tensor pairs_dense(const at::Tensor& values, const at::Tensor& places, const
   const int64_t out = values.size(0);
   at::Tensor dense = at::zeros({out, in_features}, values.options().dtype(at::kFloat));
   const PairsJob job = job_of(vc, pc, sc, in_features);
+  const bool eight = values.scalar_type() == at::kChar;
   float* const y = dense.data_ptr<float>();
   at::parallel_for(0, out / 2, std::max<int64_t>(1, 16384 / in_features), [&](int64_t from, int64_t to) {
     for (int64_t step = from * job.steps; step < to * job.steps; ++step) {
-      const uint8_t *v = job.values + step * kPairValues, *p = job.places + step * kPairPlaces;
+      const uint8_t *v = job.values + step * (eight ? kPairValues<8> : kPairValues<4>), *p = job.places + step * kPairPlaces;
       const int64_t row = step / job.steps * 2, input = step % job.steps * kStep;
       for (int64_t i = 0; i < 64; ++i) {
         const int64_t n = row + i % 16 / 8, k = input + i / 16 * 16 + i % 8 / 2 * 4 + (p[i % 16] >> i / 16 * 2 & 3);
-        const int code = ((v[i % 32] >> i / 32 * 4 & 15) ^ 8) - 8;
+        const int code = eight ? static_cast<int8_t>(v[i]) : ((v[i % 32] >> i / 32 * 4 & 15) ^ 8) - 8;
+        const uint8_t* const scale = job.scales + n * job.scale_bytes;
         // a damaged weight may have both survivors of a group at one place
-        y[n * in_features + k] += static_cast<float>(code) * half_of(job.scales + n * job.scale_bytes + k / job.group * 2);
+        y[n * in_features + k] += static_cast<float>(code) * (eight ? read<float>(scale) : half_of(scale + k / job.group * 2));
       }
     }
   });

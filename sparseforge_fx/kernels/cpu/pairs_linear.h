@@ -1,4 +1,4 @@
-// The kernel on 2:4 weights of int4 codes in the layout of pairs.py, for whoever calls it from C++.
+// The kernel on 2:4 weights of int8 and int4 codes in the layout of pairs.py, for whoever calls it from C++.
 #pragma once
 
 #include "rows_linear.h"
