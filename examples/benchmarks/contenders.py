@@ -17,7 +17,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -132,12 +131,15 @@ def ours(weight: Tensor, dtype: torch.dtype) -> dict[str, Contender]:
         name = f"{values}{f'/{group}' if group else ''} ours{pattern}"
         layout = native_layout(weight.device, form, *weight.shape, dtype)
         tensors = (*layout.convert(packed), packed.scales)
-        found[name] = Contender(BITS[values], partial(packed_linear, layout.name), tensors, unpack(packed))
+        found[name] = Contender(BITS[values], packed_linear(layout.name), tensors, unpack(packed))
     return found
 
 
-def packed_linear(layout: str, x: Tensor, values: Tensor, meta: Tensor, scales: Tensor) -> Tensor:
-    return OP(x, values, meta, layout, x.shape[-1], None, "none", scales)
+def packed_linear(layout: str) -> Callable[..., Tensor]:
+    def call(x: Tensor, values: Tensor, meta: Tensor, scales: Tensor) -> Tensor:
+        return OP(x, values, meta, layout, x.shape[-1], None, "none", scales)
+
+    return call
 
 
 def compiled_ones(weight: Tensor, dtype: torch.dtype) -> dict[str, Contender]:
