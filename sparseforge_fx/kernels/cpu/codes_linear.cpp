@@ -161,7 +161,8 @@ const Shuffles& shuffles() {
     return _mm_add_ps(_mm256_castps256_ps128(each), _mm256_extractf128_ps(each, 1));                              \
   }
 
-namespace avx2_codes {  // codes stay signed: the sign goes to x, so that pairs of products do not overflow 16 bits
+namespace avx2_codes {  // int8 codes stay signed: the sign goes to x, so that pairs of products do not overflow 16 bits;
+                       // int4 codes become unsigned by adding 8
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 constexpr bool kWide = false;
 constexpr int kSums = 8, kNear = 4;
@@ -176,10 +177,14 @@ using Acc = __m256;
 template <int BITS>
 using Part = std::conditional_t<BITS == 8, __m256i, __m256>;
 
-INLINE __m128i unpack_eight(const uint8_t* values) {  // sixteen codes of four bits
-  const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)));
-  const __m128i both = _mm_and_si128(_mm_or_si128(wide, _mm_slli_epi16(wide, 4)), _mm_set1_epi8(15));
-  return _mm_sub_epi8(_mm_xor_si128(both, _mm_set1_epi8(8)), _mm_set1_epi8(8));
+INLINE __m128i unpack_nibbles(const uint8_t* values) {  // sixteen, in order
+  const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)), low = _mm_set1_epi8(15);
+  return _mm_unpacklo_epi8(_mm_and_si128(both, low), _mm_and_si128(_mm_srli_epi16(both, 4), low));
+}
+INLINE __m256i unpack_more_nibbles(const uint8_t* values) {  // thirty-two
+  const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  const __m256i both = _mm256_permute4x64_epi64(_mm256_castsi128_si256(all), 0x50), low = _mm256_set1_epi8(15);
+  return _mm256_unpacklo_epi8(_mm256_and_si256(both, low), _mm256_and_si256(_mm256_srli_epi16(both, 4), low));
 }
 template <bool SPARSE, int BITS>
 INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
@@ -190,19 +195,20 @@ INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
     if constexpr (!SPARSE && BITS == 8) {
       out.part[p] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 32 * p));
     } else if constexpr (!SPARSE) {
-      out.part[p] = _mm256_set_m128i(unpack_eight(values + 16 * p + 8), unpack_eight(values + 16 * p));
+      out.part[p] = unpack_more_nibbles(values + 16 * p);
     } else {
       __m128i kept;
       if constexpr (BITS == 8) {
         kept = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 16 * p));
       } else {
-        kept = unpack_eight(values + 8 * p);
+        kept = unpack_nibbles(values + 8 * p);
       }
       const uint8_t* m = mask + 4 * p;
       const __m256i from = _mm256_setr_epi64x(table[m[0]], table[m[1]], table[m[2]], table[m[3]]);
       const __m256i base = _mm256_setr_epi64x(0, 0x0404040404040404, 0x0808080808080808, 0x0c0c0c0c0c0c0c0c);
       out.part[p] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(kept), _mm256_add_epi8(from, base));
     }
+    if constexpr (BITS == 4) out.part[p] = _mm256_xor_si256(out.part[p], _mm256_set1_epi8(8));
   }
   return out;
 }
@@ -213,7 +219,14 @@ INLINE Scale scale_of(Scales scales, int k) {
            _mm256_permutevar8x32_ps(scales, _mm256_set1_epi32(2 * k + 1))}};
 }
 template <int BITS>
-INLINE void set_offsets(XRun<BITS>&) {}
+INLINE void set_offsets(XRun<BITS>& x) {
+  if (BITS == 8) return;
+  for (int k = 0; k < kRun; ++k)
+    for (int lane = 0; lane < 16; ++lane) {
+      const int8_t* const four = x.q[k] + 4 * lane;
+      x.offset[k][lane] = -8 * (four[0] + four[1] + four[2] + four[3]);
+    }
+}
 template <int BITS>
 INLINE Part<BITS> start(const XRun<BITS>&) {
   return Part<BITS>{};
@@ -232,9 +245,15 @@ INLINE __m256i product(__m256i w, __m256i x) {
 INLINE __m256i add8(__m256i part, const Codes& w, const XStep& x) {
   return _mm256_add_epi32(part, _mm256_add_epi32(product(w.part[0], x.part[0]), product(w.part[1], x.part[1])));
 }
-INLINE __m256 add4(__m256 part, const Codes& w, const Scale& scale, const XStep& x, const XRun<4>&, int) {
-  part = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product(w.part[0], x.part[0])), scale.part[0], part);
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(product(w.part[1], x.part[1])), scale.part[1], part);
+INLINE __m256 add4(__m256 part, const Codes& w, const Scale& scale, const XStep& x, const XRun<4>& run, int k) {
+#pragma GCC unroll 2
+  for (int p = 0; p < 2; ++p) {
+    const __m256i offset = _mm256_load_si256(reinterpret_cast<const __m256i*>(run.offset[k]) + p);
+    const __m256i pairs = _mm256_maddubs_epi16(w.part[p], x.part[p]);
+    const __m256i sums = _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), offset);
+    part = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale.part[p], part);
+  }
+  return part;
 }
 INLINE Acc scaled(Acc acc, __m256i part, const float* x_scale) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_load_ps(x_scale), acc);
