@@ -136,7 +136,7 @@ CUTLASS = Layout(
 LAYOUTS = {layout.name: layout for layout in (ROWS, PAIRS, PLANES, CUSPARSELT, CUTLASS)}
 
 #: what needs no measuring: the first that takes a weight serves every number of rows as well as any other
-NATIVE = (PAIRS, ROWS, PLANES, CUSPARSELT, CUTLASS)
+NATIVE = ("pairs", "rows", "planes", "cusparselt", "cutlass")
 
 
 def kernel_of(layout: str, device: torch.device) -> Kernel:
@@ -156,7 +156,7 @@ def layouts_of(device: torch.device) -> tuple[Layout, ...]:
 def native_layout(device: torch.device, form: Format, out: int, width: int, dtype: torch.dtype) -> Layout:
     """What a weight [out, width] that comes from a file is kept in on this device, in a model that computes in
     ``dtype``."""
-    own = (layout for layout in NATIVE if device.type in layout.kernels)
+    own = (LAYOUTS[name] for name in NATIVE if device.type in LAYOUTS[name].kernels)
     return next((layout for layout in own if layout.refuses(out, width, dtype, device, form) is None), ROWS)
 
 

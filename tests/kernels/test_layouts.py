@@ -250,4 +250,4 @@ def test_what_a_device_has_and_in_which_order():
     native = lambda kind, text: native_layout(torch.device(kind), parse_format(text), 64, 128, torch.bfloat16)  # noqa: E731
     assert [native(kind, "2:4") for kind in ("cpu", "cuda", "meta")] == [ROWS, PLANES, ROWS]
     assert [native("cuda", text) for text in ("2:4 int8", "2:4 int4", "dense int8")] == [PLANES, PLANES, ROWS]
-    assert sorted(layout.name for layout in NATIVE) == sorted(LAYOUTS)
+    assert sorted(NATIVE) == sorted(LAYOUTS)

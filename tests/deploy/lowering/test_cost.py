@@ -84,7 +84,8 @@ def test_every_format_is_timed():
     table = cost.measure(shapes, [1, 3], CPU, layouts_of(CPU), rounds=3, seconds=1e-4)
     assert set(table) == set(shapes)
     for shape, by_layout in table.items():
-        assert set(by_layout) == {"rows"} and set(by_layout["rows"]) == {1, 3}
+        taking = {layout.name for layout in layouts_of(CPU) if not layout.refuses(16, 128, torch.float32, CPU, shape.format)}
+        assert set(by_layout) == taking >= {"rows"} and all(set(rows) == {1, 3} for rows in by_layout.values())
         row = by_layout["rows"][1]
         assert row.packed_us > 0 and cost.read_row(row.describe()) == row
         assert shape.bytes == pytest.approx(16 * 128 * shape.format.bits(128, 32) / 8)
