@@ -4,7 +4,8 @@ The rows of the weight are taken two by two and their inputs in steps of 64. Of 
 each sixteen inputs eight of the first row, then eight of the second. Their int8 codes follow each other; of int4 codes
 that of survivor i is in the low bits of byte i where i < 32, else in the high bits of byte i - 32. Where each stands in
 its group of four is in 16 bytes: that of survivor i in bits 2 (i // 16) and the next of byte i % 16. These are as many
-bytes as on disk, the places instead of the bitmask; scales are those on disk. The kernel is ``cpu/pairs_linear.cpp``.
+bytes as on disk, the places instead of the bitmask, in a shape of their own, so that a state dict of one layout is not
+taken for one of the other; scales are those on disk. The kernel is ``cpu/pairs_linear.cpp``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _misfit(out_features: int, in_features: int) -> str | None:
 
 
 def as_pairs(packed: Packed) -> tuple[Tensor, Tensor]:
-    """Values, int8 [out, in/2] or uint8 [out, in/4], and places, uint8 [out, in/8]; exact.
+    """Values, int8 [out, in/2] or uint8 [out, in/4], and places, uint8 [out/2, in/4]; exact.
 
     Raises SparseForgeError for a weight that is not 2:4 in few bits, or whose sides do not fit.
     """
@@ -60,7 +61,7 @@ def as_pairs(packed: Packed) -> tuple[Tensor, Tensor]:
         codes = low | high << 4
     fields = _two_rows(places).unflatten(-1, (4, 16)).unbind(-2)
     where = fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
-    return codes.reshape(out, -1), where.reshape(out, width // 8)
+    return codes.reshape(out, -1), where.reshape(out // 2, width // 4)
 
 
 def from_pairs(values: Tensor, places: Tensor, in_features: int, scales: Tensor) -> Packed:

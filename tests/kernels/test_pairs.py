@@ -1,5 +1,7 @@
 """The layout of pairs: there and back, its kernel, what it refuses, and how lowering comes to it."""
 
+import copy
+
 import pytest
 import torch
 from code_cases import assert_codes_correct, random_codes, rounded
@@ -41,8 +43,8 @@ def test_there_and_back(fours, steps, text, seed):
     packed, _ = random_codes(4 * fours, width, text, seed)
     values, places = PAIRS.convert(packed)
     assert values.shape == (4 * fours, width // (2 if form.values == "int8" else 4)) and places.shape == (
-        4 * fours,
-        width // 8,
+        2 * fours,
+        width // 4,
     )
     assert same(PAIRS.restore(values, places, width, packed.scales), packed)
     assert torch.equal(DENSE_OP(values, places, "pairs", width, packed.scales), unpack(packed))
@@ -182,6 +184,13 @@ def test_a_quantised_model_is_kept_in_it_where_it_is_fast_and_files_hold_rows(th
     dense, no_steps = "lm_head", "down_proj"  # of 96 inputs
     fitting = {n: "pairs" if there and dense not in n and no_steps not in n else "rows" for n in layouts}
     assert layouts == fitting and len(layouts) == 15
+    if there:  # a state of pairs is none of rows
+        other = copy.deepcopy(model)
+        for module in other.modules():
+            if hasattr(module, "layout"):
+                module.change_layout(ROWS)
+        with pytest.raises(RuntimeError, match=r"size mismatch for .*bitmask"):
+            other.load_state_dict(model.state_dict())
     ids = torch.arange(6)[None]
     want = model(ids).logits
     rows = {name: module.packed() for name, module in model.named_modules() if hasattr(module, "layout")}

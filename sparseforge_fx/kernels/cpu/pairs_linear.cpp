@@ -294,8 +294,8 @@ bool is_pairs(const at::Tensor& values, const at::Tensor& places, const at::Tens
   const bool scaled = eight ? scales.scalar_type() == at::kFloat && groups == 1
                             : values.scalar_type() == at::kByte && scales.scalar_type() == at::kHalf && groups > 0 &&
                                   in % groups == 0 && (in / groups == 32 || in / groups == 128);
-  return scaled && out > 0 && out % 4 == 0 && places.scalar_type() == at::kByte && places.size(0) == out &&
-         scales.size(0) == out && values.size(1) * (eight ? 2 : 4) == in && places.size(1) * 8 == in;
+  return scaled && out > 0 && out % 4 == 0 && places.scalar_type() == at::kByte && places.size(0) * 2 == out &&
+         scales.size(0) == out && values.size(1) * (eight ? 2 : 4) == in && places.size(1) * 4 == in;
 }
 
 int64_t pairs_rows(Isa isa) {
