@@ -19,7 +19,7 @@ namespace {
 template <int BITS>
 constexpr int64_t kPairValues = 8 * BITS;  // bytes of a step of two rows
 constexpr int64_t kPairPlaces = 16;
-constexpr int64_t kPairs = kTileRows / 2;              // of a tile
+constexpr int64_t kPairs = kTileRows / 2;  // of a tile
 
 struct PairsJob {
   const uint8_t *values, *places, *scales;
