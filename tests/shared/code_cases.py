@@ -12,6 +12,7 @@ from sparseforge_fx.deploy.lowering.modules import SparseLinear, replace, weight
 from sparseforge_fx.formats import parse_format
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.activations import ACTIVATIONS
+from sparseforge_fx.kernels.layouts import native_layout
 from sparseforge_fx.kernels.packed import pack_codes, unpack
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
@@ -95,6 +96,8 @@ def mixed_formats(model, formats=FORMATS):
         limit = 127 if format.values == "int8" else 7
         packed = pack_codes(codes.clamp(-limit, limit).to(torch.int8), scales, format)
         dtype = module.weight.dtype
-        replace(model, name, SparseLinear(packed, module.bias, transposed=isinstance(module, Conv1D), dtype=dtype))
+        layout = native_layout(module.weight.device, format, *map(int, weight.shape), dtype)  # as if it were loaded
+        transposed = isinstance(module, Conv1D)
+        replace(model, name, SparseLinear(packed, module.bias, layout, transposed=transposed, dtype=dtype))
         found[name] = format
     return found
