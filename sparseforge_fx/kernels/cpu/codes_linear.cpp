@@ -447,27 +447,12 @@ at::Tensor codes_linear(const at::Tensor& x, const at::Tensor& values, const at:
   TORCH_CHECK(fits(x, values, in_features, bias, act, /*codes=*/true), "x, bias or activation does not fit the weight");
   const int64_t out_features = values.size(0);
   const at::Tensor xc = x.contiguous(), vc = values.contiguous(), mc = mask.contiguous(), sc = scales.contiguous();
-  const at::Tensor bc = bias ? bias->contiguous() : at::Tensor();
-  auto sizes = x.sizes().vec();
-  sizes.back() = act == Activation::silu_mul ? out_features / 2 : out_features;
-  at::Tensor y = at::empty(sizes, x.options());
-  if (y.numel() == 0) return y;
   const CodesJob job = job_of(vc, mc, sc, in_features);
   const bool sparse = mask.size(1) != 0;
   const int bits = values.scalar_type() == at::kByte ? 4 : 8;
-  const auto call = [&](auto zero) {
-    using S = decltype(zero);
-    run<S>(static_cast<const S*>(xc.const_data_ptr()), x.numel() / in_features, in_features, job, sparse, bits,
-           out_features, bias ? static_cast<const S*>(bc.const_data_ptr()) : nullptr, act, isa,
-           static_cast<S*>(y.mutable_data_ptr()));
-  };
-  if (x.scalar_type() == at::kBFloat16) {
-    call(bf16{});
-  } else {
-    TORCH_CHECK(x.scalar_type() == at::kFloat, "bfloat16 or float32 only");
-    call(0.f);
-  }
-  return y;
+  return with_output(xc, out_features, bias, act, [&](const auto* from, const auto* added, auto* y) {
+    run(from, xc.numel() / in_features, in_features, job, sparse, bits, out_features, added, act, isa, y);
+  });
 }
 
 at::Tensor codes_dense(const at::Tensor& values, const at::Tensor& mask, const at::Tensor& scales,

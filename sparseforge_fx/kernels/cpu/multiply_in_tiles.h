@@ -91,4 +91,27 @@ void multiply_in_tiles(const TileKernel<S, Job>& kernel, const Job& job, const S
   });
 }
 
+// The output of a linear on codes: calls with x, bias and y as pointers to bfloat16 or float32. `x` is contiguous.
+template <class Call>
+at::Tensor with_output(const at::Tensor& x, int64_t out_features, const std::optional<at::Tensor>& bias,
+                       Activation activation, const Call& call) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = activation == Activation::silu_mul ? out_features / 2 : out_features;
+  at::Tensor y = at::empty(sizes, x.options());
+  if (y.numel() == 0) return y;
+  const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
+  const auto typed = [&](auto zero) {
+    using S = decltype(zero);
+    call(static_cast<const S*>(x.const_data_ptr()), bias ? static_cast<const S*>(b.const_data_ptr()) : nullptr,
+         static_cast<S*>(y.mutable_data_ptr()));
+  };
+  if (x.scalar_type() == at::kBFloat16) {
+    typed(bf16{});
+  } else {
+    TORCH_CHECK(x.scalar_type() == at::kFloat, "bfloat16 or float32 only");
+    typed(0.f);
+  }
+  return y;
+}
+
 }  // namespace sparseforge

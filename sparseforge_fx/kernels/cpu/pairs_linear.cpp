@@ -311,32 +311,18 @@ at::Tensor pairs_linear(const at::Tensor& x, const at::Tensor& values, const at:
                         Activation activation, Isa isa) {
   TORCH_CHECK(is_pairs(values, places, scales, in_features), "not a weight of pairs");
   TORCH_CHECK(fits(x, values, in_features, bias, activation, /*codes=*/true), "x, bias or activation does not fit the weight");
+  TORCH_CHECK(pairs_rows(isa) > 0, "this CPU has no AVX2");
   const int64_t out = values.size(0);
   const at::Tensor xc = x.contiguous(), vc = values.contiguous(), pc = places.contiguous(), sc = scales.contiguous();
-  const at::Tensor bc = bias ? bias->contiguous() : at::Tensor();
-  auto sizes = x.sizes().vec();
-  sizes.back() = activation == Activation::silu_mul ? out / 2 : out;
-  at::Tensor y = at::empty(sizes, x.options());
-  if (y.numel() == 0) return y;
   const PairsJob job = job_of(vc, pc, sc, in_features);
-  const auto call = [&](auto zero) {
-    using S = decltype(zero);
+  const bool eight = values.scalar_type() == at::kChar;
+  return with_output(xc, out, bias, activation, [&](const auto* from, const auto* added, auto* y) {
 #ifdef SPARSEFORGE_X86
-    const bool eight = values.scalar_type() == at::kChar;
-    multiply_in_tiles(eight ? kernel_of<S, 8>(isa) : kernel_of<S, 4>(isa), job, static_cast<const S*>(xc.const_data_ptr()),
-                      x.numel() / in_features, in_features, out,
-                      bias ? static_cast<const S*>(bc.const_data_ptr()) : nullptr, activation,
-                      static_cast<S*>(y.mutable_data_ptr()), ScaleOfOutputs{eight ? job.scales : nullptr});
+    using S = std::remove_pointer_t<decltype(y)>;
+    multiply_in_tiles(eight ? kernel_of<S, 8>(isa) : kernel_of<S, 4>(isa), job, from, xc.numel() / in_features,
+                      in_features, out, added, activation, y, ScaleOfOutputs{eight ? job.scales : nullptr});
 #endif
-  };
-  TORCH_CHECK(pairs_rows(isa) > 0, "this CPU has no AVX2");
-  if (x.scalar_type() == at::kBFloat16) {
-    call(bf16{});
-  } else {
-    TORCH_CHECK(x.scalar_type() == at::kFloat, "bfloat16 or float32 only");
-    call(0.f);
-  }
-  return y;
+  });
 }
 
 at::Tensor pairs_dense(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales,
