@@ -18,6 +18,7 @@ elif os.environ.get("SPARSEFORGE_CPU_ISA", "").startswith("avx512"):
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.fx.config
 from captures import captures_alike  # noqa: F401  (a fixture)
 from hypothesis import settings
@@ -27,6 +28,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.graph.capture import capture
 
+if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":  # with the variable alone Inductor of 2.13 computes x * 2 wrongly
+    torch._inductor.config.cpp.simdlen = 256
 torch.set_num_threads(1)
 torch.fx.config.do_not_emit_stack_traces = True  # a quarter of every capture, for what no test reads
 settings.register_profile("repository", deadline=None, derandomize=True, database=None)  # the same cases everywhere
