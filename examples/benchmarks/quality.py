@@ -95,14 +95,14 @@ def main(
         settings |= {"tokens": tokens, "lr": lr, "state_path": state, "teacher": original}
     report, sparse = {"sites": [], **environment()}, dense
     if method != "dense":
-        report = sf.sparsify(
+        result = sf.sparsify(
             net, corpus if method != "magnitude" else None, method=method, batch_size=batch_size, length=length, calibration=calibration,
             seed=seed, compile={"on": True, "off": False}.get(compile, compile), show_progress=False, on_step=print_step, **settings,
-        ).report  # fmt: skip
-        report.pop("density")
+        )  # fmt: skip
+        report = {k: v for k, v in result.report.items() if k != "density"}
         sparse = score(net)
-        for part in (net, tokenizer) if keep else ():
-            part.save_pretrained(keep)
+        if keep:
+            result.save(keep, tokenizer, overwrite=True)
     record = {
         "label": name,
         **about(model, teacher, method, data, windows),
