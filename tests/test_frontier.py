@@ -1,8 +1,10 @@
 """The frontier's points: how they are given, which are dominated, what the table says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_checkpoint import write_checkpoint, write_text
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -78,13 +80,14 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     model = str(write_checkpoint(tmp_path / "dense", num_hidden_layers=1))
     data = str(write_text(tmp_path / "text.txt"))
     recipe = points.recipe_of(None).changed(calibration=2, length=32, batch_size=2)
-    ask = (model, data, tmp_path, recipe, 2, "bfloat16", [1, 8], [2.3, 9.0])
-    made = points.made(*ask)
+    maker = points.Maker(model, data, recipe, 2, "bfloat16")
+    ask = (tmp_path, [1, 8], [2.3, 9.0], False)
+    made = points.made(maker, *ask)
     names = ["dense bf16", "dense fp32", "2:4 bf16", "plan 2.3x"]
     assert [p.name for p in made] == names
-    assert points.made(*ask) == made
+    assert points.made(maker, *ask) == made
     with pytest.raises(SystemExit, match="holds points of another model"):
-        points.made(*ask[:5], "float32", *ask[6:])
+        points.made(replace(maker, dtype="float32"), *ask)
     planned, two_four = made[3], made[2]
     assert two_four.predicted["formats"] == {"2:4": 7, "dense": 1}
     assert planned.predicted["speedup"] == {t: pytest.approx(2.3, abs=0.2) for t in "18"}
@@ -97,6 +100,26 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     assert points.expected_speed(prices, {"8": 4000.0}, {"8": 1.5}) == {"8": pytest.approx(8 / (2e-3 - 750e-6))}
     assert points.expected_speed(prices, {"8": 40000.0}, same) == {"8": None}
     assert points.drift(sf.Plan.read(tmp_path / "prices.json"), "bfloat16") == {t: pytest.approx(1.0) for t in "18"}
+
+
+def test_weights_that_were_trained_in_int4_are_packed_as_they_are(frontier_tables, tmp_path):
+    import frontier_points as points
+
+    import sparseforge_fx as sf
+
+    model = str(write_checkpoint(tmp_path / "dense", num_hidden_layers=1))
+    data = str(write_text(tmp_path / "text.txt"))
+    recipe = sf.Recipe(method="sparseforge", steps=2, calibration=2, length=32, batch_size=2, lr=1e-3)
+    maker = points.Maker(model, data, recipe, 2, "float32")
+    maker.sparse(tmp_path / "trained", {"values": "int4"})
+    maker.rounded(tmp_path / "trained", tmp_path / "packed", values="int4", include="*")
+    trained, packed = sf.load(tmp_path / "trained")[0], sf.load(tmp_path / "packed")[0]
+    found = {n: str(m.format) for n, m in packed.named_modules() if hasattr(m, "weight_values")}
+    assert found.pop("lm_head") == "dense int4/32" and set(found.values()) == {"2:4 int4/32"} and len(found) == 7
+    for name in found:
+        torch.testing.assert_close(
+            packed.get_submodule(name).weight, trained.get_submodule(name).weight, rtol=0, atol=0
+        )
 
 
 def test_each_piece_of_a_point_is_made_once_and_anew_where_another_is_asked(frontier_tables, tmp_path, monkeypatch):

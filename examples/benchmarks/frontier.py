@@ -26,7 +26,7 @@ import torch
 import typer
 from common import CONTEXT, save, use
 from formats import _run as run_generator
-from frontier_points import Point, drift, expected_speed, made, recipe_of
+from frontier_points import Maker, Point, drift, expected_speed, made, recipe_of
 from frontier_prepared import held_bytes, llama_cpp, prepared
 
 import sparseforge_fx as sf
@@ -42,6 +42,7 @@ def main(
     rounding: Annotated[int, typer.Option(help="sequences that values are rounded on")] = 32,
     dtype: Annotated[str, typer.Option(help="of the floats in the points that are made")] = "bfloat16",
     speedup: Annotated[list[float], typer.Option(help="of the plans")] = [1.3, 1.6, 2.0],  # noqa: B006
+    in_loop: Annotated[bool, typer.Option("--in-loop", help="a 2:4 point trained in int4, too")] = False,
     point: Annotated[list[str], typer.Option(help="another one: NAME=PATH or NAME=PATH:DTYPE")] = [],  # noqa: B006
     batch: Annotated[list[int], typer.Option()] = [1, 8],  # noqa: B006
     windows: int = 16,
@@ -59,7 +60,7 @@ def main(
     if model is not None:
         if data is None:
             sys.exit("--model needs --data: points are made by it")
-        points = made(model, data, folder, recipe_of(recipe), rounding, dtype, batch, speedup) + points
+        points = made(Maker(model, data, recipe_of(recipe), rounding, dtype), folder, batch, speedup, in_loop) + points
     known = {each.name: prepared(each, folder, text, list(batch), windows, tasks, max_length) for each in points}
     if prepare:
         return

@@ -10,14 +10,16 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
 import sparseforge_fx as sf
+from sparseforge_fx.cli.quantize import scales_of
 from sparseforge_fx.decision import decide, everywhere
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.errors import SparseForgeError
@@ -47,88 +49,97 @@ class Point(NamedTuple):
         return self.path.endswith(".gguf")
 
 
-def made(
-    model: str,
-    data: str,
-    folder: Path,
-    recipe: sf.Recipe,
-    rounding: int,
-    dtype: str,
-    batch: Sequence[int],
-    speedups: Sequence[float],
-) -> list[Point]:
+@dataclass(frozen=True)
+class Maker:
+    """Writes packed folders of one dense model.
+
+    Attributes:
+        data: text of the plan's predictions, of the training and of the rounding.
+        recipe: makes sparse what is to be sparse, by a plan or everywhere, in its dtype (default: float32).
+        rounding: sequences that values are rounded on, in float32.
+        dtype: of the floats.
+    """
+
+    model: str
+    data: str
+    recipe: sf.Recipe
+    rounding: int
+    dtype: str
+
+    def sparse(self, path: Path, options: Mapping[str, Any] = MappingProxyType({}), **how: Any) -> None:
+        """With further ``options`` of the method."""
+        loaded, tokenizer = sf.load(self.model, dtype=self.recipe.dtype or "float32")
+        sf.sparsify(loaded, self.data, self.recipe.changed(**options), tokenizer=tokenizer, **how).save(path, tokenizer)
+
+    def rounded(self, source: str | Path, path: Path, **how: Any) -> None:
+        """By the scales that the source was trained with, where it was."""
+        loaded, tokenizer = sf.load(source, dtype="float32")
+        reading = {n: getattr(self.recipe, n) for n in ("length", "batch_size", "seed", "text_column")}
+        reading |= {"calibration": self.rounding, "scales": scales_of(str(source), {})[0]}
+        sf.quantize(loaded, data=self.data, tokenizer=tokenizer, **reading, **how)
+        sf.save_packed(loaded.to(getattr(torch, self.dtype)), tokenizer, path)
+
+    def packed(self, source: str | Path, path: Path) -> None:
+        loaded, tokenizer = sf.load(source, dtype=self.dtype)
+        sf.save_packed(loaded, tokenizer, path)
+
+
+def made(maker: Maker, folder: Path, batch: Sequence[int], speedups: Sequence[float], in_loop: bool) -> list[Point]:
     """Dense, and 2:4, in floats, int8 and int4, and a plan for each speed-up of the linears, in ``folder``.
 
     Args:
-        data: text of the plan's predictions, of the training and of the rounding.
-        recipe: makes sparse what is to be sparse, by a plan or everywhere.
-        rounding: sequences that values are rounded on.
-        dtype: of the floats. Rounding is done in float32, making sparse in the recipe's dtype (default: float32).
+        in_loop: a second 2:4 int4 point, trained in these values.
     """
-    asked = {
-        "model": model,
-        "data": data,
-        "recipe": recipe.describe(),
-        "rounding": rounding,
-        "dtype": dtype,
-        "batch": list(batch),
-    }
+    asked = {**vars(maker), "recipe": maker.recipe.describe(), "batch": list(batch)}
     before = folder / "made-of.json"
     if before.exists() and json.loads(before.read_text()) != asked:
-        sys.exit(f"{folder} holds points of another model, data, recipe, rounding, dtype or batch ({before}): name a new folder")
+        sys.exit(f"{folder} holds points of another model, data, recipe, rounding, dtype or batch: name a new folder")
     write_json(before, asked)
-    prices = _once(folder / "prices.json", lambda path: _price(model, data, recipe, dtype, batch).save(path))
-    plan = sf.Plan.read(prices)
-    points = [Point(f"dense {SHORT[dtype]}", model, dtype, predicted(plan))]
-    if dtype != "float32":
-        points.append(Point("dense fp32", model, "float32"))
-
-    def sparse(path: Path, **how: Any) -> None:
-        loaded, tokenizer = sf.load(model, dtype=recipe.dtype or "float32")
-        sf.sparsify(loaded, data, recipe, tokenizer=tokenizer, **how).save(path, tokenizer)
-
-    def rounded(source: str | Path, path: Path, **how: Any) -> None:
-        loaded, tokenizer = sf.load(source, dtype="float32")
-        reading = {n: getattr(recipe, n) for n in ("length", "batch_size", "seed", "text_column")}
-        sf.quantize(loaded, data=data, tokenizer=tokenizer, calibration=rounding, **reading, **how)
-        sf.save_packed(loaded.to(getattr(torch, dtype)), tokenizer, path)
-
-    def packed(source: Path, path: Path) -> None:
-        loaded, tokenizer = sf.load(source, dtype=dtype)
-        sf.save_packed(loaded, tokenizer, path)
-
-    two_four = _once(folder / "2-4", sparse)
-    path = _once(folder / "2-4-packed", lambda at: packed(two_four, at))
-    points.append(Point(f"2:4 {SHORT[dtype]}", str(path), None, predicted(everywhere(plan, Format("2:4")))))
-    for pattern, source in (("dense", model), ("2:4", two_four)):
-        for name, values in QUANTIZED.items():
-            label, form = f"{pattern.replace(':', '-')}-{name}", parse_format(f"{pattern} {values}")
-            path = _once(folder / label, lambda at, s=source, v=values: rounded(s, at, values=v, include="*"))
-            points.append(Point(f"{pattern} {name}", str(path), None, predicted(everywhere(plan, form))))
-    for speedup in speedups:
-        label = f"plan-{speedup:g}x"
-        try:
-            decided = decide(replace(plan, goal={"speedup": speedup}))
-        except SparseForgeError as error:  # beyond what the formats reach here
-            print(label, error, flush=True)
-            continue
-        decided.save(written := folder / f"{label}-formats.json")
-        source, forms = model, decided.formats.values()
-        if any(form.is_sparse for form in forms):
-            source = str(_once(folder / f"{label}-sparse", lambda at, p=written: sparse(at, plan=str(p))))
-        if any(form.is_quantized for form in forms):
-            source = str(_once(folder / label, lambda at, s=source, p=written: rounded(s, at, plan=str(p))))
-        elif source != model:
-            source = str(_once(folder / label, lambda at, s=source: packed(s, at)))
-        points.append(Point(f"plan {speedup:g}x", source, dtype if source == model else None, predicted(decided)))
-    return points
+    plan = sf.Plan.read(_once(folder / "prices.json", lambda path: _price(maker, batch).save(path)))
+    floats = SHORT[maker.dtype]
+    points = [Point(f"dense {floats}", maker.model, maker.dtype, predicted(plan))]
+    if maker.dtype != "float32":
+        points.append(Point("dense fp32", maker.model, "float32"))
+    two_four = _once(folder / "2-4", maker.sparse)
+    path = _once(folder / "2-4-packed", lambda at: maker.packed(two_four, at))
+    points.append(Point(f"2:4 {floats}", str(path), None, predicted(everywhere(plan, Format("2:4")))))
+    in_few_bits = [(f"dense {name}", maker.model) for name in QUANTIZED] + [
+        (f"2:4 {name}", two_four) for name in QUANTIZED
+    ]
+    if in_loop:
+        trained = _once(folder / "2-4-int4-trained-sparse", lambda at: maker.sparse(at, {"values": "int4"}))
+        in_few_bits.append(("2:4 int4 trained", trained))
+    for name, source in in_few_bits:
+        pattern, values = name.split()[0], QUANTIZED[name.split()[1]]
+        at = folder / name.replace(":", "-").replace(" ", "-")
+        path = _once(at, lambda at, s=source, v=values: maker.rounded(s, at, values=v, include="*"))
+        points.append(Point(name, str(path), None, predicted(everywhere(plan, parse_format(f"{pattern} {values}")))))
+    return points + [found for speedup in speedups if (found := _planned(maker, plan, folder, speedup)) is not None]
 
 
-def _price(model: str, data: str, recipe: sf.Recipe, dtype: str, batch: Sequence[int]) -> sf.Plan:
+def _planned(maker: Maker, prices: sf.Plan, folder: Path, speedup: float) -> Point | None:
+    """None where no choice of formats is so fast."""
+    label, source = f"plan-{speedup:g}x", maker.model
+    try:
+        plan = decide(replace(prices, goal={"speedup": speedup}))
+    except SparseForgeError as error:
+        print(label, error, flush=True)
+        return None
+    plan.save(written := folder / f"{label}-formats.json")
+    if any(form.is_sparse for form in plan.formats.values()):
+        source = str(_once(folder / f"{label}-sparse", lambda at: maker.sparse(at, plan=str(written))))
+    if any(form.is_quantized for form in plan.formats.values()):
+        source = str(_once(folder / label, lambda at, s=source: maker.rounded(s, at, plan=str(written))))
+    elif source != maker.model:
+        source = str(_once(folder / label, lambda at, s=source: maker.packed(s, at)))
+    return Point(f"plan {speedup:g}x", source, maker.dtype if source == maker.model else None, predicted(plan))
+
+
+def _price(maker: Maker, batch: Sequence[int]) -> sf.Plan:
     """A plan whose budget binds nothing: of every format that has kernels here, what it costs."""
-    loaded, tokenizer = sf.load(model, dtype=dtype)
-    reading = {n: getattr(recipe, n) for n in ("length", "batch_size", "seed", "text_column")}
-    return sf.plan(loaded, data, bytes=1.0, tokens=batch, tokenizer=tokenizer, **reading)
+    loaded, tokenizer = sf.load(maker.model, dtype=maker.dtype)
+    reading = {n: getattr(maker.recipe, n) for n in ("length", "batch_size", "seed", "text_column")}
+    return sf.plan(loaded, maker.data, bytes=1.0, tokens=batch, tokenizer=tokenizer, **reading)
 
 
 def _once(path: Path, write: Callable[[Path], object]) -> Path:
