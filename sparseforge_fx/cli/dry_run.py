@@ -82,7 +82,7 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, A
         per_step = recipe.batch_size * recipe.length * recipe.accumulate
         all_tokens = f"{found.steps:,} steps of {per_step:,} tokens ({found.steps * per_step:,})"
         told["training"] = f"{all_tokens} at a peak rate of {recipe.lr:g}"
-        told["memory"] = _states(parameters, weights, dtype.itemsize)
+        told["memory"] = _states(parameters, weights, dtype.itemsize, recipe.optimizer)
     predicted: dict[str, float] = {**found._asdict(), "seconds": found.seconds}
     if device == DISK:
         predicted["peak_memory_bytes"] = peak = memory + memory_from_disk(chosen, recipe, config, dtype)
@@ -178,13 +178,14 @@ def of_export(model: str, output: Path, format: str, tokens: list[int] | None) -
     }
 
 
-def _states(parameters: int, weights: int, size: int) -> str:
+def _states(parameters: int, weights: int, size: int, optimizer: str) -> str:
     """What training keeps of so many parameters, ``weights`` of them with a mask, in numbers of ``size`` bytes: the
     others are not trained, but for norms and biases."""
     masters = 2 * FLOAT32 if size < FLOAT32 else 0  # and their gradients
-    states = readable_bytes(weights * (3 * size + masters + 2 * FLOAT32))  # teacher, mask and gradient; moments
+    moments, name = (2, "AdamW in 8 bits") if optimizer == "adamw8bit" else (2 * FLOAT32, "AdamW")
+    states = readable_bytes(weights * (3 * size + masters + moments))  # teacher, mask and gradient
     whole = readable_bytes(parameters * size)
-    return f"{whole} of weights; {states} for teacher, masks, gradients and AdamW; activations on top"
+    return f"{whole} of weights; {states} for teacher, masks, gradients and {name}; activations on top"
 
 
 def _time(found: Forecast, dtype: Any) -> str | None:

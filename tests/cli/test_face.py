@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from importlib.util import find_spec
 
 import pytest
 from tiny_checkpoint import write_checkpoint, write_text
@@ -70,6 +71,11 @@ def test_the_first_help_names_the_first_command_and_completion():
         (
             "sparsify {home}/dense --data {home}/test.txt --length 16 --tokens 320 -o {home}/no",
             "after a layer-wise start of",
+        ),
+        pytest.param(
+            "sparsify {home}/dense --data {home}/test.txt --length 16 --tokens 320 --optimizer adamw8bit -o {home}/no",
+            "129 kB for teacher, masks, gradients and AdamW in 8 bits",  # (3 * 4 + 2) * 9,216
+            marks=pytest.mark.skipif(find_spec("torchao") is None, reason="torchao has that optimizer"),
         ),
         (
             "sparsify {home}/dense --data {home}/test.txt --length 16 --method wanda --device disk -o {home}/no",
