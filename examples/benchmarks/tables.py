@@ -14,6 +14,7 @@ import budget_tables as budget
 import frontier_tables as frontier
 import quality_tables as quality
 import speed_tables as speed
+import training_tables as training
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = {
@@ -27,20 +28,21 @@ TABLES = {
     "reorder": quality.reorder_table,
     "estimator-quality": quality.estimator_quality_table,
     "quantized": quality.quantized_table,
-    "overhead": speed.overhead_table,
-    "step-profile": speed.step_profile_table,
-    "forecasts": speed.forecast_table,
-    "on-disk": speed.on_disk_table,
-    "sharded": speed.sharded_table,
-    "scale": speed.scale_table,
+    "overhead": training.overhead_table,
+    "step-against": training.step_against_table,
+    "step-profile": training.step_profile_table,
+    "forecasts": training.forecast_table,
+    "on-disk": training.on_disk_table,
+    "sharded": training.sharded_table,
+    "scale": training.scale_table,
     "many-rows": speed.many_rows_table,
     "kernels": speed.kernel_table,
     "gpu-kernels": speed.gpu_kernel_table,
     "decode": speed.decode_table,
     "generation": speed.generation_table,
     "prefill": speed.prefill_table,
-    "one-shot": speed.one_shot_table,
-    "estimators": speed.estimator_table,
+    "one-shot": training.one_shot_table,
+    "estimators": training.estimator_table,
     "formats": speed.formats_table,
     "frontier": frontier.frontier_table,
     "plan-check": frontier.plan_check_table,

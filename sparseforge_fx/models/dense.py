@@ -138,7 +138,7 @@ def locate(name: str | Path) -> Location:
             raise SparseForgeError(
                 f"{name} is a file but not a .gguf file: give a model folder, a hub id or a GGUF file"
             )
-        return Location(str(path.resolve().parent), {"gguf_file": path.name})
+        return Location(str(path.absolute().parent), {"gguf_file": path.name})  # links, as the hub's cache has, stay
     if path.is_dir():
         if (path / "config.json").is_file():
             return Location(str(path), {})

@@ -81,6 +81,10 @@ def test_a_gguf_file_loads_as_a_plain_model_that_can_be_saved(tmp_path):
     models.write_checkpoint(model, tokenizer, tmp_path / "out")
     assert equal(models.load_dense(tmp_path / "out")[0], source)
     assert models.locate(tmp_path).gguf  # the only file in the folder
+    (tmp_path / "snapshot").mkdir()  # the hub's cache: a link to a file of another name in another folder
+    link = tmp_path / "snapshot" / "model.gguf"
+    link.symlink_to((tmp_path / "tiny.gguf").rename(tmp_path / "blob"))
+    assert models.load_dense(link, dtype="float32")[0].state_dict().keys() == model.state_dict().keys()
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
