@@ -5,7 +5,9 @@
     llamacpp.py perplexity FILE.gguf REQUEST RESULT        (the request has windows [count, context] of ids)
 
 Needs ``pip install llama-cpp-python``, which compiles llama.cpp for this machine; wheels of other packages are made
-for any machine and leave AVX-512 out. Perplexity is of llama.cpp's own logits, its rounded activations included.
+for any machine and leave AVX-512 out. For AMX compile with CXXFLAGS="-fno-tree-dse -fno-dse": without, GCC 12 drops
+what configures the tiles (llama.cpp's pull request 26954), and the process dies of an illegal instruction. Perplexity
+is of llama.cpp's own logits, its rounded activations included.
 """
 
 from __future__ import annotations
