@@ -305,16 +305,18 @@ def quantized_table() -> str:
         return NONE
     plain = [r for r in read("leaderboard") if r["label"] == f"ablation-alps+kd-plain-{r['tokens']}"]
     floats = {run["tokens"]: run["sparse_perplexity"]["test"] for run in plain}
+    rounded = {run["label"]: run["sparse_perplexity"]["test"] for run in runs}
     kinds = {kind for run in runs for kind in (*run["quantized_perplexity"], values_of(run))} - {"float"}
     kinds = sorted(kinds, reverse=True)
     text = (
         f"Perplexity of the WikiText-2 test text, the first {runs[0]['windows']} windows of {runs[0]['context']} tokens. Of a run that"
-        " trained with rounded values: in relation to the alps+kd-plain run of as many tokens in floats among the leaderboard's ablations."
+        " trained with rounded values: in relation to the same run in floats: the one that is rounded here, or alps+kd-plain among the leaderboard's ablations."
     )
 
     def cell(run: dict, kind: str) -> str:
         if values_of(run) == kind:
-            found, before = run["sparse_perplexity"], floats.get(run["tokens"], math.nan)
+            twin = f"{run['label'].replace(f'-{kind}', '')}-rounded"
+            found, before = run["sparse_perplexity"], rounded.get(twin, floats.get(run["tokens"], math.nan))
         else:
             found, before = run["quantized_perplexity"].get(kind), run["sparse_perplexity"]["test"]
         return f"{found['test']:.2f} ({100 * (found['test'] / before - 1):+.1f} %)" if found else ""
