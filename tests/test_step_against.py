@@ -25,7 +25,7 @@ def test_a_checkout_trains_in_a_process_of_its_own(against, tmp_path):
 
 
 def test_a_folder_without_the_package_is_no_checkout(against, tmp_path):
-    with pytest.raises((SystemExit, FileNotFoundError)):
+    with pytest.raises(SystemExit, match="give a checkout"):
         against.run({}, tmp_path)
 
 

@@ -55,6 +55,8 @@ def main(
 
 def run(request: dict[str, Any], checkout: Path) -> list[dict[str, float]]:
     """Seconds and loss of each step, of a fresh process over that checkout's package."""
+    if not (checkout / "passes").is_dir():
+        sys.exit(f"{checkout} has no passes/: give a checkout of this repository, as git worktree makes one")
     with tempfile.TemporaryDirectory() as folder:
         package, result = Path(folder) / "sparseforge_fx", Path(folder) / "result.json"
         shutil.copytree(checkout / "sparseforge_fx", package)
