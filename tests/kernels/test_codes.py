@@ -5,7 +5,7 @@ from math import prod
 import pytest
 import torch
 import torch.nn.functional as F
-from code_cases import FORMATS, lanes, random_codes, rounded
+from code_cases import FORMATS, MANY, assert_codes_correct, assert_rows_alike, in_tiles, lanes, random_codes, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,6 +113,9 @@ def test_products(text, isa, dtype):
         packed, _ = random_codes(out, width, text, seed=out)
         x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
         got = cpu.rows_linear(x, *packed, isa=isa)
+        if in_tiles(isa, dtype) and rows >= MANY:
+            assert_codes_correct(got, x, packed, None, "none")
+            continue
         near, scales = rounded(x, isa)
         weight = unpack(packed).double()
         # ties of x's rounding may fall to either side, one step of one place each; float32 sums; y's own rounding
@@ -129,12 +132,24 @@ def test_a_row_has_the_same_bits_beside_any_number_of_others(text, isa):
     """Groups of rows of every size, and a width of whole runs, a part of one, and more than is kept at a time."""
     width = 2432 if text.endswith("128") else 1376
     packed, _ = random_codes(19, width, text)
-    x = torch.randn(41, width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    alone = torch.cat([cpu.rows_linear(row[None], *packed, isa=isa) for row in x])
+    x = torch.randn(71, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    alone, _ = assert_rows_alike(lambda x: cpu.rows_linear(x, *packed, isa=isa), x, isa)
     near = rounded(x, isa)[0] @ unpack(packed).double().t()
     assert (alone.double() - near).abs().max() <= 0.02 * near.abs().max()
-    for rows in (*range(2, 14), 31, 41):
-        assert torch.equal(cpu.rows_linear(x[:rows], *packed, isa=isa), alone[:rows])
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(FORMATS), st.integers(1, 70), st.integers(1, 24), st.integers(MANY, 140), st.integers(0, 99))
+def test_many_rows_of_bfloat16(text, out, groups, rows, seed):
+    """Of any width, incomplete steps of tile registers too, and any number of rows; with tile registers unrounded."""
+    packed, _ = random_codes(out, groups * (parse_format(text).group or 4), text, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, packed.in_features, generator=generator).bfloat16()
+    bias = torch.randn(out, generator=generator).bfloat16() if seed % 2 else None
+    rounded_to = None if in_tiles(cpu.instruction_set(), x.dtype) else packed.in_features  # or fewer
+    for activation in ("none", "silu_mul") if out % 2 == 0 else ("none",):
+        assert_codes_correct(call(x, packed, bias, activation), x, packed, bias, activation, rounded_to)
 
 
 @needs_kernel

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from code_cases import assert_codes_correct, random_codes, rounded
+from code_cases import MANY, assert_codes_correct, assert_rows_alike, in_tiles, random_codes, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,7 +53,7 @@ def test_there_and_back(fours, steps, text, seed):
 
 
 @needs_kernel
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 40, 130])
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_products(isa, text, rows):
@@ -63,6 +63,9 @@ def test_products(isa, text, rows):
         dtype = torch.float32 if out % 3 else torch.bfloat16
         x = torch.randn(rows, 64 * steps, generator=torch.Generator().manual_seed(rows)).to(dtype)
         got = cpu.pairs_linear(x, *PAIRS.convert(packed), 64 * steps, packed.scales, isa=isa)
+        if in_tiles(isa, dtype) and rows >= MANY and "int4" in text:
+            assert_codes_correct(got, x, packed, None, "none")
+            continue
         near, scales = rounded(x, sums_of=(8, 8))
         weight = unpack(packed).double()
         # ties of x's rounding may fall to either side, one step of one place each; float32 sums; y's own rounding
@@ -86,14 +89,13 @@ def test_without_the_kernel(monkeypatch):
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_row_has_the_same_bits_beside_any_number_of_others_and_on_any_number_of_threads(text, isa):
     packed, _ = random_codes(84, 1152, text)
-    x = torch.randn(41, 1152, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(71, 1152, generator=torch.Generator().manual_seed(0)).bfloat16()
     product = lambda x: cpu.pairs_linear(x, *PAIRS.convert(packed), 1152, packed.scales, isa=isa)  # noqa: E731
-    alone, threads = torch.cat([product(row[None]) for row in x]), torch.get_num_threads()
-    for rows in (*range(2, 14), 31, 41):
-        assert torch.equal(product(x[:rows]), alone[:rows])
+    _, every = assert_rows_alike(product, x, isa if "int4" in text else "without tile registers")
+    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(product(x), alone)
+        assert torch.equal(product(x), every)
     finally:
         torch.set_num_threads(threads)
 

@@ -53,6 +53,28 @@ def rounded(x, isa=None, sums_of=None):
     return (codes * scales).view(rows, -1)[:, :width], scales
 
 
+def in_tiles(isa, dtype):
+    """Do some rows of x meet int8 and int4 codes unrounded, in tile registers?"""
+    return isa == "amx" and dtype == torch.bfloat16
+
+
+#: rows of x, few of which are always rounded, and many never, where there are tile registers
+FEW, MANY = 6, 10
+
+
+def assert_rows_alike(product, x, isa):
+    """A row of x has the same bits beside any number of others, and the last ones of a tile too; of two numbers of
+    rows, one of which is for tile registers, each for itself. Returns the products of each row, and of all."""
+    alone = torch.cat([product(row[None]) for row in x])
+    every = product(x) if in_tiles(isa, x.dtype) else alone
+    for rows in (*range(2, 14), 16, 17, 31, 33, 49, 65, len(x)):
+        if rows < FEW:
+            assert torch.equal(product(x[:rows]), alone[:rows])
+        elif rows >= MANY:
+            assert torch.equal(product(x[:rows]), every[:rows])
+    return alone, every
+
+
 def assert_codes_correct(y, x, packed, bias, activation, rounded_to=None):
     """``y`` against float64. Allowed is what sparse_cases.assert_correct allows of the sum; three roundings of each
     weight to y's dtype (its scale, it, and sums in that dtype); and half a step of each input where groups of

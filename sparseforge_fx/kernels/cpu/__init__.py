@@ -41,6 +41,9 @@ _SOURCES = (
     "tile.h",
     "finish.h",
     "amx.h",
+    "amx_rows.h",
+    "amx_codes.h",
+    "amx_pairs.h",
 )
 _LOCK = threading.Lock()
 

@@ -1,18 +1,21 @@
-// Tile matrix multiply of bfloat16: sixteen weight rows, expanded a step at a time, against 16 to 64 rows of x that
-// were packed once per call (pairs of inputs side by side, as TDPBF16PS reads its second operand).
+// Tile matrix multiply of bfloat16: sixteen weight rows, expanded a step at a time, against up to 64 rows of x that were
+// packed once per call (pairs of inputs side by side, as TDPBF16PS reads its second operand).
 #pragma once
 
-#include "primitives.h"
+#include "numbers.h"
 
 #ifdef SPARSEFORGE_X86
 #include <sys/syscall.h>
 #include <unistd.h>
 
 namespace sparseforge::amx {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,amx-tile,amx-bf16")))
+#define TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")))
 
 constexpr int64_t kStep = 32;                  // inputs per tile multiply
 constexpr int64_t kTileElems = 16 * kStep;     // 1 KiB
+
+inline int64_t steps_of(int64_t in) { return (in + kStep - 1) / kStep; }
 
 inline bool request_permission() {  // the kernel gives tile registers only to processes that ask
   constexpr long kRequest = 0x1023, kTileData = 18;
@@ -36,75 +39,65 @@ struct Tiles {
   TARGET ~Tiles() { _tile_release(); }
 };
 
-// x [columns, in] -> [columns / 16][steps][16 pairs of inputs][16 rows of x], zeros outside.
-inline void pack_x(const bf16* x, int64_t columns, int64_t in, int64_t steps, int64_t group, bf16* out) {
-  std::memset(out, 0, steps * kTileElems * sizeof(bf16));
-  const int64_t first = group * 16, count = std::min<int64_t>(16, columns - first);
-  for (int64_t m = 0; m < count; ++m) {
-    const bf16* row = x + (first + m) * in;
-    for (int64_t k = 0; k < in / 2; ++k) std::memcpy(out + k * 32 + m * 2, row + k * 2, 2 * sizeof(bf16));
-    if (in % 2) out[in / 2 * 32 + m * 2] = row[in - 1];
+// Sixteen times sixteen words of 32 bits, rows to columns.
+INLINE void transpose(__m512 (&v)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  const auto low = [](__m512 a, __m512 b) TARGET __attribute__((always_inline)) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  const auto high = [](__m512 a, __m512 b) TARGET __attribute__((always_inline)) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = low(t[i], t[i + 2]);
+    v[i + 1] = high(t[i], t[i + 2]);
+    v[i + 2] = low(t[i + 1], t[i + 3]);
+    v[i + 3] = high(t[i + 1], t[i + 3]);
+  }
+  constexpr int kEven = 0x88, kOdd = 0xdd;  // of the four lanes of 128 bits of each
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {  // v[4 b + c] has in lane l column 4 l + c of rows 4 b to 4 b + 3
+    const __m512 even = _mm512_shuffle_f32x4(v[c], v[4 + c], kEven), odd = _mm512_shuffle_f32x4(v[c], v[4 + c], kOdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], kEven);
+    const __m512 odd2 = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], kOdd);
+    t[c] = _mm512_shuffle_f32x4(even, even2, kEven);
+    t[4 + c] = _mm512_shuffle_f32x4(odd, odd2, kEven);
+    t[8 + c] = _mm512_shuffle_f32x4(even, even2, kOdd);
+    t[12 + c] = _mm512_shuffle_f32x4(odd, odd2, kOdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+// Up to sixteen rows of x [columns, in] -> [steps][16 pairs of inputs][16 rows of x], zeros outside.
+TARGET inline void pack_x(const bf16* x, int64_t columns, int64_t in, void* rows) {
+  for (int64_t s = 0; s < steps_of(in); ++s) {
+    const int64_t count = std::min(kStep, in - s * kStep);
+    const __mmask32 there = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+    __m512 v[16];
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; ++m)
+      v[m] = m < columns ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, x + m * in + s * kStep)) : _mm512_setzero_ps();
+    transpose(v);
+    float* const to = static_cast<float*>(rows) + s * 256;
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k) _mm512_storeu_ps(to + 16 * k, v[k]);
   }
 }
 
-// Sixteen weight rows, read side by side. A step of them is expanded while the tile unit works on an earlier one, and
-// memory is asked for what comes kAhead bytes later, evenly over time: expanding a long piece first leaves memory idle
-// during its products.
-struct Block {
-  static constexpr int64_t kAhead = 512, kMaskAhead = 64;  // bytes
-  const char* values[16];  // of rows of padded / 2 bfloat16: as many bytes as `padded`
-  const uint8_t* mask[16];
-  int64_t row_bytes, mask_bytes;
-
-  Block(const Job& job, int64_t first, int64_t last) : row_bytes(job.padded), mask_bytes(job.padded / 8) {
-    for (int r = 0; r < 16; ++r) {
-      const int64_t row = std::min(first + r, last);  // beyond the last row: repeat it, the result is not stored
-      values[r] = static_cast<const char*>(job.values) + row * row_bytes;
-      mask[r] = job.mask + row * mask_bytes;
-    }
-  }
-
-  INLINE void prefetch(int64_t step) const {
-    if (step % 2 == 0) {  // a cache line of values is two steps, one of bitmask sixteen
-      const int64_t at = step * 32 + kAhead, beyond = at < row_bytes ? 0 : 15 * row_bytes;  // in the next block
-#pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r) PREFETCH(values[r] + at + beyond);
-    }
-    if (step % 16 == 0) {
-      const int64_t at = step * 4 + kMaskAhead, beyond = at < mask_bytes ? 0 : 15 * mask_bytes;
-      for (int r = 0; r < 16; ++r) PREFETCH(mask[r] + at + beyond);
-    }
-  }
-
-  INLINE void expand(int64_t step, bf16 (*out)[kStep]) const {
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) {
-      const auto* v = reinterpret_cast<const bf16*>(values[r] + step * 32);
-      avx512_bf16::store(out[r], avx512_bf16::expand(v, mask[r] + step * 4));
-    }
-  }
-
-  TARGET void expand_tail(int64_t padded, bf16 (*out)[kStep]) const {
-    for (int r = 0; r < 16; ++r) {
-      const auto* v = reinterpret_cast<const bf16*>(values[r]);
-      const avx512_bf16::Tail<bf16> tail(v, mask[r], padded / kStep * kStep, padded);
-      avx512_bf16::store(out[r], avx512_bf16::expand(tail.values, tail.mask));
-    }
-  }
-};
-
-// GROUPS groups of sixteen rows of x, an accumulator for each; with one group, two take turns along the inputs, because
-// a multiply takes 52 cycles, but a new one can start every 16.
+// A step of sixteen weight rows times GROUPS groups of sixteen rows of x, an accumulator for each.
 template <int GROUPS>
-INLINE void multiply(const bf16* w, const bf16* x, int64_t group_stride, bool odd) {
+INLINE void multiply(const bf16* w, const bf16* x, int64_t group_stride) {
   static_assert(GROUPS >= 1 && GROUPS <= 4);
   _tile_loadd(4, w, 64);
   _tile_loadd(6, x, 64);
-  if (GROUPS == 1 && odd) {
-    _tile_dpbf16ps(1, 4, 6);
-  } else {
-    _tile_dpbf16ps(0, 4, 6);
-  }
+  _tile_dpbf16ps(0, 4, 6);
   if constexpr (GROUPS >= 2) {
     _tile_loadd(7, x + group_stride, 64);
     _tile_dpbf16ps(1, 4, 7);
@@ -119,54 +112,78 @@ INLINE void multiply(const bf16* w, const bf16* x, int64_t group_stride, bool od
   }
 }
 
-template <int GROUPS>
-TARGET void tile_of(const Job& job, const bf16* x, int64_t columns, int64_t first, int64_t last, float* out) {
+// A Block is sixteen weight rows: `steps` of them there are, `expand` writes one, and `finished` makes outputs of the sums
+// with a row of x. Expanding happens while the tile unit works on an earlier step, and asks memory for what comes later,
+// evenly over time: expanding a long piece first leaves memory idle during its products.
+template <int GROUPS, class Block>
+TARGET void tile_of(Block& block, const bf16* x, int64_t columns, float* out) {
   constexpr int64_t kRing = 4, kLag = 2;  // a tile load right behind the stores of the same memory waits for them
   alignas(64) bf16 w[kRing][16][kStep];
   alignas(64) float sums[4][16][16];  // [accumulator][weight row][row of x]
-  const int64_t steps = job.x_stride / kStep, whole = job.padded / kStep, group_stride = steps * kTileElems;
-  const Block block(job, first, last);
+  const int64_t steps = block.steps, group_stride = steps * kTileElems;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t s = 0; s < steps + kLag; ++s) {
-    if (s < whole) {
-      block.prefetch(s);
-      block.expand(s, w[s % kRing]);
-    } else if (s < steps) {
-      block.expand_tail(job.padded, w[s % kRing]);
-    }
+    if (s < steps) block.expand(s, w[s % kRing]);
     fence();
-    if (s >= kLag)
-      multiply<GROUPS>(w[(s - kLag) % kRing][0], x + (s - kLag) * kTileElems, group_stride, (s - kLag) % 2 != 0);
+    if (s >= kLag) multiply<GROUPS>(w[(s - kLag) % kRing][0], x + (s - kLag) * kTileElems, group_stride);
     fence();
   }
   _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
-  _tile_stored(2, sums[2], 64);
-  _tile_stored(3, sums[3], 64);
+  if (GROUPS > 1) _tile_stored(1, sums[1], 64);
+  if (GROUPS > 2) _tile_stored(2, sums[2], 64);
+  if (GROUPS > 3) _tile_stored(3, sums[3], 64);
   fence();
-  for (int64_t m = 0; m < columns; ++m) {
-    const int64_t g = m / 16, j = m % 16;
-    for (int r = 0; r < 16; ++r)
-      out[m * 16 + r] = GROUPS == 1 ? sums[0][r][j] + sums[1][r][j] : sums[g][r][j];
+  for (int g = 0; g < GROUPS; ++g) {
+    __m512 v[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) v[r] = _mm512_load_ps(sums[g][r]);
+    transpose(v);
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; ++m)
+      if (16 * g + m < columns) _mm512_storeu_ps(out + (16 * g + m) * kTileRows, block.finished(v[m]));
   }
 }
 
-inline void tile(const Job& job, const void* x, int64_t columns, int64_t first, int64_t last, float* out) {
+template <class Block, class Job>
+void tile(const Job& job, const void* x, int64_t columns, int64_t first, int64_t last, float* out) {
+  Block block(job, first, last);
   const bf16* packed = static_cast<const bf16*>(x);
   switch ((columns + 15) / 16) {
     case 1:
-      return tile_of<1>(job, packed, columns, first, last, out);
+      return tile_of<1>(block, packed, columns, out);
     case 2:
-      return tile_of<2>(job, packed, columns, first, last, out);
+      return tile_of<2>(block, packed, columns, out);
     case 3:
-      return tile_of<3>(job, packed, columns, first, last, out);
+      return tile_of<3>(block, packed, columns, out);
     default:
-      return tile_of<4>(job, packed, columns, first, last, out);
+      return tile_of<4>(block, packed, columns, out);
   }
 }
+
+// The scales of sixteen rows of int4 codes, of eight groups of inputs at a time.
+struct GroupScales {
+  const uint8_t* row[16];
+  int64_t count, shift;  // of a row; how many steps share one, as a power of two
+  alignas(32) float some[16][8];
+
+  INLINE void load(int64_t step) {
+    const int64_t group = step >> shift;
+    if (step != group << shift || group % 8) return;
+    const auto there = static_cast<__mmask8>((1 << std::min<int64_t>(8, count - group)) - 1);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r)
+      _mm256_store_ps(some[r], _mm256_cvtph_ps(_mm_maskz_loadu_epi16(there, row[r] + group * 2)));
+  }
+
+  // The sixteen codes times the scale of row r, in the order of their bits.
+  INLINE __m256i table(int r, int64_t step) const {
+    const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(some[r][(step >> shift) % 8]))));
+  }
+};
 #undef TARGET
 }  // namespace sparseforge::amx
 #endif

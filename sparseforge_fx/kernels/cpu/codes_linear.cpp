@@ -2,7 +2,8 @@
 //
 // x is rounded to 8 bits, so that products are of integers, exact, and summed in groups before they meet their scales
 // in float32. Of 256 inputs of a row those share a scale that are summed in the same lane of a register: 16 with AVX-512,
-// 32 with AVX2, 128 without either. Scales of such small groups cost nothing: a lane is multiplied by its own.
+// 32 with AVX2, 128 without either. Scales of such small groups cost nothing: a lane is multiplied by its own. With AMX
+// several rows of bfloat16 stay as they are: amx_codes.h.
 
 #include "codes_linear.h"
 
@@ -38,6 +39,9 @@ struct CodesJob {
   int64_t runs, whole_runs, steps;             // of kXGroup inputs, and those that are complete; of kStep inputs
   int64_t group;                               // inputs that share a scale; 0: all of a row
 };
+
+template <int BITS>
+constexpr int64_t kAmxColumns = BITS == 8 ? 10 : 6;  // tile registers pay from so many rows of x (measured)
 
 namespace portable_codes {
 #define TARGET
@@ -357,12 +361,20 @@ INLINE void sum_four(const Acc* a, float* out) {
 
 #endif
 
-#define SPARSEFORGE_KERNEL(space) \
-  {sparse ? space::tile<true, BITS> : space::tile<false, BITS>, space::finish<S>, space::quantize<S, XRun<BITS>>, sizeof(XRun<BITS>)}
+#include "amx_codes.h"
+
+#define SPARSEFORGE_KERNEL(space)                                                                                  \
+  {sparse ? space::tile<true, BITS> : space::tile<false, BITS>, space::finish<S>, space::quantize<S, XRun<BITS>>, 1, \
+   (in + kXGroup - 1) / kXGroup * static_cast<int64_t>(sizeof(XRun<BITS>)), kMaxColumns, 2}
 
 template <class S, int BITS>
-TileKernel<S, CodesJob> kernel_of(Isa isa, bool sparse) {
+TileKernel<S, CodesJob> kernel_of(Isa isa, bool sparse, int64_t columns, int64_t in) {
 #ifdef SPARSEFORGE_X86
+  if constexpr (std::is_same_v<S, bf16>)
+    if (isa >= Isa::amx && columns >= kAmxColumns<BITS>)
+      return amx_kernel<CodesJob>(
+          sparse ? amx::tile<amx_codes::Block<true, BITS>, CodesJob> : amx::tile<amx_codes::Block<false, BITS>, CodesJob>,
+          vnni_codes::finish<S>, in);
   if (isa >= Isa::avx512 && has_vnni()) return SPARSEFORGE_KERNEL(vnni_codes);
   if (isa >= Isa::avx2 && __builtin_cpu_supports("f16c")) return SPARSEFORGE_KERNEL(avx2_codes);
 #endif
@@ -391,7 +403,7 @@ at::Tensor copy_last(CodesJob& job, int64_t out) {
 template <class S>
 void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int bits, int64_t out_features,
          const S* bias, Activation activation, Isa isa, S* y) {
-  const auto kernel = bits == 8 ? kernel_of<S, 8>(isa, sparse) : kernel_of<S, 4>(isa, sparse);
+  const auto kernel = bits == 8 ? kernel_of<S, 8>(isa, sparse, columns, in) : kernel_of<S, 4>(isa, sparse, columns, in);
   const at::Tensor last = copy_last(job, out_features);
   multiply_in_tiles(kernel, job, x, columns, in, out_features, bias, activation, y,
                     ScaleOfOutputs{bits == 8 ? job.all.scales : nullptr});

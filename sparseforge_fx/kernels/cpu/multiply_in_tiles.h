@@ -1,19 +1,27 @@
-// What the kernels on codes share: x in 8 bits once for all outputs, then sixteen outputs after sixteen, on all threads.
+// What all kernels share: x as they want it, once for all outputs, then sixteen outputs after sixteen, on all threads.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include "numbers.h"
+#include <optional>
+
+#include "amx.h"
 #include "rows_linear.h"
 
 namespace sparseforge {
 
-constexpr int64_t kTileRows = 16;    // weight rows (outputs) per task, as finish.h has them
-constexpr int64_t kMaxColumns = 32;  // rows of x per pass over the weight
+constexpr int64_t kMaxColumns = 32;  // rows of x per pass over a weight of codes, if not in tile registers
 constexpr int64_t kStep = 64;        // inputs that are multiplied at a time
 constexpr int64_t kRun = 4;          // steps whose x shares a scale, and whose weight scales are read at a time
 constexpr int64_t kXGroup = kRun * kStep;
+
+// Rows of x per pass over a weight that is expanded for each: few enough to stay in the second-level cache, and where they
+// are long still so many that expanding again pays.
+inline int64_t pass_of(int64_t row_bytes) {
+  constexpr int64_t kBytes = 1 << 20, kLeast = 32;
+  return std::clamp(kBytes / row_bytes / 16 * 16, kLeast, kMostColumns);
+}
 
 inline float half_of(const uint8_t* bytes) {
   const uint16_t bits = read<uint16_t>(bytes);
@@ -34,14 +42,30 @@ inline bool has_vnni() {
 #endif
 }
 
-// One instruction set's. `rows`: rows of x as `quantize` wrote them, `run_bytes` for every kXGroup inputs.
+// One instruction set's, for x of so many rows and inputs.
 template <class S, class Job>
 struct TileKernel {
+  // sums [columns][kTileRows] of the outputs from `first` on, `last` being the last that there is
   void (*tile)(const Job&, const void* rows, int64_t columns, int64_t first, int64_t last, float* sums);
   void (*finish)(Activation, const float*, const float*, const S*, const S*, int64_t, S*);
-  void (*quantize)(const S* x, int64_t in, int64_t runs, void* rows);
-  size_t run_bytes;
+  // Rows of x as `tile` wants them, so many at a time; null: as they are.
+  void (*prepare)(const S* x, int64_t columns, int64_t in, void* rows);
+  int64_t together;   // rows that are prepared together
+  int64_t row_bytes;  // of a prepared row
+  int64_t pass;       // rows of x per pass over the weight
+  int64_t at_once;    // rows of x that cost no more than one
+  bool amx = false;   // it needs tile registers, and has multiplied sums by what `scaled` would
 };
+
+#ifdef SPARSEFORGE_X86
+// In tile registers.
+template <class Job>
+TileKernel<bf16, Job> amx_kernel(decltype(TileKernel<bf16, Job>::tile) tile, decltype(TileKernel<bf16, Job>::finish) finish,
+                                 int64_t in) {
+  const int64_t row_bytes = amx::steps_of(in) * amx::kStep * static_cast<int64_t>(sizeof(bf16));
+  return {tile, finish, amx::pack_x, 16, row_bytes, pass_of(row_bytes), 4, true};
+}
+#endif
 
 // For sums of int8 codes: the scale of each output. Without scales it changes nothing.
 struct ScaleOfOutputs {
@@ -62,27 +86,40 @@ void multiply_in_tiles(const TileKernel<S, Job>& kernel, const Job& job, const S
                        int64_t out_features, const S* bias, Activation activation, S* y, const ScaleOfOutputs& scaled) {
   const bool gated = activation == Activation::silu_mul;
   const int64_t width = gated ? out_features / 2 : out_features;
-  const int64_t runs = (in + kXGroup - 1) / kXGroup, row_bytes = runs * static_cast<int64_t>(kernel.run_bytes);
-  const at::Tensor memory = at::empty({columns * row_bytes + 64}, at::kByte);
-  auto* rows = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) / 64 * 64);
-  at::parallel_for(0, columns, std::max<int64_t>(1, 16384 / in), [&](int64_t from, int64_t to) {
-    for (int64_t m = from; m < to; ++m) kernel.quantize(x + m * in, in, runs, rows + m * row_bytes);
-  });
+  at::Tensor memory;
+  const auto* rows = reinterpret_cast<const char*>(x);
+  if (kernel.prepare) {
+    const int64_t groups = (columns + kernel.together - 1) / kernel.together, group_bytes = kernel.together * kernel.row_bytes;
+    memory = at::empty({groups * group_bytes + 64}, at::kByte);
+    auto* const to = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) / 64 * 64);
+    at::parallel_for(0, groups, std::max<int64_t>(1, 16384 / (in * kernel.together)), [&](int64_t from, int64_t end) {
+      for (int64_t g = from; g < end; ++g) {
+        const int64_t m = g * kernel.together;
+        kernel.prepare(x + m * in, std::min(kernel.together, columns - m), in, to + g * group_bytes);
+      }
+    });
+    rows = to;
+  }
 
   const int64_t tiles = (width + kTileRows - 1) / kTileRows;
-  const int64_t work = kTileRows * in * (1 + columns) * (gated ? 2 : 1);
-  at::parallel_for(0, tiles, std::max<int64_t>(1, 262144 / std::max<int64_t>(1, work)), [&](int64_t from, int64_t to) {
-    alignas(64) float sums[kMaxColumns * kTileRows], second[kMaxColumns * kTileRows];
-    for (int64_t m = 0; m < columns; m += kMaxColumns) {
-      const int64_t part = std::min(kMaxColumns, columns - m);
+  const int64_t work = kTileRows * in * (1 + columns / kernel.at_once) * (gated ? 2 : 1);
+  at::parallel_for(0, tiles, std::max<int64_t>(1, 131072 / work), [&](int64_t from, int64_t to) {
+#ifdef SPARSEFORGE_X86
+    std::optional<amx::Tiles> registers;
+    if (kernel.amx) registers.emplace();
+#endif
+    alignas(64) float sums[kMostColumns * kTileRows], second[kMostColumns * kTileRows];
+    const auto sum = [&](const char* of, int64_t part, int64_t first, int64_t last, float* found) {
+      kernel.tile(job, of, part, first, last, found);
+      if (!kernel.amx) scaled(found, part, first, last);
+    };
+    // passes outside: their x stays in the cache for all tiles, and reading the packed weight again costs less
+    for (int64_t m = 0; m < columns; m += kernel.pass) {
+      const int64_t part = std::min(kernel.pass, columns - m);
       for (int64_t t = from; t < to; ++t) {
         const int64_t first = t * kTileRows, count = std::min(kTileRows, width - first);
-        kernel.tile(job, rows + m * row_bytes, part, first, width - 1, sums);
-        scaled(sums, part, first, width - 1);
-        if (gated) {
-          kernel.tile(job, rows + m * row_bytes, part, width + first, 2 * width - 1, second);
-          scaled(second, part, width + first, 2 * width - 1);
-        }
+        sum(rows + m * kernel.row_bytes, part, first, width - 1, sums);
+        if (gated) sum(rows + m * kernel.row_bytes, part, width + first, 2 * width - 1, second);
         for (int64_t i = 0; i < part; ++i)
           kernel.finish(activation, sums + i * kTileRows, second + i * kTileRows, bias ? bias + first : nullptr,
                         bias && gated ? bias + width + first : nullptr, count, y + (m + i) * width + first);
@@ -91,7 +128,7 @@ void multiply_in_tiles(const TileKernel<S, Job>& kernel, const Job& job, const S
   });
 }
 
-// The output of a linear on codes: calls with x, bias and y as pointers to bfloat16 or float32. `x` is contiguous.
+// The output of a linear: calls with x, bias and y as pointers to bfloat16 or float32. `x` is contiguous.
 template <class Call>
 at::Tensor with_output(const at::Tensor& x, int64_t out_features, const std::optional<at::Tensor>& bias,
                        Activation activation, const Call& call) {

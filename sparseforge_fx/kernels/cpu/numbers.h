@@ -19,6 +19,9 @@
 
 namespace sparseforge {
 
+constexpr int64_t kTileRows = 16;     // weight rows (outputs) per task: one tile register, one cache line of float32
+constexpr int64_t kMostColumns = 64;  // rows of x per pass over a weight, at most
+
 struct bf16 {
   uint16_t bits;
 };

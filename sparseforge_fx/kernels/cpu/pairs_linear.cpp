@@ -20,6 +20,7 @@ template <int BITS>
 constexpr int64_t kPairValues = 8 * BITS;  // bytes of a step of two rows
 constexpr int64_t kPairPlaces = 16;
 constexpr int64_t kPairs = kTileRows / 2;  // of a tile
+constexpr int64_t kAmxColumns = 10;        // tile registers pay from so many rows of x (measured)
 
 struct PairsJob {
   const uint8_t *values, *places, *scales;
@@ -268,12 +269,17 @@ INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run<BITS>*
 }  // namespace vnni_pairs
 #endif
 
+#include "amx_pairs.h"
+
 #ifdef SPARSEFORGE_X86
-#define SPARSEFORGE_KERNEL(space) \
-  {space::tile<BITS>, space::finish<S>, space::quantize<S, space::Run<BITS>>, sizeof(space::Run<BITS>)}
+#define SPARSEFORGE_KERNEL(space)                                                    \
+  {space::tile<BITS>, space::finish<S>, space::quantize<S, space::Run<BITS>>, 1, \
+   (in + kXGroup - 1) / kXGroup * static_cast<int64_t>(sizeof(space::Run<BITS>)), kMaxColumns, 2}
 
 template <class S, int BITS>
-TileKernel<S, PairsJob> kernel_of(Isa isa) {
+TileKernel<S, PairsJob> kernel_of(Isa isa, int64_t columns, int64_t in) {
+  if constexpr (std::is_same_v<S, bf16> && BITS == 4)
+    if (isa >= Isa::amx && columns >= kAmxColumns) return amx_kernel<PairsJob>(amx::tile<amx_pairs::Block, PairsJob>, vnni_pairs::finish<S>, in);
   if (isa >= Isa::avx512 && has_vnni()) return SPARSEFORGE_KERNEL(vnni_pairs);
   return SPARSEFORGE_KERNEL(avx2_pairs);
 }
@@ -319,8 +325,10 @@ at::Tensor pairs_linear(const at::Tensor& x, const at::Tensor& values, const at:
   return with_output(xc, out, bias, activation, [&](const auto* from, const auto* added, auto* y) {
 #ifdef SPARSEFORGE_X86
     using S = std::remove_pointer_t<decltype(y)>;
-    multiply_in_tiles(eight ? kernel_of<S, 8>(isa) : kernel_of<S, 4>(isa), job, from, xc.numel() / in_features,
-                      in_features, out, added, activation, y, ScaleOfOutputs{eight ? job.scales : nullptr});
+    const int64_t columns = xc.numel() / in_features;
+    const auto kernel = eight ? kernel_of<S, 8>(isa, columns, in_features) : kernel_of<S, 4>(isa, columns, in_features);
+    multiply_in_tiles(kernel, job, from, columns, in_features, out, added, activation, y,
+                      ScaleOfOutputs{eight ? job.scales : nullptr});
 #endif
   });
 }

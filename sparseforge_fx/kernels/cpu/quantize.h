@@ -3,9 +3,10 @@
 // A row of x in 8 bits; zeros up to a whole run. Where a group holds inf or NaN its scale is NaN: the row spoils its own
 // outputs. Plain loops that the compiler vectorises for the namespace's target.
 template <class S, class Run>
-TARGET void quantize(const S* x, int64_t in, int64_t runs, void* rows) {
+TARGET void quantize(const S* x, int64_t, int64_t in, void* rows) {
   constexpr float kRound = 12582912.f;       // 1.5 * 2^23: rounds to the nearest integer
   constexpr int64_t kWidth = kNear * kSums;  // inputs that fill the lanes once
+  const int64_t runs = (in + kXGroup - 1) / kXGroup;
   auto* out = static_cast<Run*>(rows);
   for (int64_t run = 0; run < runs; ++run, ++out) {
     const S* from = x + run * kXGroup;

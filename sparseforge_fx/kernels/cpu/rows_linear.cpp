@@ -4,22 +4,16 @@
 
 #include "rows_linear.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
+#include "multiply_in_tiles.h"
 
-#include <optional>
 #include <string>
 #include <vector>
 
 namespace sparseforge {
 
-constexpr int64_t kTileRows = 16;    // weight rows (outputs) per task: one tile register, one cache line of float32
-constexpr int64_t kMaxColumns = 64;  // rows of x per pass over the weight
-constexpr int64_t kMinColumns = 32;  // the same where rows of x are long: fewer would not pay for expanding again
 constexpr int64_t kChunk = 512;      // inputs that are expanded at a time
 constexpr int64_t kAhead = 2048;     // bytes from the values in use to those that are prefetched
 constexpr int64_t kMaskAhead = 256;  // the same of the bitmask
-constexpr int64_t kPassBytes = 1 << 20;  // of x per pass, to stay in the second-level cache
 constexpr int64_t kAmxColumns = 2;   // tile registers pay from so many rows of x
 
 struct Job {
@@ -32,7 +26,7 @@ struct Job {
 }  // namespace sparseforge
 
 #include "primitives.h"
-#include "amx.h"
+#include "amx_rows.h"
 
 namespace sparseforge {
 namespace {
@@ -63,102 +57,44 @@ bool supported(Isa isa) {
   return isa == Isa::portable;
 }
 
-// One instruction set's functions for weights of type S.
+// A row of x in the kernel's type, zeros up to a whole step. Places of the weight beyond `in` meet these zeros, never x.
+template <int STEP, class Elem, class S>
+void prepare(const S* x, int64_t, int64_t in, void* rows) {
+  auto* const row = static_cast<Elem*>(rows);
+  if constexpr (std::is_same_v<Elem, S>) {
+    std::memcpy(row, x, in * sizeof(S));
+  } else {
+    for (int64_t k = 0; k < in; ++k) row[k] = widen(x[k]);
+  }
+  std::memset(row + in, 0, ((in + STEP - 1) / STEP * STEP - in) * sizeof(Elem));
+}
+
+// A kernel, and the length of a row of x as it wants it.
 template <class S>
-struct Kernel {
-  int64_t step;                 // inputs per step
-  int64_t elem_bytes;           // of x in scratch
-  bool needs_tiles, packs_x;
-  void (*tile)(const Job&, const void* x, int64_t columns, int64_t first, int64_t last, float* out);
-  void (*finish)(Activation, const float*, const float*, const S*, const S*, int64_t, S*);
-};
+using Stepped = std::pair<TileKernel<S, Job>, int64_t>;
+
+template <int STEP, class Elem, class S>
+Stepped<S> by_rows(decltype(TileKernel<S, Job>::tile) tile, decltype(TileKernel<S, Job>::finish) finish, int64_t in) {
+  const bool ready = std::is_same_v<Elem, S> && in % STEP == 0;
+  const int64_t stride = (in + STEP - 1) / STEP * STEP, row_bytes = stride * static_cast<int64_t>(sizeof(Elem));
+  return {{tile, finish, ready ? nullptr : prepare<STEP, Elem, S>, 1, row_bytes, pass_of(row_bytes), 4}, stride};
+}
 
 template <class S>
-Kernel<S> kernel_of(Isa isa, int64_t columns) {
+Stepped<S> kernel_of(Isa isa, int64_t columns, int64_t in) {
 #ifdef SPARSEFORGE_X86
   if constexpr (std::is_same_v<S, bf16>) {
-    if (isa == Isa::amx && columns >= kAmxColumns) return {32, 2, true, true, amx::tile, avx512_bf16::finish<S>};
-    if (isa >= Isa::avx512_bf16) return {32, 2, false, false, avx512_bf16::tile<S>, avx512_bf16::finish<S>};
+    if (isa == Isa::amx && columns >= kAmxColumns)
+      return {amx_kernel<Job>(amx::tile<amx::RowsBlock, Job>, avx512_bf16::finish<S>, in), amx::steps_of(in) * amx::kStep};
+    if (isa >= Isa::avx512_bf16) return by_rows<32, bf16, S>(avx512_bf16::tile<S>, avx512_bf16::finish<S>, in);
   }
   // for one row of bfloat16, permuting is faster than compressing with masks
   const bool narrow = std::is_same_v<S, bf16> && columns == 1;
-  if (isa >= Isa::avx512 && !narrow) return {16, 4, false, false, avx512::tile<S>, avx512::finish<S>};
-  if (isa >= Isa::avx2) return {columns > 1 ? 8 : avx2::kKept, 4, false, false, avx2::tile<S>, avx2::finish<S>};
+  if (isa >= Isa::avx512 && !narrow) return by_rows<16, float, S>(avx512::tile<S>, avx512::finish<S>, in);
+  if (isa >= Isa::avx2 && columns == 1) return by_rows<avx2::kKept, float, S>(avx2::tile<S>, avx2::finish<S>, in);
+  if (isa >= Isa::avx2) return by_rows<8, float, S>(avx2::tile<S>, avx2::finish<S>, in);
 #endif
-  return {8, 4, false, false, portable::tile<S>, portable::finish<S>};
-}
-
-// x in the kernel's type, zeros up to a whole step. Places of the weight beyond `in` meet these zeros, never x.
-template <class S>
-void prepare_x(const Kernel<S>& kernel, const S* x, int64_t columns, int64_t in, int64_t stride, void* scratch) {
-#ifdef SPARSEFORGE_X86
-  if constexpr (std::is_same_v<S, bf16>) {
-    if (kernel.packs_x) {
-      const int64_t groups = (columns + 15) / 16;
-      at::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
-        for (int64_t g = from; g < to; ++g)
-          amx::pack_x(x, columns, in, stride / 32, g, static_cast<bf16*>(scratch) + g * stride * 16);
-      });
-      return;
-    }
-  }
-#endif
-  at::parallel_for(0, columns, std::max<int64_t>(1, 65536 / stride), [&](int64_t from, int64_t to) {
-    for (int64_t m = from; m < to; ++m) {
-      if (kernel.elem_bytes == static_cast<int64_t>(sizeof(S))) {
-        S* row = static_cast<S*>(scratch) + m * stride;
-        std::memcpy(row, x + m * in, in * sizeof(S));
-        std::memset(row + in, 0, (stride - in) * sizeof(S));
-      } else {
-        float* row = static_cast<float*>(scratch) + m * stride;
-        for (int64_t k = 0; k < in; ++k) row[k] = widen(x[m * in + k]);
-        std::memset(row + in, 0, (stride - in) * sizeof(float));
-      }
-    }
-  });
-}
-
-template <class S>
-void run(const S* x, int64_t columns, int64_t in, const S* values, const uint8_t* mask, int64_t out_features,
-         const S* bias, Activation activation, Isa isa, S* y) {
-  const Kernel<S> kernel = kernel_of<S>(isa, columns);
-  const int64_t padded = (in + 7) / 8 * 8, stride = (in + kernel.step - 1) / kernel.step * kernel.step;
-  const bool gated = activation == Activation::silu_mul;
-  const int64_t width = gated ? out_features / 2 : out_features;
-  const Job job{values, mask, padded, stride};
-
-  at::Tensor scratch;
-  const void* prepared = x;
-  if (stride != in || kernel.packs_x || kernel.elem_bytes != static_cast<int64_t>(sizeof(S))) {
-    const int64_t rows = kernel.packs_x ? (columns + 15) / 16 * 16 : columns;
-    scratch = at::empty({rows * stride * kernel.elem_bytes}, at::kByte);
-    prepare_x(kernel, x, columns, in, stride, scratch.data_ptr());
-    prepared = scratch.data_ptr();
-  }
-
-  const int64_t tiles = (width + kTileRows - 1) / kTileRows;
-  const int64_t pass = std::clamp(kPassBytes / (stride * kernel.elem_bytes) / 16 * 16, kMinColumns, kMaxColumns);
-  const int64_t work = kTileRows * padded * (1 + columns / 4) * (gated ? 2 : 1);
-  at::parallel_for(0, tiles, std::max<int64_t>(1, 131072 / std::max<int64_t>(1, work)), [&](int64_t from, int64_t to) {
-#ifdef SPARSEFORGE_X86
-    std::optional<amx::Tiles> registers;
-    if (kernel.needs_tiles) registers.emplace();
-#endif
-    alignas(64) float sums[kMaxColumns * kTileRows], second[kMaxColumns * kTileRows];
-    // passes outside: their x stays in the cache for all tiles, and reading the packed weight again costs less
-    for (int64_t m = 0; m < columns; m += pass) {
-      const int64_t part = std::min(pass, columns - m);
-      const char* rows = static_cast<const char*>(prepared) + m * stride * kernel.elem_bytes;
-      for (int64_t t = from; t < to; ++t) {
-        const int64_t first = t * kTileRows, count = std::min(kTileRows, width - first);
-        kernel.tile(job, rows, part, first, width - 1, sums);
-        if (gated) kernel.tile(job, rows, part, width + first, 2 * width - 1, second);
-        for (int64_t i = 0; i < part; ++i)
-          kernel.finish(activation, sums + i * kTileRows, second + i * kTileRows, bias ? bias + first : nullptr,
-                        bias && gated ? bias + width + first : nullptr, count, y + (m + i) * width + first);
-      }
-    }
-  });
+  return by_rows<8, float, S>(portable::tile<S>, portable::finish<S>, in);
 }
 
 }  // namespace
@@ -203,27 +139,14 @@ at::Tensor rows_linear(const at::Tensor& x, const at::Tensor& values, const at::
                        const std::optional<at::Tensor>& bias, Activation act, Isa isa) {
   TORCH_CHECK(is_packed(values, mask, in_features), "not a packed weight");
   TORCH_CHECK(fits(x, values, in_features, bias, act), "x, bias or activation does not fit the packed weight");
-  const int64_t out_features = values.size(0);
+  const int64_t out_features = values.size(0), columns = x.numel() / in_features;
   const at::Tensor xc = x.contiguous(), vc = values.contiguous(), mc = mask.contiguous();
-  const at::Tensor bc = bias ? bias->contiguous() : at::Tensor();
-  auto sizes = x.sizes().vec();
-  sizes.back() = act == Activation::silu_mul ? out_features / 2 : out_features;
-  at::Tensor y = at::empty(sizes, x.options());
-  if (y.numel() == 0) return y;
-  const auto call = [&](auto zero) {
-    using S = decltype(zero);
-    run<S>(static_cast<const S*>(xc.const_data_ptr()), x.numel() / in_features, in_features,
-           static_cast<const S*>(vc.const_data_ptr()), mc.const_data_ptr<uint8_t>(), out_features,
-           bias ? static_cast<const S*>(bc.const_data_ptr()) : nullptr, act, isa,
-           static_cast<S*>(y.mutable_data_ptr()));
-  };
-  if (x.scalar_type() == at::kBFloat16) {
-    call(bf16{});
-  } else {
-    TORCH_CHECK(x.scalar_type() == at::kFloat, "bfloat16 or float32 only");
-    call(0.f);
-  }
-  return y;
+  return with_output(xc, out_features, bias, act, [&](const auto* from, const auto* added, auto* y) {
+    using S = std::remove_pointer_t<decltype(y)>;
+    const auto [kernel, stride] = kernel_of<S>(isa, columns, in_features);
+    const Job job{vc.const_data_ptr(), mc.const_data_ptr<uint8_t>(), (in_features + 7) / 8 * 8, stride};
+    multiply_in_tiles(kernel, job, from, columns, in_features, out_features, added, act, y, ScaleOfOutputs{nullptr});
+  });
 }
 
 namespace {

@@ -1,4 +1,4 @@
-// Dot products of sixteen weight rows with up to kMaxColumns rows of x. Included into each namespace of primitives.h.
+// Dot products of sixteen weight rows with up to kMostColumns rows of x. Included into each namespace of primitives.h.
 //
 // Each output is summed by one thread in one order that depends on the number of rows of x alone: the same bits always.
 
@@ -121,7 +121,7 @@ TARGET void multiply(const Elem* w, const Elem* x, int64_t x_stride, int64_t len
 template <class V>
 TARGET void tile_many(const Job& job, const Elem* x, int64_t columns, int64_t first, int64_t last, float* out) {
   alignas(64) Elem w[4 * kChunk];
-  alignas(64) Acc sums[kMaxColumns][4];
+  alignas(64) Acc sums[kMostColumns][4];
   const int64_t length = job.x_stride;
   for (int i = 0; i < 4; ++i) {
     const Rows rows = rows_of(job, first, last, i);
