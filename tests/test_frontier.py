@@ -20,6 +20,7 @@ def frontier_tables(monkeypatch):
 
 def point(name, perplexity, speed, size):
     said = {"name": name, "perplexity": perplexity, "tokens_per_second": {"1": speed, "8": speed}, "bytes": size}
+    said["prompt_tokens_per_second"] = {"1": 2 * speed, "8": 3 * speed}
     asked = {"windows": 1, "context": 8, "text": "t"}
     run = {"device": "cpu", "threads": 1, "commit": "c", "prompt": 2, "tokens": 2, "asked": asked}
     return {**said, **run, "zero_shot_mean": 0.5, "runtime": "ours"}
@@ -44,11 +45,11 @@ def test_faster_at_one_batch_alone_dominates_nobody(frontier_tables):
 
 def test_the_table_names_them(frontier_tables, monkeypatch):
     points = [point("half", 25, 20, 50e6), point("worse", 30, 15, 60e6)]
-    points[1]["predicted_tokens_per_second"] = {"1": 15.5, "8": None}
+    points[1] |= {"predicted_tokens_per_second": {"1": 15.5, "8": None}, "predicted_from": "half"}
     monkeypatch.setattr(frontier_tables, "read", lambda folder: points)
     lines = frontier_tables.frontier_table().splitlines()
-    assert "| half | 25.00 | 50.0 | 20.0 | 20.0 | 50 MB | nobody |" in lines
-    assert "| worse | 30.00 | 50.0 | 15.0 (15.5) | 15.0 | 60 MB | half |" in lines
+    assert "| half | 25.00 | 50.0 | 20.0 | 20.0 | 60 | 50 MB | nobody |" in lines
+    assert "| worse | 30.00 | 50.0 | 15.0 (15.5) | 15.0 | 45 | 60 MB | half |" in lines
 
 
 def test_how_a_point_is_given(frontier_tables):
@@ -71,7 +72,7 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
 
     us = {"2:4": 60.0, "dense int8": 50.0, "2:4 int8": 40.0, "dense int4/32": 45.0, "2:4 int4/32": 35.0}
 
-    def measure(shapes, tokens, *_):
+    def measure(shapes, tokens, *_, **__):
         row = lambda s, t: cost.Timing(s, "rows", t, 100.0 * t, (1.0, 1.0), us[str(s.format)] * t, (1.0, 1.0))  # noqa: E731
         return {s: {"rows": {t: row(s, t) for t in tokens}} if str(s.format) in us else {} for s in shapes}
 
@@ -89,17 +90,36 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="holds points of another model"):
         points.made(replace(maker, dtype="float32"), *ask)
     planned, two_four = made[3], made[2]
-    assert two_four.predicted["formats"] == {"2:4": 7, "dense": 1}
-    assert planned.predicted["speedup"] == {t: pytest.approx(2.3, abs=0.2) for t in "18"}
+    assert points.predicted(two_four.plan)["formats"] == {"2:4": 7, "dense": 1}
+    said = points.predicted(planned.plan)
+    assert said["speedup"] == {t: pytest.approx(2.3, abs=0.2) for t in "18"}
     loaded, _ = sf.load(planned.path, dtype=planned.dtype)
     found = [str(m.format) for m in loaded.modules() if hasattr(m, "weight_values")]
-    assert {f: found.count(f) for f in found} == {f: n for f, n in planned.predicted["formats"].items() if f != "dense"}
-    prices = {"dense_microseconds": {"8": 800.0}, "microseconds": {"8": 300.0}}
-    same = {"8": 1.0}
-    assert points.expected_speed(prices, {"8": 4000.0}, same) == {"8": pytest.approx(8 / (2e-3 - 500e-6))}
-    assert points.expected_speed(prices, {"8": 4000.0}, {"8": 1.5}) == {"8": pytest.approx(8 / (2e-3 - 750e-6))}
-    assert points.expected_speed(prices, {"8": 40000.0}, same) == {"8": None}
-    assert points.drift(sf.Plan.read(tmp_path / "prices.json"), "bfloat16") == {t: pytest.approx(1.0) for t in "18"}
+    assert {f: found.count(f) for f in found} == {f: n for f, n in said["formats"].items() if f != "dense"}
+    now = points.price_now([two_four.plan, planned.plan], "bfloat16")
+    for of in (two_four.plan, planned.plan):  # nothing has changed since
+        assert points.time_of(of, now) == {
+            t: pytest.approx(us) for t, us in points.predicted(of)["microseconds"].items()
+        }
+
+
+def test_what_speed_follows_from_the_linears_of_a_step(frontier_tables):
+    from frontier_points import expected_speed
+
+    linears, known = {"1": 300.0, "8": 300.0}, {"1": 800.0, "8": 800.0}
+    speed = {"1": 1e6 / 2000, "8": 8e6 / 4000}
+    assert expected_speed(linears, known, speed) == {"1": pytest.approx(1e6 / 1500), "8": pytest.approx(8e6 / 3500)}
+    assert expected_speed(known, known, speed) == {b: pytest.approx(s) for b, s in speed.items()}
+    assert expected_speed(linears, known, {"1": 1e6 / 700}) == {"1": None}
+
+
+def test_what_is_decoded_is_what_comes_behind_the_first_token(frontier_tables):
+    from frontier import decoded
+
+    rounds = [{"tokens_per_second": {"2": [2 * 5 / 3.0] * 2}, "first_token_seconds": {"2": [1.0, 1.0]}}] * 2
+    of = decoded(rounds, prompt=16, tokens=5)
+    assert of["tokens_per_second"] == {"2": pytest.approx(4.0)} and of["quartiles"] == {"2": [pytest.approx(4.0)] * 2}
+    assert of["prompt_tokens_per_second"] == {"2": 32.0}
 
 
 def test_weights_that_were_trained_in_int4_are_packed_as_they_are(frontier_tables, tmp_path):

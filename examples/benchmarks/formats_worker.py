@@ -94,20 +94,21 @@ def main():
         out["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     ids = asked["ids"].to(asked["device"])
     text = generate(ids, asked["text_tokens"])
-    speeds = {}
+    speeds, firsts = {}, {}
     for rows in asked["batch"]:
         prompts, tokens = ids.repeat(rows, 1), asked["tokens"] if cached else 4
         generate(prompts, 2)
-        seconds = []
+        seconds = {1: [], tokens: []}
         for _ in range(asked["rounds"] if cached else 1):
-            clock = time.perf_counter()
-            generate(prompts, tokens)[0, -1].item()  # waits for the device
-            seconds.append(time.perf_counter() - clock)
-        speeds[rows] = [rows * tokens / s for s in seconds]
+            for count, of in seconds.items():
+                clock = time.perf_counter()
+                generate(prompts, count)[0, -1].item()  # waits for the device
+                of.append(time.perf_counter() - clock)
+        speeds[rows], firsts[rows] = [rows * tokens / s for s in seconds[tokens]], seconds[1]
     found = logits(ids)
     torch.save({"text": text.cpu(), "logits": None if found is None else found.cpu()}, f"{result}.pt")
     with open(result, "w") as file:
-        json.dump({**out, "tokens_per_second": speeds}, file)
+        json.dump({**out, "tokens_per_second": speeds, "first_token_seconds": firsts}, file)
 
 
 def _peak():

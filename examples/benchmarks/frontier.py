@@ -7,9 +7,10 @@ Of MODEL come dense, 2:4 and planned points (frontier_points.py), made sparse by
 and what sf.load takes, if need be with the dtype to load it in; a .gguf is run by llama.cpp (llamacpp.py). Files and
 qualities that are there are taken as they are, so that a run goes on where it was killed; --prepare stops before the
 speeds, which want a quiet machine and are measured anew every time. They are those of the compiled generator
-(AOTInductor) and of llama.cpp, each in a fresh process, all points in turn, prompt included. Beside the speed stands
-what the plan's prices predict of it, from the dense model's speed in the same run and from how the times of dense
-linears have changed since.
+(AOTInductor) and of llama.cpp, each in a fresh process, all points in turn: of the prompt until the first token is there,
+and of the tokens after it. In every round the points' linears are timed, too, as a plan's prices are. Beside the speed
+stands what follows from these for a model of which all else takes as long as in dense int8: of the points that are all
+of one format its linears take the least of a step in which nothing is sparse.
 
 A GGUF's perplexity is of llama.cpp's own logits. Zero-shot accuracy is of the weights, dequantised. Which points are
 dominated (another is as good, as fast and as small, and better in one of them) is for tables.py to say.
@@ -26,11 +27,12 @@ import torch
 import typer
 from common import CONTEXT, save, use
 from formats import _run as run_generator
-from frontier_points import Maker, Point, drift, expected_speed, made, recipe_of
+from frontier_points import Maker, Point, expected_speed, made, predicted, price_now, recipe_of, time_of
 from frontier_prepared import held_bytes, llama_cpp, prepared
 
-import sparseforge_fx as sf
 from sparseforge_fx.report import environment
+
+BASE = "dense int8"
 
 
 def main(
@@ -67,17 +69,18 @@ def main(
     ids = torch.load(folder / "windows.pt")[:1, :prompt]
     request = {"ids": ids, "text_tokens": tokens, "tokens": tokens, "rounds": rounds, "batch": list(batch)}
     torch.save({**request, "device": "cpu", "threads": threads or torch.get_num_threads()}, folder / "request.pt")
-    speeds: dict[str, dict[str, list[float]]] = {each.name: {str(b): [] for b in batch} for each in points}
-    prices = None if model is None else sf.Plan.read(folder / "prices.json")
-    drifts: list[dict[str, float]] = []
+    plans = {each.name: each.plan for each in points if each.plan is not None}
+    found: dict[str, list[dict[str, Any]]] = {each.name: [] for each in points}
+    prices: list[dict[Any, dict[int, float]]] = []
     for _ in range(rounds):
-        if prices is not None:
-            drifts.append(drift(prices, dtype))
+        if plans:
+            prices.append(price_now(list(plans.values()), dtype))
         for each in points:
-            for b, found in speed(each, folder)["tokens_per_second"].items():
-                speeds[each.name][str(b)] += found
+            found[each.name].append(speed(each, folder))
     here = environment()  # before the first file is written, after which the tree has changes
-    medians = {name: {b: median(values) for b, values in found.items()} for name, found in speeds.items()}
+    decoding = {name: decoded(of, prompt, tokens) for name, of in found.items()}
+    now = {p: {t: median(of[p][t] for of in prices) for t in of_first} for p, of_first in (prices or [{}])[0].items()}
+    linears = {name: time_of(plan, now) for name, plan in plans.items()}
     for each in points:
         record = {
             **known[each.name],
@@ -86,15 +89,30 @@ def main(
             "prompt": prompt,
             "tokens": tokens,
             "max_length": max_length,
-            "tokens_per_second": medians[each.name],
-            "quartiles": {b: quantiles(values, n=4)[::2] for b, values in speeds[each.name].items()},
+            **decoding[each.name],
         }
-        if each.predicted is not None:
-            drifted = {b: median(found[b] for found in drifts) for b in drifts[0]}
-            expected = expected_speed(each.predicted, medians[points[0].name], drifted)
-            record |= {"predicted": each.predicted, "drift": drifted, "predicted_tokens_per_second": expected}
+        if each.plan is not None:
+            base = BASE if BASE in linears else points[0].name
+            speeds = decoding[base]["tokens_per_second"]
+            expected = expected_speed(linears[each.name], linears[base], speeds)
+            record |= {"predicted": predicted(each.plan), "linears_microseconds": linears[each.name]}
+            record |= {"predicted_from": base, "predicted_tokens_per_second": expected}
         save("frontier", each.label, record, here)
         print(each.name, f"perplexity {record['perplexity']:.2f}", record["tokens_per_second"], flush=True)
+
+
+def decoded(rounds: list[dict[str, Any]], prompt: int, tokens: int) -> dict[str, Any]:
+    """By batch: tokens per second after the first one, median and quartiles, and those of the prompt."""
+    speeds: dict[str, Any] = {"tokens_per_second": {}, "quartiles": {}, "prompt_tokens_per_second": {}}
+    for b in rounds[0]["tokens_per_second"]:
+        rows = int(b)
+        first = [s for of in rounds for s in of["first_token_seconds"][b]]
+        whole = [rows * tokens / v for of in rounds for v in of["tokens_per_second"][b]]
+        after = [rows * (tokens - 1) / (w - f) for w, f in zip(whole, first, strict=True)]
+        speeds["tokens_per_second"][b] = median(after)
+        speeds["quartiles"][b] = quantiles(after, n=4)[::2]
+        speeds["prompt_tokens_per_second"][b] = median(rows * prompt / f for f in first)
+    return speeds
 
 
 def read_point(given: str) -> Point:

@@ -1,7 +1,7 @@
 """The points of the frontier that come of one dense model: every format on all of its linears, and plans.
 
-``made`` writes packed folders, each once; prices are measured once, for all plans. The prediction of a point is of its
-linears: their time at each token count, from the plan's prices.
+``made`` writes packed folders, each once; prices are measured once, for all plans. What a plan predicts is of its linears;
+``price_now`` times these once more, and with what one point takes for all else ``expected_speed`` says how fast another is.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ QUANTIZED = {"int8": "int8", "int4": "int4/32"}
 
 
 class Point(NamedTuple):
-    """What ``sf.load`` takes, if need be with the dtype to load it in; ``predicted`` where it was made here."""
+    """What ``sf.load`` takes, if need be with the dtype to load it in; the ``plan`` of its formats where it was made here."""
 
     name: str
     path: str
     dtype: str | None = None
-    predicted: dict[str, Any] | None = None
+    plan: sf.Plan | None = None
 
     @property
     def label(self) -> str:
@@ -97,12 +97,12 @@ def made(maker: Maker, folder: Path, batch: Sequence[int], speedups: Sequence[fl
     write_json(before, asked)
     plan = sf.Plan.read(_once(folder / "prices.json", lambda path: _price(maker, batch).save(path)))
     floats = SHORT[maker.dtype]
-    points = [Point(f"dense {floats}", maker.model, maker.dtype, predicted(plan))]
+    points = [Point(f"dense {floats}", maker.model, maker.dtype, plan)]
     if maker.dtype != "float32":
         points.append(Point("dense fp32", maker.model, "float32"))
     two_four = _once(folder / "2-4", maker.sparse)
     path = _once(folder / "2-4-packed", lambda at: maker.packed(two_four, at))
-    points.append(Point(f"2:4 {floats}", str(path), None, predicted(everywhere(plan, Format("2:4")))))
+    points.append(Point(f"2:4 {floats}", str(path), None, everywhere(plan, Format("2:4"))))
     in_few_bits = [(f"dense {name}", maker.model) for name in QUANTIZED] + [
         (f"2:4 {name}", two_four) for name in QUANTIZED
     ]
@@ -113,7 +113,7 @@ def made(maker: Maker, folder: Path, batch: Sequence[int], speedups: Sequence[fl
         pattern, values = name.split()[0], QUANTIZED[name.split()[1]]
         at = folder / name.replace(":", "-").replace(" ", "-")
         path = _once(at, lambda at, s=source, v=values: maker.rounded(s, at, values=v, include="*"))
-        points.append(Point(name, str(path), None, predicted(everywhere(plan, parse_format(f"{pattern} {values}")))))
+        points.append(Point(name, str(path), None, everywhere(plan, parse_format(f"{pattern} {values}"))))
     return points + [found for speedup in speedups if (found := _planned(maker, plan, folder, speedup)) is not None]
 
 
@@ -132,7 +132,7 @@ def _planned(maker: Maker, prices: sf.Plan, folder: Path, speedup: float) -> Poi
         source = str(_once(folder / label, lambda at, s=source: maker.rounded(s, at, plan=str(written))))
     elif source != maker.model:
         source = str(_once(folder / label, lambda at, s=source: maker.packed(s, at)))
-    return Point(f"plan {speedup:g}x", source, maker.dtype if source == maker.model else None, predicted(plan))
+    return Point(f"plan {speedup:g}x", source, maker.dtype if source == maker.model else None, plan)
 
 
 def _price(maker: Maker, batch: Sequence[int]) -> sf.Plan:
@@ -155,44 +155,62 @@ def predicted(plan: sf.Plan) -> dict[str, Any]:
     return {
         "speedup": {str(t): s for t, s in plan.speedups.items()},
         "microseconds": {str(t): sum(w.price.microseconds[t] for w in plan.weights) for t in plan.tokens},
-        "dense_microseconds": {str(t): sum(w.prices[DENSE].microseconds[t] for w in plan.weights) for t in plan.tokens},
         "bytes": plan.bytes,
         "loss": plan.loss,
         "formats": {form: found.count(form) for form in sorted(set(found))},
     }
 
 
-def drift(plan: sf.Plan, dtype: str) -> dict[str, float]:
-    """By token count, how many times as long as in the plan's prices the dense linears take now: memory is shared with
-    whoever else is on the machine."""
-    sizes = Counter((sum(w.shape[0] for w in group), group[0].shape[1]) for group in plan.groups)
-    device, form = torch.device("cpu"), parse_format("dense int8")  # any that is timed beside dense
-    took = dict.fromkeys(plan.tokens, 0.0)
-    for (out, width), count in sizes.items():
-        shape = cost.Shape.of(out, width, getattr(torch, dtype), form)
-        rows = next(iter(cost.measure([shape], plan.tokens, device, layouts_of(device))[shape].values()))
-        for t in plan.tokens:
-            took[t] += count * rows[t].dense_us
-    before = {t: sum(w.prices[DENSE].microseconds[t] for w in plan.weights) for t in plan.tokens}
-    return {str(t): took[t] / before[t] for t in plan.tokens}
+Product = tuple[int, int, Format]  # outputs, inputs
+
+
+def products(plan: sf.Plan) -> Counter[Product]:
+    """What is multiplied in a step, by how often."""
+    found: Counter[Product] = Counter()
+    for group in plan.groups:
+        outputs: Counter[Format] = Counter()
+        for w in group:
+            outputs[w.format] += w.shape[0]
+        found.update((out, group[0].shape[1], form) for form, out in outputs.items())
+    return found
+
+
+def price_now(plans: Sequence[sf.Plan], dtype: str) -> dict[Product, dict[int, float]]:
+    """Microseconds of each product of the plans at each token count: memory and clock are shared with whoever else is on
+    the machine, so that prices of another hour say little of this one."""
+    device, found = torch.device("cpu"), {}
+    wanted = {product for plan in plans for product in products(plan)}
+    for out, width in {product[:2] for product in wanted}:
+        forms = {form for *size, form in wanted if size == [out, width]}
+        timed = forms - {DENSE} or {Format("dense", "int8")}  # dense is timed beside any
+        shapes = {form: cost.Shape.of(out, width, getattr(torch, dtype), form) for form in timed}
+        table = cost.measure(list(shapes.values()), plans[0].tokens, device, layouts_of(device), rounds=7)
+        rows = {form: list(table[shape].values()) for form, shape in shapes.items()}
+        for form in forms:
+            of = rows.get(form) or next(iter(rows.values()))
+            found[out, width, form] = {
+                t: min(by[t].dense_us if form == DENSE else by[t].packed_us for by in of) for t in plans[0].tokens
+            }
+    return found
+
+
+def time_of(plan: sf.Plan, now: Mapping[Product, Mapping[int, float]]) -> dict[str, float]:
+    """Microseconds of all linears of a step, by token count."""
+    return {str(t): sum(count * now[p][t] for p, count in products(plan).items()) for t in plan.tokens}
 
 
 def expected_speed(
-    prediction: dict[str, Any], dense: dict[str, float], drifted: dict[str, float]
+    linears: Mapping[str, float], known: Mapping[str, float], speed: Mapping[str, float]
 ) -> dict[str, float | None]:
-    """Tokens per second by batch, if what lies between the linears takes as long as in the dense model; None where the
-    prices save more than its whole step takes.
+    """Tokens per second by batch, if all but the linears takes as long as in a model that is known; None where its linears
+    alone take longer than its step.
 
     Args:
-        dense: measured tokens per second of the dense model in the same dtype, by batch.
-        drifted: what :func:`drift` said in the same run; prices are multiplied by it.
+        linears, known: microseconds of the linears, of this one and of the known one.
+        speed: measured tokens per second of that.
     """
-    speeds: dict[str, float | None] = {}
-    for batch, speed in dense.items():
-        saved = drifted[batch] * (prediction["dense_microseconds"][batch] - prediction["microseconds"][batch])
-        seconds = int(batch) / speed - saved / 1e6
-        speeds[batch] = int(batch) / seconds if seconds > 0 else None
-    return speeds
+    rest = {batch: 1e6 * int(batch) / speed[batch] - known[batch] for batch in speed}
+    return {b: 1e6 * int(b) / (rest[b] + linears[b]) if rest[b] > 0 else None for b in speed}
 
 
 def recipe_of(path: Path | None) -> sf.Recipe:

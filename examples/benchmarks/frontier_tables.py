@@ -34,20 +34,23 @@ def frontier_table() -> str:
     rows = []
     for point in points:
         speeds = (f"{point['tokens_per_second'][b]:.1f}{_predicted(point, b)}" for b in counts)
-        zero_shot = point["zero_shot_mean"]
+        zero_shot, prompt = point["zero_shot_mean"], point.get("prompt_tokens_per_second", {}).get(counts[-1])
         rows.append((
             point["name"], f"{point['perplexity']:.2f}", "" if zero_shot is None else f"{100 * zero_shot:.1f}",
-            *speeds, f"{point['bytes'] / 1e6:.0f} MB", ", ".join(beaten[point["name"]]) or "nobody",
+            *speeds, "" if prompt is None else f"{prompt:.0f}", f"{point['bytes'] / 1e6:.0f} MB",
+            ", ".join(beaten[point["name"]]) or "nobody",
         ))  # fmt: skip
     asked = points[0]["asked"]
     text = (
         f"{machine(points[0])} threads; perplexity of the first {asked['windows']} windows of {asked['context']} tokens of {asked['text']};"
-        f" {points[0]['prompt']} tokens of prompt, {points[0]['tokens']} new ones; commit {points[0]['commit']}."
+        f" prompts of {points[0]['prompt']} tokens, {points[0]['tokens']} new ones, decoded tokens/s are of those behind the first;"
+        f" commit {points[0]['commit']}."
     )
-    if any(_predicted(point, b) for point in points for b in counts):
-        text += " In brackets: what the plan's prices predict from the dense model's speed."
-    names = ("point", "perplexity", "zero-shot %", *(f"tokens/s, batch {b}" for b in counts), "bytes", "dominated by")
-    return blocks([(text, table(names, "lrr" + "r" * len(counts) + "rl", rows))])
+    if base := next((point["predicted_from"] for point in points if "predicted_from" in point), None):
+        text += f" In brackets: what the linears' times say if all else takes as long as in {base}."
+    speeds = (*(f"tokens/s, batch {b}" for b in counts), f"prompt tokens/s, batch {counts[-1]}")
+    names = ("point", "perplexity", "zero-shot %", *speeds, "bytes", "dominated by")
+    return blocks([(text, table(names, "lrr" + "r" * len(speeds) + "rl", rows))])
 
 
 def _predicted(point: dict, batch: str) -> str:

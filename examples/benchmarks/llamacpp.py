@@ -101,22 +101,24 @@ def generate(context: Context, prompts: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def speed(model: object, asked: dict) -> dict:
-    """Tokens per second of each round at each batch, as formats_worker.py counts them: prompt included."""
+    """Of each round at each batch, as formats_worker.py counts them: tokens per second, prompt included, and the seconds
+    to the first token."""
     prompt = asked["ids"].numpy()
     length = prompt.shape[1] + max(asked["tokens"], asked["text_tokens"])
-    speeds = {}
+    speeds, firsts = {}, {}
     for rows in asked["batch"]:
         context = Context(model, rows, length, asked["threads"])
         prompts = np.repeat(prompt, rows, axis=0)
         generate(context, prompts, 2)
-        seconds = []
+        seconds = {1: [], asked["tokens"]: []}
         for _ in range(asked["rounds"]):
-            clock = time.perf_counter()
-            generate(context, prompts, asked["tokens"])
-            seconds.append(time.perf_counter() - clock)
-        speeds[rows] = [rows * asked["tokens"] / s for s in seconds]
+            for count, of in seconds.items():
+                clock = time.perf_counter()
+                generate(context, prompts, count)
+                of.append(time.perf_counter() - clock)
+        speeds[rows], firsts[rows] = [rows * asked["tokens"] / s for s in seconds[asked["tokens"]]], seconds[1]
         context.close()
-    return {"tokens_per_second": speeds}
+    return {"tokens_per_second": speeds, "first_token_seconds": firsts}
 
 
 def perplexity(model: object, asked: dict) -> dict:
