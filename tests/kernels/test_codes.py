@@ -5,7 +5,17 @@ from math import prod
 import pytest
 import torch
 import torch.nn.functional as F
-from code_cases import FORMATS, MANY, assert_codes_correct, assert_rows_alike, in_tiles, lanes, random_codes, rounded
+from code_cases import (
+    FORMATS,
+    MANY,
+    assert_codes_correct,
+    assert_rows_alike,
+    assert_tiles_correct,
+    in_tiles,
+    lanes,
+    random_codes,
+    rounded,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,13 +118,13 @@ def test_a_bitmask_that_lies_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products(text, isa, dtype):
     format = parse_format(text)
-    for out, groups, rows in [(16, 2, 1), (33, 4, 2), (5, 3, 3), (40, 16, 8), (17, 5, 35)]:
+    for out, groups, rows in [(16, 2, 1), (33, 4, 2), (5, 3, 3), (40, 16, 5), (40, 16, 11), (17, 5, 35)]:
         width = groups * (format.group or 20)
         packed, _ = random_codes(out, width, text, seed=out)
         x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
         got = cpu.rows_linear(x, *packed, isa=isa)
-        if in_tiles(isa, dtype) and rows >= MANY:
-            assert_codes_correct(got, x, packed, None, "none")
+        if in_tiles(isa, dtype, text) and rows >= MANY:
+            assert_tiles_correct(got, x, packed)
             continue
         near, scales = rounded(x, isa)
         weight = unpack(packed).double()
@@ -133,7 +143,7 @@ def test_a_row_has_the_same_bits_beside_any_number_of_others(text, isa):
     width = 2432 if text.endswith("128") else 1376
     packed, _ = random_codes(19, width, text)
     x = torch.randn(71, width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    alone, _ = assert_rows_alike(lambda x: cpu.rows_linear(x, *packed, isa=isa), x, isa)
+    alone, _ = assert_rows_alike(lambda x: cpu.rows_linear(x, *packed, isa=isa), x, in_tiles(isa, x.dtype, text))
     near = rounded(x, isa)[0] @ unpack(packed).double().t()
     assert (alone.double() - near).abs().max() <= 0.02 * near.abs().max()
 
@@ -141,15 +151,36 @@ def test_a_row_has_the_same_bits_beside_any_number_of_others(text, isa):
 @needs_kernel
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(FORMATS), st.integers(1, 70), st.integers(1, 24), st.integers(MANY, 140), st.integers(0, 99))
-def test_many_rows_of_bfloat16(text, out, groups, rows, seed):
-    """Of any width, incomplete steps of tile registers too, and any number of rows; with tile registers unrounded."""
+def test_many_rows(text, out, groups, rows, seed):
+    """Of any width, incomplete steps of tile registers too, and any number of them, of either dtype."""
     packed, _ = random_codes(out, groups * (parse_format(text).group or 4), text, seed)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, packed.in_features, generator=generator).bfloat16()
-    bias = torch.randn(out, generator=generator).bfloat16() if seed % 2 else None
-    rounded_to = None if in_tiles(cpu.instruction_set(), x.dtype) else packed.in_features  # or fewer
+    generator, dtype = torch.Generator().manual_seed(seed), (torch.float32, torch.bfloat16)[seed % 4 // 2]
+    x = torch.randn(rows, packed.in_features, generator=generator).to(dtype)
+    bias = torch.randn(out, generator=generator).to(dtype) if seed % 2 else None
     for activation in ("none", "silu_mul") if out % 2 == 0 else ("none",):
-        assert_codes_correct(call(x, packed, bias, activation), x, packed, bias, activation, rounded_to)
+        y = call(x, packed, bias, activation)
+        if in_tiles(cpu.instruction_set(), dtype, text):
+            assert_tiles_correct(y, x, packed, bias, activation)
+        else:
+            assert_codes_correct(y, x, packed, bias, activation, packed.in_features)  # or fewer
+
+
+@needs_kernel
+@pytest.mark.parametrize("text", ["2:4 int8", "dense int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_extremes(text, dtype):
+    """Zeros, the largest and the least numbers, and what is none, each alone in its row."""
+    packed, _ = random_codes(20, 200, text)
+    x = torch.randn(24, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    clean = call(x, packed)
+    x[1], x[3], x[5, 7], x[7, 199] = 0, x[3] * 1e30, float("nan"), float("-inf")
+    x[9] = x[9] * 1e-30
+    y = call(x, packed)
+    assert (y[1] == 0).all() and y[5].isnan().all() and y[7].isnan().all()
+    torch.testing.assert_close(y[3] / 1e30, clean[3], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(y[9] * 1e30, clean[9], rtol=0.02, atol=0.02)
+    others = [r for r in range(24) if r not in (1, 3, 5, 7, 9)]
+    assert torch.equal(y[others], clean[others])
 
 
 @needs_kernel

@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
-from code_cases import MANY, assert_codes_correct, assert_rows_alike, in_tiles, random_codes, rounded
+from code_cases import (
+    MANY,
+    assert_codes_correct,
+    assert_rows_alike,
+    assert_tiles_correct,
+    in_tiles,
+    random_codes,
+    rounded,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -63,8 +71,8 @@ def test_products(isa, text, rows):
         dtype = torch.float32 if out % 3 else torch.bfloat16
         x = torch.randn(rows, 64 * steps, generator=torch.Generator().manual_seed(rows)).to(dtype)
         got = cpu.pairs_linear(x, *PAIRS.convert(packed), 64 * steps, packed.scales, isa=isa)
-        if in_tiles(isa, dtype) and rows >= MANY and "int4" in text:
-            assert_codes_correct(got, x, packed, None, "none")
+        if in_tiles(isa, dtype, text, pairs=True) and rows >= MANY:
+            assert_tiles_correct(got, x, packed)
             continue
         near, scales = rounded(x, sums_of=(8, 8))
         weight = unpack(packed).double()
@@ -91,7 +99,7 @@ def test_a_row_has_the_same_bits_beside_any_number_of_others_and_on_any_number_o
     packed, _ = random_codes(84, 1152, text)
     x = torch.randn(71, 1152, generator=torch.Generator().manual_seed(0)).bfloat16()
     product = lambda x: cpu.pairs_linear(x, *PAIRS.convert(packed), 1152, packed.scales, isa=isa)  # noqa: E731
-    _, every = assert_rows_alike(product, x, isa if "int4" in text else "without tile registers")
+    _, every = assert_rows_alike(product, x, in_tiles(isa, x.dtype, text, pairs=True))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -53,20 +53,26 @@ def rounded(x, isa=None, sums_of=None):
     return (codes * scales).view(rows, -1)[:, :width], scales
 
 
-def in_tiles(isa, dtype):
-    """Do some rows of x meet int8 and int4 codes unrounded, in tile registers?"""
-    return isa == "amx" and dtype == torch.bfloat16
+def in_tiles(isa, dtype, text, pairs=False):
+    """Do many rows of x meet these codes in tile registers? Then they have fifteen bits before int8, and before int4
+    are not rounded."""
+    return isa == "amx" and (not pairs if "int8" in text else dtype == torch.bfloat16)
 
 
-#: rows of x, few of which are always rounded, and many never, where there are tile registers
+def assert_tiles_correct(y, x, packed, bias=None, activation="none"):
+    eight = packed.format.values == "int8"
+    assert_codes_correct(y, x, packed, bias, activation, x.shape[1] if eight else None, levels=127 * 128)
+
+
+#: rows of x, few of which never are in tile registers, and many always, where there are some
 FEW, MANY = 6, 10
 
 
-def assert_rows_alike(product, x, isa):
+def assert_rows_alike(product, x, tiles):
     """A row of x has the same bits beside any number of others, and the last ones of a tile too; of two numbers of
     rows, one of which is for tile registers, each for itself. Returns the products of each row, and of all."""
     alone = torch.cat([product(row[None]) for row in x])
-    every = product(x) if in_tiles(isa, x.dtype) else alone
+    every = product(x) if tiles else alone
     for rows in (*range(2, 14), 16, 17, 31, 33, 49, 65, len(x)):
         if rows < FEW:
             assert torch.equal(product(x[:rows]), alone[:rows])
@@ -75,17 +81,17 @@ def assert_rows_alike(product, x, isa):
     return alone, every
 
 
-def assert_codes_correct(y, x, packed, bias, activation, rounded_to=None):
+def assert_codes_correct(y, x, packed, bias, activation, rounded_to=None, levels=127):
     """``y`` against float64. Allowed is what sparse_cases.assert_correct allows of the sum; three roundings of each
     weight to y's dtype (its scale, it, and sums in that dtype); and half a step of each input where groups of
-    ``rounded_to`` inputs of x are rounded to 8 bits."""
+    ``rounded_to`` inputs of x are rounded to so many ``levels`` of either sign."""
     weight, wide = unpack(packed).double(), x.double()
     sums = wide @ weight.t() + (0 if bias is None else bias.double())
     size = wide.abs() @ weight.abs().t() + (0 if bias is None else bias.double().abs())
     u = torch.finfo(y.dtype).eps / 2
     error = (x.shape[1] * 2.0**-24 + 3 * u) * size + 2 * u * sums.abs()
     if rounded_to is not None:
-        step = wide.unflatten(1, (-1, rounded_to)).abs().amax(-1) / 254
+        step = wide.unflatten(1, (-1, rounded_to)).abs().amax(-1) / (2 * levels)
         error += step.repeat_interleave(rounded_to, 1) @ weight.abs().t()
     expected = ACTIVATIONS[activation].forward(sums)
     if activation == "silu_mul":

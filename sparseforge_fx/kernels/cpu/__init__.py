@@ -42,6 +42,7 @@ _SOURCES = (
     "finish.h",
     "amx.h",
     "amx_rows.h",
+    "amx_bytes.h",
     "amx_codes.h",
     "amx_pairs.h",
 )

@@ -8,9 +8,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define AMX_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16,amx-int8")))
+
 namespace sparseforge::amx {
-#define TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")))
+#define TARGET AMX_TARGET
 
 constexpr int64_t kStep = 32;                  // inputs per tile multiply
 constexpr int64_t kTileElems = 16 * kStep;     // 1 KiB
@@ -112,9 +114,9 @@ INLINE void multiply(const bf16* w, const bf16* x, int64_t group_stride) {
   }
 }
 
-// A Block is sixteen weight rows: `steps` of them there are, `expand` writes one, and `finished` makes outputs of the sums
-// with a row of x. Expanding happens while the tile unit works on an earlier step, and asks memory for what comes later,
-// evenly over time: expanding a long piece first leaves memory idle during its products.
+// A Block is sixteen weight rows: `steps` of them there are, and `expand` writes one. That happens while the tile unit
+// works on an earlier one, and asks memory for what comes later, evenly over time: expanding a long piece first leaves
+// memory idle during its products.
 template <int GROUPS, class Block>
 TARGET void tile_of(Block& block, const bf16* x, int64_t columns, float* out) {
   constexpr int64_t kRing = 4, kLag = 2;  // a tile load right behind the stores of the same memory waits for them
@@ -143,7 +145,7 @@ TARGET void tile_of(Block& block, const bf16* x, int64_t columns, float* out) {
     transpose(v);
 #pragma GCC unroll 16
     for (int m = 0; m < 16; ++m)
-      if (16 * g + m < columns) _mm512_storeu_ps(out + (16 * g + m) * kTileRows, block.finished(v[m]));
+      if (16 * g + m < columns) _mm512_storeu_ps(out + (16 * g + m) * kTileRows, v[m]);
   }
 }
 

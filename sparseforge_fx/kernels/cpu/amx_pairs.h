@@ -2,8 +2,7 @@
 
 #ifdef SPARSEFORGE_X86
 namespace amx_pairs {
-#define TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")))
+#define TARGET AMX_TARGET
 
 struct Block {
   const uint8_t *values[kPairs], *places[kPairs];
@@ -40,8 +39,6 @@ struct Block {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(mask + 2 * p), _mm_shuffle_epi8(eight, row_by_row));
     }
   }
-
-  INLINE __m512 finished(__m512 sums) const { return sums; }
 
   INLINE void expand(int64_t step, bf16 (*out)[amx::kStep]) {
     const int64_t k = step / 2, half = step % 2;

@@ -6,8 +6,7 @@
 
 #ifdef SPARSEFORGE_X86
 namespace sparseforge::amx {
-#define TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")))
+#define TARGET AMX_TARGET
 
 struct RowsBlock {
   static constexpr int64_t kAhead = 512, kMaskAhead = 64;  // bytes
@@ -45,8 +44,6 @@ struct RowsBlock {
       avx512_bf16::store(out[r], avx512_bf16::expand(v, mask[r] + step * 4));
     }
   }
-
-  INLINE __m512 finished(__m512 sums) const { return sums; }
 
   TARGET void expand_tail(bf16 (*out)[kStep]) const {
     for (int r = 0; r < 16; ++r) {

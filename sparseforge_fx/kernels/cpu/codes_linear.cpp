@@ -3,7 +3,7 @@
 // x is rounded to 8 bits, so that products are of integers, exact, and summed in groups before they meet their scales
 // in float32. Of 256 inputs of a row those share a scale that are summed in the same lane of a register: 16 with AVX-512,
 // 32 with AVX2, 128 without either. Scales of such small groups cost nothing: a lane is multiplied by its own. With AMX
-// several rows of bfloat16 stay as they are: amx_codes.h.
+// several rows have fifteen bits before int8 (amx_bytes.h), and before int4 stay bfloat16 (amx_codes.h).
 
 #include "codes_linear.h"
 
@@ -40,8 +40,7 @@ struct CodesJob {
   int64_t group;                               // inputs that share a scale; 0: all of a row
 };
 
-template <int BITS>
-constexpr int64_t kAmxColumns = BITS == 8 ? 10 : 6;  // tile registers pay from so many rows of x (measured)
+constexpr int64_t kAmxColumns = 6;  // tile registers pay from so many rows of x (measured)
 
 namespace portable_codes {
 #define TARGET
@@ -361,6 +360,7 @@ INLINE void sum_four(const Acc* a, float* out) {
 
 #endif
 
+#include "amx_bytes.h"
 #include "amx_codes.h"
 
 #define SPARSEFORGE_KERNEL(space)                                                                                  \
@@ -370,11 +370,13 @@ INLINE void sum_four(const Acc* a, float* out) {
 template <class S, int BITS>
 TileKernel<S, CodesJob> kernel_of(Isa isa, bool sparse, int64_t columns, int64_t in) {
 #ifdef SPARSEFORGE_X86
-  if constexpr (std::is_same_v<S, bf16>)
-    if (isa >= Isa::amx && columns >= kAmxColumns<BITS>)
+  if (isa >= Isa::amx && columns >= kAmxColumns) {
+    if constexpr (BITS == 8) return amx_bytes::kernel<S>(sparse, vnni_codes::finish<S>, in);
+    if constexpr (BITS == 4 && std::is_same_v<S, bf16>)
       return amx_kernel<CodesJob>(
-          sparse ? amx::tile<amx_codes::Block<true, BITS>, CodesJob> : amx::tile<amx_codes::Block<false, BITS>, CodesJob>,
+          sparse ? amx::tile<amx_codes::Block<true>, CodesJob> : amx::tile<amx_codes::Block<false>, CodesJob>,
           vnni_codes::finish<S>, in);
+  }
   if (isa >= Isa::avx512 && has_vnni()) return SPARSEFORGE_KERNEL(vnni_codes);
   if (isa >= Isa::avx2 && __builtin_cpu_supports("f16c")) return SPARSEFORGE_KERNEL(avx2_codes);
 #endif

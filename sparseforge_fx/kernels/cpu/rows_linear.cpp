@@ -40,7 +40,7 @@ bool supported(Isa isa) {
   static const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                                   __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
   static const bool amx = avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                          amx::request_permission();
+                          __builtin_cpu_supports("amx-int8") && amx::request_permission();
   switch (isa) {
     case Isa::portable:
       return true;
