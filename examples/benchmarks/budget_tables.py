@@ -138,3 +138,25 @@ def of_experts(stacks: Mapping[str, Mapping[str, list]]) -> tuple[str, str]:
     if not tokens or not errors:
         return "", ""
     return f"{min(tokens):,} to {max(tokens):,}", f"{min(errors):.1%} to {max(errors):.1%}"
+
+
+def rates_table() -> str:
+    """The same run at other learning rates."""
+    runs = sorted(read("rates"), key=lambda run: run["report"]["lr"])
+    if not runs:
+        return NONE
+    first = runs[0]
+    report = first["report"]
+    text = (
+        f"{first['model']}, {report['preset']}, {first['tokens']:,} tokens, {report['calibration_sequences']} calibration sequences, seed"
+        f" {report['seed']}, {report['device']}: perplexity of the first {first['windows']} windows of {first['context']} tokens (dense"
+        f" {first['dense_perplexity']['test']:.2f} and {first['dense_perplexity']['valid']:.2f})."
+    )
+    rows = []
+    for run in runs:
+        kl = [point["kl"] for point in run["report"]["curves"]]
+        ends = (f"{sum(part) / len(part):.3f}" for part in (kl[:30], kl[-30:]))
+        scored = (f"{run['sparse_perplexity'][name]:.2f}" for name in ("test", "valid"))
+        rows.append((f"{run['report']['lr']:g}", *ends, *scored, run["report"]["commit"]))
+    names = ("rate", "KL, first 30 steps", "last 30", "test", "validation", "commit")
+    return blocks([(text, table(names, "rrrrrl", rows))])

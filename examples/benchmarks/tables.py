@@ -24,6 +24,7 @@ TABLES = {
     "budget": budget.budget_table,
     "mixture": budget.mixture_table,
     "objective": budget.objective_table,
+    "rates": budget.rates_table,
     "ablations": quality.ablation_table,
     "reorder": quality.reorder_table,
     "estimator-quality": quality.estimator_quality_table,
