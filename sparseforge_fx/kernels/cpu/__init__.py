@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning, one_line
 from sparseforge_fx.files import move_file
@@ -138,12 +139,16 @@ def pairs_dense(values, places, in_features, scales):
 
 @functools.cache
 def _load() -> bool:
+    library = _folder() / f"{_name()}.so"
+    files = library, library.with_name(f"lib{library.stem}.a")
     try:
-        library = _folder() / f"{_name()}.so"
-        if library.exists() and library.with_name(f"lib{library.stem}.a").exists():
-            torch.ops.load_library(library)
-        else:
-            _build(library)
+        if not all(file.exists() for file in files):
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(library.parent.with_suffix(".lock")):  # of several processes one builds
+                if not all(file.exists() for file in files):
+                    _build(library)
+                    return True
+        torch.ops.load_library(library)
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         reason = one_line(error)
         told = f"packed linears run in plain torch on this CPU: no C++ kernel ({reason})"
@@ -170,7 +175,6 @@ def _build(library: Path) -> None:
     """Compile into a folder of our own, load, then move into the cache: another process never sees half a file."""
     from torch.utils.cpp_extension import load
 
-    library.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="build-", dir=library.parent)
     flags = ["-O3", "-std=c++20", "-Wno-psabi"]
     if torch.backends.openmp.is_available():

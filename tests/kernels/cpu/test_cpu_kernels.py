@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_cases import assert_correct, random_linear
@@ -44,6 +46,7 @@ def test_the_operator_runs_on_the_level_that_the_environment_names(isa):
     """In a process of its own, and from there into the packages of AOTInductor, which read the same variable."""
     script = """
 import torch
+from filelock import FileLock
 from sparse_cases import assert_correct, random_linear
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.layouts import LAYOUTS, Kernel
@@ -233,6 +236,22 @@ def test_without_a_compiler_it_is_plain_torch_and_one_warning(fresh, monkeypatch
         warnings.simplefilter("error")
         sparse_linear(x, packed.values, packed.bitmask, "rows", 36)
     assert cpu.instruction_sets() == () and not list((tmp_path / "sparseforge_fx").iterdir())
+
+
+def test_what_another_process_builds_is_not_built_twice(tmp_path):
+    cpu.available()
+    folder = tmp_path / "sparseforge_fx"
+    code = "from sparseforge_fx.kernels import cpu; del cpu._build; print(cpu.available())"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    with FileLock(folder.with_suffix(".lock")):
+        other = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(600):
+            if folder.exists():  # it is about to wait
+                break
+            time.sleep(0.1)
+        for file in cpu._folder().glob(f"*{cpu._name()}*"):
+            shutil.copy(file, folder)
+    assert other.communicate(timeout=120)[0].strip() == "True"
 
 
 @pytest.fixture
