@@ -187,10 +187,8 @@ def price_now(plans: Sequence[sf.Plan], dtype: str) -> dict[Product, dict[int, f
         table = cost.measure(list(shapes.values()), plans[0].tokens, device, layouts_of(device), rounds=7)
         rows = {form: list(table[shape].values()) for form, shape in shapes.items()}
         for form in forms:
-            of = rows.get(form) or next(iter(rows.values()))
-            found[out, width, form] = {
-                t: min(by[t].dense_us if form == DENSE else by[t].packed_us for by in of) for t in plans[0].tokens
-            }
+            of = cost.of_one_layout(rows.get(form) or next(iter(rows.values())), plans[0].tokens)
+            found[out, width, form] = {t: row.dense_us if form == DENSE else row.packed_us for t, row in of.items()}
     return found
 
 
@@ -201,16 +199,16 @@ def time_of(plan: sf.Plan, now: Mapping[Product, Mapping[int, float]]) -> dict[s
 
 def expected_speed(
     linears: Mapping[str, float], known: Mapping[str, float], speed: Mapping[str, float]
-) -> dict[str, float | None]:
-    """Tokens per second by batch, if all but the linears takes as long as in a model that is known; None where its linears
-    alone take longer than its step.
+) -> dict[str, float]:
+    """Tokens per second by batch, if all but the linears takes as long as in a model that is known: no less than nothing,
+    where its linears alone, timed one by one, take longer than its step.
 
     Args:
         linears, known: microseconds of the linears, of this one and of the known one.
         speed: measured tokens per second of that.
     """
-    rest = {batch: 1e6 * int(batch) / speed[batch] - known[batch] for batch in speed}
-    return {b: 1e6 * int(b) / (rest[b] + linears[b]) if rest[b] > 0 else None for b in speed}
+    rest = {batch: max(0.0, 1e6 * int(batch) / speed[batch] - known[batch]) for batch in speed}
+    return {b: 1e6 * int(b) / (rest[b] + linears[b]) for b in speed}
 
 
 def recipe_of(path: Path | None) -> sf.Recipe:

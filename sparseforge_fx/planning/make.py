@@ -183,7 +183,8 @@ def _priced(
             notes.append(f"{form} has no times for {site.out_features} x {site.in_features}: it was not considered")
             continue
         size = cost.Shape.of(*of_one, form).bytes + (dense if candidate.copied else 0)
-        prices[form] = Price(predicted, size, {t: share * min(by[t].packed_us for by in measured) for t in tokens})
+        best = cost.of_one_layout(measured, tokens)
+        prices[form] = Price(predicted, size, {t: share * best[t].packed_us for t in tokens})
     return PlannedWeight(site.fqn, of_one[:2], DENSE, prices, candidate.group)
 
 

@@ -90,6 +90,20 @@ def test_a_group_has_one_format_and_its_share_of_the_products_time(captured_once
     assert again == made
 
 
+def test_a_price_is_of_one_layout_for_all_token_counts(captured_once, monkeypatch):
+    """That which a weight would be kept in, not the fastest at each count."""
+    found = captured_once("mlp")
+    us = {"rows": {1: 10.0, 8: 20.0}, "pairs": {1: 8.0, 8: 40.0}}
+
+    def measured(shapes, tokens, device, layouts):
+        row = lambda s, layout, t: cost.Timing(s, layout, t, 50.0, (1.0, 1.0), us[layout][t], (1.0, 1.0))  # noqa: E731
+        return {s: {layout: {t: row(s, layout, t) for t in tokens} for layout in us} for s in shapes}
+
+    monkeypatch.setattr(cost, "measure", measured)
+    made = sf.plan(found.model, [found.batch(0, rows=64)], bytes=0.9, tokens=[1, 8], formats=["2:4"])
+    assert all(w.prices[parse_format("2:4")].microseconds == us["rows"] for w in made.weights)
+
+
 def test_what_is_measured_here(captured_once, monkeypatch):
     found = captured_once("mlp")
     monkeypatch.setattr(cost, "measure", partial(cost.measure, rounds=2, seconds=1e-5))

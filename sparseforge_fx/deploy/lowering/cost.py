@@ -280,6 +280,11 @@ def choose(
     return None, "; ".join(f"{name}: {reason}" for name, reason in said) if len(said) > 1 else str(reasons.popitem()[1])
 
 
+def of_one_layout(found: Iterable[dict[int, Timing]], tokens: Sequence[int]) -> dict[int, Timing]:
+    """Of a weight's layouts that which takes least (geometric mean): it is kept in one for all token counts."""
+    return min(found, key=lambda by: statistics.geometric_mean(by[t].packed_us for t in tokens))
+
+
 def describe(table: Table) -> list[dict[str, Any]]:
     """The rows of a table."""
     rows = [t for by_layout in table.values() for by_tokens in by_layout.values() for t in by_tokens.values()]
