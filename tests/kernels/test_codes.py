@@ -177,8 +177,8 @@ def test_rows_of_extremes(text, dtype):
     x[9] = x[9] * 1e-30
     y = call(x, packed)
     assert (y[1] == 0).all() and y[5].isnan().all() and y[7].isnan().all()
-    torch.testing.assert_close(y[3] / 1e30, clean[3], rtol=0.02, atol=0.02)
-    torch.testing.assert_close(y[9] * 1e30, clean[9], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(y[3] / 1e30, clean[3], rtol=0.02, atol=0.3)  # steps of x, rounded anew
+    torch.testing.assert_close(y[9] * 1e30, clean[9], rtol=0.02, atol=0.3)
     others = [r for r in range(24) if r not in (1, 3, 5, 7, 9)]
     assert torch.equal(y[others], clean[others])
 
