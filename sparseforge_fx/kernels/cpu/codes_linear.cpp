@@ -408,7 +408,7 @@ void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int
   const auto kernel = bits == 8 ? kernel_of<S, 8>(isa, sparse, columns, in) : kernel_of<S, 4>(isa, sparse, columns, in);
   const at::Tensor last = copy_last(job, out_features);
   multiply_in_tiles(kernel, job, x, columns, in, out_features, bias, activation, y,
-                    ScaleOfOutputs{bits == 8 ? job.all.scales : nullptr});
+                    ScaleOfOutputs{bits == 8 && !kernel.amx ? job.all.scales : nullptr});  // amx_bytes.h has done it
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ struct TileKernel {
   int64_t row_bytes;  // of a prepared row
   int64_t pass;       // rows of x per pass over the weight
   int64_t at_once;    // rows of x that cost no more than one
-  bool amx = false;   // it needs tile registers, and has multiplied sums by what `scaled` would
+  bool amx = false;   // it needs tile registers
 };
 
 #ifdef SPARSEFORGE_X86
@@ -111,7 +111,7 @@ void multiply_in_tiles(const TileKernel<S, Job>& kernel, const Job& job, const S
     alignas(64) float sums[kMostColumns * kTileRows], second[kMostColumns * kTileRows];
     const auto sum = [&](const char* of, int64_t part, int64_t first, int64_t last, float* found) {
       kernel.tile(job, of, part, first, last, found);
-      if (!kernel.amx) scaled(found, part, first, last);
+      scaled(found, part, first, last);
     };
     // passes outside: their x stays in the cache for all tiles, and reading the packed weight again costs less
     for (int64_t m = 0; m < columns; m += kernel.pass) {

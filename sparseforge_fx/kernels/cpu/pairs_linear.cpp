@@ -279,7 +279,8 @@ INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run<BITS>*
 template <class S, int BITS>
 TileKernel<S, PairsJob> kernel_of(Isa isa, int64_t columns, int64_t in) {
   if constexpr (std::is_same_v<S, bf16> && BITS == 4)
-    if (isa >= Isa::amx && columns >= kAmxColumns) return amx_kernel<PairsJob>(amx::tile<amx_pairs::Block, PairsJob>, vnni_pairs::finish<S>, in);
+    if (isa >= Isa::amx && columns >= kAmxColumns)
+      return amx_kernel<PairsJob>(amx::tile<amx_pairs::Block, PairsJob>, vnni_pairs::finish<S>, in);
   if (isa >= Isa::avx512 && has_vnni()) return SPARSEFORGE_KERNEL(vnni_pairs);
   return SPARSEFORGE_KERNEL(avx2_pairs);
 }
