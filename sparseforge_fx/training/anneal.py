@@ -122,7 +122,7 @@ def _shared_start(
     start = SharedStart.of(config, recipe, run.in_parts is not None)
     whole = {"slorb_block": settings.slorb_block is not None, "features": settings.objective.features is not None}
     trained = config if start is None else start.trained
-    sharding.check(trained, run.sites, **whole, adamw8bit=recipe.optimizer != "adamw")
+    sharding.check(trained, run.sites, **whole)
     return start
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import NamedTuple, Protocol
 
 import torch
@@ -246,7 +247,7 @@ class _Machine:
         return self.byte * OPTIMIZER * FLOAT32 * numbers
 
     def _time(self, run: Callable[[], object]) -> float:
-        """The best of some calls."""
+        """The median of some calls: as steps go, not as the best of them does."""
         found: list[float] = []
         while len(found) < ROUNDS and sum(found) < ENOUGH:
             self._wait()
@@ -254,7 +255,7 @@ class _Machine:
             run()
             self._wait()
             found.append(time.perf_counter() - clock)
-        return min(found)
+        return median(found)
 
     def _wait(self) -> None:
         if self.device.type != "cpu":

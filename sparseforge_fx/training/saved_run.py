@@ -178,7 +178,7 @@ def _wrong_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> str | None
         if not isinstance(entries, dict) or set(entries) != names:
             return f"optimizer[{index}] holds other moments"
         for name, value in entries.items():
-            wanted = torch.zeros(()) if name == "step" else moment_like(optimizer, parameters[index])
+            wanted = torch.zeros(()) if name == "step" else moment_like(optimizer, parameters[index], value)
             if wrong := misfit(value, wanted, f"optimizer[{index}][{name}]"):
                 return wrong
     return None

@@ -5,6 +5,7 @@ import functools
 import pytest
 import tiny_models
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from two_processes import run_two
 
 from sparseforge_fx.errors import SparseForgeError
@@ -28,6 +29,7 @@ RUNS = {
     "pruned": ("llama", SparseForgeConfig(steps=3, start="magnitude", heat_end=0.0, quench_end=0.0), 1e-3),
     "moe": ("moe", SparseForgeConfig(steps=3, heat_end=0.3, quench_end=0.9, mask_rate=0.3), 1e-6),
     "checkpointed and compiled": ("llama", ANNEALED, 1e-3),
+    "8 bits": ("wide", SparseForgeConfig(steps=6, start="magnitude", heat_end=0.0, quench_end=0.0), 1e-3),
 }
 
 
@@ -35,11 +37,17 @@ class Stop(Exception):
     pass
 
 
+def wide():
+    """A model of which half of a weight is large enough for moments in 8 bits."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=97, num_key_value_heads=1, initializer_range=0.2, **sizes))
+
+
 @functools.cache
 def captured(kind, dtype):
     """A model of weights of its own: what processes share, they take from it."""
     torch.manual_seed(0)
-    model = tiny_models.build(kind).eval().to(dtype)
+    model = (wide() if kind == "wide" else tiny_models.build(kind)).eval().to(dtype)
     program = tiny_models.capture(model, {"input_ids": torch.randint(3, 97, (2, 12))})
     return model, program, {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -74,11 +82,14 @@ def ran(name, sharding=None, stop=None, **saved):
             raise Stop
 
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    how = Optimization(lr=lr, accumulate=2 // ranks)
-    try:
-        curves = train(sparse, Batches(), sparse.trainable(), how, compile=False, on_step=on_step, **saved)
-    except Stop:
-        return None
+    how = Optimization(lr=lr, accumulate=2 // ranks, optimizer="adamw8bit" if name == "8 bits" else "adamw")
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "8 bits":  # torchao compiles its step, which takes longer than all that is tested here
+            patch.setattr(torch, "compile", lambda function, **_: function)
+        try:
+            curves = train(sparse, Batches(), sparse.trainable(), how, compile=False, on_step=on_step, **saved)
+        except Stop:
+            return None
     finalize(sparse)
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in curves]
     return {"curves": rows, "weights": {k: v.clone() for k, v in model.state_dict().items()}, "held": held}
@@ -99,6 +110,10 @@ result = {name: ran(name, sharding) for name in RUNS}
 saved = {"save_seconds": 0.0}
 ran("llama", sharding, stop=3, state_path=folder / "by two", **saved)
 result["resumed"] = ran("llama", sharding, state_path=folder / "by one", **saved)
+ran("8 bits", sharding, stop=3, state_path=folder / "8 bits by two", **saved)
+result["8 bits resumed"] = [
+    ran("8 bits", sharding, state_path=folder / f"8 bits by {count}", **saved) for count in ("one", "two")
+]
 result["decisions"] = decisions(sharding)
 torch.save(result, folder / f"{rank}.pt")
 torch.distributed.destroy_process_group()
@@ -164,6 +179,7 @@ def shared(tmp_path_factory):
     """What two processes made; the state that they left, and the one that they went on from."""
     folder = tmp_path_factory.mktemp("sharded")
     ran("llama", stop=3, state_path=folder / "by one", save_seconds=0.0)
+    ran("8 bits", stop=3, state_path=folder / "8 bits by one", save_seconds=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_FSDP", "true")
         patch.setenv("FSDP_VERSION", "2")
@@ -175,14 +191,15 @@ def test_curves_and_weights_are_those_of_one_process(shared):
     for name in RUNS:
         alone = ran(name)
         assert first[name]["curves"] == second[name]["curves"]
-        half = "bfloat16" in name
+        half, rounded = "bfloat16" in name, name == "8 bits"  # whose blocks are those of a part
+        near = 2e-2 if half else 1e-2 if rounded else 1e-5
         for row, expected in zip(first[name]["curves"], alone["curves"], strict=True):
-            assert row == pytest.approx(expected, rel=2e-2 if half else 1e-5, abs=0.1 if half else 1e-5), name
+            assert row == pytest.approx(expected, rel=near, abs=0.1 if half else near), name
         for fqn, value in alone["weights"].items():
             got = first[name]["weights"][fqn]
             if not half:
                 assert torch.equal(got != 0, value != 0), (name, fqn)
-            torch.testing.assert_close(got, value, rtol=0, atol=0.5 if half else 5e-4)
+            torch.testing.assert_close(got, value, rtol=0, atol=0.5 if half else 2e-3 if rounded else 5e-4)
             assert second[name]["weights"][fqn].numel() == 0, fqn
         assert max(first[name]["held"], second[name]["held"]) <= 0.55 * alone["held"], name
 
@@ -195,6 +212,19 @@ def test_a_state_goes_on_on_another_number_of_processes(shared):
             assert row == pytest.approx(expected, rel=1e-5, abs=1e-5)
         for fqn, value in whole["weights"].items():
             torch.testing.assert_close(resumed["weights"][fqn], value, rtol=0, atol=1e-6)
+
+
+def test_moments_in_8_bits_go_on_on_another_number_of_processes(shared):
+    """Rounded once more, in the blocks of other parts: near, not equal."""
+    folder, first, second = shared
+    whole = ran("8 bits")
+    alone = ran("8 bits", state_path=folder / "8 bits by two", save_seconds=0.0)
+    assert [r["curves"] for r in first["8 bits resumed"]] == [r["curves"] for r in second["8 bits resumed"]]
+    for resumed in (*first["8 bits resumed"], alone):
+        for row, expected in zip(resumed["curves"], whole["curves"], strict=True):
+            assert row == pytest.approx(expected, rel=1e-2, abs=1e-2)
+        for fqn, value in whole["weights"].items():
+            torch.testing.assert_close(resumed["weights"][fqn], value, rtol=0, atol=2e-3)
 
 
 def test_masks_are_decided_by_the_whole_weight(shared):
@@ -228,7 +258,11 @@ class TwoProcesses:
     ("config", "others", "says"),
     [
         (MaskLLMConfig(steps=4), {}, "optimizer of whole weights; take sparseforge, gmp or imp"),
-        (SparseForgeConfig(steps=4, start="alps", softness_start=0.5), {}, "start 'alps' is for masks that are final from then on"),
+        (
+            SparseForgeConfig(steps=4, start="alps", softness_start=0.5),
+            {},
+            "start 'alps' is for masks that are final from then on",
+        ),
         (
             SparseForgeConfig(steps=4, start="magnitude", heat_end=0.0, quench_end=0.0, reconstruct=1),
             {},
@@ -237,7 +271,6 @@ class TwoProcesses:
         (SparseForgeConfig(steps=4, curvature="hutchinson"), {}, "curvature hutchinson is not gathered in parts"),
         (SparseForgeConfig(steps=4, pattern=Unstructured(0.5)), {}, "50% has no groups; take N:M"),
         (ANNEALED, {"slorb_block": True}, "slorb block is for whole models"),
-        (ANNEALED, {"adamw8bit": True}, "adamw8bit is for whole models"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(tiny, config, others, says):
