@@ -91,7 +91,7 @@ def _takes(tensor: Tensor) -> bool:
 
 
 def _plain(moment: Any) -> Any:
-    here = local(moment) if isinstance(moment, Tensor) else moment
+    here: Any = local(moment) if isinstance(moment, Tensor) else moment
     if not hasattr(here, "codes"):
         return moment
     if isinstance(moment, DTensor):
