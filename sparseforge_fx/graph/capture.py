@@ -57,6 +57,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
         args, kwargs = pytree.tree_map(trainable_input, (args, kwargs))
         with contextlib.nullcontext() if dynamic else _nodes_alone():
             exported, notes = _export(model, args, kwargs, dynamic)
+    _let_dtypes_be(exported)
     return Exported(exported, model, notes)
 
 
@@ -211,6 +212,15 @@ def _export(model: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> tuple
         return exported, why + told
     assert first is not None
     raise SparseForgeError(_explain(model, args, kwargs, first)) from first
+
+
+def _let_dtypes_be(exported: ExportedProgram) -> None:
+    """Without the assertions that stand before each cast and hold what is cast to the example's dtype: under mixed
+    precision it has another one."""
+    for node in list(exported.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            exported.graph.erase_node(node)
+    exported.graph_module.recompile()
 
 
 def trainable_input(leaf: Any) -> Any:

@@ -78,7 +78,7 @@ def anneal(
             recipe.lr, accumulate=run.accumulate, weight_decay=settings.weight_decay, optimizer=recipe.optimizer
         )
         try:
-            if activation_checkpointing:
+            if activation_checkpointing or (sharding is not None and sharding.computes_again):
                 sparse.activation_checkpointing_enable()
             written += [] if sharding is not None else sparse.copies()
             if trained.start != "dense" and not begun:

@@ -12,20 +12,21 @@ from torch.nn.parallel import DistributedDataParallel
 from sparseforge_fx.errors import SparseForgeError
 
 
+def check_precision(accelerator: Accelerator) -> None:
+    """Raise SparseForgeError for a mixed precision whose steps may be skipped."""
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise SparseForgeError(
+            f"mixed precision {accelerator.mixed_precision} scales losses, and a step that overflows still moves the "
+            "masks: take bf16"
+        )
+
+
 def replicated(module: nn.Module, trained: Sequence[nn.Parameter], accelerator: Accelerator) -> nn.Module:
     """``module`` as accelerate runs it: under its autocast, and on several processes as DistributedDataParallel, which
     averages the gradients of ``trained`` in buckets while the backward pass goes on. Where that is not how the run
-    goes, the module itself.
-
-    Raises SparseForgeError for a mixed precision whose steps may be skipped.
-    """
-    precision = accelerator.mixed_precision
-    if precision not in ("no", "bf16"):
-        raise SparseForgeError(
-            f"mixed precision {precision} scales losses, and a step that overflows still moves the masks: take bf16"
-        )
+    goes, the module itself."""
     several = accelerator.num_processes > 1
-    if not several and precision == "no":
+    if not several and accelerator.mixed_precision == "no":
         return module
     ours = {id(p) for p in trained}
     others = [name for name, p in module.named_parameters() if id(p) not in ours]

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.fx import GraphModule
 
@@ -64,12 +64,9 @@ class Sharding:
     ):
         self.in_parts = in_parts
         self.mesh: DeviceMesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        self.options = {
-            "mesh": self.mesh,
-            "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-            "offload_policy": plugin.cpu_offload,
-        }
         self.reshard = plugin.reshard_after_forward
+        #: do blocks compute again backwards what lies between them?
+        self.computes_again = bool(plugin.activation_checkpointing)
 
     def check(self, config: TrainedConfig, sites: Sequence[LinearSite], **others: bool) -> None:
         """Raise SparseForgeError for a method, an option or a weight that cannot be trained in parts."""
@@ -146,7 +143,7 @@ class Sharding:
                     lent.append(p)
             reshard = {} if block is tree else {"reshard_after_forward": self.reshard}
             way = partial(_way, {id(p): placed.get(own.get(name, name)) for name, p in block.named_parameters()})
-            fully_shard(block, shard_placement_fn=way, ignored_params=set(whole), **reshard, **self.options)
+            fully_shard(block, mesh=self.mesh, shard_placement_fn=way, ignored_params=set(whole), **reshard)
             for p in lent:  # the block has copies of its parts
                 p.data = one_element(p)
         for block in names:
@@ -280,7 +277,28 @@ def sharding_of(accelerator: Accelerator, notes: list[str], in_parts: InParts | 
     if accelerator.num_processes == 1:
         notes.append("FSDP was asked for and does nothing: there is one process to share the model")
         return None
+    _check_plugin(plugin, accelerator.mixed_precision)
+    if plugin.auto_wrap_policy is not None:
+        notes.append("FSDP's auto_wrap_policy is not used: the blocks that the graph repeats are sharded one by one")
+    notes.append("the report does not tell how much of each weight was kept and moved: the processes share them")
     return Sharding(plugin, accelerator.device, in_parts)
+
+
+def _check_plugin(plugin: FullyShardedDataParallelPlugin, precision: str) -> None:
+    """Raise SparseForgeError for what masks do not go with."""
+    if plugin.cpu_offload and isinstance(plugin.cpu_offload, bool | CPUOffloadPolicy):
+        raise SparseForgeError(
+            "FSDP's offload_params leaves masks and thresholds without their GPU: leave it out; "
+            "optimizer='adamw8bit' saves six bytes a weight"
+        )
+    policy = plugin.mixed_precision_policy  # accelerate makes one of its own mixed precision, which is autocast here
+    if precision == "no" and policy not in (None, MixedPrecisionPolicy()):
+        raise SparseForgeError(
+            "FSDP's mixed_precision_policy gives a captured graph tensors of other dtypes than it has: take "
+            "mixed_precision='bf16', or a model in bfloat16"
+        )
+    if plugin.ignored_modules is not None:
+        raise SparseForgeError("FSDP's ignored_modules name modules that the graph does not have: use exclude=")
 
 
 def asked_for() -> bool:

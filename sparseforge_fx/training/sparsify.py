@@ -180,7 +180,9 @@ def _end(report: dict[str, Any], run: Run) -> None:
     by_layer = report.get("layer_notes") or {}
     notes += [*tell_moved(by_layer), *_by_text(by_layer)]
     weights = ((s.fqn, run.program.tensor(s.fqn)) for s in eligible(run.sites))
-    report["density"] = {fqn: density(w.full_tensor() if isinstance(w, DTensor) else w) for fqn, w in weights}
+    # where processes share a model, what was gathered is the first one's
+    whole = ((fqn, w.full_tensor() if isinstance(w, DTensor) else w) for fqn, w in weights)
+    report["density"] = {fqn: density(w) for fqn, w in whole if w.numel()}
     report["peak_memory_bytes"] = peak_memory_bytes()
 
 

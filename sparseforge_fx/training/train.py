@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from sparseforge_fx.training.distillation import Loss
 from sparseforge_fx.training.interruption import Interruption, Stopped
 from sparseforge_fx.training.master_weights import MasterWeights
 from sparseforge_fx.training.optimizer import Optimizer, adamw_8bit, check_method, check_optimizer, set_rate
-from sparseforge_fx.training.replicas import replicated
+from sparseforge_fx.training.replicas import check_precision, replicated
 from sparseforge_fx.training.saved_run import parts, restore, state_of
 from sparseforge_fx.training.sparse_model import SparseModel
 
@@ -156,7 +156,8 @@ class _Loop:
         self.sparse, self.data, self.how, self.accelerator = sparse, data, optimization, accelerator
         self.master = MasterWeights(parameters, sparse.on_grid)
         self.master.serve(sparse.method.weights, sparse.branches)
-        self.learner: nn.Module = _Learner(sparse)
+        check_precision(accelerator)
+        self.learner: nn.Module = _Learner(sparse, nullcontext if sparse.shards is None else accelerator.autocast)
         if sparse.shards is None:
             self.learner = replicated(self.learner, self.master.parameters, accelerator)
         self.optimizer = self._optimizer()
@@ -244,14 +245,15 @@ class _Loop:
 
 
 class _Learner(nn.Module):
-    """From a batch to its loss."""
+    """From a batch to its loss, ``under`` which context: of processes that share a model accelerate prepares none."""
 
-    def __init__(self, sparse: SparseModel):
+    def __init__(self, sparse: SparseModel, under: Callable[[], AbstractContextManager]):
         super().__init__()
-        self.sparse = sparse
+        self.sparse, self.under = sparse, under
 
     def forward(self, batch: Any) -> Loss:
-        return _loss(self.sparse, batch)
+        with self.under():
+            return _loss(self.sparse, batch)
 
 
 #: seen on two CPU cores in bf16: compiling saves a sixth of a step, and costs about this many seconds with one block

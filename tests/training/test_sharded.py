@@ -5,6 +5,9 @@ import functools
 import pytest
 import tiny_models
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers import LlamaConfig, LlamaForCausalLM
 from two_processes import run_two
 
@@ -26,6 +29,8 @@ ANNEALED = SparseForgeConfig(steps=6, heat_end=0.3, quench_end=0.9, mask_rate=0.
 RUNS = {
     "llama": ("llama of one block", ANNEALED, 1e-3),
     "gpt2 in bfloat16": ("gpt2", GradualConfig(steps=3), 1e-3),
+    "gpt2, four micro-batches": ("gpt2", ANNEALED, 1e-3),
+    "mixed precision": ("gemma3", SparseForgeConfig(steps=3, heat_end=0.3, quench_end=0.9, mask_rate=0.3), 1e-4),
     "pruned": ("llama", SparseForgeConfig(steps=3, start="magnitude", heat_end=0.0, quench_end=0.0), 1e-3),
     "moe": ("moe", SparseForgeConfig(steps=3, heat_end=0.3, quench_end=0.9, mask_rate=0.3), 1e-6),
     "checkpointed and compiled": ("llama", ANNEALED, 1e-3),
@@ -73,6 +78,9 @@ def ran(name, sharding=None, stop=None, **saved):
         sparse.compile(backend="aot_eager")
     held = sum(local(t).numel() for t in (*sparse.graph.parameters(), *sparse.graph.buffers()) if 0 not in t.stride())
 
+    mixed = set()
+    sparse.register_forward_pre_hook(lambda *_: mixed.add(torch.is_autocast_enabled("cpu")))
+
     class Batches:
         def batch(self, index):
             return {"input_ids": torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(index))}
@@ -82,7 +90,10 @@ def ran(name, sharding=None, stop=None, **saved):
             raise Stop
 
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    how = Optimization(lr=lr, accumulate=2 // ranks, optimizer="adamw8bit" if name == "8 bits" else "adamw")
+    micro = 4 if "four" in name else 2
+    how = Optimization(lr=lr, accumulate=micro // ranks, optimizer="adamw8bit" if name == "8 bits" else "adamw")
+    AcceleratorState._reset_state()
+    saved["accelerator"] = Accelerator(cpu=True, mixed_precision="bf16" if name == "mixed precision" else "no")
     with pytest.MonkeyPatch.context() as patch:
         if name == "8 bits":  # torchao compiles its step, which takes longer than all that is tested here
             patch.setattr(torch, "compile", lambda function, **_: function)
@@ -92,7 +103,12 @@ def ran(name, sharding=None, stop=None, **saved):
             return None
     finalize(sparse)
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in curves]
-    return {"curves": rows, "weights": {k: v.clone() for k, v in model.state_dict().items()}, "held": held}
+    return {
+        "curves": rows,
+        "weights": {k: v.clone() for k, v in model.state_dict().items()},
+        "held": held,
+        "mixed": mixed,
+    }
 
 
 RANKS = """
@@ -192,14 +208,16 @@ def test_curves_and_weights_are_those_of_one_process(shared):
         alone = ran(name)
         assert first[name]["curves"] == second[name]["curves"]
         half, rounded = "bfloat16" in name, name == "8 bits"  # whose blocks are those of a part
-        near = 2e-2 if half else 1e-2 if rounded else 1e-5
+        mixed = name == "mixed precision"
+        assert first[name]["mixed"] == alone["mixed"] == {mixed}
+        near = 2e-2 if half or mixed else 1e-2 if rounded else 1e-5
         for row, expected in zip(first[name]["curves"], alone["curves"], strict=True):
             assert row == pytest.approx(expected, rel=near, abs=0.1 if half else near), name
         for fqn, value in alone["weights"].items():
             got = first[name]["weights"][fqn]
-            if not half:
+            if not half and not mixed:
                 assert torch.equal(got != 0, value != 0), (name, fqn)
-            torch.testing.assert_close(got, value, rtol=0, atol=0.5 if half else 2e-3 if rounded else 5e-4)
+            torch.testing.assert_close(got, value, rtol=0, atol=0.5 if half or mixed else 2e-3 if rounded else 5e-4)
             assert second[name]["weights"][fqn].numel() == 0, fqn
         assert max(first[name]["held"], second[name]["held"]) <= 0.55 * alone["held"], name
 
@@ -303,3 +321,27 @@ def test_one_process_says_that_there_is_nothing_to_share(monkeypatch):
     notes = []
     assert sharding_of(processes.accelerator(), notes) is None
     assert len(notes) == 1 and "FSDP was asked for and does nothing" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"cpu_offload": True}, "offload_params leaves masks .* leave it out"),
+        ({"mixed_precision_policy": "bf16"}, "mixed_precision_policy gives .* take mixed_precision='bf16'"),
+        ({"ignored_modules": [torch.nn.Linear(1, 1)]}, "ignored_modules name modules .* use exclude="),
+    ],
+)
+def test_what_of_fsdp_masks_do_not_go_with_is_refused(given, says):
+    from sparseforge_fx.training.sharded import _check_plugin
+
+    with pytest.raises(SparseForgeError, match=says):
+        _check_plugin(FullyShardedDataParallelPlugin(fsdp_version=2, **given), "no")
+
+
+def test_what_accelerate_makes_of_a_mixed_precision_is_none_of_the_users():
+    from sparseforge_fx.training.sharded import _check_plugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, activation_checkpointing=True)
+    _check_plugin(plugin, "no")
+    plugin.set_mixed_precision("bf16")
+    _check_plugin(plugin, "bf16")
