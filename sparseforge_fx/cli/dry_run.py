@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from sparseforge_fx.training.forecast import Forecast
     from sparseforge_fx.training.recipe import Recipe
 
-FLOAT32 = 4  # bytes
-
 
 def tell(plain: Mapping[str, Any], as_json: bool) -> None:
     """A line for each entry."""
@@ -38,9 +36,19 @@ def _lines(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, Any]:
-    """Which weights, how many steps, and what memory and time they take here. Raises SparseForgeError for
-    what the run would refuse once it had the graph."""
+def tell_of_sparsify(recipe: Recipe, output: Path, device: str | None, as_json: bool) -> None:
+    """Of several processes each takes its time, beside the others as in the run, and the first one speaks."""
+    from sparseforge_fx.training.processes import Processes
+
+    processes = Processes()
+    told = of_sparsify(recipe, output, device, processes.count)
+    if processes.first:
+        tell(told, as_json)
+
+
+def of_sparsify(recipe: Recipe, output: Path, device: str | None, processes: int) -> dict[str, Any]:
+    """Which weights, how many steps, and what memory and time they take here, on so many processes. Raises
+    SparseForgeError for what the run would refuse once it had the graph."""
     from sparseforge_fx.data.opening import text_length
     from sparseforge_fx.errors import SparseForgeError
     from sparseforge_fx.methods.base import TrainedConfig
@@ -48,7 +56,9 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, A
     from sparseforge_fx.models.dense import find_dtype
     from sparseforge_fx.plans import planned_formats
     from sparseforge_fx.report import peak_memory_bytes
-    from sparseforge_fx.training.forecast import forecast, memory_from_disk
+    from sparseforge_fx.training import forecast_memory
+    from sparseforge_fx.training.forecast import forecast
+    from sparseforge_fx.training.sharded import asked_for
 
     assert recipe.model is not None
     has_data = recipe.data is not None
@@ -76,16 +86,25 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None) -> dict[str, A
     told |= _unmatched(loaded, recipe.include, recipe.exclude)
     where = pick_device("cpu" if device == DISK else device)
     dtype = choose_dtype(dtype_of(loaded), where, find_dtype(recipe.dtype)).dtype
-    memory = peak_memory_bytes()  # of a process with the graph
-    found = forecast(program, sites, chosen, recipe, config, dtype, where)
+    base = peak_memory_bytes() if where.type == "cpu" else 0  # of a process with the graph
+    found = forecast(program, sites, chosen, recipe, config, dtype, where, processes)
+    predicted: dict[str, float] = {**found._asdict(), "seconds": found.seconds}
     if isinstance(config, TrainedConfig):
-        per_step = recipe.batch_size * recipe.length * recipe.accumulate
+        per_step = recipe.batch_size * recipe.length * recipe.accumulate * processes
         all_tokens = f"{found.steps:,} steps of {per_step:,} tokens ({found.steps * per_step:,})"
         told["training"] = f"{all_tokens} at a peak rate of {recipe.lr:g}"
-        told["memory"] = _states(parameters, weights, dtype.itemsize, recipe.optimizer)
-    predicted: dict[str, float] = {**found._asdict(), "seconds": found.seconds}
-    if device == DISK:
-        predicted["peak_memory_bytes"] = peak = memory + memory_from_disk(chosen, recipe, config, dtype)
+        share = processes if asked_for() else 1
+        taken = forecast_memory.of_training(program, chosen, parameters, recipe, config, dtype, share)
+        predicted["peak_memory_bytes"] = peak = base + taken
+        kept = readable_bytes(forecast_memory.states(weights, config, recipe.optimizer, dtype) / share)
+        name = "AdamW in 8 bits" if recipe.optimizer == "adamw8bit" else "AdamW"
+        told["memory"] = (
+            f"about {readable_bytes(peak)}{' in each process' if processes > 1 else ''}: "
+            f"{readable_bytes(parameters * dtype.itemsize / share)} of weights, {kept} for teacher, masks, gradients "
+            f"and {name}, activations"
+        )
+    elif device == DISK:
+        predicted["peak_memory_bytes"] = peak = base + forecast_memory.from_disk(chosen, recipe, config, dtype)
         told["memory"] = f"about {readable_bytes(peak)} at the largest weight; the others stay on disk"
     told |= {"time": _time(found, dtype), "predicted": predicted}
     size_on_disk = readable_bytes(_bytes(loaded))
@@ -176,16 +195,6 @@ def of_export(model: str, output: Path, format: str, tokens: list[int] | None) -
         "bytes": f"{readable_bytes(size - share * 7 / 16)} (all packed) to {readable_bytes(size)} (none)",
         "writes": str(output),
     }
-
-
-def _states(parameters: int, weights: int, size: int, optimizer: str) -> str:
-    """What training keeps of so many parameters, ``weights`` of them with a mask, in numbers of ``size`` bytes: the
-    others are not trained, but for norms and biases."""
-    masters = 2 * FLOAT32 if size < FLOAT32 else 0  # and their gradients
-    moments, name = (2, "AdamW in 8 bits") if optimizer == "adamw8bit" else (2 * FLOAT32, "AdamW")
-    states = readable_bytes(weights * (3 * size + masters + moments))  # teacher, mask and gradient
-    whole = readable_bytes(parameters * size)
-    return f"{whole} of weights; {states} for teacher, masks, gradients and {name}; activations on top"
 
 
 def _time(found: Forecast, dtype: Any) -> str | None:

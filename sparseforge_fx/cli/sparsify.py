@@ -21,7 +21,7 @@ from sparseforge_fx.cli.app import (
     stdout,
 )
 from sparseforge_fx.cli.assignments import read_assignments
-from sparseforge_fx.cli.dry_run import of_sparsify, tell
+from sparseforge_fx.cli.dry_run import tell_of_sparsify
 from sparseforge_fx.cli.on_disk import DISK, check_before, healing, on_disk, run_on_disk, suggest
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.cli.run_folder import RunFolder
@@ -142,7 +142,7 @@ def sparsify(
             check_before(recipe, output, resume=resume, overwrite=overwrite)
         else:
             folder.check(recipe.describe(), resume=resume, overwrite=overwrite)
-        tell(of_sparsify(recipe, output, device), as_json)
+        tell_of_sparsify(recipe, output, device, as_json)
         return
     if from_disk:
         run_on_disk(recipe, output, resume=resume, overwrite=overwrite, cache_dir=cache_dir, as_json=as_json)

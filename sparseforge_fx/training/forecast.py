@@ -21,7 +21,7 @@ from sparseforge_fx.formats import Format
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
-from sparseforge_fx.methods.one_shot import LAYERWISE, AlpsConfig, LayerwiseConfig, SparseGPTConfig, WandaConfig
+from sparseforge_fx.methods.one_shot import LAYERWISE, LayerwiseConfig
 from sparseforge_fx.methods.reorder import ROUNDS as ROUNDS_OF_ORDER
 from sparseforge_fx.methods.reorder import find_order
 from sparseforge_fx.methods.rounding import Rounded, follow, round_weight
@@ -39,13 +39,6 @@ FLOAT32 = 4  # bytes
 #: float32 masters; by what one operator hands to the next, forward and backward; by the loss over the logits
 MASK, OPTIMIZER, FORWARD, BACKWARD, LOSS = 6, 13, 3, 6, 10
 HUTCHINSON = 2.8  # steps that a probe takes as long as: examples/benchmarks/results/estimator_cost; others take a sixth
-#: float32 matrices [in, in] and [out, in] that a solver holds at its peak, its moments among them, as measured on
-#: weights of 128 x 2048 to 8192 x 1024
-SOLVING: dict[type[MethodConfig], tuple[float, float]] = {
-    WandaConfig: (1.0, 3.5),
-    SparseGPTConfig: (4.5, 2.5),
-    AlpsConfig: (9.0, 14.0),
-}
 
 
 class Forecast(NamedTuple):
@@ -66,19 +59,6 @@ class Forecast(NamedTuple):
         return self.start + self.steps * self.step
 
 
-def memory_from_disk(chosen: Sequence[LinearSite], recipe: Recipe, config: MethodConfig, dtype: torch.dtype) -> float:
-    """Bytes that a walk from disk takes beside the process that has its graph: at its largest weight, with a mask and
-    inputs, what the solver holds."""
-    rows = recipe.calibration * recipe.length if isinstance(config, LayerwiseConfig) else 0
-    squares, copies = SOLVING.get(type(config), (0.0, 0.0))
-    return max(
-        2 * dtype.itemsize * s.numel
-        + 2 * dtype.itemsize * rows * (s.in_features + s.out_features)
-        + FLOAT32 * s.in_features * (squares * s.in_features + copies * s.out_features)
-        for s in chosen
-    )
-
-
 class Product(NamedTuple):
     """Seconds, forward, and of both products of the backward pass."""
 
@@ -95,8 +75,10 @@ def forecast(
     config: MethodConfig,
     dtype: torch.dtype,
     device: torch.device,
+    processes: int = 1,
 ) -> Forecast:
-    """Predict a run of ``config`` under ``recipe`` in one process on ``device``; takes some seconds.
+    """Predict a run of ``config`` under ``recipe`` on so many processes, each with a ``device`` like this; takes some
+    seconds. What they say to each other is not counted.
 
     Args:
         program: the graph, of any example inputs; its tensors may be on the meta device.
@@ -114,7 +96,7 @@ def forecast(
     micro = work.forward + teacher + work.backward + work.loss + machine.masks(chosen)
     if getattr(config, "curvature", "") == "hutchinson" and not config.starts_fixed:
         micro *= 1 + HUTCHINSON / config.probe_every  # type: ignore[attr-defined]
-    per_step = recipe.batch_size * recipe.length * recipe.accumulate
+    per_step = recipe.batch_size * recipe.length * recipe.accumulate * processes
     steps = config.steps if recipe.tokens is None else recipe.tokens // per_step
     return Forecast(start, recipe.accumulate * micro + machine.optimizer(sum(s.numel for s in chosen)), steps)
 
@@ -275,18 +257,14 @@ class _Work:
     ):
         self.machine, self.program = machine, program
         nodes = {node.name: node for node in program.graph.nodes}
-        example = program.user_inputs()[0].meta["val"]
-        text = not example.is_floating_point() and example.dim() == 2
-        self.scale = recipe.batch_size * (recipe.length / _numel(example) if text else 1 / _size(example.shape[0]))
+        self.scale = scale_of(program, recipe)
         self.trained = {s.fqn for s in chosen}  # of the others no gradient is computed
         self.uses = [(site, nodes[use.node]) for site in sites for use in site.uses if use.node in nodes]
         linears = {node for _, node in self.uses}
-        between = sum(_numel(v) for n in nodes.values() if n not in linears for v in _written(n))
+        between = sum(numel(v) for n in nodes.values() if n not in linears for v in written(n))
         self.move = machine.byte * machine.dtype.itemsize * between * self.scale
         self.forward, self.backward = self.products(sites)
-        outputs = [v for n in program.graph.output_node().all_input_nodes for v in _values(n)]
-        answer = max(map(_numel, outputs), default=0) * self.scale
-        self.loss = machine.byte * LOSS * FLOAT32 * answer
+        self.loss = machine.byte * LOSS * FLOAT32 * answer_of(program) * self.scale
 
     def products(self, sites: Sequence[LinearSite]) -> Product:
         """Seconds of one batch in these weights' products, and in what lies between them."""
@@ -303,7 +281,7 @@ class _Work:
 
     def rows(self, site: LinearSite, node: Node) -> float:
         """Rows that a product has in one batch of the run."""
-        return self.scale * sum(map(_numel, _values(node))) / site.out_features
+        return self.scale * sum(map(numel, _values(node))) / site.out_features
 
     def moments(self, site: LinearSite) -> float:
         """Seconds of X^T X over one batch, in float32."""
@@ -311,12 +289,25 @@ class _Work:
         return sum(self.rows(site, node) * product.forward for s, node in self.uses if s is site)
 
 
+def scale_of(program: Program, recipe: Recipe) -> float:
+    """How often a batch of the run holds what the graph's example does."""
+    example = program.user_inputs()[0].meta["val"]
+    text = not example.is_floating_point() and example.dim() == 2
+    return recipe.batch_size * (recipe.length / numel(example) if text else 1 / _size(example.shape[0]))
+
+
+def answer_of(program: Program) -> int:
+    """Numbers in the largest output of the graph's example."""
+    outputs = [v for n in program.graph.output_node().all_input_nodes for v in _values(n)]
+    return max(map(numel, outputs), default=0)
+
+
 def _size(size: int | torch.SymInt) -> int:
     """Of the example, where the graph takes any: to ask a symbol for its number would pin it."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
-def _numel(value: Tensor) -> int:
+def numel(value: Tensor) -> int:
     return math.prod(map(_size, value.shape))
 
 
@@ -326,7 +317,7 @@ def _values(node: Node) -> list[Tensor]:
     return [v for v in found if isinstance(v, Tensor)]
 
 
-def _written(node: Node) -> list[Tensor]:
+def written(node: Node) -> list[Tensor]:
     """What an operator writes; a view writes nothing."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or any(r.alias_info is not None for r in schema.returns):

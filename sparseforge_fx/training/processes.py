@@ -73,12 +73,13 @@ def first_to_say() -> bool:
 
 
 class Processes:
-    """``first``: is this the one that writes? ``several``: are there others?"""
+    """``first``: is this the one that writes? ``several``: are there others? ``count``: how many are there?"""
 
     def __init__(self) -> None:
         self._state = PartialState(cpu=_on_cpus())
         self.first = self._state.is_main_process
-        self.several = self._state.num_processes > 1
+        self.count = self._state.num_processes
+        self.several = self.count > 1
 
     def first_does(self, work: Callable[[], None]) -> None:
         """Let the first process work while the others wait, as long as it takes (a collective would lose patience).

@@ -59,9 +59,7 @@ class Sharding:
         in_parts: where weights come from that are still on disk.
     """
 
-    def __init__(
-        self, plugin: FullyShardedDataParallelPlugin, device: torch.device, in_parts: InParts | None = None
-    ):
+    def __init__(self, plugin: FullyShardedDataParallelPlugin, device: torch.device, in_parts: InParts | None = None):
         self.in_parts = in_parts
         self.mesh: DeviceMesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self.reshard = plugin.reshard_after_forward
