@@ -27,7 +27,7 @@ from sparseforge_fx.training.shared_start import SharedStart
 from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.train import Optimization, train
 from sparseforge_fx.training.undo import dense_again_on_error
-from sparseforge_fx.training.unused import unused_arguments
+from sparseforge_fx.training.unused import unused_arguments, unused_for_experts
 
 
 def anneal(
@@ -59,6 +59,7 @@ def anneal(
         recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=config.calibrates,
         batches=run.batches,
     )  # fmt: skip
+    report["notes"] += unused_for_experts(config, run.sites)
     identity = _identity(run, recipe, config, settings.slorb_block, path)  # of the dense weights
     config = config if start is None else start.config
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
@@ -170,7 +171,7 @@ def _identity(
     """What a saved state must agree in, beside what :func:`train` knows itself."""
     assert run.batches is not None
     known = {name: getattr(recipe, name) for name in ("seed", "batch_size", "length", "calibration", "accumulate")}
-    known |= {name: getattr(config, name) for name in STARTING} | {"slorb_block": slorb_block}
+    known |= {name: getattr(config, name) for name in (*STARTING, "expert_tokens")} | {"slorb_block": slorb_block}
     known["dtype"] = str(run.program.tensor(eligible(run.sites)[0].fqn).dtype)
     if path is not None:
         weights: Mapping[str, Tensor] = run.program.state

@@ -217,7 +217,7 @@ class SparseModel(TrainerSurface):
         weights = self.method.weights
         config = self.method.config
         start = LAYERWISE[config.start](config.pattern) if config.start in LAYERWISE else None
-        experts = Experts(config.pattern, *(() if start is None else (start.expert_tokens,)))
+        experts = Experts(config.pattern, config.expert_tokens, config.every_token)
         vectors = [p for p in self.parameters() if p.dim() < 2] if config.reorder or config.reconstruct else []
         teacher = (self.teacher or Teacher(self.dense, self._teachers())) if config.reconstruct else None
         with undone_on_error(weights, vectors) as dense, low_rank.handed_over(self.branches, self._hands_over):

@@ -111,3 +111,30 @@ def test_too_few_tokens_are_told(captured_once):
         found.reset().model, data(), method="wanda", options={"every_token": True}, show_progress=False
     )
     assert all(of_one["tokens"] == [ROWS * LENGTH] * 4 for of_one in result.report["experts"].values())
+
+
+def test_the_start_of_a_trained_method_has_the_same_options(captured_once):
+    found = captured_once("moe")
+    options = {"reconstruct": 0, "reorder": False}
+    how = {"show_progress": False, "compile": False, **TRAINED}
+    report = sf.sparsify(found.model, data(), options={**options, "every_token": True}, **how).report
+    assert all(of_one["tokens"] == [ROWS * LENGTH] * 4 for of_one in report["experts"].values())
+    assert report["config"]["every_token"] and report["experts"].keys() == stacks(found.model).keys()
+    report = sf.sparsify(found.reset().model, data(), options={**options, "expert_tokens": 10_000}, **how).report
+    assert any("experts 0, 1, 2, 3 saw fewer than 10000 calibration tokens" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparseforge"])
+def test_what_is_for_experts_is_told_where_none_become_sparse(captured_once, method):
+    found = captured_once("llama")
+    asked = {"every_token": True, "expert_tokens": 8}
+    report = sf.sparsify(
+        found.model, data(), method=method, options=asked, show_progress=False, **options(method)
+    ).report
+    for name in asked:
+        assert f"{name} is given and not used: no experts of a mixture become sparse in this run" in report["notes"]
+    if method == "sparseforge":
+        batch = found.batch()
+        sparse = sf.prepare(found.reset().model, batch, sf.alps_kd_preset(2, every_token=True), calibration=[batch])
+        assert any(note.startswith("every_token is given and not used") for note in sparse.reader.notes)
+        sparse.release()
