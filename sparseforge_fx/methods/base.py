@@ -47,7 +47,8 @@ class TrainedConfig(MethodConfig, ABC):
         reconstruct, reconstruct_lr: passes over the calibration data in which every repeated block learns, after a
             layer-wise start and before the run, to hand on what the dense one does, and AdamW's rate there
             (methods/reconstruct.py), and once more if ``values`` are rounded; masks must be final then.
-        expert_tokens: an expert of a mixture that saw fewer tokens in a layer-wise start is pruned by magnitude there.
+        expert_tokens: an expert of a mixture that saw fewer tokens is judged by magnitude: in a layer-wise start, and
+            where curvature scores weights.
         every_token: a layer-wise start calibrates every expert on all tokens, not on those that are routed to it.
     """
 
@@ -88,10 +89,11 @@ class TrainedConfig(MethodConfig, ABC):
                 "quench_end=0"
             )
 
-        of_experts = {"every_token": self.every_token, "expert_tokens": self.expert_tokens != EXPERT_TOKENS}
-        if self.start not in LAYERWISE and (given := [name for name, asked in of_experts.items() if asked]):
+        vain = "every_token" if self.every_token and self.start not in LAYERWISE else None
+        vain = vain or ("expert_tokens" if self.expert_tokens != EXPERT_TOKENS and not self.counts_tokens else None)
+        if vain is not None:
             raise SparseForgeError(
-                f"{given[0]} is for a layer-wise start, and this run starts from {self.start!r}: leave it out, or "
+                f"{vain} is for a layer-wise start, and this run starts from {self.start!r}: leave it out, or "
                 "take one (start='alps'), as sparseforge's preset alps+kd does"
             )
 
@@ -99,6 +101,11 @@ class TrainedConfig(MethodConfig, ABC):
     def calibrates(self) -> bool:
         """Does the start look at data?"""
         return self.start in LAYERWISE or self.reconstruct > 0 or self.values != "float"
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Does it matter how many tokens an expert of a mixture sees?"""
+        return self.start in LAYERWISE
 
     @property
     def starts_fixed(self) -> bool:

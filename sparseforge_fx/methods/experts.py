@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,14 @@ class Experts:
             name: "; ".join(f"{_listed(indices)} {text}" for text, indices in found.items())
             for name, found in self.notes.items()
         }
+
+
+def of_curvature(tokens: Mapping[str, Sequence[int]], fewest: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Of experts that curvature scores, by weight: what the report says of each, and a note on those that saw too few
+    tokens for that."""
+    stacks = {n: {"tokens": list(seen), "by_magnitude": too_few(seen, fewest)} for n, seen in tokens.items()}
+    told = f"saw fewer than {fewest} tokens while curvature was estimated: scored by magnitude"
+    return stacks, {n: f"{_listed(few)} {told}" for n, of_one in stacks.items() if (few := of_one["by_magnitude"])}
 
 
 def too_few(tokens: Sequence[int], fewest: int) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparseforge_fx.data.batches import count_rows, count_steps
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import STARTING, TrainedConfig
+from sparseforge_fx.methods.experts import of_curvature
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.report import describe_change
 from sparseforge_fx.training import fingerprint
@@ -99,7 +100,7 @@ def anneal(
             told = {k: v for k, v in sparse.start_report.items() if k != "layer_errors"}
             notes = [*told.pop("start_notes", ()), *sparse.reader.notes]
             report["notes"] += [note for note in notes if note not in report["notes"]]
-            report |= told
+            report |= told | _experts(sparse)
             finalize(sparse)
             report["layers"] = _layers(sparse, written)
         finally:
@@ -144,6 +145,17 @@ def _settings(run: Run, recipe: Recipe, report: dict[str, Any], shared: bool) ->
             "own from_pretrained leaves them out"
         )
     return settings
+
+
+def _experts(sparse: SparseModel) -> dict[str, Any]:
+    """Of experts that curvature scored: the tokens that it is of, and notes."""
+    method = sparse.method
+    if method.curvature is None or method.curvature.estimator is None:
+        return {}
+    stacks, notes = of_curvature(method.curvature.tokens, method.config.expert_tokens)
+    others = [w.fqn for w in method.weights if w.weight.dim() == 3 and w.fqn not in stacks]
+    notes |= dict.fromkeys(others, "its experts get all tokens, which nobody counts: curvature scores them all")
+    return {"layer_notes": notes, **({"experts": stacks} if stacks else {})}
 
 
 def _layers(sparse: SparseModel, copies: Sequence[tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:

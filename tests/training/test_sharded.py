@@ -90,9 +90,15 @@ def ran(name, sharding=None, stop=None, **saved):
             curves = train(sparse, Batches(), sparse.trainable(), how, compile=False, on_step=on_step, **saved)
         except Stop:
             return None
+    tokens = {} if sparse.method.curvature is None else sparse.method.curvature.tokens
     finalize(sparse)
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in curves]
-    return {"curves": rows, "weights": {k: v.clone() for k, v in model.state_dict().items()}, "held": held}
+    return {
+        "curves": rows,
+        "weights": {k: v.clone() for k, v in model.state_dict().items()},
+        "held": held,
+        "tokens": tokens,
+    }
 
 
 RANKS = """
@@ -191,6 +197,9 @@ def test_curves_and_weights_are_those_of_one_process(shared):
     for name in RUNS:
         alone = ran(name)
         assert first[name]["curves"] == second[name]["curves"]
+        assert first[name]["tokens"] == second[name]["tokens"] == alone["tokens"] and bool(alone["tokens"]) == (
+            name == "moe"
+        )
         half, rounded = "bfloat16" in name, name == "8 bits"  # whose blocks are those of a part
         near = 2e-2 if half else 1e-2 if rounded else 1e-5
         for row, expected in zip(first[name]["curves"], alone["curves"], strict=True):
