@@ -69,6 +69,8 @@ def summary(report: dict[str, Any]) -> Table:
     densities = list(report.get("density", {}).values())
     curves = report.get("curves") or []
     experts = [n for of_one in report.get("experts", {}).values() for n in of_one["tokens"]]
+    few = sum(len(of_one["by_magnitude"]) for of_one in report.get("experts", {}).values())
+    told = f", {few:,} too few: judged by magnitude" if few else ""
     rows: dict[str, Any] = {
         "model": (report.get("recipe") or {}).get("model"),
         "method": " ".join(filter(None, (report["method"], report.get("preset")))),
@@ -78,7 +80,7 @@ def summary(report: dict[str, Any]) -> Table:
         "non-zero in sites": f"{min(densities):.2%} to {max(densities):.2%}" if densities else None,
         "training tokens": f"{report['tokens']:,} in {len(curves)} steps" if curves else None,
         "calibration": f"{report['calibration_sequences']} sequences" if report.get("calibration_sequences") else None,
-        "experts": f"{len(experts)}, each saw {min(experts):,} to {max(experts):,} tokens" if experts else None,
+        "experts": f"{len(experts)}, each saw {min(experts):,} to {max(experts):,} tokens{told}" if experts else None,
         "loss": f"{curves[0]['loss']:.3f} -> {curves[-1]['loss']:.3f}" if curves else None,
         "KL to dense": f"{curves[0]['kl']:.3f} -> {curves[-1]['kl']:.3f}" if curves else None,
         "learning rate": f"{report['lr']:g}" if "lr" in report else None,

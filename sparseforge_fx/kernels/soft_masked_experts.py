@@ -20,7 +20,8 @@ _OPERANDS = "Tensor x, Tensor weight, Tensor mask, Tensor? offsets"
 @torch.library.custom_op(
     "sparseforge::soft_masked_experts",
     mutates_args=(),
-    schema=f'({_OPERANDS}, Tensor? bias=None, Tensor? probe=None, bool transposed=False, str plain="") -> Tensor',
+    schema=f"({_OPERANDS}, Tensor? bias=None, Tensor? probe=None, bool transposed=False, str plain='', "
+    "Tensor? counter=None) -> Tensor",
 )
 def soft_masked_experts(
     x: Tensor,
@@ -31,6 +32,7 @@ def soft_masked_experts(
     probe: Tensor | None = None,
     transposed: bool = False,
     plain: str = "",
+    counter: Tensor | None = None,
 ) -> Tensor:
     """y_e = x_e (weight_e * mask_e)^T + bias for every expert e, in the weight's dtype.
 
@@ -43,10 +45,11 @@ def soft_masked_experts(
         probe: as of ``soft_masked_linear``: of the weight's shape, or [experts, in]; each expert's is of its own rows.
         transposed: how the weight is stored.
         plain: the operator that this one stands for; hardening puts it back.
+        counter: None, or a value [experts] that is not read and whose gradient is the number of each expert's rows.
 
     Gradients are those of ``soft_masked_linear``: straight-through for the weight.
     """
-    del probe, plain
+    del probe, plain, counter
     x = x.to(weight.dtype)
     y = x.new_zeros(*x.shape[:-1], weight.shape[2 if transposed else 1])
     for e, rows in experts_with_rows(x, offsets):
@@ -55,7 +58,7 @@ def soft_masked_experts(
 
 
 @soft_masked_experts.register_fake
-def _(x, weight, mask, offsets, bias=None, probe=None, transposed=False, plain=""):
+def _(x, weight, mask, offsets, bias=None, probe=None, transposed=False, plain="", counter=None):
     return x.new_empty(*x.shape[:-1], weight.shape[2 if transposed else 1], dtype=weight.dtype)
 
 
@@ -129,24 +132,30 @@ def experts_with_rows(x: Tensor, offsets: Tensor | None) -> Iterator[tuple[int, 
         start = max(start, end)
 
 
+def _rows(x: Tensor, offsets: Tensor | None) -> Tensor:
+    """How many rows each expert has; where each is given all tokens, those that are not zero."""
+    return x.ne(0).any(-1).sum(-1) if offsets is None else offsets.diff(prepend=offsets.new_zeros(1))
+
+
 def _oriented(weight: Tensor, transposed: bool) -> Tensor:
     """[in, out] of a matrix."""
     return weight if transposed else weight.t()
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, mask, offsets, bias, probe, transposed, _ = inputs
+    x, weight, mask, offsets, bias, probe, transposed, _, counter = inputs
     ctx.save_for_backward(x, weight, mask, offsets)
     ctx.transposed = transposed
     ctx.bias = None if bias is None else bias.shape
     ctx.probe = None if probe is None else (list(probe.shape), probe.dtype)
+    ctx.counter = None if counter is None else counter.dtype
 
 
 def _gradients(ctx, grad):
     x, weight, mask, offsets = ctx.saved_tensors
     given = len(ctx.needs_input_grad)  # a caller may leave out last arguments
-    need_x, need_weight, _, _, need_bias, need_probe = (*ctx.needs_input_grad, False, False)[:6]
-    grad_x = grad_weight = grad_bias = grad_probe = None
+    need_x, need_weight, _, _, need_bias, need_probe, _, _, need_counter = (*ctx.needs_input_grad, *[False] * 5)[:9]
+    grad_x = grad_weight = grad_bias = grad_probe = grad_counter = None
     if need_x or need_weight:
         found = _backward(grad.contiguous(), x, weight, mask, offsets, ctx.transposed, need_x, need_weight)
         grad_x, grad_weight = (g if need else None for g, need in zip(found, (need_x, need_weight), strict=True))
@@ -155,7 +164,9 @@ def _gradients(ctx, grad):
     if need_probe:
         shape, dtype = ctx.probe
         grad_probe = _curvature(grad.contiguous(), x, offsets, shape, ctx.transposed).to(dtype)
-    return (grad_x, grad_weight, None, None, grad_bias, grad_probe, None, None)[:given]
+    if need_counter:
+        grad_counter = _rows(x, offsets).to(ctx.counter)
+    return (grad_x, grad_weight, None, None, grad_bias, grad_probe, None, None, grad_counter)[:given]
 
 
 soft_masked_experts.register_autograd(_gradients, setup_context=_setup_context)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.curvature import Curvature
+from sparseforge_fx.methods.experts import EXPERT_TOKENS
 from sparseforge_fx.methods.misfit import misfit
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.methods.optimizers import decay_groups
@@ -22,7 +23,7 @@ from sparseforge_fx.pattern import Pattern, distance_from_binary, hard_mask, to_
 from sparseforge_fx.ranges import Count, CountFromZero, Positive
 
 #: fields of a config that say how a run begins, and nothing of how it goes on
-STARTING = ("start", "reorder", "reconstruct", "reconstruct_lr")
+STARTING = ("start", "reorder", "reconstruct", "reconstruct_lr", "every_token")
 SAMPLE = 1 << 15  # mask entries of a weight that the curves are taken from
 
 
@@ -46,6 +47,9 @@ class TrainedConfig(MethodConfig, ABC):
         reconstruct, reconstruct_lr: passes over the calibration data in which every repeated block learns, after a
             layer-wise start and before the run, to hand on what the dense one does, and AdamW's rate there
             (methods/reconstruct.py), and once more if ``values`` are rounded; masks must be final then.
+        expert_tokens: an expert of a mixture that saw fewer tokens is judged by magnitude: in a layer-wise start, and
+            where curvature scores weights.
+        every_token: a layer-wise start calibrates every expert on all tokens, not on those that are routed to it.
     """
 
     trains_weights: ClassVar[bool] = True  # False: the model is frozen, the method's own parameters train
@@ -59,6 +63,8 @@ class TrainedConfig(MethodConfig, ABC):
     reorder: bool = field(default=False, kw_only=True)
     reconstruct: CountFromZero = field(default=0, kw_only=True)
     reconstruct_lr: Positive = field(default=1e-3, kw_only=True)
+    expert_tokens: Count = field(default=EXPERT_TOKENS, kw_only=True)
+    every_token: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,10 +89,23 @@ class TrainedConfig(MethodConfig, ABC):
                 "quench_end=0"
             )
 
+        vain = "every_token" if self.every_token and self.start not in LAYERWISE else None
+        vain = vain or ("expert_tokens" if self.expert_tokens != EXPERT_TOKENS and not self.counts_tokens else None)
+        if vain is not None:
+            raise SparseForgeError(
+                f"{vain} is for a layer-wise start, and this run starts from {self.start!r}: leave it out, or "
+                "take one (start='alps'), as sparseforge's preset alps+kd does"
+            )
+
     @property
     def calibrates(self) -> bool:
         """Does the start look at data?"""
         return self.start in LAYERWISE or self.reconstruct > 0 or self.values != "float"
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Does it matter how many tokens an expert of a mixture sees?"""
+        return self.start in LAYERWISE
 
     @property
     def starts_fixed(self) -> bool:

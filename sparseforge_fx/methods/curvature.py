@@ -36,7 +36,8 @@ class Curvature:
     """h <- beta h + (1 - beta) h_hat for every weight; the first estimate is taken whole, or h starts at zero.
 
     ``values[name]`` is [out, in] (or [in, 1]-broadcastable for ``activation``), of the weight's dtype (float32 for
-    float16), >= 0, and the same on all processes after :meth:`close`.
+    float16), >= 0, and the same on all processes after :meth:`close`. ``tokens[name]`` says of a stack how many tokens
+    of all processes each expert's estimates are of; it is filled by whoever probes (training/expert_counters.py).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Curvature:
         self.estimator = estimator  # None: nothing is ever estimated
         self.vectors = vectors  # random ones of a hutchinson probe
         self.values: dict[str, Tensor] = {}
+        self.tokens: dict[str, list[int]] = {}
         self._open: dict[str, float] = {}  # what a further part of this step's estimate weighs
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,9 @@ class Experts:
         pattern: of those that are pruned by magnitude.
         fewest: tokens that an expert must have seen for its data to decide.
         every_token: each expert is told of as if every token came to it.
-        tokens: by weight, what each expert saw; filled by the walk.
-        errors: by weight, of each expert the squared error of its outputs on these tokens, in relation to their square;
-            None where it saw none. Of a weight that is no stack, its own alone.
+        tokens: by weight, what each expert saw, in the order of the stack; filled by the walk.
+        errors: by weight, likewise, of each expert the squared error of its outputs on these tokens, in relation to
+            their square; None where it saw none. Of a weight that is no stack, its own alone.
     """
 
     pattern: AnyPattern = TWO_FOUR
@@ -37,7 +37,7 @@ class Experts:
 
     def see(self, name: str, expert: Expert) -> bool:
         """Note what an expert saw; was it enough?"""
-        self.tokens.setdefault(name, []).append(expert.tokens)
+        _put(self.tokens.setdefault(name, []), expert.place, expert.tokens, 0)
         if self.every_token and not expert.every:
             told = "calibrated on the tokens routed there: the graph does not tell what others would be"
             self.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)
@@ -47,17 +47,27 @@ class Experts:
             self.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)
         return enough
 
-    def lost(self, name: str, dense: Tensor, pruned: Tensor, moments: Tensor) -> None:
-        """Note what the outputs of an expert, or of a weight that is no stack, lost, from its weights [out, in] before
-        and after."""
+    def never_read(self, name: str, place: int) -> None:
+        """Note an expert that no token can reach: the graph does not read it."""
+        _put(self.tokens.setdefault(name, []), place, 0, 0)
+        _put(self.errors.setdefault(name, []), place, None, None)
+        told = "is never read by the graph: pruned by magnitude"
+        self.notes.setdefault(name, {}).setdefault(told, []).append(place)
+
+    def lost(self, name: str, dense: Tensor, pruned: Tensor, moments: Tensor, place: int = 0) -> None:
+        """Note what the outputs of the expert at ``place``, or of a weight that is no stack, lost, from its weights
+        [out, in] before and after."""
         was, gone = dense.float(), (pruned - dense).float()
         energy = float(((was @ moments) * was).sum())
         error = float(((gone @ moments) * gone).sum()) / energy if energy > 0 else None
-        self.errors.setdefault(name, []).append(error)
+        _put(self.errors.setdefault(name, []), place, error, None)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """For the report, by weight: ``experts``, if there are any, and ``layer_errors`` of all others."""
-        stacks = {name: {"tokens": self.tokens[name], "error": self.errors[name]} for name in self.tokens}
+        stacks = {
+            name: {"tokens": seen, "error": self.errors[name], "by_magnitude": too_few(seen, self.fewest)}
+            for name, seen in self.tokens.items()
+        }
         errors = {n: e[0] for n, e in self.errors.items() if n not in stacks and e[0] is not None}
         return {**({"experts": stacks} if stacks else {}), **({"layer_errors": errors} if errors else {})}
 
@@ -67,6 +77,25 @@ class Experts:
             name: "; ".join(f"{_listed(indices)} {text}" for text, indices in found.items())
             for name, found in self.notes.items()
         }
+
+
+def of_curvature(tokens: Mapping[str, Sequence[int]], fewest: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Of experts that curvature scores, by weight: what the report says of each, and a note on those that saw too few
+    tokens for that."""
+    stacks = {n: {"tokens": list(seen), "by_magnitude": too_few(seen, fewest)} for n, seen in tokens.items()}
+    told = f"saw fewer than {fewest} tokens while curvature was estimated: scored by magnitude"
+    return stacks, {n: f"{_listed(few)} {told}" for n, of_one in stacks.items() if (few := of_one["by_magnitude"])}
+
+
+def too_few(tokens: Sequence[int], fewest: int) -> list[int]:
+    """The experts that saw less."""
+    return [place for place, seen in enumerate(tokens) if seen < fewest]
+
+
+def _put(values: list[Any], place: int, value: Any, empty: Any) -> None:
+    """Write into a list that may be too short yet: a graph may read experts in any order."""
+    values += [empty] * (place + 1 - len(values))
+    values[place] = value
 
 
 def _listed(experts: Sequence[int]) -> str:

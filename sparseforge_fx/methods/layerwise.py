@@ -98,7 +98,7 @@ def prune_layer_by_layer(
             result = solve(value, mask, moments)
         value.copy_(result.weight)
         mask.copy_(result.mask)
-        experts.lost(name, dense, value, moments)
+        experts.lost(name, dense, value, moments, 0 if expert is None else expert.place)
         told = "; ".join(filter(None, (result.note, tell_unseen(moments))))
         if told and expert is not None and not few:
             experts.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)
@@ -121,6 +121,7 @@ def prune_layer_by_layer(
                 value, mask = w.oriented(place)
                 mask.copy_(hard_mask(value.abs(), experts.pattern))
                 value.mul_(mask)
+                experts.never_read(w.fqn, place)
     notes |= experts.told()
     _add_padded(notes, padded)
     for name, told in ({} if reorder is None else reorder.notes).items():

@@ -24,6 +24,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.base import TrainedConfig, TrainedMethod, add_up
 from sparseforge_fx.methods.curvature import ESTIMATORS, Curvature, Estimator
+from sparseforge_fx.methods.experts import too_few
 from sparseforge_fx.methods.part import Part, mean
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.pattern import (
@@ -115,6 +116,15 @@ class SparseForgeConfig(TrainedConfig):
             raise SparseForgeError(f"need heat_end <= quench_end, got {self.heat_end} and {self.quench_end}")
 
     @property
+    def scored(self) -> bool:
+        """Does curvature score the weights?"""
+        return self.start == "dense" and self.score != "magnitude"
+
+    @property
+    def counts_tokens(self) -> bool:
+        return super().counts_tokens or self.scored
+
+    @property
     def starts_fixed(self) -> bool:
         return self.start != "dense" and self.quench_end == 0
 
@@ -125,18 +135,17 @@ class SparseForgeConfig(TrainedConfig):
 class SparseForge(TrainedMethod):
     """The state of the annealing over a set of masked weights; see the module's text."""
 
-    plain = (*TrainedMethod.plain, "faded_to", "mean_curvature")
+    plain = (*TrainedMethod.plain, "faded_to", "mean_curvature", "tokens")
 
     def __init__(self, config: SparseForgeConfig, weights: Sequence[MaskedWeight]):
         super().__init__(config, weights)
-        scored = config.start == "dense" and config.score != "magnitude"
         self.curvature: Curvature = Curvature(
             config.curvature_beta,
-            config.curvature if scored else None,
+            config.curvature if config.scored else None,
             config.curvature_vectors,
             config.curvature_start,
         )
-        self.mean_curvature = dict.fromkeys((w.fqn for w in weights), 0.0) if scored else {}
+        self.mean_curvature = dict.fromkeys((w.fqn for w in weights), 0.0) if config.scored else {}
         #: steps that probe before masks move; where the quench ends earlier, one
         warm = WARM_PROBES.get(self.curvature.estimator or "", 1)
         self.warm = warm if config.heat_end * config.steps >= warm else 1
@@ -147,6 +156,15 @@ class SparseForge(TrainedMethod):
             raise SparseForgeError(
                 "quench_end 0 leaves no time to choose masks: start from alps or sparsegpt, or give the quench steps"
             )
+
+    @property
+    def tokens(self) -> dict[str, list[int]]:
+        """Of each expert, by stack, those that its curvature is of."""
+        return self.curvature.tokens
+
+    @tokens.setter
+    def tokens(self, tokens: dict[str, list[int]]) -> None:
+        self.curvature.tokens = tokens
 
     # -- the loop's side ---------------------------------------------------------------------------------------------
     def wants_curvature(self, step: int) -> bool:
@@ -249,7 +267,8 @@ class SparseForge(TrainedMethod):
         self.flip_rate = self.rate(add_up(flips), total)
 
     def score(self, w: MaskedWeight) -> Tensor:
-        """Importance of each weight, float32, the weight's shape. Magnitude where no gradient has ever come."""
+        """Importance of each weight, float32, the weight's shape. Magnitude where no gradient has ever come, and of
+        experts that saw too few tokens."""
         value = w.weight.detach().float()
         if self.config.score == "magnitude" or w.fqn not in self.curvature.values:
             return value.abs()
@@ -258,8 +277,13 @@ class SparseForge(TrainedMethod):
             h = h.unsqueeze(-1 if w.dim == value.dim() - 2 else -2)
         floor = self.config.score_noise_floor
         if self.config.score == "ratio":
-            return value.abs() / (h + (RATIO_FLOOR if floor is None else floor)).sqrt()
-        return value.square() * (h + ((FLOOR * mean(h, w.part)).clamp(min=1e-30) if floor is None else floor))
+            found = value.abs() / (h + (RATIO_FLOOR if floor is None else floor)).sqrt()
+        else:
+            found = value.square() * (h + ((FLOOR * mean(h, w.part)).clamp(min=1e-30) if floor is None else floor))
+        start = 0 if w.part is None else w.part.start  # of a stack a process has whole matrices
+        for place in too_few(self.tokens.get(w.fqn, ())[start : start + len(value)], self.config.expert_tokens):
+            found[place] = value[place].abs()  # thresholds are each expert's own: no other units come in
+        return found
 
     def gate(self, score: Tensor, dim: int, temperature: float, reached: float, part: Part | None = None) -> Tensor:
         """G in [0, 1]; ``reached`` is the share of the final sparsity that the warm-up asks for."""

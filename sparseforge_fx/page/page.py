@@ -13,7 +13,7 @@ from sparseforge_fx.decision import everywhere, frontier, standing
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import new_file
 from sparseforge_fx.formats import DENSE
-from sparseforge_fx.page import facts, pictures
+from sparseforge_fx.page import facts, pictures, stacks
 from sparseforge_fx.plans import Plan
 
 PAGE, REPORT = "report.html", "report.json"
@@ -54,6 +54,8 @@ def render(folder: Path) -> str:
             "constant": {n.replace("_", " "): f"{v:.3g}" for n, v in constant.items()},
             "maps": facts.layer_maps(report, plan),
             "blocks": facts.block_tables(report),
+            "stacks": stacks.of_stacks(report),
+            "experts": stacks.of_experts(report),
             "speed": facts.speed_tables(speed, costs.get("rows") or speed.get("gate") or [], plan),
             "frontiers": _frontiers(quality, speed, plan),
             "notes": report.get("notes") or [],

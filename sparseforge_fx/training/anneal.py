@@ -13,6 +13,7 @@ from torch import Tensor
 from sparseforge_fx.data.batches import count_rows, count_steps
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import STARTING, TrainedConfig
+from sparseforge_fx.methods.experts import of_curvature
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.report import describe_change
 from sparseforge_fx.training import fingerprint
@@ -27,7 +28,7 @@ from sparseforge_fx.training.shared_start import SharedStart
 from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.train import Optimization, train
 from sparseforge_fx.training.undo import dense_again_on_error
-from sparseforge_fx.training.unused import unused_arguments
+from sparseforge_fx.training.unused import unused_arguments, unused_for_experts
 
 
 def anneal(
@@ -59,6 +60,7 @@ def anneal(
         recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=config.calibrates,
         batches=run.batches,
     )  # fmt: skip
+    report["notes"] += unused_for_experts(config, run.sites)
     identity = _identity(run, recipe, config, settings.slorb_block, path)  # of the dense weights
     config = config if start is None else start.config
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}
@@ -98,7 +100,7 @@ def anneal(
             told = {k: v for k, v in sparse.start_report.items() if k != "layer_errors"}
             notes = [*told.pop("start_notes", ()), *sparse.reader.notes]
             report["notes"] += [note for note in notes if note not in report["notes"]]
-            report |= told
+            report |= told | _experts(sparse)
             finalize(sparse)
             report["layers"] = _layers(sparse, written)
         finally:
@@ -145,6 +147,17 @@ def _settings(run: Run, recipe: Recipe, report: dict[str, Any], shared: bool) ->
     return settings
 
 
+def _experts(sparse: SparseModel) -> dict[str, Any]:
+    """Of experts that curvature scored: the tokens that it is of, and notes."""
+    method = sparse.method
+    if method.curvature is None or method.curvature.estimator is None:
+        return {}
+    stacks, notes = of_curvature(method.curvature.tokens, method.config.expert_tokens)
+    others = [w.fqn for w in method.weights if w.weight.dim() == 3 and w.fqn not in stacks]
+    notes |= dict.fromkeys(others, "its experts get all tokens, which nobody counts: curvature scores them all")
+    return {"layer_notes": notes, **({"experts": stacks} if stacks else {})}
+
+
 def _layers(sparse: SparseModel, copies: Sequence[tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
     """By weight: what the run made of it, by the dense ``copies``, and what it learned of it."""
     found: dict[str, dict[str, float]] = {}
@@ -170,7 +183,7 @@ def _identity(
     """What a saved state must agree in, beside what :func:`train` knows itself."""
     assert run.batches is not None
     known = {name: getattr(recipe, name) for name in ("seed", "batch_size", "length", "calibration", "accumulate")}
-    known |= {name: getattr(config, name) for name in STARTING} | {"slorb_block": slorb_block}
+    known |= {name: getattr(config, name) for name in (*STARTING, "expert_tokens")} | {"slorb_block": slorb_block}
     known["dtype"] = str(run.program.tensor(eligible(run.sites)[0].fqn).dtype)
     if path is not None:
         weights: Mapping[str, Tensor] = run.program.state

@@ -19,6 +19,7 @@ from sparseforge_fx.passes import Pass, run_passes
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.passes.insert_soft_masks import mask_name
+from sparseforge_fx.training.expert_counters import ExpertCounters, counters_of
 from sparseforge_fx.training.objective import Answer, drawn_loss
 
 
@@ -35,7 +36,8 @@ class CurvatureProbe:
         tapped: what makes a module keep its intermediate values.
 
     Attributes:
-        rides: the estimate comes out of the backward pass that trains: the step runs ``run`` instead of its own graph.
+        rides: the estimate, or the count of experts' tokens, comes out of the backward pass that trains: the step runs
+            ``run`` instead of its own graph.
     """
 
     def __init__(
@@ -49,20 +51,24 @@ class CurvatureProbe:
         tapped: Callable[[GraphModule], GraphModule],
     ):
         self.dense, self.masked, self.weights, self.curvature = dense, masked, weights, curvature
-        self.answer, self.rides = answer, curvature.estimator in PROBES and curvature.estimator != "fisher"
+        stacks = any("soft_masked_experts" in op for op in masked.op_counts())
+        self.answer, self.rides = answer, (curvature.estimator in PROBES or stacks) and curvature.estimator != "fisher"
         self.module: GraphModule | None = None
         self._probes: dict[str, Tensor] = {}  # by the weight's name
         self._hooks: list[Any] = []
         self._batches: list[Reading] = []  # this step's micro-batches, where they are run again
-        if curvature.estimator in PROBES:
-            module = run_passes(masked, passes)[0].module()
+        module = run_passes(masked, passes)[0].module() if curvature.estimator in PROBES or stacks else None
+        self._counters = ExpertCounters(
+            {} if module is None else counters_of(module, [w.fqn for w in weights]), curvature
+        )
+        if module is not None:
             found = dict(module.named_parameters())
-            self._probes = {w.fqn: found[probe_name(w.fqn)] for w in weights}
+            self._probes = {w.fqn: found[name] for w in weights if (name := probe_name(w.fqn)) in found}
             if self.rides:
                 module = tapped(module)
                 self._hooks = fold_on_backward(self._probes, curvature)
             self.module = module
-        elif curvature.estimator == "hutchinson":
+        if curvature.estimator == "hutchinson":
             once = {op for op in dense.op_counts() if "grouped_mm" in op}
             if once:
                 raise SparseForgeError(
@@ -83,8 +89,9 @@ class CurvatureProbe:
         for w in self.weights:
             owner, _, leaf = mask_name(w.fqn).rpartition(".")
             self.module.get_submodule(owner)._buffers[leaf] = w.mask
-            probe = self.module.get_parameter(probe_name(w.fqn))
+        for probe in self._probes.values():
             probe.data = probe.data.new_zeros(()).expand(probe.shape)
+        self._counters.move()
 
     def complete(self, step: int, loss: Callable[[Any, Reading], Tensor]) -> None:
         """Bring in what ``step`` says of the curvature beside what its backward passes have folded.
@@ -104,10 +111,12 @@ class CurvatureProbe:
             for index in range(vectors):
                 self.curvature.add_signed(self._hutchinson(step, index, loss), weights, 1 / vectors)
         self.curvature.close(self._probes or weights)
+        self._counters.complete()
 
     def forget(self) -> None:
         """The step is over."""
         self._batches.clear()
+        self._counters.forget()
 
     def release(self) -> None:
         """Take the hooks off, and let go of the twin."""
@@ -132,10 +141,14 @@ class CurvatureProbe:
                 generator = torch.Generator(device=value.device).manual_seed(step + (index << 32) + (rank << 48))
                 loss = drawn_loss(value, found.scores, generator)
             answers += value.shape[:-1].numel()
-            parts = torch.autograd.grad(loss, list(self._probes.values()), allow_unused=True)
-            for fqn, part in zip(self._probes, parts, strict=True):
+            counters = list(self._counters.parameters.values())
+            parts = torch.autograd.grad(loss, [*self._probes.values(), *counters], allow_unused=True)
+            for fqn, part in zip(self._probes, parts, strict=False):
                 if part is not None:
                     total[fqn] = total[fqn].add_(part) if fqn in total else part
+            for counter, part in zip(counters, parts[len(self._probes) :], strict=True):
+                if part is not None:
+                    counter.grad = part if counter.grad is None else counter.grad + part
         return {fqn: part.div_(max(1, answers)) for fqn, part in total.items()}
 
     def _hutchinson(self, step: int, index: int, loss: Callable[[Any, Reading], Tensor]) -> Mapping[str, Tensor]:

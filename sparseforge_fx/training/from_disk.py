@@ -46,7 +46,7 @@ from sparseforge_fx.training.planned import planned_sites
 from sparseforge_fx.training.prepare import check_sites
 from sparseforge_fx.training.recipe import FILE, Recipe
 from sparseforge_fx.training.sharded import SHARED
-from sparseforge_fx.training.unused import unused_arguments
+from sparseforge_fx.training.unused import unused_arguments, unused_for_experts
 
 JOURNAL, SCRATCH = "sparseforge-journal.json", "sparseforge-scratch"
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
@@ -174,6 +174,7 @@ class _Run:
             recipe, beside, data=data, method=recipe.name(data is not None), trains=False,
             calibrates=bool(self.chosen), batches=batches,
         )  # fmt: skip
+        self.notes += unused_for_experts(config, self.sites)
         self.method = recipe.name(data is not None)
 
     def identity(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.teacher import weights_of
 from sparseforge_fx.training.trainable import choose_trainable
 from sparseforge_fx.training.undo import dense_again_on_error
+from sparseforge_fx.training.unused import unused_for_experts
 
 
 @checked
@@ -95,7 +96,7 @@ def prepare(
             sparse.calibrate(calibration or [])
         if compile:
             sparse.compile()
-    for sentence in unmatched(model, include=include, exclude=exclude):
+    for sentence in (*unmatched(model, include=include, exclude=exclude), *unused_for_experts(config, sites)):
         sparse.reader.note(sentence)
     return sparse
 

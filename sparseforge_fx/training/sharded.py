@@ -38,6 +38,7 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import Pattern
+from sparseforge_fx.training.expert_counters import ExpertCounters, counters_of
 from sparseforge_fx.training.in_parts import InParts, one_element
 
 #: how a model is
@@ -180,7 +181,11 @@ class Shards:
         for probe in self.probes.values():
             probe.requires_grad_(False)  # but in the steps that estimate
         fetch = None if sharding.in_parts is None else sharding.in_parts.weight
-        self.module, self.parameters = sharding.shard(module, sites, pattern, list(self.probes.values()), fetch)
+        self.counters = counters_of(module, names)
+        for counter in self.counters.values():
+            counter.requires_grad_(False)
+        whole = [*self.probes.values(), *self.counters.values()]
+        self.module, self.parameters = sharding.shard(module, sites, pattern, whole, fetch)
         self.weights = []
         for site in eligible(sites):
             weight, mask = self.parameters[site.fqn], self.parameters[mask_name(site.fqn)]
@@ -225,6 +230,7 @@ class ShardedProbe:
 
     def __init__(self, shards: Shards, curvature: Curvature):
         self.curvature, self._probes, self._mesh = curvature, shards.probes, shards.sharding.mesh
+        self._counters = ExpertCounters(shards.counters, curvature)
         self._scale = scale_of(curvature) / self._mesh.size()
         self._ask(True)  # a hook wants a tensor that has a gradient
         self._hooks = [
@@ -247,14 +253,16 @@ class ShardedProbe:
     def complete(self, step: int, loss: Callable[[Any, Reading], Tensor]) -> None:
         """The step's estimates are complete."""
         self.curvature.close()
+        self._counters.complete()
 
     def forget(self) -> None:
         """The step is over."""
+        self._counters.forget()
         self._ask(False)
 
     def _ask(self, wanted: bool) -> None:
-        for probe in self._probes.values():
-            probe.requires_grad_(wanted)
+        for asked in (*self._probes.values(), *self._counters.parameters.values()):
+            asked.requires_grad_(wanted)
 
     def release(self) -> None:
         """Take the hooks off."""

@@ -18,6 +18,7 @@ from torch import nn
 from sparseforge_fx.data.batches import count_rows
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.base import TrainedConfig
+from sparseforge_fx.methods.experts import EXPERT_TOKENS
 from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.models.compute_dtype import dtype_of
 from sparseforge_fx.models.shards import Shards
@@ -60,7 +61,10 @@ class SharedStart:
             if left_out := [n for n in WHOLE if getattr(config, n)]:
                 told += f", without the preset's {' and '.join(left_out)}, which want the model in memory"
             config, notes = replace(config, reorder=False, reconstruct=0), [told]
-        return cls(config, replace(config, start="magnitude", reorder=False, reconstruct=0), notes)
+        over = replace(
+            config, start="magnitude", reorder=False, reconstruct=0, expert_tokens=EXPERT_TOKENS, every_token=False
+        )
+        return cls(config, over, notes)
 
     def in_memory(self, run: Run, calibrated: Sequence[Any]) -> dict[str, Any]:
         """Give the run's model the start's weights, and the run its dense ones to teach it. Returns what a report says
@@ -97,6 +101,7 @@ class SharedStart:
         source = in_parts.model
         asked = Recipe(
             method=self.config.start, pattern=str(self.config.pattern), dtype=str(dtype_of(source.skeleton))[6:],
+            options={n: getattr(self.config, n) for n in ("expert_tokens", "every_token")},
             **{n: getattr(recipe, n) for n in ("text_column", "separator", "include", "exclude", "plan", "batch_size")},
             **{n: getattr(recipe, n) for n in ("length", "calibration", "seed")},
         )  # fmt: skip

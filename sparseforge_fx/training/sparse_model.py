@@ -35,6 +35,7 @@ from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.training import low_rank
 from sparseforge_fx.training.curvature_probe import CurvatureProbe
 from sparseforge_fx.training.distillation import FEATURES, Distillation, Loss, feature_loss
+from sparseforge_fx.training.expert_counters import insert_counters
 from sparseforge_fx.training.low_rank import Branch
 from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.sharded import ESTIMATOR, ShardedProbe, Sharding, Shards, mask_of_ones
@@ -79,7 +80,8 @@ class SparseModel(TrainerSurface):
         tensor, state = self.program.tensor, self.program.state
         self.shards: Shards | None = None
         if sharding is not None:
-            self.shards = Shards(sharding, self.program, passes(estimator=ESTIMATOR), self.sites, config.pattern)  # type: ignore[arg-type]
+            probing = [*passes(estimator=ESTIMATOR), insert_counters]
+            self.shards = Shards(sharding, self.program, probing, self.sites, config.pattern)  # type: ignore[arg-type]
         weights = (
             [
                 MaskedWeight(s.fqn, tensor(s.fqn), tensor(mask_name(s.fqn)), s.reduction_dim)
@@ -114,7 +116,7 @@ class SparseModel(TrainerSurface):
             if self.method.curvature is not None:
                 self.probe = ShardedProbe(self.shards, self.method.curvature)
         elif (curvature := self.method.curvature) is not None and curvature.estimator is not None:
-            probing = passes(estimator=PROBES.get(curvature.estimator))
+            probing = [*passes(estimator=PROBES.get(curvature.estimator)), insert_counters]
             self.probe = CurvatureProbe(
                 program, self.program, probing, weights, curvature, self.objective.answer, self._tapped
             )
@@ -217,7 +219,7 @@ class SparseModel(TrainerSurface):
         weights = self.method.weights
         config = self.method.config
         start = LAYERWISE[config.start](config.pattern) if config.start in LAYERWISE else None
-        experts = Experts(config.pattern, *(() if start is None else (start.expert_tokens,)))
+        experts = Experts(config.pattern, config.expert_tokens, config.every_token)
         vectors = [p for p in self.parameters() if p.dim() < 2] if config.reorder or config.reconstruct else []
         teacher = (self.teacher or Teacher(self.dense, self._teachers())) if config.reconstruct else None
         with undone_on_error(weights, vectors) as dense, low_rank.handed_over(self.branches, self._hands_over):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparseforge_fx.data.batches import is_text
+from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.methods.experts import EXPERT_TOKENS
+from sparseforge_fx.passes import LinearSite
+from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.training.recipe import Recipe
 
 TRAINING = ("steps", "tokens", "accumulate", "lr", "objective", "weight_decay", "optimizer")
@@ -47,6 +51,15 @@ def unused_arguments(
         why["length"] = f"the data's own sequences of {ids.length} are taken as they are"
     differ = [n for n in why if given[n] is not defaults[n] and _differs(given[n], defaults[n])]
     return [f"{n} is given and not used: {why[n]}" for n in differ]
+
+
+def unused_for_experts(config: MethodConfig, sites: Sequence[LinearSite]) -> list[str]:
+    """A sentence for each option about experts that differs from its default where no experts become sparse."""
+    if any(site.experts is not None for site in eligible(sites)):
+        return []
+    given = {"expert_tokens": EXPERT_TOKENS, "every_token": False}
+    asked = [name for name, default in given.items() if getattr(config, name, default) != default]
+    return [f"{name} is given and not used: no experts of a mixture become sparse in this run" for name in asked]
 
 
 def _differs(value: Any, default: Any) -> bool:

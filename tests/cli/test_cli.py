@@ -330,6 +330,14 @@ def test_report_prints_the_summary(sparse):
         assert "sparseforge alps+kd" in text and "7 linears" in text and "96 in 3 steps" in text
 
 
+def test_report_sums_up_the_experts(tmp_path):
+    report = {"method": "wanda", "sites": [], "skipped": [], "pattern": "2:4"}
+    report["experts"] = {"up": {"tokens": [1200, 7, 40], "error": [0.1, 0.2, 0.3], "by_magnitude": [1]}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    text = " ".join(ok("report", tmp_path).replace("│", " ").split())
+    assert "experts 3, each saw 7 to 1,200 tokens, 1 too few: judged by magnitude" in text
+
+
 @pytest.mark.parametrize(
     ("text", "count"), [("1", 1), ("500k", 500_000), ("20M", 20_000_000), ("1.5B", 1_500_000_000), (" 2m ", 2_000_000)]
 )

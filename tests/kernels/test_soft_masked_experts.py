@@ -38,12 +38,14 @@ def test_every_expert_is_a_soft_masked_linear(shape, transposed):
     x, weight, mask, ends = make(counts, width, out, beyond, transposed)
     for size in (weight.shape, (len(counts), width)):
         probe = torch.zeros(size, requires_grad=True)
-        got = EXPERTS_OP(x, weight, mask, ends, None, probe, transposed)
+        counter = torch.zeros(len(counts), requires_grad=True)
+        got = EXPERTS_OP(x, weight, mask, ends, None, probe, transposed, "", counter)
         expected = one_by_one(x, weight, mask, counts, transposed, probe)
         torch.testing.assert_close(got, expected)
         upstream = torch.randn_like(got)
         leaves = [x, weight, probe]
-        grads = torch.autograd.grad(got, leaves, upstream)
+        *grads, seen = torch.autograd.grad(got, [*leaves, counter], upstream)
+        assert seen.tolist() == counts
         wanted = torch.autograd.grad(expected, leaves, upstream, allow_unused=True)
         for g, e in zip(grads, wanted, strict=True):
             torch.testing.assert_close(g, torch.zeros_like(g) if e is None else e)
@@ -58,6 +60,11 @@ def test_without_offsets_every_expert_has_as_many_rows(transposed):
     torch.testing.assert_close(got, torch.baddbmm(bias, stacked, w if transposed else w.mT))
     (grad,) = torch.autograd.grad(got.sum(), [bias])
     assert torch.equal(grad, torch.full_like(bias, 3))
+    counter = torch.zeros(2, requires_grad=True)
+    given = stacked * torch.tensor([[1.0, 0, 1], [0, 0, 1]])[..., None]  # the others went to other experts
+    got = EXPERTS_OP(given, weight, mask, None, None, None, transposed, "", counter)
+    (seen,) = torch.autograd.grad(got.sum(), [counter])
+    assert seen.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -83,4 +90,5 @@ def test_an_expert_without_rows_is_not_read():
 def test_opcheck():
     x, weight, mask, ends = make([2, 0, 3], 4, 4)
     torch.library.opcheck(EXPERTS_OP, (x, weight, mask, ends), {"probe": torch.zeros(weight.shape, requires_grad=True)})
+    torch.library.opcheck(EXPERTS_OP, (x, weight, mask, ends), {"counter": torch.zeros(3, requires_grad=True)})
     torch.library.opcheck(EXPERTS_OP, (x[:4].view(2, 2, 4).detach(), weight[:2].detach(), mask[:2], None))

@@ -71,3 +71,21 @@ def test_a_switch_is_true_or_false(method, name, value):
     """``"no"`` was taken for true."""
     with pytest.raises(SparseForgeError, match=f"{name} is .*: give True or False"):
         configure(method, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "preset", "changes"),
+    [
+        ("sparseforge", "annealed", {"every_token": True}),
+        ("ast", None, {"every_token": True}),
+        ("gmp", None, {"expert_tokens": 8}),
+        ("sparseforge", "alps+kd", {"expert_tokens": 8, "start": "magnitude", "reorder": False}),
+    ],
+)
+def test_what_a_start_is_told_of_experts_needs_a_layer_wise_one(method, preset, changes):
+    (name, value), *_ = changes.items()
+    with pytest.raises(SparseForgeError, match=f"{name} is for a layer-wise start, and this run starts from"):
+        configure(method, 4, preset=preset, **changes)
+    fading = {"softness_start": 0.6} if preset == "annealed" else {}
+    config = configure(method, 4, preset=preset, **{name: value, "start": "alps", **fading})
+    assert getattr(config, name) == value

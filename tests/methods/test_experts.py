@@ -126,6 +126,7 @@ def test_an_expert_that_saw_too_few_tokens_is_pruned_by_magnitude_and_named(tiny
     chosen = [w for w in weights if w.fqn == first]
     notes = prune_layer_by_layer(masked, chosen, batches, WandaConfig(TWO_FOUR).solve, experts)
     assert experts.tokens == {first: counts[first]}
+    assert experts.describe()["experts"][first]["by_magnitude"] == few
     listed = ", ".join(map(str, few))
     assert f"{listed} saw fewer than {limit} calibration tokens: pruned by magnitude" in notes[first]
     weight = found.model.get_parameter(first).detach()
@@ -202,6 +203,9 @@ def test_an_expert_that_the_graph_never_reads_is_pruned_by_magnitude():
     experts = Experts(TWO_FOUR, 1, every_token=True)
     notes = prune_layer_by_layer(masked, weights, [torch.randn(64, 8)], SparseGPTConfig(TWO_FOUR).solve, experts)
     assert notes["w"].startswith("experts 0, 2 calibrated on the tokens routed there")
-    assert check_pattern(net.w, TWO_FOUR, 1) and experts.tokens == {"w": [64, 64]}
+    assert check_pattern(net.w, TWO_FOUR, 1) and experts.tokens == {"w": [64, 0, 64]}
+    assert "expert 1 is never read by the graph: pruned by magnitude" in notes["w"]
+    described = experts.describe()["experts"]["w"]
+    assert described["by_magnitude"] == [1] and [e is None for e in described["error"]] == [False, True, False]
     assert torch.equal(net.w[1], dense[1] * hard_mask(dense[1].abs(), TWO_FOUR, 0))
     assert not torch.equal(net.w[0], dense[0] * hard_mask(dense[0].abs(), TWO_FOUR, 0))

@@ -530,6 +530,30 @@ def test_state_of_another_configuration_is_refused():
         SparseForge(replace(config, steps=60), [random_weight()]).load_state(state)
 
 
+# -- experts ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("score", ["obd", "ratio"])
+def test_an_expert_that_saw_too_few_tokens_is_scored_by_magnitude(score):
+    value = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    h = torch.rand(3, 4, 8, generator=torch.Generator().manual_seed(1))
+    forge = SparseForge(SparseForgeConfig(steps=10, score=score, expert_tokens=20), [masked(value, dim=2)])
+    forge.curvature.fold("w", h)
+    by_curvature = forge.score(forge.weights[0])  # nobody counts
+    forge.tokens = {"w": [20, 19, 0]}
+    found = forge.score(forge.weights[0])
+    assert torch.equal(found[0], by_curvature[0]) and torch.equal(found[1:], value[1:].abs())
+    assert not torch.equal(by_curvature[1], value[1].abs())
+
+
+def test_tokens_are_part_of_the_state():
+    config, value = SparseForgeConfig(steps=10), torch.randn(2, 4, 8)
+    first, second, third = (SparseForge(config, [masked(value, dim=2)]) for _ in range(3))
+    first.tokens, second.tokens, third.tokens = {"w": [3, 40]}, {"w": [0, 0]}, {"w": [0, 0, 0]}
+    second.load_state(first.state())
+    assert second.curvature.tokens == {"w": [3, 40]}
+    with pytest.raises(SparseForgeError, match="is no list of 3"):
+        third.load_state(first.state())
+
+
 # -- on a graph ------------------------------------------------------------------------------------------------------
 def anneal(found, config, seed=0):
     sparse = found.sparse(config).train()

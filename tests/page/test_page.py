@@ -27,6 +27,7 @@ REPORT = {
     "density": dict.fromkeys(NAMES, 0.5),
     "layers": {n: {"kept": 0.8 + i / 100, "moved": 0.5, "curvature": 10.0**-i} for i, n in enumerate(NAMES)},
     "reconstruction": [{"block": "model.layers.0", "before": 0.125, "after": 0.03}],
+    "experts": {"model.layers.0.mlp.experts.up": {"tokens": [1200, 7], "error": [0.05, None], "by_magnitude": [1]}},
     "seconds": 3723.0,
     "peak_memory_bytes": 2_500_000_000,
     "device": "a CPU",
@@ -114,9 +115,18 @@ def test_it_says_what_was_done_and_measured(full):
         "model: /home/me/tiny",
         "Predicted loss",
         "model.layers.0 12.50% 3.00%",
+        "model.layers.0.mlp.experts.up 2 7 604 1,200 5.0% 5.0% 1",
+        "Each expert model.layers.0.mlp.experts.up expert tokens error by magnitude 0 1,200 5.0% 1 7 yes",
     ):
         assert said in text, said
     assert "Not measured yet" not in text and "/home/me/test.txt" not in text  # whoever gets it has no such folder
+
+
+def test_thousands_of_experts_are_a_line_for_every_stack(tmp_path):
+    one = {"tokens": [9] * 256, "error": [0.5] * 256, "by_magnitude": []}
+    page = write(tmp_path, REPORT | {"experts": {f"m.{i}.up": one for i in range(96)}})
+    assert "Each expert" not in page and "Single experts are too many for a page: report.json has each." in page
+    assert len(page) < 200_000
 
 
 def test_what_nobody_measured_has_the_command_that_does(tmp_path):

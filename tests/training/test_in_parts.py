@@ -193,6 +193,11 @@ def test_a_start_that_is_not_this_runs_is_refused(ran):
         start.from_disk(InParts(source), "text", recipe, folder / "state", None)
     with pytest.raises(SparseForgeError, match="is written beside the training state: give state_path"):
         start.from_disk(InParts(source), "text", recipe, None, None)
+    same = recipe.changed(calibration=6, every_token=True, expert_tokens=8)
+    start = SharedStart.of(same.config(True), same, True)
+    with pytest.raises(SparseForgeError, match=r"is the start of another run \(its options differ\)"):
+        start.from_disk(InParts(source), "text", same, folder / "state", None)
+    assert (start.trained.every_token, start.trained.expert_tokens) == (False, 32)
     with pytest.raises(SparseForgeError, match="reconstruct needs the whole model in memory, and this one stays"):
         SharedStart.of(recipe.config(True), recipe.changed(reconstruct=2), True)
     assert SharedStart.of(recipe.changed(preset="annealed").config(True), recipe, True) is None

@@ -101,6 +101,7 @@ def ran(name, sharding=None, stop=None, **saved):
             curves = train(sparse, Batches(), sparse.trainable(), how, compile=False, on_step=on_step, **saved)
         except Stop:
             return None
+    tokens = {} if sparse.method.curvature is None else sparse.method.curvature.tokens
     finalize(sparse)
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in curves]
     return {
@@ -108,6 +109,7 @@ def ran(name, sharding=None, stop=None, **saved):
         "weights": {k: v.clone() for k, v in model.state_dict().items()},
         "held": held,
         "mixed": mixed,
+        "tokens": tokens,
     }
 
 
@@ -207,6 +209,9 @@ def test_curves_and_weights_are_those_of_one_process(shared):
     for name in RUNS:
         alone = ran(name)
         assert first[name]["curves"] == second[name]["curves"]
+        assert first[name]["tokens"] == second[name]["tokens"] == alone["tokens"] and bool(alone["tokens"]) == (
+            name == "moe"
+        )
         half, rounded = "bfloat16" in name, name == "8 bits"  # whose blocks are those of a part
         mixed = name == "mixed precision"
         assert first[name]["mixed"] == alone["mixed"] == {mixed}

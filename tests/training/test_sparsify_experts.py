@@ -111,3 +111,77 @@ def test_too_few_tokens_are_told(captured_once):
         found.reset().model, data(), method="wanda", options={"every_token": True}, show_progress=False
     )
     assert all(of_one["tokens"] == [ROWS * LENGTH] * 4 for of_one in result.report["experts"].values())
+
+
+def test_the_start_of_a_trained_method_has_the_same_options(captured_once):
+    found = captured_once("moe")
+    options = {"reconstruct": 0, "reorder": False}
+    how = {"show_progress": False, "compile": False, **TRAINED}
+    report = sf.sparsify(found.model, data(), options={**options, "every_token": True}, **how).report
+    assert all(of_one["tokens"] == [ROWS * LENGTH] * 4 for of_one in report["experts"].values())
+    assert report["config"]["every_token"] and report["experts"].keys() == stacks(found.model).keys()
+    report = sf.sparsify(found.reset().model, data(), options={**options, "expert_tokens": 10_000}, **how).report
+    assert any("experts 0, 1, 2, 3 saw fewer than 10000 calibration tokens" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparseforge"])
+def test_what_is_for_experts_is_told_where_none_become_sparse(captured_once, method):
+    found = captured_once("llama")
+    asked = {"every_token": True, "expert_tokens": 8}
+    report = sf.sparsify(
+        found.model, data(), method=method, options=asked, show_progress=False, **options(method)
+    ).report
+    for name in asked:
+        assert f"{name} is given and not used: no experts of a mixture become sparse in this run" in report["notes"]
+    if method == "sparseforge":
+        batch = found.batch()
+        sparse = sf.prepare(found.reset().model, batch, sf.alps_kd_preset(2, every_token=True), calibration=[batch])
+        assert any(note.startswith("every_token is given and not used") for note in sparse.reader.notes)
+        sparse.release()
+
+
+def test_curvature_tells_what_it_is_of(captured_once, tmp_path):
+    found = captured_once("moe")
+    how = {"preset": "annealed", "show_progress": False, "compile": False, **TRAINED}
+    report = sf.sparsify(found.model, data(), options={"probe_every": 1}, **how).report
+    for of_one in report["experts"].values():  # the quench ends with the last step
+        assert sum(of_one["tokens"]) == 4 * 4 * LENGTH * 2 and of_one["by_magnitude"] == [] and len(of_one) == 2
+    assert report["experts"].keys() == stacks(found.model).keys()
+    assert not any("expert" in note for note in report["notes"])
+    few = sf.sparsify(found.reset().model, data(), options={"expert_tokens": 10_000}, **how)
+    assert all(of_one["by_magnitude"] == [0, 1, 2, 3] for of_one in few.report["experts"].values())
+    told = "experts 0, 1, 2, 3 saw fewer than 10000 tokens while curvature was estimated: scored by magnitude"
+    assert any(told in note for note in few.report["notes"])
+    for weight in stacks(found.model).values():
+        assert check_pattern(weight, TWO_FOUR)
+
+
+def test_tokens_of_a_run_that_was_stopped_are_not_lost(captured_once, tmp_path):
+    found = captured_once("moe")
+    how = {"preset": "annealed", "show_progress": False, "compile": False, **TRAINED}
+    whole = sf.sparsify(found.model, data(), **how).report["experts"]
+
+    def stop(step, row):
+        if step == 2:
+            raise InterruptedError
+
+    saved = {"state_path": tmp_path / "state", "save_seconds": 0.0}
+    with pytest.raises(InterruptedError):
+        sf.sparsify(found.reset().model, data(), **how, **saved, on_step=stop)
+    assert sf.sparsify(found.reset().model, data(), **how, **saved).report["experts"] == whole
+
+
+def test_experts_that_nobody_counts_are_told():
+    class Slices(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(2, 8, 8))
+
+        def forward(self, x):
+            return torch.sin(x @ self.w[0]) + x @ self.w[1]
+
+    report = sf.sparsify(
+        Slices(), [torch.randn(4, 8)] * 2, preset="annealed", steps=4, show_progress=False, compile=False
+    ).report
+    assert "experts" not in report
+    assert any("its experts get all tokens, which nobody counts" in note for note in report["notes"])
