@@ -26,7 +26,8 @@ def on_disk(device: str | None, **given: Any) -> bool:
 
 def check_before(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise SparseForgeError for what the run would refuse at once."""
-    from sparseforge_fx.training.from_disk import check_method, check_place
+    from sparseforge_fx.training.from_disk import check_method
+    from sparseforge_fx.training.walk_folder import check_place
 
     check_method(recipe.config(recipe.data is not None), recipe.data)
     check_place(output, resume=resume, overwrite=overwrite)
@@ -35,14 +36,23 @@ def check_before(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool)
 def run_on_disk(
     recipe: Recipe, output: Path, *, resume: bool, overwrite: bool, cache_dir: Path | None, as_json: bool
 ) -> None:
-    """Prune block by block, and print what ``sparsify`` prints."""
+    """Prune block by block, and print what ``sparsify`` prints, on the first process."""
     from sparseforge_fx.cli.report import summary
     from sparseforge_fx.training.from_disk import sparsify_on_disk
+    from sparseforge_fx.training.processes import Processes
+    from sparseforge_fx.training.walk_folder import how_to_go_on
 
     assert recipe.model is not None
-    report = sparsify_on_disk(
-        recipe.model, recipe=recipe, output=output, resume=resume, overwrite=overwrite, cache_dir=cache_dir
-    )
+    try:
+        report = sparsify_on_disk(
+            recipe.model, recipe=recipe, output=output, resume=resume, overwrite=overwrite, cache_dir=cache_dir
+        )
+    except KeyboardInterrupt as error:
+        if told := how_to_go_on(output):
+            error.add_note(told)
+        raise
+    if not Processes().first:
+        return
     if as_json:
         print_json(report)
     console = stdout(quiet=as_json)

@@ -1,12 +1,16 @@
 """``--device disk``: the commands on a model whose weights stay on disk."""
 
 import json
+import os
+import signal
 
 import pytest
 from tiny_checkpoint import write_checkpoint, write_text
+from two_processes import run_two
 from typer.testing import CliRunner
 
 from sparseforge_fx import cli
+from sparseforge_fx.models.shards import Shards
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +56,57 @@ def test_what_has_no_use_there_is_refused(home, options, told):
     assert done.exit_code == 2
     assert told in done.output
     assert not (home / "no").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_walk_says_what_is_kept_and_how_to_go_on(home, tmp_path, monkeypatch, number, code):
+    options = ("--data", home / "text.txt", "--length", 16, "--calibration", 4, "--method", "wanda", "--device", "disk")
+    write, count = Shards.write, 0
+
+    def interrupted(self, name, value):
+        nonlocal count
+        count += 1
+        if count == 10:  # in the second block
+            os.kill(os.getpid(), number)
+        write(self, name, value)
+
+    monkeypatch.setattr(Shards, "write", interrupted)
+    done = run("sparsify", home / "dense", *options, "-o", tmp_path / "out")
+    told = f"interrupted; {tmp_path}/out.unfinished holds 1 finished block: go on with the same command and --resume"
+    assert done.exit_code == code and done.stderr.splitlines()[-1] == told
+    monkeypatch.undo()
+    done = run("sparsify", home / "dense", *options, "-o", tmp_path / "out", "--resume")
+    assert done.exit_code == 0 and os.listdir(tmp_path) == ["out"], done.output
+
+
+TWO = """
+import sys
+from pathlib import Path
+
+import torch
+from typer.testing import CliRunner
+
+from sparseforge_fx import cli
+from sparseforge_fx.training.from_disk import sparsify_on_disk
+
+folder, rank = Path(sys.argv[1]), sys.argv[2]
+command = ["sparsify", f"{folder}/dense", "--data", f"{folder}/text.txt", "--length", "16", "--calibration", "4"]
+command += ["--method", "wanda", "--device", "disk", "-o", f"{folder}/out"]
+done = CliRunner().invoke(cli.app, command)
+run = {"method": "wanda", "length": 16, "calibration": 4, "output": folder / "half", "blocks": 1}
+report = sparsify_on_disk(folder / "dense", str(folder / "text.txt"), **run)
+again = CliRunner().invoke(cli.app, command)
+said = [[r.exit_code, r.stdout, r.stderr] for r in (done, again)]
+torch.save({"said": said, "density": report["density"]}, folder / f"{rank}.pt")
+"""
+
+
+def test_of_two_processes_the_first_walks(tmp_path):
+    write_checkpoint(tmp_path / "dense", num_hidden_layers=2)
+    write_text(tmp_path / "text.txt", repeats=4)
+    ranks = run_two(TWO, tmp_path)
+    assert [[code for code, *_ in rank["said"]] for rank in ranks] == [[0, 2], [0, 2]]
+    assert [rank["said"][0][1].count("wrote") for rank in ranks] == [1, 0]
+    assert [rank["said"][1][2].count("is not empty") for rank in ranks] == [1, 0]
+    assert ranks[0]["density"] == ranks[1]["density"] and len(ranks[1]["density"]) == 7
+    assert (tmp_path / "out" / "report.json").is_file() and not (tmp_path / "out.unfinished").exists()
