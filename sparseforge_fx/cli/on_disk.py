@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseforge_fx.cli.app import print_json, stdout
+from sparseforge_fx.cli.app import print_json, read_bytes, stdout
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
@@ -24,19 +24,27 @@ def on_disk(device: str | None, **given: Any) -> bool:
     return device == DISK
 
 
-def check_before(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> None:
+def activation_limit(text: str | None, walks: bool) -> int | None:
+    """Bytes of activations that stay in memory. Raises SparseForgeError where none go to files."""
+    if text is not None and not walks:
+        raise SparseForgeError(
+            "--activation-bytes is for --device disk and a method that does not train: leave it out here"
+        )
+    return None if text is None else read_bytes("--activation-bytes", text)
+
+
+def check_before(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool, activation_bytes: int | None) -> None:
     """Raise SparseForgeError for what the run would refuse at once."""
     from sparseforge_fx.training.from_disk import check_method
     from sparseforge_fx.training.walk_folder import check_place
 
-    check_method(recipe.config(recipe.data is not None), recipe.data)
+    check_method(recipe.config(recipe.data is not None), recipe.data, activation_bytes)
     check_place(output, resume=resume, overwrite=overwrite)
 
 
-def run_on_disk(
-    recipe: Recipe, output: Path, *, resume: bool, overwrite: bool, cache_dir: Path | None, as_json: bool
-) -> None:
-    """Prune block by block, and print what ``sparsify`` prints, on the first process."""
+def run_on_disk(recipe: Recipe, output: Path, *, as_json: bool, **how: Any) -> None:
+    """Prune block by block, and print what ``sparsify`` prints, on the first process; ``how`` goes to
+    :func:`sparseforge_fx.sparsify_on_disk`."""
     from sparseforge_fx.cli.report import summary
     from sparseforge_fx.training.from_disk import sparsify_on_disk
     from sparseforge_fx.training.processes import Processes
@@ -44,9 +52,7 @@ def run_on_disk(
 
     assert recipe.model is not None
     try:
-        report = sparsify_on_disk(
-            recipe.model, recipe=recipe, output=output, resume=resume, overwrite=overwrite, cache_dir=cache_dir
-        )
+        report = sparsify_on_disk(recipe.model, recipe=recipe, output=output, **how)
     except KeyboardInterrupt as error:
         if told := how_to_go_on(output):
             error.add_note(told)

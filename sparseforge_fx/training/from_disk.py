@@ -111,7 +111,7 @@ def walk(
     began = time.monotonic()
     data = recipe.data if data is None else data
     config = recipe.config(data is not None)
-    check_method(config, data)
+    check_method(config, data, activation_bytes)
     place = check_place(output, resume=resume, overwrite=overwrite)
     assert recipe.model is not None
     source = StreamedModel(recipe.model)
@@ -132,12 +132,16 @@ def walk(
     return report
 
 
-def check_method(config: MethodConfig, data: Any) -> None:
+def check_method(config: MethodConfig, data: Any, activation_bytes: int | None = None) -> None:
     """Raise SparseForgeError for what a walk from disk cannot do."""
     if isinstance(config, TrainedConfig):
         raise SparseForgeError(
             "a model that stays on disk is not trained by one process: take magnitude, wanda, sparsegpt or alps, or "
             f"train it {SHARED}"
+        )
+    if activation_bytes is not None and not isinstance(config, LayerwiseConfig):
+        raise SparseForgeError(
+            f"a method that looks at weights alone has no activations: leave activation_bytes={activation_bytes} out"
         )
     if is_self(data):
         raise SparseForgeError("a model that stays on disk draws no text: give a text as data")

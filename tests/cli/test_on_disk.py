@@ -10,6 +10,7 @@ from two_processes import run_two
 from typer.testing import CliRunner
 
 from sparseforge_fx import cli
+from sparseforge_fx.methods.streamed import Streamed
 from sparseforge_fx.models.shards import Shards
 
 
@@ -48,13 +49,16 @@ def test_sparsify_then_evaluate(home):
         (("--log-with", "tensorboard"), "no use for --log-with"),
         (("--compile", "on"), "no use for --compile"),
         (("--method", "gmp"), "is not trained"),
+        (("--activation-bytes", "much"), "--activation-bytes much is no size: write 2GB or 500MB, say"),
+        (("--method", "magnitude", "--activation-bytes", "2kB"), "no activations: leave --activation-bytes 2000 out"),
+        (("--device", "cpu", "--activation-bytes", "2GB"), "--activation-bytes is for --device disk and a method"),
     ],
 )
 def test_what_has_no_use_there_is_refused(home, options, told):
     options = ("--method", "wanda", *options) if "--method" not in options else options
     done = run("sparsify", home / "dense", "--data", home / "text.txt", "-o", home / "no", "--device", "disk", *options)
     assert done.exit_code == 2
-    assert told in done.output
+    assert told in " ".join(done.output.split())
     assert not (home / "no").exists()
 
 
@@ -110,3 +114,11 @@ def test_of_two_processes_the_first_walks(tmp_path):
     assert [rank["said"][1][2].count("is not empty") for rank in ranks] == [1, 0]
     assert ranks[0]["density"] == ranks[1]["density"] and len(ranks[1]["density"]) == 7
     assert (tmp_path / "out" / "report.json").is_file() and not (tmp_path / "out.unfinished").exists()
+
+
+def test_activations_beyond_a_size_go_to_files(home, tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(Streamed, "keep", lambda self, *_: limits.append(self.limit))
+    options = ("--data", home / "text.txt", "--length", 16, "--calibration", 4, "--method", "wanda", "--device", "disk")
+    done = run("sparsify", home / "dense", *options, "-o", tmp_path / "out", "--activation-bytes", "1.5kB")
+    assert done.exit_code == 0 and set(limits) == {1500}, done.output
