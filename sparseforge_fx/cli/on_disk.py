@@ -11,6 +11,8 @@ from sparseforge_fx.cli.app import print_json, read_bytes, stdout
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
+    import torch
+
     from sparseforge_fx.training.recipe import Recipe
 
 DISK = "disk"
@@ -76,6 +78,17 @@ def healing(output: Path, recipe: Recipe) -> str:
     for option, globs in (("--include", recipe.include), ("--exclude", recipe.exclude)):
         words += [word for glob in globs for word in (option, glob)]
     return shlex.join(["sparsify", str(output), *words, "-o", "healed"])
+
+
+def windows_at_once(config: Any, dtype: torch.dtype, context: int) -> int:
+    """How many windows half of the free memory takes: the whole checkpoint is read for each batch of them."""
+    import psutil
+
+    text = config.get_text_config()
+    inner = getattr(text, "intermediate_size", None)
+    inner = inner if isinstance(inner, int) else 4 * text.hidden_size
+    token = dtype.itemsize * (2 * text.vocab_size + 16 * text.hidden_size + 4 * inner)  # logits twice: float32 of them
+    return max(1, int(psutil.virtual_memory().available / 2 / (token * context)))
 
 
 def suggest(model: str) -> None:

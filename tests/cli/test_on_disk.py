@@ -3,15 +3,21 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
+import transformers
 from tiny_checkpoint import write_checkpoint, write_text
 from two_processes import run_two
 from typer.testing import CliRunner
 
 from sparseforge_fx import cli
+from sparseforge_fx.cli.on_disk import windows_at_once
 from sparseforge_fx.methods.streamed import Streamed
 from sparseforge_fx.models.shards import Shards
+from sparseforge_fx.models.streamed_forward import StreamedForward
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +128,31 @@ def test_activations_beyond_a_size_go_to_files(home, tmp_path, monkeypatch):
     options = ("--data", home / "text.txt", "--length", 16, "--calibration", 4, "--method", "wanda", "--device", "disk")
     done = run("sparsify", home / "dense", *options, "-o", tmp_path / "out", "--activation-bytes", "1.5kB")
     assert done.exit_code == 0 and set(limits) == {1500}, done.output
+
+
+@pytest.mark.parametrize(
+    ("free", "options", "batches"),
+    [(1 << 30, (), [4]), (1 << 18, (), [1] * 4), (1 << 30, ("--batch-size", 3), [3, 1])],
+)
+def test_evaluate_reads_the_checkpoint_as_seldom_as_memory_allows(home, monkeypatch, free, options, batches):
+    called, forward = [], StreamedForward.__call__
+
+    def counted(self, input_ids):
+        called.append(len(input_ids))
+        return forward(self, input_ids)
+
+    monkeypatch.setattr(StreamedForward, "__call__", counted)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    told = ("--data", home / "text.txt", "--context", 32, "--max-windows", 4, "--device", "disk")
+    done = run("evaluate", home / "dense", *told, *options)
+    assert done.exit_code == 0, done.output
+    assert called == batches
+
+
+@pytest.mark.parametrize(
+    "config", [transformers.GPT2Config(), transformers.LlamaConfig(), transformers.MixtralConfig()]
+)
+def test_the_longer_the_windows_the_fewer_at_once(config, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 36))
+    short, long = (windows_at_once(config, torch.bfloat16, context) for context in (512, 1024))
+    assert 1 < long <= short / 2 <= long + 1
