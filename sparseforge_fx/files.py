@@ -35,12 +35,13 @@ def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
 def move_file(made: Path, path: Path) -> None:
     """Let a file that is complete, on the same disk, take the place of ``path``: its bytes are there before its name,
     so that after a power failure ``path`` is the old file or the new one."""
-    _sync(made)
+    sync(made)
     os.replace(made, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written to it is on the disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,9 +49,20 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """The names in it are on the disk."""
     with suppress(OSError):  # not every file system can, and the name is there for all who look now
-        _sync(folder)
+        sync(folder)
+
+
+def sync_all(folder: Path) -> None:
+    """All that lies in a folder is on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            sync(file)
+        elif file.is_dir():
+            sync_folder(file)
+    sync_folder(folder)
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------
@@ -71,12 +83,7 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _sync(file)
-            elif file.is_dir():
-                _sync_folder(file)
-        _sync_folder(partial)
+        sync_all(partial)
         if not inside:
             try:
                 replace_folder(folder, partial)
@@ -153,11 +160,13 @@ def _stays(folder: Path) -> bool:
 
 def replace_folder(folder: Path, new: Path) -> None:
     """Let a folder that is complete, on the same disk, take the place of ``folder``."""
-    old = folder.with_name(f".{folder.name}.old")
+    old, partial = (folder.with_name(f".{folder.name}.{n}") for n in ("old", "partial"))
+    if new != partial:  # what a killed writer left there would be taken for the complete one
+        shutil.rmtree(partial, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -207,6 +207,16 @@ def readable_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def read_bytes(option: str, text: str) -> int:
+    """``2GB`` -> 2000000000: what :func:`readable_bytes` writes. Raises SparseForgeError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip(), re.IGNORECASE)
+    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+    count = round(float(match[1]) * scale[match[2].lower()]) if match else 0
+    if count < 1:
+        raise SparseForgeError(f"{option} {text} is no size: write 2GB or 500MB, say")
+    return count
+
+
 def grouped(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], tuple]) -> dict[tuple, list[dict[str, Any]]]:
     """Rows that differ only in the numbers in their names, under the name with the numbers as ``*``."""
     groups: dict[tuple, list[dict[str, Any]]] = {}

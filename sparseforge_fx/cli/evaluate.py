@@ -24,7 +24,7 @@ from sparseforge_fx.cli.app import (
     stdout,
 )
 from sparseforge_fx.cli.beside import Beside
-from sparseforge_fx.cli.on_disk import on_disk
+from sparseforge_fx.cli.on_disk import on_disk, windows_at_once
 from sparseforge_fx.errors import SparseForgeError, add_sentence
 from sparseforge_fx.page.texts import paired_text, with_error
 
@@ -39,6 +39,7 @@ DEVICE = (
     "cpu, cuda, ...; default cuda where there is one. disk: weights stay there, those of one block at a time in "
     "memory, read once for each batch of windows."
 )
+BATCH = "Windows per forward pass; default 1, with --device disk what half of the free memory takes."
 TASK_DATA = "The documents of a task, as json, jsonl, parquet, csv or arrow: any task without a network (repeatable)."
 OUTPUT = "Write all numbers there (json); default: evaluation.json of MODEL, if that is the folder of a run."
 PROMPT_TOKENS = 48  # that a prompt is continued by
@@ -59,7 +60,7 @@ def evaluate(
     dense: Annotated[str | None, typer.Option(help="Another model, measured beside it on the same tokens.")] = None,
     context: Annotated[str, typer.Option(metavar="CONTEXT[:STRIDE]", help=WINDOWS)] = "",
     max_windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
+    batch_size: Annotated[int | None, typer.Option(min=1, help=BATCH)] = None,
     tasks: Annotated[str, typer.Option(metavar="TASKS[:LIMIT]", help=ZERO_SHOT)] = "",
     pattern: PatternOption = "2:4",
     dtype: DtypeOption = None,
@@ -101,10 +102,11 @@ def evaluate(
         cast(loaded, computing.dtype)  # one for both
         text = _tokens(data, text_column, tokenizer, text, dense, model)
         positions = getattr(loaded.config, "max_position_embeddings", None) or 1024
+        width = window or min(1024, positions)
+        batch = batch_size or (windows_at_once(loaded.config, computing.dtype, width) if stays else 1)
         measured[role] = perplexity(
             loaded.to(where) if weights is None else StreamedForward(weights), text,
-            context=window or min(1024, positions), stride=stride, max_windows=max_windows,
-            batch_size=batch_size, progress=True,
+            context=width, stride=stride, max_windows=max_windows, batch_size=batch, progress=True,
         )  # fmt: skip
         if wanted:
             accuracy[role], correct[role] = answers(loaded, tokenizer, wanted, limit=limit, files=files)

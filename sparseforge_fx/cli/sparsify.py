@@ -22,7 +22,7 @@ from sparseforge_fx.cli.app import (
 )
 from sparseforge_fx.cli.assignments import read_assignments
 from sparseforge_fx.cli.dry_run import tell_of_sparsify
-from sparseforge_fx.cli.on_disk import DISK, check_before, healing, on_disk, run_on_disk, suggest
+from sparseforge_fx.cli.on_disk import DISK, activation_limit, check_before, healing, on_disk, run_on_disk, suggest
 from sparseforge_fx.cli.report import summary
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.tracker import Tracker
@@ -56,6 +56,8 @@ TEACHER = (
     "Where MODEL is 2:4 already: the model before that, which it is distilled from; --set start=magnitude takes its "
     "masks as they are."
 )
+CHECKPOINTING = "Blocks are computed again backwards: less memory."
+ACTIVATIONS = "With --device disk: 2GB, 500MB, ... of activations stay in memory, the others in files; default: all do."
 SAVE_SECONDS = 600.0
 MODEL = "A Hugging Face folder, a hub id, or a GGUF file; default: the recipe's."
 
@@ -112,9 +114,8 @@ def sparsify(
     dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
     compile: Annotated[Compile, typer.Option(help="torch.compile; auto: where the run is long.")] = Compile.auto,
-    activation_checkpointing: Annotated[
-        bool, typer.Option("--activation-checkpointing", help="Blocks are computed again backwards: less memory.")
-    ] = False,
+    activation_checkpointing: Annotated[bool, typer.Option("--activation-checkpointing", help=CHECKPOINTING)] = False,
+    activation_bytes: Annotated[str | None, typer.Option(metavar="SIZE", help=ACTIVATIONS)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, at the end.")] = False,
     save_seconds: Annotated[
@@ -137,15 +138,17 @@ def sparsify(
         device, log_with=log_with, compile=compile is Compile.on, save_seconds=save_seconds != SAVE_SECONDS,
         activation_checkpointing=activation_checkpointing,
     )  # fmt: skip
+    limit = activation_limit(activation_bytes, from_disk)
+    walk: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "activation_bytes": limit}
     if dry_run:
         if from_disk:
-            check_before(recipe, output, resume=resume, overwrite=overwrite)
+            check_before(recipe, output, **walk)
         else:
             folder.check(recipe.describe(), resume=resume, overwrite=overwrite)
         tell_of_sparsify(recipe, output, device, as_json)
         return
     if from_disk:
-        run_on_disk(recipe, output, resume=resume, overwrite=overwrite, cache_dir=cache_dir, as_json=as_json)
+        run_on_disk(recipe, output, as_json=as_json, cache_dir=cache_dir, **walk)
         return
     _run(
         recipe, folder, as_json=as_json, device=device, resume=resume, overwrite=overwrite, log_with=log_with,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.files import sync
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -40,6 +41,7 @@ class Shards:
         self.folder = folder
         self.files = _files(folder)
         self.places: dict[str, Place] = {}
+        self._written: set[Path] = set()
         for file in self.files:
             self.places |= _places(file)
 
@@ -64,6 +66,12 @@ class Shards:
         with place.file.open("r+b") as file:
             file.seek(place.start)
             file.write(_memory(value.to(place.dtype).contiguous()))
+        self._written.add(place.file)
+
+    def sync(self) -> None:
+        """What was written is on the disk when this returns."""
+        while self._written:
+            sync(self._written.pop())
 
 
 def _memory(value: Tensor) -> memoryview:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,26 +15,39 @@ from sparseforge_fx.data.batches import Batches, leaves
 from sparseforge_fx.data.tokens import TokenData
 
 SAMPLE = 1024  # entries of a tensor that are hashed as they are
+CHUNK = 1 << 22  # bytes of a file at a time
 BATCHES = 2  # of a user's own that are looked at
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def of_tensors(tensors: Mapping[str, Tensor]) -> str:
+def of_tensors(tensors: Mapping[str, Tensor], sample: int | None = SAMPLE) -> str:
     """12 hexadecimal digits that depend on names, shapes, dtypes and values, not on the device.
 
     Of each tensor a strided sample is hashed, and the sum of all entries' bits as integers: one pass at the speed of
-    the memory, which a changed entry changes; a cryptographic hash of 7B weights would take a minute.
+    the memory, which a changed entry changes; a cryptographic hash of 7B weights would take a minute. ``sample`` None:
+    all entries are hashed.
     """
     digest = hashlib.blake2b(digest_size=6)
     for name in sorted(tensors):
         tensor = tensors[name]  # one at a time: a mapping may fetch them
         value = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         bits = value.detach().reshape(-1).view(_INTEGERS[value.element_size()])
-        step = max(1, bits.numel() // SAMPLE)
+        step = 1 if sample is None else max(1, bits.numel() // sample)
         total = int(bits.sum(dtype=torch.int64)) if bits.numel() else 0
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape), total)).encode())
         digest.update(bits[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def of_file(file: Path, copy: Path | None = None) -> str:
+    """Of all bytes of a file. They are written to ``copy`` on the way, so that a large file is read once."""
+    digest = hashlib.blake2b(digest_size=6)
+    with file.open("rb") as opened, nullcontext() if copy is None else copy.open("wb") as to:
+        while chunk := opened.read(CHUNK):
+            digest.update(chunk)
+            if to is not None:
+                to.write(chunk)
     return digest.hexdigest()
 
 

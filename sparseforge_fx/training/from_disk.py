@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows
 from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length
 from sparseforge_fx.data.reading import Reader
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.files import check_output, check_parent, replace_folder
 from sparseforge_fx.graph.capture import as_call, capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.methods.base import TrainedConfig
@@ -28,33 +24,29 @@ from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer
 from sparseforge_fx.methods.one_shot import LayerwiseConfig
 from sparseforge_fx.methods.streamed import Streamed, StreamedWeight
-from sparseforge_fx.models.compute_dtype import ComputeDtype, choose_dtype, dtype_of
+from sparseforge_fx.models.compute_dtype import choose_dtype, dtype_of
 from sparseforge_fx.models.dense import find_dtype
-from sparseforge_fx.models.shards import Shards
 from sparseforge_fx.models.streamed import StreamedModel
-from sparseforge_fx.page.page import write_page
 from sparseforge_fx.passes import LinearSite, find_linears, run_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.globs import unmatched
 from sparseforge_fx.passes.harden_masks import fold
 from sparseforge_fx.pattern import density, hard_mask
 from sparseforge_fx.ranges import Count, checked
-from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes, write_json
+from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
+from sparseforge_fx.training import fingerprint
 from sparseforge_fx.training.first_batch import check_ids, example_inputs_of
-from sparseforge_fx.training.in_parts import copy_checkpoint
+from sparseforge_fx.training.interruption import Interruption
 from sparseforge_fx.training.planned import planned_sites
 from sparseforge_fx.training.prepare import check_sites
-from sparseforge_fx.training.recipe import FILE, Recipe
+from sparseforge_fx.training.processes import Processes, together
+from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.sharded import SHARED
 from sparseforge_fx.training.unused import unused_arguments, unused_for_experts
-
-JOURNAL, SCRATCH = "sparseforge-journal.json", "sparseforge-scratch"
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-SPARE = 1 << 28  # bytes of disk beside the checkpoint itself
+from sparseforge_fx.training.walk_folder import WalkFolder, begun_in, check_place, disk_full_told
 
 
 @checked
-@torch.no_grad()
 def sparsify_on_disk(
     model: str | Path,
     data: Any = None,
@@ -82,37 +74,74 @@ def sparsify_on_disk(
             files. None: all stay in memory.
         blocks: stop behind so many of the model's repeated blocks, and leave the output unfinished.
 
+    Of several processes the first one works while the others wait. Ctrl-C and SIGTERM end it where it is; what it has
+    finished is kept for ``resume``.
+
     Returns the report, as report.json. Raises SparseForgeError for whatever does not fit, before anything is written.
     """
-    began = time.monotonic()
     recipe = Recipe.of(recipe).changed(model=str(model), **changes)
+    report: dict[str, Any] = {}
+
+    def work() -> None:
+        report.update(
+            walk(
+                data, recipe, output=Path(output), resume=resume, overwrite=overwrite, cache_dir=cache_dir,
+                activation_bytes=activation_bytes, blocks=blocks,
+            )
+        )  # fmt: skip
+
+    first_walks(work)
+    return broadcast_object_list([report])[0] if Processes().several else report
+
+
+def first_walks(work: Callable[[], None]) -> None:
+    """Let the first of several processes walk while the others wait. SIGTERM and Ctrl-C end all of them where they are:
+    blocks that are finished are kept."""
+    processes = Processes()
+    with together(), Interruption(active=True, patient=processes.several, at_once=True):
+        processes.first_does(work)
+
+
+@torch.no_grad()
+def walk(
+    data: Any, recipe: Recipe, *, output: Path, resume: bool, overwrite: bool = False, cache_dir: Any = None,
+    activation_bytes: int | None = None, blocks: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """:func:`sparsify_on_disk`, of the recipe's model, on this process."""
+    began = time.monotonic()
     data = recipe.data if data is None else data
     config = recipe.config(data is not None)
-    check_method(config, data)
-    folder = Path(output)
-    unfinished = check_place(folder, resume=resume, overwrite=overwrite)
-    source = StreamedModel(model)
+    check_method(config, data, activation_bytes)
+    place = check_place(output, resume=resume, overwrite=overwrite)
+    assert recipe.model is not None
+    source = StreamedModel(recipe.model)
     wanted = find_dtype(recipe.dtype)
-    computing = _begun_in(unfinished) or choose_dtype(dtype_of(source.skeleton), torch.device("cpu"), wanted)
+    computing = begun_in(place) or choose_dtype(dtype_of(source.skeleton), torch.device("cpu"), wanted)
     source.compute_in(computing.dtype)  # before the capture: a graph has its dtypes in it
     run = _Run(source, data, recipe, config, cache_dir)
-    with _disk_full_told(folder):
-        work = _Work(unfinished, source, run.identity(), computing)
-        report = run.prune(work, activation_bytes, blocks)
-        report["notes"] = computing.notes() + report["notes"]
-        report |= {"compute_dtype": computing.describe(), "seconds": work.seconds + time.monotonic() - began}
-        report["peak_memory_bytes"] = peak_memory_bytes()
-        if blocks is None:
-            work.finish(folder, report, recipe.resolved(data is not None))
+    with disk_full_told(output):
+        work = WalkFolder(place, source, run.identity(), computing)
+        report = work.finished
+        if report is None:
+            report = run.prune(work, activation_bytes, blocks)
+            report["notes"] = computing.notes() + report["notes"]
+            report |= {"compute_dtype": computing.describe(), "seconds": work.seconds + time.monotonic() - began}
+            report["peak_memory_bytes"] = peak_memory_bytes()
+        if blocks is None or work.finished is not None:
+            work.finish(output, report, recipe.resolved(data is not None))
     return report
 
 
-def check_method(config: MethodConfig, data: Any) -> None:
+def check_method(config: MethodConfig, data: Any, activation_bytes: int | None = None) -> None:
     """Raise SparseForgeError for what a walk from disk cannot do."""
     if isinstance(config, TrainedConfig):
         raise SparseForgeError(
             "a model that stays on disk is not trained by one process: take magnitude, wanda, sparsegpt or alps, or "
             f"train it {SHARED}"
+        )
+    if activation_bytes is not None and not isinstance(config, LayerwiseConfig):
+        raise SparseForgeError(
+            f"a method that looks at weights alone has no activations: leave activation_bytes={activation_bytes} out"
         )
     if is_self(data):
         raise SparseForgeError("a model that stays on disk draws no text: give a text as data")
@@ -120,18 +149,6 @@ def check_method(config: MethodConfig, data: Any) -> None:
     wanted += ["values"] if getattr(config, "values", "float") != "float" else []
     if wanted:
         raise SparseForgeError(f"{wanted[0]} needs the whole model in memory: leave it out, or sparsify in memory")
-
-
-def check_place(folder: Path, *, resume: bool, overwrite: bool) -> Path:
-    """Where the run is while it is under way. Raises SparseForgeError where it may not go."""
-    check_parent(folder)
-    check_output(folder, overwrite=overwrite)
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    if unfinished.exists() and not resume:
-        raise SparseForgeError(
-            f"{unfinished} holds a run that was not finished: give resume to go on with it, or remove it"
-        )
-    return unfinished
 
 
 class _Run:
@@ -178,12 +195,11 @@ class _Run:
         self.method = recipe.name(data is not None)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
-        drawn = [float(t.double().sum()) for r in self.readings for t in _tensors(r)]
-        files = {f.name: f.stat().st_size for f in self.source.shards.files}
-        return {"recipe": self.recipe.describe(), "data": drawn, "files": files}
+        """What must be the same for a run to go on, beside the model's files."""
+        drawn = {f"{i}.{j}": t for i, r in enumerate(self.readings) for j, t in enumerate(_tensors(r))}
+        return {"recipe": self.recipe.describe(), "data": fingerprint.of_tensors(drawn, sample=None)}
 
-    def prune(self, work: _Work, activation_bytes: int | None, blocks: int | None) -> dict[str, Any]:
+    def prune(self, work: WalkFolder, activation_bytes: int | None, blocks: int | None) -> dict[str, Any]:
         config, journal = self.config, work.journal
         experts = Experts(config.pattern)
         if isinstance(config, LayerwiseConfig):
@@ -240,87 +256,6 @@ class _Run:
             "block_seconds": times, "blocks": len(held.ends), "recipe": self.recipe.describe(),
         }  # fmt: skip
         return report | experts.describe()
-
-
-class _Work:
-    """The folder of a run under way: the output's files, what is alive at the last border, and the journal."""
-
-    def __init__(self, folder: Path, source: StreamedModel, identity: dict[str, Any], computing: ComputeDtype):
-        self.folder, self.scratch, self.file = folder, folder / SCRATCH, folder / JOURNAL
-        self.journal: dict[str, Any] = {}
-        self.computing = computing
-        self.seconds = 0.0
-        self.began = time.monotonic()
-        identity = json.loads(json.dumps(identity, default=str))
-        if self.file.is_file():
-            self._read(identity)
-        else:  # nothing, or a copy that was not finished
-            self._make(source, identity)
-        self.shards = Shards(folder)
-        for left in self.scratch.glob("*.activation"):
-            left.unlink()
-
-    def _read(self, identity: dict[str, Any]) -> None:
-        try:
-            self.journal = dict(json.loads(self.file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise SparseForgeError(f"{self.file} cannot be read: remove {self.folder} and start anew") from error
-        before = self.journal.get("identity", {})
-        if different := [k for k in identity if before.get(k) != identity[k]]:
-            raise SparseForgeError(
-                f"the run in {self.folder} is another one (its {' and '.join(different)} differ): repeat its options, "
-                "or remove it"
-            )
-        self.seconds = float(self.journal.get("seconds", 0.0))
-
-    def _make(self, source: StreamedModel, identity: dict[str, Any]) -> None:
-        there = self.folder
-        while not there.exists():
-            there = there.parent
-        needed, free = source.shards.bytes + SPARE, shutil.disk_usage(there).free
-        if free < needed:
-            raise SparseForgeError(
-                f"{self.folder} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} free: make room, or "
-                "name another place"
-            )
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        copy_checkpoint(source, self.folder)
-        self.journal = {"identity": identity}
-        write_json(self.file, self.journal)
-
-    def save(self) -> None:
-        self.journal["compute_dtype"] = self.computing.describe()
-        self.journal["seconds"] = self.seconds + time.monotonic() - self.began
-        write_json(self.file, self.journal)
-
-    def finish(self, folder: Path, report: dict[str, Any], recipe: Recipe) -> None:
-        write_json(self.folder / "report.json", report)
-        (self.folder / FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.file.unlink()
-        replace_folder(folder, self.folder)
-        write_page(folder)
-
-
-def _begun_in(folder: Path) -> ComputeDtype | None:
-    """What the run under way in this folder computes in: a second measurement might choose otherwise."""
-    try:
-        return ComputeDtype.read(json.loads((folder / JOURNAL).read_text())["compute_dtype"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # nothing was computed yet, or the journal is damaged, which _Work says
-
-
-@contextmanager
-def _disk_full_told(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        code = error.errno if isinstance(error, OSError) else None
-        if code in FULL or any(text in str(error) for text in ("No space left", "File too large")):
-            raise SparseForgeError(
-                f"the disk of {folder} is full: make room there and repeat the command with resume"
-            ) from error
-        raise
 
 
 def _tensors(reading: Any) -> list[Tensor]:

@@ -4,7 +4,7 @@ other, keeps its part of it, and none ever holds the whole."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,13 +151,15 @@ def one_element(like: Tensor) -> Tensor:
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
-def copy_checkpoint(source: StreamedModel, folder: Path) -> None:
+def copy_checkpoint(
+    source: StreamedModel, folder: Path, copy: Callable[[Path, Path], object] = shutil.copyfile
+) -> None:
     """All files of a checkpoint but weights in other formats, and what is said there of another run's weights."""
     said = {REPORT, PAGE, FILE, QUALITY, SPEED, COSTS, PLAN}
     for file in source.folder.iterdir():
         wanted = file in source.shards.files or (file.suffix != ".safetensors" and file.name not in said)
         if file.is_file() and wanted and file.suffix not in (".bin", ".pt", ".pth", ".gguf"):
-            shutil.copyfile(file, folder / file.name)
+            copy(file, folder / file.name)
 
 
 def _sound(source: StreamedModel, name: str, shards: Shards | None = None) -> Tensor:

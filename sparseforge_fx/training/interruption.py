@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C end a run after the step that is under way, when its state can be saved."""
+"""SIGTERM and Ctrl-C end a run after the step that is under way, when its state can be saved, or at once, where it is
+saved already."""
 
 from __future__ import annotations
 
@@ -27,10 +28,12 @@ class Interruption:
         patient: nor does a second one end the process: launchers pass on what the terminal has sent, too, and kill what
             takes too long. Otherwise the second does what it always does. After an error SIGTERM takes GRACE seconds to
             end the process: a launcher sends it as soon as another process has ended, and why is to be told.
+        at_once: the first signal raises Stopped where the process is.
     """
 
-    def __init__(self, active: bool, patient: bool):
+    def __init__(self, active: bool, patient: bool, at_once: bool = False):
         self.number = 0
+        self._at_once = at_once
         self._patient = patient
         self._main = threading.current_thread() is threading.main_thread()
         self._active = active and self._main
@@ -51,9 +54,11 @@ class Interruption:
             signal.signal(*self._before.popitem())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
+        first, self.number = not self.number, self.number or number
         if not self._patient:
             self._restore()
+        if first and self._at_once:
+            raise Stopped(number)
 
 
 def _later(number: int, frame: FrameType | None) -> None:

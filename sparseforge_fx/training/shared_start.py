@@ -23,11 +23,10 @@ from sparseforge_fx.methods.one_shot import LAYERWISE
 from sparseforge_fx.models.compute_dtype import dtype_of
 from sparseforge_fx.models.shards import Shards
 from sparseforge_fx.training.distillation import Distillation
-from sparseforge_fx.training.from_disk import sparsify_on_disk
+from sparseforge_fx.training.from_disk import first_walks, walk
 from sparseforge_fx.training.in_parts import InParts
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.prepare import finalize, prepare_captured
-from sparseforge_fx.training.processes import Processes
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.undo import dense_again_on_error
 
@@ -100,7 +99,8 @@ class SharedStart:
         folder = state_path.with_name(state_path.name + END)
         source = in_parts.model
         asked = Recipe(
-            method=self.config.start, pattern=str(self.config.pattern), dtype=str(dtype_of(source.skeleton))[6:],
+            model=str(source.folder), method=self.config.start, pattern=str(self.config.pattern),
+            dtype=str(dtype_of(source.skeleton))[6:],
             options={n: getattr(self.config, n) for n in ("expert_tokens", "every_token")},
             **{n: getattr(recipe, n) for n in ("text_column", "separator", "include", "exclude", "plan", "batch_size")},
             **{n: getattr(recipe, n) for n in ("length", "calibration", "seed")},
@@ -108,11 +108,11 @@ class SharedStart:
 
         def prune() -> None:
             if not (folder / "report.json").is_file():
-                sparsify_on_disk(source.folder, data, asked, output=folder, resume=True, cache_dir=cache_dir)
+                walk(data, asked, output=folder, resume=True, cache_dir=cache_dir)
 
-        Processes().first_does(prune)
+        first_walks(prune)
         report = json.loads((folder / "report.json").read_text())
-        done, wanted = report["recipe"], asked.changed(model=str(source.folder)).describe()
+        done, wanted = report["recipe"], asked.describe()
         if different := [n for n in wanted if n != "data" and done.get(n) != wanted[n]]:
             raise SparseForgeError(
                 f"{folder} is the start of another run (its {', '.join(different)} differ): remove it, or repeat that "

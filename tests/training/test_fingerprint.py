@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparseforge_fx.data.batches import as_batches
-from sparseforge_fx.training.fingerprint import SAMPLE, of_batches, of_tensors
+from sparseforge_fx.training.fingerprint import SAMPLE, of_batches, of_file, of_tensors
 
 
 def test_one_entry_outside_the_sample_counts():
@@ -64,3 +64,18 @@ def test_batches_that_are_never_the_same_have_none():
             return iter([torch.full((2,), float(next(count)))] * 2)
 
     assert fingerprint(Augmented([None, None])) is None
+
+
+def test_of_all_entries_two_that_changed_places_count_wherever_they_are():
+    value = torch.arange(5.0 * SAMPLE)
+    other = value.clone()
+    other[1], other[2] = value[2], value[1]  # the same sum, outside the sample
+    assert of_tensors({"a": value}) == of_tensors({"a": other})
+    assert of_tensors({"a": value}, sample=None) != of_tensors({"a": other}, sample=None)
+
+
+def test_a_file_is_copied_on_the_way(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 3)
+    (tmp_path / "b").write_bytes(bytes(range(256)) * 2)
+    assert of_file(tmp_path / "a", tmp_path / "copy") == of_file(tmp_path / "a") != of_file(tmp_path / "b")
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "a").read_bytes()

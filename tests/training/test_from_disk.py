@@ -22,8 +22,9 @@ from sparseforge_fx.models.dense import load_dense
 from sparseforge_fx.models.shards import Shards
 from sparseforge_fx.models.streamed import StreamedModel
 from sparseforge_fx.training import from_disk
-from sparseforge_fx.training.from_disk import JOURNAL, sparsify_on_disk
+from sparseforge_fx.training.from_disk import sparsify_on_disk
 from sparseforge_fx.training.sparsify import sparsify
+from sparseforge_fx.training.walk_folder import JOURNAL
 
 HEADS = {"num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 260, "hidden_size": 32}
 WIDE = HEADS | {"max_position_embeddings": 128}
@@ -181,7 +182,7 @@ def test_some_blocks_then_the_rest(tmp_path, llama, text, whole):
     assert not (tmp_path / "sparse").exists()
     with pytest.raises(SparseForgeError, match="not finished"):
         sparsify_on_disk(llama, text, output=tmp_path / "sparse", **RUN)
-    with pytest.raises(SparseForgeError, match=r"another one .*recipe"):
+    with pytest.raises(SparseForgeError, match=r"another one .*calibration"):
         sparsify_on_disk(llama, text, output=tmp_path / "sparse", resume=True, **RUN | {"calibration": 4})
     sparsify_on_disk(llama, text, output=tmp_path / "sparse", resume=True, **RUN)
     assert shards(tmp_path / "sparse") == shards(whole[0])

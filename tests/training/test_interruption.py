@@ -7,7 +7,7 @@ import time
 import pytest
 
 from sparseforge_fx.training import interruption
-from sparseforge_fx.training.interruption import Interruption
+from sparseforge_fx.training.interruption import Interruption, Stopped
 
 
 def in_a_process_of_its_own(do) -> tuple[bytes, int]:
@@ -60,3 +60,17 @@ def test_one_process_alone_ends_at_once_after_an_error():
     with pytest.raises(RuntimeError), Interruption(active=True, patient=False):
         raise RuntimeError
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("patient", [True, False])
+def test_where_all_is_saved_the_first_signal_ends_the_run_at_once(number, code, patient):
+    with pytest.raises(Stopped) as stopped, Interruption(active=True, patient=patient, at_once=True):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(20)
+        finally:
+            if patient:
+                os.kill(os.getpid(), signal.SIGINT)  # launchers pass on both: what is put right is not broken off
+    assert stopped.value.exit_code == code
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
