@@ -127,13 +127,17 @@ def evaluate(
         result |= {"zero_shot": accuracy} | ({"paired_tasks": paired} if paired else {})
     if prompt:
         result["texts"] = [{"prompt": p, **{r: t[i] for r, t in texts.items()}} for i, p in enumerate(prompt)]
-        for one in result["texts"]:
-            for role, text in list(one.items())[1:]:
-                console.print(f"{names[role]}: {one['prompt']}{text}", markup=False, highlight=False)
+        _print_texts(console, result["texts"], names)
     _print_linears(console, linears, shape)
     if as_json:
         print_json(result)
     kept.write(result, console)
+
+
+def _print_texts(console: Any, texts: list[dict[str, str]], names: dict[str, str | None]) -> None:
+    for one in texts:
+        for role, text in list(one.items())[1:]:
+            console.print(f"{names[role]}: {one['prompt']}{text}", markup=False, highlight=False)
 
 
 def _read_windows(text: str) -> tuple[int | None, int | None]:
