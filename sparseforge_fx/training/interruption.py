@@ -26,8 +26,8 @@ class Interruption:
     Args:
         active: False: signals do what they always do.
         patient: nor does a second one end the process: launchers pass on what the terminal has sent, too, and kill what
-            takes too long. Otherwise the second does what it always does. After an error SIGTERM takes GRACE seconds to
-            end the process: a launcher sends it as soon as another process has ended, and why is to be told.
+            takes too long. Otherwise the second does what it always does. After an error they take GRACE seconds to end
+            the process: a launcher sends one as soon as another process has ended, and why is to be told.
         at_once: the first signal raises Stopped where the process is.
     """
 
@@ -45,9 +45,11 @@ class Interruption:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._restore()
         if self._main and self._patient and error is not None:
-            signal.signal(signal.SIGTERM, _later)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, _later)
+        else:
+            self._restore()
 
     def _restore(self) -> None:
         while self._before:

@@ -26,8 +26,9 @@ def in_a_process_of_its_own(do) -> tuple[bytes, int]:
     return said, os.waitpid(child, 0)[1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("active", [True, False])
-def test_after_an_error_there_is_time_to_say_why(monkeypatch, active):
+def test_after_an_error_there_is_time_to_say_why(monkeypatch, active, number):
     monkeypatch.setattr(interruption, "GRACE", 0.5)
 
     def run(say):
@@ -35,13 +36,13 @@ def test_after_an_error_there_is_time_to_say_why(monkeypatch, active):
             with Interruption(active=active, patient=True):
                 raise RuntimeError
         except RuntimeError:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             say(b"why")
         time.sleep(20)
         say(b"never")
 
     said, status = in_a_process_of_its_own(run)
-    assert said == b"why" and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+    assert said == b"why" and os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
 
 
 @pytest.mark.parametrize("patient", [True, False])
@@ -73,4 +74,5 @@ def test_where_all_is_saved_the_first_signal_ends_the_run_at_once(number, code, 
             if patient:
                 os.kill(os.getpid(), signal.SIGINT)  # launchers pass on both: what is put right is not broken off
     assert stopped.value.exit_code == code
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which takes its time after an error
+    signal.signal(signal.SIGINT, signal.default_int_handler)
