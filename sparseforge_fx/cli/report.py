@@ -69,7 +69,7 @@ def summary(report: dict[str, Any]) -> Table:
     densities = list(report.get("density", {}).values())
     curves = report.get("curves") or []
     experts = [n for of_one in report.get("experts", {}).values() for n in of_one["tokens"]]
-    few = sum(len(of_one["by_magnitude"]) for of_one in report.get("experts", {}).values())
+    few = sum(len(of_one.get("by_magnitude", [])) for of_one in report.get("experts", {}).values())
     told = f", {few:,} too few: judged by magnitude" if few else ""
     rows: dict[str, Any] = {
         "model": (report.get("recipe") or {}).get("model"),

@@ -37,12 +37,12 @@ def _line(name: str, of_one: Mapping[str, Any], with_errors: bool) -> Sequence[s
     tokens, errors = of_one["tokens"], _errors(of_one)
     counts = [f"{n:,.0f}" for n in (len(tokens), min(tokens), median(tokens), max(tokens))]
     shares = [f"{median(errors):.1%}", f"{max(errors):.1%}"] if errors else ["", ""]
-    few = of_one["by_magnitude"]
+    few = of_one.get("by_magnitude", [])
     return (name, *counts, *(shares if with_errors else []), ", ".join(map(str, few)) or "none")
 
 
 def _each(name: str, of_one: Mapping[str, Any]) -> Table:
-    few = set(of_one["by_magnitude"])
+    few = set(of_one.get("by_magnitude", []))
     errors = of_one.get("error") or [None] * len(of_one["tokens"])
     rows = [
         (str(e), f"{seen:,}", "" if error is None else f"{error:.1%}", "yes" if e in few else "")
