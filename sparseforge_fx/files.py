@@ -77,7 +77,7 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     finish_replacement(folder)
     check_output(folder, overwrite=overwrite)
     folder = Path(os.path.realpath(folder))
-    inside = _stays(folder)
+    inside = stays(folder)
     partial = folder / PARTIAL if inside else folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -130,7 +130,7 @@ def check_output(folder: Path, *, overwrite: bool = False) -> None:
     folder = Path(os.path.realpath(folder))
     if folder.is_dir():
         _check_writable(folder, folder)
-    if not folder.is_dir() or not _stays(folder):
+    if not folder.is_dir() or not stays(folder):
         check_parent(folder)
 
 
@@ -153,7 +153,7 @@ def _check_writable(folder: Path, wanted: Path) -> None:
         ) from error
 
 
-def _stays(folder: Path) -> bool:
+def stays(folder: Path) -> bool:
     """Is this a folder that cannot be renamed: a mount point, or one whose parent is not ours to write?"""
     return folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK))
 

@@ -101,8 +101,7 @@ def evaluate(
         computing = computing or choose_dtype(dtype_of(loaded), where, forced)
         cast(loaded, computing.dtype)  # one for both
         text = _tokens(data, text_column, tokenizer, text, dense, model)
-        positions = getattr(loaded.config, "max_position_embeddings", None) or 1024
-        width = window or min(1024, positions)
+        width = window or min(1024, getattr(loaded.config, "max_position_embeddings", None) or 1024)
         batch = batch_size or (windows_at_once(loaded.config, computing.dtype, width) if stays else 1)
         measured[role] = perplexity(
             loaded.to(where) if weights is None else StreamedForward(weights), text,

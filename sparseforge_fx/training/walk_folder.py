@@ -19,6 +19,7 @@ from sparseforge_fx.files import (
     finish_replacement,
     new_file,
     replace_folder,
+    stays,
     sync_all,
     sync_folder,
 )
@@ -40,6 +41,8 @@ SPARE = 1 << 28  # bytes of disk beside the checkpoint itself
 def check_place(output: Path, *, resume: bool, overwrite: bool) -> Path:
     """Where the run is while it is under way. Raises SparseForgeError where it may not go."""
     check_parent(output)
+    if stays(output):  # the copy of the checkpoint is made beside it, and takes its place
+        raise SparseForgeError(f"{output} is a mount point, or its folder takes no new ones: name a folder in it")
     finish_replacement(output)
     unfinished = _unfinished(output)
     if resume and not unfinished.exists() and (output / JOURNAL).is_file():
@@ -181,7 +184,7 @@ class WalkFolder:
             self.save()
         if self.folder != output:
             try:
-                replace_folder(output, self.folder)
+                replace_folder(_target(output), self.folder)
             except BaseException:
                 finish_replacement(output)  # between two renames, the old one comes back
                 raise
@@ -190,8 +193,13 @@ class WalkFolder:
         (output / JOURNAL).unlink()
 
 
+def _target(output: Path) -> Path:
+    """A symbolic link stays one: what it points to is replaced."""
+    return output.resolve() if output.is_symlink() else output
+
+
 def _unfinished(output: Path) -> Path:
-    return output.with_name(f"{output.name}.unfinished")
+    return _target(output).with_name(f"{_target(output).name}.unfinished")
 
 
 def _stamp(file: Path) -> list[int]:

@@ -114,6 +114,23 @@ def test_what_was_overwritten_comes_back_where_the_new_folder_is_not_in_its_plac
     assert os.listdir(output) == ["mine.txt"]
 
 
+def test_a_symbolic_link_stays_one(dense, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine.txt").write_text("old")
+    (tmp_path / "sparse").symlink_to("elsewhere")
+    sparsify_on_disk(dense, output=tmp_path / "sparse", method="magnitude", overwrite=True)
+    assert (tmp_path / "sparse").is_symlink() and (tmp_path / "sparse" / "report.json").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "sparse"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_hours_of_work(dense, tmp_path, monkeypatch):
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "mounted")
+    with pytest.raises(SparseForgeError, match=r"mounted is a mount point, .*: name a folder in it"):
+        sparsify_on_disk(dense, output=tmp_path / "mounted", method="magnitude")
+    assert os.listdir(tmp_path) == ["mounted"]
+
+
 def test_what_a_killed_writer_left_is_not_taken_for_the_new_folder(tmp_path):
     output, new, left = tmp_path / "sparse", tmp_path / "new", tmp_path / ".sparse.partial"
     for folder in (output, new, left):
