@@ -1,19 +1,16 @@
 """How long a run would take: what this machine does in a moment with products of the model's shapes, with memory, and
 with small problems of a layer-wise start, times how often the run does each.
 
-Not counted: loading, capturing, compiling, saving; attention's own products, which are small while texts are short.
+Not counted: loading, capturing, compiling, saving.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from statistics import median
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
@@ -22,22 +19,16 @@ from sparseforge_fx.graph.program import Program
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.one_shot import LAYERWISE, LayerwiseConfig
-from sparseforge_fx.methods.reorder import ROUNDS as ROUNDS_OF_ORDER
-from sparseforge_fx.methods.reorder import find_order
 from sparseforge_fx.methods.rounding import Rounded, follow, round_weight
 from sparseforge_fx.passes import LinearSite, run_passes, train_passes
 from sparseforge_fx.passes.find_channels import find_channels
+from sparseforge_fx.passes.operators import op_name
 from sparseforge_fx.pattern import Pattern
+from sparseforge_fx.training.machine import Machine, Product
 from sparseforge_fx.training.recipe import Recipe
 
-ROWS = 512  # of inputs in a product that is timed
-WIDTH = 1024  # of the widest problem that is solved to time a solver
-COPIED = 1 << 24  # numbers in the copy that is timed
-ROUNDS, ENOUGH = 3, 0.5  # of a timing: calls, and seconds after which there is no further one
-FLOAT32 = 4  # bytes
-#: how often memory is passed over: by a mask's product with its weight, forward and backward; by an optimizer step with
-#: float32 masters; by what one operator hands to the next, forward and backward; by the loss over the logits
-MASK, OPTIMIZER, FORWARD, BACKWARD, LOSS = 6, 13, 3, 6, 10
+#: how often memory is passed over by what one operator hands to the next, forward and backward
+FORWARD, BACKWARD = 3, 6
 HUTCHINSON = 2.8  # steps that a probe takes as long as: examples/benchmarks/results/estimator_cost; others take a sixth
 
 
@@ -57,13 +48,6 @@ class Forecast(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.start + self.steps * self.step
-
-
-class Product(NamedTuple):
-    """Seconds, forward, and of both products of the backward pass."""
-
-    forward: float
-    backward: float
 
 
 @torch.no_grad()
@@ -86,14 +70,15 @@ def forecast(
         dtype: that the run computes in.
     """
     with torch.random.fork_rng(devices=[]):
-        machine = _Machine(dtype, device)
+        machine = Machine(dtype, device)
         work = _Work(machine, program, sites, chosen, recipe)
         start = _start(machine, work, chosen, recipe, config)
-    if not isinstance(config, TrainedConfig):
-        return Forecast(start, 0.0, 0)
-    loss = recipe.settings(True).objective
-    teacher = work.forward if loss.kl or loss.features is not None else 0.0
-    micro = work.forward + teacher + work.backward + work.loss + machine.masks(chosen)
+        if not isinstance(config, TrainedConfig):
+            return Forecast(start, 0.0, 0)
+        loss = recipe.settings(True).objective
+        taught = loss.kl > 0 or loss.features is not None
+        scored = work.loss(taught)
+    micro = (1 + taught) * work.forward + work.backward + scored + machine.masks(chosen)
     if getattr(config, "curvature", "") == "hutchinson" and not config.starts_fixed:
         micro *= 1 + HUTCHINSON / config.probe_every  # type: ignore[attr-defined]
     per_step = recipe.batch_size * recipe.length * recipe.accumulate * processes
@@ -118,7 +103,7 @@ def forecast_rounding(
     """
     chosen = [s for s in sites if s.fqn in formats]
     with torch.random.fork_rng(devices=[]):
-        machine = _Machine(dtype, device)
+        machine = Machine(dtype, device)
         work = _Work(machine, program, sites, chosen, recipe)
         # the model beside its twin that is not rounded; moments of the inputs, and with those of the twin
         batches = 2 * math.ceil(recipe.calibration / recipe.batch_size)
@@ -140,11 +125,7 @@ class _Rounding:
         return round_weight(follow(weight * mask, moments, moments), self.form, moments)
 
 
-class _Problem(Protocol):
-    def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> object: ...
-
-
-def _start(machine: _Machine, work: _Work, chosen: Sequence[LinearSite], recipe: Recipe, config: MethodConfig) -> float:
+def _start(machine: Machine, work: _Work, chosen: Sequence[LinearSite], recipe: Recipe, config: MethodConfig) -> float:
     """Seconds of a layer-wise method: the walk, its moments and its problems, and the blocks that learn after it."""
     solver = config if isinstance(config, LayerwiseConfig) else None
     if solver is None and (kind := LAYERWISE.get(getattr(config, "start", "dense"))) is not None:
@@ -173,83 +154,12 @@ def _start(machine: _Machine, work: _Work, chosen: Sequence[LinearSite], recipe:
     return seconds
 
 
-class _Machine:
-    """What was timed, each shape once."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device = dtype, device
-        self.products: dict[tuple[int, int, torch.dtype], Product] = {}
-        self.solved: dict[tuple[int, int], float] = {}
-        self.ordered: dict[tuple[int, int], float] = {}
-        source, target = (torch.zeros(COPIED, device=device) for _ in range(2))
-        self.byte = self._time(lambda: target.copy_(source)) / (2 * FLOAT32 * COPIED)
-
-    def product(self, out: int, width: int, dtype: torch.dtype | None = None) -> Product:
-        """For a row of inputs."""
-        key = out, width, dtype or self.dtype
-        if key not in self.products:
-            x, w, y = (
-                torch.randn(*shape, device=self.device).to(key[2])
-                for shape in ((ROWS, width), (out, width), (ROWS, out))
-            )
-            forward = self._time(lambda: F.linear(x, w))
-            self.products[key] = Product(forward / ROWS, self._time(lambda: (y @ w, y.t() @ x)) / ROWS)
-        return self.products[key]
-
-    def solve(self, solver: _Problem, out: int, width: int) -> float:
-        """Seconds of one weight; of a wide one by two problems of its form that are small enough to be solved now. The
-        power of the width that lies between them grows with the width, to 3: half-way is taken."""
-        if (out, width) not in self.solved:
-            factor = max(1.0, width / WIDTH)
-            self.solved[out, width] = seconds = self._solve(solver, out / factor, width / factor)
-            if factor > 1:
-                power = math.log2(seconds / self._solve(solver, out / factor / 2, width / factor / 2))
-                self.solved[out, width] *= factor ** ((3 + min(3.0, max(1.0, power))) / 2)
-        return self.solved[out, width]
-
-    def _solve(self, solver: _Problem, out: float, width: float) -> float:
-        rows, columns = (max(16, round(n / 16) * 16) for n in (out, width))  # whole groups
-        inputs = torch.randn(2 * columns, columns, device=self.device)
-        moments, weight = inputs.t() @ inputs, torch.randn(rows, columns, device=self.device)
-        return self._time(lambda: solver.solve(weight, torch.ones_like(weight), moments))
-
-    def order(self, rows: int, columns: int, pattern: Pattern) -> float:
-        """Seconds that a better order of so many columns takes to be found."""
-        if (rows, columns) not in self.ordered:
-            worth = torch.rand(rows, columns, device=self.device)
-            self.ordered[rows, columns] = ROUNDS_OF_ORDER / 2 * self._time(lambda: find_order(worth, pattern, rounds=2))
-        return self.ordered[rows, columns]
-
-    def masks(self, sites: Sequence[LinearSite]) -> float:
-        """Seconds of the masks' products with their weights, forward and backward."""
-        return self.byte * MASK * self.dtype.itemsize * sum(s.numel for s in sites)
-
-    def optimizer(self, numbers: int) -> float:
-        """Seconds of AdamW and the float32 masters of so many numbers in one step."""
-        return self.byte * OPTIMIZER * FLOAT32 * numbers
-
-    def _time(self, run: Callable[[], object]) -> float:
-        """The median of some calls: as steps go, not as the best of them does."""
-        found: list[float] = []
-        while len(found) < ROUNDS and sum(found) < ENOUGH:
-            self._wait()
-            clock = time.perf_counter()
-            run()
-            self._wait()
-            found.append(time.perf_counter() - clock)
-        return median(found)
-
-    def _wait(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
-
 class _Work:
     """Seconds of one batch: forward and backward of the dense model, and the loss."""
 
     def __init__(
         self,
-        machine: _Machine,
+        machine: Machine,
         program: Program,
         sites: Sequence[LinearSite],
         chosen: Sequence[LinearSite],
@@ -263,8 +173,27 @@ class _Work:
         linears = {node for _, node in self.uses}
         between = sum(numel(v) for n in nodes.values() if n not in linears for v in written(n))
         self.move = machine.byte * machine.dtype.itemsize * between * self.scale
+        attended = [self._attention(n, recipe) for n in nodes.values() if op_name(n) == "scaled_dot_product_attention"]
+        self.attended = Product(sum(a.forward for a in attended), sum(a.backward for a in attended))
         self.forward, self.backward = self.products(sites)
-        self.loss = machine.byte * LOSS * FLOAT32 * answer_of(program) * self.scale
+
+    def loss(self, taught: bool) -> float:
+        """Seconds of the answer's loss and its gradient."""
+        answer = answer_of(self.program)
+        rows = self.scale * numel(answer) / answer.shape[-1]
+        return rows * self.machine.loss(_size(answer.shape[-1]), taught)
+
+    def _attention(self, node: Node, recipe: Recipe) -> Product:
+        """Of one node, in a batch of the run; in a text as long as the run's."""
+        texts, length = _text_of(self.program)
+        shapes = [list(map(_size, arg.meta["val"].shape)) for arg in node.args[:2]]  # type: ignore[union-attr]
+        rows = self.scale * shapes[0][0] if length is None else recipe.batch_size * shapes[0][0] / texts
+        for shape in shapes:
+            shape[0] = 1
+            shape[2] = recipe.length if shape[2] == length else shape[2]
+        masked = isinstance(node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask"), Node)
+        found = self.machine.attention(tuple(shapes[0]), tuple(shapes[1]), masked)
+        return Product(rows * found.forward, rows * found.backward)
 
     def products(self, sites: Sequence[LinearSite]) -> Product:
         """Seconds of one batch in these weights' products, and in what lies between them."""
@@ -275,8 +204,10 @@ class _Work:
             if site.fqn in names
         ]
         return Product(
-            sum(n * p.forward for n, p, _ in found) + FORWARD * self.move,
-            sum(n * (p.backward if both else p.backward / 2) for n, p, both in found) + BACKWARD * self.move,
+            sum(n * p.forward for n, p, _ in found) + FORWARD * self.move + self.attended.forward,
+            sum(n * (p.backward if both else p.backward / 2) for n, p, both in found)
+            + BACKWARD * self.move
+            + self.attended.backward,
         )
 
     def rows(self, site: LinearSite, node: Node) -> float:
@@ -291,15 +222,21 @@ class _Work:
 
 def scale_of(program: Program, recipe: Recipe) -> float:
     """How often a batch of the run holds what the graph's example does."""
+    texts, length = _text_of(program)
+    return recipe.batch_size * (1 if length is None else recipe.length / length) / texts
+
+
+def _text_of(program: Program) -> tuple[int, int | None]:
+    """How many samples the graph's example has, and the length of each; None: it is no text."""
     example = program.user_inputs()[0].meta["val"]
     text = not example.is_floating_point() and example.dim() == 2
-    return recipe.batch_size * (recipe.length / numel(example) if text else 1 / _size(example.shape[0]))
+    return _size(example.shape[0]), _size(example.shape[1]) if text else None
 
 
-def answer_of(program: Program) -> int:
-    """Numbers in the largest output of the graph's example."""
+def answer_of(program: Program) -> Tensor:
+    """The largest output of the graph's example."""
     outputs = [v for n in program.graph.output_node().all_input_nodes for v in _values(n)]
-    return max(map(numel, outputs), default=0)
+    return max((v for v in outputs if v.dim()), key=numel, default=torch.empty(0, 1))
 
 
 def _size(size: int | torch.SymInt) -> int:

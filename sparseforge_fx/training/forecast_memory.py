@@ -53,7 +53,7 @@ def of_training(
     weights = sum(s.numel for s in chosen)
     scale = scale_of(program, recipe)
     kept = scale * dtype.itemsize * sum(numel(v) for n in program.graph.nodes for v in written(n))
-    logits = LOGITS * scale * dtype.itemsize * answer_of(program)
+    logits = LOGITS * scale * dtype.itemsize * numel(answer_of(program))
     own = dtype.itemsize * parameters
     steps = (own + states(weights, config, recipe.optimizer, dtype)) / shared_by + kept + logits
     start = 0.0

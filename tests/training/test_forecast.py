@@ -15,30 +15,31 @@ from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.forecast import (
     BACKWARD,
     FORWARD,
-    LOSS,
-    MASK,
-    OPTIMIZER,
-    Product,
     forecast,
     forecast_rounding,
 )
+from sparseforge_fx.training.machine import COPIED, MASK, OPTIMIZER, WIDTH, Machine, Product
 from sparseforge_fx.training.recipe import Recipe
 
 FLOP = 1e-12  # seconds of a multiply-add on the known machine
 BYTE = 1e-15
+SCORE = 1e-14  # seconds of one score's part in a loss
 
 
 @pytest.fixture
 def known(monkeypatch):
-    """Products take a time that goes by their size, copies next to none, a solver and an order one second."""
-    monkeypatch.setattr(module._Machine, "_time", lambda self, run: BYTE * 2 * 4 * module.COPIED)
+    """Products take a time that goes by their size, a loss by its scores, copies and attention next to none, a solver
+    and an order one second."""
+    monkeypatch.setattr(Machine, "_time", lambda self, run: BYTE * 2 * 4 * COPIED)
     monkeypatch.setattr(
-        module._Machine,
+        Machine,
         "product",
         lambda self, out, width, dtype=None: Product(FLOP * out * width, 2 * FLOP * out * width),
     )
-    monkeypatch.setattr(module._Machine, "solve", lambda *_: 1.0)
-    monkeypatch.setattr(module._Machine, "order", lambda *_: 0.5)
+    monkeypatch.setattr(Machine, "attention", lambda *_: Product(0.0, 0.0))
+    monkeypatch.setattr(Machine, "loss", lambda self, classes, taught: SCORE * classes * (2 if taught else 1))
+    monkeypatch.setattr(Machine, "solve", lambda *_: 1.0)
+    monkeypatch.setattr(Machine, "order", lambda *_: 0.5)
 
 
 def predict(program, **options):
@@ -61,7 +62,7 @@ def test_a_step_is_three_products_of_what_trains_two_of_the_rest_and_one_of_the_
     rest = [s for s in sites if s.reason is not None]
     products = 64 * FLOP * (4 * multiplied(chosen) + 3 * multiplied(rest))
     states = BYTE * 4 * (MASK + OPTIMIZER) * sum(s.numel for s in chosen)
-    logits = BYTE * LOSS * 4 * 64 * found.model.config.vocab_size
+    logits = 2 * SCORE * 64 * found.model.config.vocab_size
     between = got.step - products - states - logits
     assert 0 < between < (2 * FORWARD + BACKWARD) * BYTE * 4 * 64 * 100 * found.model.config.hidden_size
     assert between < 0.1 * products
@@ -71,6 +72,20 @@ def test_a_step_is_three_products_of_what_trains_two_of_the_rest_and_one_of_the_
     assert theirs.step == pytest.approx((1 + module.HUTCHINSON) * got.step, rel=0.01)
     task, _, _ = predict(found.program, tokens=6400, preset="annealed", objective=Distillation(kl=0.0))
     assert got.step - task.step == pytest.approx(64 * FLOP * multiplied(sites), rel=0.05)
+
+
+def test_attention_is_that_of_texts_as_long_as_the_runs(known, tiny, monkeypatch):
+    program, asked = tiny("llama").program, []
+    plain, _, _ = predict(program, tokens=6400, preset="annealed")
+
+    def attention(self, queries, keys, masked):
+        asked.append((queries, keys, masked))
+        return Product(1.0, 10.0)
+
+    monkeypatch.setattr(Machine, "attention", attention)
+    got, _, _ = predict(program, tokens=6400, preset="annealed")
+    assert set(asked) == {((1, 2, 32, 16), (1, 2, 32, 16), asked[0][2])} and len(asked) == 2  # layers
+    assert got.step - plain.step == pytest.approx(2 * 2 * (1 + 1 + 10))  # layers, texts; student, teacher, backwards
 
 
 def test_a_start_walks_solves_orders_and_lets_blocks_learn(known, tiny):
@@ -116,8 +131,17 @@ def test_on_this_machine(tiny):
     assert torch.equal(torch.random.get_rng_state(), before)  # whoever asks keeps the random numbers
 
 
+def test_attention_and_losses_are_timed_by_what_they_have_to_do():
+    machine = Machine(torch.float32, torch.device("cpu"))
+    short, long = (machine.attention((1, 2, n, 16), (1, 1, n, 16), masked=True) for n in (16, 512))
+    assert all(0 < a < b for a, b in zip(short, long, strict=True))
+    assert machine.attention((1, 2, 16, 16), (1, 1, 16, 16), masked=True) is short  # not timed twice
+    assert 0 < machine.loss(10, taught=True) < machine.loss(5000, taught=True)
+    assert machine.loss(5000, taught=False) > 0
+
+
 def test_a_wide_problem_is_solved_small():
-    machine = module._Machine(torch.float32, torch.device("cpu"))
+    machine = Machine(torch.float32, torch.device("cpu"))
     seen = []
 
     class Watched(AlpsConfig):
@@ -125,8 +149,8 @@ def test_a_wide_problem_is_solved_small():
             seen.append(weight.shape)
             return super().solve(weight, mask, moments)
 
-    machine.solve(Watched(iterations=1), 3 * module.WIDTH, 2 * module.WIDTH)
-    assert set(seen) == {(3 * module.WIDTH // 2 // n, module.WIDTH // n) for n in (1, 2)}
+    machine.solve(Watched(iterations=1), 3 * WIDTH, 2 * WIDTH)
+    assert set(seen) == {(3 * WIDTH // 2 // n, WIDTH // n) for n in (1, 2)}
 
 
 def test_rounding_walks_the_model_and_its_twin(known, tiny):
