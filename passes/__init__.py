@@ -19,6 +19,7 @@ from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.fuse_epilogues import fuse_epilogues
 from sparseforge_fx.passes.harden_masks import harden_masks
 from sparseforge_fx.passes.inline_kernels import inline_kernels
+from sparseforge_fx.passes.insert_expert_counters import insert_expert_counters
 from sparseforge_fx.passes.insert_hessian_hooks import insert_hessian_hooks
 from sparseforge_fx.passes.insert_low_rank import insert_low_rank
 from sparseforge_fx.passes.insert_soft_masks import insert_soft_masks
@@ -32,18 +33,22 @@ def train_passes(
     *,
     slorb_block: int | None = None,
     estimator: str | None = None,
+    counted: bool = False,
     mask: Callable[[Tensor], Tensor] = torch.ones_like,
 ) -> list[Pass]:
     """From a captured program to a trainable one.
 
     Each pass leaves alone what is there already: with an ``estimator``, on a program that came out of this list without
-    one, it gives the twin of the probe steps over the same weights, masks and branches. ``mask`` makes the masks.
+    one, it gives the twin of the probe steps over the same weights, masks and branches; ``counted``: with counters of
+    the experts' tokens. ``mask`` makes the masks.
     """
     passes: list[Pass] = [partial(insert_soft_masks, sites=sites, make=mask)]  # first: the others look for its operator
     if slorb_block is not None:
         passes.append(partial(insert_low_rank, block=slorb_block))  # beside a masked linear; its own are not masked
     if estimator is not None:
-        passes.append(partial(insert_hessian_hooks, estimator=estimator))  # last: an argument of the masked linears
+        passes.append(partial(insert_hessian_hooks, estimator=estimator))  # late: an argument of the masked linears
+    if counted:
+        passes.append(insert_expert_counters)  # last: the argument behind all others
     return passes
 
 

@@ -16,10 +16,11 @@ from sparseforge_fx.graph.program import Program
 from sparseforge_fx.methods.curvature import PROBES, Curvature, fold_on_backward, hutchinson_diagonal, processes
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import Pass, run_passes
+from sparseforge_fx.passes.insert_expert_counters import counters_of
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.passes.insert_soft_masks import mask_name
-from sparseforge_fx.training.expert_counters import ExpertCounters, counters_of
+from sparseforge_fx.training.expert_counters import ExpertCounters
 from sparseforge_fx.training.objective import Answer, drawn_loss
 
 

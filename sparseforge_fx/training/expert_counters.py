@@ -1,52 +1,16 @@
-"""How many tokens each expert of a mixture gets in the steps that estimate curvature.
-
-A counter stands beside every stack, as a probe does (passes/insert_hessian_hooks.py): a parameter of zeros whose
-"gradient" is the number of each expert's rows, which autograd adds up over micro-batches, whatever is compiled or
-checkpointed.
-"""
+"""How many tokens each expert of a mixture gets in the steps that estimate curvature, over micro-batches and processes:
+what the counters in the graph hear (passes/insert_expert_counters.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.export.graph_signature import InputKind
-from torch.fx import Node
+from torch import nn
 
-from sparseforge_fx.graph.program import Program
-from sparseforge_fx.kernels.soft_masked_experts import EXPERTS_OP
 from sparseforge_fx.methods.curvature import Curvature, processes
-from sparseforge_fx.passes import PassResult
-from sparseforge_fx.passes.rewrite import masked_nodes, masked_operands
-
-
-def counter_name(fqn: str) -> str:
-    """Name of the counter that belongs to a stack."""
-    return f"{fqn}_routed_tokens"
-
-
-def insert_counters(program: Program) -> PassResult:
-    """Give every masked product of a whole stack a counter [experts], one per weight. It takes the memory of one
-    element, and must not be written to. Products of single matrices of a stack, which get all tokens, are left alone.
-    """
-    names = program.names(InputKind.PARAMETER)
-    counters: dict[Node, Node] = {}
-    products = [node for node in masked_nodes(program) if node.target == EXPERTS_OP]
-    for node in products:
-        weight = masked_operands(node).weight
-        if weight not in counters:
-            value = program.tensor(names[weight])
-            counters[weight] = program.add_parameter(counter_name(names[weight]), _zeros(value, len(value)))
-        node.args = (*node.args, counters[weight])
-    return PassResult(program, len(products))
-
-
-def counters_of(module: nn.Module, fqns: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The counters in a module, by the weight's name."""
-    found = dict(module.named_parameters())
-    return {fqn: found[name] for fqn in fqns if (name := counter_name(fqn)) in found}
+from sparseforge_fx.passes.insert_expert_counters import zeros
 
 
 class ExpertCounters:
@@ -80,8 +44,4 @@ class ExpertCounters:
     def move(self) -> None:
         """Count in float32 and take the memory of one element again, after a change of device or dtype."""
         for p in self.parameters.values():
-            p.data = _zeros(p, len(p))
-
-
-def _zeros(like: Tensor, count: int) -> Tensor:
-    return torch.zeros((), device=like.device).expand(count)
+            p.data = zeros(p, len(p))

@@ -35,10 +35,11 @@ from sparseforge_fx.methods.part import Part, local
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import LinearSite, Pass, run_passes
 from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.insert_expert_counters import counters_of
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
 from sparseforge_fx.passes.insert_soft_masks import mask_name
 from sparseforge_fx.pattern import Pattern
-from sparseforge_fx.training.expert_counters import ExpertCounters, counters_of
+from sparseforge_fx.training.expert_counters import ExpertCounters
 from sparseforge_fx.training.in_parts import InParts, one_element
 
 #: how a model is

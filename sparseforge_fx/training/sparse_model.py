@@ -35,7 +35,6 @@ from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.training import low_rank
 from sparseforge_fx.training.curvature_probe import CurvatureProbe
 from sparseforge_fx.training.distillation import FEATURES, Distillation, Loss, feature_loss
-from sparseforge_fx.training.expert_counters import insert_counters
 from sparseforge_fx.training.low_rank import Branch
 from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.sharded import ESTIMATOR, ShardedProbe, Sharding, Shards, mask_of_ones
@@ -80,7 +79,7 @@ class SparseModel(TrainerSurface):
         tensor, state = self.program.tensor, self.program.state
         self.shards: Shards | None = None
         if sharding is not None:
-            probing = [*passes(estimator=ESTIMATOR), insert_counters]
+            probing = passes(estimator=ESTIMATOR, counted=True)
             self.shards = Shards(sharding, self.program, probing, self.sites, config.pattern)  # type: ignore[arg-type]
         weights = (
             [
@@ -116,7 +115,7 @@ class SparseModel(TrainerSurface):
             if self.method.curvature is not None:
                 self.probe = ShardedProbe(self.shards, self.method.curvature)
         elif (curvature := self.method.curvature) is not None and curvature.estimator is not None:
-            probing = [*passes(estimator=PROBES.get(curvature.estimator)), insert_counters]
+            probing = passes(estimator=PROBES.get(curvature.estimator), counted=True)
             self.probe = CurvatureProbe(
                 program, self.program, probing, weights, curvature, self.objective.answer, self._tapped
             )

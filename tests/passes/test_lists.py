@@ -31,6 +31,11 @@ def none(sites):
             train_passes([], slorb_block=4, estimator="activation"),
             ["insert_soft_masks", "insert_low_rank", "insert_hessian_hooks"],
         ),
+        (
+            train_passes([], estimator="activation", counted=True),
+            ["insert_soft_masks", "insert_hessian_hooks", "insert_expert_counters"],
+        ),
+        (train_passes([], counted=True), ["insert_soft_masks", "insert_expert_counters"]),
         (harden_passes(TWO_FOUR), ["harden_masks"]),
         (
             deploy_passes(find_linears, none),

@@ -9,14 +9,8 @@ from two_processes import run_two
 import sparseforge_fx as sf
 from sparseforge_fx.graph.compile import count_blocks
 from sparseforge_fx.methods.curvature import Curvature
-from sparseforge_fx.passes import run_passes, train_passes
 from sparseforge_fx.training.distillation import Distillation
-from sparseforge_fx.training.expert_counters import (
-    ExpertCounters,
-    counter_name,
-    counters_of,
-    insert_counters,
-)
+from sparseforge_fx.training.expert_counters import ExpertCounters
 from sparseforge_fx.training.sparse_model import SparseModel
 
 
@@ -43,22 +37,6 @@ def routed(model, batches):
 
 def labelled(found, seeds, rows=2):
     return [{**found.batch(seed, rows=rows), "labels": found.batch(seed, rows=rows)["input_ids"]} for seed in seeds]
-
-
-def test_one_counter_for_each_stack(tiny):
-    found = tiny("moe")
-    masked, _ = run_passes(found.program, train_passes(find_linears(found.program)))
-    twin, (record,) = run_passes(masked, [insert_counters])
-    module = twin.module()
-    counters = counters_of(module, [s.fqn for s in find_linears(found.program)])
-    assert set(counters) == set(stacks(found.model)) and record.modified == len(counters)
-    assert all(p.shape == (4,) and p.untyped_storage().nbytes() == 4 for p in counters.values())
-    batch = found.batch()
-    assert torch.equal(module(**batch)[0], masked.module()(**batch)[0])
-    module(**batch)[0].sum().backward()
-    wanted = routed(found.model, [batch])
-    assert all(counters[fqn].grad.tolist() == wanted for fqn in counters)
-    assert counter_name(next(iter(counters))) not in masked.state
 
 
 MOE = ["gauss_newton", "fisher", "activation", "squared_gradient"]
