@@ -99,18 +99,23 @@ def test_a_run_is_terminated_and_killed_on_two_processes_and_ends_on_one(home, u
     same(out, unbroken, 1e-3)
 
 
+SHARED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
 @pytest.mark.slow
-def test_twenty_kills_at_random_steps(home, unbroken, tmp_path):
-    choose = random.Random(0)
-    finish(start(command(home, tmp_path / "two"), home))
-    for kill in range(20):
+@pytest.mark.parametrize("way", [{}, SHARED], ids=["replicas", "shared"])
+def test_twenty_kills_at_random_steps(home, unbroken, tmp_path, way):
+    choose = random.Random(len(way))
+    code, _, errors = finish(start(command(home, tmp_path / "two"), home, **way))
+    assert code == 0, errors
+    for kill in range(10):  # of each way
         out = tmp_path / str(kill)
-        killed(start(command(home, out), home), out, step=choose.randrange(1, STEPS - 2), rank=choose.randrange(2))
+        killed(start(command(home, out), home, **way), out, choose.randrange(1, STEPS - 2), choose.randrange(2))
         if kill % 2:
             resume_on_one(home, out)
             same(out, unbroken, 1e-3)
         else:
-            code, _, errors = finish(start([*command(home, out), "--resume"], home))
+            code, _, errors = finish(start([*command(home, out), "--resume"], home, **way))
             assert code == 0, errors
             same(out, tmp_path / "two", 0.0)  # the same bits
 
