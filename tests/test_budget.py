@@ -232,6 +232,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_is_one_json_and_goes_on_after_a_kill(runs, model, tmp_path, monkeypatch, capsys):
     import budget
 

@@ -126,5 +126,6 @@ def counted(seeds):
     return dict(sparse.method.tokens)
 
 
+@pytest.mark.slow
 def test_two_processes_count_what_one_does(tmp_path):
     assert run_two(RANKS, tmp_path) == (alone := counted([0, 1]), alone)

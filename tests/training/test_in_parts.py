@@ -264,6 +264,7 @@ def command(folder, out):
     return ["sparsify", str(folder / "llama"), "--device", "disk", "--data", str(folder / "text.txt"), *short, "--dtype", "float32", "-o", str(out)]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_on_after_a_kill_within_the_start(ran, tmp_path):
     """As accelerate launches it: the default preset, killed, and once more."""
     folder = ran[0]
