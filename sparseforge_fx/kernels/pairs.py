@@ -116,6 +116,11 @@ def pairs_product(
     scales: Tensor | None,
 ) -> Tensor | None:
     """act(x W^T + b), x [rows, in] -> [rows, out] by the C++ kernel; None where it does not serve so many rows."""
-    if scales is None or x.dtype not in (torch.bfloat16, torch.float32) or x.shape[0] > cpu.pairs_rows():
+    if scales is None or x.dtype not in (torch.bfloat16, torch.float32) or x.shape[0] > most_rows(x.dtype, in_features):
         return None
     return cpu.pairs_linear(x, values, places, in_features, scales, bias, activation)
+
+
+def most_rows(dtype: torch.dtype, in_features: int) -> int:
+    """So many rows of x are served by the kernel; for more, the weight is better expanded."""
+    return min(cpu.pairs_rows(), cpu.max_rows(dtype, in_features, quantized=True))

@@ -31,7 +31,7 @@ def rows_product_on_cpu(
     scales: Tensor | None,
 ) -> Tensor | None:
     """act(x W^T + b), x [rows, in] -> [rows, out] by the C++ kernel; None where it does not serve so many rows."""
-    if x.shape[0] > cpu.max_rows(x.dtype, quantized=scales is not None):
+    if x.shape[0] > cpu.max_rows(x.dtype, in_features, quantized=scales is not None):
         return None
     check_shapes(Packed(values, bitmask, in_features, scales))
     return cpu.rows_linear(x, values, bitmask, in_features, scales, bias, activation)

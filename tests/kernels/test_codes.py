@@ -238,9 +238,19 @@ def test_the_same_bits_for_any_number_of_threads():
 
 def test_rows_beyond_the_kernel_and_none_at_all():
     packed, _ = random_codes(16, 64, "dense int8")
-    x = torch.randn(max(0, cpu.max_rows(torch.float32, quantized=True)) + 1, 64)
+    x = torch.randn(max(0, cpu.max_rows(torch.float32, 64, quantized=True)) + 1, 64)
     assert torch.allclose(call(x, packed), F.linear(x, unpack(packed)), atol=1e-4)
     assert call(x[:0], packed).shape == (0, 16)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(16, 64), (37, 72), (130, 320), (5, 8)])
+@pytest.mark.parametrize("text", ["2:4 int8", "dense int8", "2:4 int4/32", "dense int4/32", "dense int4/128", "2:4 int4/128"])
+def test_many_rows_of_bfloat16_meet_the_weight_rounded_to_it(text, rows, width):
+    if "int4" in text:
+        width = 128 * max(1, width // 128)
+    packed, _ = random_codes(rows, width, text)
+    x = torch.randn(max(0, cpu.max_rows(torch.bfloat16, width, quantized=True)) + 1, width).bfloat16()
+    assert torch.equal(call(x, packed), F.linear(x, unpack(packed).bfloat16()))
 
 
 @pytest.mark.parametrize("text", ["2:4 int8", "dense int4/32"])

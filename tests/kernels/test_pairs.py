@@ -23,7 +23,7 @@ from sparseforge_fx.formats import SPARSE, Format, parse_format
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.layouts import PAIRS, ROWS, layouts_of
 from sparseforge_fx.kernels.packed import Packed, unpack
-from sparseforge_fx.kernels.pairs import pairs_product
+from sparseforge_fx.kernels.pairs import most_rows, pairs_product
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP, reference
 
 CPU = torch.device("cpu")
@@ -133,6 +133,14 @@ def test_rows_beyond_the_kernel_other_floats_and_none_at_all():
     assert torch.allclose(call(x, packed), reference(x, packed), atol=1e-4)
     assert torch.allclose(call(x[:5].double(), packed), reference(x[:5].double(), packed), atol=1e-9)
     assert call(x[:0], packed).shape == (0, 16)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(16, 64), (36, 192), (4, 128)])
+@pytest.mark.parametrize("text", ["2:4 int4", "2:4 int8"])
+def test_many_rows_of_bfloat16_meet_the_weight_rounded_to_it(text, rows, width):
+    packed, _ = random_codes(rows, width, text)
+    x = torch.randn(most_rows(torch.bfloat16, width) + 1, width).bfloat16()
+    assert torch.equal(call(x, packed), reference(x, packed))
 
 
 def test_gradients_reach_x_and_opcheck():

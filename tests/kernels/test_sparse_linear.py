@@ -68,7 +68,7 @@ def test_outputs_can_be_written_into(dtype, shape):
 def test_more_rows_than_the_kernel_takes_go_through_the_dense_weight():
     for dtype in (torch.bfloat16, torch.float32):
         packed, bias = random_linear(10, 36, dtype)
-        x = torch.randn(cpu.max_rows(dtype) + 1, 36).to(dtype)
+        x = torch.randn(cpu.max_rows(dtype, 36) + 1, 36).to(dtype)
         assert torch.equal(apply(x, packed, bias, "silu_mul"), reference(x, packed, bias, "silu_mul"))
 
 

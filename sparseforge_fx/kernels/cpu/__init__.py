@@ -80,9 +80,11 @@ def instruction_set() -> str:
     return wanted
 
 
-def max_rows(dtype: torch.dtype, *, quantized: bool = False) -> int:
+def max_rows(dtype: torch.dtype, in_features: int, *, quantized: bool = False) -> int:
     """So many rows of x are served by :func:`rows_linear`; for more, the weight is better expanded. -1: no kernel."""
-    return torch.ops.sparseforge_cpu.max_rows(dtype, quantized) if available() else -1
+    if not available():
+        return -1
+    return torch.ops.sparseforge_cpu.max_rows(dtype, quantized, in_features, instruction_set())
 
 
 def archive() -> Path:

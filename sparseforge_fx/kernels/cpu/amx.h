@@ -165,6 +165,19 @@ void tile(const Job& job, const void* x, int64_t columns, int64_t first, int64_t
   }
 }
 
+// Rows `first` to `last`, no more than sixteen, where they stand in the dense weight [out, in].
+template <class Block, class Job>
+TARGET void expand_rows(const Job& job, int64_t first, int64_t last, int64_t in, bf16* dense) {
+  Block block(job, first, last);
+  alignas(64) bf16 w[16][kStep];
+  for (int64_t s = 0; s * kStep < in; ++s) {
+    block.expand(s, w);
+    const auto there = static_cast<__mmask32>((uint64_t{1} << std::min(kStep, in - s * kStep)) - 1);
+    for (int64_t n = first; n <= last; ++n)
+      _mm512_mask_storeu_epi16(dense + n * in + s * kStep, there, _mm512_load_si512(w[n - first]));
+  }
+}
+
 // The scales of sixteen rows of int4 codes, of eight groups of inputs at a time.
 struct GroupScales {
   const uint8_t* row[16];

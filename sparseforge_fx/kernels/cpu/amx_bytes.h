@@ -136,6 +136,29 @@ struct Block {
   }
 };
 
+// The same times their scales in bfloat16, half a step at a time, as amx.h expands.
+template <bool SPARSE>
+struct HalfBlock {
+  Block<SPARSE> bytes;
+  int64_t steps;
+  alignas(64) int8_t w[16][kStep];
+
+  HalfBlock(const CodesJob& job, int64_t first, int64_t last) : bytes(job, first, last), steps(2 * bytes.steps) {}
+
+  INLINE void expand(int64_t step, bf16 (*out)[amx::kStep]) {
+    if (step % 2 == 0) bytes.expand(step / 2, w);
+#pragma GCC unroll 4
+    for (int r = 0; r < 16; ++r) {
+      const __m512 scale = _mm512_set1_ps(bytes.scales[r]);
+      for (int64_t k = 0; k < amx::kStep; k += 16) {
+        const __m128i codes = _mm_load_si128(reinterpret_cast<const __m128i*>(w[r] + step % 2 * amx::kStep + k));
+        const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), scale);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out[r] + k), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+      }
+    }
+  }
+};
+
 // GROUPS groups of sixteen rows of x, two accumulators for each.
 template <int GROUPS, bool SPARSE>
 TARGET void tile_of(const Block<SPARSE>& block, const int8_t* x, int64_t columns, float* out) {

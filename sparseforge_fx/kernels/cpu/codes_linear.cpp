@@ -447,9 +447,25 @@ CodesJob job_of(const at::Tensor& values, const at::Tensor& mask, const at::Tens
 
 }  // namespace
 
-int64_t max_codes_rows() {
+at::Tensor codes_half(const at::Tensor& values, const at::Tensor& mask, const at::Tensor& scales, int64_t in) {
+  TORCH_CHECK(is_codes(values, mask, scales, in), "not a packed weight of codes");
 #ifdef SPARSEFORGE_X86
-  if (has_vnni()) return 2048;  // with AVX-512 alone never slower so far; where there is AMX a dense product catches up
+  const at::Tensor vc = values.contiguous(), mc = mask.contiguous(), sc = scales.contiguous();
+  const CodesJob job = job_of(vc, mc, sc, in);
+  const bool sparse = mask.size(1) != 0;
+  const int64_t out = values.size(0);
+  if (values.scalar_type() == at::kByte)
+    return sparse ? expanded<amx_codes::Block<true>>(job, out, in) : expanded<amx_codes::Block<false>>(job, out, in);
+  return sparse ? expanded<amx_bytes::HalfBlock<true>>(job, out, in) : expanded<amx_bytes::HalfBlock<false>>(job, out, in);
+#endif
+  return codes_dense(values, mask, scales, in).to(at::kBFloat16);
+}
+
+int64_t max_codes_rows(at::ScalarType dtype, int64_t in, Isa isa) {
+#ifdef SPARSEFORGE_X86
+  // what each tile takes beside its products weighs less, the more inputs it has
+  if (isa >= Isa::amx && dtype == at::kBFloat16) return in / 4;
+  if (has_vnni()) return 2048;  // with AVX-512 alone never slower so far
 #endif
   return 512;
 }

@@ -17,7 +17,10 @@ at::Tensor codes_linear(const at::Tensor& x, const at::Tensor& values, const at:
 at::Tensor codes_dense(const at::Tensor& values, const at::Tensor& mask, const at::Tensor& scales,
                        int64_t in_features);
 
+// The same in bfloat16, with AMX.
+at::Tensor codes_half(const at::Tensor& values, const at::Tensor& mask, const at::Tensor& scales, int64_t in_features);
+
 // Beyond so many rows of x the expanded weight and a dense product are faster.
-int64_t max_codes_rows();
+int64_t max_codes_rows(at::ScalarType dtype, int64_t in_features, Isa isa);
 
 }  // namespace sparseforge

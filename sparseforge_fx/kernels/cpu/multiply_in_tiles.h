@@ -67,6 +67,20 @@ TileKernel<bf16, Job> amx_kernel(decltype(TileKernel<bf16, Job>::tile) tile, dec
 }
 #endif
 
+#ifdef SPARSEFORGE_X86
+// The dense weight in bfloat16, of what a kernel for tile registers expands.
+template <class Block, class Job>
+at::Tensor expanded(const Job& job, int64_t out, int64_t in) {
+  at::Tensor dense = at::empty({out, in}, at::kBFloat16);
+  auto* const to = static_cast<bf16*>(dense.mutable_data_ptr());
+  at::parallel_for(0, (out + kTileRows - 1) / kTileRows, std::max<int64_t>(1, 32768 / (kTileRows * in)), [&](int64_t from, int64_t end) {
+    for (int64_t first = from * kTileRows; first < std::min(out, end * kTileRows); first += kTileRows)
+      amx::expand_rows<Block>(job, first, std::min(out, first + kTileRows) - 1, in, to);
+  });
+  return dense;
+}
+#endif
+
 // For sums of int8 codes: the scale of each output. Without scales it changes nothing.
 struct ScaleOfOutputs {
   const uint8_t* scales;

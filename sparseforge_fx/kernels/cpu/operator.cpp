@@ -107,6 +107,10 @@ at::Tensor pairs_linear_named(const at::Tensor& x, const at::Tensor& values, con
 
 int64_t pairs_rows_named(c10::string_view isa) { return pairs_rows(isa_named(isa)); }
 
+int64_t max_rows_named(at::ScalarType dtype, bool codes, int64_t in_features, c10::string_view isa) {
+  return max_rows(dtype, codes, in_features, isa_named(isa));
+}
+
 bool vnni_named(c10::string_view isa) { return isa_named(isa) >= Isa::avx512 && has_vnni(); }
 
 at::Tensor rows_dense_any(const at::Tensor& values, const at::Tensor& mask, int64_t in_features,
@@ -129,7 +133,7 @@ TORCH_LIBRARY(sparseforge_cpu, m) {
   m.def("pairs_rows(str isa) -> int", &sparseforge::pairs_rows_named);
   m.def("vnni(str isa) -> bool", &sparseforge::vnni_named);
   m.def("instruction_sets() -> str[]", &sparseforge::instruction_sets);
-  m.def("max_rows(ScalarType dtype, bool codes) -> int", &sparseforge::max_rows);
+  m.def("max_rows(ScalarType dtype, bool codes, int in_features, str isa) -> int", &sparseforge::max_rows_named);
   m.def("use(str isa) -> ()", &sparseforge::use);
 }
 

@@ -334,6 +334,17 @@ at::Tensor pairs_linear(const at::Tensor& x, const at::Tensor& values, const at:
   });
 }
 
+at::Tensor pairs_half(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales, int64_t in) {
+  TORCH_CHECK(is_pairs(values, places, scales, in), "not a weight of pairs");
+#ifdef SPARSEFORGE_X86
+  if (values.scalar_type() == at::kByte) {
+    const at::Tensor vc = values.contiguous(), pc = places.contiguous(), sc = scales.contiguous();
+    return expanded<amx_pairs::Block>(job_of(vc, pc, sc, in), values.size(0), in);
+  }
+#endif
+  return pairs_dense(values, places, scales, in).to(at::kBFloat16);
+}
+
 at::Tensor pairs_dense(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales,
                        int64_t in_features) {
   TORCH_CHECK(is_pairs(values, places, scales, in_features), "not a weight of pairs");

@@ -17,6 +17,9 @@ at::Tensor pairs_linear(const at::Tensor& x, const at::Tensor& values, const at:
 at::Tensor pairs_dense(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales,
                        int64_t in_features);
 
+// The same in bfloat16, with AMX.
+at::Tensor pairs_half(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales, int64_t in_features);
+
 // Beyond so many rows of x the expanded weight and a dense product serve; 0: always, on this instruction set.
 int64_t pairs_rows(Isa isa);
 

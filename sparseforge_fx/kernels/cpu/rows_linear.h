@@ -38,7 +38,7 @@ at::Tensor rows_dense(const at::Tensor& values, const at::Tensor& mask, int64_t 
 
 // Beyond so many rows of x, expanding the weight for torch's dense product is faster than rows_linear (measured with
 // AMX and two threads, cpu_kernels.py); -1 for types that it does not take.
-int64_t max_rows(at::ScalarType dtype, bool codes);
+int64_t max_rows(at::ScalarType dtype, bool codes, int64_t in_features, Isa isa);
 
 // How a weight is kept: as on disk, or as pairs.py has it.
 enum class Layout { rows, pairs };

@@ -34,8 +34,8 @@ at::Tensor activate(const at::Tensor& y, Activation activation) {
 
 }  // namespace
 
-int64_t max_rows(at::ScalarType dtype, bool codes) {
-  if (codes) return dtype == at::kBFloat16 || dtype == at::kFloat ? max_codes_rows() : -1;
+int64_t max_rows(at::ScalarType dtype, bool codes, int64_t in_features, Isa isa) {
+  if (codes) return dtype == at::kBFloat16 || dtype == at::kFloat ? max_codes_rows(dtype, in_features, isa) : -1;
   return dtype == at::kBFloat16 ? 512 : dtype == at::kFloat ? 128 : -1;
 }
 
@@ -51,10 +51,23 @@ at::Tensor dense_weight(const at::Tensor& values, const at::Tensor& meta, Layout
   return scales ? codes_dense(values, meta, *scales, in_features) : rows_dense(values, meta, in_features);
 }
 
+namespace {
+
+// As dense_weight, in the type of x.
+at::Tensor expanded_for(const at::Tensor& x, const at::Tensor& values, const at::Tensor& meta, Layout layout,
+                        int64_t in_features, const std::optional<at::Tensor>& scales, Isa isa) {
+  if (scales && isa >= Isa::amx && x.scalar_type() == at::kBFloat16)
+    return layout == Layout::pairs ? pairs_half(values, meta, *scales, in_features)
+                                   : codes_half(values, meta, *scales, in_features);
+  return dense_weight(values, meta, layout, in_features, scales).to(x.scalar_type());
+}
+
+}  // namespace
+
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& meta, Layout layout,
                          int64_t in_features, const std::optional<at::Tensor>& bias, Activation activation,
                          const std::optional<at::Tensor>& scales, Isa isa) {
-  const int64_t most = max_rows(x.scalar_type(), scales.has_value());
+  const int64_t most = max_rows(x.scalar_type(), scales.has_value(), in_features, isa);
   if (x.numel() / in_features <= (layout == Layout::pairs ? std::min(most, pairs_rows(isa)) : most)) {
     if (layout == Layout::pairs) return pairs_linear(x, values, meta, scales.value(), in_features, bias, activation, isa);
     return scales ? codes_linear(x, values, meta, *scales, in_features, bias, activation, isa)
@@ -62,7 +75,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& values, const at
   }
   // as rows: at::linear of three dimensions may take another path, with other bits
   const auto rows = x.reshape({-1, in_features});
-  const auto weight = dense_weight(values, meta, layout, in_features, scales).to(x.scalar_type());
+  const auto weight = expanded_for(x, values, meta, layout, in_features, scales, isa);
   const auto y = activate(at::linear(rows, weight, bias), activation);
   auto sizes = x.sizes().vec();
   sizes.back() = y.size(1);
