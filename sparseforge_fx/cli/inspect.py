@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,6 +180,8 @@ def _print(console: Console, result: dict[str, Any], factor: float) -> None:
         "of dense)",
         highlight=False,
     )
+    told = shlex.join(["sparseforge-fx", "sparsify", str(result["model"]), "--data", "DATA", "-o", "OUT", "--dry-run"])
+    console.print(f"time and memory of a run on this machine: {told}", markup=False, highlight=False)
 
 
 def _predictions(plan: Plan) -> Table:

@@ -214,6 +214,7 @@ def test_inspect_needs_no_weights_and_sums_up_the_layers(home, tmp_path):
     config = json.loads((home / "dense" / "config.json").read_text()) | {"num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = ok("inspect", tmp_path, "--include", "*_proj", "--exclude", "*.o_proj")
+    assert "time and memory of a run on this machine: sparseforge-fx sparsify" in text and "--dry-run" in text
     assert "18 eligible linears" in text and "model.layers.*.mlp.up_proj.weight" in text and "layers.2" not in text
     assert "excluded by name" in text and "embed_tokens" in text
 
