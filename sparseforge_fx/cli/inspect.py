@@ -180,8 +180,8 @@ def _print(console: Console, result: dict[str, Any], factor: float) -> None:
         "of dense)",
         highlight=False,
     )
-    told = shlex.join(["sparseforge-fx", "sparsify", str(result["model"]), "--data", "DATA", "-o", "OUT", "--dry-run"])
-    console.print(f"time and memory of a run on this machine: {told}", markup=False, highlight=False)
+    dry = shlex.join(["sparseforge-fx", "sparsify", str(result["model"]), "--data", "DATA", "-o", "OUT", "--dry-run"])
+    console.print(f"time and memory of a run on this machine: {dry}", markup=False, highlight=False)
 
 
 def _predictions(plan: Plan) -> Table:
