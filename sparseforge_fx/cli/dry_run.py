@@ -101,7 +101,7 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None, processes: int
         told["memory"] = (
             f"about {readable_bytes(peak)}{' in each process' if processes > 1 else ''}: "
             f"{readable_bytes(parameters * dtype.itemsize / share)} of weights, {kept} for teacher, masks, gradients "
-            f"and {name}, activations"
+            f"and {name}, activations (all kept: --activation-checkpointing takes less)"
         )
     elif device == DISK:
         predicted["peak_memory_bytes"] = peak = base + forecast_memory.from_disk(chosen, recipe, config, dtype)

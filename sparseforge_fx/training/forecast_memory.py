@@ -12,9 +12,9 @@ from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.one_shot import LAYERWISE, AlpsConfig, LayerwiseConfig, SparseGPTConfig, WandaConfig
 from sparseforge_fx.passes import LinearSite
 from sparseforge_fx.training.forecast import answer_of, numel, scale_of, written
+from sparseforge_fx.training.machine import FLOAT32
 from sparseforge_fx.training.recipe import Recipe
 
-FLOAT32 = 4  # bytes
 #: float32 matrices [in, in] and [out, in] that a solver holds at its peak, its moments among them, as measured on
 #: weights of 128 x 2048 to 8192 x 1024
 SOLVING: dict[type[MethodConfig], tuple[float, float]] = {

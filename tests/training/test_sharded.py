@@ -350,3 +350,13 @@ def test_what_accelerate_makes_of_a_mixed_precision_is_none_of_the_users():
     _check_plugin(plugin, "no")
     plugin.set_mixed_precision("bf16")
     _check_plugin(plugin, "bf16")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_plugins_activation_checkpointing_counts(monkeypatch, asked):
+    from sparseforge_fx.training import sharded
+
+    monkeypatch.setattr(sharded.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(sharded, "init_device_mesh", lambda *_: None)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, activation_checkpointing=asked)
+    assert sharded.Sharding(plugin, torch.device("cpu")).computes_again is asked
