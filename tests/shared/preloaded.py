@@ -1,19 +1,14 @@
-"""Processes of the command line that begin with everything imported: forks of one server, for tests that start many."""
+"""The command line in processes that begin with everything imported."""
 
-import multiprocessing
 import sys
 
-_SERVER = multiprocessing.get_context("forkserver")
-_PRELOADED = ["torch", "datasets", "accelerate", "transformers.models.llama.modeling_llama"]
-_PRELOADED += ["sparseforge_fx.cli.sparsify", "sparseforge_fx.training.sparsify", "sparseforge_fx.training.train"]
+from forks import fork
 
 
 def run(prepare, moment, cache, arguments):
     """``sparseforge-fx ARGUMENTS`` in a process of its own, after ``prepare(moment)`` there; its exit code, or minus
     the signal that ended it."""
-    _SERVER.set_forkserver_preload(_PRELOADED)
-    process = _SERVER.Process(target=_command_line, args=(prepare, moment, str(cache), arguments))
-    process.start()
+    process = fork(_command_line, prepare, moment, str(cache), arguments)
     process.join()
     return process.exitcode
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from forks import fork
 
 
 def run_two(code: str, folder: Path) -> tuple[Any, Any]:
@@ -18,23 +18,27 @@ def run_two(code: str, folder: Path) -> tuple[Any, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+    environment = dict(os.environ) | {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder), str(rank)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    ranks = [fork(_rank, code, folder, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+        for rank in ranks:
+            rank.join(300)
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert [rank.exitcode for rank in ranks] == [0, 0], [(folder / f"{rank}.log").read_text() for rank in range(2)]
     first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     return first, second
+
+
+def _rank(code: str, folder: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    rank = environment["RANK"]
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["-c", str(folder), rank]
+    exec(compile(code, "<rank>", "exec"), {"__name__": "__main__"})
