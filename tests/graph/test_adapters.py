@@ -28,7 +28,7 @@ def wrapped(kind):
     torch.manual_seed(0)
     config = KINDS[kind]
     config.task_type = "CAUSAL_LM"
-    return peft.get_peft_model(build("llama"), config).eval()
+    return peft.get_peft_model(build("llama of one block"), config).eval()
 
 
 def quick(model, **options):
@@ -41,7 +41,7 @@ def test_base_layers_are_sites_and_adapters_are_not(kind):
     model = wrapped(kind)
     sites = find_linears(capture(model))
     chosen = eligible(sites)
-    assert len(chosen) == 14
+    assert len(chosen) == 7
     own = find_adapters(model).own
     assert own and not own & {id(model.get_parameter(s.fqn)) for s in chosen}
     named = {id(p): n for n, p in model.named_parameters()}
@@ -64,7 +64,7 @@ def test_a_run_leaves_adapters_bit_for_bit(options):
             assert check_pattern(p, TWO_FOUR)
         elif "lora_" in name or "norm" in name:  # PEFT froze the norms: the user's model outside its sites
             assert torch.equal(p, before[name][0]), name
-    assert any("PEFT adapters" in n and "14 of them frozen" in n for n in report["notes"])
+    assert any("PEFT adapters" in n and "7 of them frozen" in n for n in report["notes"])
 
 
 def test_vectors_of_adapters_do_not_train_either():
@@ -86,7 +86,7 @@ def test_an_adapter_named_by_the_user_stays_dense():
 
 
 def test_adapters_that_read_the_base_weight_are_to_be_merged_first():
-    model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=8, target_modules="all-linear", use_dora=True))
+    model = peft.get_peft_model(build("llama of one block"), peft.LoraConfig(r=8, target_modules="all-linear", use_dora=True))
     with pytest.raises(SparseForgeError, match=r"nothing to prune.*merge_and_unload"):
         quick(model)
 
@@ -106,18 +106,18 @@ def test_several_adapters_and_those_that_transformers_adds():
     assert all("lora_" not in s.fqn for s in eligible(find_linears(capture(model))))
     model.set_adapter("second")
     names = [s.fqn for s in eligible(find_linears(capture(model)))]
-    assert len(names) == 14 and not any("lora_" in n or "modules_to_save" in n for n in names)
-    model = build("llama")
+    assert len(names) == 7 and not any("lora_" in n or "modules_to_save" in n for n in names)
+    model = build("llama of one block")
     model.add_adapter(peft.LoraConfig(r=8, target_modules=["q_proj"]))
     assert not any("lora_" in s.fqn for s in eligible(find_linears(capture(model))))
 
 
 def test_frozen_weights_beside_unfrozen_ones_stay_dense_also_under_adapters():
     model = wrapped("lora")
-    layer = model.base_model.model.model.layers[1].mlp.up_proj.base_layer
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     layer.weight.requires_grad_(True)  # not PEFT's doing: the user tells base weights apart
     assert [s.fqn.rpartition("model.model.")[2] for s in eligible(find_linears(capture(model)))] == [
-        "layers.1.mlp.up_proj.base_layer.weight"
+        "layers.0.mlp.up_proj.base_layer.weight"
     ]
 
 
