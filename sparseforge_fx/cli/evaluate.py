@@ -175,7 +175,7 @@ def _load(name: str) -> tuple[Any, Any]:
     loaded: Any
     loaded, tokenizer = load(name)
     if tokenizer is None:
-        raise SparseForgeError(f"{name} has no vocabulary: perplexity needs a language model")
+        raise SparseForgeError(f"{name} has no tokenizer: copy the files of one into the folder of a language model")
     return (loaded.dequantize() if is_packed(loaded.config) else loaded), tokenizer
 
 
@@ -185,7 +185,7 @@ def _load_on_disk(name: str) -> tuple[Any, Any, Any]:
 
     found = StreamedModel(name)
     if found.tokenizer is None:
-        raise SparseForgeError(f"{name} has no vocabulary: perplexity needs a language model")
+        raise SparseForgeError(f"{name} has no tokenizer: copy the files of one into the folder of a language model")
     return found.skeleton, found.tokenizer, found
 
 

@@ -49,6 +49,7 @@ def export(
     from sparseforge_fx.deploy.lowering.cost import TOKENS
     from sparseforge_fx.errors import SparseForgeError
     from sparseforge_fx.files import check_output
+    from sparseforge_fx.models.companions import companions
 
     if format not in FORMATS:
         raise SparseForgeError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
@@ -65,7 +66,7 @@ def export(
         return
     loaded, tokenizer = load(model, dtype=dtype)
     if format == "safetensors":
-        report = save_packed(loaded, tokenizer, output)
+        report = save_packed(loaded, tokenizer, output, beside=companions(model))
     else:
         moved: Any = loaded.to(pick_device(device))
         options: dict[str, Any] = {"format": format, "tokens": tokens or TOKENS, "gate": gate, "table": table}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.methods.catalog import ONE_SHOT
 from sparseforge_fx.methods.one_shot import LAYERWISE
+from sparseforge_fx.models.companions import companions
 from sparseforge_fx.models.compute_dtype import cast, dtype_of
 from sparseforge_fx.models.dense import load_dense
 from sparseforge_fx.models.streamed import StreamedModel
@@ -42,7 +44,8 @@ def has_room(model: torch.nn.Module, where: torch.device) -> bool:
 
 
 class Opened:
-    """``model`` for :func:`sparseforge_fx.sparsify`, its ``tokenizer``, the ``dtype`` of its weights.
+    """``model`` for :func:`sparseforge_fx.sparsify`, its ``tokenizer``, the ``dtype`` of its weights, and what stands
+    ``beside`` these.
 
     Processes that share a model read it in parts; but a layer-wise start does better in memory, so that where there is
     room for it each of them loads all, unless ``on_disk``.
@@ -51,6 +54,7 @@ class Opened:
     def __init__(self, recipe: Recipe, where: torch.device, on_disk: bool = False):
         assert recipe.model is not None
         self._where, self._restore = where, lambda: None
+        self.beside: list[Path] = []
         self.model: Any = None
         told = ""
         if shares(recipe):
@@ -63,7 +67,7 @@ class Opened:
             self.model = None
         if self.model is None:
             self.model, self.tokenizer = load_dense(recipe.model)  # says what is wrong with the checkpoint itself
-            self.dtype = dtype_of(self.model)
+            self.dtype, self.beside = dtype_of(self.model), companions(recipe.model)
             if told and Processes().first:
                 print(told, file=sys.stderr)
         else:

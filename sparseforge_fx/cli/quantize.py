@@ -87,6 +87,7 @@ def quantize(
     from sparseforge_fx.deploy.checkpoints.save import save_packed
     from sparseforge_fx.deploy.lowering.quantize import quantize as run
     from sparseforge_fx.files import check_output
+    from sparseforge_fx.models.companions import companions
 
     reading = read_assignments(change, READING)
     check_output(output)
@@ -97,12 +98,13 @@ def quantize(
         tell(of_quantize(model, output, values, plan, include, exclude, walked, device), as_json)
         return
     loaded, tokenizer = load(model, dtype=dtype)
+    beside = companions(model)
     if scales:
         values, include = values_of(loaded, scales, values), list(scales)
     report = run(
         loaded.to(where), values, data, plan=plan, include=include, exclude=exclude, scales=scales or None,
         tokenizer=tokenizer if data is not None else None, **reading,
     )  # fmt: skip
-    written = save_packed(loaded, tokenizer, output)
+    written = save_packed(loaded, tokenizer, output, beside=beside)
     written["notes"] = notes + report["notes"]
     tell_packed(written, output, as_json)

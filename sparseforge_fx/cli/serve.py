@@ -81,7 +81,7 @@ def _check_model(model: str) -> None:
         check_folder(Path(where.name))
     tokenizer = load_tokenizer(where, config)
     if tokenizer is None:
-        raise SparseForgeError(f"{model} is no language model: it has no vocabulary")
+        raise SparseForgeError(f"{model} has no tokenizer: copy the files of one into the folder of a language model")
     if not tokenizer.chat_template:
         print(f"note: {model} has no chat template: ask /v1/completions, not /v1/chat/completions", file=sys.stderr)
 

@@ -252,7 +252,7 @@ def _run(
 
     def save() -> None:
         logs = [tracker.folder] if tracker.folder.exists() else []
-        result.save(folder.output, opened.tokenizer, overwrite=True, beside=logs)
+        result.save(folder.output, opened.tokenizer, overwrite=True, beside=[*opened.beside, *logs])
 
     def write() -> None:
         if result.in_parts is None:

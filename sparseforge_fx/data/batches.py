@@ -132,7 +132,10 @@ def as_batches(
         data = TokenData(data.reshape(-1) if rows else data, data.shape[1] if rows else length)
     elif is_text(data):
         if tokenizer is None:
-            raise SparseForgeError("text data needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
+            raise SparseForgeError(
+                "text data needs a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...), or copy one's files "
+                "into the model's folder"
+            )
         data = tokenize(
             data,
             tokenizer,

@@ -48,7 +48,7 @@ class Location(NamedTuple):
 def load_dense(
     name: str | Path, *, dtype: str | torch.dtype | None = None, device: Any = None, device_map: Any = None
 ) -> tuple[nn.Module, Any]:
-    """The model, in eval mode, and its tokenizer (None for a model without a vocabulary).
+    """The model, in eval mode, and its tokenizer (None for a model without a vocabulary, and for a folder without one).
 
     Args:
         name: a Hugging Face folder, a hub id, or a GGUF file (or a folder that holds one and nothing else to load).
@@ -57,7 +57,8 @@ def load_dense(
         device: all of the model goes there; None: the CPU. device_map: or what ``from_pretrained`` takes.
 
     Raises SparseForgeError: nothing of that name, the hub is not reachable, not a model, weights missing from the
-    checkpoint, weights that are packed or stay quantised, no tokenizer. Code that comes with a checkpoint is never run.
+    checkpoint, weights that are packed or stay quantised, a tokenizer that cannot be loaded. Code that comes with a
+    checkpoint is never run.
     """
     where = locate(name)
     wanted = find_dtype(dtype)
@@ -185,12 +186,28 @@ def load_config(where: Location) -> Any:
 
 
 def load_tokenizer(where: Location, config: Any) -> Any:
-    """The tokenizer, or None for a model without a vocabulary."""
+    """The tokenizer, or None for a model without a vocabulary, and for a folder without a tokenizer's files.
+
+    Raises SparseForgeError where there is one that cannot be loaded, or that knows no words: transformers makes one of
+    special tokens alone for some models whose files have none, which reads every text as unknown.
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if not getattr(text, "vocab_size", None):
+    if not getattr(text, "vocab_size", None) or not _may_have_tokenizer(where):
         return None
     with explained(f"the model {where.name} has no tokenizer that can be loaded"), where.quick():
-        return transformers.AutoTokenizer.from_pretrained(where.name, trust_remote_code=False, **where.options)
+        found = transformers.AutoTokenizer.from_pretrained(where.name, trust_remote_code=False, **where.options)
+    if len(found) <= len({*found.all_special_ids, *getattr(found, "added_tokens_decoder", ())}):
+        raise SparseForgeError(f"the tokenizer of {where.name} knows no words: copy all of its files there")
+    return found
+
+
+def _may_have_tokenizer(where: Location) -> bool:
+    """Whether a folder has files of a tokenizer; of anything else nobody knows yet."""
+    folder = Path(where.name)
+    if where.gguf or not folder.is_dir():
+        return True
+    patterns = ("*token*", "*vocab*", "merges.*", "*.model", "tekken.json")
+    return any(not file.name.endswith(".safetensors") for pattern in patterns for file in folder.glob(pattern))
 
 
 def _read_tensors(where: Location, names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from sparseforge_fx.graph.capture import has_no_values
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.models.companions import companions, copy_companions
 from sparseforge_fx.models.compute_dtype import dtype_of
 from sparseforge_fx.models.dense import load_dense
 from sparseforge_fx.models.shards import Shards
@@ -160,6 +161,7 @@ def copy_checkpoint(
         wanted = file in source.shards.files or (file.suffix != ".safetensors" and file.name not in said)
         if file.is_file() and wanted and file.suffix not in (".bin", ".pt", ".pth", ".gguf"):
             copy(file, folder / file.name)
+    copy_companions(companions(source.folder), folder)
 
 
 def _sound(source: StreamedModel, name: str, shards: Shards | None = None) -> Tensor:

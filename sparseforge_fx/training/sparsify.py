@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import find_preset
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.reorder import tell_moved
+from sparseforge_fx.models.companions import copy_companions
 from sparseforge_fx.models.dense import write_checkpoint
 from sparseforge_fx.models.streamed import StreamedModel
 from sparseforge_fx.page.page import write_page
@@ -62,7 +62,7 @@ class SparsifyResult:
         on a grid, if there are any, whole or not at all; then report.html, a page of all that.
 
         Args:
-            beside: folders to copy into it.
+            beside: files and folders to copy into it, unless it has them.
 
         Raises SparseForgeError if ``folder`` exists and is not empty, unless ``overwrite``. One process calls it; of
         a model in parts, all do, and the first writes.
@@ -82,8 +82,7 @@ class SparsifyResult:
             if self.scales:
                 (partial / SCALES).parent.mkdir()
                 save_file({name: t.detach().cpu().contiguous() for name, t in self.scales.items()}, partial / SCALES)
-            for other in beside:
-                shutil.copytree(other, partial / other.name)
+            copy_companions(beside, partial)
         write_page(Path(folder))
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny_checkpoint import byte_tokenizer, tiny_llama, write_checkpoint, write_gguf
+from tiny_models import build
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.models import dense as models
@@ -61,6 +62,13 @@ def test_the_class_that_wrote_the_checkpoint_loads_it(tmp_path):
     assert type(model) is ViTForImageClassification and tokenizer is None
 
 
+@pytest.mark.parametrize("kind", ["llama", "moe", "gemma3", "gpt_oss"])
+def test_a_folder_without_a_tokenizer_has_none(tmp_path, kind):
+    """Of some kinds transformers makes a tokenizer out of nothing, to which every text is unknown."""
+    build(kind).save_pretrained(tmp_path)
+    assert models.load_dense(tmp_path)[1] is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_skeleton_has_shapes_ties_and_dtype_but_no_weights(tmp_path, dtype):
     tiny_llama().to(dtype).save_pretrained(tmp_path)
@@ -105,9 +113,11 @@ def broken(tmp_path, folder, kind):
     import shutil
 
     shutil.copytree(folder, here)
-    if kind == "no tokenizer":
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (here / name).unlink()
+    if kind == "cut tokenizer":
+        (here / "tokenizer.json").write_text("{")
+    elif kind == "no words":  # what transformers makes of a folder with this file alone
+        (here / "tokenizer.json").unlink()
+        (here / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     elif kind == "no weights":
         (here / "model.safetensors").unlink()
     elif kind == "cut weights":
@@ -142,7 +152,8 @@ def broken(tmp_path, folder, kind):
         ("empty", "no config.json"),
         ("text file", "not a .gguf file"),
         ("gguf", "cannot read"),
-        ("no tokenizer", "no tokenizer"),
+        ("cut tokenizer", "no tokenizer that can be loaded"),
+        ("no words", "knows no words"),
         ("no weights", "cannot load"),
         ("cut weights", "cannot load"),
         ("missing weights", "lacks 1 weights"),

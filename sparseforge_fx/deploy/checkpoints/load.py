@@ -56,7 +56,7 @@ def load(
     options = {"dtype": find_dtype(dtype) or "auto", **where_to(device, device_map)}
     where = where._replace(name=str(path))
     config = load_config(where)
-    tokenizer = load_tokenizer(where, config) if _has_tokenizer(path) else None
+    tokenizer = load_tokenizer(where, config)
     with explained(f"cannot load the packed model {name}"), loading_bar(str(name)):
         model, info = _model_class(config, name).from_pretrained(
             path, config=config, use_safetensors=True, output_loading_info=True, **options
@@ -72,11 +72,6 @@ def _says_packed(where: Location) -> bool:
         return is_packed(load_config(where))
     # what stands there, before the configuration's class makes something of it
     return is_packed(read_json(Path(where.name) / "config.json"))
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    patterns = ("*token*", "*vocab*", "merges.*", "*.model", "tekken.json")
-    return any(not file.name.endswith(".safetensors") for pattern in patterns for file in folder.glob(pattern))
 
 
 def _model_class(config: Any, folder: str | Path) -> Any:

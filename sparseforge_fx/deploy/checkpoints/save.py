@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig
 from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_output, new_folder
+from sparseforge_fx.models.companions import copy_companions
 
 
 def save_packed(
-    model: Any, tokenizer: Any, folder: str | Path, *, max_shard_size: str | int = "5GB", overwrite: bool = False
-) -> PackingReport:
+    model: Any, tokenizer: Any, folder: str | Path, *,
+    max_shard_size: str | int = "5GB", overwrite: bool = False, beside: Sequence[Path] = (),
+) -> PackingReport:  # fmt: skip
     """Write a Hugging Face folder in which every exactly 2:4 nn.Linear, Conv1D and stack of experts is packed, whole or
     not at all.
 
@@ -27,6 +30,7 @@ def save_packed(
         model: a transformers model, dense with exact zeros or lowered by :func:`sparseforge_fx.lower_modules`.
         tokenizer: goes into the folder, too; None if there is none.
         max_shard_size: bytes of the largest weight file, as for ``save_pretrained``.
+        beside: files and folders to copy into it, unless it has them.
 
     Returns the report: sites, the other linears with reasons, bytes of the sites dense and packed.
     Raises SparseForgeError: no transformers model, quantised, no linear is 2:4, a folder that is not empty.
@@ -52,6 +56,7 @@ def save_packed(
                 model.config.quantization_config = before
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        copy_companions(beside, partial)
         _complete(partial, model)
     return report
 

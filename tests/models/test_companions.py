@@ -1,0 +1,61 @@
+"""Processors, modules of sentence encoders and licences go where the weights go."""
+
+import json
+
+import pytest
+
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.models.companions import companions, copy_companions
+
+KEPT = {"preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json",
+        "README.md", "LICENSE", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}  # fmt: skip
+LEFT = {"pytorch_model.bin", "model.safetensors.index.json", "adapter_config.json", "report.json", "recipe.yaml",
+        "training_args.bin", "model.onnx"}  # fmt: skip
+
+
+def checkpoint(folder):
+    folder.mkdir()
+    for name in KEPT | LEFT | {"config.json"}:
+        (folder / name).write_text(name)
+    modules = [{"path": "", "type": "Transformer"}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../out"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for inner in ("1_Pooling", "2_Dense", "onnx", "original"):
+        (folder / inner).mkdir()
+        (folder / inner / "config.json").write_text(inner)
+    return folder
+
+
+def test_what_a_folder_has_beside_its_weights(tmp_path):
+    (tmp_path / "out").mkdir()
+    folder = checkpoint(tmp_path / "in")
+    assert {path.name for path in companions(folder)} == KEPT | {"1_Pooling", "2_Dense"}
+    (tmp_path / "out" / "chat_template.json").write_text("newer")
+    copy_companions(companions(folder), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == KEPT | {"1_Pooling", "2_Dense"}
+    assert (tmp_path / "out" / "2_Dense" / "config.json").read_text() == "2_Dense"
+    assert (tmp_path / "out" / "chat_template.json").read_text() == "newer"
+
+
+def test_of_a_hub_id_they_are_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder, asked = checkpoint(tmp_path / "in"), []
+
+    def fetch(name, allow_patterns, **options):
+        asked.append((name, allow_patterns, options))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
+    assert {path.name for path in companions("some/model")} == KEPT | {"1_Pooling", "2_Dense"}
+    assert [name for name, _, _ in asked] == ["some/model"] * 2
+    assert {"1_Pooling/*", "2_Dense/*"} <= set(asked[1][1]) and "*" not in asked[0][1]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"name": "0"}]'])
+def test_a_damaged_list_of_modules_is_told(tmp_path, text):
+    folder = checkpoint(tmp_path / "in")
+    (folder / "modules.json").write_text(text)
+    with pytest.raises(SparseForgeError, match="cannot read what stands beside the weights") as caught:
+        companions(folder)
+    assert "\n" not in str(caught.value)
