@@ -4,7 +4,8 @@
 
 Candidates whose names begin with "dense" are the contenders: cuBLAS in bfloat16; fp8 and int8 products of rows of x
 that are rounded on the way (cuBLAS's and torch._int_mm); a weight in int8 that a compiled linear expands (gpt-fast's
-way); PyTorch's int4 product. Every candidate is first compared with a float64 product; one that is wrong gets no time.
+way); PyTorch's int4 product. With rows enough for a prompt TileLang's 2:4 product of bfloat16 takes part, where TileLang is
+installed (tile_lang.py). Every candidate is first compared with a float64 product; one that is wrong gets no time.
 Times are those of CUDA-graph replays over as many copies of the weight as exceed the L2 cache, in interleaved rounds.
 When the minutes are over, what was measured is written. --dry runs the same code on tiny CPU tensors and writes
 nothing.
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
+import tile_lang
 import torch
 import torch.nn.functional as F
 import typer
@@ -38,6 +40,7 @@ from sparseforge_fx.methods.rounding import round_weight
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 FORMATS = ("2:4", "2:4 int8", "2:4 int4/32")
+PROMPT_ROWS = 128  # what TileLang's tiles are for; below, most of a tile is empty
 FP8 = torch.float8_e4m3fn
 #: of the largest answer: what rounding of bfloat16 explains, and of x to 8 bits
 TOLERANCE, ROUNDED = 0.01, 0.06
@@ -163,6 +166,11 @@ class Site:
                 self.tensors = [to_sparse_semi_structured(w) for w in self.dense]
             except (RuntimeError, NotImplementedError) as failure:
                 self.why["no_torch_semi_structured"] = str(failure)[:300]
+        self.tiles: list[tile_lang.Compressed] = []
+        if reason := "it is for 16 bits here" if form.is_quantized else tile_lang.why_not(self.weight):
+            self.why["no_tilelang"] = reason
+        else:
+            self.tiles = [tile_lang.compress(w) for w in self.dense]
         self.form, self.out, self.width = form, out, width
 
 
@@ -196,6 +204,8 @@ def candidates(site: Site, m: int, compiled: bool) -> dict[str, list[Call]]:
         calls["cusparselt"] = [partial(searched, blob=b) for b in site.blobs]
     if site.tensors:
         calls["torch_semi_structured"] = [partial(F.linear, weight=w) for w in site.tensors]
+    if m >= PROMPT_ROWS:
+        calls |= {"tilelang": [partial(tile_lang.linear, weight=w) for w in site.tiles]} if site.tiles else {}
     return calls
 
 
