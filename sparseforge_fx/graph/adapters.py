@@ -63,6 +63,7 @@ def adapter_notes(model: nn.Module, pruned: Iterable[Tensor]) -> list[str]:
     notes = ["the model carries PEFT adapters: they stay as they are, and the base weights are pruned under them"]
     if frozen:
         notes[0] += f" ({frozen} of them frozen, which beside adapters is not taken for a wish)"
+    notes[0] += "; saving the result writes them into a folder adapter of their own"
     if adapters.merged:
         notes.append("weights that an adapter is merged into stay dense: call merge_and_unload() first to prune them")
     return notes

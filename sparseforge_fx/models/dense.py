@@ -17,12 +17,15 @@ from transformers.initialization import no_init_weights
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.kernels.packed import METHOD
 from sparseforge_fx.models import low_rank
+from sparseforge_fx.models.beside_adapters import has_adapters, save_both
 from sparseforge_fx.models.loading_bar import loading_bar
 
+ADAPTER = "adapter_config.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GGUF_DTYPE = torch.bfloat16  # of weights that are dequantised
 UNPACK = "load it with sf.load, then save what model.dequantize() gives"
 HUB_TIMEOUT = 10.0  # seconds until the hub counts as not reachable
+_MERGE = f"a PEFT adapter ({ADAPTER}): merge it into its base model (merge_and_unload), or take its files away"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -79,6 +82,8 @@ def load_dense(
         model, loading = model_class(config).from_pretrained(
             where.name, output_loading_info=True, **options, **where.options
         )
+    if has_adapters(model):  # of the hub
+        raise SparseForgeError(f"{name} holds {_MERGE}")
     absent = sorted(loading.get("missing_keys") or ())
     if absent:
         raise SparseForgeError(
@@ -123,8 +128,11 @@ def _dtype(config: Any) -> Iterator[None]:
 def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     """``save_pretrained`` of both into a folder, which then does not say that it is sparse: every loader takes it for a
     dense one. Low-rank branches (``slorb_block``) are further tensors: :func:`load_dense` rebuilds them, other loaders
-    leave them out."""
-    model.save_pretrained(folder)
+    leave them out. PEFT's adapters go into a folder of their own inside (models/beside_adapters.py)."""
+    if has_adapters(model):
+        save_both(model, folder)
+    else:
+        model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -141,6 +149,8 @@ def locate(name: str | Path) -> Location:
             )
         return Location(str(path.absolute().parent), {"gguf_file": path.name})  # links, as the hub's cache has, stay
     if path.is_dir():
+        if (path / ADAPTER).is_file():
+            raise SparseForgeError(f"the folder {name} holds {_MERGE}")
         if (path / "config.json").is_file():
             return Location(str(path), {})
         found = sorted(path.glob("*.gguf"))

@@ -13,6 +13,7 @@ from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig
 from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_output, new_folder
+from sparseforge_fx.models.beside_adapters import has_adapters
 from sparseforge_fx.models.companions import copy_companions
 
 
@@ -33,11 +34,16 @@ def save_packed(
         beside: files and folders to copy into it, unless it has them.
 
     Returns the report: sites, the other linears with reasons, bytes of the sites dense and packed.
-    Raises SparseForgeError: no transformers model, quantised, no linear is 2:4, a folder that is not empty.
+    Raises SparseForgeError: no transformers model, quantised, adapters, no linear is 2:4, a folder that is not empty.
     """
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise SparseForgeError(
             f"{type(model).__name__} is no transformers model: a packed checkpoint needs its config.json"
+        )
+    if has_adapters(model):
+        raise SparseForgeError(
+            "the model carries PEFT adapters, and a packed checkpoint has no place for them: merge them "
+            "(sf.merge_lora), or save them by themselves and give PeftModel.unload()"
         )
     before = getattr(model.config, "quantization_config", None)
     if before is not None and not isinstance(before, PackedConfig):
