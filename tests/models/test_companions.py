@@ -9,8 +9,8 @@ from sparseforge_fx.models.companions import companions, copy_companions
 
 KEPT = {"preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "chat_template.json",
         "README.md", "LICENSE", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}  # fmt: skip
-LEFT = {"pytorch_model.bin", "model.safetensors.index.json", "adapter_config.json", "report.json", "recipe.yaml",
-        "training_args.bin", "model.onnx"}  # fmt: skip
+LEFT = {"pytorch_model.bin", "model.safetensors.index.json", "report.json", "recipe.yaml", "training_args.bin",
+        "model.onnx"}  # fmt: skip
 
 
 def checkpoint(folder):
