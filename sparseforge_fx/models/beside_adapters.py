@@ -1,4 +1,4 @@
-"""A transformers model that carries PEFT adapters, written in two parts: the base model under its own names, as if it
+"""A model that carries PEFT adapters, written in two parts: the base model under its own names, as if it
 had none, and the adapters. ``save_pretrained`` writes the adapters alone, without the weights that became sparse."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 FOLDER = "adapter"
@@ -32,9 +33,13 @@ def save_both(model: Any, folder: Path) -> None:
     from peft import PeftModel
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    state = dict(_own_tensors(base))
     flag = base.__dict__.pop(_FLAG, None)
     try:
-        base.save_pretrained(folder, state_dict=dict(_own_tensors(base)))
+        if hasattr(base, "save_pretrained"):
+            base.save_pretrained(folder, state_dict=state)
+        else:
+            save_torch_state_dict(state, folder)
     finally:
         if flag is not None:
             setattr(base, _FLAG, flag)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers.initialization import no_init_weights
 
@@ -128,11 +129,17 @@ def _dtype(config: Any) -> Iterator[None]:
 def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     """``save_pretrained`` of both into a folder, which then does not say that it is sparse: every loader takes it for a
     dense one. Low-rank branches (``slorb_block``) are further tensors: :func:`load_dense` rebuilds them, other loaders
-    leave them out. PEFT's adapters go into a folder of their own inside (models/beside_adapters.py)."""
+    leave them out. PEFT's adapters go into a folder of their own inside (models/beside_adapters.py). Of a module that
+    is none of transformers', its state is written, for ``huggingface_hub.load_torch_model``."""
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     if has_adapters(model):
         save_both(model, folder)
-    else:
+    elif hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
+    else:
+        save_torch_state_dict(model.state_dict(), folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -59,7 +59,8 @@ class SparsifyResult:
         self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False, beside: Sequence[Path] = ()
     ) -> None:
         """Write a plain Hugging Face folder with report.json, recipe.yaml to repeat the run, and the scales of weights
-        on a grid, if there are any, whole or not at all; then report.html, a page of all that.
+        on a grid, if there are any, whole or not at all; then report.html, a page of all that. Of a module that is none
+        of transformers', the folder has the state in ``model.safetensors``, for ``huggingface_hub.load_torch_model``.
 
         Args:
             beside: files and folders to copy into it, unless it has them.
