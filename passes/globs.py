@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from sparseforge_fx.graph.forward import unwrapped
+
 Globs = str | Sequence[str]
 
 
@@ -20,6 +22,7 @@ def matches(fqn: str, globs: Globs) -> bool:
 def unmatched(model: nn.Module, **options: Globs) -> list[str]:
     """A sentence for each glob that names nothing of the model: a misspelt one would go unnoticed. ``options``: the
     globs by what they are called."""
+    model = unwrapped(model)
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
     return [
         f"{option} {glob!r} is the name of nothing in the model, and without effect"

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from sparseforge_fx.errors import SparseForgeError, one_line
+from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.kernels.packed import METHOD
 from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.beside_adapters import has_adapters, save_both
@@ -131,9 +132,7 @@ def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     dense one. Low-rank branches (``slorb_block``) are further tensors: :func:`load_dense` rebuilds them, other loaders
     leave them out. PEFT's adapters go into a folder of their own inside (models/beside_adapters.py). Of a module that
     is none of transformers', its state is written, for ``huggingface_hub.load_torch_model``."""
-    from accelerate.utils import extract_model_from_parallel
-
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = unwrapped(model)
     if has_adapters(model):
         save_both(model, folder)
     elif hasattr(model, "save_pretrained"):

@@ -21,8 +21,8 @@ class Tied(nn.Module):
         return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
 
 
-def wanda(model, data):
-    return sf.sparsify(model, data, method="wanda", length=16, calibration=4, show_progress=False)
+def wanda(model, data, **options):
+    return sf.sparsify(model, data, method="wanda", length=16, calibration=4, show_progress=False, **options)
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["plain", "parallel", "compiled"])
@@ -39,7 +39,8 @@ def test_a_module_of_ones_own(tmp_path, wrap):
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
 def test_a_wrapped_model_of_transformers(tmp_path, wrap):
     model = tiny_llama(num_hidden_layers=1)
-    result = wanda(wrap(model), torch.randint(3, 200, (8, 16)))
+    result = wanda(wrap(model), torch.randint(3, 200, (8, 16)), exclude=["model.layers.0.self_attn.*"])
+    assert not result.report["notes"]  # that name none of the wrapper's
     result.save(tmp_path / "out")
     again, _ = sf.load(tmp_path / "out")
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
@@ -54,3 +55,15 @@ def test_adapters_on_a_module_of_ones_own(tmp_path):
     load_torch_model(again, tmp_path / "out")
     assert torch.equal(again.first.weight, model.base_model.model.first.base_layer.weight)
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+def test_a_wrapped_model_is_quantised_planned_and_packed_under_its_own_names(tmp_path, wrap):
+    model, ids = tiny_llama(num_hidden_layers=1), torch.randint(3, 200, (8, 16))
+    planned = sf.plan(wrap(model), ids, bytes=0.8, formats=["2:4", "dense int8"], length=16, calibration=4)
+    assert {weight.name for weight in planned.weights} <= {name for name, _ in model.named_parameters()}
+    report = sf.quantize(wrap(model), "int8")
+    assert all(not site["name"].startswith(("module.", "_orig_mod.")) for site in report["sites"])
+    sf.save_packed(wrap(model), None, tmp_path / "packed")
+    again, _ = sf.load(tmp_path / "packed")
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -13,6 +13,7 @@ from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig
 from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_output, new_folder
+from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.models.beside_adapters import has_adapters
 from sparseforge_fx.models.companions import copy_companions
 
@@ -36,6 +37,7 @@ def save_packed(
     Returns the report: sites, the other linears with reasons, bytes of the sites dense and packed.
     Raises SparseForgeError: no transformers model, quantised, adapters, no linear is 2:4, a folder that is not empty.
     """
+    model = unwrapped(model)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise SparseForgeError(
             f"{type(model).__name__} is no transformers model: a packed checkpoint needs its config.json"

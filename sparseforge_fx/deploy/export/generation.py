@@ -28,6 +28,7 @@ from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
+from sparseforge_fx.graph.forward import unwrapped
 
 GENERATOR_VERSION = 3  # the length of the cache is free
 EXAMPLE_SLOTS = 64  # of the cache that is traced
@@ -63,6 +64,7 @@ def export_generator(
     check_path(path)
     if format not in FORMATS:
         raise SparseForgeError(f"unknown format {format!r}; choose {' or '.join(FORMATS)}")
+    model = unwrapped(model)  # type: ignore[assignment]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) if _is_causal(model) else None
     max_length = min(1024, limit or 1024) if max_length is None else max_length
     if max_length < 2:

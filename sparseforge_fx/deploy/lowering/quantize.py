@@ -17,6 +17,7 @@ from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
 from sparseforge_fx.deploy.lowering.round_on_data import round_on_data
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
+from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.kernels.layouts import layouts_of, native_layout
 from sparseforge_fx.kernels.packed import Packed, pack_codes
 from sparseforge_fx.methods.rounding import Rounded, codes_of, round_weight
@@ -76,6 +77,7 @@ def quantize(
     Raises SparseForgeError for other values, a plan that does not fit, scales of no linear, or if there is nothing to
     quantise; the model is as it was then.
     """
+    model = unwrapped(model)
     notes = _unused(data, {"tokenizer": tokenizer, "example_inputs": example_inputs}, reading)
     chosen = _choose(model, values, plan, dense, include, exclude)
     notes += unmatched(model, include=include, exclude=exclude)
