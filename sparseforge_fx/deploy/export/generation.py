@@ -22,6 +22,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 
 from sparseforge_fx.deploy.export.aoti import package
 from sparseforge_fx.deploy.export.export import FORMATS, check_path, replace_file
+from sparseforge_fx.deploy.export.generation_defaults import differences, repetition_penalty
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.lower import lower_captured
 from sparseforge_fx.deploy.lowering.report import PackingReport
@@ -58,6 +59,8 @@ def export_generator(
             the model has positions.
         target, tokens, table, gate: as for :func:`sparseforge_fx.lower`.
 
+    The model's repetition penalty goes with it; what else of its generation_config a generator has not, the notes say.
+
     Returns its report with ``file_bytes`` and the bytes of a full cache per sequence, ``cache_bytes``. Raises
     SparseForgeError, with nothing written, for models without a key/value cache (state-space models, encoders).
     """
@@ -87,6 +90,7 @@ def export_generator(
         "device": step.cache[0][0].device.type,
         "eos_token_id": _as_list(model.generation_config.eos_token_id),  # type: ignore[union-attr]
         "pad_token_id": model.generation_config.pad_token_id,  # type: ignore[union-attr]
+        "repetition_penalty": repetition_penalty(model.generation_config),
     }
     extra = {SPEC_FILE: json.dumps(spec, indent=1), **with_text}
     programs = {"prefill": prefill, "decode": decode}
@@ -106,7 +110,9 @@ def export_generator(
 
     replace_file(path, write)
     cache_bytes = max_length * sum(t[0, 0].nbytes for pair in step.cache for t in pair)
-    return {**report, "format": format, "file_bytes": Path(path).stat().st_size, "cache_bytes": cache_bytes}
+    notes = [*report.get("notes", ()), *differences(model.generation_config)]
+    size = Path(path).stat().st_size
+    return {**report, "format": format, "file_bytes": size, "cache_bytes": cache_bytes, "notes": notes}
 
 
 class SlotsFirst(StaticLayer):

@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -48,6 +49,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.max_length: int = spec["max_length"]
         self.eos: list[int] = spec["eos_token_id"]
+        self._penalty: float = spec.get("repetition_penalty", 1.0)
         self.pad: int = spec["pad_token_id"] if spec["pad_token_id"] is not None else next(iter(self.eos), 0)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -68,13 +70,15 @@ class Generator:
         top_k: CountFromZero = 0,
         top_p: ShareAboveZero = 1.0,
         seed: Seed | None = None,
+        repetition_penalty: Positive | None = None,
     ) -> Iterator[Tensor]:
         """Yield the tokens [batch] that go on from prompts [batch, length], as they are made.
 
         Greedy, or with ``do_sample`` drawn from the distribution at ``temperature``, of its ``top_k`` likeliest tokens
-        (0: all) and the likeliest that make up ``top_p``. Prompts are padded on the left, where ``attention_mask`` is
-        0. A sequence that has ended is filled up with padding; the longest one decides. Raises SparseForgeError if
-        prompt and answer do not fit the cache.
+        (0: all) and the likeliest that make up ``top_p``. A ``repetition_penalty`` above 1 makes tokens less likely that
+        are there already (transformers'); None: the model's own. Prompts are padded on the left, where
+        ``attention_mask`` is 0. A sequence that has ended is filled up with padding; the longest one decides. Raises
+        SparseForgeError if prompt and answer do not fit the cache.
         """
         if input_ids.dim() != 2 or input_ids.dtype != torch.long or 0 in input_ids.shape:
             raise SparseForgeError(f"prompts are int64 ids [batch, length], not {input_ids.dtype} {[*input_ids.shape]}")
@@ -86,7 +90,9 @@ class Generator:
                 f"{length} tokens of prompt and {max_new_tokens} new ones do not fit a cache of {self.max_length}: "
                 "export the model with a larger max_length, or shorten the prompt"
             )
-        choose = _chooser(do_sample, temperature, top_k, top_p, seed)
+        penalty = self._penalty if repetition_penalty is None else repetition_penalty
+        choose, looks_back = _chooser(do_sample, temperature, top_k, top_p, seed), do_sample or penalty != 1
+        penalize = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(float(penalty))] if penalty != 1 else [])
         device = torch.device(self._spec["device"])
         dtype = getattr(torch, self._spec["dtype"])
         slots = self._room(length + 1)
@@ -103,12 +109,14 @@ class Generator:
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         stops = torch.tensor(self.eos, device=device)
         for slot in range(length, length + max_new_tokens):
+            if penalize:
+                logits = penalize(ids, logits.float())  # type: ignore[arg-type]  # as in _sampler
             token = choose(ids, logits).masked_fill(ended, self.pad)
             yield token
             ended |= torch.isin(token, stops)
             if slot + 1 == length + max_new_tokens or ended.all():
                 return
-            if do_sample:
+            if looks_back:
                 ids = torch.cat([ids, token[:, None]], dim=1)
             if slot == mask.shape[1]:
                 more = self._room(slot + 1) - slot
@@ -205,6 +213,7 @@ def _fits(spec: dict[str, Any]) -> bool:
         and isinstance(spec.get("eos_token_id"), list)
         and all(map(_token, spec["eos_token_id"]))
         and (spec.get("pad_token_id") is None or _token(spec["pad_token_id"]))
+        and _penalty(spec.get("repetition_penalty", 1.0))
     )
 
 
@@ -214,6 +223,10 @@ def _count(value: Any) -> bool:
 
 def _token(value: Any) -> bool:
     return type(value) is int and abs(value) < 1 << 31
+
+
+def _penalty(value: Any) -> bool:
+    return type(value) is float and 0 < value < 1e6
 
 
 def _shape(value: Any) -> bool:

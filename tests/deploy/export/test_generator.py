@@ -97,6 +97,30 @@ def test_every_format_generates_what_its_modules_do(tmp_path):
     assert torch.equal(sf.load_generator(tmp_path / "g.pt2").generate(ids, mask, max_new_tokens=12), want)
 
 
+def test_what_generate_does_unasked_is_done_or_told(tmp_path):
+    """By the model's generation_config: a penalty goes with the file, the rest into the notes."""
+    torch.manual_seed(0)
+    model = build("llama of one block").eval()
+    sf.sparsify(model)
+    ids, mask = prompts()
+    config = model.generation_config
+    config.eos_token_id = None
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    config.repetition_penalty, config.no_repeat_ngram_size, config.do_sample, config.top_p = 1.7, 3, True, 0.9
+    report = sf.export_generator(model, tmp_path / "g.pt2", max_length=LENGTH, gate=False)
+    assert len(report["notes"]) == 2 and "do_sample=True, top_p=0.9" in report["notes"][0]
+    assert "no no_repeat_ngram_size 3" in report["notes"][1]
+    config.no_repeat_ngram_size = None
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    generator = sf.load_generator(tmp_path / "g.pt2")
+    assert torch.equal(generator.generate(ids, mask, max_new_tokens=12), want) and not torch.equal(want, plain)
+    assert torch.equal(generator.generate(ids, mask, max_new_tokens=12, repetition_penalty=1.0), plain)
+    drawn = [generator.generate(ids, mask, max_new_tokens=12, do_sample=True, seed=1) for _ in range(2)]
+    assert torch.equal(*drawn)
+    with pytest.raises(SparseForgeError, match="repetition_penalty"):
+        generator.generate(ids, mask, repetition_penalty=0.0)
+
+
 def test_a_cache_that_grows_holds_what_it_held(exported, monkeypatch):
     model, path, _ = exported("llama")
     ids, mask = prompts()
