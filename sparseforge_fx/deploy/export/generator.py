@@ -75,8 +75,8 @@ class Generator:
         """Yield the tokens [batch] that go on from prompts [batch, length], as they are made.
 
         Greedy, or with ``do_sample`` drawn from the distribution at ``temperature``, of its ``top_k`` likeliest tokens
-        (0: all) and the likeliest that make up ``top_p``. A ``repetition_penalty`` above 1 makes tokens less likely that
-        are there already (transformers'); None: the model's own. Prompts are padded on the left, where
+        (0: all) and the likeliest that make up ``top_p``. A ``repetition_penalty`` above 1 makes tokens less likely
+        that are there already (transformers'); None: the model's own. Prompts are padded on the left, where
         ``attention_mask`` is 0. A sequence that has ended is filled up with padding; the longest one decides. Raises
         SparseForgeError if prompt and answer do not fit the cache.
         """
