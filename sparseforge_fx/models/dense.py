@@ -66,6 +66,7 @@ def load_dense(
     checkpoint is never run.
     """
     where = locate(name)
+    refuse_adapter(where.name)
     wanted = find_dtype(dtype)
     config = load_config(where)
     tokenizer = load_tokenizer(where, config)
@@ -101,6 +102,7 @@ def load_dense(
 def load_skeleton(name: str | Path) -> nn.Module:
     """The model without weights, on the meta device: shapes and graph only, whatever its size."""
     where = locate(name)
+    refuse_adapter(where.name)
     config = load_config(where)
     if where.gguf:
         config.dtype = GGUF_DTYPE
@@ -155,10 +157,9 @@ def locate(name: str | Path) -> Location:
             )
         return Location(str(path.absolute().parent), {"gguf_file": path.name})  # links, as the hub's cache has, stay
     if path.is_dir():
-        if (path / ADAPTER).is_file():
-            raise SparseForgeError(f"the folder {name} holds {_MERGE}")
         if (path / "config.json").is_file():
             return Location(str(path), {})
+        refuse_adapter(path)
         found = sorted(path.glob("*.gguf"))
         if len(found) == 1:
             return Location(str(path), {"gguf_file": found[0].name})
@@ -167,6 +168,12 @@ def locate(name: str | Path) -> Location:
     if not _HUB_ID.fullmatch(text) or path.suffix == ".gguf":
         raise SparseForgeError(f"there is no model folder or file {name}: check the path")
     return Location(text, _ask_hub(text))
+
+
+def refuse_adapter(folder: str | Path) -> None:
+    """Raise SparseForgeError if an adapter lies there, which transformers would put onto a model that it names."""
+    if (Path(folder) / ADAPTER).is_file():
+        raise SparseForgeError(f"the folder {folder} holds {_MERGE}")
 
 
 def _ask_hub(name: str) -> dict[str, Any]:

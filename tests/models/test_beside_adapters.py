@@ -7,6 +7,7 @@ from tiny_checkpoint import tiny_llama
 import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.models.beside_adapters import has_adapters
+from sparseforge_fx.models.dense import load_skeleton
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 
 peft = pytest.importorskip("peft")
@@ -91,8 +92,9 @@ def test_a_folder_with_an_adapter_is_refused(tmp_path):
     for both in (False, True):
         if both:
             model.unload().save_pretrained(tmp_path)
-        with pytest.raises(SparseForgeError, match=r"holds a PEFT adapter.*merge_and_unload"):
-            sf.load(tmp_path)
+        for load in (sf.load, load_skeleton, sf.StreamedModel):
+            with pytest.raises(SparseForgeError, match=r"holds a PEFT adapter.*merge_and_unload"):
+                load(tmp_path)
 
 
 def test_other_models_have_none(tmp_path):

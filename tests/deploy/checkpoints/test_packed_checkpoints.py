@@ -346,7 +346,7 @@ SINGLE = {  # damage to a folder of one weight file: what the sentence says
     "a layer more": (lambda f: configure(f, num_hidden_layers=3), "is missing from the checkpoint"),
     "a layer less": (lambda f: configure(f, num_hidden_layers=1), "is not in this model"),
     "classes of no sense": (lambda f: configure(f, architectures=7), "no names of classes"),
-    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), r"holds a PEFT adapter \(adapter_config.json\)"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json is no file of the packed"),
     "adapter weights": (lambda f: shutil.copy(f / "model.safetensors", f / "adapter_model.safetensors"), "adapter_model"),
     "more weights": (lambda f: shutil.copy(f / "model.safetensors", f / "other.safetensors"), "other.safetensors is no file"),
     "a pickle beside": (lambda f: (f / "pytorch_model.bin").touch(), "pytorch_model.bin is no file"),
