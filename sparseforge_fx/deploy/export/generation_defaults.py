@@ -27,5 +27,9 @@ def differences(config: Any) -> list[str]:
         asked = ", ".join(filter(None, ("do_sample=True", how)))
         told.append(f"generate() of this model draws; the generator does when asked: {asked}")
     others = {name: getattr(config, name, None) for name in LEFT_OUT}
-    unused = [f"{name} {value}" for name, value in others.items() if value not in (None, 0, 1, [], {})]
+    unused = [f"{name} {value}" for name, value in others.items() if not _has_no_effect(name, value)]
     return told + ([f"of the model's generation_config the generator has no {', '.join(unused)}"] if unused else [])
+
+
+def _has_no_effect(name: str, value: Any) -> bool:
+    return value is None or (not name.endswith("token_id") and value in (0, 1, [], {}))
