@@ -128,3 +128,19 @@ def test_no_adapters():
 def test_the_network_that_makes_prompts_is_an_adapter():
     model = wrapped("prompt")
     assert {id(p) for p in model.prompt_encoder.parameters()} <= find_adapters(model).own
+
+
+def test_adapters_are_not_quantised():
+    model = wrapped("lora")
+    merged = model.base_model.model.model.layers[0].mlp.up_proj
+    merged.merge()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+    report = sf.quantize(model, "int8")
+    assert len(report["sites"]) == 7 and not any("lora_" in site["name"] for site in report["sites"])
+    reasons = {site["name"]: site["reason"] for site in report["skipped"]}
+    assert {r for n, r in reasons.items() if "lora_" in n} == {"part of a PEFT adapter"}
+    assert "is merged into it" in next(r for n, r in reasons.items() if n.endswith("up_proj.base_layer"))
+    after = dict(model.named_parameters())
+    assert before and all(torch.equal(after[n], value) for n, value in before.items())
+    merged.unmerge()
+    assert model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all()

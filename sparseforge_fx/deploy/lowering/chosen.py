@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, weight_of
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format
+from sparseforge_fx.graph.adapters import find_adapters
 from sparseforge_fx.models.ties import tied_heads
 from sparseforge_fx.passes.globs import matches
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
@@ -62,9 +63,14 @@ def by_values(
     modules, skipped = find_packable(model, against, wanted)
     for name in tied.keys() - wanted:
         skipped[name] = "its weight is an embedding's, too: include it by name to give it a copy of its own"
+    adapters = find_adapters(model)
     for name, module in list(modules.items()):
         known = names[id(module.weight)]
-        if _match(known, exclude):
+        if id(module.weight) in adapters.own:
+            skipped[name] = "part of a PEFT adapter"
+        elif id(module.weight) in adapters.merged:
+            skipped[name] = "an adapter is merged into it: call merge_and_unload() or unmerge_adapter() first"
+        elif _match(known, exclude):
             skipped[name] = "excluded by name"
         elif include and not _match(known, include):
             skipped[name] = "not among the included names"
