@@ -4,8 +4,9 @@
 
 Candidates whose names begin with "dense" are the contenders: cuBLAS in bfloat16; fp8 and int8 products of rows of x
 that are rounded on the way (cuBLAS's and torch._int_mm); a weight in int8 that a compiled linear expands (gpt-fast's
-way); PyTorch's int4 product. With rows enough for a prompt TileLang's 2:4 product of bfloat16 takes part, where TileLang is
-installed (tile_lang.py). Every candidate is first compared with a float64 product; one that is wrong gets no time.
+way); PyTorch's int4 product. With rows enough for a prompt TileLang's 2:4 product of bfloat16 takes part, where
+TileLang is installed (tile_lang.py). Every candidate is first compared with a float64 product; one that is wrong gets
+no time.
 Times are those of CUDA-graph replays over as many copies of the weight as exceed the L2 cache, in interleaved rounds.
 When the minutes are over, what was measured is written. --dry runs the same code on tiny CPU tensors and writes
 nothing.
@@ -204,8 +205,8 @@ def candidates(site: Site, m: int, compiled: bool) -> dict[str, list[Call]]:
         calls["cusparselt"] = [partial(searched, blob=b) for b in site.blobs]
     if site.tensors:
         calls["torch_semi_structured"] = [partial(F.linear, weight=w) for w in site.tensors]
-    if m >= PROMPT_ROWS:
-        calls |= {"tilelang": [partial(tile_lang.linear, weight=w) for w in site.tiles]} if site.tiles else {}
+    if site.tiles and m >= PROMPT_ROWS:
+        calls["tilelang"] = [partial(tile_lang.linear, weight=w) for w in site.tiles]
     return calls
 
 

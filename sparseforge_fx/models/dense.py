@@ -66,7 +66,6 @@ def load_dense(
     checkpoint is never run.
     """
     where = locate(name)
-    refuse_adapter(where.name)
     wanted = find_dtype(dtype)
     config = load_config(where)
     tokenizer = load_tokenizer(where, config)
@@ -102,7 +101,6 @@ def load_dense(
 def load_skeleton(name: str | Path) -> nn.Module:
     """The model without weights, on the meta device: shapes and graph only, whatever its size."""
     where = locate(name)
-    refuse_adapter(where.name)
     config = load_config(where)
     if where.gguf:
         config.dtype = GGUF_DTYPE
@@ -159,7 +157,7 @@ def locate(name: str | Path) -> Location:
     if path.is_dir():
         if (path / "config.json").is_file():
             return Location(str(path), {})
-        refuse_adapter(path)
+        _refuse_adapter(path)
         found = sorted(path.glob("*.gguf"))
         if len(found) == 1:
             return Location(str(path), {"gguf_file": found[0].name})
@@ -170,7 +168,7 @@ def locate(name: str | Path) -> Location:
     return Location(text, _ask_hub(text))
 
 
-def refuse_adapter(folder: str | Path) -> None:
+def _refuse_adapter(folder: str | Path) -> None:
     """Raise SparseForgeError if an adapter lies there, which transformers would put onto a model that it names."""
     if (Path(folder) / ADAPTER).is_file():
         raise SparseForgeError(f"the folder {folder} holds {_MERGE}")
@@ -204,6 +202,7 @@ def _ask_hub(name: str) -> dict[str, Any]:
 # -- loading ---------------------------------------------------------------------------------------------------------
 def load_config(where: Location) -> Any:
     """The configuration of a model."""
+    _refuse_adapter(where.name)
     with explained(f"cannot read the configuration of {where.name}"), where.quick():
         return transformers.AutoConfig.from_pretrained(where.name, trust_remote_code=False, **where.options)
 

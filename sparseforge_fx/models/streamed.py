@@ -27,7 +27,6 @@ from sparseforge_fx.models.dense import (
     load_tokenizer,
     locate,
     make_skeleton,
-    refuse_adapter,
 )
 from sparseforge_fx.models.low_rank import branch_names
 from sparseforge_fx.models.shards import Shards
@@ -47,7 +46,6 @@ class StreamedModel:
 
     def __init__(self, name: str | Path, device: torch.device | str = "cpu"):
         where = locate(name)
-        refuse_adapter(where.name)
         config = load_config(where)
         if where.gguf or is_packed(config) or getattr(config, "quantization_config", None) is not None:
             raise SparseForgeError(f"{name} is no dense safetensors checkpoint: only such can stay on disk")
