@@ -1,6 +1,6 @@
 """Graph edits, and nothing else. Each pass is one file with one function ``(program, ...) -> PassResult``.
 
-Every ordered list of passes that the product runs is one of the five functions below, each pass with the reason for its
+Every ordered list of passes that the product runs is one of the six functions below, each pass with the reason for its
 place. ``run_passes`` runs a list; SPARSEFORGE_DUMP=folder in the environment writes what each pass did to the graph.
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.passes.base import Choose, Find, Pass, PassRecord, PassResult, run_passes
+from sparseforge_fx.passes.differentiate_attention import differentiate_attention
 from sparseforge_fx.passes.expand_attention import expand_attention
 from sparseforge_fx.passes.expand_sparse_linears import expand_sparse_linears
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
@@ -50,6 +51,11 @@ def train_passes(
     if counted:
         passes.append(insert_expert_counters)  # last: the argument behind all others
     return passes
+
+
+def step_passes() -> list[Pass]:
+    """From a trainable program to what a training step runs; what is deployed is made of the trainable one."""
+    return [differentiate_attention]
 
 
 def harden_passes(pattern: AnyPattern) -> list[Pass]:
@@ -92,6 +98,7 @@ __all__ = [
     "PassRecord",
     "PassResult",
     "deploy_passes",
+    "differentiate_attention",
     "expand_attention",
     "expand_sparse_linears",
     "export_passes",
@@ -107,5 +114,6 @@ __all__ = [
     "merge_parallel_linears",
     "package_passes",
     "run_passes",
+    "step_passes",
     "train_passes",
 ]

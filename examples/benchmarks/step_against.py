@@ -5,7 +5,8 @@
 
 Each is a fresh process that distils the model into its 2:4 self (Wanda's masks, fixed; the default loss) over the same
 random tokens, by what both checkouts have in common of ``sparsify``. Seconds are those of the steps behind the first
-two; losses are compared step by step.
+two; losses are compared step by step. A machine stands in for one with AVX2 alone, as far as it can, under
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 SPARSEFORGE_CPU_ISA=avx2.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def main(
                 runs[name].append(run({**asked, "model": model, "dtype": dtype}, checkout))
         found[dtype] = compared(runs)
         print(dtype, found[dtype], flush=True)
-    record = {"model": Path(model).name, **asked, "rounds": rounds, "other_commit": commit_of(other), "dtypes": found}
+    record = {
+        "model": Path(model).name, **asked, "rounds": rounds, "other_commit": commit_of(other),
+        "instructions": torch.backends.cpu.get_cpu_capability(), "dtypes": found,
+    }  # fmt: skip
     save("step_against", label or Path(model).name, record)
 
 

@@ -55,7 +55,8 @@ def step_against_table() -> str:
     """Steps of one commit against those of another, on one machine in one run."""
     rows = [
         (
-            f"{run['model']}, {machine(run)}", f"{dtype}, {'compiled' if run['compile'] else 'eager'}",
+            ", ".join(filter(None, (run["model"], machine(run), run.get("instructions")))),
+            f"{dtype}, {'compiled' if run['compile'] else 'eager'}",
             f"{run['batch_size']} x {run['length']}", *(f"{found['seconds'][name]:.2f} s" for name in ("other", "here")),
             f"{found['speedup']:.2f}x ({min(found['speedups']):.2f} to {max(found['speedups']):.2f})",
             f"{found['largest_difference']:.1e}", run["other_commit"], run["commit"],

@@ -27,6 +27,7 @@ from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.calibrate import flat_inputs, last_uses
 from sparseforge_fx.methods.on_grid import Learner, OnGrid
 from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.passes import run_passes, step_passes
 from sparseforge_fx.progress import counted
 
 WARMUP = 0.05  # share of a block's steps
@@ -52,7 +53,8 @@ def reconstructed(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """As :func:`reconstruct_blocks` over a soft-masked program: for the report, what became of each block, and a note
     where there are none or one learned nothing."""
-    found = reconstruct_blocks(program.module(), dense, batches, weights, epochs=epochs, lr=lr, grid=grid)
+    module = run_passes(program, step_passes())[0].module()
+    found = reconstruct_blocks(module, dense, batches, weights, epochs=epochs, lr=lr, grid=grid)
     if not found:
         return [], ["reconstruct changes nothing: no block of this graph repeats"]
     kept = sum(block.after == block.before for block in found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_type_hints
 
@@ -70,46 +70,88 @@ class Loss(NamedTuple):
     kl: Tensor
 
 
+class RowsOfLoss(NamedTuple):
+    """Of some rows: the gradient of the loss in the student's logits (their shape and dtype), the sums of cross-entropy
+    and divergence."""
+
+    grad: Tensor
+    task: Tensor
+    divergence: Tensor
+
+
+def rows_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    w_task: Tensor | None,
+    w_divergence: Tensor | None,
+    reverse: bool,
+    temperature: float,
+) -> RowsOfLoss:
+    """The loss of logits [rows, vocab] and labels [rows]: of each scored row the cross-entropy counts ``w_task`` times,
+    of each row the divergence at temperature T ``w_divergence`` times T."""
+    compiling = torch.compiler.is_compiling()
+    log_p = F.log_softmax(student.float(), -1)
+    p = log_p.exp()
+    task = divergence = torch.zeros((), dtype=torch.float32, device=student.device)
+    delta: Tensor | None = None
+    if w_divergence is not None and teacher is not None:
+        soft_log_p, soft_p = log_p, p
+        log_q = teacher.float()
+        if temperature != 1:
+            soft_log_p = F.log_softmax(student.float() / temperature, -1)
+            soft_p, log_q = soft_log_p.exp(), log_q / temperature
+        log_q = F.log_softmax(log_q, -1)
+        if reverse:
+            gap = soft_log_p - log_q
+            mean = (soft_p * gap).sum(-1, keepdim=True)
+            divergence = mean.sum()
+            delta = soft_p * (gap - mean)
+        else:
+            q = log_q.exp()
+            divergence = (q * (log_q - soft_log_p)).sum(-1).sum()
+            delta = soft_p - q
+        delta = delta * w_divergence if compiling else delta.mul_(w_divergence)
+    if w_task is not None:
+        valid = labels != IGNORE
+        index = labels.clamp(min=0)[:, None]
+        task = -(log_p.gather(1, index)[:, 0] * valid).sum()
+        weight = (valid * w_task)[:, None].float()
+        delta = p * weight if delta is None else torch.addcmul(delta, p, weight)
+        if compiling:  # a scatter would keep the float32 gradient of all rows
+            here = torch.arange(delta.shape[1], device=delta.device) == index
+            delta = delta - torch.where(here, weight, 0.0)
+        else:
+            delta.scatter_add_(1, index, -weight)
+    grad = torch.zeros_like(student) if delta is None else delta.to(student.dtype)
+    return RowsOfLoss(grad, task, divergence)
+
+
+#: :func:`rows_loss`, or what a compiler made of it
+RowsLoss = Callable[..., RowsOfLoss]
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """w_task * CE + w_kl * KL over rows, its gradient made chunk by chunk in the forward (as fused linear losses
     do)."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, w_task, w_kl, chunk, reverse, temperature):
+    def forward(ctx, student, teacher, labels, w_task, w_kl, chunk, reverse, temperature, of_rows):
         rows = student.shape[0]
         scored = (labels != IGNORE).sum().clamp(min=1)
-        grad = torch.empty_like(student)
-        task = torch.zeros((), dtype=torch.float32, device=student.device)
-        kl = torch.zeros_like(task)
+        w_row = w_task / scored if w_task else None
+        w_divergence = torch.tensor(temperature * w_kl / max(1, rows), device=student.device) if w_kl else None
+        task = kl = torch.zeros((), dtype=torch.float32, device=student.device)
+        grad = None if 0 < rows <= chunk else torch.empty_like(student)
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            log_p = F.log_softmax(student[part].float(), -1)
-            p = log_p.exp()
-            delta = torch.zeros_like(p)
-            if w_kl and teacher is not None:
-                soft_log_p, soft_p = log_p, p
-                if temperature != 1:
-                    soft_log_p = F.log_softmax(student[part].float() / temperature, -1)
-                    soft_p = soft_log_p.exp()
-                log_q = F.log_softmax(teacher[part].float() / temperature, -1)
-                q = log_q.exp()
-                pull = temperature * w_kl / rows  # T^2 of the divergence, 1/T of the scores
-                if reverse:
-                    gap = soft_log_p - log_q
-                    mean = (soft_p * gap).sum(-1, keepdim=True)
-                    kl += mean.sum()
-                    delta.add_(soft_p * (gap - mean), alpha=pull)
-                else:
-                    kl += (q * (log_q - soft_log_p)).sum()
-                    delta.add_(soft_p - q, alpha=pull)
-            if w_task:
-                target = labels[part]
-                valid = target != IGNORE
-                index = target.clamp(min=0)[:, None]
-                task -= (log_p.gather(1, index)[:, 0] * valid).sum()
-                weight = (valid * (w_task / scored))[:, None].float()
-                delta.addcmul_(p, weight).scatter_add_(1, index, -weight)
-            grad[part] = delta.to(grad.dtype)
+            taught = None if teacher is None else teacher[part]
+            found = of_rows(student[part], taught, labels[part], w_row, w_divergence, reverse, temperature)
+            task, kl = task + found.task, kl + found.divergence
+            if grad is None:
+                grad = found.grad
+            else:
+                grad[part] = found.grad
         ctx.save_for_backward(grad)
         task, kl = task / scored, temperature**2 * kl / rows
         ctx.mark_non_differentiable(task, kl)
@@ -118,7 +160,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, *_):
         (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None, None, None, None, None
+        if grad_total.device.type != "cpu" or grad_total != 1:  # elsewhere it would wait for the device
+            grad = grad * grad_total.to(grad.dtype)
+        return grad, None, None, None, None, None, None, None, None
 
 
 def logits_loss(
@@ -131,6 +175,7 @@ def logits_loss(
     divergence: str = "kl",
     temperature: float = 1.0,
     chunk_bytes: int | None = None,
+    compiled: RowsLoss | None = None,
 ) -> Loss:
     """w_task * cross-entropy(student, labels) + w_kl * T^2 * divergence from the teacher at temperature T.
 
@@ -142,17 +187,20 @@ def logits_loss(
             at each token).
         chunk_bytes: float32 bytes of logits that are worked on at a time. Default: 1 MiB on a CPU, where the dozen
             temporaries of a chunk then stay in its cache, and 128 MiB elsewhere.
+        compiled: :func:`rows_loss` under torch.compile: it has no temporaries and takes all rows at once.
 
     One extra tensor of the logits' size and dtype is kept for the backward: their gradient. Source: arXiv 2605.06402
     (1.0/1.0 in the authors' release).
     """
     vocab = student.shape[-1]
     chunk_bytes = chunk_bytes or (1 << 20 if student.device.type == "cpu" else 1 << 27)
-    chunk = max(1, chunk_bytes // (4 * vocab))
+    rows = student.numel() // vocab
+    chunk = max(1, chunk_bytes // (4 * vocab)) if compiled is None else max(1, rows)
     flat_teacher = None if teacher is None else teacher.reshape(-1, vocab)
     reverse = divergence == "reverse_kl"
     flat = student.reshape(-1, vocab)
-    return Loss(*_ChunkedLoss.apply(flat, flat_teacher, labels.reshape(-1), w_task, w_kl, chunk, reverse, temperature))
+    how = (w_task, w_kl, chunk, reverse, temperature, compiled or rows_loss)
+    return Loss(*_ChunkedLoss.apply(flat, flat_teacher, labels.reshape(-1), *how))
 
 
 def plain_logits_loss(

@@ -78,12 +78,17 @@ def forecast(
         loss = recipe.settings(True).objective
         taught = loss.kl > 0 or loss.features is not None
         scored = work.loss(taught)
-    micro = (1 + taught) * work.forward + work.backward + scored + machine.masks(chosen)
+    micro = (1 + taught) * work.forward + work.backward + scored
+    once = machine.optimizer(sum(s.numel for s in chosen))
+    if config.starts_fixed:
+        once += machine.masks(chosen, final=True)
+    else:
+        micro += machine.masks(chosen)
     if getattr(config, "curvature", "") == "hutchinson" and not config.starts_fixed:
         micro *= 1 + HUTCHINSON / config.probe_every  # type: ignore[attr-defined]
     per_step = recipe.batch_size * recipe.length * recipe.accumulate * processes
     steps = config.steps if recipe.tokens is None else recipe.tokens // per_step
-    return Forecast(start, recipe.accumulate * micro + machine.optimizer(sum(s.numel for s in chosen)), steps)
+    return Forecast(start, recipe.accumulate * micro + once, steps)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseforge_fx.kernels.attention import attention as kernel
 from sparseforge_fx.methods.reorder import ROUNDS as ROUNDS_OF_ORDER
 from sparseforge_fx.methods.reorder import find_order
 from sparseforge_fx.passes import LinearSite
@@ -25,9 +26,9 @@ WIDTH = 1024  # of the widest problem that is solved to time a solver
 COPIED = 1 << 24  # numbers in the copy that is timed
 ROUNDS, ENOUGH = 3, 0.5  # of a timing: calls, and seconds after which there is no further one
 FLOAT32 = 4  # bytes
-#: how often memory is passed over: by a mask's product with its weight, forward and backward; by an optimizer step with
-#: float32 masters
-MASK, OPTIMIZER = 6, 13
+#: how often memory is passed over: by a mask's product with its weight, forward and backward; by that of a final mask
+#: where the weight is written; by an optimizer step with float32 masters
+MASK, FINAL_MASK, OPTIMIZER = 6, 3, 13
 
 
 class Product(NamedTuple):
@@ -71,9 +72,7 @@ class Machine:
         if key not in self.attentions:
             q, k, v = (torch.randn(n, device=self.device, dtype=self.dtype) for n in (queries, keys, keys))
             mask = torch.zeros(1, 1, queries[2], keys[2], device=self.device, dtype=self.dtype) if masked else None
-            attend = partial(
-                F.scaled_dot_product_attention, attn_mask=mask, is_causal=not masked, enable_gqa=queries[1] != keys[1]
-            )
+            attend = partial(kernel, attn_mask=mask, is_causal=not masked, enable_gqa=queries[1] != keys[1])
             forward = self._time(lambda: attend(q, k, v))
             with torch.enable_grad():
                 leaves = [t.requires_grad_() for t in (q, k, v)]
@@ -118,9 +117,9 @@ class Machine:
             self.ordered[rows, columns] = ROUNDS_OF_ORDER / 2 * self._time(lambda: find_order(worth, pattern, rounds=2))
         return self.ordered[rows, columns]
 
-    def masks(self, sites: Sequence[LinearSite]) -> float:
-        """Seconds of the masks' products with their weights, forward and backward."""
-        return self.byte * MASK * self.dtype.itemsize * sum(s.numel for s in sites)
+    def masks(self, sites: Sequence[LinearSite], final: bool = False) -> float:
+        """Seconds of the masks' products with their weights: forward and backward, or once a step."""
+        return self.byte * (FINAL_MASK if final else MASK) * self.dtype.itemsize * sum(s.numel for s in sites)
 
     def optimizer(self, numbers: int) -> float:
         """Seconds of AdamW and the float32 masters of so many numbers in one step."""

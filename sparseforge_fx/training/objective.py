@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,15 @@ from torch import Tensor
 from sparseforge_fx.data.reading import IGNORE, Reading
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.padding import MASK
-from sparseforge_fx.training.distillation import Distillation, Loss, logits_loss, plain_logits_loss, relative_error
+from sparseforge_fx.training.distillation import (
+    Distillation,
+    Loss,
+    RowsLoss,
+    logits_loss,
+    plain_logits_loss,
+    relative_error,
+    rows_loss,
+)
 
 SPAN_LOGITS = ("start_logits", "end_logits")
 HIDDEN = "last_hidden_state"
@@ -66,6 +76,13 @@ class Objective:
     weights: Distillation
     config: Any
     note: Callable[[str], None]
+    _compiled: RowsLoss | None = None
+
+    def compile(self, **options: Any) -> None:
+        """Run the loss of scores under torch.compile; options are its."""
+        # a code object of its own: by it torch.compile counts recompiles, and after eight of them it gives up
+        own = FunctionType(rows_loss.__code__.replace(), rows_loss.__globals__)
+        self._compiled = torch.compile(own, **options)
 
     def answer(self, output: Any) -> Answer:
         """``logits``, else the start and end logits of a span, else ``last_hidden_state``, else the first tensor that
@@ -151,7 +168,7 @@ class Objective:
         if student.scores if found is None else found.kind == "classes":
             if student.span:  # a position that is padding cannot be the answer
                 value, taught = (_without_padding(t, reading.real.get(MASK)) for t in (value, taught))
-            compare = plain_logits_loss if twice else logits_loss
+            compare = plain_logits_loss if twice else partial(logits_loss, compiled=self._compiled)
             return compare(
                 value,
                 taught,

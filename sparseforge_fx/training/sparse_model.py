@@ -16,6 +16,7 @@ from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.compile import compile_repeated_blocks
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.module_tree import shared_blocks
+from sparseforge_fx.graph.program import Program
 from sparseforge_fx.graph.taps import Taps, tap
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.curvature import PROBES
@@ -27,7 +28,7 @@ from sparseforge_fx.methods.one_shot import LAYERWISE, magnitude, tell_new
 from sparseforge_fx.methods.reorder import Reordering
 from sparseforge_fx.methods.rounding import format_of
 from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.passes import LinearSite, run_passes, train_passes
+from sparseforge_fx.passes import LinearSite, harden_passes, run_passes, step_passes, train_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.passes.insert_soft_masks import mask_name
@@ -43,12 +44,11 @@ from sparseforge_fx.training.trainer_surface import Embedded, ForwardOfSource, T
 
 
 class SparseModel(TrainerSurface):
-    """The soft-masked graph of a model, with its teacher and its method.
+    """The soft-masked graph of a model, with its teacher and its method; its parameters are the source model's own.
 
     ``sparse(**batch)`` returns what the model returns; where the output holds logits it carries ``.loss``: in
     training the task loss plus the distillation from the dense teacher, in eval mode the task loss. After
-    ``optimizer.step()`` call ``sparse.step()``; at the end :func:`finalize`. The parameters are the source model's
-    own.
+    ``optimizer.step()`` call ``sparse.step()``; at the end :func:`finalize`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SparseModel(TrainerSurface):
         self.optimized = False
         features = self.distillation.features
         self.seen = Taps()
-        self.graph = self._tapped(self.program.module()) if self.shards is None else self.shards.module
+        self.graph = self._module(self.program) if self.shards is None else self.shards.module
         self._copies: list[tuple[Tensor, Tensor]] | None = None
         self.teacher: Teacher | None = None
         if self.distillation.kl or features is not None:
@@ -122,9 +122,15 @@ class SparseModel(TrainerSurface):
         self.compiled: dict[str, Any] | None = None
         self.checkpointing = False
         self.embedded: tuple[str, Embedded] | None = None
+        self._settled: GraphModule | None = None  # the graph without masks, over weights that hold them
         self._run: dict[str, Callable[..., Any]] = {"graph": self.graph}  # not a child of its own
 
     # -- construction ------------------------------------------------------------------------------------------------
+    def _module(self, program: Program) -> GraphModule:
+        """What a step runs of a program; features are looked for in it as it was captured."""
+        untouched = self.distillation.features is not None
+        return self._tapped((program if untouched else run_passes(program, step_passes())[0]).module())
+
     def _tapped(self, module: GraphModule) -> GraphModule:
         """Let a student's module keep its intermediate values, where they are distilled."""
         features = self.distillation.features
@@ -145,12 +151,13 @@ class SparseModel(TrainerSurface):
         return self._copies
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Run the graph (and its probed twin, and the teacher) under torch.compile, one repeated block compiled
-        once."""
+        """Run the graph (and its probed twin, the teacher, and the loss of scores) under torch.compile, one repeated
+        block compiled once."""
         del args
         if why := self.not_compiled():
             raise SparseForgeError(f"{why}: pass compile=False")
         self.compiled = options
+        self.objective.compile(**options)
         self.make_runners()
 
     def not_compiled(self) -> str | None:
@@ -163,7 +170,7 @@ class SparseModel(TrainerSurface):
 
     def make_runners(self) -> None:
         """What runs: the modules, with a hold on the embeddings, with checkpointed or compiled blocks, as was asked."""
-        self._run["graph"] = self._runner(self.graph)
+        self._run["graph"] = self._runner(self.graph if self._settled is None else self._settled)
         if self.probe is not None and self.probe.module is not None:
             self.probe.run = self._runner(self.probe.module)
         if self.teacher is not None:
@@ -201,8 +208,7 @@ class SparseModel(TrainerSurface):
         return self
 
     def release(self) -> None:
-        """Take the hooks off the model's weights, give its parameters their flags back, and let go of the teacher and
-        the probed twin."""
+        """Take the hooks off the weights, give parameters their flags back, let go of teacher and probed twin."""
         for hook in self.method.hooks:
             hook.remove()
         if self.probe is not None:
@@ -212,6 +218,15 @@ class SparseModel(TrainerSurface):
         self.probe = self.teacher = self._copies = self._set_back = self.shards = None
 
     # -- training ----------------------------------------------------------------------------------------------------
+    def settle(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Where masks are final and a process has the whole model: multiply the weights by them, once, and run the
+        plain graph. Returns weights and masks: whoever writes a weight multiplies it. Empty where nothing changes."""
+        if not self.method.fixed or self.shards is not None:
+            return []
+        self._settled = self._module(run_passes(self.program, harden_passes(self.method.pattern))[0])
+        self.make_runners()
+        return [(self.program.tensor(w.fqn), w.mask) for w in self.method.weights]
+
     def calibrate(self, batches: Sequence[Any]) -> dict[str, str]:
         """Set weights and masks to what ``config.start`` names: a layer-wise solution on ``batches``, or magnitude."""
         readings = [self.reader.read(*as_call(batch)) for batch in batches]

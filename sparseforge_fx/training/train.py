@@ -117,6 +117,7 @@ def train(
     saved = time.monotonic()
     if several and sparse.shards is None:  # a start that was computed on unlike machines may differ in its last bits
         broadcast([[w.mask for w in sparse.method.weights], list(sparse.method.held().values())])
+    loop.master.write_masked(sparse.settle())
     if compile is True:
         sparse.compile()
     stops = Interruption(active=state_path is not None, patient=several)
@@ -183,18 +184,18 @@ class _Loop:
         loss = self._backward(step)
         master.take_gradients()
         clip = how.clip if how.clip and sparse.method.config.by_gradient else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(master.masters, clip)
+        norm = torch.nn.utils.get_total_norm([m.grad for m in master.masters if m.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             raise SparseForgeError(
                 f"the gradient is not finite at step {step}: lower the learning rate ({how.lr:g}) or check the data"
             )
+        if norm > clip:
+            torch.nn.utils.clip_grads_with_norm_(master.masters, clip, norm)
         self.optimizer.step()
         sparse.step()  # before the masters are written back: a method may move weights, too
         master.write_back()
-        self.optimizer.zero_grad()
-        for p in master.parameters:
-            p.grad = None
+        master.drop_gradients()
         row = {
             "step": step + 1,
             "tokens": (self.curves[-1]["tokens"] if self.curves else 0) + self.tokens,

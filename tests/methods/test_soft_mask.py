@@ -377,6 +377,20 @@ def test_curves_of_a_run():
     assert max(row["mask_distance_from_binary"] for row in rows) > 0.1
 
 
+def test_final_masks_are_looked_at_once(monkeypatch):
+    forge = SparseForge(SparseForgeConfig(steps=10, score="magnitude"), [random_weight(32, 32)])
+    for step in range(10):
+        forge.after_step(step)
+    expected = forge.metrics()
+    monkeypatch.setattr(forge, "sample", lambda *_: pytest.fail("looked again"))
+    assert forge.metrics() == expected | {"density": 0.5, "flip_rate": 0}
+    monkeypatch.undo()
+    state = forge.state()
+    forge.weights[0].mask.fill_(1)
+    forge.load_state(state)  # masks are another's now
+    assert forge.metrics()["density"] == 1
+
+
 def test_flip_rate_counts_what_the_last_update_turned():
     weight = masked([[4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
     forge = engine(weight, gate="pattern", mask_rate=1.0, temperature_start=0.1, temperature_floor=0.1)

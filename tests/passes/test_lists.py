@@ -11,6 +11,7 @@ from sparseforge_fx.passes import (
     harden_passes,
     package_passes,
     run_passes,
+    step_passes,
     train_passes,
 )
 from sparseforge_fx.passes.insert_hessian_hooks import probe_name
@@ -36,6 +37,7 @@ def none(sites):
             ["insert_soft_masks", "insert_hessian_hooks", "insert_expert_counters"],
         ),
         (train_passes([], counted=True), ["insert_soft_masks", "insert_expert_counters"]),
+        (step_passes(), ["differentiate_attention"]),
         (harden_passes(TWO_FOUR), ["harden_masks"]),
         (
             deploy_passes(find_linears, none),

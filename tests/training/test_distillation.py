@@ -14,6 +14,7 @@ from sparseforge_fx.training.distillation import (
     logits_loss,
     plain_logits_loss,
     relative_error,
+    rows_loss,
 )
 
 ROWS, VOCAB = (3, 5), 11
@@ -57,6 +58,40 @@ def test_loss_and_gradient_equal_the_plain_formula(dtype, rows_at_once, w_task, 
         torch.testing.assert_close(loss.task.double(), task, rtol=1e-6, atol=0)
     if w_kl:
         torch.testing.assert_close(loss.kl.double(), kl, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("weights", "how"),
+    [
+        ({}, {}),
+        ({"w_kl": 0.0}, {}),
+        ({"w_task": 0.0}, {"temperature": 2.0}),
+        ({"w_task": 0.5}, {"divergence": "reverse_kl", "temperature": 1.5}),
+    ],
+)
+def test_compiled_it_is_the_same_loss_over_all_rows_at_once(dtype, weights, how, backend):
+    student, teacher, labels = example(dtype)
+    found = {}
+    for name, compiled in (("eager", None), ("compiled", torch.compile(rows_loss, backend=backend))):
+        scores = student.clone().requires_grad_()
+        loss = logits_loss(scores, teacher, labels, **weights, **how, chunk_bytes=VOCAB * 4, compiled=compiled)
+        loss.total.backward()
+        found[name] = [*(part.detach() for part in loss), scores.grad]
+    for eager, compiled in zip(*found.values(), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=max(2e-6, TOLERANCE[dtype]), atol=2e-7)
+
+
+def test_a_share_of_the_loss_scales_the_gradient():
+    """As micro-batches do."""
+    grads = []
+    for share in (1.0, 0.25):
+        student, teacher, labels = example()
+        student.requires_grad_()
+        (share * logits_loss(student, teacher, labels).total).backward()
+        grads.append(student.grad)
+    torch.testing.assert_close(grads[1], 0.25 * grads[0])
 
 
 def test_without_a_teacher_it_is_the_cross_entropy():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as t
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 import sparseforge_fx as sf
@@ -153,3 +154,18 @@ def test_without_labels_or_teacher_there_is_no_loss():
     assert made.loss(HEAD, None, reading(labels=Y % 3)).task > 0
     alone = made.loss(HEAD, HEAD, reading(labels=Y % 3), task_alone=True)
     assert alone.total == alone.task and alone.kl == 0
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------------
+def test_other_numbers_of_rows_compile_once_more_and_other_runs_for_themselves():
+    for _ in range(2):
+        counter = CompileCounterWithBackend("aot_eager")
+        made, _ = objective()
+        made.compile(backend=counter)
+        for rows in (6, 4, 5, 6):
+            student, teacher = (Answer(torch.randn(1, rows, 11), "logits", True) for _ in range(2))
+            labels = torch.randint(0, 11, (1, rows))
+            compiled = made.loss(student, teacher, reading(labels))
+            plain = objective()[0].loss(student, teacher, reading(labels))
+            torch.testing.assert_close(compiled.total, plain.total)
+        assert 1 <= counter.frame_count <= 2  # one where torch remembers that rows vary

@@ -363,6 +363,60 @@ def test_small_updates_are_not_lost(dtype):
     assert p.dtype == dtype and (p < 1).all()
 
 
+def test_masters_keep_the_memory_of_their_gradients_between_steps_on_a_cpu():
+    p, unused = nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    master = MasterWeights([p, unused])
+    p.grad = torch.ones_like(p)
+    master.take_gradients()
+    memory = master.masters[0].grad.data_ptr()
+    master.drop_gradients()
+    assert p.grad is None
+    p.grad = torch.full_like(p, 2.0)
+    master.take_gradients()
+    assert master.masters[0].grad.data_ptr() == memory and master.masters[0].grad.tolist() == [2.0] * 3
+    assert master.masters[1].grad is None
+    master.drop_gradients()
+    master.take_gradients()  # of a step that does not reach it
+    assert master.masters[0].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_masked_weights_are_written_with_their_masks(dtype):
+    p, other = (nn.Parameter(torch.ones(4, dtype=dtype)) for _ in range(2))
+    master = MasterWeights([p, other])
+    master.write_masked([(p, torch.tensor([1, 0, 0, 1], dtype=dtype))])
+    with torch.no_grad():
+        for m in master.masters:
+            m.add_(1)
+    master.write_back()
+    assert p.tolist() == [2, 0, 0, 2] and other.tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp in bfloat16", "llama", "gpt2"])
+@pytest.mark.parametrize("moving", [False, True])
+def test_final_masks_are_multiplied_where_weights_are_written(tiny, monkeypatch, name, moving):
+    """The same bits as the graph that multiplies at every reading; masks that move stay in the graph."""
+    case = bfloat16_mlp() if "bfloat16" in name else tiny(name)
+    config = SparseForgeConfig(steps=4) if moving else alps_kd_preset(4, start="magnitude")
+    found = {}
+    for settled in (True, False):
+        case.reset()
+        sparse = case.sparse(config)
+        if not moving:
+            sparse.calibrate([case.batch(0)])
+        with monkeypatch.context() as patch:
+            if not settled:
+                patch.setattr(type(sparse), "settle", lambda self: [])
+            curves = train(sparse, Batches(case), sparse.parameters(), Optimization(lr=1e-2), **QUIET)
+        ran = {str(n.target) for n in sparse._run["graph"].graph.nodes if n.op == "call_function"}
+        assert ("sparseforge.soft_masked_linear.default" in ran) == (moving or not settled)
+        finalize(sparse)
+        rows = [(row["loss"], row["grad_norm"]) for row in curves]
+        found[settled] = rows, {key: value.clone() for key, value in case.model.state_dict().items()}
+    assert found[True][0] == found[False][0]
+    assert all(torch.equal(value, found[False][1][key]) for key, value in found[True][1].items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_wider_parameters_are_their_own_masters(dtype):
     p = nn.Parameter(torch.ones(3, dtype=dtype))

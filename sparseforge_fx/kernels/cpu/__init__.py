@@ -28,8 +28,11 @@ _SOURCES = (
     "codes_linear.cpp",
     "pairs_linear.cpp",
     "sparse_linear.cpp",
+    "attention_backward.cpp",
     "operator.cpp",
     "aoti.cpp",
+    "attention_backward.h",
+    "exp_of.h",
     "rows_linear.h",
     "codes_linear.h",
     "codes_tile.h",
@@ -137,6 +140,32 @@ def pairs_linear(x, values, places, in_features, scales, bias=None, activation="
 def pairs_dense(values, places, in_features, scales):
     """The dense weight [out, in] in float32; call only if :func:`available`."""
     return torch.ops.sparseforge_cpu.pairs_dense(values, places, scales, in_features)
+
+
+@functools.cache
+def differentiates_attention() -> bool:
+    """Whether :func:`attention_backward` is there, on instructions for bfloat16."""
+    if not available() or instruction_set() not in ("avx512_bf16", "amx"):
+        return False
+    torch.library.register_fake("sparseforge_cpu::attention_backward", _like_what_is_differentiated)
+    return torch.ops.sparseforge_cpu.multiplies_bf16_blocks()
+
+
+def _like_what_is_differentiated(gradient, query, key, value, mask, out, logsumexp, causal, scale):
+    dense = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    return tuple(torch.empty_like(t) for t in dense)
+
+
+def attention_backward(gradient, query, key, value, mask, out, logsumexp, *, causal, scale):
+    """The gradients of attention in query, key and value; call only where :func:`differentiates_attention`.
+
+    Args:
+        gradient, query, key, value, out: bfloat16 [B, H, L or S, D], D even, as many heads of keys as of queries.
+        mask: bfloat16 [1 or B, 1 or H, L, S], added to the scores, or None.
+        logsumexp: float32 [B, H, L], of the forward pass (``aten::_scaled_dot_product_flash_attention_for_cpu``).
+    """
+    given = gradient, query, key, value, mask, out, logsumexp
+    return torch.ops.sparseforge_cpu.attention_backward(*given, causal, scale)
 
 
 @functools.cache

@@ -4,6 +4,7 @@
 // sparse_linear.py defines both operators, implements them for any device, differentiates them, and words the errors.
 // Here is only what is usual: a CPU's layouts, tensors that fit, no gradients. Everything else is handed to Python.
 
+#include "attention_backward.h"
 #include "codes_linear.h"
 #include "multiply_in_tiles.h"
 #include "pairs_linear.h"
@@ -130,6 +131,10 @@ TORCH_LIBRARY(sparseforge_cpu, m) {
       "pairs_linear(Tensor x, Tensor values, Tensor places, Tensor scales, int in_features, Tensor? bias,"
       " str activation, str isa) -> Tensor");
   m.def("pairs_dense(Tensor values, Tensor places, Tensor scales, int in_features) -> Tensor");
+  m.def(
+      "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out,"
+      " Tensor logsumexp, bool causal, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def("multiplies_bf16_blocks() -> bool", &sparseforge::multiplies_bf16_blocks);
   m.def("pairs_rows(str isa) -> int", &sparseforge::pairs_rows_named);
   m.def("vnni(str isa) -> bool", &sparseforge::vnni_named);
   m.def("instruction_sets() -> str[]", &sparseforge::instruction_sets);
@@ -142,6 +147,7 @@ TORCH_LIBRARY_IMPL(sparseforge_cpu, CPU, m) {
   m.impl("rows_dense", &sparseforge::rows_dense_any);
   m.impl("pairs_linear", &sparseforge::pairs_linear_named);
   m.impl("pairs_dense", &sparseforge::pairs_dense);
+  m.impl("attention_backward", &sparseforge::attention_backward);
 }
 
 TORCH_LIBRARY_IMPL(sparseforge, CPU, m) {
