@@ -72,16 +72,21 @@ def attention(
 
 
 def _served(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
-    """Are there gradients to be had, and by our kernel?"""
+    """Are there gradients to be had, by our kernel, of what torch would compute by its fused one?"""
     tensors = (query, key, value)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors) or dropout:
         return False
     if any(t.device.type != "cpu" or t.dtype != torch.bfloat16 or t.dim() != 4 for t in tensors):
         return False
-    if mask is not None and (mask.requires_grad or mask.dtype not in (torch.bool, torch.bfloat16) or mask.dim() < 2):
+    if any(t.stride(3) != 1 or t.shape[2] == 0 for t in tensors) or not torch.backends.cuda.flash_sdp_enabled():
         return False
-    fits = key.shape == value.shape and query.shape[1] % key.shape[1] == 0 and query.shape[-1] % 2 == 0
-    return fits and not torch.is_autocast_enabled("cpu") and cpu.differentiates_attention()
+    batch, heads, _, size = query.shape
+    if key.shape != value.shape or (key.shape[0], key.shape[3]) != (batch, size) or heads % key.shape[1] or size % 2:
+        return False
+    plain = mask is None or (
+        not mask.requires_grad and mask.dtype in (torch.bool, query.dtype) and mask.dim() in (2, 4)
+    )
+    return plain and not torch.is_autocast_enabled("cpu") and cpu.differentiates_attention()
 
 
 torch.library.impl("sparseforge::attention", "CompositeImplicitAutograd", attention)

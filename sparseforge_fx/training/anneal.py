@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ def anneal(
     accelerator: Accelerator,
     state_path: str | Path | None,
     activation_checkpointing: bool = False,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
     **how: Any,
 ) -> dict[str, Tensor]:
-    """Train the run's model to exact N:M, and say in the report how it went. ``how`` goes to :func:`train`. Returns the
-    scales of weights that were put on a grid."""
+    """Train the run's model to exact N:M, and say in the report how it went: of its ``seconds`` those that earlier
+    processes spent on a run that goes on. ``how`` goes to :func:`train`. Returns the scales of weights that were put on
+    a grid."""
     assert run.batches is not None
     path = None if state_path is None else Path(state_path)
     begun = path is not None and find_state(path) is not None
@@ -92,15 +95,18 @@ def anneal(
                 }
                 sparse.start_report |= begins
             report["passes"] = [r._asdict() for r in sparse.pass_records]
+            here: list[float] = []  # seconds of this process's steps
             curves = train(
                 sparse, run.batches, sparse.trainable(), how_weights_move, state_path=path,
-                run=identity, accelerator=accelerator, **how,
+                run=identity, accelerator=accelerator, on_step=partial(_step, here, on_step), **how,
             )  # fmt: skip
             # after training: a run that goes on has read it with its state; errors are told with the layers
             told = {k: v for k, v in sparse.start_report.items() if k != "layer_errors"}
             notes = [*told.pop("start_notes", ()), *sparse.reader.notes]
             report["notes"] += [note for note in notes if note not in report["notes"]]
             report |= told | _experts(sparse)
+            before = told.get("calibration_seconds", 0.0) if begun else 0.0
+            report["seconds"] = before + sum(row["seconds"] for row in curves) - sum(here)
             finalize(sparse)
             report["layers"] = _layers(sparse, written)
         finally:
@@ -111,6 +117,14 @@ def anneal(
     if (report["epochs"] or 0) > 1:
         report["notes"].append(f"the run went over its data {report['epochs']:.1f} times")
     return {} if sparse.on_grid is None else sparse.on_grid.scales
+
+
+def _step(
+    seconds: list[float], on_step: Callable[[int, dict[str, float]], None] | None, step: int, row: dict[str, float]
+) -> None:
+    seconds.append(row["seconds"])
+    if on_step is not None:
+        on_step(step, row)
 
 
 def _shared_start(

@@ -168,7 +168,8 @@ def sparsify(
             scales = prune_once(run, recipe, config, beside, report)
     names = {k: str(v) if isinstance(v, str | Path) else None for k, v in (("data", data), ("teacher", teacher))}
     recipe = recipe.resolved(data is not None).changed(**names)
-    report |= {"options": dict(recipe.options), "recipe": recipe.describe(), "seconds": time.monotonic() - began}
+    spent = time.monotonic() - began + report.get("seconds", 0.0)  # of this process, and of those before
+    report |= {"options": dict(recipe.options), "recipe": recipe.describe(), "seconds": spent}
     _end(report, run)
     return SparsifyResult(model, report, recipe, scales, in_parts)
 

@@ -257,9 +257,9 @@ class _Learner(nn.Module):
             return _loss(self.sparse, batch)
 
 
-#: seen on two CPU cores in bf16: compiling saves a sixth of a step, and costs about this many seconds with one block
+#: seen on two CPU cores in bf16: compiling saves a fifth of a step, and costs about this many seconds with one block
 #: compiled once
-COMPILE_SAVES, COMPILE_SECONDS = 1 / 6, 60.0
+COMPILE_SAVES, COMPILE_SECONDS = 1 / 5, 30.0
 
 
 def worth_compiling(step_seconds: float, steps_left: int) -> bool:

@@ -1,8 +1,11 @@
 """Attention with gradients of its own: torch's values to the bit, gradients no farther from float64's than torch's."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.attention import attention
@@ -80,13 +83,33 @@ def test_gradients_are_near_those_in_float64(case):
         assert (found.double() - aim).norm() <= bound * size + 1e-6
 
 
+@pytest.mark.parametrize("reduced", [(), (2,), (3,), (0, 1)], ids=str)
+@pytest.mark.parametrize("repeated", [False, True])
+def test_rows_may_lie_anyhow(reduced, repeated):
+    """Gradients that are one row, repeated, and so are keys."""
+    torch.manual_seed(0)
+    query, key, value = (t.detach() for t in tensors())
+    key = key[:, :, :1].expand(-1, -1, 10, -1) if repeated else key
+    found = []
+    for call in (attention, F.scaled_dot_product_attention):
+        given = tuple(t.requires_grad_() for t in (query.detach(), key.detach(), value.detach()))
+        out = call(*given)
+        (out.mean(reduced) if reduced else out).sum().backward()
+        found.append([t.grad.float() for t in given])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=float(theirs.abs().max()) * 2**-6)
+
+
 @needs_kernel
 def test_the_kernel_is_what_differentiates():
     out = attention(*tensors())
     assert type(out.grad_fn).__name__ == "_AttentionBackward"
 
 
-@pytest.mark.parametrize("change", ["float32", "dropout", "learned mask", "float mask", "odd size", "other values"])
+@pytest.mark.parametrize(
+    "change",
+    ["float32", "dropout", "learned mask", "float mask", "odd size", "other values", "mask of three", "turned", "math"],
+)
 def test_what_the_kernel_does_not_do_is_torchs(change):
     torch.manual_seed(0)
     options = {}
@@ -102,13 +125,18 @@ def test_what_the_kernel_does_not_do_is_torchs(change):
         query, key, value = (t.detach().float().requires_grad_() for t in (query, key, value))
     if change == "other values":
         value = torch.randn(2, 3, 10, 4).bfloat16().requires_grad_()
-    torch.manual_seed(1)
-    out = attention(query, key, value, **options)
-    torch.manual_seed(1)
-    expected = F.scaled_dot_product_attention(query, key, value, **options)
-    assert torch.equal(out, expected)
-    ours, theirs = (torch.autograd.grad(o.float().sum(), query) for o in (out, expected))
-    assert torch.equal(*ours, *theirs)
+    if change == "mask of three":
+        options["attn_mask"] = boolean(3, 10, 10)
+    if change == "turned":
+        query = query.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+    found = []
+    with sdpa_kernel(SDPBackend.MATH) if change == "math" else nullcontext():
+        for call in (attention, F.scaled_dot_product_attention):
+            torch.manual_seed(1)
+            out = call(query, key, value, **options)
+            assert type(out.grad_fn).__name__ != "_AttentionBackward"
+            found.append((out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 def test_without_gradients_and_under_autocast_it_is_torchs():

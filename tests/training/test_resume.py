@@ -120,6 +120,19 @@ def test_the_same_run_goes_on_with_its_branches(stopped):
         low_rank.detach(module)
 
 
+def test_the_time_of_earlier_processes_counts(stopped_mlp):
+    found, data, path = stopped_mlp
+    state = load_state(path)
+    for row in state["curves"]:
+        row["seconds"] = 1000.0
+    save_state(path, 3, state)
+    report = resume(found, data, path, slorb_block=8).report
+    assert 3000 < report["seconds"] < 3900
+    assert [row["seconds"] == 1000 for row in report["curves"]] == [True] * 3 + [False] * 3
+    for module in found.model.modules():
+        low_rank.detach(module)
+
+
 def test_what_is_edited_below_goes_on_as_it_is(stopped_mlp):
     found, data, path = stopped_mlp
     assert len(resume(found, data, path, slorb_block=8).report["curves"]) == 6

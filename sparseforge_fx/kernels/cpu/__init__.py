@@ -152,8 +152,8 @@ def differentiates_attention() -> bool:
 
 
 def _like_what_is_differentiated(gradient, query, key, value, mask, out, logsumexp, causal, scale):
-    dense = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    return tuple(torch.empty_like(t) for t in dense)
+    steps = (t if t.stride(3) == 1 and t.stride(2) >= t.shape[3] else t.contiguous() for t in (query, key, value))
+    return tuple(torch.empty_like(t) for t in steps)
 
 
 def attention_backward(gradient, query, key, value, mask, out, logsumexp, *, causal, scale):
@@ -168,21 +168,26 @@ def attention_backward(gradient, query, key, value, mask, out, logsumexp, *, cau
     return torch.ops.sparseforge_cpu.attention_backward(*given, causal, scale)
 
 
+def built() -> bool:
+    """Whether :func:`available` has nothing to build."""
+    library = _folder() / f"{_name()}.so"
+    return library.exists() and library.with_name(f"lib{library.stem}.a").exists()
+
+
 @functools.cache
 def _load() -> bool:
     library = _folder() / f"{_name()}.so"
-    files = library, library.with_name(f"lib{library.stem}.a")
     try:
-        if not all(file.exists() for file in files):
+        if not built():
             library.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(library.parent.with_suffix(".lock")):  # of several processes one builds
-                if not all(file.exists() for file in files):
+                if not built():
                     _build(library)
                     return True
         torch.ops.load_library(library)
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         reason = one_line(error)
-        told = f"packed linears run in plain torch on this CPU: no C++ kernel ({reason})"
+        told = f"packed linears, and gradients of attention, run in plain torch on this CPU: no C++ kernel ({reason})"
         warnings.warn(told, SparseForgeWarning, stacklevel=4)
         return False
     return True

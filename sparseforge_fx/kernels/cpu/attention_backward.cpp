@@ -223,7 +223,10 @@ class Head {
   std::vector<uint32_t> packed_shares_, packed_d_scores_;
 };
 
-at::Tensor dense_rows(const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
+// Rows that a block product can step over: dense, and each behind the one before (an expanded gradient's are not).
+at::Tensor with_rows(const at::Tensor& t) {
+  return t.stride(3) == 1 && t.stride(2) >= t.size(3) ? t : t.contiguous();
+}
 
 }  // namespace
 
@@ -244,11 +247,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
                     (mask->size(1) == 1 || mask->size(1) == heads) && mask->size(2) == queries &&
                     mask->size(3) == key.size(2),
                 "attention_backward: a mask has a place for each query and key");
-    seen = dense_rows(*mask);
+    seen = mask->stride(3) == 1 ? *mask : mask->contiguous();
   }
   // copies, where there are any, have to outlive what points into them
-  const at::Tensor kept[] = {dense_rows(gradient), dense_rows(query), dense_rows(key), dense_rows(value),
-                             dense_rows(out), logsumexp.contiguous()};
+  const at::Tensor kept[] = {with_rows(gradient), with_rows(query), with_rows(key), with_rows(value),
+                             with_rows(out), logsumexp.contiguous()};
   const Attention attention{Heads(kept[0]), Heads(kept[1]), Heads(kept[2]), Heads(kept[3]), Heads(kept[4]),
                             seen ? std::optional<Heads>(Heads(*seen)) : std::nullopt, kept[5].const_data_ptr<float>(),
                             queries, key.size(2), size, causal, static_cast<float>(scale)};
