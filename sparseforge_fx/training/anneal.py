@@ -79,9 +79,8 @@ def anneal(
             taught_by=run.taught_by,
         )  # fmt: skip
         run.taught_by = None
-        how_weights_move = Optimization(
-            recipe.lr, accumulate=run.accumulate, weight_decay=settings.weight_decay, optimizer=recipe.optimizer
-        )
+        decay = settings.weight_decay
+        moves = Optimization(recipe.lr, accumulate=run.accumulate, weight_decay=decay, optimizer=recipe.optimizer)
         try:
             if activation_checkpointing or (sharding is not None and sharding.computes_again):
                 sparse.activation_checkpointing_enable()
@@ -97,16 +96,12 @@ def anneal(
             report["passes"] = [r._asdict() for r in sparse.pass_records]
             here: list[float] = []  # seconds of this process's steps
             curves = train(
-                sparse, run.batches, sparse.trainable(), how_weights_move, state_path=path,
+                sparse, run.batches, sparse.trainable(), moves, state_path=path,
                 run=identity, accelerator=accelerator, on_step=partial(_step, here, on_step), **how,
             )  # fmt: skip
-            # after training: a run that goes on has read it with its state; errors are told with the layers
-            told = {k: v for k, v in sparse.start_report.items() if k != "layer_errors"}
-            notes = [*told.pop("start_notes", ()), *sparse.reader.notes]
-            report["notes"] += [note for note in notes if note not in report["notes"]]
-            report |= told | _experts(sparse)
-            before = told.get("calibration_seconds", 0.0) if begun else 0.0
-            report["seconds"] = before + sum(row["seconds"] for row in curves) - sum(here)
+            _tell_start(sparse, report)  # after training: a run that goes on has read it with its state
+            start_before = report.get("calibration_seconds", 0.0) if begun else 0.0
+            report["seconds"] = start_before + sum(row["seconds"] for row in curves) - sum(here)
             finalize(sparse)
             report["layers"] = _layers(sparse, written)
         finally:
@@ -125,6 +120,14 @@ def _step(
     seconds.append(row["seconds"])
     if on_step is not None:
         on_step(step, row)
+
+
+def _tell_start(sparse: SparseModel, report: dict[str, Any]) -> None:
+    """What the start found; errors are told with the layers."""
+    told = {k: v for k, v in sparse.start_report.items() if k != "layer_errors"}
+    notes = [*told.pop("start_notes", ()), *sparse.reader.notes]
+    report["notes"] += [note for note in notes if note not in report["notes"]]
+    report |= told | _experts(sparse)
 
 
 def _shared_start(

@@ -168,14 +168,14 @@ def sparsify(
             scales = prune_once(run, recipe, config, beside, report)
     names = {k: str(v) if isinstance(v, str | Path) else None for k, v in (("data", data), ("teacher", teacher))}
     recipe = recipe.resolved(data is not None).changed(**names)
-    spent = time.monotonic() - began + report.get("seconds", 0.0)  # of this process, and of those before
-    report |= {"options": dict(recipe.options), "recipe": recipe.describe(), "seconds": spent}
-    _end(report, run)
+    report |= {"options": dict(recipe.options), "recipe": recipe.describe()}
+    _end(report, run, time.monotonic() - began)
     return SparsifyResult(model, report, recipe, scales, in_parts)
 
 
-def _end(report: dict[str, Any], run: Run) -> None:
-    """What a report can say of any run behind it."""
+def _end(report: dict[str, Any], run: Run, seconds: float) -> None:
+    """What a report can say of any run behind it, which took this process so long."""
+    report["seconds"] = report.get("seconds", 0.0) + seconds  # beside what those before it spent
     notes = report["notes"]
     notes += [n for n in run.reader.notes if n not in notes]
     by_layer = report.get("layer_notes") or {}

@@ -83,6 +83,23 @@ def test_gradients_are_near_those_in_float64(case):
         assert (found.double() - aim).norm() <= bound * size + 1e-6
 
 
+def test_rows_of_padding_stay_finite():
+    """Queries that see the least number alone, as transformers' masks have it, and whose outputs nothing reads."""
+    torch.manual_seed(0)
+    given = tensors(queries=40, keys=40)
+    given = tuple((20 * t.detach()).requires_grad_() for t in given)
+    mask = torch.zeros(2, 1, 40, 40, dtype=torch.bfloat16)
+    mask[0, :, :7] = torch.finfo(torch.bfloat16).min
+    out_gradient = torch.randn(2, 3, 40, 8)
+    out_gradient[0, :, :7] = 0
+    ours, theirs = (
+        gradients(call, given, out_gradient, attn_mask=mask)[1] for call in (attention, F.scaled_dot_product_attention)
+    )
+    for found, other in zip(ours, theirs, strict=True):
+        assert torch.isfinite(found).all()
+        torch.testing.assert_close(found, other, rtol=2**-6, atol=float(other.abs().max()) * 2**-6)
+
+
 @pytest.mark.parametrize("reduced", [(), (2,), (3,), (0, 1)], ids=str)
 @pytest.mark.parametrize("repeated", [False, True])
 def test_rows_may_lie_anyhow(reduced, repeated):

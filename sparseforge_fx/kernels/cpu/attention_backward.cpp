@@ -75,7 +75,8 @@ TARGET float dot(const bf16* a, const bf16* b, int64_t count) {
 TARGET void soften(const float* scores, const float* d_shares, const float* mask, float logsumexp, float delta,
                    float scale, int64_t count, bf16* shares, bf16* d_scores) {
   for (int64_t j = 0; j < count; ++j) {
-    const float share = mask[j] == kNever ? 0.f : exp_of(scores[j] * scale + (mask[j] - logsumexp));
+    const float score = scores[j] * scale + mask[j];  // lost where the mask is the least number, as in logsumexp
+    const float share = mask[j] == kNever ? 0.f : exp_of(score - logsumexp);
     round_to(shares[j], share);
     round_to(d_scores[j], share * (d_shares[j] - delta));
   }
