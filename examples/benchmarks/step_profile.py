@@ -25,7 +25,7 @@ import sparseforge_fx as sf
 #: kind -> how the names of its operators begin; what none of them names is "other"
 KINDS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn::", "aten::matmul"),
-    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
+    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product", "sparseforge_cpu::attention"),
     "loss": ("aten::_log_softmax", "aten::log_softmax", "aten::exp", "aten::gather", "aten::scatter", "aten::addcmul"),
     "optimizer": ("aten::_foreach", "aten::_fused", "Optimizer"),
     "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::_to_copy"),
