@@ -9,12 +9,15 @@ import torch
 import transformers
 from tiny_checkpoint import write_checkpoint, write_text
 
+from sparseforge_fx.kernels import cpu
+
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 MODEL = {"model": "the tiny one", "label": "tiny"}
 STEPS = {**MODEL, "batch_size": 1, "length": 16, "rounds": 1}
 TEXT = {"model": "the tiny one", "data": "", "calibration": 2, "length": 32}
 #: script -> its options, and what its json holds beside commit, device and versions
 SCRIPTS = {
+    "attention_gradients": ({"label": "tiny", "shapes": "1x2x9x8", "rounds": 1}, {"cases", "instruction_set"}),
     "contenders": (
         {"label": "tiny", "shapes": "32x64", "rows": "1", "threads": "1", "rounds": 2, "rotate_bytes": 1},
         {"cases", "rotated_bytes"},
@@ -59,6 +62,8 @@ def results(tmp_path, monkeypatch):
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("decode", "estimator_cost") else []) for n in SCRIPTS]
 )
 def test_a_script_writes_what_it_measured_and_where(name, model, text, results):
+    if name == "attention_gradients" and not cpu.differentiates_attention():
+        pytest.skip("no instructions for bfloat16")
     options, holds = SCRIPTS[name]
     files = {"model": str(model), "data": str(text), "valid": text}
     options = {name: files.get(name, value) for name, value in options.items()}

@@ -30,6 +30,7 @@ TABLES = {
     "estimator-quality": quality.estimator_quality_table,
     "quantized": quality.quantized_table,
     "overhead": training.overhead_table,
+    "attention-gradients": training.attention_table,
     "step-against": training.step_against_table,
     "step-profile": training.step_profile_table,
     "forecasts": training.forecast_table,

@@ -70,6 +70,24 @@ def step_against_table() -> str:
     return table(names, "llrrrrrll", rows) if rows else NONE
 
 
+def attention_table() -> str:
+    """Gradients of attention by torch and by our kernel."""
+    rows = [
+        (
+            f"{machine(run)}, {run['instruction_set']}", " x ".join(map(str, case["shape"])),
+            *(f"{1e3 * case['median_seconds'][name]:.1f} ms ({1e3 * case['spread'][name][0]:.1f} to {1e3 * case['spread'][name][1]:.1f})"
+              for name in ("torch", "ours")),
+            f"{case['speedup']:.2f}x", *(f"{case['relative_error'][name]:.4f}" for name in ("torch", "ours")), run["commit"],
+        )
+        for run in read("attention_gradients") for case in run["cases"]
+    ]  # fmt: skip
+    names = (
+        "device, threads, instructions", "batch x heads x length x size", "torch", "ours", "speed-up", "error of torch's",
+        "of ours", "commit",
+    )  # fmt: skip
+    return table(names, "llrrrrrl", rows) if rows else NONE
+
+
 def scale_table() -> str:
     """What large models take while they train with masks."""
     runs = read("scale")

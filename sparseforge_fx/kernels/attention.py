@@ -1,7 +1,7 @@
 """``sparseforge::attention``: scaled dot-product attention with a backward pass of its own, in bfloat16 on CPUs.
 
-torch's own forward pass, and our gradients (``cpu/attention_backward.cpp``), which take a third to a half of the time
-of torch's. CompositeImplicitAutograd, like the masked linear: it decomposes under torch.compile.
+torch's own forward pass, and our gradients (``cpu/attention_backward.cpp``), which are sooner there
+(docs/measurements.md). CompositeImplicitAutograd, like the masked linear: it decomposes under torch.compile.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def attention(
 ) -> Tensor:
     """As ``torch.nn.functional.scaled_dot_product_attention``, and its values to the bit.
 
-    Gradients, where a bfloat16 call on a CPU asks for them, are nearer to those in float32 than torch's (sums and
-    scores are float32), and differentiate no second time.
+    Gradients, where a bfloat16 call on a CPU asks for them, are no farther from those in float64 than torch's (sums
+    and scores are float32), and differentiate no second time.
     """
     if not _served(query, key, value, attn_mask, dropout_p):
         return F.scaled_dot_product_attention(

@@ -90,7 +90,6 @@ def rows_loss(
 ) -> RowsOfLoss:
     """The loss of logits [rows, vocab] and labels [rows]: of each scored row the cross-entropy counts ``w_task`` times,
     of each row the divergence at temperature T ``w_divergence`` times T."""
-    compiling = torch.compiler.is_compiling()
     log_p = F.log_softmax(student.float(), -1)
     p = log_p.exp()
     task = divergence = torch.zeros((), dtype=torch.float32, device=student.device)
@@ -111,14 +110,14 @@ def rows_loss(
             q = log_q.exp()
             divergence = (q * (log_q - soft_log_p)).sum(-1).sum()
             delta = soft_p - q
-        delta = delta * w_divergence if compiling else delta.mul_(w_divergence)
+        delta = delta * w_divergence
     if w_task is not None:
         valid = labels != IGNORE
         index = labels.clamp(min=0)[:, None]
         task = -(log_p.gather(1, index)[:, 0] * valid).sum()
         weight = (valid * w_task)[:, None].float()
         delta = p * weight if delta is None else torch.addcmul(delta, p, weight)
-        if compiling:  # a scatter would keep the float32 gradient of all rows
+        if torch.compiler.is_compiling():  # a scatter would keep the float32 gradient of all rows
             here = torch.arange(delta.shape[1], device=delta.device) == index
             delta = delta - torch.where(here, weight, 0.0)
         else:
@@ -140,7 +139,7 @@ class _ChunkedLoss(torch.autograd.Function):
         rows = student.shape[0]
         scored = (labels != IGNORE).sum().clamp(min=1)
         w_row = w_task / scored if w_task else None
-        w_divergence = torch.tensor(temperature * w_kl / max(1, rows), device=student.device) if w_kl else None
+        w_divergence = torch.full((), temperature * w_kl / max(1, rows), device=student.device) if w_kl else None
         task = kl = torch.zeros((), dtype=torch.float32, device=student.device)
         grad = None if 0 < rows <= chunk else torch.empty_like(student)
         for start in range(0, rows, chunk):
