@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import typer
 from tiny_checkpoint import write_checkpoint, write_text
 
 from sparseforge_fx.kernels import cpu
+from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 MODEL = {"model": "the tiny one", "label": "tiny"}
@@ -71,6 +73,32 @@ def test_a_script_writes_what_it_measured_and_where(name, model, text, results):
     (file,) = (results / name.replace("cpu_", "")).glob("*.json")
     record = json.loads(file.read_text())
     assert record.keys() >= {*holds, "commit", "device", "threads", "versions"}
+
+
+def test_swaps_are_predicted_made_and_taken_back(model, text, results, tmp_path):
+    import swap_gains
+
+    net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    linears = [m.weight for m in net.model.modules() if isinstance(m, torch.nn.Linear)]
+    for w in linears:
+        w.data *= hard_mask(w.abs(), TWO_FOUR)
+    net.save_pretrained(tmp_path / "sparse")
+    options = {"sequences": 4, "length": 16, "windows": 2, "label": "tiny"}
+    swap_gains.main(str(model), str(tmp_path / "sparse"), data=str(text), valid=text, **options)
+    record = json.loads((results / "swap_gains" / "tiny.json").read_text())
+    assert record["weights"] == len(linears) and record["groups"] == sum(w.numel() for w in linears) // 4
+    assert record["dense"]["kl"] == pytest.approx(0, abs=1e-6) and record["before"]["kl"] > 0
+    assert len(record["singles"]) == swap_gains.SINGLES and 0 < record["paying"] < record["groups"]
+    most = record["after"][str(swap_gains.SHARES[-1])]
+    assert {found["groups"] for found in most.values()} == {max(1, round(0.01 * record["groups"]))}
+    assert most["swapped"]["kl"] != record["before"]["kl"] != most["dropped"]["kl"]
+
+
+def test_swaps_need_a_model_that_is_sparse(model, text):
+    import swap_gains
+
+    with pytest.raises(typer.BadParameter, match="no linear that is 2:4"):
+        swap_gains.main(str(model), str(model), data=str(text), valid=text)
 
 
 def test_turns_are_taken_in_order(results):
