@@ -104,6 +104,39 @@ def objective_table() -> str:
     return blocks([(text, table(names, "lrrrrrrrl", rows))])
 
 
+def swap_table() -> str:
+    """What swaps in a model that is N:M already were predicted to gain, and what they did."""
+    parts = []
+    for run in read("swap_gains"):
+        before = run["before"]["kl"]
+
+        def fell(found: dict, before: float = before) -> str:
+            return f"{before - found['kl']:+.6f}"
+
+        singles = run["singles"]
+        alone = mean(s["predicted_gain"] for s in singles), mean(before - s["kl"] for s in singles)
+        rows = [(f"1, mean of the best {len(singles)}", f"{alone[0]:+.6f}", f"{alone[1]:+.6f}", "", "")]
+        for found in run["after"].values():
+            swapped = found["swapped"]
+            told = (f"{swapped['groups']:,}", f"{swapped['predicted_gain']:+.6f}", fell(swapped))
+            rows.append((*told, fell(found["dropped"]), fell(found["smallest"])))
+        text = (
+            f"{run['label']}: {run['groups']:,} groups, KL {before:.4f} nats per token on {run['windows']} windows of {run['length']}"
+            f" tokens; gradients of {'' if not run['task'] else 'cross-entropy and '}KL over {run['sequences']} sequences; a pruned weight's squared mean gradient is"
+            f" {run['gradient_over_noise']:.1f} times its noise; {run['paying']:,} groups would pay as they were chosen, and would"
+            f" gain {run['chosen_gain']:+.3f} together; {run['judged_gain']:+.3f} by the other half. {run['device']}, commit {run['commit']}."
+        )
+        names = (
+            "groups",
+            "swapped: predicted",
+            "swapped: KL falls by",
+            "the same, dropped alone",
+            "the smallest dropped",
+        )
+        parts.append((text, table(names, "rrrrr", rows)))
+    return blocks(parts) if parts else NONE
+
+
 def mixture_table() -> str:
     """Methods in the order of their perplexities, and what they learned of the experts."""
     runs = sorted(read("mixture"), key=lambda run: -run["sparse_perplexity"]["test"])

@@ -22,6 +22,7 @@ TABLES = {
     "quality": quality.quality_table,
     "leaderboard": quality.leaderboard_table,
     "budget": budget.budget_table,
+    "swap-gains": budget.swap_table,
     "mixture": budget.mixture_table,
     "objective": budget.objective_table,
     "rates": budget.rates_table,
