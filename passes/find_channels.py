@@ -126,7 +126,7 @@ def _through(node: Node, flows: dict[Node, Any]) -> Any:
         if any(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes if n is not first):
             return None  # places that are computed
         rest, named = map_arg((node.args[1:], node.kwargs), lambda n: _size(n.meta["val"]))
-        rest, named = _plain((rest, named))
+        rest, named = plain_sizes((rest, named))
         moved = {p: node.target(t.contiguous(), *rest, **named) for p, t in flow.channels.items()}  # type: ignore[operator]
         head = node.target(flow.head.contiguous(), *rest, **named)  # type: ignore[operator]
         if isinstance(head, Tensor):
@@ -188,7 +188,8 @@ def _sizes(shape: Any) -> list[int]:
     return [_size(n) for n in shape]
 
 
-def _plain(value: Any) -> Any:
+def plain_sizes(value: Any) -> Any:
+    """Numbers for sizes that are known by a symbol, anywhere in it: the example's."""
     return torch.utils._pytree.tree_map(_size, value)
 
 

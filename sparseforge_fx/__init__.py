@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sparseforge_fx.methods.soft_mask import SparseForgeConfig
     from sparseforge_fx.models.streamed import StreamedModel
     from sparseforge_fx.planning.make import plan
+    from sparseforge_fx.planning.rotate import rotate
     from sparseforge_fx.plans import Plan
     from sparseforge_fx.training.callback import SparseForgeCallback
     from sparseforge_fx.training.distillation import Distillation
@@ -70,6 +71,7 @@ _HOMES = {
     "plan": "planning.make",
     "prepare": "training.prepare",
     "quantize": "deploy.lowering.quantize",
+    "rotate": "planning.rotate",
     "save_packed": "deploy.checkpoints.save",
     "sparsify": "training.sparsify",
     "sparsify_on_disk": "training.from_disk",
@@ -106,6 +108,7 @@ __all__ = [
     "plan",
     "prepare",
     "quantize",
+    "rotate",
     "save_packed",
     "sparsify",
     "sparsify_on_disk",

@@ -9,7 +9,8 @@ the same on every day. Runs come in the order in which they say most (budget_run
 Learning rates are swept for every method and every budget at its full length, with seed 0, on the validation text: 3e-4,
 1e-3 and 3e-3, and further ones by factors of about three while the best is the lowest or the highest. At 0.7 and 2 tokens
 per parameter the sweep begins at the best rate of the budget before and its two neighbours instead. All minimise cross-entropy +
-KL from the dense model, or what their authors' presets say; "...+kl" the KL alone, at temperature 2. "dense" is the dense model
+KL from the dense model, or what their authors' presets say; "...+kl" the KL alone, at temperature 2; "rotated" ones begin in
+another basis (sf.rotate). "dense" is the dense model
 trained on by the same loop and loss; "...+kd" and "...+kl" are fixed masks. A
 budget's sequences are drawn from one stream a seed, so that all have the same mixture of texts; what a layer-wise start
 sees of it is never more than the run's tokens.
@@ -133,10 +134,14 @@ class Study:
             "model": self.model.name, "weights": self.weights, "parameters": self.parameters, "batch_size": size,
             "length": self.length, "windows": self.windows, "dense_loss": self.dense,
         }  # fmt: skip
+        calibration = max(1, min(CALIBRATION, tokens // self.length))
+        if how := METHODS[run.method].get("rotate"):
+            reading = {"batch_size": size, "length": self.length, "calibration": calibration, "seed": run.seed}
+            record["rotation"] = sf.rotate(net, self.data(run.seed), **reading, **how)
         try:
             report = sf.sparsify(
                 net, self.data(run.seed), tokens=tokens, lr=run.lr, seed=run.seed, batch_size=size, length=self.length,
-                calibration=max(1, min(CALIBRATION, tokens // self.length)), state_path=state, compile=self.compile,
+                calibration=calibration, state_path=state, compile=self.compile,
                 save_seconds=self.save_seconds, show_progress=False, **options(run.method),
             ).report  # fmt: skip
             curves = report.pop("curves")
@@ -163,7 +168,7 @@ class Study:
 
 def options(method: str) -> dict[str, Any]:
     """What sf.sparsify takes of it."""
-    asked = dict(METHODS[method])
+    asked = {name: value for name, value in METHODS[method].items() if name != "rotate"}
     loss = asked.pop("loss", None)
     return asked if loss is None else asked | {"objective": sf.Distillation(**loss)}
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: name -> what sf.sparsify is called with, ``loss`` being fields of its objective; the first six say most. No branch beside the
-#: weights: all are plain 2:4
+#: name -> what sf.sparsify is called with, ``loss`` being fields of its objective, ``rotate`` what sf.rotate was called with
+#: before; the first six say most. No branch beside the weights: all are plain 2:4
 METHODS: dict[str, dict[str, Any]] = {
     "alps+kd": {"method": "sparseforge", "start": "alps", "reorder": False, "reconstruct": 0},
     "paper-universal": {
@@ -46,6 +46,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "loss": {"task": 0.0, "temperature": 2.0},
     },
     "ast-from-alps": {"method": "ast", "start": "alps"},
+    "rotated+blocks+kl": {
+        "rotate": {"steps": 1000},
+        "method": "sparseforge",
+        "start": "alps",
+        "reorder": True,
+        "reconstruct": 3,
+        "loss": {"task": 0.0, "temperature": 2.0},
+    },
 }
 DECISIVE = tuple(METHODS)[:6]
 #: tokens per parameter -> sequences of a step: few where there are few tokens, so that there are steps

@@ -13,6 +13,7 @@ from sparseforge_fx.cli import (
     plan,
     quantize,
     report,
+    rotate,
     serve,
     sparsify,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "plan",
     "quantize",
     "report",
+    "rotate",
     "serve",
     "sparsify",
 ]

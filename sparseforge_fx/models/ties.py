@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,29 @@ def part(model: nn.Module, name: str) -> None:
     for module in list(_declaring(model, name)):
         module.all_tied_weights_keys = {}
         module.config.tie_word_embeddings = False
+
+
+@contextmanager
+def untied(model: nn.Module) -> Iterator[dict[str, str]]:
+    """Every tied head has a weight of its own, a copy, from here on: gives :func:`tied_heads`. Tied again if the block
+    ends in an error."""
+    found = tied_heads(model)
+    before: list[tuple[Any, Any, Any]] = []
+    heads = {name: model.get_submodule(name) for name in found}
+    weights = {name: head.weight for name, head in heads.items()}
+    try:
+        for name, head in heads.items():
+            before += [(m, m.all_tied_weights_keys, m.config.tie_word_embeddings) for m in _declaring(model, name)]
+            own = model.get_parameter(f"{name}.weight")
+            head.weight = nn.Parameter(own.detach().clone(), own.requires_grad)
+            part(model, name)
+        yield found
+    except BaseException:
+        for name, head in heads.items():
+            head.weight = weights[name]
+        for module, keys, tied in reversed(before):
+            module.all_tied_weights_keys, module.config.tie_word_embeddings = keys, tied
+        raise
 
 
 def _declaring(model: nn.Module, name: str) -> Iterator[Any]:

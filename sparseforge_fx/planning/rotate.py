@@ -1,0 +1,224 @@
+"""``rotate``: the same function in a basis in which 2:4 loses less, before anything is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.graph.capture import as_call
+from sparseforge_fx.graph.exported import Exported
+from sparseforge_fx.graph.forward import unwrapped
+from sparseforge_fx.methods.calibrate import layer_by_layer
+from sparseforge_fx.methods.one_shot import SparseGPTConfig
+from sparseforge_fx.methods.rotate import Term, find_rotation
+from sparseforge_fx.models.ties import untied
+from sparseforge_fx.passes.find_linears import LinearSite, find_linears
+from sparseforge_fx.passes.find_rotations import find_rotations
+from sparseforge_fx.passes.operators import LINEAR_OPS
+from sparseforge_fx.passes.spaces import Norm, Rotation
+from sparseforge_fx.pattern import TWO_FOUR, Pattern, check_pattern, parse_pattern
+from sparseforge_fx.planning.sensitivity import output_curvature
+from sparseforge_fx.ranges import Count, Positive, checked
+from sparseforge_fx.report import environment
+from sparseforge_fx.training.distillation import Distillation
+from sparseforge_fx.training.first_batch import check_batch
+from sparseforge_fx.training.inputs import Run, open_run
+from sparseforge_fx.training.objective import Objective
+from sparseforge_fx.training.recipe import Recipe
+from sparseforge_fx.training.undo import dense_again_on_error
+from sparseforge_fx.training.unused import unused_arguments
+
+CALIBRATION = 64  # sequences
+#: fields of a recipe that a rotation has a use for
+READING = ("include", "exclude", "calibration", "batch_size", "length", "seed", "text_column", "separator")
+
+
+@checked
+@torch.inference_mode(False)
+@torch.no_grad()
+def rotate(
+    model: nn.Module,
+    data: Any,
+    *,
+    pattern: str | Pattern = TWO_FOUR,
+    steps: Count = 500,
+    lr: Positive = 1e-2,
+    tokenizer: Any = None,
+    example_inputs: Any = None,
+    cache_dir: str | Path | None = None,
+    **reading: Any,
+) -> dict[str, Any]:
+    """Turn the vectors between the blocks of ``model``, in place, so that its linears lose less when they are pruned.
+
+    The model computes the same before and after it (to rounding, which is checked), with the same modules, so that
+    ``sparsify``, ``plan``, ``quantize`` and every exporter take it as they take any model. It works where blocks norm
+    what they read (passes/find_rotations.py); scales of norms go into what reads them, and a head that is tied to an
+    embedding gets a weight of its own, since the two are no longer the same.
+
+    Args:
+        data: as for :func:`sparseforge_fx.sparsify`.
+        steps, lr: of the optimizer (methods/rotate.py).
+        example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
+        cache_dir: where the token file of text is kept.
+        reading: fields of a :class:`Recipe` that say what is read: include, exclude (of the linears that count),
+            calibration (sequences, default 64), batch_size, length, seed, text_column, separator.
+
+    Returns a report: of every space its width, how many weights write and read, ``lost_before`` and ``lost_after``
+    (shares of what the readers compute that the pattern is predicted to lose); ``error``, relative, of the answers
+    after it; notes.
+
+    Raises SparseForgeError, the model as it was, where nothing may be rotated, or if the answers change.
+    """
+    wanted = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+    if not isinstance(wanted, Pattern):
+        raise SparseForgeError(f"a rotation is for the groups of N:M, and {wanted} has none: nothing to do")
+    if data is None:
+        raise SparseForgeError("a rotation needs data, which says what is lost: pass text, tokens or batches")
+    if unknown := sorted(set(reading) - set(READING)):
+        raise SparseForgeError(f"a rotation has no option {', '.join(unknown)}; it has {', '.join(READING)}")
+    recipe = Recipe(calibration=CALIBRATION).changed(**reading)
+    with untied(unwrapped(model)) as parted:
+        run = open_run(
+            model, data, recipe, SparseGPTConfig(pattern=wanted), None,
+            tokenizer=tokenizer, cache_dir=cache_dir, example_inputs=example_inputs,
+        )  # fmt: skip
+        assert run.batches is not None
+        objective = Objective(Distillation(task=0), getattr(run.program.source, "config", None), run.reader.note)
+        check_batch(run.program, run.reader, objective, run.batches.batch(0))
+        run.notes += unused_arguments(
+            recipe, {"tokenizer": tokenizer, "cache_dir": cache_dir}, data=data, method="a rotation", trains=False,
+            calibrates=True, batches=run.batches,
+        )  # fmt: skip
+        rotations = _rotations(run, wanted)
+        with dense_again_on_error(run.program) as copies:
+            copies += [(tensor, tensor.clone()) for tensor in _written(run.program, rotations)]
+            spaces, error = _turn(run, recipe, rotations, wanted, objective, steps=steps, lr=lr)
+    for name, embedding in parted.items():
+        run.notes.append(f"{name} has a weight of its own now: it was that of {embedding}, which is turned otherwise")
+    return {
+        "pattern": str(wanted), "spaces": spaces, "error": error, "steps": steps, "lr": lr, "seed": recipe.seed,
+        "notes": list(dict.fromkeys([*run.notes, *run.reader.notes])), **environment(),
+    }  # fmt: skip
+
+
+def _rotations(run: Run, pattern: Pattern) -> list[tuple[Rotation, list[LinearSite]]]:
+    """With the readers that are to be pruned."""
+    sites = {site.fqn: site for site in run.sites if site.reason is None}
+    for site in sites.values():
+        weight = run.program.tensor(site.fqn)
+        if weight.any() and check_pattern(weight, pattern, site.reduction_dim):
+            raise SparseForgeError(f"{site.fqn} is {pattern} already, and not so in another basis: rotate before")
+    found, reasons = find_rotations(run.program, find_linears(run.program, Pattern(1, 1), "*"))
+    reading = [(rotation, [sites[a.fqn] for a in rotation.readers.values() if a.fqn in sites]) for rotation in found]
+    useful = [(r, s) for r, s in reading if s and r.width % pattern.m == 0 and r.width > pattern.m]
+    run.notes += [f"some vectors keep their basis: {reason}" for reason in reasons]
+    if not useful:
+        why = reasons[0] if reasons else "no linear to prune reads what others write, through norms and sums alone"
+        raise SparseForgeError(f"nothing of {type(run.program.source).__name__} can be rotated: {why}")
+    return useful
+
+
+def _written(program: Exported, rotations: Sequence[tuple[Rotation, Any]]) -> Iterator[Tensor]:
+    names = {axis.fqn for rotation, _ in rotations for axis in rotation.axes}
+    for norm in (norm for rotation, _ in rotations for norm in rotation.norms):
+        names |= {norm.scale, *(() if norm.shift is None else (norm.shift,))}
+    for name in sorted(names):
+        yield program.tensor(name)
+
+
+def _turn(
+    run: Run,
+    recipe: Recipe,
+    rotations: Sequence[tuple[Rotation, list[LinearSite]]],
+    pattern: Pattern,
+    objective: Objective,
+    **how: Any,
+) -> tuple[list[dict[str, Any]], float]:
+    """Fold the norms' scales, learn, rotate, compare."""
+    batches = [run.reader.read(*as_call(batch)) for batch in run.first(recipe.calibration)]
+    module = run.program.module()
+    before = _answer(module, batches[0], objective)
+    for norm in (norm for rotation, _ in rotations for norm in rotation.norms):
+        _fold(run.program, norm)
+    sites = [site for _, reading in rotations for site in reading]
+    terms = _terms(run, module, sites, batches, objective, recipe.seed)
+    spaces = []
+    for rotation, reading in rotations:
+        found = find_rotation(
+            [terms[s.fqn] for s in reading], pattern, centred=rotation.centred, seed=recipe.seed, **how
+        )
+        for axis in rotation.axes:
+            _rotate(run.program.tensor(axis.fqn), axis.dim, found.matrix)
+        spaces.append(
+            {
+                "width": rotation.width, "turned": len(rotation.axes), "readers": len(reading),
+                "centred": rotation.centred, "lost_before": found.before, "lost_after": found.after,
+            }
+        )  # fmt: skip
+    after = _answer(module, batches[0], objective)
+    error = float((after - before).norm() / before.norm().clamp(min=1e-30))
+    allowed = max(torch.finfo(run.program.tensor(site.fqn).dtype).eps for site in sites) ** 0.5
+    if not error <= allowed:
+        raise SparseForgeError(f"the rotated model answers otherwise (by {error:.2g} of its answers' size): not taken")
+    return spaces, error
+
+
+def _answer(module: Any, batch: Reading, objective: Objective) -> Tensor:
+    return objective.answer(module(*batch.args, **batch.kwargs)).value.double()
+
+
+def _terms(
+    run: Run, module: Any, sites: Sequence[LinearSite], batches: Sequence[Reading], objective: Objective, seed: int
+) -> Mapping[str, Term]:
+    by_use = {use.node: site for site in sites for use in site.uses}
+    nodes: dict[Node, LinearSite] = {n: by_use[n.name] for n in module.graph.nodes if n.name in by_use}
+    names = {node: site.fqn for node, site in nodes.items()}
+    curvature = output_curvature(module, names, batches, objective.answer, seed=seed)
+    moments: dict[str, Tensor] = {}
+    sources = {node: (site.fqn, LINEAR_OPS[node.target][0]) for node, site in nodes.items()}
+    shared: dict[Any, str] = {}  # an input that several read: one matrix
+
+    def visit(name: str, found: Tensor) -> None:
+        node = next(n for n, s in nodes.items() if s.fqn == name)
+        first = shared.setdefault(node.args[sources[node][1]], name)
+        moments[name] = moments.get(first, found)
+
+    padded = layer_by_layer(module, sources, batches, visit)
+    for name in padded:
+        run.notes.append(f"padding counted in what {name} is predicted to lose: its inputs are no positions")
+    terms = {}
+    for site in sites:
+        stored = run.program.tensor(site.fqn).detach().float()
+        weight = stored.t() if site.transposed else stored
+        none = torch.zeros(site.out_features, device=weight.device)  # the answer does not depend on it
+        terms[site.fqn] = Term(weight * curvature.get(site.fqn, none).sqrt()[:, None], moments[site.fqn])
+    return terms
+
+
+def _fold(program: Exported, norm: Norm) -> None:
+    """What reads the normed vectors takes the scale, so that it is one; a shift is then in units of it."""
+    scale = program.tensor(norm.scale)
+    factor = scale.double() + norm.offset
+    if norm.shift is not None:
+        shift = program.tensor(norm.shift)
+        small = factor.abs() < 1e-4 * factor.abs().max()
+        if bool((small & (shift != 0)).any()):
+            raise SparseForgeError(f"{norm.scale} is zero where {norm.shift} is not: its norm cannot be folded")
+        shift.copy_(shift.double() / torch.where(small, 1.0, factor))
+    for axis in norm.readers:
+        weight = program.tensor(axis.fqn)
+        shape = [-1 if dim == axis.dim else 1 for dim in range(weight.dim())]
+        weight.copy_(weight.double() * factor.view(shape))
+    scale.fill_(1.0 - norm.offset)
+
+
+def _rotate(tensor: Tensor, dim: int, matrix: Tensor) -> None:
+    turned = tensor.double().transpose(dim, -1) @ matrix.to(tensor.device)
+    tensor.copy_(turned.transpose(dim, -1))

@@ -1,0 +1,192 @@
+"""``sf.rotate``: the same answers, in a basis in which pruning loses less."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers as tf
+from tiny_checkpoint import write_checkpoint
+from torch import nn
+from typer.testing import CliRunner
+
+import sparseforge_fx as sf
+from sparseforge_fx import cli
+from sparseforge_fx.planning import rotate as home
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
+}  # fmt: skip
+
+
+def stirred(model, seed=0):
+    """Norms that are no ones, and biases that are no zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    config = {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True, "pad_token_id": None} | changes
+    return stirred(tf.LlamaForCausalLM(tf.LlamaConfig(**config)))
+
+
+def opt():
+    config = tf.OPTConfig(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, word_embed_proj_dim=32,
+        pad_token_id=None, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return stirred(tf.OPTForCausalLM(config))
+
+
+def gpt2():
+    return stirred(
+        tf.GPT2LMHeadModel(
+            tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, bos_token_id=0, eos_token_id=1)
+        )
+    )
+
+
+def vit():
+    config = {**SIZES, "image_size": 32, "patch_size": 8}
+    config.pop("vocab_size")
+    return stirred(tf.ViTForImageClassification(tf.ViTConfig(**config)))
+
+
+def words(count=4, vocabulary=100):
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(0, vocabulary, (2, 16), generator=generator)} for _ in range(count)]
+
+
+def pictures(count=4):
+    generator = torch.Generator().manual_seed(1)
+    return [{"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)} for _ in range(count)]
+
+
+@pytest.mark.parametrize(("build", "data"), [(llama, words), (opt, words), (gpt2, words), (vit, pictures)])
+def test_the_same_answers_and_less_to_lose(build, data):
+    model, batches = build(), data()
+    with torch.no_grad():
+        before = model(**batches[0]).logits
+    first = {name: p.clone() for name, p in model.named_parameters()}
+    report = sf.rotate(model, batches, steps=25)
+    with torch.no_grad():
+        after = model(**batches[0]).logits
+    assert torch.allclose(before, after, atol=1e-5) and report["error"] < 1e-5
+    (space,) = report["spaces"]
+    assert space["width"] == 32 and space["lost_after"] < 0.9 * space["lost_before"]
+    changed = [name for name, p in model.named_parameters() if name in first and not torch.equal(p, first[name])]
+    assert len(changed) > 10
+    json.dumps(report)
+
+
+def test_pruned_after_it_a_model_is_nearer_to_the_dense_one():
+    plain, turned, batches = llama(), llama(), words(8)
+    with torch.no_grad():
+        dense = torch.cat([plain(**b).logits for b in batches])
+    sf.rotate(turned, batches, steps=100)
+    for model in (plain, turned):
+        sf.sparsify(model, batches, method="sparsegpt", show_progress=False)
+    with torch.no_grad():
+        far, near = ((torch.cat([m(**b).logits for b in batches]) - dense).norm() for m in (plain, turned))
+    assert near < 0.95 * far
+
+
+def test_a_head_that_was_tied_gets_a_weight_of_its_own_and_keeps_it(tmp_path):
+    model, batches = llama(), words()
+    report = sf.rotate(model, batches, steps=5)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight and not model.config.tie_word_embeddings
+    assert any("lm_head has a weight of its own now" in note for note in report["notes"])
+    model.save_pretrained(tmp_path / "m")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(again(**batches[0]).logits, model(**batches[0]).logits)
+
+
+def test_the_whole_way_after_it():
+    model, batches = llama(), words(8)
+    sf.rotate(model, batches, steps=5)
+    result = sf.sparsify(model, batches, steps=4, show_progress=False)
+    assert len(result.report["sites"]) == 14 and sf.lower_modules(model, tokens=[1]) is not None
+
+
+def test_half_precision_is_within_its_rounding():
+    model, batches = llama().bfloat16(), words()
+    assert 0 < sf.rotate(model, batches, steps=5)["error"] < 0.05
+
+
+@pytest.mark.parametrize("why", ["sparse", "bert", "pattern", "no data", "option", "steps", "answers", "killed"])
+def test_refused_in_a_sentence_and_the_model_as_it_was(why, monkeypatch):
+    model, batches, how = llama(), words(), {"steps": 3}
+    expected: tuple = ({"sparse": "rotate before", "pattern": "has none", "no data": "needs data", "steps": "steps",
+        "option": "has no option lenght", "bert": "can be rotated", "answers": "answers otherwise"}.get(why, ""))  # fmt: skip
+    if why == "sparse":
+        sf.sparsify(model, method="magnitude")
+    elif why == "bert":
+        config = tf.BertConfig(**SIZES, tie_word_embeddings=False)
+        model = tf.BertForMaskedLM(config).eval()
+    elif why == "pattern":
+        how["pattern"] = "50%"
+    elif why == "no data":
+        batches = None
+    elif why == "option":
+        how["lenght"] = 3
+    elif why == "steps":
+        how["steps"] = 0
+    elif why == "answers":
+        turn = home._rotate
+        monkeypatch.setattr(home, "_rotate", lambda t, d, m: None if t.shape[0] == 100 else turn(t, d, m))
+    else:
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(home, "_rotate", interrupted)
+    before, tied = copy.deepcopy(model.state_dict()), model.config.tie_word_embeddings
+    with pytest.raises(KeyboardInterrupt if why == "killed" else sf.SparseForgeError, match=expected):
+        sf.rotate(model, batches, **how)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    if tied and why != "bert":
+        assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+        assert model.all_tied_weights_keys
+
+
+def test_any_module():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.down = nn.RMSNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            return x + self.down(self.up(self.norm(x)).relu())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), Block(), Block(), nn.RMSNorm(16), nn.Linear(16, 4)).eval()
+    stirred(model)
+    batches = [torch.randn(6, 8) for _ in range(3)]
+    before = model(batches[0]).detach()
+    report = sf.rotate(model, batches, steps=10)
+    assert torch.allclose(model(batches[0]), before, atol=1e-5) and report["spaces"][0]["readers"] == 2
+
+
+def test_as_a_command(tmp_path):
+    write_checkpoint(tmp_path / "dense", num_hidden_layers=1)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
+    text = ["--data", tmp_path / "text.txt", "--set", "calibration=4", "--set", "length=16", "--set", "steps=5"]
+    said = CliRunner().invoke(cli.app, [str(a) for a in ("rotate", tmp_path / "dense", *text, "-o", tmp_path / "out")])
+    assert said.exit_code == 0, said.output
+    assert "next: sparseforge-fx sparsify" in " ".join(said.stdout.split())
+    report = json.loads((tmp_path / "out" / "rotation.json").read_text())
+    assert report["spaces"][0]["lost_after"] <= report["spaces"][0]["lost_before"]
+    dense, turned = (tf.AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("dense", "out"))
+    assert turned.dtype == dense.dtype
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.allclose(dense(ids).logits, turned(ids).logits, atol=1e-4)
+    again = CliRunner().invoke(cli.app, [str(a) for a in ("rotate", tmp_path / "dense", *text, "-o", tmp_path / "out")])
+    assert again.exit_code == 2 and "not empty" in again.stderr
