@@ -77,8 +77,9 @@ class _Finder:
         found = self._through(node)
         if found is None:
             for value in self._followed(node):
-                told = f"{node.target} does more with them than sums, norms and moves ({node.name})"
-                value.space.spoil(told, op_name(node) in SUMS)
+                summed = op_name(node) in SUMS
+                told = "adds what does not turn" if summed else "does more than sums, norms and moves"
+                value.space.spoil(f"{node.target} {told} ({node.name})", summed)
         elif isinstance(found, Vectors | Table):
             self.values[node] = found
 

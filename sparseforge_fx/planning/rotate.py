@@ -100,6 +100,10 @@ def rotate(
         with dense_again_on_error(run.program) as copies:
             copies += [(tensor, tensor.clone()) for tensor in _written(run.program, rotations)]
             spaces, error = _turn(run, recipe, rotations, wanted, objective, steps=steps, lr=lr)
+    frozen = [a.fqn for r, _ in rotations for a in r.axes if not run.program.tensor(a.fqn).requires_grad]
+    if frozen:
+        more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
+        run.notes.append(f"turned like the others, though frozen: {frozen[0]}{more}")
     for name, embedding in parted.items():
         run.notes.append(f"{name} has a weight of its own now: it was that of {embedding}, which is turned otherwise")
     return {

@@ -108,6 +108,14 @@ def test_a_head_that_was_tied_gets_a_weight_of_its_own_and_keeps_it(tmp_path):
         assert torch.equal(again(**batches[0]).logits, model(**batches[0]).logits)
 
 
+def test_what_is_frozen_turns_and_is_named():
+    model = llama()
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    report = sf.rotate(model, words(), steps=2)
+    assert "turned like the others, though frozen: model.layers.0.self_attn.q_proj.weight" in report["notes"]
+    assert report["spaces"][0]["readers"] == 9 and not model.model.layers[0].self_attn.q_proj.weight.requires_grad
+
+
 def test_the_whole_way_after_it():
     model, batches = llama(), words(8)
     sf.rotate(model, batches, steps=5)
