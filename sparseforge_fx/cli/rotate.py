@@ -13,7 +13,7 @@ from sparseforge_fx.cli.assignments import read_assignments
 MODEL = "A Hugging Face folder, a hub id, or a GGUF file; dense."
 READING_HELP = (
     "What is read and learned (repeatable): calibration (sequences; default 64), length, batch_size, seed, "
-    "text_column, separator; include, exclude: a glob over weights or modules; steps (500) and lr (0.01) of learning."
+    "text_column, separator; include, exclude: a glob over weights or modules; steps (300) and lr (0.01) of learning."
 )
 
 

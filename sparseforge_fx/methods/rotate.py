@@ -49,7 +49,7 @@ def find_rotation(
     pattern: Pattern,
     *,
     centred: bool = False,
-    steps: int = 500,
+    steps: int = 300,
     lr: float = 1e-2,
     rows: int = 128,
     seed: int = 0,

@@ -48,7 +48,7 @@ def rotate(
     data: Any,
     *,
     pattern: str | Pattern = TWO_FOUR,
-    steps: Count = 500,
+    steps: Count = 300,
     lr: Positive = 1e-2,
     tokenizer: Any = None,
     example_inputs: Any = None,
