@@ -31,6 +31,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.data.tokens import TokenData, tokenize
 from sparseforge_fx.evaluation.zero_shot import zero_shot
 from sparseforge_fx.methods.catalog import TRAINED
+from sparseforge_fx.models.compute_dtype import cast
 from sparseforge_fx.report import environment, write_json
 
 Score = Callable[[PreTrainedModel], dict[str, float]]
@@ -65,6 +66,7 @@ def main(
     tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
     quantize: Annotated[str, typer.Option(help="values by commas (int8,int4): score the model so quantised, too")] = "",
     compile: str = "auto",
+    rotate: Annotated[int, typer.Option(help="steps in which a rotation learns before (sf.rotate); 0: none")] = 0,
     options: Annotated[str, typer.Option(help="json of further fields of the method's config")] = "{}",
     dense_from: Annotated[
         Path | None, typer.Option(help="record of a run, for the dense model's perplexity", exists=True)
@@ -72,13 +74,12 @@ def main(
 ) -> None:
     """Run one (method, preset, seed, budget), or "dense", and write results/quality/NAME.json."""
     use(device, threads)
-    settings = read_options(options)
+    settings = read_options(options) | ({"preset": preset} if method == "sparseforge" else {})
     kind = preset if method == "sparseforge" else "paper" if method in TRAINED else "oneshot"
     name = label or f"{method}-{kind}-{tokens}-seed{seed}"
     out, state = folder / f"{name}.json", folder / f"{name}.state"
     if out.exists():
-        print(f"{out} is there already")
-        return
+        return print(f"{out} is there already")
     tokenizer = AutoTokenizer.from_pretrained(model)
     net = language_model(model, getattr(torch, dtype), device)
     original = language_model(str(teacher), getattr(torch, dtype), device) if teacher else None
@@ -89,23 +90,23 @@ def main(
 
     dense = known_score(dense_from, windows) or score(original or net)
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
-    settings |= {"preset": preset} if method == "sparseforge" else {}
     if method in TRAINED:
         settings["objective"] = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
         settings |= {"tokens": tokens, "lr": lr, "state_path": state, "teacher": original}
     report, sparse = {"sites": [], **environment()}, dense
+    rotation = rotated(net, corpus, rotate, length) if rotate else None
     if method != "dense":
         result = sf.sparsify(
             net, corpus if method != "magnitude" else None, method=method, batch_size=batch_size, length=length, calibration=calibration,
             seed=seed, compile={"on": True, "off": False}.get(compile, compile), show_progress=False, on_step=print_step, **settings,
         )  # fmt: skip
-        report = {k: v for k, v in result.report.items() if k != "density"}
-        sparse = score(net)
+        report, sparse = {k: v for k, v in result.report.items() if k != "density"}, score(net)
         if keep:
             result.save(keep, tokenizer, overwrite=True)
     record = {
         "label": name,
         **about(model, teacher, method, data, windows),
+        "rotation": rotation,
         "tokens": report.get("tokens", 0),
         "dense_perplexity": dense,
         "sparse_perplexity": sparse,
@@ -128,6 +129,14 @@ def about(model: str, teacher: Path | None, method: str, data: list[str], window
         "windows": windows,
         "context": CONTEXT,
     }
+
+
+def rotated(net: PreTrainedModel, corpus: TokenData, steps: int, length: int) -> dict[str, Any]:
+    """Turn it, by products of float32, and say how."""
+    back, clock = cast(net, torch.float32), time.monotonic()
+    report = sf.rotate(net, corpus, steps=steps, batch_size=1, length=length)
+    back()
+    return {name: report[name] for name in ("spaces", "error", "steps", "lr")} | {"seconds": time.monotonic() - clock}
 
 
 def loss(method: str, settings: dict[str, Any], **changes: float | None) -> sf.Distillation | None:

@@ -57,7 +57,8 @@ def quality_table() -> str:
 
 
 def reorder_table() -> str:
-    """One-shot methods with and without channels that may change places, and blocks that learn after it."""
+    """One-shot methods in their own basis and another, with and without channels that may change places, and blocks
+    that learn after it."""
     runs = sorted(read("reorder"), key=lambda run: -run["sparse_perplexity"]["test"])
     if not runs:
         return NONE
@@ -70,6 +71,7 @@ def reorder_table() -> str:
     rows = [
         (
             run["method"],
+            "yes" if run.get("rotation") else "no",
             "yes" if run["report"]["config"]["reorder"] else "no",
             run["report"]["config"].get("reconstruct", 0),
             f"{run['report']['seconds']:,.0f}",
@@ -78,8 +80,8 @@ def reorder_table() -> str:
         )
         for run in runs
     ]
-    names = ("method", "reorder", "passes of reconstruct", "seconds", "test", "validation", "commit")
-    return blocks([(text, table(names, "llrrrrl", rows))])
+    names = ("method", "rotated", "reorder", "passes of reconstruct", "seconds", "test", "validation", "commit")
+    return blocks([(text, table(names, "lllrrrrl", rows))])
 
 
 SECONDS = "Seconds of the whole run, mean over the seeds; in brackets those of its layer-wise start."
