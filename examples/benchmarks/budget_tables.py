@@ -193,3 +193,33 @@ def rates_table() -> str:
         rows.append((f"{run['report']['lr']:g}", *ends, *scored, run["report"]["commit"]))
     names = ("rate", "KL, first 30 steps", "last 30", "test", "validation", "commit")
     return blocks([(text, table(names, "rrrrrl", rows))])
+
+
+def rotated_table() -> str:
+    """The same run in the model's own basis and in another."""
+    runs = sorted(read("rotated"), key=lambda run: run["rotation"] is not None)
+    if not runs:
+        return NONE
+    first = runs[0]
+    report = first["report"]
+    text = (
+        f"{first['model']}, {report['preset']}, {first['tokens']:,} tokens at {report['lr']:g}, {report['calibration_sequences']} calibration"
+        f" sequences, seed {report['seed']}, {report['device']}, one thread each, at the same time: perplexity of the first {first['windows']}"
+        f" windows of {first['context']} tokens (dense {first['dense_perplexity']['test']:.2f} and {first['dense_perplexity']['valid']:.2f})."
+    )
+    rows = []
+    for run in runs:
+        how = ["its own", "", ""]
+        if rotation := run["rotation"]:
+            (space,) = rotation["spaces"]
+            lost = f"{space['lost_before']:.2%} -> {space['lost_after']:.2%}"
+            how = [f"rotated, {rotation['steps']} steps", lost, f"{rotation['seconds']:,.0f}"]
+        kl = [point["kl"] for point in run["report"]["curves"]]
+        ends = (f"{sum(part) / len(part):.3f}" for part in (kl[:30], kl[-30:]))
+        scored = (f"{run['sparse_perplexity'][name]:.2f}" for name in ("test", "valid"))
+        rows.append((*how, f"{run['report']['seconds']:,.0f}", *ends, *scored, run["report"]["commit"]))
+    names = (
+        "basis", "readers lose, as predicted", "seconds of it", "of the run", "KL, first 30 steps", "last 30", "test", "validation",
+        "commit",
+    )  # fmt: skip
+    return blocks([(text, table(names, "lrrrrrrrl", rows))])

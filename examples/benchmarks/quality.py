@@ -3,7 +3,8 @@
     python examples/benchmarks/quality.py MODEL --data c4.jsonl --data reviews.jsonl.xz --data books.jsonl.xz \\
         --valid valid.txt --test test.txt --preset alps+kd --tokens 122880 --seed 0
 
-With ``--method alps --keep START`` the pruned checkpoint stays, and START with ``--teacher MODEL`` is trained on from there.
+MODEL may be a folder of ``sparseforge-fx rotate``, which the record then tells of. With ``--method alps --keep START``
+the pruned checkpoint stays, and START with ``--teacher MODEL`` is trained on from there.
 
 The sources are mixed evenly by documents (books cut into pieces of 3,000 characters). Perplexity is that of the first
 ``--windows`` windows of 1,024 tokens. Choose by the validation text, quote the test text.
@@ -31,7 +32,6 @@ import sparseforge_fx as sf
 from sparseforge_fx.data.tokens import TokenData, tokenize
 from sparseforge_fx.evaluation.zero_shot import zero_shot
 from sparseforge_fx.methods.catalog import TRAINED
-from sparseforge_fx.models.compute_dtype import cast
 from sparseforge_fx.report import environment, write_json
 
 Score = Callable[[PreTrainedModel], dict[str, float]]
@@ -66,7 +66,6 @@ def main(
     tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
     quantize: Annotated[str, typer.Option(help="values by commas (int8,int4): score the model so quantised, too")] = "",
     compile: str = "auto",
-    rotate: Annotated[int, typer.Option(help="steps in which a rotation learns before (sf.rotate); 0: none")] = 0,
     options: Annotated[str, typer.Option(help="json of further fields of the method's config")] = "{}",
     dense_from: Annotated[
         Path | None, typer.Option(help="record of a run, for the dense model's perplexity", exists=True)
@@ -94,7 +93,6 @@ def main(
         settings["objective"] = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
         settings |= {"tokens": tokens, "lr": lr, "state_path": state, "teacher": original}
     report, sparse = {"sites": [], **environment()}, dense
-    rotation = rotated(net, corpus, rotate, length) if rotate else None
     if method != "dense":
         result = sf.sparsify(
             net, corpus if method != "magnitude" else None, method=method, batch_size=batch_size, length=length, calibration=calibration,
@@ -106,7 +104,7 @@ def main(
     record = {
         "label": name,
         **about(model, teacher, method, data, windows),
-        "rotation": rotation,
+        "rotation": rotation_of(Path(model)),
         "tokens": report.get("tokens", 0),
         "dense_perplexity": dense,
         "sparse_perplexity": sparse,
@@ -131,12 +129,10 @@ def about(model: str, teacher: Path | None, method: str, data: list[str], window
     }
 
 
-def rotated(net: PreTrainedModel, corpus: TokenData, steps: int, length: int) -> dict[str, Any]:
-    """Turn it, by products of float32, and say how."""
-    back, clock = cast(net, torch.float32), time.monotonic()
-    report = sf.rotate(net, corpus, steps=steps, batch_size=1, length=length)
-    back()
-    return {name: report[name] for name in ("spaces", "error", "steps", "lr")} | {"seconds": time.monotonic() - clock}
+def rotation_of(model: Path) -> dict[str, Any] | None:
+    """What ``sparseforge-fx rotate`` wrote beside it; None for a model in its own basis."""
+    told = model / "rotation.json"
+    return json.loads(told.read_text()) if told.is_file() else None
 
 
 def loss(method: str, settings: dict[str, Any], **changes: float | None) -> sf.Distillation | None:

@@ -26,6 +26,7 @@ TABLES = {
     "mixture": budget.mixture_table,
     "objective": budget.objective_table,
     "rates": budget.rates_table,
+    "rotated": budget.rotated_table,
     "ablations": quality.ablation_table,
     "reorder": quality.reorder_table,
     "estimator-quality": quality.estimator_quality_table,

@@ -12,7 +12,7 @@ from sparseforge_fx.cli.assignments import read_assignments
 
 MODEL = "A Hugging Face folder, a hub id, or a GGUF file; dense."
 READING_HELP = (
-    "What is read and learned (repeatable): calibration (sequences; default 64), length, batch_size, seed, "
+    "What is read and learned (repeatable): calibration (sequences; default 32), length, batch_size, seed, "
     "text_column, separator; include, exclude: a glob over weights or modules; steps (300) and lr (0.01) of learning."
 )
 
@@ -20,7 +20,7 @@ READING_HELP = (
 @command
 @examples(
     "rotate ./model --data train.jsonl -o rotated",
-    "rotate ./model --data train.jsonl --set calibration=128 --set steps=1000 -o rotated",
+    "rotate ./model --data train.jsonl --set calibration=64 --set steps=1000 -o rotated",
     "sparsify rotated --data train.jsonl --tokens 20M -o out",
 )
 def rotate(

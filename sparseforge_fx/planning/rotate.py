@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.undo import dense_again_on_error
 from sparseforge_fx.training.unused import unused_arguments
 
-CALIBRATION = 64  # sequences
+CALIBRATION = 32  # sequences
 #: fields of a recipe that a rotation has a use for
 READING = ("include", "exclude", "calibration", "batch_size", "length", "seed", "text_column", "separator")
 
@@ -68,7 +69,7 @@ def rotate(
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept.
         reading: fields of a :class:`Recipe` that say what is read: include, exclude (of the linears that count),
-            calibration (sequences, default 64), batch_size, length, seed, text_column, separator.
+            calibration (sequences, default 32), batch_size, length, seed, text_column, separator.
 
     Returns a report: of every space its width, how many weights write and read, ``lost_before`` and ``lost_after``
     (shares of what the readers compute that the pattern is predicted to lose); ``error``, relative, of the answers
@@ -83,6 +84,7 @@ def rotate(
         raise SparseForgeError("a rotation needs data, which says what is lost: pass text, tokens or batches")
     if unknown := sorted(set(reading) - set(READING)):
         raise SparseForgeError(f"a rotation has no option {', '.join(unknown)}; it has {', '.join(READING)}")
+    clock = time.monotonic()
     recipe = Recipe(calibration=CALIBRATION).changed(**reading)
     with untied(unwrapped(model)) as parted:
         run = open_run(
@@ -108,6 +110,7 @@ def rotate(
         run.notes.append(f"{name} has a weight of its own now: it was that of {embedding}, which is turned otherwise")
     return {
         "pattern": str(wanted), "spaces": spaces, "error": error, "steps": steps, "lr": lr, "seed": recipe.seed,
+        "seconds": time.monotonic() - clock,
         "notes": list(dict.fromkeys([*run.notes, *run.reader.notes])), **environment(),
     }  # fmt: skip
 
