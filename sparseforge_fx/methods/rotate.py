@@ -62,12 +62,14 @@ def find_rotation(
         rows: outputs of a weight that a step looks at, drawn anew for each.
         seed: of what is drawn.
 
-    Memory: all weights and inverse moments, float32. A step costs three products of the drawn rows by the matrix.
+    Memory: all weights and inverse moments, float32. A step costs three products of the matrix by the drawn rows and
+    by every inverse.
     """
     width, device = found[0].weight.shape[1], found[0].weight.device
-    inverses = {id(term.moments): term.moments for term in found}  # q, k and v read the same
-    inverses = {key: _inverse(moments) for key, moments in inverses.items()}
-    terms = [(term.weight, inverses[id(term.moments)]) for term in found]
+    together: dict[int, list[Term]] = {}  # q, k and v read the same
+    for term in found:
+        together.setdefault(id(term.moments), []).append(term)
+    terms = [([term.weight for term in group], _inverse(group[0].moments)) for group in together.values()]
     energy = sum(float(((term.weight @ term.moments.to(term.weight)) * term.weight).sum()) for term in found)
     matrix = torch.eye(width, device=device)
     if not energy > 0:
@@ -79,11 +81,8 @@ def find_rotation(
     with counted("a rotation learns", steps) as advance:
         for step in range(steps):
             now = matrix.clone().requires_grad_()
-            drawn = [(_draw(weight, rows, generator), inverse) for weight, inverse in terms]
-            loss = (
-                torch.stack([_loss(part, inverse, now, pattern) * share for (part, share), inverse in drawn]).sum()
-                / energy
-            )
+            drawn = [(torch.cat([_draw(w, rows, generator) for w in group]), inverse) for group, inverse in terms]
+            loss = torch.stack([_loss(part, inverse, now, pattern) for part, inverse in drawn]).sum() / energy
             (gradient,) = torch.autograd.grad(loss, now)
             tangent = matrix.T @ gradient
             tangent = tangent - tangent.T
@@ -108,12 +107,12 @@ def _inverse(moments: Tensor) -> Tensor:
     return torch.linalg.inv(damped + DAMPING * mean * torch.eye(len(damped), device=damped.device)).float()
 
 
-def _draw(weight: Tensor, rows: int, generator: torch.Generator) -> tuple[Tensor, float]:
-    """So many of its rows, and how many each stands for."""
+def _draw(weight: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    """So many of its rows, in the place of all."""
     if len(weight) <= rows:
-        return weight, 1.0
+        return weight
     chosen = torch.randperm(len(weight), generator=generator)[:rows].to(weight.device)
-    return weight[chosen], len(weight) / rows
+    return weight[chosen] * (len(weight) / rows) ** 0.5
 
 
 def _loss(weight: Tensor, inverse: Tensor, matrix: Tensor, pattern: Pattern) -> Tensor:
@@ -123,8 +122,8 @@ def _loss(weight: Tensor, inverse: Tensor, matrix: Tensor, pattern: Pattern) -> 
 
 
 @torch.no_grad()
-def _lost(terms: Sequence[tuple[Tensor, Tensor]], matrix: Tensor, pattern: Pattern) -> float:
-    return sum(float(_loss(weight, inverse, matrix, pattern)) for weight, inverse in terms)
+def _lost(terms: Sequence[tuple[list[Tensor], Tensor]], matrix: Tensor, pattern: Pattern) -> float:
+    return sum(float(_loss(weight, inverse, matrix, pattern)) for group, inverse in terms for weight in group)
 
 
 def _without(move: Tensor, direction: Tensor) -> Tensor:
