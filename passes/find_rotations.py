@@ -9,6 +9,7 @@ LayerNorm takes the mean away, so that there the matrix must leave the vector of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from sparseforge_fx.passes.spaces import Axis, Norm, Rotation, Scaled, Space, Ta
 SCALINGS = {"mul", "div"}
 SUMS = {"add", "sub"}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution"}
-NORMS = {"layer_norm": 2, "rms_norm": 2}  # argument of the scale
+NORMS = {"layer_norm": 4, "rms_norm": 3}  # behind the last argument that is a parameter
 
 
 def find_rotations(program: Program, sites: list[LinearSite]) -> tuple[list[Rotation], list[str]]:
@@ -55,12 +56,14 @@ class _Finder:
     def __init__(self, program: Program, sites: list[LinearSite]):
         self.names = program.names(InputKind.PARAMETER)
         self.tensors = {fqn: value for _, fqn, value in program.lifted(InputKind.PARAMETER)}
+        storages = Counter(value.untyped_storage()._cdata for _, _, value in program.lifted())
+        self.alone = {fqn for fqn, value in self.tensors.items() if storages[value.untyped_storage()._cdata] == 1}
         self.by_node = {use.node: (site, use) for site in sites for use in site.uses}
         self.values: dict[Node, Vectors | Table] = {}
         self.spaces: list[Space] = []
         for node in program.graph.nodes:
             if node.op == "placeholder":
-                if node in self.names and len(node.users) == 1:
+                if self.names.get(node) in self.alone and len(node.users) == 1:
                     self.values[node] = Table(self.names[node])
             elif node.op == "output":
                 for value in self._followed(node):
@@ -131,7 +134,7 @@ class _Finder:
         site, use = self.by_node[node.name]
         given, _, _ = LINEAR_OPS.get(node.target, (0, 1, False))
         x = self.values.get(node.args[given])  # type: ignore[arg-type]
-        alone = len(site.uses) == 1 and not site.ties and not site.readers and len(site.shape) == 2
+        alone = len(site.uses) == 1 and not site.readers and len(site.shape) == 2 and site.fqn in self.alone
         if isinstance(x, Vectors):
             if not alone or use.left or x.squared or x.dim != -1 or node.target not in LINEAR_OPS:
                 return None
@@ -141,7 +144,7 @@ class _Finder:
             root.readers[node.name] = axis
             if x.norm is not None:
                 x.norm.readers.append(axis)
-        if not alone or use.left or node.target not in LINEAR_OPS or site.fqn not in self.tensors:
+        if not alone or use.left or node.target not in LINEAR_OPS:
             return True
         axes = [Axis(site.fqn, 1 - site.reduction_dim)]
         bias = self._bias(node)
@@ -272,13 +275,14 @@ class _Finder:
             return None
         if op_name(node) == "layer_norm":
             first.space.root().centred = True
-        tables = [self.values.get(n) if isinstance(n, Node) else n for n in (*node.args[2:4], None, None)[:2]]
-        scale, shift = tables if op_name(node) == "layer_norm" else (tables[0], None)
-        if scale is None and shift is None:
+        given = node.args[2 : NORMS[op_name(node)]]
+        if not any(isinstance(n, Node) for n in (*given, *node.kwargs.values())):
             return first
-        if not isinstance(scale, Table) or not isinstance(shift, Table | None):
+        tables = [t for n in given if isinstance(n, Node) and isinstance(t := self.values.get(n), Table)]
+        if len(tables) < sum(isinstance(n, Node) for n in given) or given[0] is None or node.kwargs:
             return None
-        return self._with_norm(first, Scaled(scale.fqn, scale.offset, None if shift is None else shift.fqn))
+        shift = tables[1].fqn if len(tables) > 1 else None
+        return self._with_norm(first, Scaled(tables[0].fqn, tables[0].offset, shift))
 
     @staticmethod
     def _measured(node: Node, name: str, value: Vectors) -> Any:

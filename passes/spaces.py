@@ -46,6 +46,8 @@ class Rotation(NamedTuple):
 
 @dataclass
 class Space:
+    """A space while the graph is read; those that meet in a sum are joined, and :meth:`root` is what became of them."""
+
     width: int
     axes: list[Axis] = field(default_factory=list)
     readers: dict[str, Axis] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class Space:
         its.joined = mine
 
     def spoil(self, reason: str, summed: bool = False) -> None:
+        """It cannot turn; the first reason stays."""
         root = self.root()
         root.summed |= summed and root.reason is None
         root.reason = root.reason or reason
@@ -78,6 +81,8 @@ class Space:
 
 @dataclass
 class Scaled:
+    """A :class:`Norm` while the graph is read."""
+
     scale: str
     offset: float
     shift: str | None = None

@@ -6,7 +6,7 @@ from tiny_checkpoint import tiny_llama
 from tiny_models import build, t5
 from torch import nn
 
-from sparseforge_fx.models.ties import part, tied_heads
+from sparseforge_fx.models.ties import part, tied_heads, untied
 
 
 class Small(nn.Module):
@@ -45,3 +45,18 @@ def test_parted_for_good():
     assert not model.lm_head.weight.any() and model.model.embed_tokens.weight.any()
     assert not model.config.tie_word_embeddings and model.all_tied_weights_keys == {}
     part(Small(), "heads.0")  # who has no configuration has nothing to say
+
+
+@pytest.mark.parametrize("build_one", [tiny_llama, Small])
+def test_untied_unless_the_block_fails(build_one):
+    model = build_one()
+    (name, embedding), *_ = tied_heads(model).items()
+    head, table = model.get_submodule(name), model.get_submodule(embedding)
+    with pytest.raises(KeyboardInterrupt), untied(model) as parted:
+        assert parted == {name: embedding} and head.weight is not table.weight
+        assert torch.equal(head.weight, table.weight)
+        raise KeyboardInterrupt
+    assert head.weight is table.weight and tied_heads(model) == {name: embedding}
+    with untied(model):
+        pass
+    assert head.weight is not table.weight and tied_heads(model) == {}

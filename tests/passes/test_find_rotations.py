@@ -158,3 +158,23 @@ def test_between_a_linear_and_the_next(between, expected, centred):
     rotations, _ = found(Plain(between), torch.randn(2, 4, 8))
     assert len(rotations) == expected
     assert [r.centred for r in rotations] == [centred] * expected
+
+
+def test_a_scale_of_two_norms_turns_nothing():
+    """One tensor under two names: folded into what reads the first norm, it would be missing in the second."""
+
+    class Twice(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.write, self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+            self.first, self.second = nn.RMSNorm(16), nn.RMSNorm(16)
+            if shared:
+                self.second.weight = self.first.weight
+
+        def forward(self, x):
+            x = self.write(x)
+            return self.one(self.first(x)) + self.two(self.second(x))
+
+    assert len(found(Twice(False), torch.randn(4, 8))[0]) == 1
+    rotations, reasons = found(Twice(True), torch.randn(4, 8))
+    assert rotations == [] and len(reasons) <= 1
