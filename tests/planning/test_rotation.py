@@ -8,12 +8,19 @@ import json
 import pytest
 import torch
 import transformers as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_checkpoint import write_checkpoint
 from torch import nn
 from typer.testing import CliRunner
 
 import sparseforge_fx as sf
 from sparseforge_fx import cli
+from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.methods.rotate import _orthogonal
+from sparseforge_fx.passes.find_linears import find_linears
+from sparseforge_fx.passes.find_rotations import find_rotations
+from sparseforge_fx.pattern import Pattern
 from sparseforge_fx.planning import rotate as home
 
 SIZES = {
@@ -198,3 +205,68 @@ def test_as_a_command(tmp_path):
         assert torch.allclose(dense(ids).logits, turned(ids).logits, atol=1e-4)
     again = CliRunner().invoke(cli.app, [str(a) for a in ("rotate", tmp_path / "dense", *text, "-o", tmp_path / "out")])
     assert again.exit_code == 2 and "not empty" in again.stderr
+
+
+class Residual(nn.Module):
+    """x + f(norm(x)) for every block; what it is made of is drawn."""
+
+    def __init__(self, kinds, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.kinds = kinds
+        self.write, self.read = nn.Linear(6, 16), nn.Linear(16, 5)
+        self.norms = nn.ModuleList(norm(16) for norm, _, _ in kinds)
+        self.up = nn.ModuleList(nn.Linear(16, 12, bias=bias) for _, bias, _ in kinds)
+        self.down = nn.ModuleList(nn.Linear(12, 16, bias=bias) for _, bias, _ in kinds)
+        self.place = nn.Parameter(torch.randn(1, 1, 16))
+
+    def forward(self, x):
+        x = self.write(x) + self.place
+        for norm, up, down, (_, _, between) in zip(self.norms, self.up, self.down, self.kinds, strict=True):
+            x = between(x, down(up(norm(x)).tanh()))
+        return self.read(x)
+
+
+NORMS = [
+    nn.LayerNorm,
+    nn.RMSNorm,
+    lambda width: nn.LayerNorm(width, elementwise_affine=False),
+    lambda width: nn.LayerNorm(width, bias=False),
+    lambda width: nn.RMSNorm(width, elementwise_affine=False),
+    lambda width: nn.Identity(),
+]
+BETWEEN = [
+    lambda x, y: x + y,
+    lambda x, y: x - y,
+    lambda x, y: 0.5 * x + y / 3,
+    lambda x, y: (x + y)[:, 1:],
+    lambda x, y: (x + y).transpose(0, 1).contiguous().transpose(0, 1),
+    lambda x, y: torch.cat([x, y], 1),
+    lambda x, y: x + y.abs(),  # does not turn
+    lambda x, y: x + y.flip(-1),  # neither
+    lambda x, y: x * y,
+    lambda x, y: x + y + 1,
+]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kinds=st.lists(st.tuples(st.sampled_from(NORMS), st.booleans(), st.sampled_from(BETWEEN)), min_size=1, max_size=3),
+    seed=st.integers(0, 100),
+)
+def test_whatever_is_found_may_be_turned_by_any_matrix(kinds, seed):
+    model = stirred(Residual(kinds, seed), seed)
+    x = torch.randn(2, 7, 6)
+    with torch.no_grad():
+        before = model(x)
+        program = capture(model, x)
+        for space in find_rotations(program, find_linears(program, Pattern(1, 1), "*"))[0]:
+            matrix = torch.linalg.qr(torch.randn(space.width, space.width).double())[0]
+            if space.centred:
+                ones = torch.full((space.width, 1), space.width**-0.5).double()
+                matrix = _orthogonal(matrix, ones)
+            for norm in space.norms:
+                home._fold(program, norm)
+            for axis in space.axes:
+                home._rotate(program.tensor(axis.fqn), axis.dim, matrix)
+        assert torch.allclose(model(x), before, atol=2e-5, rtol=1e-4)
