@@ -71,5 +71,6 @@ def rotate(
         console.print(f"{told} of what they compute before, {space['lost_after']:.2%} after, as predicted")
     for note in report["notes"]:
         console.print(f"note: {note}", markup=False, highlight=False)
-    next_step = f"sparseforge-fx sparsify {output} --data {data} -o sparse"
+    wanted = "" if report["pattern"] == "2:4" else f"--pattern {pattern} "
+    next_step = f"sparseforge-fx sparsify {output} --data {data} {wanted}-o sparse"
     console.print(f"wrote {output}; next: {next_step}", markup=False, highlight=False)
