@@ -210,20 +210,30 @@ def _terms(
 
 
 def _fold(program: Exported, norm: Norm) -> None:
-    """What reads the normed vectors takes the scale, so that it is one; a shift is then in units of it."""
+    """What reads the normed vectors takes the scale, up to one number, which stays: weights keep their size on the
+    whole, since a learning rate that suits them does not suit others. A shift is then in units of what they took."""
     scale = program.tensor(norm.scale)
     factor = scale.double() + norm.offset
+    weights = [(program.tensor(axis.fqn), axis.dim) for axis in norm.readers]
+    scaled = [weight.double() * _along(factor, weight, dim) for weight, dim in weights]
+    size = sum(float(w.square().sum()) for w in scaled) / (
+        sum(float(w.double().square().sum()) for w, _ in weights) or 1
+    )
+    left = size**0.5 or 1.0
     if norm.shift is not None:
         shift = program.tensor(norm.shift)
         small = factor.abs() < 1e-4 * factor.abs().max()
         if bool((small & (shift != 0)).any()):
             raise SparseForgeError(f"{norm.scale} is zero where {norm.shift} is not: its norm cannot be folded")
-        shift.copy_(shift.double() / torch.where(small, 1.0, factor))
-    for axis in norm.readers:
-        weight = program.tensor(axis.fqn)
-        shape = [-1 if dim == axis.dim else 1 for dim in range(weight.dim())]
-        weight.copy_(weight.double() * factor.view(shape))
-    scale.fill_(1.0 - norm.offset)
+        shift.copy_(shift.double() * left / torch.where(small, 1.0, factor))
+    for (weight, _), value in zip(weights, scaled, strict=True):
+        weight.copy_(value / left)
+    scale.fill_(left - norm.offset)
+
+
+def _along(factor: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """As a tensor that is multiplied along this dimension."""
+    return factor.view([-1 if d == dim else 1 for d in range(weight.dim())])
 
 
 def _rotate(tensor: Tensor, dim: int, matrix: Tensor) -> None:

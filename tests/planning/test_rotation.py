@@ -123,6 +123,23 @@ def test_what_is_frozen_turns_and_is_named():
     assert report["spaces"][0]["readers"] == 9 and not model.model.layers[0].self_attn.q_proj.weight.requires_grad
 
 
+def test_weights_keep_their_size_and_norms_are_one_number():
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.1)
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.mul_(0.2)
+            layer.post_attention_layernorm.weight.mul_(5)
+    readers = [n for n, _ in model.named_parameters() if n.split(".")[-2][0] in "qkvgu"]  # projections that read
+    size = {n: float(model.get_parameter(n).norm()) for n in readers}
+    sf.rotate(model, words(), steps=5)
+    for name in readers:
+        assert float(model.get_parameter(name).norm()) == pytest.approx(size[name], rel=0.1)
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(p, p[:1].expand_as(p)) and 0.05 < float(p.detach()[0]) < 10
+
+
 def test_the_whole_way_after_it():
     model, batches = llama(), words(8)
     sf.rotate(model, batches, steps=5)
