@@ -21,7 +21,6 @@ READING_HELP = (
 @examples(
     "rotate ./model --data train.jsonl -o rotated",
     "rotate ./model --data train.jsonl --set calibration=64 --set steps=1000 -o rotated",
-    "sparsify rotated --data train.jsonl --tokens 20M -o out",
 )
 def rotate(
     model: Annotated[str, typer.Argument(help=MODEL, show_default=False)],
