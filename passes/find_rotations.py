@@ -108,7 +108,7 @@ class _Finder:
         if name in SUMS:
             return self._sum(node)
         if name in SCALINGS:
-            return self._scaled(node, first)
+            return self._scaled(node)
         if name in NORMS:
             return self._normed(node, first)
         if isinstance(first, Vectors):
@@ -242,7 +242,7 @@ class _Finder:
         return self._one(vectors)
 
     # -- norms ---------------------------------------------------------------------------------------------------------
-    def _scaled(self, node: Node, first: Any) -> Any:
+    def _scaled(self, node: Node) -> Any:
         """A product with itself, with one number for each vector, or with a norm's scale."""
         left, right = node.args[:2]
         vectors = [n for n in (left, right) if isinstance(self.values.get(n), Vectors)]  # type: ignore[arg-type]
