@@ -204,7 +204,7 @@ def rotated_table() -> str:
     report = first["report"]
     text = (
         f"{first['model']}, {report['preset']}, {first['tokens']:,} tokens at {report['lr']:g}, {report['calibration_sequences']} calibration"
-        f" sequences, seed {report['seed']}, {report['device']}, one thread each, at the same time: perplexity of the first {first['windows']}"
+        f" sequences, seed {report['seed']}, {report['device']}, one thread: perplexity of the first {first['windows']}"
         f" windows of {first['context']} tokens (dense {first['dense_perplexity']['test']:.2f} and {first['dense_perplexity']['valid']:.2f})."
     )
     rows = []
@@ -213,7 +213,7 @@ def rotated_table() -> str:
         if rotation := run["rotation"]:
             (space,) = rotation["spaces"]
             lost = f"{space['lost_before']:.2%} -> {space['lost_after']:.2%}"
-            how = [f"rotated, {rotation['steps']} steps", lost, f"{rotation['seconds']:,.0f}"]
+            how = [f"rotated, {rotation['steps']} steps: {run['model']}", lost, f"{rotation['seconds']:,.0f}"]
         kl = [point["kl"] for point in run["report"]["curves"]]
         ends = (f"{sum(part) / len(part):.3f}" for part in (kl[:30], kl[-30:]))
         scored = (f"{run['sparse_perplexity'][name]:.2f}" for name in ("test", "valid"))
