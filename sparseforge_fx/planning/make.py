@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,36 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.decision import decide
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
-from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.kernels.layouts import find_target
-from sparseforge_fx.methods.calibrate import layer_by_layer
 from sparseforge_fx.methods.one_shot import SparseGPTConfig
-from sparseforge_fx.passes.operators import LINEAR_OPS
 from sparseforge_fx.planning.again import plan_again
 from sparseforge_fx.planning.candidates import Candidate, candidates
-from sparseforge_fx.planning.sensitivity import drawn_outputs, output_curvature, predicted_loss
+from sparseforge_fx.planning.observe import READING, See, check_answer, observe
+from sparseforge_fx.planning.sensitivity import drawn_outputs, predicted_loss
 from sparseforge_fx.planning.solutions import solutions
 from sparseforge_fx.plans import Plan, PlannedWeight, Price
 from sparseforge_fx.progress import counted
 from sparseforge_fx.ranges import AtLeastZero, Positive, ShareAboveZero, checked
 from sparseforge_fx.report import environment
-from sparseforge_fx.training.distillation import Distillation
-from sparseforge_fx.training.first_batch import check_batch
 from sparseforge_fx.training.inputs import Run, open_run
-from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.unused import unused_arguments
 
 TOKENS = (1, 8)  # decoding, alone and in a small batch
 CALIBRATION = 16  # sequences
 OUTPUTS = 256  # of a weight that are solved in every format, to predict the error of all
-#: fields of a recipe that a plan has a use for
-READING = ("include", "exclude", "calibration", "batch_size", "length", "seed", "text_column", "separator")
 Losses = Mapping[str, Mapping[Format, float]]
 
 
@@ -104,7 +96,7 @@ def plan(
         model, data, recipe, SparseGPTConfig(), None,
         tokenizer=tokenizer, cache_dir=cache_dir, example_inputs=example_inputs,
     )  # fmt: skip
-    _check_answer(run)
+    check_answer(run)  # before products are timed
     run.notes += unused_arguments(
         recipe, {"tokenizer": tokenizer, "cache_dir": cache_dir}, data=data, method="a plan", trains=False,
         calibrates=True, batches=run.batches,
@@ -124,13 +116,6 @@ def plan(
         skipped, list(dict.fromkeys([*run.notes, *run.reader.notes])),
     )  # fmt: skip
     return decide(made)
-
-
-def _check_answer(run: Run) -> None:
-    """Raise SparseForgeError for an answer without a curvature, before products are timed."""
-    assert run.batches is not None
-    objective = Objective(Distillation(task=0), getattr(run.program.source, "config", None), run.reader.note)
-    check_batch(run.program, run.reader, objective, run.batches.batch(0))
 
 
 def check_goal(**given: float | None) -> dict[str, float]:
@@ -192,30 +177,16 @@ def predict(
     run: Run,
     recipe: Recipe,
     found: Sequence[Candidate],
-    seen: Callable[[str, Tensor, Tensor, Tensor], object] = lambda *_: None,
+    seen: See = lambda *_: None,
 ) -> Losses:
     """By weight and format, nats per answer: one walk with gradients, one for the moments of the inputs.
 
-    ``seen`` is told of every weight: its name, the weight [out, in], the moments [in, in] of its inputs, and the
-    curvature [out] of its outputs.
+    ``seen`` is told of every weight.
     """
-    batches: list[Reading] = [run.reader.read(*as_call(batch)) for batch in run.first(recipe.calibration)]
-    module = run.program.module()
-    by_use = {use.node: c for c in found for use in c.site.uses}
-    nodes = {node: by_use[node.name] for node in module.graph.nodes if node.name in by_use}
-    loss = recipe.settings(True).objective
-    objective = Objective(loss, getattr(run.program.source, "config", None), run.reader.note)
-    names = {node: c.site.fqn for node, c in nodes.items()}
-    curvature = output_curvature(module, names, batches, objective.answer, seed=recipe.seed)
     by_name = {c.site.fqn: c for c in found}
     losses: dict[str, dict[Format, float]] = {c.site.fqn: {} for c in found}
 
-    def visit(name: str, moments: Tensor) -> None:
-        site = by_name[name].site
-        stored = run.program.tensor(name).detach()
-        weight = (stored.t() if site.transposed else stored).float()
-        none = torch.zeros(site.out_features, device=weight.device)  # the answer does not depend on it
-        sharpness = curvature.get(name, none)
+    def solve(name: str, weight: Tensor, moments: Tensor, sharpness: Tensor) -> None:
         seen(name, weight, moments, sharpness)
         rows, shares = drawn_outputs(weight, moments, sharpness, OUTPUTS)
         weight = weight[rows]
@@ -223,9 +194,6 @@ def predict(
             losses[name][form] = predicted_loss(solved - weight, moments, shares)
         advance()
 
-    sources = {node: (c.site.fqn, LINEAR_OPS[node.target][0]) for node, c in nodes.items()}
     with counted("losses of formats", len(found)) as advance:
-        padded = layer_by_layer(module, sources, batches, visit)
-    for name in padded:
-        run.notes.append(f"padding counted in what {name} is predicted to cost: its inputs are no positions")
+        observe(run, recipe, [c.site for c in found], solve, "cost")
     return losses

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
-from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import unwrapped
-from sparseforge_fx.methods.calibrate import layer_by_layer
 from sparseforge_fx.methods.one_shot import SparseGPTConfig
 from sparseforge_fx.methods.rotate import Term, find_rotation
 from sparseforge_fx.models.ties import untied
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.find_rotations import find_rotations
-from sparseforge_fx.passes.operators import LINEAR_OPS
 from sparseforge_fx.passes.spaces import Norm, Rotation
 from sparseforge_fx.pattern import TWO_FOUR, Pattern, check_pattern, parse_pattern
-from sparseforge_fx.planning.sensitivity import output_curvature
+from sparseforge_fx.planning.observe import READING, check_answer, observe
 from sparseforge_fx.ranges import Count, Positive, checked
 from sparseforge_fx.report import environment
 from sparseforge_fx.training.distillation import Distillation
-from sparseforge_fx.training.first_batch import check_batch
 from sparseforge_fx.training.inputs import Run, open_run
 from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.recipe import Recipe
@@ -37,8 +32,6 @@ from sparseforge_fx.training.undo import dense_again_on_error
 from sparseforge_fx.training.unused import unused_arguments
 
 CALIBRATION = 32  # sequences
-#: fields of a recipe that a rotation has a use for
-READING = ("include", "exclude", "calibration", "batch_size", "length", "seed", "text_column", "separator")
 
 
 @checked
@@ -91,9 +84,7 @@ def rotate(
             model, data, recipe, SparseGPTConfig(pattern=wanted), None,
             tokenizer=tokenizer, cache_dir=cache_dir, example_inputs=example_inputs,
         )  # fmt: skip
-        assert run.batches is not None
-        objective = Objective(Distillation(task=0), getattr(run.program.source, "config", None), run.reader.note)
-        check_batch(run.program, run.reader, objective, run.batches.batch(0))
+        check_answer(run)
         run.notes += unused_arguments(
             recipe, {"tokenizer": tokenizer, "cache_dir": cache_dir}, data=data, method="a rotation", trains=False,
             calibrates=True, batches=run.batches,
@@ -101,7 +92,7 @@ def rotate(
         rotations = _rotations(run, wanted)
         with dense_again_on_error(run.program) as copies:
             copies += [(tensor, tensor.clone()) for tensor in _written(run.program, rotations)]
-            spaces, error = _turn(run, recipe, rotations, wanted, objective, steps=steps, lr=lr)
+            spaces, error = _turn(run, recipe, rotations, wanted, steps=steps, lr=lr)
     frozen = [a.fqn for r, _ in rotations for a in r.axes if not run.program.tensor(a.fqn).requires_grad]
     if frozen:
         more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
@@ -145,17 +136,14 @@ def _turn(
     recipe: Recipe,
     rotations: Sequence[tuple[Rotation, list[LinearSite]]],
     pattern: Pattern,
-    objective: Objective,
     **how: Any,
 ) -> tuple[list[dict[str, Any]], float]:
     """Fold the norms' scales, learn, rotate, compare."""
-    batches = [run.reader.read(*as_call(batch)) for batch in run.first(recipe.calibration)]
-    module = run.program.module()
-    before = _answer(module, batches[0], objective)
+    before = _answer(run)
     for norm in (norm for rotation, _ in rotations for norm in rotation.norms):
         _fold(run.program, norm)
     sites = [site for _, reading in rotations for site in reading]
-    terms = _terms(run, module, sites, batches, objective, recipe.seed)
+    terms = _terms(run, recipe, sites)
     spaces = []
     for rotation, reading in rotations:
         found = find_rotation(
@@ -169,7 +157,7 @@ def _turn(
                 "centred": rotation.centred, "lost_before": found.before, "lost_after": found.after,
             }
         )  # fmt: skip
-    after = _answer(module, batches[0], objective)
+    after = _answer(run)
     error = float((after - before).norm() / before.norm().clamp(min=1e-30))
     allowed = max(torch.finfo(run.program.tensor(site.fqn).dtype).eps for site in sites) ** 0.5
     if not error <= allowed:
@@ -177,35 +165,25 @@ def _turn(
     return spaces, error
 
 
-def _answer(module: Any, batch: Reading, objective: Objective) -> Tensor:
-    return objective.answer(module(*batch.args, **batch.kwargs)).value.double()
+def _answer(run: Run) -> Tensor:
+    """To the first batch."""
+    assert run.batches is not None
+    batch = run.reader.read(*as_call(run.batches.batch(0)))
+    objective = Objective(Distillation(task=0), getattr(run.program.source, "config", None), run.reader.note)
+    return objective.answer(run.program.module()(*batch.args, **batch.kwargs)).value.double()
 
 
-def _terms(
-    run: Run, module: Any, sites: Sequence[LinearSite], batches: Sequence[Reading], objective: Objective, seed: int
-) -> Mapping[str, Term]:
-    by_use = {use.node: site for site in sites for use in site.uses}
-    nodes: dict[Node, LinearSite] = {n: by_use[n.name] for n in module.graph.nodes if n.name in by_use}
-    names = {node: site.fqn for node, site in nodes.items()}
-    curvature = output_curvature(module, names, batches, objective.answer, seed=seed)
-    moments: dict[str, Tensor] = {}
-    sources = {node: (site.fqn, LINEAR_OPS[node.target][0]) for node, site in nodes.items()}
-    shared: dict[Any, str] = {}  # an input that several read: one matrix
+def _terms(run: Run, recipe: Recipe, sites: Sequence[LinearSite]) -> dict[str, Term]:
+    terms: dict[str, Term] = {}
+    moments: Tensor | None = None
 
-    def visit(name: str, found: Tensor) -> None:
-        node = next(n for n, s in nodes.items() if s.fqn == name)
-        first = shared.setdefault(node.args[sources[node][1]], name)
-        moments[name] = moments.get(first, found)
+    def see(name: str, weight: Tensor, found: Tensor, curvature: Tensor) -> None:
+        nonlocal moments
+        if moments is None or not torch.equal(moments, found):  # q, k and v read the same: one matrix
+            moments = found
+        terms[name] = Term(weight * curvature.sqrt()[:, None], moments)
 
-    padded = layer_by_layer(module, sources, batches, visit)
-    for name in padded:
-        run.notes.append(f"padding counted in what {name} is predicted to lose: its inputs are no positions")
-    terms = {}
-    for site in sites:
-        stored = run.program.tensor(site.fqn).detach().float()
-        weight = stored.t() if site.transposed else stored
-        none = torch.zeros(site.out_features, device=weight.device)  # the answer does not depend on it
-        terms[site.fqn] = Term(weight * curvature.get(site.fqn, none).sqrt()[:, None], moments[site.fqn])
+    observe(run, recipe, sites, see, "lose")
     return terms
 
 
