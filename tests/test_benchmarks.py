@@ -143,12 +143,13 @@ def test_quality_is_one_json_that_is_not_made_twice(model, results, capsys):
     text = write_text(results / "text.txt")
     run = {"model": str(model), "data": [str(text)], "valid": text, "test": text, "folder": results / "runs"}
     run |= {"tokens": 256, "length": 64, "batch_size": 1, "calibration": 2, "windows": 1, "compile": "off"}
-    quality.main(**run, label="default", quantize="int8")
+    quality.main(**run, label="default", rotate=2, quantize="int8")
     record = json.loads((results / "runs" / "default.json").read_text())
     assert record["tokens"] == 256 and record["report"]["sites"] == 14 and record["report"]["preset"] == "alps+kd"
     scores = (record["dense_perplexity"], record["sparse_perplexity"], record["quantized_perplexity"]["int8"])
     assert all(found["valid"] == found["test"] > 1 for found in scores) and len({s["test"] for s in scores}) == 3
     assert not list((results / "runs").glob("*.state"))
+    assert record["rotation"]["steps"] == 2 and record["report"]["versions"]
     capsys.readouterr()
     quality.main(**run, label="default")
     assert "is there already" in capsys.readouterr().out

@@ -3,7 +3,8 @@
     python examples/benchmarks/quality.py MODEL --data c4.jsonl --data reviews.jsonl.xz --data books.jsonl.xz \\
         --valid valid.txt --test test.txt --preset alps+kd --tokens 122880 --seed 0
 
-MODEL may be a folder of ``sparseforge-fx rotate``, which the record then tells of. With ``--method alps --keep START``
+With ``--rotate 300`` the model is first turned into another basis (``sf.rotate``, so many steps, on 32 sequences of the
+same data); MODEL may also be a folder of ``sparseforge-fx rotate``. The record tells of either. With ``--method alps --keep START``
 the pruned checkpoint stays, and START with ``--teacher MODEL`` is trained on from there.
 
 The sources are mixed evenly by documents (books cut into pieces of 3,000 characters). Perplexity is that of the first
@@ -60,6 +61,7 @@ def main(
     teacher: Annotated[
         Path | None, typer.Option(help="checkpoint that MODEL was pruned from, and that is distilled from", exists=True)
     ] = None,
+    rotate: Annotated[int, typer.Option(help="steps of learning another basis before; 0: none")] = 0,
     keep: Annotated[Path | None, typer.Option(help="folder for the pruned checkpoint")] = None,
     label: str = "",
     folder: Annotated[Path, typer.Option(help="where the json goes")] = RESULTS / "quality",
@@ -89,6 +91,7 @@ def main(
 
     dense = known_score(dense_from, windows) or score(original or net)
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
+    rotation = rotated(net, corpus, rotate, length, seed) if rotate else rotation_of(Path(model))
     if method in TRAINED:
         settings["objective"] = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
         settings |= {"tokens": tokens, "lr": lr, "state_path": state, "teacher": original}
@@ -104,7 +107,7 @@ def main(
     record = {
         "label": name,
         **about(model, teacher, method, data, windows),
-        "rotation": rotation_of(Path(model)),
+        "rotation": rotation,
         "tokens": report.get("tokens", 0),
         "dense_perplexity": dense,
         "sparse_perplexity": sparse,
@@ -127,6 +130,14 @@ def about(model: str, teacher: Path | None, method: str, data: list[str], window
         "windows": windows,
         "context": CONTEXT,
     }
+
+
+def rotated(model: PreTrainedModel, corpus: TokenData, steps: int, length: int, seed: int) -> dict[str, Any]:
+    """The report of having turned the model, by products of float32."""
+    dtype = model.dtype
+    report = sf.rotate(model.float(), corpus, length=length, seed=seed, steps=steps)
+    model.to(dtype)
+    return report
 
 
 def rotation_of(model: Path) -> dict[str, Any] | None:
