@@ -5,12 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
 from torch.export.graph_signature import InputKind
 
 from sparseforge_fx.graph.program import Program
-from sparseforge_fx.kernels.layouts import Layout
 from sparseforge_fx.kernels.packed import pack, packed_names, why_dense
 from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
 from sparseforge_fx.kernels.sparse_linear import OP
@@ -51,7 +48,7 @@ def lower_sparse_linears(program: Program, find: Find, choose: Choose) -> PassRe
             continue
         weight = program.tensor(site.fqn).detach()
         layout = layouts[site.fqn]
-        tensors = _converted(layout, weight.mT if site.transposed else weight)
+        tensors = layout.convert_each(pack(weight.mT if site.transposed else weight))
         buffers = map(
             program.add_buffer, packed_names(site.fqn), tensors
         )  # the weight is 2:4, its values have no scales
@@ -66,14 +63,6 @@ def lower_sparse_linears(program: Program, find: Find, choose: Choose) -> PassRe
             drop_dead_moves(program, placeholders[fqn])
             program.drop(placeholders[fqn])
     return PassResult(program, modified)
-
-
-def _converted(layout: Layout, weight: Tensor) -> tuple[Tensor, ...]:
-    """The layout's tensors of a weight [out, in], or of each in a stack."""
-    if weight.dim() == 2:
-        return layout.convert(pack(weight))
-    each = [layout.convert(pack(matrix)) for matrix in weight]
-    return tuple(torch.stack(tensors) for tensors in zip(*each, strict=True))
 
 
 def _rewrite_stack(program: Program, use: LinearUse, packed: tuple) -> None:

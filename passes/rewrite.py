@@ -49,6 +49,24 @@ def sparse_use(node: Node) -> SparseUse:
     return SparseUse(*node.args, *(None, "none", None)[len(node.args) - 5 :])  # type: ignore[arg-type]
 
 
+class StackUse(NamedTuple):
+    """The arguments of one ``sparse_experts`` in a graph."""
+
+    x: Node
+    values: Node
+    meta: Node
+    layout: str
+    in_features: int
+    offsets: Node | None
+    bias: Node | None
+    scales: Node | None
+
+
+def stack_use(node: Node) -> StackUse:
+    """As :func:`sparse_use`."""
+    return StackUse(*node.args, *(None, None)[len(node.args) - 6 :])  # type: ignore[arg-type]
+
+
 class MaskedOperands(NamedTuple):
     """The placeholders that a masked operator reads, behind slices of a stack, and the weight's orientation."""
 

@@ -20,7 +20,7 @@ from frontier_points import Point
 from torch import nn
 
 import sparseforge_fx as sf
-from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.evaluation.zero_shot import zero_shot
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.report import environment, write_json

@@ -10,6 +10,8 @@ from torch import nn
 
 #: one product for each stack of experts, whatever the routing: it can be traced, and it copies no weight
 GROUPED = "grouped_mm"
+#: likewise, by our operator where a stack is packed (deploy/lowering/sparse_modules.py)
+PACKED = "sparseforge"
 
 
 @contextmanager
@@ -26,11 +28,12 @@ def grouped_experts(model: nn.Module) -> Iterator[None]:
             if not hasattr(part, "get_experts_implementation") or not hasattr(part, "config"):
                 continue
             before = part.get_experts_implementation()  # type: ignore[operator]
-            if all(how in (GROUPED, None) for how in before.values()):
+            if all(how in (GROUPED, PACKED, None) for how in before.values()):
                 continue
             with suppress(ImportError, RuntimeError, ValueError):
                 changed.append((part, before))
-                part.set_experts_implementation(GROUPED)  # type: ignore[operator]
+                wanted = {name: how if how == PACKED else GROUPED for name, how in before.items()}
+                part.set_experts_implementation(wanted)  # type: ignore[operator]
         yield
     finally:
         for part, before in reversed(changed):

@@ -6,7 +6,7 @@ device. The operator (``sparse_linear.py``), files, lowering and the command lin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -68,12 +68,33 @@ class Layout(NamedTuple):
         """Whether a weight of this format can be kept in it."""
         return form.values in self.takes and (form.is_sparse or self.takes_dense)
 
+    def convert_each(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        """(values, meta) of a packed weight, or of every one of a stack of them, [experts, ...]."""
+        if packed.values.dim() == 2 or self.name == "rows":
+            return self.convert(packed)
+        parts = zip(packed.values, packed.bitmask, _each(packed.scales, len(packed.values)), strict=True)
+        values, meta = zip(*(self.convert(Packed(v, b, packed.in_features, s)) for v, b, s in parts), strict=True)
+        return torch.stack(values), torch.stack(meta)
+
+    def restore_each(self, values: Tensor, meta: Tensor, in_features: int, scales: Tensor | None) -> Packed:
+        """The stack of packed weights that :meth:`convert_each` made these of."""
+        if self.name == "rows":
+            return self.restore(values, meta, in_features, scales)
+        parts = zip(values, meta, _each(scales, len(values)), strict=True)
+        each = [self.restore(v, m, in_features, s) for v, m, s in parts]
+        values, bitmask = (torch.stack(tensors) for tensors in zip(*(p[:2] for p in each), strict=True))
+        return Packed(values, bitmask, in_features, scales)
+
     def refuses(self, out: int, width: int, dtype: torch.dtype, device: torch.device, form: Format) -> str | None:
         """Why its kernels cannot take a weight [out, width] in this format, of a model in ``dtype``; None where they
         can."""
         if not self.knows(form):
             return f"the layout {self.name} has no kernels for {form}"
         return self.limits(out, width, dtype, device, form)
+
+
+def _each(scales: Tensor | None, experts: int) -> Iterable[Tensor | None]:
+    return [None] * experts if scales is None else scales
 
 
 def _from_planes(values: Tensor, meta: Tensor, in_features: int, scales: Tensor | None = None) -> Packed:

@@ -15,7 +15,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import CODES, GROUPS, Format
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 METHOD = "sparseforge"  # quant_method in config.json of a checkpoint in this format
 #: what kernels multiply by; others can be packed and unpacked
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

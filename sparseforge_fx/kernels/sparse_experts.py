@@ -1,4 +1,4 @@
-"""``sparseforge::sparse_experts``: a stack of packed 2:4 weights, each multiplied with rows of its own.
+"""``sparseforge::sparse_experts``: a stack of packed weights, each multiplied with rows of its own.
 
 What it reads of the stack are the experts that have a row: at decode those that the router chose. Which they are is
 data, so that the operator is opaque to compilers.
@@ -16,7 +16,9 @@ _PACKED = "Tensor values, Tensor meta, str layout, int in_features, Tensor? offs
 
 
 @torch.library.custom_op(
-    "sparseforge::sparse_experts", mutates_args=(), schema=f"(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor"
+    "sparseforge::sparse_experts",
+    mutates_args=(),
+    schema=f"(Tensor x, {_PACKED}, Tensor? bias=None, Tensor? scales=None) -> Tensor",
 )
 def sparse_experts(
     x: Tensor,
@@ -26,6 +28,7 @@ def sparse_experts(
     in_features: int,
     offsets: Tensor | None,
     bias: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """y_e = x_e W_e^T + bias for every expert e.
 
@@ -35,53 +38,67 @@ def sparse_experts(
             them.
         offsets: [experts] integers, where the rows of each expert end; rows beyond the last give zeros.
         bias: None, or what can be added to y.
+        scales: [experts, ...]: those of the packed weights, if ``values`` are int8 or int4 codes.
 
     Returns [rows, out], or [experts, rows, out]. Raises SparseForgeError as ``sparse_linear`` does.
     """
     y = x.new_zeros(*x.shape[:-1], values.shape[1])
     for e, rows in experts_with_rows(x, offsets):
-        y[rows] = OP(x[rows], values[e], meta[e], layout, in_features)
+        y[rows] = OP(x[rows], values[e], meta[e], layout, in_features, None, "none", _of_one(scales, e))
     return y if bias is None else y + bias
 
 
 @sparse_experts.register_fake
-def _(x, values, meta, layout, in_features, offsets, bias=None):
+def _(x, values, meta, layout, in_features, offsets, bias=None, scales=None):
     return x.new_empty(*x.shape[:-1], values.shape[1])
 
 
+def _of_one(scales: Tensor | None, expert: int) -> Tensor | None:
+    return None if scales is None else scales[expert]
+
+
 @torch.library.custom_op(
-    "sparseforge::sparse_experts_backward", mutates_args=(), schema=f"(Tensor grad, {_PACKED}) -> Tensor"
+    "sparseforge::sparse_experts_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_PACKED}, Tensor? scales=None) -> Tensor",
 )
 def _backward(
-    grad: Tensor, values: Tensor, meta: Tensor, layout: str, in_features: int, offsets: Tensor | None
+    grad: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    layout: str,
+    in_features: int,
+    offsets: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """The gradient of x."""
     grad_x = grad.new_zeros(*grad.shape[:-1], in_features)
     for e, rows in experts_with_rows(grad, offsets):
-        grad_x[rows] = grad[rows] @ DENSE_OP(values[e], meta[e], layout, in_features).to(grad.dtype)
+        weight = DENSE_OP(values[e], meta[e], layout, in_features, _of_one(scales, e))
+        grad_x[rows] = grad[rows] @ weight.to(grad.dtype)
     return grad_x
 
 
 @_backward.register_fake
-def _(grad, values, meta, layout, in_features, offsets):
+def _(grad, values, meta, layout, in_features, offsets, scales=None):
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
 def _setup_context(ctx, inputs, output):
-    _, values, meta, layout, in_features, offsets, bias = inputs
-    ctx.save_for_backward(values, meta, offsets)
+    _, values, meta, layout, in_features, offsets, bias, scales = inputs
+    ctx.save_for_backward(values, meta, offsets, scales)
     ctx.options = layout, in_features
     ctx.bias = None if bias is None else bias.shape
 
 
 def _gradients(ctx, grad):
-    values, meta, offsets = ctx.saved_tensors
+    values, meta, offsets, scales = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = _backward(grad.contiguous(), values, meta, *ctx.options, offsets)
+        grad_x = _backward(grad.contiguous(), values, meta, *ctx.options, offsets, scales)
     given = len(ctx.needs_input_grad)  # a caller may leave out last arguments
     grad_bias = grad.sum_to_size(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[6] else None
-    return (grad_x, None, None, None, None, None, grad_bias)[:given]
+    return (grad_x, None, None, None, None, None, grad_bias, None)[:given]
 
 
 sparse_experts.register_autograd(_gradients, setup_context=_setup_context)

@@ -23,6 +23,7 @@ class Experts:
         pattern: of those that are pruned by magnitude.
         fewest: tokens that an expert must have seen for its data to decide.
         every_token: each expert is told of as if every token came to it.
+        told_of_few: what becomes of those that saw fewer.
         tokens: by weight, what each expert saw, in the order of the stack; filled by the walk.
         errors: by weight, likewise, of each expert the squared error of its outputs on these tokens, in relation to
             their square; None where it saw none. Of a weight that is no stack, its own alone.
@@ -31,6 +32,7 @@ class Experts:
     pattern: AnyPattern = TWO_FOUR
     fewest: int = EXPERT_TOKENS
     every_token: bool = False
+    told_of_few: str = "pruned by magnitude"
     tokens: dict[str, list[int]] = field(default_factory=dict)
     errors: dict[str, list[float | None]] = field(default_factory=dict)
     notes: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # by weight: sentence -> experts
@@ -43,7 +45,7 @@ class Experts:
             self.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)
         enough = expert.tokens >= self.fewest
         if not enough:
-            told = f"saw fewer than {self.fewest} calibration tokens: pruned by magnitude"
+            told = f"saw fewer than {self.fewest} calibration tokens: {self.told_of_few}"
             self.notes.setdefault(name, {}).setdefault(told, []).append(expert.place)
         return enough
 
@@ -51,7 +53,7 @@ class Experts:
         """Note an expert that no token can reach: the graph does not read it."""
         _put(self.tokens.setdefault(name, []), place, 0, 0)
         _put(self.errors.setdefault(name, []), place, None, None)
-        told = "is never read by the graph: pruned by magnitude"
+        told = f"is never read by the graph: {self.told_of_few}"
         self.notes.setdefault(name, {}).setdefault(told, []).append(place)
 
     def lost(self, name: str, dense: Tensor, pruned: Tensor, moments: Tensor, place: int = 0) -> None:

@@ -18,7 +18,7 @@ from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.methods.calibrate import Expert, Read, layer_by_layer
 from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.reorder import Reordering
-from sparseforge_fx.methods.rounding import Rounded, follow, round_weight
+from sparseforge_fx.methods.rounding import Rounded, follow, round_weight, stacked
 from sparseforge_fx.methods.streamed import Streamed
 from sparseforge_fx.methods.unseen import tell_unseen, unseen
 from sparseforge_fx.methods.weights import MaskedWeight, put_back
@@ -144,29 +144,47 @@ def round_layer_by_layer(
         weights: those of the soft-masked program, masks included; they are written.
         batches: as for :func:`prune_layer_by_layer`; twice its time and memory, and a copy of the weights.
         formats: of each weight; its width must fit.
-        seen: told of each weight: its name, the floats [out, in] that were to be rounded, and what came of them.
+        seen: told of each weight that is no stack: its name, the floats [out, in] that were to be rounded, and what
+            came of them.
 
-    Returns codes and scales [out, in], and notes, by weight.
+    Every expert of a stack is rounded on the tokens that were routed to it; one that saw too few gets its own nearest
+    values. Returns codes and scales [out, in] or [experts, out, in], and notes, by weight.
     """
     by_name = {w.fqn: w for w in weights if w.fqn in formats}
-    rounded: dict[str, Rounded] = {}
+    rounded: dict[str, dict[int, Rounded]] = {name: {} for name in by_name}
     notes: dict[str, str] = {}
+    experts = Experts(told_of_few="its own nearest values")
 
-    def visit(name: str, moments: Tensor, cross: Tensor) -> None:
-        value, mask = by_name[name].oriented()
-        aim = follow(value * mask, moments, cross)
-        rounded[name] = round_weight(aim, formats[name], moments)
-        seen(name, aim, rounded[name])
-        value.copy_(rounded[name].weight)
-        if bool(unseen(moments).all()):
+    def visit(name: str, moments: Tensor, cross: Tensor | None = None, expert: Expert | None = None) -> None:
+        place = None if expert is None else expert.place
+        value, mask = by_name[name].oriented(place)
+        enough = expert is None or experts.see(name, expert)
+        # the twin sends other tokens to an expert than those that it sees here: there is nothing to follow
+        aim = value * mask if cross is None or not enough else follow(value * mask, moments, cross)
+        found = rounded[name][place or 0] = round_weight(aim, formats[name], moments if enough else None)
+        if expert is None:
+            seen(name, aim, found)
+        value.copy_(found.weight)
+        if expert is None and bool(unseen(moments).all()):
             notes[name] = "saw no calibration token: its own nearest values"
         advance()
 
     module = program.module()
     twin = {name: w.weight.detach().clone() for name, w in by_name.items()}
-    with counted("rounding layer by layer", len(by_name)) as advance:
+    with counted("rounding layer by layer", sum(w.weight.shape[:-2].numel() for w in by_name.values())) as advance:
         _add_padded(notes, layer_by_layer(module, _uses(module, by_name), batches, visit, twin))
-    return rounded, notes
+    for name, found in rounded.items():
+        for place in range(len(by_name[name].weight)) if by_name[name].weight.dim() == 3 else ():
+            if place not in found:  # the graph never reads it
+                value, mask = by_name[name].oriented(place)
+                found[place] = round_weight(value * mask, formats[name])
+                experts.never_read(name, place)
+    result = {
+        name: stacked([found[e] for e in sorted(found)]) if by_name[name].weight.dim() == 3 else found[0]
+        for name, found in rounded.items()
+        if found
+    }
+    return result, notes | experts.told()
 
 
 def _uses(module: GraphModule, names: Collection[str]) -> dict[Node, Read]:

@@ -48,6 +48,11 @@ class Rounded(NamedTuple):
         return self.codes * spread(self.scales, self.codes.shape[1])
 
 
+def stacked(each: Sequence[Rounded]) -> Rounded:
+    """Of a stack of experts: [experts, out, in]."""
+    return Rounded(torch.stack([r.codes for r in each]), torch.stack([r.scales for r in each]))
+
+
 def spread(scales: Tensor, width: int) -> Tensor:
     """Scales [out, groups] as float32 [out, width]: one for each place."""
     return scales.float().repeat_interleave(width // scales.shape[1], 1)

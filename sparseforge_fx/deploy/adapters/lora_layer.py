@@ -15,7 +15,7 @@ from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 
 # ways to initialise an adapter that leave the base weight as it is

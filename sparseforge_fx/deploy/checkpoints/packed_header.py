@@ -13,7 +13,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
 from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, METHOD, SCALES, VALUES, packed_names
 
-WITHOUT_STACKS = 2  # the version of headers without stacks of experts
+WITHOUT_STACKS, OF_FLOATS = 2, 3  # versions of headers without stacks of experts, and without formats of stacks
 MOST_MODULES = 1 << 17  # of a model, whatever its files say
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of packed weights
 _HELD = {"I8": torch.int8, "U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
@@ -57,7 +57,7 @@ class Site(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """A packed stack of experts: of each, a 2:4 matrix [out, in].
+    """A packed stack of experts: of each, a matrix [out, in] in the format of all.
 
     Attributes:
         transposed: the model stores it [experts, in, out].
@@ -80,15 +80,14 @@ class Stack(NamedTuple):
     def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Its tensors in the file: name -> (safetensors dtype, shape); the last one stands where the dense weight
         would."""
-        of_one = self.site.tensors().values()
-        each = zip(packed_names(name), of_one, strict=False)
+        each = zip(packed_names(name), self.site.tensors().values(), strict=False)
         found = {leaf: (code, (self.experts, *shape)) for leaf, (code, shape) in each}
-        return {**found, name: (next(iter(of_one))[0], (0,))}
+        floating = next(k for k, v in DTYPES.items() if v == self.site.dtype)
+        return {**found, name: (floating, (0,))}
 
-    def empty(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Values and bitmask, uninitialised, for a model of that dtype."""
-        of_one = self.site.empty(dtype)
-        return tuple(of_one[leaf][None].expand(self.experts, -1, -1).contiguous() for leaf in (VALUES, BITMASK))  # type: ignore[return-value]
+    def empty(self, dtype: torch.dtype) -> list[Tensor]:
+        """Values, bitmask and scales, if it has these, uninitialised, for a model of that dtype."""
+        return [t[None].expand(self.experts, -1, -1).contiguous() for t in self.site.empty(dtype).values()]
 
 
 class Header(NamedTuple):
@@ -98,7 +97,7 @@ class Header(NamedTuple):
         modules: packed linears by module name.
         model_modules: modules of all kinds in the model that was packed, or None: not known.
         files: SHA-256 of each weight file by file name, or None: not known.
-        stacks: packed stacks of experts by the weight's name (since version 3).
+        stacks: packed stacks of experts by the weight's name (since version 3; in few bits since version 4).
     """
 
     modules: dict[str, Site]
@@ -112,13 +111,15 @@ class Header(NamedTuple):
             n: {"shape": [s.out_features, s.in_features], "dtype": s.dtype, "format": str(s.format)}
             for n, s in self.modules.items()
         }
+        floats = not any(s.site.format.is_quantized for s in self.stacks.values())
         stacks = {
             n: {"shape": list(s.stored_shape), "dtype": s.site.dtype, "transposed": s.transposed}
+            | ({} if floats else {"format": str(s.site.format)})
             for n, s in self.stacks.items()
         }
         known = {"model_modules": self.model_modules, "files": self.files, "stacks": stacks or None}
         known = {name: value for name, value in known.items() if value is not None}
-        version = FORMAT_VERSION if stacks else WITHOUT_STACKS  # what older readers know stays theirs
+        version = WITHOUT_STACKS if not stacks else OF_FLOATS if floats else FORMAT_VERSION  # older readers keep theirs
         return {"quant_method": METHOD, "format_version": version, "modules": modules, **known}
 
     @property
@@ -167,7 +168,7 @@ class Header(NamedTuple):
         stacks = raw.get("stacks", {})
         if not isinstance(stacks, dict) or (version > WITHOUT_STACKS and not stacks):
             raise SparseForgeError("the header's 'stacks' lists no packed stacks: it is damaged")
-        return cls(sites, count, files, {str(name): _stack(str(name), entry) for name, entry in stacks.items()})
+        return cls(sites, count, files, {str(n): _stack(str(n), entry, version) for n, entry in stacks.items()})
 
 
 def _site(name: str, entry: Any, version: int) -> Site:
@@ -199,18 +200,19 @@ def _site(name: str, entry: Any, version: int) -> Site:
     return Site(shape[0], shape[1], entry["dtype"], format)
 
 
-def _stack(name: str, entry: Any) -> Stack:
-    shape = entry.get("shape") if isinstance(entry, dict) and set(entry) == {"shape", "dtype", "transposed"} else None
+def _stack(name: str, entry: Any, version: int) -> Stack:
+    entries = ["shape", "dtype", "transposed", *(["format"] if version > OF_FLOATS else [])]
+    shape = entry.get("shape") if isinstance(entry, dict) and set(entry) == set(entries) else None
     if not isinstance(shape, list) or len(shape) != 3 or type(shape[0]) is not int or shape[0] < 1:
         raise SparseForgeError(
-            f"the header's entry of the stack {short(name)} has no shape, dtype, transposed: it is damaged"
+            f"the header's entry of the stack {short(name)} has no {', '.join(entries)}: it is damaged"
         )
     transposed = entry["transposed"]
     if type(transposed) is not bool or "." not in name:
         raise SparseForgeError(f"the header's stack {short(name)} is no parameter of a module: it is damaged")
     matrix = [*reversed(shape[1:])] if transposed else shape[1:]
-    site = _site(name, {"shape": matrix, "dtype": entry["dtype"], "format": "2:4"}, WITHOUT_STACKS)
-    return Stack(shape[0], site, transposed)
+    one = {"shape": matrix, "dtype": entry["dtype"], "format": entry.get("format", "2:4")}
+    return Stack(shape[0], _site(name, one, WITHOUT_STACKS), transposed)
 
 
 def short(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""Stacks of experts in a packed checkpoint: each matrix packed in the file, dense parameters again in the model."""
+"""Stacks of experts in a packed checkpoint: packed in the model, too, where transformers' experts interface has them;
+dense parameters again elsewhere."""
 
 from __future__ import annotations
 
@@ -7,42 +8,46 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from sparseforge_fx.deploy.lowering.modules import replace
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseExperts, packed_weights
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import Packed, check_packed, pack, packed_names, unpack, why_dense
+from sparseforge_fx.models.expert_stacks import has_experts, stacks_of
 
 if TYPE_CHECKING:
     from sparseforge_fx.deploy.checkpoints.packed_header import Stack
 
 
 class Found(NamedTuple):
-    """A stack of a model that can be packed.
+    """A stack of a model that is packed or can be.
 
     Attributes:
         packed: [experts, out, in].
         transposed: the model stores it [experts, in, out].
+        dtype: that it computes in.
     """
 
     packed: Packed
     transposed: bool
+    dtype: torch.dtype
 
 
 def find_stacks(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
-    """3-D parameters whose matrices are all exactly 2:4, along either of their dimensions, by name; the others with a
-    reason. Packing one that is no stack of experts loses nothing."""
+    """Stacks that are packed, and 3-D parameters whose matrices are all exactly 2:4, along either of their dimensions,
+    by name; the others with a reason. Packing one that is no stack of experts loses nothing."""
     found: dict[str, Found] = {}
     skipped: dict[str, str] = {}
-    convolutions = {id(p) for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters(recurse=False)}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() != 3 or id(parameter) in convolutions or type(parameter) is not nn.Parameter:
-            continue
+    for name, module in packed_weights(model).items():
+        if isinstance(module, SparseExperts):
+            found[name] = Found(module.packed(), module.transposed, module.dtype)
+    for name, parameter in stacks_of(model):
         weight = parameter.detach()
         reason = why_dense(weight)
         if reason is None:
-            found[name] = Found(pack(weight), False)
+            found[name] = Found(pack(weight), False, weight.dtype)
         elif why_dense(weight.mT) is None:
-            found[name] = Found(pack(weight.mT), True)
+            found[name] = Found(pack(weight.mT), True, weight.dtype)
         else:
             skipped[name] = f"a stack of experts: {reason}"
     return found, skipped
@@ -51,9 +56,10 @@ def find_stacks(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
 def stack_tensors(name: str, found: Found) -> dict[str, Tensor]:
     """What the file holds of a stack: its packed tensors, and an empty one where the dense weight would stand, at which
     a loader that does not know them stops."""
-    values, bitmask, _ = packed_names(name)
     packed = found.packed
-    return {values: packed.values, bitmask: packed.bitmask, name: packed.values.new_empty(0)}
+    tensors = zip(packed_names(name), (packed.values, packed.bitmask, packed.scales), strict=True)
+    held = {leaf: tensor for leaf, tensor in tensors if tensor is not None}
+    return {**held, name: torch.empty(0, dtype=found.dtype)}
 
 
 def expect_stacks(model: nn.Module, stacks: Mapping[str, Stack]) -> None:
@@ -69,34 +75,41 @@ def expect_stacks(model: nn.Module, stacks: Mapping[str, Stack]) -> None:
                 f"the packed stack '{name}' is {list(stack.stored_shape)} in the header and {list(weight.shape)} in "
                 "the model: config.json is damaged"
             )
-        values, bitmask, _ = packed_names(leaf)
         with torch.device("meta"):
             tensors = stack.empty(weight.dtype)
             owner._parameters[leaf] = nn.Parameter(torch.empty(0, dtype=weight.dtype), weight.requires_grad)
-        owner.register_buffer(values, tensors[0])
-        owner.register_buffer(bitmask, tensors[1])
+        for buffer, tensor in zip(packed_names(leaf), tensors, strict=False):
+            owner.register_buffer(buffer, tensor)
 
 
 @torch.no_grad()
-def unpack_stacks(model: nn.Module, stacks: Mapping[str, Stack]) -> None:
-    """Dense parameters of the packed tensors that have been loaded."""
+def take_stacks(model: nn.Module, stacks: Mapping[str, Stack]) -> None:
+    """Packed modules of the tensors that have been loaded; dense parameters where a module multiplies in a way of its
+    own."""
     for name, stack in stacks.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
-        values, bitmask, _ = packed_names(leaf)
-        packed = Packed(owner._buffers.pop(values), owner._buffers.pop(bitmask), stack.in_features)  # type: ignore[arg-type]
+        empty = owner._parameters[leaf]
+        assert empty is not None
+        values, bitmask, scales = (owner._buffers.pop(buffer, None) for buffer in packed_names(leaf))
+        packed = Packed(values, bitmask, stack.in_features, scales)  # type: ignore[arg-type]
         if packed.values.is_meta:
             raise SparseForgeError(f"'{name}' was put on the disk, where packed weights cannot be read: free memory")
+        if scales is not None:  # transformers casts what it loads to the model's dtype
+            packed = packed._replace(scales=scales.to(torch.float16 if stack.site.format.group else torch.float32))
         try:
             check_packed(packed)
         except SparseForgeError as error:
             raise SparseForgeError(f"'{name}': {error}; copy the checkpoint anew") from error
-        if not packed.values.isfinite().all():
+        if scales is None and not packed.values.isfinite().all():
             raise SparseForgeError(f"packed stack '{name}' has NaN or inf as {packed.values.dtype}: pack it anew")
-        dense = unpack(packed)
-        dense = dense.mT.contiguous() if stack.transposed else dense
-        grad = owner._parameters[leaf].requires_grad  # type: ignore[union-attr]
-        owner._parameters[leaf] = nn.Parameter(dense, grad)
+        if has_experts(owner) and bool(owner.is_transposed) == stack.transposed:
+            sparse = SparseExperts(packed, transposed=stack.transposed, dtype=empty.dtype)
+            replace(model, name, sparse.train(owner.training))
+        else:
+            dense = unpack(packed).to(empty.dtype)
+            dense = dense.mT.contiguous() if stack.transposed else dense
+            owner._parameters[leaf] = nn.Parameter(dense, empty.requires_grad)
 
 
 def named_in(stacks: Mapping[str, Stack], places: Any) -> dict[str, Stack]:

@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site, Stack
 from sparseforge_fx.deploy.checkpoints.packed_stacks import Found, find_stacks, stack_tensors
-from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, weight_of
-from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site, stored_stack
+from sparseforge_fx.deploy.lowering.modules import find_packable, weight_of
+from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear, packed_weights
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import BITMASK, SCALES, VALUES, Packed, pack
 
 
 def packed_linears(model: nn.Module) -> dict[str, SparseLinear]:
     """The packed linears of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    return {name: module for name, module in packed_weights(model).items() if isinstance(module, SparseLinear)}
 
 
 @torch.no_grad()
@@ -31,7 +32,8 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
         raise SparseForgeError("weights of the model are on the meta device: load it without offloading first")
     if damaged := [n for n, p in found.items() if p.scales is None and not p.values.isfinite().all()]:
         raise SparseForgeError(f"'{damaged[0]}' has NaN or inf in its weight: train or load it anew")
-    gone = {f"{name}.{leaf}" for name in found for leaf in ("weight", VALUES, BITMASK, SCALES)}
+    stacks, dense_stacks = find_stacks(model)
+    gone = {f"{name}.{leaf}" for name in (*found, *stacks) for leaf in ("weight", VALUES, BITMASK, SCALES)}
     state = {key: value for key, value in model.state_dict().items() if key not in gone}
     dtypes = {name: module.dtype for name, module in packed_linears(model).items()}
     modules = {}
@@ -49,14 +51,13 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
         "lowered_bytes": sum(p.nbytes for p in found.values()),
         "scratch_bytes": max(dense.values()),
     }
-    stacks, dense_stacks = find_stacks(model)
     for name, stack in stacks.items():
-        if not stack.packed.values.isfinite().all():
+        if stack.packed.scales is None and not stack.packed.values.isfinite().all():
             raise SparseForgeError(f"'{name}' has NaN or inf in its weight: train or load it anew")
         state |= stack_tensors(name, stack)
-    report["sites"] += [stored_stack(name, stack.packed) for name, stack in stacks.items()]
+    report["sites"] += [stored_site(name, stack.packed) for name, stack in stacks.items()]
     report["skipped"] += [{"name": name, "reason": reason} for name, reason in dense_stacks.items()]
-    report["dense_bytes"] += sum(model.get_parameter(name).nbytes for name in stacks)
+    report["dense_bytes"] += sum(stack.packed.shape.numel() * stack.dtype.itemsize for stack in stacks.values())
     report["lowered_bytes"] += sum(stack.packed.nbytes for stack in stacks.values())
     header = Header(modules, sum(1 for _ in model.modules()), None, {n: _entry(s) for n, s in sorted(stacks.items())})
     state[header.sentinel] = torch.empty(0, dtype=torch.uint8)
@@ -65,4 +66,5 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
 
 def _entry(found: Found) -> Stack:
     experts, out, width = found.packed.shape
-    return Stack(experts, Site(out, width, str(found.packed.values.dtype).removeprefix("torch.")), found.transposed)
+    site = Site(out, width, str(found.dtype).removeprefix("torch."), found.packed.format)
+    return Stack(experts, site, found.transposed)

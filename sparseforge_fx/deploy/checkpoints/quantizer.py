@@ -29,7 +29,7 @@ from sparseforge_fx.deploy.checkpoints.packed_files import (
     weight_files,
 )
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
-from sparseforge_fx.deploy.checkpoints.packed_stacks import expect_stacks, named_in, unpack_stacks
+from sparseforge_fx.deploy.checkpoints.packed_stacks import expect_stacks, named_in, take_stacks
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import native_layout
 from sparseforge_fx.kernels.packed import BITMASK, METHOD, SCALES, VALUES, Packed, check_packed
@@ -37,7 +37,7 @@ from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.dense import find_dtype
 
 if TYPE_CHECKING:
-    from sparseforge_fx.deploy.lowering.modules import SparseLinear
+    from sparseforge_fx.deploy.lowering.sparse_modules import PackedWeight, SparseLinear
 
 MOST_BUFFER_BYTES = (
     1 << 30
@@ -134,9 +134,9 @@ class PackedQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
+        from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
 
-        for name, module in packed_linears(model).items():
+        for name, module in packed_weights(model).items():
             if module.weight_values.is_meta:
                 raise SparseForgeError(
                     f"'{name}' was put on the disk, from where packed weights cannot run: free memory"
@@ -149,8 +149,9 @@ class PackedQuantizer(HfQuantizer):
             if module.weight_scales is None and not values.isfinite().all():
                 raise SparseForgeError(f"packed module '{name}' has NaN or inf as {values.dtype}: pack it anew")
             module.loading = False
+        take_stacks(model, self.stacks)
+        for module in packed_weights(model).values():
             change_to_device(module)
-        unpack_stacks(model, self.stacks)
         model._weight_conversions = []  # save_pretrained would apply the inverse of ours to every name
         return model
 
@@ -162,11 +163,11 @@ class PackedQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
         from sparseforge_fx.deploy.lowering.modules import replace
+        from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
 
-        for name, module in packed_linears(model).items():
-            replace(model, name, module.to_dense())
+        for name, module in packed_weights(model).items():
+            replace(model, name, module.to_dense())  # type: ignore[operator]
         del model._weight_conversions  # the model's defaults, as if it had never been packed
         return model if dtype is None else model.to(find_dtype(dtype))  # a name, once the model was saved
 
@@ -182,8 +183,8 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def change_to_device(module: SparseLinear) -> None:
-    """Give a packed linear the layout that its device reads; one without kernels of its own keeps that of the disk."""
+def change_to_device(module: PackedWeight) -> None:
+    """Give a packed weight the layout that its device reads; one without kernels of its own keeps that of the disk."""
     device, sides = module.weight_values.device, (module.out_features, module.in_features)
     module.change_layout(native_layout(device, module.format, *sides, module.dtype))
 

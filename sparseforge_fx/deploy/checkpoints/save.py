@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sparseforge_fx.deploy.checkpoints.packed_files import INDEX, digests
-from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears, packed_state
+from sparseforge_fx.deploy.checkpoints.packed_state import packed_state
 from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig
 from sparseforge_fx.deploy.lowering.report import PackingReport
+from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_output, new_folder
 from sparseforge_fx.graph.forward import unwrapped
@@ -76,7 +78,7 @@ def _complete(folder: Path, model: Any) -> None:
     _write_json(folder / "config.json", config)
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text())
-        packed = sum(m.out_features * m.in_features for m in packed_linears(model).values())
+        packed = sum(math.prod(m.shape) for m in packed_weights(model).values())
         index["metadata"]["total_parameters"] = model.num_parameters() + packed
         _write_json(folder / INDEX, index)
 

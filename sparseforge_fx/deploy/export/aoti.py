@@ -16,6 +16,7 @@ from torch._inductor import config
 from torch._inductor.exc import CppCompileError, InductorError
 from torch.export.pt2_archive._package import package_pt2
 
+from sparseforge_fx.deploy.lowering.lower import refuse_packed_experts
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.kernels import cpu
@@ -40,6 +41,8 @@ def package(
 
     Raises SparseForgeError where a layout has no kernels that run without Python, or there is nothing to compile with.
     """
+    for program in programs.values():
+        refuse_packed_experts(program, "runs with this package alone: choose the format pt2")
     programs = {name: with_kernels(program) for name, program in programs.items()}
     if _device(*programs.values()) == "cpu":
         options = {**_ON_CPU, **options}

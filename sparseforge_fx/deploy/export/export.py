@@ -44,11 +44,11 @@ def export(
         path: a file whose name ends in ``.pt2``; written beside and renamed.
         example_inputs: as for :func:`sparseforge_fx.graph.capture.capture`.
         format: ``pt2``: an ExportedProgram, ``torch.export.load(path).module()``. Its sparse linears are this package's
-            operator: ``import sparseforge_fx.kernels.sparse_linear`` before loading. ``aoti``: compiled by AOTInductor
-            for this machine's kind of processor, ``torch._inductor.aoti_load_package(path)``, or C++ (see
-            examples/cpp): the sparse kernels are inside, Python and this package are not needed, the torch version
-            that it was compiled with is. It takes contiguous inputs and does not look (AOTI_RUNTIME_CHECK_INPUTS=1
-            in the environment lets it).
+            operator: ``import sparseforge_fx.kernels.sparse_linear`` before loading, or ``.sparse_experts``, if
+            experts are packed. ``aoti``: compiled by AOTInductor for this machine's kind of processor,
+            ``torch._inductor.aoti_load_package(path)``, or C++ (see examples/cpp): the sparse kernels are inside,
+            Python and this package are not needed, the torch version that it was compiled with is. It takes contiguous
+            inputs and does not look (AOTI_RUNTIME_CHECK_INPUTS=1 in the environment lets it).
             For a model on a CUDA device the toolkit's headers must be there: CUDA_HOME, which may be the folder
             nvidia/cu13 of site-packages after ``pip install nvidia-cuda-crt nvidia-cuda-cccl`` beside torch.
         portable: ``pt2`` of plain aten operators: torch alone runs it. The file is as small, but weights are

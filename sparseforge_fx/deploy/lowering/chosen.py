@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, weight_of
+from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, find_packable_stacks, weight_of
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format
 from sparseforge_fx.graph.adapters import find_adapters
@@ -42,7 +42,7 @@ def by_values(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
 ) -> Chosen:
-    """All linears in one kind of values, each in the pattern that it has.
+    """All linears and stacks of experts in one kind of values, each in the pattern that it has.
 
     Args:
         dense: those that are not 2:4, too.
@@ -55,12 +55,14 @@ def by_values(
             return reason
         if not dense and not check_pattern(weight, TWO_FOUR):
             return "not 2:4"
-        return values.why_not(weight.shape[1])
+        return values.why_not(weight.shape[-1])
 
     names = _names(model)
     tied = tied_heads(model)
     wanted = {n for n in tied if include and _match(names[id(model.get_submodule(n).weight)], include)}
     modules, skipped = find_packable(model, against, wanted)
+    stacks, dense_stacks = find_packable_stacks(model, against)
+    modules, skipped = modules | stacks, skipped | dense_stacks
     for name in tied.keys() - wanted:
         skipped[name] = "its weight is an embedding's, too: include it by name to give it a copy of its own"
     adapters = find_adapters(model)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.gate import Gate
-from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport, stored_stack
+from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport, stored_site
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
@@ -24,7 +24,7 @@ from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import LinearSite, deploy_passes, export_passes, find_linears, run_passes
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.lower_sparse_linears import keep_dense
-from sparseforge_fx.passes.rewrite import sparse_use
+from sparseforge_fx.passes.rewrite import sparse_use, stack_use
 from sparseforge_fx.report import environment
 
 
@@ -93,6 +93,8 @@ def lower_captured(
         if durable and not LAYOUTS[site["layout"]].durable:
             told = f"no file may hold the layout {site['layout']} of {site['name']}: export the dense model"
             raise SparseForgeError(told)
+    if portable:
+        refuse_packed_experts(program, "a portable file has not: leave portable out")
     dense_bytes = sum(s.numel * s.dtype.itemsize for s in eligible(sites)) + sum(dense for _, dense in before)
     measure = partial(cost.timings, tokens=tokens, device=device, layouts=layouts, known=known)
     choose = Gate(layouts, tokens, measure if gate and not portable else None)
@@ -116,35 +118,27 @@ def lower_captured(
     return program, report
 
 
+def refuse_packed_experts(program: Program, where: str) -> None:
+    """Raise SparseForgeError if the graph has stacks that are packed; ``where``: who lacks their operator."""
+    for node in program.graph.find_nodes(op="call_function", target=PACKED_EXPERTS_OP):
+        name = weight_of_values(program.names()[stack_use(node).values])
+        raise SparseForgeError(f"{name} is a packed stack of experts, whose operator {where}")
+
+
 def packed_weights(program: Program) -> list[tuple[PackedSite, int]]:
     """Each packed weight of the graph, and its bytes in dense form."""
     found: dict[str, tuple[PackedSite, int]] = {}
     names = program.names()
-    for node in program.graph.find_nodes(op="call_function", target=OP):
-        use = sparse_use(node)
+    for node in program.graph.nodes:
+        if node.target not in (OP, PACKED_EXPERTS_OP):
+            continue
+        use = sparse_use(node) if node.target == OP else stack_use(node)
         values = names[use.values]
         tensors = [program.tensor(names[n]) for n in (use.values, use.meta, use.scales) if n is not None]
-        tensor, codes = tensors[0], use.scales is not None
-        packed = Packed(tensors[0], tensors[1], use.in_features, tensors[2] if codes else None)
-        size = (use.x.meta["val"].dtype if codes else tensor.dtype).itemsize
-        site: PackedSite = {
-            "name": weight_of_values(values),
-            "out": tensor.shape[0],
-            "in": use.in_features,
-            "format": str(packed.format),
-            "layout": use.layout,
-            "bytes": packed.nbytes,
-        }
-        found[values] = site, tensor.shape[0] * use.in_features * size
-    for node in program.graph.find_nodes(op="call_function", target=PACKED_EXPERTS_OP):
-        values, meta = (names[n] for n in node.args[1:3])
-        tensor, width = program.tensor(values), int(node.args[4])  # type: ignore[arg-type]
-        experts, out = tensor.shape[:2]
-        stack = Packed(tensor, program.tensor(meta), width)
-        found[values] = (
-            stored_stack(weight_of_values(values), stack, str(node.args[3])),
-            experts * out * width * tensor.itemsize,
-        )
+        packed = Packed(tensors[0], tensors[1], use.in_features, tensors[2] if use.scales is not None else None)
+        size = (tensors[0].dtype if use.scales is None else use.x.meta["val"].dtype).itemsize
+        site = stored_site(weight_of_values(values), packed, use.layout)
+        found[values] = site, packed.shape.numel() * size
     return list(found.values())
 
 

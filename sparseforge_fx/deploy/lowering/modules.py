@@ -14,114 +14,19 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
+from sparseforge_fx.deploy.lowering.sparse_modules import (
+    PackedWeight,
+    SparseExperts,
+    SparseLinear,
+    packed_weights,
+)
 from sparseforge_fx.errors import SparseForgeError, add_sentence
-from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout, find_target
-from sparseforge_fx.kernels.packed import BITMASK, SCALES, VALUES, Packed, pack, why_dense
-from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
+from sparseforge_fx.graph.grouped_experts import PACKED
+from sparseforge_fx.kernels.layouts import ROWS, Layout, find_target
+from sparseforge_fx.kernels.packed import Packed, pack, why_dense
 from sparseforge_fx.models import low_rank
+from sparseforge_fx.models.expert_stacks import ExpertStack, find_expert_stacks
 from sparseforge_fx.report import environment
-
-
-class SparseLinear(nn.Module):
-    """y = x W^T + b with W [out, in] packed in any format and frozen; ``bias`` trains, and gradients reach x.
-
-    ``weight`` unpacks: it is there for code that looks at a linear's weight, not for arithmetic.
-
-    Args:
-        packed: the weight, in the format on disk; tensors may be on the meta device.
-        layout: what it is kept in; that of the disk if nothing is said.
-        transposed: it stands for a Conv1D, which keeps W as [in, out].
-        dtype: of ``weight``, if its values are codes; what the model computes in.
-    """
-
-    weight_values: Tensor
-    weight_bitmask: Tensor  # in other layouts than that of the disk, whatever they have in its place
-    weight_scales: Tensor | None
-
-    def __init__(
-        self,
-        packed: Packed,
-        bias: nn.Parameter | None,
-        layout: Layout = ROWS,
-        *,
-        transposed: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ):
-        super().__init__()
-        self.dtype = packed.values.dtype if packed.scales is None else dtype
-        self.format = packed.format
-        self.out_features, self.in_features = packed.shape
-        self.transposed = transposed
-        self.layout = ROWS.name
-        self.loading = False  # while it is, models that initialise their linears' weights get a shape and no data
-        self.register_buffer(VALUES, packed.values)
-        self.register_buffer(BITMASK, packed.bitmask)
-        self.register_buffer(SCALES, packed.scales)
-        self.bias = bias
-        self.change_layout(layout)
-
-    @property
-    def weight(self) -> Tensor:
-        if self.loading:
-            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
-        return DENSE_OP(self.weight_values, self.weight_bitmask, self.layout, self.in_features, self.weight_scales).to(
-            self.dtype
-        )
-
-    def packed(self) -> Packed:
-        """The weight in the format on disk, bit for bit what it was made of."""
-        restore = LAYOUTS[self.layout].restore
-        return restore(self.weight_values, self.weight_bitmask, self.in_features, self.weight_scales)
-
-    def change_layout(self, layout: Layout) -> None:
-        """Repack, in place; codes stay in a layout that takes them."""
-        if not layout.knows(self.format):
-            layout = ROWS
-        if layout.name != self.layout:
-            self.weight_values, self.weight_bitmask = layout.convert(self.packed())
-            self.layout = layout.name
-
-    @torch.no_grad()
-    def replace_weight(self, weight: Tensor) -> None:
-        """Pack ``weight`` [out, in], exactly 2:4, in the place of the one that is here, in its layout and dtype."""
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            raise SparseForgeError(
-                f"a weight of shape {list(weight.shape)} cannot replace one of {[self.out_features, self.in_features]}"
-            )
-        if self.weight_scales is not None:
-            raise SparseForgeError(f"the weight is kept in {self.format}: quantise the dense model anew instead")
-        packed = pack(weight.to(self.weight_values.dtype))
-        self.weight_values, self.weight_bitmask = LAYOUTS[self.layout].convert(packed)
-
-    @torch.no_grad()
-    def to_dense(self) -> nn.Module:
-        """The nn.Linear or Conv1D that this stands for."""
-        out, width = self.out_features, self.in_features
-        with torch.device("meta"):
-            dense = Conv1D(out, width) if self.transposed else nn.Linear(width, out, self.bias is not None)
-        weight = self.weight.t().contiguous() if self.transposed else self.weight
-        dense.weight = nn.Parameter(weight)
-        dense.bias = self.bias  # type: ignore[assignment]
-        return dense.train(self.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return OP(
-            x, self.weight_values, self.weight_bitmask, self.layout, self.in_features, self.bias, "none",
-            self.weight_scales,
-        )  # fmt: skip
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        """``model.half()`` and its like change what is computed in, and never the scales that codes were rounded by."""
-        scales = self.weight_scales
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_values.device)).dtype
-        if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != scales.dtype:
-            self.weight_scales = scales.to(self.weight_values.device)
-        return self
-
-    def extra_repr(self) -> str:
-        size = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{size}, format={self.format}, layout={self.layout}"
 
 
 @torch.no_grad()
@@ -133,7 +38,8 @@ def lower_modules(
     table: str | Path | cost.Table | None = None,
     gate: bool = True,
 ) -> PackingReport:
-    """Replace every nn.Linear and Conv1D whose weight is exactly 2:4, and gains from it, by a :class:`SparseLinear`.
+    """Replace every nn.Linear and Conv1D whose weight is exactly 2:4, and gains from it, by a :class:`SparseLinear`,
+    and the stacks of experts by :class:`SparseExperts`, which are measured as one expert's matrix is.
 
     In place; their dense weights are freed. Options as for :func:`sparseforge_fx.lower`. Returns the report: sites,
     skipped modules with reasons, the cost table, bytes before and after. Linears that are packed already stay so.
@@ -141,13 +47,15 @@ def lower_modules(
     """
     known = cost.check_request(tokens, table)
     sites, skipped = find_packable(model)
-    if not sites and not any(isinstance(module, SparseLinear) for module in model.modules()):
+    stacks, dense_stacks = find_packable_stacks(model)
+    sites, skipped = sites | stacks, skipped | dense_stacks
+    if not sites and not packed_weights(model):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
         raise SparseForgeError(f"nothing to lower: {reasons or 'the model has no linear layer'}; run sparsify first")
     weights = {name: weight_of(module) for name, module in sites.items()}
     device = next(iter(weights.values()) if weights else model.buffers()).device
     layouts = find_target(target, device)
-    shapes = {name: cost.Shape.of(weight.shape[0], weight.shape[1], weight.dtype) for name, weight in weights.items()}
+    shapes = {name: cost.Shape.of(weight.shape[-2], weight.shape[-1], weight.dtype) for name, weight in weights.items()}
     timings = cost.timings(shapes.values(), tokens, device, layouts, known) if gate else {}
     before = after = scratch = 0
     lowered: list[PackedSite] = []
@@ -160,14 +68,14 @@ def lower_modules(
                 skipped[name] = f"gate: {against}"
                 after += weight.nbytes
                 continue
-            transposed = isinstance(module, Conv1D)
-            sparse = SparseLinear(pack(weight), module.bias, layout, transposed=transposed).train(module.training)
+            sparse = packed_like(module, pack(weight), layout)
             replace(model, name, sparse)
             done.append(name)
             size = sparse.weight_values.nbytes + sparse.weight_bitmask.nbytes
-            scratch = max(scratch, weight.nbytes)
-            out, width = sparse.out_features, sparse.in_features
+            scratch = max(scratch, weight[0].nbytes if weight.dim() == 3 else weight.nbytes)
+            *stack, out, width = sparse.shape
             kept = {"format": str(sparse.format), "layout": layout.name, "bytes": size}
+            kept |= {"experts": stack[0]} if stack else {}
             lowered.append({"name": name, "out": out, "in": width, **kept})  # type: ignore[typeddict-item]
             after += size
     return {
@@ -195,17 +103,54 @@ def _dense_again_on_error(model: nn.Module) -> Iterator[list[str]]:
         raise
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of that name; a low-rank branch goes with the name."""
+def packed_like(module: Any, packed: Packed, layout: Layout = ROWS) -> PackedWeight:
+    """The module over ``packed`` that can stand in the place of a linear, a Conv1D or a stack of experts."""
+    dtype = module.weight.dtype
+    if isinstance(module, ExpertStack):
+        sparse: PackedWeight = SparseExperts(packed, layout, transposed=module.transposed, dtype=dtype)
+    else:
+        sparse = SparseLinear(packed, module.bias, layout, transposed=isinstance(module, Conv1D), dtype=dtype)
+    return sparse.train(module.training)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:
+    """Put ``module`` in the place of that name, which may be a stack's; a low-rank branch goes with the name.
+
+    Where experts are packed transformers computes them by our implementation; where none of a module's is any longer,
+    by the one that it had.
+    """
     parent, _, leaf = name.rpartition(".")
-    low_rank.hand_on(model.get_submodule(name), module)
-    setattr(model.get_submodule(parent), leaf, module)
+    owner: Any = model.get_submodule(parent)
+    old = getattr(owner, leaf)
+    owner._parameters.pop(leaf, None)
+    setattr(owner, leaf, module)
+    if isinstance(module, SparseExperts):
+        module.instead_of = owner.config._experts_implementation
+        owner.config._experts_implementation = PACKED
+    elif isinstance(old, SparseExperts):
+        if old.instead_of != PACKED:
+            owner.config._experts_implementation = old.instead_of
+    elif isinstance(old, nn.Module):
+        low_rank.hand_on(old, module)  # type: ignore[arg-type]
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """[out, in]"""
-    weight = module.weight.detach()  # type: ignore[union-attr,operator]
+def weight_of(module: Any) -> Tensor:
+    """[out, in], of a stack [experts, out, in]."""
+    if isinstance(module, ExpertStack):
+        return module.oriented
+    weight = module.weight.detach()
     return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def find_packable_stacks(
+    model: nn.Module, against: Callable[[Tensor], str | None] = why_dense
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Stacks of experts that can be replaced, and whose weight [experts, out, in] nothing is said ``against``, by name;
+    the others with a reason."""
+    found, others = find_expert_stacks(model)
+    reasons = {name: against(stack.oriented) for name, stack in found.items()}
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    return {name: stack for name, stack in found.items() if name not in skipped}, others | skipped
 
 
 def find_packable(

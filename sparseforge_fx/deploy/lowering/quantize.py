@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.data.opening import LENGTH, first_batches, open_batches, tell_length
 from sparseforge_fx.deploy.lowering.chosen import Chosen, by_plan, by_values
-from sparseforge_fx.deploy.lowering.modules import SparseLinear, replace, weight_of
+from sparseforge_fx.deploy.lowering.modules import packed_like, replace, weight_of
 from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
 from sparseforge_fx.deploy.lowering.round_on_data import round_on_data
 from sparseforge_fx.errors import SparseForgeError
@@ -20,9 +19,10 @@ from sparseforge_fx.formats import Format, parse_format
 from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.kernels.layouts import layouts_of, native_layout
 from sparseforge_fx.kernels.packed import Packed, pack_codes
-from sparseforge_fx.methods.rounding import Rounded, codes_of, round_weight
+from sparseforge_fx.methods.rounding import Rounded, codes_of, round_weight, stacked
 from sparseforge_fx.methods.weights import put_back
 from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
+from sparseforge_fx.models.expert_stacks import ExpertStack
 from sparseforge_fx.models.ties import part
 from sparseforge_fx.passes.globs import unmatched
 from sparseforge_fx.ranges import Count, Seed, checked
@@ -47,8 +47,9 @@ def quantize(
     example_inputs: Any = None,
     **reading: Any,
 ) -> PackingReport:
-    """Replace nn.Linear and Conv1D modules by :class:`SparseLinear` over codes, in place: all of them in one kind of
-    values, 2:4 weights staying 2:4, or those that a plan keeps in few bits, exactly in its formats.
+    """Replace nn.Linear and Conv1D modules by :class:`SparseLinear` over codes, and stacks of experts by
+    :class:`SparseExperts`, in place: all of them in one kind of values, 2:4 weights staying 2:4, or those that a plan
+    keeps in few bits, exactly in its formats.
 
     With data, each layer is rounded so that it answers what the rounded layers before it give it as the model answers
     now (methods/rounding.py). Without, each weight gets its own nearest values, which costs far more at 4 bits.
@@ -198,7 +199,9 @@ def _as_it_was(model: nn.Module, sites: Mapping[str, Any], *, copies: bool) -> I
         yield
     except BaseException:
         for name, module in sites.items():
-            if model.get_submodule(name) is not module:
+            if isinstance(module, ExpertStack):
+                replace(model, name, own[name])
+            elif model.get_submodule(name) is not module:
                 replace(model, name, module)
             module.weight = own[name]
         put_back((own[name], weight) for name, weight in before.items())
@@ -209,20 +212,23 @@ def _put(model: nn.Module, sites: Mapping[str, Any], packed: Mapping[str, Packed
     """Packed linears in the place of those of that name, in the layout of their device, which is given by name."""
     layouts = {}
     for name, module in sites.items():
-        dtype = module.weight.dtype
-        sparse = SparseLinear(packed[name], module.bias, transposed=isinstance(module, Conv1D), dtype=dtype)
-        out, width = packed[name].shape
-        sparse.change_layout(native_layout(module.weight.device, sparse.format, out, width, dtype))
+        sparse = packed_like(module, packed[name])
+        sides = sparse.out_features, sparse.in_features
+        sparse.change_layout(native_layout(module.weight.device, sparse.format, *sides, module.weight.dtype))
         layouts[name] = sparse.layout
-        replace(model, name, sparse.train(module.training))
+        replace(model, name, sparse)
     return layouts
 
 
-def _packed(module: nn.Module, form: Format, scales: Tensor | None, rounded: Rounded | None, name: str) -> Packed:
+def _packed(module: Any, form: Format, scales: Tensor | None, rounded: Rounded | None, name: str) -> Packed:
     weight = weight_of(module)
     try:
-        if rounded is None:
-            rounded = round_weight(weight, form) if scales is None else codes_of(weight, scales.to(weight.device), form)
+        if rounded is None and scales is not None:
+            rounded = codes_of(weight, scales.to(weight.device), form)
+        elif rounded is None:
+            rounded = (
+                stacked([round_weight(w, form) for w in weight]) if weight.dim() == 3 else round_weight(weight, form)
+            )
         return pack_codes(rounded.codes, rounded.scales, form)
     except SparseForgeError as error:
         raise SparseForgeError(f"'{name}': {error}") from error

@@ -48,9 +48,9 @@ class PackingReport(TypedDict):
 
 
 def stored_site(name: str, packed: Packed, layout: str = ROWS.name) -> PackedSite:
-    """Of a packed linear; the layout is that of the disk if nothing is said."""
-    out, width = packed.shape
-    return {
+    """Of a packed linear or stack of experts; the layout is that of the disk if nothing is said."""
+    *stack, out, width = packed.shape
+    site: PackedSite = {
         "name": name,
         "out": out,
         "in": width,
@@ -58,10 +58,4 @@ def stored_site(name: str, packed: Packed, layout: str = ROWS.name) -> PackedSit
         "layout": layout,
         "bytes": packed.nbytes,
     }
-
-
-def stored_stack(name: str, packed: Packed, layout: str = ROWS.name) -> PackedSite:
-    """Of a packed stack of experts."""
-    experts, *_ = packed.shape
-    one = Packed(packed.values[0], packed.bitmask[0], packed.in_features)
-    return {**stored_site(name, one, layout), "experts": experts, "bytes": packed.nbytes}
+    return {**site, "experts": stack[0]} if stack else site

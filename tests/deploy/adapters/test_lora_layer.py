@@ -10,7 +10,7 @@ from packed_models import GREEDY, IDS, SITES, pack_to, remembered, sparse_model
 import sparseforge_fx as sf
 from sparseforge_fx.deploy import adapters, transformers_hook
 from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
-from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import PLANES
 

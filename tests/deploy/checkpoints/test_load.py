@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.checkpoints import load as loading
-from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.models import dense
 from sparseforge_fx.models.dense import Location, write_checkpoint

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.checkpoints import packed_files, packed_state, save
-from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels import cpu, packed, sparse_linear
 from sparseforge_fx.models.dense import load_dense, write_checkpoint

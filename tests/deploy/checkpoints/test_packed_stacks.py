@@ -7,6 +7,7 @@ import torch
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.checkpoints.packed_header import Header
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseExperts, packed_weights
 from sparseforge_fx.errors import SparseForgeError
 
 
@@ -22,6 +23,10 @@ def stacks(model):
     return {n: p for n, p in model.named_parameters() if p.dim() == 3}
 
 
+def packed_stacks(model):
+    return {n: m for n, m in packed_weights(model).items() if isinstance(m, SparseExperts)}
+
+
 def test_the_bits_come_back(saved, tmp_path):
     found, report, folder = saved
     sites = {s["name"]: s for s in report["sites"] if "experts" in s}
@@ -29,9 +34,9 @@ def test_the_bits_come_back(saved, tmp_path):
     assert all(site["bytes"] == stacks(found.model)[n].nbytes * (1 / 2 + 1 / 32) for n, site in sites.items())
     assert report["lowered_bytes"] < 0.6 * report["dense_bytes"]
     again, _ = sf.load(folder)
+    assert packed_stacks(again).keys() == sites.keys() and not stacks(again)
     for name, weight in stacks(found.model).items():
-        assert torch.equal(again.get_parameter(name), weight) and again.get_parameter(name).requires_grad
-    assert not any(n.endswith("proj_values") for n in again.state_dict())
+        assert torch.equal(packed_stacks(again)[name].to_dense(), weight)
     batch = found.batch(2)
     with torch.no_grad():
         expected = again(**batch).logits
@@ -47,7 +52,29 @@ def test_another_dtype(saved):
     found, _, folder = saved
     again, _ = sf.load(folder, dtype="bfloat16")
     for name, weight in stacks(found.model).items():
-        assert torch.equal(again.get_parameter(name), weight.bfloat16())
+        assert torch.equal(packed_stacks(again)[name].to_dense(), weight.bfloat16())
+
+
+def test_dense_again(saved):
+    found, _, folder = saved
+    again, _ = sf.load(folder)
+    assert set(again.get_experts_implementation().values()) == {"sparseforge"}
+    again.dequantize()
+    assert not packed_stacks(again) and "sparseforge" not in again.get_experts_implementation().values()
+    for name, weight in stacks(found.model).items():
+        assert torch.equal(again.get_parameter(name), weight)
+    batch = found.batch(2)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, found.model(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stack_of_an_unknown_module_is_dense_again(saved, monkeypatch):
+    found, _, folder = saved
+    monkeypatch.setattr("sparseforge_fx.deploy.checkpoints.packed_stacks.has_experts", lambda _: False)
+    again, _ = sf.load(folder)
+    for name, weight in stacks(found.model).items():
+        assert torch.equal(again.get_parameter(name), weight) and again.get_parameter(name).requires_grad
+    assert not any(n.endswith("proj_values") for n in again.state_dict())
 
 
 def test_a_dense_stack_stays_and_says_so(tiny, tmp_path):

@@ -16,7 +16,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.deploy import checkpoints, transformers_hook
 from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
 from sparseforge_fx.deploy.checkpoints.quantizer import PackedConfig
-from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import PLANES
 from sparseforge_fx.kernels.packed import METHOD

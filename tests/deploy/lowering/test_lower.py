@@ -9,7 +9,7 @@ from torch import nn
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering import cost
-from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import LAYOUTS, PLANES
 from sparseforge_fx.kernels.packed import pack

@@ -8,7 +8,7 @@ from torch import nn
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering import cost
-from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
 from sparseforge_fx.deploy.lowering import quantize
-from sparseforge_fx.deploy.lowering.modules import SparseLinear
+from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import parse_format
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
