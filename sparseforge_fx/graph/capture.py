@@ -22,9 +22,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, is_concrete_int
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.errors import SparseForgeError, one_line
+from sparseforge_fx.graph.backwards import functions_called, tell_backwards
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import spelled_out, unwrapped
 from sparseforge_fx.graph.grouped_experts import grouped_experts
+from sparseforge_fx.graph.leftovers import nothing_kept
 from sparseforge_fx.graph.modes import eval_mode
 
 
@@ -36,7 +38,8 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
             and without a key/value cache, and gets its modes and settings back.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. None: made from the config
             of a Hugging Face model. The first two dimensions of every tensor (batch, sequence) stay dynamic where the
-            model allows it; the notes of the program name those that had to be fixed.
+            model allows it; the notes of the program name those that had to be fixed, and what has a backward of its
+            own, which the graph has not.
         dynamic: False fixes both at the example's sizes, keeps no lines of the model's source beside the nodes, and
             compiles the graph when it is first run: a small part of the time, for who only looks at the graph.
 
@@ -55,10 +58,10 @@ def capture(model: nn.Module, example_inputs: Any = None, *, dynamic: bool = Tru
         grouped_experts(model),
     ):  # fmt: skip
         args, kwargs = pytree.tree_map(trainable_input, (args, kwargs))
-        with contextlib.nullcontext() if dynamic else _nodes_alone():
+        with contextlib.nullcontext() if dynamic else _nodes_alone(), functions_called() as functions:
             exported, notes = _export(model, args, kwargs, dynamic)
     _let_dtypes_be(exported)
-    return Exported(exported, model, notes)
+    return Exported(exported, model, (*notes, *tell_backwards(model, functions)))
 
 
 def without_values(model: nn.Module, device: torch.device | str = "cpu") -> None:
@@ -193,7 +196,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> tuple
         named = inspect.signature(model.forward).bind(*call[0], **call[1]).arguments
         shapes = pytree.tree_map(lambda leaf, dims=dims: _dynamic(leaf, dims), dict(named)) if dims else None
         try:
-            with _quiet():
+            with _quiet(), nothing_kept(model) as made:
                 example = pytree.tree_map(_alias, call)
                 exported = torch.export.export(model, *example, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # an open set: whatever the model's own code and the tracer raise
@@ -202,6 +205,10 @@ def _export(model: nn.Module, args: tuple, kwargs: dict, dynamic: bool) -> tuple
             else:
                 first = first or error
             called = True
+            continue
+        if made and not called and _runs(model, call):  # buffers that are there now
+            called = True
+            attempts.insert(0, (dims, fixed))
             continue
         told = tuple(_specialised(exported, dims))
         if wider is not None and dims and told:  # a size that the model fixes is the example's own

@@ -66,8 +66,10 @@ def branches(model: nn.Module) -> dict[str, LowRankBranch]:
 
 
 def has_other_hooks(module: nn.Module) -> bool:
-    """Does something else than a branch see what the module takes or gives?"""
-    return bool(module._forward_pre_hooks) or any(h is not LowRankBranch.add for h in module._forward_hooks.values())
+    """Does something else than a branch see what the module takes or gives, or has its ``forward`` been replaced?"""
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    replaced = "forward" in module.__dict__  # as accelerate's hooks do
+    return bool(others) or replaced or any(h is not LowRankBranch.add for h in module._forward_hooks.values())
 
 
 def branch_names(names: Iterable[str]) -> dict[str, str]:

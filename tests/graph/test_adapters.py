@@ -86,7 +86,9 @@ def test_an_adapter_named_by_the_user_stays_dense():
 
 
 def test_adapters_that_read_the_base_weight_are_to_be_merged_first():
-    model = peft.get_peft_model(build("llama of one block"), peft.LoraConfig(r=8, target_modules="all-linear", use_dora=True))
+    model = peft.get_peft_model(
+        build("llama of one block"), peft.LoraConfig(r=8, target_modules="all-linear", use_dora=True)
+    )
     with pytest.raises(SparseForgeError, match=r"nothing to prune.*merge_and_unload"):
         quick(model)
 

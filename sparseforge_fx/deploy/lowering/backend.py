@@ -84,7 +84,9 @@ class _Lowered:
         return self.dense(*inputs)
 
     def _key(self, inputs: Sequence[Any]) -> tuple:
-        return tuple((id(inputs[i]), inputs[i]._version) for i in self.weights)
+        return tuple(
+            (id(w), w.data_ptr(), 0 if w.is_inference() else w._version) for w in map(inputs.__getitem__, self.weights)
+        )
 
     def _pack(self, inputs: Sequence[Any]) -> list[Tensor] | None:
         """The packed tensors of these weights; None if they do not fit the graph (not 2:4, say)."""
@@ -97,7 +99,7 @@ class _Lowered:
             torch._dynamo.mark_static_address(tensor)
         weights = [inputs[i] for i in self.weights]  # kept, so that their ids stay theirs
         ids = [id(w) for w in weights]
-        self.packed = {k: v for k, v in self.packed.items() if [i for i, _ in k] != ids}  # older versions of the same
+        self.packed = {k: v for k, v in self.packed.items() if [i for i, *_ in k] != ids}  # older versions of the same
         self.packed[self._key(inputs)] = (weights, extra)
         return extra
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
+from sparseforge_fx.deploy.lowering.savable import leave_savable
 from sparseforge_fx.deploy.lowering.sparse_modules import (
     PackedWeight,
     SparseExperts,
@@ -78,6 +79,7 @@ def lower_modules(
             kept |= {"experts": stack[0]} if stack else {}
             lowered.append({"name": name, "out": out, "in": width, **kept})  # type: ignore[typeddict-item]
             after += size
+    leave_savable(model)
     return {
         "sites": lowered,
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
@@ -178,7 +180,7 @@ def find_packable(
         elif owners[id(weight)] > 1 and name not in copied:
             skipped[name] = "its weight belongs to another module, too"
         elif low_rank.has_other_hooks(module):
-            skipped[name] = "it has forward hooks"
+            skipped[name] = "it has hooks, or a forward of its own, which a packed linear would not call"
         elif (reason := against(weight_of(module))) is not None:
             skipped[name] = reason
         else:

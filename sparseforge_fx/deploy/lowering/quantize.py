@@ -14,6 +14,7 @@ from sparseforge_fx.deploy.lowering.chosen import Chosen, by_plan, by_values
 from sparseforge_fx.deploy.lowering.modules import packed_like, replace, weight_of
 from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
 from sparseforge_fx.deploy.lowering.round_on_data import round_on_data
+from sparseforge_fx.deploy.lowering.savable import leave_savable
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
 from sparseforge_fx.graph.forward import unwrapped
@@ -110,6 +111,7 @@ def quantize(
         layouts = _put(model, sites, packed)
         for name in chosen.copied:
             part(model, name)
+    leave_savable(model)
     return _report(chosen, packed, layouts, notes)
 
 

@@ -1,5 +1,6 @@
 """Linears in several formats: packed folders of them, graphs, packages, and files that lie."""
 
+import copy
 import json
 
 import pytest
@@ -48,6 +49,23 @@ def test_a_new_model_has_the_same_bits(folder):
     other = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         assert torch.equal(other(IDS).logits, logits)
+
+
+def test_packed_in_place_and_saved_by_transformers(tiny, tmp_path):
+    for number, pack in enumerate((sf.quantize, lambda model: sf.lower_modules(model, gate=False))):
+        model = copy.deepcopy(tiny("llama").model)
+        sf.sparsify(model, method="magnitude", show_progress=False)
+        pack(model)
+        model.save_pretrained(tmp_path / str(number))
+        with torch.no_grad():
+            expected = model(IDS).logits
+            for again in (
+                sf.load(tmp_path / str(number))[0],
+                AutoModelForCausalLM.from_pretrained(tmp_path / str(number)),
+            ):
+                assert torch.equal(again(IDS).logits, expected)
+        model.dequantize()
+        assert not packed_linears(model) and not hasattr(model.config, "quantization_config")
 
 
 def test_in_a_fresh_process(folder):

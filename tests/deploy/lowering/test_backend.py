@@ -13,6 +13,7 @@ import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering import backend
 from sparseforge_fx.graph.frame import Frame
 from sparseforge_fx.kernels.sparse_linear import OP
+from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 
 @pytest.fixture(autouse=True)
@@ -125,10 +126,22 @@ def test_a_weight_that_changes_is_packed_anew(mlp, lowered):
     fast(x)
     mlp.down.weight.mul_(2)
     torch.testing.assert_close(fast(x), mlp(x), rtol=1e-5, atol=1e-5)
+    mlp.down.weight.data = mlp.down.weight.data * 2
+    torch.testing.assert_close(fast(x), mlp(x), rtol=1e-5, atol=1e-5)
     mlp.down.weight.add_(1)  # no longer 2:4
     torch.testing.assert_close(fast(x), mlp(x), rtol=1e-5, atol=1e-5)
     mlp.load_state_dict({k: v * 0 for k, v in mlp.state_dict().items()})
     torch.testing.assert_close(fast(x), mlp(x), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_made_in_inference_mode(lowered):
+    with torch.inference_mode():
+        model = Mlp()
+        x = torch.randn(5, 16)
+        for linear in (m for m in model.modules() if isinstance(m, nn.Linear)):
+            linear.weight.mul_(hard_mask(linear.weight.abs(), TWO_FOUR))
+        torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-5, atol=1e-5)
+    assert lowered == [["silu_mul", "relu"]]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -84,9 +85,35 @@ def test_what_cannot_be_replaced_keeps_its_reason():
     assert {s["name"]: s["reason"] for s in report["skipped"]} == {
         "0": "its weight belongs to another module, too",
         "1": "its weight belongs to another module, too",
-        "3": "it has forward hooks",
+        "3": "it has hooks, or a forward of its own, which a packed linear would not call",
         "4": "not 2:4: a group of four has more than two non-zeros",
     }
+
+
+class Twice(accelerate.hooks.ModelHook):
+    def post_forward(self, module, output):
+        return 2 * output
+
+
+HOOKS = {
+    "a forward of its own": lambda linear: accelerate.hooks.add_hook_to_module(linear, Twice()),
+    "backward": lambda linear: linear.register_full_backward_hook(lambda *_: None),
+    "before backward": lambda linear: linear.register_full_backward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("pack", [lambda m: sf.lower_modules(m, gate=False), sf.quantize], ids=["lower", "quantize"])
+def test_linears_with_hooks_stay(kind, pack):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sf.sparsify(net, method="magnitude", example_inputs=torch.zeros(1, 8))
+    HOOKS[kind](net[1])
+    x = torch.randn(4, 8)
+    expected = net(x)
+    report = pack(net)
+    assert [s["name"] for s in report["sites"]] == ["0"] and "hooks" in report["skipped"][0]["reason"]
+    torch.testing.assert_close(net(x), expected, rtol=0.1, atol=0.05)
 
 
 def test_nothing_to_lower():
