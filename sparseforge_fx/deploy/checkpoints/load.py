@@ -33,10 +33,10 @@ def load(
 
     What is done with each kind of ``name``:
 
-    - a folder or hub id that :func:`save_packed` wrote: its linears become :class:`SparseLinear`
-      (deploy/lowering/modules.py) in the layout of their device; no packed linear is ever dense
-      (``model.dequantize()`` makes them so, in place), and stacks of experts are dense parameters again. All of the
-      folder is checked first, and a hub id downloaded: nothing in it is executed or unpickled.
+    - a folder or hub id that :func:`save_packed` wrote: its linears become :class:`SparseLinear`, its stacks of experts
+      :class:`SparseExperts` (deploy/lowering/sparse_modules.py), in the layout of their device; nothing packed is ever
+      dense (``model.dequantize()`` makes it so, in place), but for stacks that transformers' experts interface does not
+      compute. All of the folder is checked first, and a hub id downloaded: nothing in it is executed or unpickled.
     - any other folder or hub id of transformers: the class that wrote it, its weights as they are, zeros included;
       low-rank branches (``slorb_block``) are rebuilt. Code that comes with a checkpoint is never run.
     - a GGUF file, or a folder that holds one and nothing else to load: its weights are dequantised.

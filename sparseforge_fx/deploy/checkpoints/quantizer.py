@@ -29,7 +29,6 @@ from sparseforge_fx.deploy.checkpoints.packed_files import (
     weight_files,
 )
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
-from sparseforge_fx.deploy.checkpoints.packed_stacks import expect_stacks, named_in, take_stacks
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import native_layout
 from sparseforge_fx.kernels.packed import BITMASK, METHOD, SCALES, VALUES, Packed, check_packed
@@ -89,6 +88,7 @@ class PackedQuantizer(HfQuantizer):
         return []  # the file has the model's own names; transformers 5.17 passes no model
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
+        from sparseforge_fx.deploy.checkpoints.packed_stacks import expect_stacks, named_in
         from sparseforge_fx.deploy.lowering.modules import replace
 
         header = self.quantization_config.header
@@ -134,6 +134,7 @@ class PackedQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from sparseforge_fx.deploy.checkpoints.packed_stacks import take_stacks
         from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
 
         for name, module in packed_weights(model).items():
