@@ -202,6 +202,19 @@ def test_a_large_model_is_counted_by_its_first_blocks(results, name, parameters,
     assert max(states) == pytest.approx(min(states)) and record["bytes_per_weight"]["float32 master"] == 4
 
 
+def test_experts_are_timed_in_every_format(results):
+    import experts_decode
+    import speed_tables
+
+    experts_decode.main(label="x", experts=2, hidden=64, width=32, tokens="1,3", rounds=4)
+    found = json.loads((results / "experts_decode" / "x.json").read_text())["rows"]
+    assert [row["tokens"] for row in found] == [1] * 6 + [3] * 6 and all(row["median_seconds"] > 0 for row in found)
+    sizes = {row["format"]: row["bytes"] for row in found}
+    assert sizes["dense"] > sizes["2:4"] > sizes["2:4 int8"] > sizes["2:4 int4"]
+    assert sizes["dense"] > sizes["dense int8"] > sizes["dense int4"] > sizes["2:4 int4"]
+    assert speed_tables.experts_table().count("\n| ") == 13
+
+
 def test_a_forecast_stands_beside_what_the_run_took(results, model, tmp_path, monkeypatch):
     import forecasts
 

@@ -35,6 +35,26 @@ def kernel_table() -> str:
     return blocks(parts)
 
 
+def experts_table() -> str:
+    """One layer of a mixture in every format, beside its bfloat16."""
+    parts = []
+    for run in read("experts_decode"):
+        rows = [
+            (
+                row["format"], row["tokens"], f"{row['bytes'] / 1e6:,.0f} MB", f"{1e3 * row['median_seconds']:.2f}",
+                f"{row['median_of_ratios']:.2f}x", "{:.2f} to {:.2f}".format(*row["quartiles"]),
+            )
+            for row in run["rows"]
+        ]  # fmt: skip
+        text = (
+            f"{machine(run)}, {run['threads']} threads, commit {run['commit']}: {run['experts']} experts of {run['width']} over"
+            f" {run['hidden']} channels, eight for a token; medians of {run['rounds']} rounds in which all are called in turn."
+        )
+        names = ("experts", "tokens", "bytes", "ms", "over bfloat16", "middle half")
+        parts.append((text, table(names, "lrrrrr", rows)))
+    return blocks(parts)
+
+
 def gpu_kernel_table() -> str:
     """Dense bfloat16 in microseconds; the best contender of the same bits and the best of ours, over it."""
     parts = []

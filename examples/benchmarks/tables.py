@@ -41,6 +41,7 @@ TABLES = {
     "scale": training.scale_table,
     "many-rows": speed.many_rows_table,
     "kernels": speed.kernel_table,
+    "experts-decode": speed.experts_table,
     "gpu-kernels": speed.gpu_kernel_table,
     "decode": speed.decode_table,
     "generation": speed.generation_table,
