@@ -202,9 +202,12 @@ def test_a_large_model_is_counted_by_its_first_blocks(results, name, parameters,
     assert max(states) == pytest.approx(min(states)) and record["bytes_per_weight"]["float32 master"] == 4
 
 
-def test_experts_are_timed_in_every_format(results):
+def test_experts_are_timed_in_every_format(results, monkeypatch):
     import experts_decode
+    import records
     import speed_tables
+
+    monkeypatch.setattr(records, "RESULTS", results)
 
     experts_decode.main(label="x", experts=2, hidden=64, width=32, tokens="1,3", rounds=4)
     found = json.loads((results / "experts_decode" / "x.json").read_text())["rows"]
