@@ -32,6 +32,7 @@ from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import unwrapped
 
 GENERATOR_VERSION = 3  # the length of the cache is free
+DTYPES = ("bfloat16", "float16", "float32")  # of a cache
 EXAMPLE_SLOTS = 64  # of the cache that is traced
 SPEC_FILE = "sparseforge_generator.json"
 TOKENIZER_FOLDER = "tokenizer."  # a prefix: extra files of an archive have no folders of their own
@@ -76,22 +77,12 @@ def export_generator(
         raise SparseForgeError(f"max_length {max_length} is more than the {limit} positions of the model")
     with_text = _tokenizer_files(tokenizer)  # refused before anything takes long
     step = Step(model, min(max_length, EXAMPLE_SLOTS))
+    spec = _described(model, step, format, max_length)
     options: dict[str, Any] = {"target": target, "tokens": tokens, "table": table, "gate": gate, "durable": True}
     prefill, report = lower_captured(capture(step, step.example(length=3)), **options)
     known = cost.as_table(cost.read_row(row) for row in report["table"]) if gate else None
     decode, _ = lower_captured(capture(step, step.example(length=1)), **{**options, "table": known})
     share(prefill, decode)
-    spec = {
-        "version": GENERATOR_VERSION,
-        "format": format,
-        "max_length": max_length,
-        "cache": [[list(t.shape[2:]) for t in pair] for pair in step.cache],
-        "dtype": str(step.cache[0][0].dtype).removeprefix("torch."),
-        "device": step.cache[0][0].device.type,
-        "eos_token_id": _as_list(model.generation_config.eos_token_id),  # type: ignore[union-attr]
-        "pad_token_id": model.generation_config.pad_token_id,  # type: ignore[union-attr]
-        "repetition_penalty": repetition_penalty(model.generation_config),
-    }
     extra = {SPEC_FILE: json.dumps(spec, indent=1), **with_text}
     programs = {"prefill": prefill, "decode": decode}
 
@@ -199,6 +190,67 @@ class Step(nn.Module):
         return self.model(input_ids=input_ids, past_key_values=held, use_cache=True, **given).logits[:, -1]
 
 
+def _described(model: PreTrainedModel, step: Step, format: str, max_length: int) -> dict[str, Any]:
+    """What the file will say of itself; refused if it could not be loaded with that."""
+    config: Any = model.generation_config
+    eos = config.eos_token_id
+    spec = {
+        "version": GENERATOR_VERSION,
+        "format": format,
+        "max_length": max_length,
+        "cache": [[list(t.shape[2:]) for t in pair] for pair in step.cache],
+        "dtype": str(step.cache[0][0].dtype).removeprefix("torch."),
+        "device": step.cache[0][0].device.type,
+        "vocabulary": model.get_input_embeddings().weight.shape[0],
+        "eos_token_id": list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos],
+        "pad_token_id": config.pad_token_id,
+        "repetition_penalty": repetition_penalty(config),
+    }
+    if wrong := misfits(spec):
+        name, wanted = next(iter(wrong.items()))
+        raise SparseForgeError(f"the model's {name} is {spec[name]!r}, and a generator takes {wanted}: change it first")
+    return spec
+
+
+def misfits(spec: dict[str, Any]) -> dict[str, str]:
+    """Which fields of what a file says of itself are of no use, with what they should be. The graph's own sizes are
+    checked when it runs."""
+    known = {
+        "max_length": (_count, "a number of tokens"),
+        "cache": (_pairs, "heads and widths of keys and values"),
+        "format": (FORMATS.__contains__, " or ".join(FORMATS)),
+        "dtype": (DTYPES.__contains__, ", ".join(DTYPES)),
+        "device": (("cpu", "cuda").__contains__, "cpu or cuda"),
+        "eos_token_id": (lambda ids: isinstance(ids, list) and all(map(_token, ids)), "token ids"),
+        "pad_token_id": (lambda value: value is None or _token(value), "a token id"),
+        "repetition_penalty": (lambda value: value is None or _positive(value), "a positive number"),
+        "vocabulary": (lambda value: value is None or _count(value), "a number of tokens"),
+    }
+    return {name: wanted for name, (fits, wanted) in known.items() if not fits(spec.get(name))}
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 24
+
+
+def _token(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 31
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is float and 0 < value < float("inf")
+
+
+def _pairs(value: Any) -> bool:
+    """Heads and width of keys and of values, for each layer."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(shape, list) and len(shape) == 2 and all(map(_count, shape)) for shape in pair)
+        for pair in value
+    )
+
+
 def share(prefill: Exported, decode: Exported) -> None:
     """Let the second program hold the tensors of the first: the same passes made both from one model."""
     for name, tensor in decode.state.items():
@@ -238,10 +290,6 @@ def _no_static_cache(model: nn.Module) -> SparseForgeError:
     return SparseForgeError(
         f"{type(model).__name__} does not keep keys and values in a static cache: export it with sf.export instead"
     )
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _tokenizer_files(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:

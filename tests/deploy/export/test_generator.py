@@ -262,6 +262,8 @@ def test_the_model_is_left_alone(exported):
         (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": 4, "do_sample": True, "top_p": 1.5}, "top_p is 1.5"),
         (torch.ones(1, 4), {}, "int64 ids"),
         (torch.ones(1, 0, dtype=torch.long), {}, "int64 ids"),
+        (torch.tensor([[5, 260, 6]]), {}, "the model has no token 260: take the tokenizer"),
+        (torch.tensor([[-1, 6]]), {}, "no token -1"),
         (
             torch.ones(1, 4, dtype=torch.long),
             {"max_new_tokens": 4, "do_sample": True, "temperature": -1.0},
@@ -289,6 +291,39 @@ def test_what_is_not_exported(name, options, message, tmp_path):
     with pytest.raises(SparseForgeError, match=message):
         sf.export_generator(build(name), tmp_path / "g.pt2", **{"max_length": 16, **options})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.double(), "dtype is 'float64', and a generator takes bfloat16, float16, float32"),
+        (lambda model: setattr(model.generation_config, "eos_token_id", 1 << 40), "eos_token_id is .1099511627776"),
+        (lambda model: setattr(model.generation_config, "pad_token_id", [0]), "pad_token_id is .0., and a generator"),
+        (lambda model: setattr(model.generation_config, "repetition_penalty", -1.0), "takes a positive number"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_written(tmp_path, change, message):
+    model = build("llama of one block").eval()
+    change(model)
+    with pytest.raises(SparseForgeError, match=message):
+        sf.export_generator(model, tmp_path / "g.pt2", max_length=16, gate=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ends_as_a_tuple_and_a_padding_that_is_no_token(tmp_path):
+    torch.manual_seed(0)
+    model = build("llama of one block").eval()
+    sf.sparsify(model)
+    ids = prompts(rows=3, padded=0)[0]
+    model.generation_config.eos_token_id = None
+    end = int(model.generate(ids, max_new_tokens=3, do_sample=False)[0, -1])
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (end, 1), -1
+    model.generation_config.repetition_penalty = 2e6
+    sf.export_generator(model, tmp_path / "g.pt2", max_length=LENGTH, gate=False)
+    generator = sf.load_generator(tmp_path / "g.pt2")
+    assert generator.eos == [end, 1]
+    out = generator.generate(ids, max_new_tokens=12, repetition_penalty=1.0)
+    assert (out[0, 10:] == -1).all()
 
 
 def test_a_state_space_model_is_refused(tmp_path):
