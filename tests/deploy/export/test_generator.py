@@ -332,6 +332,25 @@ def test_a_state_space_model_is_refused(tmp_path):
         sf.export_generator(transformers.MambaForCausalLM(config), tmp_path / "g.pt2", max_length=16)
 
 
+def test_a_model_that_counts_the_slots_of_its_cache_is_refused(tmp_path):
+    """Its local layers look back from the cache's end: past their window, at nothing of a short text."""
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 16, "max_position_embeddings": 64}
+    config = transformers.GPTNeoConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, bos_token_id=1, eos_token_id=2, **kinds
+    )
+    torch.manual_seed(0)
+    model = transformers.GPTNeoForCausalLM(config)
+    with pytest.raises(SparseForgeError, match="GPTNeoForCausalLM answers otherwise where 40 slots"):
+        sf.export_generator(model, tmp_path / "g.pt2", max_length=40, gate=False)
+    assert not list(tmp_path.iterdir()) and model.training
+    sf.sparsify(model)
+    model.generation_config.eos_token_id = None
+    sf.export_generator(model, tmp_path / "g.pt2", max_length=16, gate=False)
+    ids = torch.randint(3, 64, (1, 6), generator=torch.Generator().manual_seed(0))
+    want = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    assert torch.equal(sf.load_generator(tmp_path / "g.pt2").generate(ids, max_new_tokens=10), want)
+
+
 def rewritten(path, target, change, more=None, sealed=True):
     """The archive with the bytes of each file changed by ``change(name, bytes)``, where None drops it, and ``more``
     files by name; with the checksums of that, or with the old ones."""
