@@ -197,7 +197,7 @@ class Step(nn.Module):
 def _described(model: PreTrainedModel, step: Step, format: str, max_length: int) -> dict[str, Any]:
     """What the file will say of itself; refused if it could not be loaded with that."""
     config: Any = model.generation_config
-    eos = config.eos_token_id
+    eos, embedding = config.eos_token_id, model.get_input_embeddings()
     spec = {
         "version": GENERATOR_VERSION,
         "format": format,
@@ -205,7 +205,7 @@ def _described(model: PreTrainedModel, step: Step, format: str, max_length: int)
         "cache": [[list(t.shape[2:]) for t in pair] for pair in step.cache],
         "dtype": str(step.cache[0][0].dtype).removeprefix("torch."),
         "device": step.cache[0][0].device.type,
-        "vocabulary": model.get_input_embeddings().weight.shape[0],
+        "vocabulary": len(embedding.weight),  # type: ignore[arg-type]
         "eos_token_id": list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos],
         "pad_token_id": config.pad_token_id,
         "repetition_penalty": repetition_penalty(config),
