@@ -1,7 +1,8 @@
 """What the server behind ``sparseforge-fx serve`` takes: a gate of ours before transformers' application.
 
 POST goes to four addresses only, with a body that has what their handlers read, in the types that they read it in, and
-asks for no more new tokens than the server gives. The answers are transformers' own.
+nothing that they would pass over, and asks for no more new tokens than the server gives. The answers are transformers'
+own, but that a request which says how tokens are drawn gets drawn ones, and with a seed the same again.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError, model_validator
 
 from sparseforge_fx.errors import one_line
+from sparseforge_fx.models.dense import explained
 
 MAX_BODY = 8 * 2**20  # bytes of a request
 SAMPLING = (  # what a request may set in transformers' GenerationConfig: other fields multiply the work
@@ -23,12 +26,26 @@ OF_THE_SERVER = (  # arguments of apply_chat_template that a request cannot have
     *("chat_template", "conversation", "tools", "tokenize", "return_tensors", "return_dict", "add_generation_prompt"),
     *("load_audio_from_video", "padding", "max_length", "tokenizer_kwargs", "processor_kwargs"),
 )
+DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # what only drawn tokens are for
+ABOUT_THE_CLIENT = (  # fields that ask nothing of the answer, or (stream_options) what it has anyway
+    "user", "metadata", "service_tier", "safety_identifier", "stream_options", "prompt_cache_key",
+    "prompt_cache_retention",
+)  # fmt: skip
+ASKS_NOTHING: dict[str, tuple] = {  # fields that are not used, with the values that ask for what is done anyway
+    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},),
+    "presence_penalty": (0, 0.0), "response_format": ({"type": "text"},), "text": ({}, {"format": {"type": "text"}}),
+    "modalities": (["text"],), "tool_choice": ("auto",), "parallel_tool_calls": (True,), "functions": ([],),
+    "store": (False,), "background": (False,), "include": ([],), "truncation": ("disabled",),
+}  # fmt: skip
+TEXT_PARTS: tuple[str, ...] = ("text", "input_text", "output_text")
+PICTURES, SOUNDS = ("image_url", "input_image", "video_url"), ("input_audio", "audio_url")
+PARTS = {"LLM": TEXT_PARTS, "VLM": TEXT_PARTS + PICTURES, "MULTIMODAL": TEXT_PARTS + PICTURES + SOUNDS}
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 
 
 class Body(BaseModel):
-    """What all of them share. Fields that are not named here are transformers' affair."""
+    """What all of them share. A field that is not named is not used: see :func:`checked`."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     counts: ClassVar[tuple[str, ...]] = ("max_tokens",)  # fields that say how many new tokens
@@ -63,7 +80,7 @@ class Part(BaseModel):
 
     @model_validator(mode="after")
     def _text(self) -> Part:
-        if self.type in ("text", "input_text", "output_text") and self.text is None:
+        if self.type in TEXT_PARTS and self.text is None:
             raise ValueError(f"a part of type {self.type} needs a text")
         return self
 
@@ -123,10 +140,11 @@ class Refused(Exception):
 
 
 class Gate:
-    """ASGI middleware. A request gets ``new_tokens`` at most, and exactly so many if it does not say how many."""
+    """ASGI middleware. A request gets ``new_tokens`` at most, and exactly so many if it does not say how many. Its
+    messages may have ``parts`` of these types."""
 
-    def __init__(self, app: Any, model: str, new_tokens: int):
-        self.app, self.model, self.new_tokens = app, model, new_tokens
+    def __init__(self, app: Any, model: str, new_tokens: int, parts: tuple[str, ...]):
+        self.app, self.model, self.new_tokens, self.parts = app, model, new_tokens, parts
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
@@ -144,7 +162,7 @@ class Gate:
                 )
             raw = await _read(receive)
             if kind := BODIES[path]:
-                raw = json.dumps(checked(raw, kind, self.new_tokens)).encode()
+                raw = json.dumps(checked(raw, kind, self.new_tokens, self.parts)).encode()
         except Refused as error:
             return await _answer(send, error.status, _told(error.why))
 
@@ -162,7 +180,7 @@ class Gate:
         return await self.app({**scope, "headers": headers}, receive_again, send)
 
 
-def checked(raw: bytes, kind: type[Body], new_tokens: int) -> dict[str, Any]:
+def checked(raw: bytes, kind: type[Body], new_tokens: int, parts: tuple[str, ...]) -> dict[str, Any]:
     """The body, with the number of new tokens filled in where it says none. Raises :class:`Refused`."""
     try:
         body = json.loads(raw)
@@ -175,6 +193,8 @@ def checked(raw: bytes, kind: type[Body], new_tokens: int) -> dict[str, Any]:
         deepest = max(errors, key=lambda e: len(e["loc"]))  # of a field that may be this or that, the nearest miss
         where = ".".join(str(part) for part in deepest["loc"])
         raise Refused(400, f"{where or 'the body'}: {deepest['msg']}") from error
+    _check_used(body, kind, parts)
+    draws(body)
     asked: dict[str, Any] = {name: getattr(found, name) for name in kind.counts}
     asked["generation_config.max_new_tokens"] = (found.generation_config or {}).get("max_new_tokens")
     given = {name: count for name, count in asked.items() if count is not None}
@@ -188,6 +208,53 @@ def checked(raw: bytes, kind: type[Body], new_tokens: int) -> dict[str, Any]:
     return body | {kind.counts[0]: next(iter(given.values()), new_tokens)}
 
 
+def _check_used(body: dict[str, Any], kind: type[Body], parts: tuple[str, ...]) -> None:
+    """Raise :class:`Refused` for what transformers would pass over."""
+    for name, value in body.items():
+        if name in kind.model_fields or name in ABOUT_THE_CLIENT or value is None:
+            continue
+        if not any(type(value) is type(nothing) and value == nothing for nothing in ASKS_NOTHING.get(name, ())):
+            told = one_line(ValueError(json.dumps(value)), limit=80)
+            raise Refused(400, f"{name} is {told}, which this server does not use: leave it out")
+    turns = body.get("messages") or body.get("input")
+    if isinstance(turns, list):
+        within = [turn.get("content") for turn in turns] if "role" in turns[0] else [turns]
+        for part in (part for content in within if isinstance(content, list) for part in content):
+            if isinstance(part, dict) and part.get("type") not in parts:
+                raise Refused(400, f"a part is of type {part.get('type')}, and this model reads {', '.join(parts)}")
+
+
+def draws(body: dict[str, Any]) -> bool | None:
+    """Does a request ask for tokens that are drawn? None: it leaves that to the model's own generation_config. Raises
+    :class:`Refused` for one that wants both."""
+    given = json.loads(body.get("generation_config") or "{}")
+    told = given.get("do_sample")
+    given |= {name: value for name, value in body.items() if value is not None}
+    names = [name for name in DRAWS if given.get(name) is not None]
+    wanted = given.get("temperature") != 0 if names else None
+    if told is not None and wanted is not None and told != wanted:
+        against = ", ".join(names) if wanted else "temperature 0"
+        raise Refused(
+            400, f"generation_config.do_sample is {json.dumps(told)}, against {against}: leave out one of them"
+        )
+    return told if wanted is None else wanted
+
+
+def drawing(build: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' ``_build_generation_config`` of a handler, but that a temperature draws, and that the seed goes
+    along to :func:`within`: set as a request arrives, it is gone before that one's turn."""
+
+    def build_drawing(handler: Any, body: dict[str, Any], default: Any, use_cb: bool = False) -> Any:
+        config = build(handler, body if use_cb else {**body, "seed": None}, default, use_cb=use_cb)
+        if (asked := draws(body)) is not None:
+            config.do_sample = asked
+        if not use_cb:  # which shares one way of drawing, that of its first request
+            config.seed = body.get("seed")
+        return config
+
+    return build_drawing
+
+
 def guarded(app: Any, models: Any, model: str, new_tokens: int) -> Any:
     """transformers' application behind the gate, and its loaded ``models`` never beyond their context."""
     from fastapi.responses import JSONResponse
@@ -199,18 +266,22 @@ def guarded(app: Any, models: Any, model: str, new_tokens: int) -> Any:
 
     for kind in (KeyError, TypeError, ValueError, AttributeError, TemplateError):  # of a body that the gate let through
         app.add_exception_handler(kind, unreadable)
+    parts = TEXT_PARTS
     for loaded in models.loaded_models.values():
+        with explained(f"{model} cannot be served"):
+            parts = PARTS[models.get_model_modality(loaded.model, processor=loaded.processor).name]
         config = loaded.model.config.get_text_config()
         # an encoder's input takes no room in its decoder's context
         positions = None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
         new_tokens = min(new_tokens, positions or new_tokens)
         loaded.model.generate = within(loaded.model.generate, positions)
-    app.add_middleware(Gate, model=model, new_tokens=new_tokens)
+    app.add_middleware(Gate, model=model, new_tokens=new_tokens, parts=parts)
     return app
 
 
 def within(generate: Callable[..., Any], positions: int | None) -> Callable[..., Any]:
-    """``generate`` that stops where the model's context of ``positions`` tokens ends (None: it has no end)."""
+    """``generate`` that stops where the model's context of ``positions`` tokens ends (None: it has no end), with the
+    seed that :func:`drawing` has put into the generation_config."""
 
     def bounded(*args: Any, input_ids: Any, generation_config: Any, **kwargs: Any) -> Any:
         length = input_ids.shape[-1]
@@ -220,6 +291,8 @@ def within(generate: Callable[..., Any], positions: int | None) -> Callable[...,
             if length >= positions:
                 raise ValueError(f"the prompt has {length} tokens, and the model's context is {positions}: shorten it")
             generation_config.max_new_tokens = min(generation_config.max_new_tokens, positions - length)
+        if (seed := vars(generation_config).pop("seed", None)) is not None:
+            torch.manual_seed(seed)
         return generate(*args, input_ids=input_ids, generation_config=generation_config, **kwargs)
 
     return bounded

@@ -39,7 +39,8 @@ def serve(
     Clients name the model as it is named here. Ends at Ctrl-C.
 
     Protected: no request gets more than --max-new-tokens, nor (but with --continuous-batching) more than the model's
-    context holds; bodies over 8 MB and malformed ones are refused; no request loads or unloads a model.
+    context holds; bodies over 8 MB, malformed ones, and fields and parts that nothing would use are refused; no request
+    loads or unloads a model.
 
     Not protected: whoever reaches the port may use it. There is no password, no encryption, no limit on how many ask or
     how often; one request is answered at a time, and the others wait. That is why it listens on this machine only,
@@ -49,21 +50,22 @@ def serve(
         raise SparseForgeError(f"serving needs {', '.join(absent)}: pip install 'sparseforge-fx[serve]'")
     _check_model(model)
     _check_address(host, port)
-    from transformers.cli.serving import server
+    from transformers.cli.serving import server, utils
     from transformers.cli.transformers import app as transformers_app
 
-    from sparseforge_fx.cli.requests import guarded
+    from sparseforge_fx.cli.requests import drawing, guarded
 
-    build = server.build_server
+    build, configure = server.build_server, utils.BaseHandler._build_generation_config
 
     def build_guarded(models: Any, *args: Any, **kwargs: Any) -> Any:
         return guarded(build(models, *args, **kwargs), models, model, max_new_tokens)
 
     server.build_server = build_guarded  # type: ignore[assignment]
+    utils.BaseHandler._build_generation_config = drawing(configure)  # type: ignore[method-assign]
     try:
         transformers_app(["serve", model, "--host", host, "--port", str(port), *context.args], prog_name="transformers")
     finally:
-        server.build_server = build
+        server.build_server, utils.BaseHandler._build_generation_config = build, configure  # type: ignore[method-assign]
 
 
 def _check_model(model: str) -> None:

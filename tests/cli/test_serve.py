@@ -1,5 +1,6 @@
 """sparseforge-fx serve: transformers' server over a packed folder, asked through HTTP by the openai client."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -152,6 +153,7 @@ def test_never_beyond_the_context_of_the_model(ask, client, folder):
     assert [c.usage.completion_tokens for c in chunks if c.usage] == [2]
 
 
+PICTURE = [{"type": "text", "text": "w20"}, {"type": "image_url", "image_url": {"url": "http://x/y.png"}}]
 MALFORMED = [
     (CHAT, b"{", "not JSON"),
     (CHAT, b"", "not JSON"),
@@ -185,6 +187,35 @@ MALFORMED = [
         "cannot be answered",
     ),
     (CHAT, {"messages": QUESTION, "chat_template_kwargs": {"chat_template": "x"}}, "may not have chat_template"),
+    (CHAT, {"messages": QUESTION, "n": 3}, "n is 3, which this server does not use: leave it out"),
+    (CHAT, {"messages": QUESTION, "logprobs": True}, "logprobs is true"),
+    (CHAT, {"messages": QUESTION, "presence_penalty": 0.5}, "presence_penalty is 0.5"),
+    (CHAT, {"messages": QUESTION, "response_format": {"type": "json_object"}}, "response_format is"),
+    (CHAT, {"messages": QUESTION, "tool_choice": "none"}, 'tool_choice is "none"'),
+    (CHAT, {"messages": QUESTION, "temprature": 0.5}, "temprature is 0.5"),
+    (TEXT, {"prompt": "w20", "best_of": 2}, "best_of is 2"),
+    (TEXT, {"prompt": "w20", "echo": True}, "echo is true"),
+    (TEXT, {"prompt": "w20", "logprobs": 0}, "logprobs is 0"),
+    (TEXT, {"prompt": "w20", "logit_bias": {"20": 5}}, "logit_bias is"),
+    (RESPONSES, {"input": "w20", "previous_response_id": "x"}, 'previous_response_id is "x"'),
+    (RESPONSES, {"input": "w20", "reasoning": {"effort": "low"}}, "reasoning is"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": PICTURE}]},
+        "a part is of type image_url, and this model reads text",
+    ),
+    (RESPONSES, {"input": [{"type": "input_image", "image_url": "x"}]}, "a part is of type input_image"),
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "a part is of type input_audio"),
+    (
+        CHAT,
+        {"messages": QUESTION, "temperature": 0.5, "generation_config": '{"do_sample": false}'},
+        "against temperature",
+    ),
+    (
+        CHAT,
+        {"messages": QUESTION, "temperature": 0, "generation_config": '{"do_sample": true}'},
+        "against temperature 0",
+    ),
     (TEXT, {}, "prompt"),
     (TEXT, {"prompt": ""}, "prompt"),
     (TEXT, {"prompt": "  "}, "no tokens"),
@@ -198,6 +229,42 @@ MALFORMED = [
 @pytest.mark.parametrize(("path", "body", "match"), MALFORMED)
 def test_what_cannot_be_read_is_refused_in_a_sentence(ask, path, body, match):
     assert match in told(ask(path, body))
+
+
+def text_of(answer):
+    status, content = answer
+    assert status == 200, answer
+    return content["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 2.0},
+        {"top_p": 1.0},
+        {"generation_config": '{"top_k": 50}'},
+        {"generation_config": '{"do_sample": true}'},
+    ],
+)
+def test_tokens_are_drawn_where_the_request_says_how(ask, how):
+    body = {"prompt": "w20 w33", "max_tokens": 8}
+    draw = lambda seed: text_of(ask(TEXT, {**body, **how, "seed": seed}))  # noqa: E731
+    assert len({draw(seed) for seed in range(3)}) > 1 and draw(1) == draw(1)
+
+
+def test_a_seed_is_of_its_request_alone(ask):
+    draw = lambda seed: text_of(ask(TEXT, {"prompt": "w20", "max_tokens": 30, "temperature": 1.5, "seed": seed}))  # noqa: E731
+    alone = [draw(seed) for seed in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(draw, range(4))) == alone
+
+
+def test_fields_that_ask_for_what_is_done_anyway_are_taken(ask):
+    anyway = {"n": 1, "presence_penalty": 0, "response_format": {"type": "text"}, "user": "me", "logprobs": None}
+    assert (
+        ask(CHAT, {"messages": QUESTION, "max_tokens": 1, **anyway, "stream_options": {"include_usage": True}})[0]
+        == 200
+    )
 
 
 def test_a_large_body_is_refused(ask):

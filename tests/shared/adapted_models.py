@@ -23,7 +23,7 @@ def adapted(model, targets, **options):
     adapter = peft.get_peft_model(model, config)
     torch.manual_seed(1)
     for name, parameter in adapter.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
+        if any(part in name for part in ("lora_A", "lora_B", "lora_embedding")):
             torch.nn.init.normal_(parameter, std=0.2)
     return adapter
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering.modules import SparseLinear, weight_of
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.models.ties import part
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 
 MODES = ("masked", "separate")
@@ -48,7 +50,8 @@ def merge_lora(peft_model: Any, mode: str = "masked", *, adapters: Sequence[str]
     Args:
         peft_model: a PeftModel around a model with 2:4 linears: dense nn.Linear or Conv1D, or packed.
         mode: "masked" adds scale * B A only where a weight is not zero (a weight without zeros takes all of it),
-            packs packed ones anew, and takes the adapters out: ``peft_model.get_base_model()`` is plain then.
+            packs packed ones anew, and takes the adapters out: ``peft_model.get_base_model()`` is plain then. A weight
+            that another module has, too (a tied head), is merged into a copy of its own, and the tie ends.
             "separate" changes nothing: outputs stay exactly those of training, the adapters are computed beside.
         adapters: their names; None: the active ones.
 
@@ -57,11 +60,12 @@ def merge_lora(peft_model: Any, mode: str = "masked", *, adapters: Sequence[str]
     it, from 0 to 1: what "masked" drops. The report of "separate" says it before anything is dropped.
     Raises SparseForgeError, with nothing changed: PEFT is missing, no PeftModel, no such adapter, one that is merged
     already, one that is no plain LoRA of linear layers (DoRA, target_parameters), NaN or inf in an update, or zeros
-    in all of them.
+    in all of them; for "masked" a weight that is packed in codes, or one of several ties.
     """
     if mode not in MODES:
         raise SparseForgeError(f"unknown mode {mode!r}: choose 'masked' or 'separate'")
     names, sites = _sites(peft_model, adapters)
+    others = _ready(peft_model.get_base_model(), sites) if mode == "masked" else {}
     rows, inside, outside = [], 0.0, 0.0
     for site in sites:
         weight, update = site.weight, site.update()
@@ -70,30 +74,66 @@ def merge_lora(peft_model: Any, mode: str = "masked", *, adapters: Sequence[str]
         if not total < float("inf"):
             raise SparseForgeError(f"the update of '{site.name}' has NaN or inf: train the adapter anew")
         outside, inside = outside + lost, inside + total - lost
-        rows.append(_row(site, mode, lost, total))
+        rows.append(_row(site, mode, lost, total, others.get(site.name, [])))
     if not outside + inside:
         raise SparseForgeError(
             f"the adapter {', '.join(names)} changes no weight: it is not trained, or was made for another model"
         )
     if mode == "masked":
         for site in sites:
+            if site.name in others:
+                site.base.weight = nn.Parameter(site.weight.clone(), site.base.weight.requires_grad)
             _add(site)
         if adapters is not None:  # whose trained copies of modules stay
             peft_model.base_model.set_adapter(names)
         peft_model.unload()
+        _part(peft_model.get_base_model())
     return {"mode": mode, "adapters": names, "outside": _share(outside, outside + inside), "sites": rows}
 
 
-def _row(site: _Site, mode: str, lost: float, total: float) -> dict[str, Any]:
+def _ready(base: nn.Module, sites: Sequence[_Site]) -> dict[str, list[str]]:
+    """Raise for what "masked" cannot merge. Returns which other modules have the weight of a site, where any has."""
+    others = {}
+    for site in sites:
+        if getattr(site.base, "weight_scales", None) is not None:
+            raise SparseForgeError(
+                f"'{site.name}' is packed in {site.base.format}, whose codes take no update: merge into the dense "
+                "model and quantise that, or keep it beside (mode 'separate')"
+            )
+        shared = site.base._parameters.get("weight")
+        having = [(n, m) for n, m in base.named_modules() if shared is not None and m is not site.base]
+        found = [n for n, m in having if any(p is shared for p in m._parameters.values())]
+        if found and site.adapters:  # a trained copy has a weight of its own already
+            others[site.name] = [n.removesuffix(".base_layer").removesuffix(".original_module") for n in found]
+    if others and any(len(getattr(m, "all_tied_weights_keys", None) or {}) > 1 for m in base.modules()):
+        raise SparseForgeError(
+            f"the weight of '{next(iter(others))}' is one of several that the model ties, and a configuration can only "
+            "part all of them: keep the adapter beside (mode 'separate')"
+        )
+    return others
+
+
+def _part(base: nn.Module) -> None:
+    """Let a configuration say so where what it ties has parted, by a merge or as a copy that was trained whole."""
+    for module in base.modules():
+        ties: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+        ends = [operator.attrgetter(*pair)(module) for pair in ties.items()]
+        if ends and all(one is not other for one, other in ends):
+            part(module, next(iter(ties)).removesuffix(".weight"))
+
+
+def _row(site: _Site, mode: str, lost: float, total: float, others: list[str]) -> dict[str, Any]:
     packed = isinstance(site.base, SparseLinear)
     weight = weight_of(site.base)
     done = "kept beside" if mode == "separate" else "merged where the weight is not zero" if lost else "merged whole"
+    if others:
+        done += f", in a copy of its own: {', '.join(others)} had the same weight"
     return {
         "name": site.name,
         "out": weight.shape[0],
         "in": weight.shape[1],
         "weight": "packed" if packed else "dense",
-        "pattern": "2:4" if packed or _exact(weight) else None,
+        "pattern": "2:4" if _exact(weight) else None,
         "done": done,
         "outside": _share(lost, total),
     }

@@ -15,7 +15,7 @@ from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
+from sparseforge_fx.deploy.lowering.sparse_modules import PackedWeight, SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 
 # ways to initialise an adapter that leave the base weight as it is
@@ -66,14 +66,29 @@ def _register(config: type[LoraConfig]) -> None:
     config.__post_init__ = with_packed  # type: ignore[method-assign]
 
 
-def _register_all_linear() -> None:
-    """``target_modules="all-linear"`` looks for nn.Linear: it would pass over packed ones and say nothing."""
+def _refuse_copies(config: Any, model: nn.Module) -> None:
+    """PEFT would copy a packed module to train it, and nothing of the copy trains."""
+    names = tuple(getattr(config, "modules_to_save", None) or ())
+    for path, module in model.named_modules():
+        if path.endswith(names):  # PEFT's rule
+            for inner, part in module.named_modules(prefix=path):
+                if isinstance(part, PackedWeight):
+                    raise SparseForgeError(
+                        f"modules_to_save has '{inner}', which is packed in {part.format} and frozen: put its "
+                        "to_dense() in its place first, or adapt it by target_modules"
+                    )
+
+
+def _register_search() -> None:
+    """What PEFT does before it changes anything of a model: there ``modules_to_save`` is looked at, and
+    ``target_modules="all-linear"`` looks for nn.Linear. It would pass over packed ones and say nothing."""
     find = getattr(tuners_utils, "_maybe_include_all_linear_layers", None)
     if find is None:
         return
 
     @functools.wraps(find)
     def with_packed(config: Any, model: nn.Module) -> Any:
+        _refuse_copies(config, model)
         targets = getattr(config, "target_modules", None)
         found = find(config, model)
         if isinstance(targets, str) and targets.lower() == "all-linear" and isinstance(config, LoraConfig):
@@ -90,4 +105,4 @@ def _register_all_linear() -> None:
 
 
 _register(LoraConfig)
-_register_all_linear()
+_register_search()

@@ -30,9 +30,12 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import unwrapped
+from sparseforge_fx.graph.modes import eval_mode
 
 GENERATOR_VERSION = 3  # the length of the cache is free
+DTYPES = ("bfloat16", "float16", "float32")  # of a cache
 EXAMPLE_SLOTS = 64  # of the cache that is traced
+PROBED_SLOTS = 8192  # of the cache that a model is tried with, at most: no fixed window is known that is longer
 SPEC_FILE = "sparseforge_generator.json"
 TOKENIZER_FOLDER = "tokenizer."  # a prefix: extra files of an archive have no folders of their own
 
@@ -62,7 +65,8 @@ def export_generator(
     The model's repetition penalty goes with it; what else of its generation_config a generator has not, the notes say.
 
     Returns its report with ``file_bytes`` and the bytes of a full cache per sequence, ``cache_bytes``. Raises
-    SparseForgeError, with nothing written, for models without a key/value cache (state-space models, encoders).
+    SparseForgeError, with nothing written, for models without a key/value cache (state-space models, encoders), and for
+    those whose answers depend on how many slots of it are empty.
     """
     check_path(path)
     if format not in FORMATS:
@@ -76,22 +80,13 @@ def export_generator(
         raise SparseForgeError(f"max_length {max_length} is more than the {limit} positions of the model")
     with_text = _tokenizer_files(tokenizer)  # refused before anything takes long
     step = Step(model, min(max_length, EXAMPLE_SLOTS))
+    spec = _described(model, step, format, max_length)
+    _check_empty_slots(step, spec)
     options: dict[str, Any] = {"target": target, "tokens": tokens, "table": table, "gate": gate, "durable": True}
     prefill, report = lower_captured(capture(step, step.example(length=3)), **options)
     known = cost.as_table(cost.read_row(row) for row in report["table"]) if gate else None
     decode, _ = lower_captured(capture(step, step.example(length=1)), **{**options, "table": known})
     share(prefill, decode)
-    spec = {
-        "version": GENERATOR_VERSION,
-        "format": format,
-        "max_length": max_length,
-        "cache": [[list(t.shape[2:]) for t in pair] for pair in step.cache],
-        "dtype": str(step.cache[0][0].dtype).removeprefix("torch."),
-        "device": step.cache[0][0].device.type,
-        "eos_token_id": _as_list(model.generation_config.eos_token_id),  # type: ignore[union-attr]
-        "pad_token_id": model.generation_config.pad_token_id,  # type: ignore[union-attr]
-        "repetition_penalty": repetition_penalty(model.generation_config),
-    }
     extra = {SPEC_FILE: json.dumps(spec, indent=1), **with_text}
     programs = {"prefill": prefill, "decode": decode}
 
@@ -199,6 +194,92 @@ class Step(nn.Module):
         return self.model(input_ids=input_ids, past_key_values=held, use_cache=True, **given).logits[:, -1]
 
 
+def _described(model: PreTrainedModel, step: Step, format: str, max_length: int) -> dict[str, Any]:
+    """What the file will say of itself; refused if it could not be loaded with that."""
+    config: Any = model.generation_config
+    eos, embedding = config.eos_token_id, model.get_input_embeddings()
+    spec = {
+        "version": GENERATOR_VERSION,
+        "format": format,
+        "max_length": max_length,
+        "cache": [[list(t.shape[2:]) for t in pair] for pair in step.cache],
+        "dtype": str(step.cache[0][0].dtype).removeprefix("torch."),
+        "device": step.cache[0][0].device.type,
+        "vocabulary": len(embedding.weight),  # type: ignore[arg-type]
+        "eos_token_id": list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos],
+        "pad_token_id": config.pad_token_id,
+        "repetition_penalty": repetition_penalty(config),
+    }
+    if wrong := misfits(spec):
+        name, wanted = next(iter(wrong.items()))
+        raise SparseForgeError(f"the model's {name} is {spec[name]!r}, and a generator takes {wanted}: change it first")
+    return spec
+
+
+@torch.no_grad()
+def _check_empty_slots(step: Step, spec: dict[str, Any]) -> None:
+    """Raise if the model, in a cache that is mostly empty, answers otherwise than without a cache.
+
+    By the nearer of two prompts: rounding may choose other experts in one of them.
+    """
+    slots, count = min(spec["max_length"], PROBED_SLOTS), min(8, spec["max_length"])
+    ids = torch.randint(spec["vocabulary"], (2, count), generator=torch.Generator().manual_seed(0)).to(spec["device"])
+    cache = [[t.new_zeros(2, slots, *t.shape[2:]) for t in pair] for pair in step.cache]
+    mask = torch.zeros(2, slots, dtype=torch.long, device=ids.device)
+    tolerance = 0.01 if spec["dtype"] == "float32" else 0.1
+    with eval_mode(step):
+        given = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in step.accepted else {}
+        wanted = step.model(input_ids=ids, use_cache=False, **given).logits.float()
+        for start, end in ((0, count - 1), (count - 1, count)):
+            mask[:, :end] = 1
+            found = step(ids[:, start:end], mask, torch.tensor([start], device=ids.device), cache).float()
+            want = wanted[:, end - 1]
+            if ((found - want).norm(dim=-1) / want.norm(dim=-1)).min() > tolerance:
+                raise SparseForgeError(
+                    f"{type(step.model).__name__} answers otherwise where {slots} slots of its cache are mostly empty: "
+                    "give a max_length of no more than its window of attention, or export it with sf.export"
+                )
+
+
+def misfits(spec: dict[str, Any]) -> dict[str, str]:
+    """Which fields of what a file says of itself are of no use, with what they should be. The graph's own sizes are
+    checked when it runs."""
+    known = {
+        "max_length": (_count, "a number of tokens"),
+        "cache": (_pairs, "heads and widths of keys and values"),
+        "format": (FORMATS.__contains__, " or ".join(FORMATS)),
+        "dtype": (DTYPES.__contains__, ", ".join(DTYPES)),
+        "device": (("cpu", "cuda").__contains__, "cpu or cuda"),
+        "eos_token_id": (lambda ids: isinstance(ids, list) and all(map(_token, ids)), "token ids"),
+        "pad_token_id": (lambda value: value is None or _token(value), "a token id"),
+        "repetition_penalty": (lambda value: value is None or _positive(value), "a positive number"),
+        "vocabulary": (lambda value: value is None or _count(value), "a number of tokens"),
+    }
+    return {name: wanted for name, (fits, wanted) in known.items() if not fits(spec.get(name))}
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 24
+
+
+def _token(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 31
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is float and 0 < value < float("inf")
+
+
+def _pairs(value: Any) -> bool:
+    """Heads and width of keys and of values, for each layer."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(shape, list) and len(shape) == 2 and all(map(_count, shape)) for shape in pair)
+        for pair in value
+    )
+
+
 def share(prefill: Exported, decode: Exported) -> None:
     """Let the second program hold the tensors of the first: the same passes made both from one model."""
     for name, tensor in decode.state.items():
@@ -220,7 +301,8 @@ def without_weights(program: Exported) -> Exported:
 
 def _empty_cache(model: PreTrainedModel, slots: int) -> Any:
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=slots)
-    # Layers that slide keep their length as a Python number, which a graph would fix; the mask slides anyway
+    # Layers that slide keep their length as a Python number, which a graph would fix; the mask slides anyway, or
+    # _check_empty_slots sees it
     cache.layers = [SlotsFirst(slots) for _ in cache.layers]
     return cache
 
@@ -238,10 +320,6 @@ def _no_static_cache(model: nn.Module) -> SparseForgeError:
     return SparseForgeError(
         f"{type(model).__name__} does not keep keys and values in a static cache: export it with sf.export instead"
     )
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _tokenizer_files(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:

@@ -25,8 +25,7 @@ from transformers import (
 import sparseforge_fx.kernels.sparse_linear  # noqa: F401  (its operator stands in the graphs)
 from sparseforge_fx.data.prompts import prompt_batch
 from sparseforge_fx.deploy.export.archive import Archive, check_export, refuse_pickles
-from sparseforge_fx.deploy.export.export import FORMATS
-from sparseforge_fx.deploy.export.generation import GENERATOR_VERSION, SPEC_FILE, TOKENIZER_FOLDER
+from sparseforge_fx.deploy.export.generation import GENERATOR_VERSION, SPEC_FILE, TOKENIZER_FOLDER, misfits
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.models.dense import explained
 from sparseforge_fx.ranges import Count, CountFromZero, Positive, Seed, ShareAboveZero, checked
@@ -49,7 +48,8 @@ class Generator:
         self.tokenizer = tokenizer
         self.max_length: int = spec["max_length"]
         self.eos: list[int] = spec["eos_token_id"]
-        self._penalty: float = spec.get("repetition_penalty", 1.0)
+        self._vocabulary: int = spec.get("vocabulary") or 1 << 24  # files of before do not say
+        self._penalty: float = spec.get("repetition_penalty") or 1.0
         self.pad: int = spec["pad_token_id"] if spec["pad_token_id"] is not None else next(iter(self.eos), 0)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -84,6 +84,8 @@ class Generator:
             raise SparseForgeError(f"prompts are int64 ids [batch, length], not {input_ids.dtype} {[*input_ids.shape]}")
         if attention_mask is not None and (attention_mask.shape != input_ids.shape or not attention_mask[:, -1].all()):
             raise SparseForgeError("attention_mask has the shape of the prompts and is 1 at their end: pad on the left")
+        if len(unknown := input_ids[(input_ids < 0) | (input_ids >= self._vocabulary)]):  # compiled graphs would abort
+            raise SparseForgeError(f"the model has no token {int(unknown[0])}: take the tokenizer that is the model's")
         rows, length = input_ids.shape
         if length + max_new_tokens > self.max_length or max_new_tokens < 1:
             raise SparseForgeError(
@@ -124,7 +126,8 @@ class Generator:
                 cache = [[F.pad(held, (0, 0, 0, 0, 0, more)) for held in pair] for pair in cache]
             mask[:, slot] = 1
             start.fill_(slot)
-            logits = self._decode(input_ids=token[:, None], mask=mask, start=start, cache=cache)
+            # a sequence that has ended goes on with any token of the model's: its padding may be none
+            logits = self._decode(input_ids=token.masked_fill(ended, 0)[:, None], mask=mask, start=start, cache=cache)
 
     def _room(self, tokens: int) -> int:
         """Slots of a cache for so many tokens."""
@@ -193,45 +196,11 @@ def _read_spec(archive: Archive) -> dict[str, Any]:
             f"{path} is of version {str(version)[:40]} of its format and this package reads {GENERATOR_VERSION}: "
             "export it anew"
         )
-    if not _fits(spec):
+    if misfits(spec):
         raise SparseForgeError(f"{path} describes its cache or tokens wrongly ({SPEC_FILE}): export it anew")
     if spec["device"] == "cuda" and not torch.cuda.is_available():
         raise SparseForgeError(f"{path} was exported for a CUDA device and there is none here: export it on the CPU")
     return spec
-
-
-def _fits(spec: dict[str, Any]) -> bool:
-    """Are the fields of the right types and sizes? The graph's own sizes are checked when it runs."""
-    length, cache = spec.get("max_length"), spec.get("cache")
-    return (
-        _count(length)
-        and isinstance(cache, list)
-        and all(isinstance(pair, list) and len(pair) == 2 and all(map(_shape, pair)) for pair in cache)
-        and spec.get("format") in FORMATS
-        and spec.get("dtype") in ("bfloat16", "float16", "float32")
-        and spec.get("device") in ("cpu", "cuda")
-        and isinstance(spec.get("eos_token_id"), list)
-        and all(map(_token, spec["eos_token_id"]))
-        and (spec.get("pad_token_id") is None or _token(spec["pad_token_id"]))
-        and _penalty(spec.get("repetition_penalty", 1.0))
-    )
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 24
-
-
-def _token(value: Any) -> bool:
-    return type(value) is int and abs(value) < 1 << 31
-
-
-def _penalty(value: Any) -> bool:
-    return type(value) is float and 0 < value < 1e6
-
-
-def _shape(value: Any) -> bool:
-    """Heads and width."""
-    return isinstance(value, list) and len(value) == 2 and all(map(_count, value))
 
 
 def _tokenizer(files: dict[str, Any]) -> PreTrainedTokenizerBase | None:

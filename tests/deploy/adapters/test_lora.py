@@ -145,6 +145,32 @@ def test_modules_that_were_trained_whole():
     assert site["outside"] == pytest.approx(0.5**0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_one_of_two_that_are_tied_is_merged_alone(tmp_path, targets):
+    model = sparse_model("llama")
+    model.lm_head.weight.data[256] = 0.1  # the padding's row is of zeros, which stay
+    adapter = adapted(model, targets)
+    with torch.no_grad():
+        trained = adapter(IDS).logits
+        report = sf.merge_lora(adapter)
+        torch.testing.assert_close(model(IDS).logits, trained, rtol=1e-4, atol=1e-4)
+    assert all("in a copy of its own" in site["done"] for site in report["sites"])
+    assert not model.config.tie_word_embeddings and not model.all_tied_weights_keys
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_a_tied_head_that_was_trained_whole_is_no_longer_tied():
+    adapter = adapted(sparse_model("llama"), ["q_proj"], modules_to_save=["lm_head"])
+    sf.merge_lora(adapter)
+    assert not adapter.get_base_model().config.tie_word_embeddings
+    adapter = adapted(sparse_model("llama"), ["q_proj"])
+    sf.merge_lora(adapter)
+    assert adapter.get_base_model().config.tie_word_embeddings
+
+
 def test_what_is_refused_changes_nothing():
     def refused(match, adapter, *arguments, **options):
         before = copy.deepcopy(adapter.state_dict())
@@ -163,6 +189,13 @@ def test_what_is_refused_changes_nothing():
     refused("NaN or inf", plain)
     refused("no plain LoRA", adapted(lowered("llama"), ["q_proj"], use_dora=True))
     refused("has no bias", adapted(lowered("llama"), ["q_proj"], lora_bias=True))
+    ties = adapted(sparse_model("llama"), ["lm_head"])
+    ties.get_base_model().all_tied_weights_keys["other.weight"] = "model.embed_tokens.weight"
+    refused("one of several that the model ties", ties)
+    mixed = sparse_model("llama")
+    sf.quantize(mixed, "int8", include="*layers.1.*")
+    mixed = adapted(mixed, ["q_proj"])
+    refused("'model.layers.1.self_attn.q_proj' is packed in 2:4 int8", mixed)
     refused("trainable tokens", adapted(sparse_model("llama"), ["q_proj"], trainable_token_indices=[1, 2]))
 
 

@@ -129,3 +129,19 @@ def test_registered_once():
     before, finders = peft.LoraConfig.__post_init__, list(sys.meta_path)
     transformers_hook.install()
     assert peft.LoraConfig.__post_init__ is before and sys.meta_path == finders
+
+
+@pytest.mark.parametrize("kind", [peft.LoraConfig, peft.LoHaConfig])
+@pytest.mark.parametrize("copied", ["up_proj", "mlp"])
+def test_a_packed_module_is_not_copied_to_be_trained(kind, copied):
+    model = lowered("llama")
+    before = list(model.state_dict())
+    targets = ["q_proj"] if kind is peft.LoraConfig else ["lm_head"]
+    with pytest.raises(SparseForgeError, match=r"modules_to_save has 'model.layers.0.mlp.\w+', which is packed in 2:4"):
+        peft.get_peft_model(model, kind(target_modules=targets, modules_to_save=[copied]))
+    assert list(model.state_dict()) == before
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            layer.mlp.set_submodule(name, getattr(layer.mlp, name).to_dense())
+    adapter = peft.get_peft_model(model, kind(target_modules=targets, modules_to_save=[copied]))
+    assert any(p.requires_grad for n, p in adapter.named_parameters() if copied in n)

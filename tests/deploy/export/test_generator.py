@@ -262,6 +262,8 @@ def test_the_model_is_left_alone(exported):
         (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": 4, "do_sample": True, "top_p": 1.5}, "top_p is 1.5"),
         (torch.ones(1, 4), {}, "int64 ids"),
         (torch.ones(1, 0, dtype=torch.long), {}, "int64 ids"),
+        (torch.tensor([[5, 260, 6]]), {}, "the model has no token 260: take the tokenizer"),
+        (torch.tensor([[-1, 6]]), {}, "no token -1"),
         (
             torch.ones(1, 4, dtype=torch.long),
             {"max_new_tokens": 4, "do_sample": True, "temperature": -1.0},
@@ -291,10 +293,62 @@ def test_what_is_not_exported(name, options, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.double(), "dtype is 'float64', and a generator takes bfloat16, float16, float32"),
+        (lambda model: setattr(model.generation_config, "eos_token_id", 1 << 40), "eos_token_id is .1099511627776"),
+        (lambda model: setattr(model.generation_config, "pad_token_id", [0]), "pad_token_id is .0., and a generator"),
+        (lambda model: setattr(model.generation_config, "repetition_penalty", -1.0), "takes a positive number"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_written(tmp_path, change, message):
+    model = build("llama of one block").eval()
+    change(model)
+    with pytest.raises(SparseForgeError, match=message):
+        sf.export_generator(model, tmp_path / "g.pt2", max_length=16, gate=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ends_as_a_tuple_and_a_padding_that_is_no_token(tmp_path):
+    torch.manual_seed(0)
+    model = build("llama of one block").eval()
+    sf.sparsify(model)
+    ids = prompts(rows=3, padded=0)[0]
+    model.generation_config.eos_token_id = None
+    end = int(model.generate(ids, max_new_tokens=3, do_sample=False)[0, -1])
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (end, 1), -1
+    model.generation_config.repetition_penalty = 2e6
+    sf.export_generator(model, tmp_path / "g.pt2", max_length=LENGTH, gate=False)
+    generator = sf.load_generator(tmp_path / "g.pt2")
+    assert generator.eos == [end, 1]
+    out = generator.generate(ids, max_new_tokens=12, repetition_penalty=1.0)
+    assert (out[0, 10:] == -1).all()
+
+
 def test_a_state_space_model_is_refused(tmp_path):
     config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
     with pytest.raises(SparseForgeError, match="does not keep keys and values in a static cache"):
         sf.export_generator(transformers.MambaForCausalLM(config), tmp_path / "g.pt2", max_length=16)
+
+
+def test_a_model_that_counts_the_slots_of_its_cache_is_refused(tmp_path):
+    """Its local layers look back from the cache's end: past their window, at nothing of a short text."""
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 16, "max_position_embeddings": 64}
+    config = transformers.GPTNeoConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, bos_token_id=1, eos_token_id=2, **kinds
+    )
+    torch.manual_seed(0)
+    model = transformers.GPTNeoForCausalLM(config)
+    with pytest.raises(SparseForgeError, match="GPTNeoForCausalLM answers otherwise where 40 slots"):
+        sf.export_generator(model, tmp_path / "g.pt2", max_length=40, gate=False)
+    assert not list(tmp_path.iterdir()) and model.training
+    sf.sparsify(model)
+    model.generation_config.eos_token_id = None
+    sf.export_generator(model, tmp_path / "g.pt2", max_length=16, gate=False)
+    ids = torch.randint(3, 64, (1, 6), generator=torch.Generator().manual_seed(0))
+    want = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    assert torch.equal(sf.load_generator(tmp_path / "g.pt2").generate(ids, max_new_tokens=10), want)
 
 
 def rewritten(path, target, change, more=None, sealed=True):
