@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows
 from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length
-from sparseforge_fx.data.reading import Reader
+from sparseforge_fx.data.reading import Reader, example_inputs_of
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call, capture
 from sparseforge_fx.graph.exported import Exported
@@ -35,7 +35,7 @@ from sparseforge_fx.pattern import density, hard_mask
 from sparseforge_fx.ranges import Count, checked
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.training import fingerprint
-from sparseforge_fx.training.first_batch import check_ids, example_inputs_of
+from sparseforge_fx.training.first_batch import check_ids
 from sparseforge_fx.training.interruption import Interruption
 from sparseforge_fx.training.planned import planned_sites
 from sparseforge_fx.training.prepare import check_sites

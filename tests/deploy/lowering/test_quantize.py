@@ -117,6 +117,20 @@ def test_data_makes_the_model_answer_nearer(captured_once):
     assert off[False] < 0.9 * off[True]
 
 
+def test_padded_batches_are_read_with_their_mask(captured_once):
+    found = captured_once("llama")
+    ids, mask = found.batch()["input_ids"], torch.ones(2, 12, dtype=torch.long)
+    mask[:, :3] = 0
+    made = []
+    for padding in (0, 5):  # of no account
+        model = type(found.model)(found.model.config).eval()
+        model.load_state_dict(found.first)
+        batch = {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+        assert len(sf.quantize(model, "int4", [batch])["sites"]) == 15
+        made.append([m.packed().values for m in packed_linears(model).values()])
+    assert all(map(torch.equal, *made))
+
+
 def test_a_weight_that_data_does_not_reach_is_named():
     class Half(nn.Module):
         def __init__(self):
