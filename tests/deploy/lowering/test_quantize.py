@@ -218,6 +218,18 @@ def test_where_half_precision_is_slow_the_data_is_walked_in_float32(slow_halves,
         assert torch.equal(module.packed().scales, theirs[name].packed().scales), name
 
 
+@pytest.mark.parametrize("example", [False, True])
+def test_floats_of_the_data_follow_the_model_into_float32(slow_halves, example):
+    half = nn.Sequential(linear(32, 32), nn.Tanh(), linear(8, 32, seed=1)).bfloat16()
+    x = torch.randn(64, 32).bfloat16()
+    full, given = copy.deepcopy(half).float(), {"example_inputs": x} if example else {}
+    notes = sf.quantize(half, "int8", [x], **given)["notes"]
+    sf.quantize(full, "int8", [x.float()])
+    assert len(notes) == 1 and "computed in float32" in notes[0] and x.dtype == torch.bfloat16
+    for i in (0, 2):
+        assert torch.equal(half[i].packed().values, full[i].packed().values)
+
+
 def test_an_error_in_that_walk_leaves_the_halves_as_they_were(slow_halves, captured_once, monkeypatch):
     found = captured_once("llama")
     model = copy.deepcopy(found.model).bfloat16()
