@@ -52,7 +52,10 @@ def main_tensor(batch: Any) -> torch.Tensor:
     if tensors:
         return next((value for path, value in tensors if path == ("input_ids",)), tensors[0][1])
     kinds = ", ".join(sorted({type(value).__name__ for _, value in found})) or "nothing"
-    raise SparseForgeError(f"a batch holds no tensor but {kinds}: give dicts, tuples or tensors of torch")
+    raise SparseForgeError(
+        f"a batch holds no tensor but {kinds}: give dicts, tuples or tensors of torch (of a tokenizer: "
+        'return_tensors="pt")'
+    )
 
 
 def count_rows(batch: Any) -> int:

@@ -10,10 +10,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparseforge_fx.data.batches import main_tensor
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call, trainable_input
 from sparseforge_fx.graph.exported import Exported
@@ -157,7 +159,10 @@ class Reader:
 # -- the model's side ------------------------------------------------------------------------------------------------
 def example_of(model: nn.Module, batch: Any) -> Any:
     """The inputs to capture ``model`` with, out of one of the user's batches: no labels, nothing that forward does not
-    take, and what a decoder reads where the labels say it."""
+    take, and what a decoder reads where the labels say it. Raises SparseForgeError for a batch without tensors, and for
+    a row that is in no batch."""
+    if not _holds_tensor(batch):
+        main_tensor(batch)
     args, kwargs = as_call(batch)
     given = by_name(model, args, kwargs)
     parameters, anything = named_parameters(model)
@@ -169,9 +174,38 @@ def example_of(model: nn.Module, batch: Any) -> Any:
         for n, v in given.items()
         if n not in left_out and v is not None and (n in accepted or (anything and _holds_tensors(v)))
     }
+    _check_form(model, wanted)
     if args and positional and list(wanted) == positional[: len(wanted)]:
         return tuple(wanted.values())
     return wanted
+
+
+def _check_form(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raise a SparseForgeError for arrays among the inputs, and where a model of transformers' reads a batch of tensors
+    for plain values or a single row."""
+    main = getattr(model, "main_input_name", None)
+    for name, value in inputs.items():
+        strange = any(isinstance(leaf, np.ndarray) for leaf in pytree.tree_leaves(value))
+        if strange or (name == main and not _holds_tensor(value)):
+            raise SparseForgeError(
+                f"{name} of a batch is of type {type(value).__name__}, not a tensor: torch.as_tensor(...) makes "
+                'one, or return_tensors="pt" of a tokenizer'
+            )
+        if name == main and isinstance(value, Tensor) and value.dim() < 2:
+            raise SparseForgeError(
+                f"{name} of a batch is {list(value.shape)}, a row without a batch dimension: batch the rows, as "
+                "DataLoader(rows, batch_size=4) does"
+            )
+
+
+def example_inputs_of(model: nn.Module, batch: Any) -> Any:
+    """What to capture with: the inputs in a batch; None where token ids are all, of which capture makes better ones."""
+    inputs = example_of(model, batch)
+    ids = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else None
+    if isinstance(inputs, Mapping) and set(inputs) == {"input_ids"}:
+        ids = inputs["input_ids"]
+    is_text = getattr(model, "main_input_name", None) == "input_ids" and isinstance(ids, Tensor) and ids.dim() == 2
+    return None if is_text and not getattr(model.config, "is_encoder_decoder", False) else inputs
 
 
 def by_name(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,6 +319,10 @@ def _shape(value: Any) -> torch.Size | None:
 def _holds_tensors(value: Any) -> bool:
     leaves = pytree.tree_leaves(value)
     return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def _form(value: Any) -> str:

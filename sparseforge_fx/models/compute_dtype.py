@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.models.dense import DTYPES
@@ -129,6 +130,18 @@ def cast(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
                 t.data = t.data.to(before.get(name, own))
 
     return back
+
+
+def cast_inputs(given: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
+    """Batches, however they are nested, for a model of the dtype ``own`` that :func:`cast` has turned into ``dtype``:
+    their tensors of ``own`` are turned, too."""
+
+    def turned(leaf: Any) -> Any:
+        if isinstance(leaf, Mapping):  # of a class that pytree does not know
+            return pytree.tree_map(turned, dict(leaf))
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.dtype == own else leaf
+
+    return pytree.tree_map(turned, given)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,23 +10,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.data.opening import check_length
-from sparseforge_fx.data.reading import LABELS, SPAN, Reader, Reading, example_of
+from sparseforge_fx.data.reading import LABELS, SPAN, Reader, Reading
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.forward import signature_of
 from sparseforge_fx.graph.modes import eval_mode
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.training.objective import Objective
-
-
-def example_inputs_of(model: nn.Module, batch: Any) -> Any:
-    """What to capture with: the inputs in a batch; None where token ids are all, of which capture makes better ones."""
-    inputs = example_of(model, batch)
-    ids = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else None
-    if isinstance(inputs, Mapping) and set(inputs) == {"input_ids"}:
-        ids = inputs["input_ids"]
-    is_text = getattr(model, "main_input_name", None) == "input_ids" and isinstance(ids, Tensor) and ids.dim() == 2
-    return None if is_text and not getattr(model.config, "is_encoder_decoder", False) else inputs
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows
 from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length
-from sparseforge_fx.data.reading import Reader
+from sparseforge_fx.data.reading import Reader, example_inputs_of
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call, capture
 from sparseforge_fx.graph.exported import Exported
@@ -24,7 +24,7 @@ from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.methods.layerwise import prune_layer_by_layer
 from sparseforge_fx.methods.one_shot import LayerwiseConfig
 from sparseforge_fx.methods.streamed import Streamed, StreamedWeight
-from sparseforge_fx.models.compute_dtype import choose_dtype, dtype_of
+from sparseforge_fx.models.compute_dtype import ComputeDtype, cast_inputs, choose_dtype, dtype_of
 from sparseforge_fx.models.dense import find_dtype
 from sparseforge_fx.models.streamed import StreamedModel
 from sparseforge_fx.passes import LinearSite, find_linears, run_passes, train_passes
@@ -35,7 +35,7 @@ from sparseforge_fx.pattern import density, hard_mask
 from sparseforge_fx.ranges import Count, checked
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes
 from sparseforge_fx.training import fingerprint
-from sparseforge_fx.training.first_batch import check_ids, example_inputs_of
+from sparseforge_fx.training.first_batch import check_ids
 from sparseforge_fx.training.interruption import Interruption
 from sparseforge_fx.training.planned import planned_sites
 from sparseforge_fx.training.prepare import check_sites
@@ -118,7 +118,7 @@ def walk(
     wanted = find_dtype(recipe.dtype)
     computing = begun_in(place) or choose_dtype(dtype_of(source.skeleton), torch.device("cpu"), wanted)
     source.compute_in(computing.dtype)  # before the capture: a graph has its dtypes in it
-    run = _Run(source, data, recipe, config, cache_dir)
+    run = _Run(source, data, recipe, config, cache_dir, computing)
     with disk_full_told(output):
         work = WalkFolder(place, source, run.identity(), computing)
         report = work.finished
@@ -154,7 +154,10 @@ def check_method(config: MethodConfig, data: Any, activation_bytes: int | None =
 class _Run:
     """The graph, its sites and the calibration set."""
 
-    def __init__(self, source: StreamedModel, data: Any, recipe: Recipe, config: MethodConfig, cache_dir: Any):
+    def __init__(
+        self, source: StreamedModel, data: Any, recipe: Recipe, config: MethodConfig, cache_dir: Any,
+        computing: ComputeDtype,
+    ):  # fmt: skip
         torch.manual_seed(recipe.seed)
         self.source, self.recipe, self.config = source, recipe, config
         model, batches, example = source.skeleton, None, None
@@ -164,7 +167,7 @@ class _Run:
                 length=recipe.length, seed=recipe.seed, cache_dir=cache_dir, text_column=recipe.text_column,
                 separator=recipe.separator,
             )  # fmt: skip
-            example = example_inputs_of(model, batches.batch(0))
+            example = example_inputs_of(model, cast_inputs(batches.batch(0), computing.checkpoint, computing.dtype))
         self.program: Exported = capture(model, example)
         self.sites: list[LinearSite]
         planned: list[str] = []
@@ -175,6 +178,7 @@ class _Run:
             self.sites, planned = planned_sites(self.program, recipe.plan, config.pattern)
         check_sites(self.program, self.sites)
         self.chosen, told = ([], []) if batches is None else first_batches(batches, recipe.calibration)
+        self.chosen = cast_inputs(self.chosen, computing.checkpoint, computing.dtype)
         self.reader = Reader(self.program, labels=False)
         self.readings = [self.reader.read(*as_call(b)) for b in self.chosen]
         for reading in self.readings:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparseforge_fx.data.batches import Batches, is_text
 from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length
-from sparseforge_fx.data.reading import Reader
+from sparseforge_fx.data.reading import Reader, example_inputs_of
 from sparseforge_fx.data.sources import unused_text
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call, capture
@@ -25,7 +25,7 @@ from sparseforge_fx.models.dense import DTYPES
 from sparseforge_fx.passes import LinearSite, find_linears
 from sparseforge_fx.passes.globs import unmatched
 from sparseforge_fx.training.checkpoint import find_state, load_plain
-from sparseforge_fx.training.first_batch import check_batch, check_ids, example_inputs_of
+from sparseforge_fx.training.first_batch import check_batch, check_ids
 from sparseforge_fx.training.in_parts import InParts
 from sparseforge_fx.training.objective import Objective
 from sparseforge_fx.training.planned import planned_sites

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparseforge_fx.data.batches import as_batches, is_text
+from sparseforge_fx.data.opening import LENGTH, text_length
 from sparseforge_fx.data.reading import example_of
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture, has_no_values
@@ -25,12 +27,13 @@ from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.ranges import Count, checked
 from sparseforge_fx.training.distillation import Distillation, check_objective
+from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.sharded import Sharding
 from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.teacher import weights_of
 from sparseforge_fx.training.trainable import choose_trainable
 from sparseforge_fx.training.undo import dense_again_on_error
-from sparseforge_fx.training.unused import unused_for_experts
+from sparseforge_fx.training.unused import UNCALIBRATED, UNTAUGHT, unused_for_experts
 
 
 @checked
@@ -43,7 +46,7 @@ def prepare(
     *,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
-    calibration: Sequence[Any] | None = None,
+    calibration: Any = None,
     objective: Distillation | None = None,
     slorb_block: Count | None = None,
     teacher: nn.Module | None = None,
@@ -60,13 +63,15 @@ def prepare(
             What a preset's authors set beside the method is for the caller to give: for ``paper`` an objective with
             ``temperature=2``, ``slorb_block=64``, and a weight decay of 0.1 for the optimizer.
         include, exclude: globs over weight or module names.
-        calibration: batches for a config with a layer-wise ``start``.
+        calibration: for a config with a layer-wise ``start``: batches or token ids, as :func:`as_batches` takes them,
+            or an iterator over batches. All of them are looked at, once.
         objective: the loss; default: cross-entropy and KL from the dense model, both with the weight 1.
         slorb_block: width of SLoRB's blocks; None for no low-rank branch.
         teacher: the same model as it was before it was pruned, for a ``model`` that is N:M already; None: ``model``
             itself, as it is now.
 
-    Raises SparseForgeError if nothing is eligible (with the reasons), or if weights are not finite.
+    What of this has no part in the run is named in ``reader.notes`` of what is returned. Raises SparseForgeError if
+    nothing is eligible (with the reasons), or if weights are not finite.
     """
     if config is None:
         raise SparseForgeError(
@@ -88,17 +93,32 @@ def prepare(
         raise SparseForgeError(
             "this preset starts from a layer-wise solution: pass calibration=[batches], or use annealed_preset"
         )
+    calibrated = _calibration(model, calibration) if config.calibrates else []
     taught_by = None if teacher is None else weights_of(teacher, program)
     with dense_again_on_error(program) as written:
         sparse = prepare_captured(program, sites, config, objective, slorb_block=slorb_block, taught_by=taught_by)
         if config.start != "dense":
             written += sparse.copies() if sparse.teacher is not None else []  # calibrate has copies of its own
-            sparse.calibrate(calibration or [])
+            sparse.calibrate(calibrated)
         if compile:
             sparse.compile()
-    for sentence in (*unmatched(model, include=include, exclude=exclude), *unused_for_experts(config, sites)):
+    told = [*unmatched(model, include=include, exclude=exclude), *unused_for_experts(config, sites)]
+    if calibration is not None and not config.calibrates:
+        told.append(f"calibration is given and not used: {UNCALIBRATED}")
+    if teacher is not None and sparse.teacher is None and not config.reconstruct:
+        told.append(f"teacher is given and not used: {UNTAUGHT}")
+    for sentence in told:
         sparse.reader.note(sentence)
     return sparse
+
+
+def _calibration(model: nn.Module, given: Any) -> list[Any]:
+    """The batches of a calibration set. Raises a SparseForgeError if it has none, or is none."""
+    if is_text(given):
+        raise SparseForgeError("calibration is text: tokenise it and pass token ids or batches")
+    given = list(given) if isinstance(given, Iterator) else given
+    length = text_length(model, LENGTH)
+    return list(as_batches(given, batch_size=Recipe.batch_size, length=length, seed=0).first_pass())
 
 
 def prepare_captured(

@@ -129,7 +129,7 @@ class SparseModel(TrainerSurface):
     def _module(self, program: Program) -> GraphModule:
         """What a step runs of a program; features are looked for in it as it was captured."""
         untouched = self.distillation.features is not None
-        return self._tapped((program if untouched else run_passes(program, step_passes())[0]).module())
+        return self.as_norms(self._tapped((program if untouched else run_passes(program, step_passes())[0]).module()))
 
     def _tapped(self, module: GraphModule) -> GraphModule:
         """Let a student's module keep its intermediate values, where they are distilled."""

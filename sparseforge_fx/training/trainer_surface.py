@@ -71,6 +71,13 @@ class Embedded(nn.Module):
         return embeddings
 
 
+class Vectors(nn.LayerNorm):
+    """What holds vectors alone in the graph. Nobody calls it; trainers do not decay what is in a LayerNorm."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {list(vector.shape)}" for name, vector in self.named_parameters())
+
+
 def hook_embeddings(module: GraphModule, name: str, handle: Embedded) -> GraphModule:
     """A twin of an exported module in which what the source's module ``name`` gives passes through ``handle``.
 
@@ -143,6 +150,16 @@ class TrainerSurface(nn.Module, ABC):
             self.embedded = (name, Embedded(self))
             self.make_runners()
         return self.embedded[1]
+
+    @staticmethod
+    def as_norms(module: GraphModule) -> GraphModule:
+        """The exported module, in which what holds vectors alone shows trainers that it is not to be decayed: norms
+        lost their classes in the export."""
+        for holder in module.modules():
+            own = list(holder.parameters())
+            if type(holder) is nn.Module and own and all(p.dim() < 2 for p in own):
+                holder.__class__ = Vectors
+        return module
 
     def _get_name(self) -> str:
         """The source's: by it the Trainer's own losses know whether labels are shifted."""

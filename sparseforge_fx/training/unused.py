@@ -16,6 +16,8 @@ TRAINING = ("steps", "tokens", "accumulate", "lr", "objective", "weight_decay", 
 MEMORY = ("activation_checkpointing",)
 TEXT = ("tokenizer", "text_column", "separator", "cache_dir")
 PACKING = ("batch_size", "length")
+UNCALIBRATED = "nothing is calibrated in this run"
+UNTAUGHT = "nothing in this run comes near to it: no distillation (kl), no reconstruct"
 
 
 def unused_arguments(
@@ -38,9 +40,9 @@ def unused_arguments(
         if calibrates:
             why |= dict.fromkeys(("steps", "tokens"), f"{method} looks at calibration= sequences")
     if not calibrates:
-        why["calibration"] = "nothing is calibrated in this run"
+        why["calibration"] = UNCALIBRATED
     if "teacher" in beside:
-        why["teacher"] = "nothing in this run comes near to it: no distillation (kl), no reconstruct"
+        why["teacher"] = UNTAUGHT
     if not (trains or calibrates):
         why |= dict.fromkeys(("data", *TEXT, *PACKING), f"{method} looks at the weights alone")
     elif not is_text(data):

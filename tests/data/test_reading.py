@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import seq2seq, t5
@@ -108,6 +109,31 @@ def test_a_wrapper_that_takes_anything_passes_tensors_on():
     model = Wrapper(Sum())
     given = example_of(model, {"x": torch.randn(3, 8), "text": ["a"] * 3, "labels": torch.arange(3)})
     assert list(given) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": [[5, 6], [7, 8]]}, "holds no tensor but int"),
+        ([5, 6, 7], "holds no tensor but int"),
+        ({"input_ids": np.ones((2, 3), dtype=int)}, "holds no tensor but ndarray"),
+        ({}, "holds no tensor but nothing"),
+        ({"input_ids": [[5, 6], [7, 8]], "labels": torch.ones(2, 2)}, "input_ids of a batch is of type list, not a tensor"),
+        ({"input_ids": torch.ones(2, 3).long(), "attention_mask": np.ones((2, 3))}, "attention_mask of a batch is of type ndarray"),
+        ({"input_ids": torch.ones(3).long()}, r"input_ids of a batch is \[3\], a row without a batch dimension"),
+        (torch.ones(3).long(), r"input_ids of a batch is \[3\], a row without a batch dimension"),
+    ],
+)  # fmt: skip
+def test_what_is_no_batch_of_tensors(tiny, batch, message):
+    with pytest.raises(SparseForgeError, match=message):
+        example_of(tiny("llama").model, batch)
+
+
+def test_rows_and_values_that_are_inputs():
+    """Of a model of one's own a single dimension may be the batch, a list an option."""
+    x = torch.randn(8)
+    assert example_of(nn.Linear(8, 8), x)[0] is x
+    assert example_of(Sum(), {"x": x, "y": [1, 2]}) == {"x": x, "y": [1, 2]}
 
 
 def test_an_example_keeps_the_users_form():

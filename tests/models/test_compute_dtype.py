@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import BatchFeature
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.models import compute_dtype
-from sparseforge_fx.models.compute_dtype import ComputeDtype, cast, choose_dtype, dtype_of, time_steps
+from sparseforge_fx.models.compute_dtype import ComputeDtype, cast, cast_inputs, choose_dtype, dtype_of, time_steps
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
 
 CPU = torch.device("cpu")
@@ -66,3 +67,14 @@ def test_weights_come_back_in_their_own_dtypes_with_their_zeros():
     after = model.state_dict()
     assert all(torch.equal(after[name], t) and after[name].dtype == t.dtype for name, t in before.items())
     assert check_pattern(model[0].weight, TWO_FOUR)
+
+
+def test_inputs_follow_the_model():
+    """Tensors of its own dtype, in any nesting; ids and tensors that were something else beside it stay."""
+    half, full, ids = torch.ones(2).half(), torch.ones(2), torch.arange(2)
+    batch = BatchFeature({"x": half, "more": [half, (full, "text")], "ids": ids})
+    (turned, none), single = cast_inputs(([batch], None), torch.float16, torch.float64), [half]
+    assert none is None and list(turned[0]) == ["x", "more", "ids"]
+    assert [turned[0]["x"].dtype, turned[0]["more"][0].dtype] == [torch.float64] * 2
+    assert turned[0]["more"][1] == (full, "text") and turned[0]["ids"] is ids and batch["x"] is half
+    assert cast_inputs(single, torch.float16, torch.float16)[0] is half

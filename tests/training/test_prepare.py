@@ -1,6 +1,7 @@
 """prepare / step / finalize for a loop of one's own."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.pattern import check_pattern
+from sparseforge_fx.training import prepare
 from sparseforge_fx.training.distillation import Distillation
 
 TWO_FOUR = sf.SparseForgeConfig(steps=1).pattern
@@ -100,7 +102,9 @@ def test_losses_are_those_of_sparsify(captured_once):
     reverse = sf.prepare(found.model, found.example, config, objective=Distillation(divergence="reverse_kl")).train()
     reverse.method.weights[0].mask.mul_(0.5)
     assert reverse(**found.batch()).loss != plain
-    features = sf.prepare(found.model, found.example, config, objective=Distillation(features="squarehead", feature_weight=2.0)).train()
+    features = sf.prepare(
+        found.model, found.example, config, objective=Distillation(features="squarehead", feature_weight=2.0)
+    ).train()
     features.method.weights[0].mask.mul_(0.5)
     assert features(**found.batch()).loss > plain
     with pytest.raises(SparseForgeError, match="divergence"):
@@ -169,3 +173,61 @@ def test_linears_that_are_packed():
     assert sf.lower_modules(model, gate=False)["sites"]
     with pytest.raises(SparseForgeError, match=r"packed: start from the dense model \(model.dequantize"):
         sf.sparsify(model, example_inputs=x)
+
+
+# -- calibration and teacher -----------------------------------------------------------------------------------------
+LAYERWISE = {"start": "sparsegpt", "reorder": False, "reconstruct": 0}
+
+
+@pytest.mark.parametrize("form", [list, iter, lambda batches: batches[0]])
+def test_calibration_in_every_form_of_batches(captured_once, form):
+    found = captured_once("mlp")
+    batches = [found.batch(rows=8)] if form is not list else [found.batch(seed, rows=4) for seed in range(2)]
+    given = form([{"input": b} for b in batches])
+    sparse = sf.prepare(found.model, found.example, sf.alps_kd_preset(4, **LAYERWISE), calibration=given)
+    assert all(check_pattern(w.mask, TWO_FOUR, w.dim) for w in sparse.method.weights)
+    sparse.release()
+
+
+@pytest.mark.parametrize("shape", [(6, 12), (72,)])
+def test_token_ids_are_a_calibration_set(shape):
+    model = nn.Linear(4, 4)
+    model.config = SimpleNamespace(max_position_embeddings=12)
+    ids = torch.arange(72)
+    batches = prepare._calibration(model, ids.view(shape))
+    assert [len(b["input_ids"]) for b in batches] == [4, 2]
+    assert sorted(row for b in batches for row in b["input_ids"].tolist()) == ids.view(6, 12).tolist()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "the data holds no batch"),
+        (iter(()), "the data holds no batch"),
+        (torch.randn(4, 16), "token ids must be a 1-D integer array"),
+        (["some text"], "calibration is text"),
+        (7, "data of type int is not understood"),
+    ],
+)
+def test_what_is_no_calibration_set(captured_once, calibration, message):
+    found = captured_once("mlp")
+    with pytest.raises(SparseForgeError, match=message):
+        sf.prepare(found.model, found.example, sf.alps_kd_preset(4, **LAYERWISE), calibration=calibration)
+    assert all(torch.equal(value, found.first[name]) for name, value in found.model.state_dict().items())
+
+
+def test_what_has_no_part_in_the_loop_is_named(captured_once):
+    found = captured_once("mlp")
+    alone, teacher = Distillation(kl=0), copy.deepcopy(found.model)
+    one = sf.prepare(
+        found.model, found.example, sf.annealed_preset(4), objective=alone, calibration=[], teacher=teacher
+    )
+    assert [note.split(":")[0] for note in one.reader.notes] == [
+        "calibration is given and not used", "teacher is given and not used",
+    ]  # fmt: skip
+    one.release()
+    two = sf.prepare(
+        found.model, found.example, sf.alps_kd_preset(4, **LAYERWISE), calibration=[found.batch()], teacher=teacher
+    )
+    assert two.reader.notes == []
+    two.release()

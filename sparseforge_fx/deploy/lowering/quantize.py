@@ -22,7 +22,7 @@ from sparseforge_fx.kernels.layouts import layouts_of, native_layout
 from sparseforge_fx.kernels.packed import Packed, pack_codes
 from sparseforge_fx.methods.rounding import Rounded, codes_of, round_weight, stacked
 from sparseforge_fx.methods.weights import put_back
-from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
+from sparseforge_fx.models.compute_dtype import cast, cast_inputs, choose_dtype, dtype_of
 from sparseforge_fx.models.expert_stacks import ExpertStack
 from sparseforge_fx.models.ties import part
 from sparseforge_fx.passes.globs import unmatched
@@ -96,9 +96,10 @@ def quantize(
             batches, told = _batches(model, data, tokenizer, **reading)
             weights = {name: sites[name].weight for name in formats}
             computing = choose_dtype(dtype_of(model), next(iter(weights.values())).device)
+            inputs = cast_inputs((batches, example_inputs), computing.checkpoint, computing.dtype)
             back = cast(model, computing.dtype)
             try:
-                rounded, more = round_on_data(model, weights, formats, batches, example_inputs)
+                rounded, more = round_on_data(model, weights, formats, *inputs)
             finally:
                 back()
             notes += [*computing.notes(), *told, *more]

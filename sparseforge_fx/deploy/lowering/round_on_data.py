@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparseforge_fx.data.reading import Reader, example_of
+from sparseforge_fx.data.reading import Reader, example_inputs_of
 from sparseforge_fx.formats import Format
 from sparseforge_fx.graph.capture import as_call, capture
 from sparseforge_fx.methods.layerwise import round_layer_by_layer
@@ -34,7 +34,7 @@ def round_on_data(
         batches: of data/batches.py.
         example_inputs: to capture with, where the batches do not serve.
     """
-    program = capture(model, _example(model, batches[0]) if example_inputs is None else example_inputs)
+    program = capture(model, example_inputs_of(model, batches[0]) if example_inputs is None else example_inputs)
     reader = Reader(program, labels=False)
     modules = {id(weights[name]): name for name in formats}
     sites = find_linears(program, Unstructured(0.5), include=["*"])
@@ -53,10 +53,3 @@ def round_on_data(
     unread = sorted(set(formats) - set(owner.values()))
     notes += [f"{name}: the graph does not read it as a linear's weight: its own nearest values" for name in unread]
     return {owner[fqn]: value for fqn, value in rounded.items()}, notes
-
-
-def _example(model: nn.Module, batch: Any) -> Any:
-    """None for token ids alone, of which capture makes better ones."""
-    inputs = example_of(model, batch)
-    is_text = isinstance(inputs, Mapping) and set(inputs) <= {"input_ids", "attention_mask"}
-    return None if is_text and hasattr(model, "config") else inputs

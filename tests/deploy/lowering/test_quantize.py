@@ -117,6 +117,20 @@ def test_data_makes_the_model_answer_nearer(captured_once):
     assert off[False] < 0.9 * off[True]
 
 
+def test_padded_batches_are_read_with_their_mask(captured_once):
+    found = captured_once("llama")
+    ids, mask = found.batch()["input_ids"], torch.ones(2, 12, dtype=torch.long)
+    mask[:, :3] = 0
+    made = []
+    for padding in (0, 5):  # of no account
+        model = type(found.model)(found.model.config).eval()
+        model.load_state_dict(found.first)
+        batch = {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+        assert len(sf.quantize(model, "int4", [batch])["sites"]) == 15
+        made.append([m.packed().values for m in packed_linears(model).values()])
+    assert all(map(torch.equal, *made))
+
+
 def test_a_weight_that_data_does_not_reach_is_named():
     class Half(nn.Module):
         def __init__(self):
@@ -202,6 +216,18 @@ def test_where_half_precision_is_slow_the_data_is_walked_in_float32(slow_halves,
     for name, module in ours.items():
         assert torch.equal(module.packed().values, theirs[name].packed().values), name
         assert torch.equal(module.packed().scales, theirs[name].packed().scales), name
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_floats_of_the_data_follow_the_model_into_float32(slow_halves, example):
+    half = nn.Sequential(linear(32, 32), nn.Tanh(), linear(8, 32, seed=1)).bfloat16()
+    x = torch.randn(64, 32).bfloat16()
+    full, given = copy.deepcopy(half).float(), {"example_inputs": x} if example else {}
+    notes = sf.quantize(half, "int8", [x], **given)["notes"]
+    sf.quantize(full, "int8", [x.float()])
+    assert len(notes) == 1 and "computed in float32" in notes[0] and x.dtype == torch.bfloat16
+    for i in (0, 2):
+        assert torch.equal(half[i].packed().values, full[i].packed().values)
 
 
 def test_an_error_in_that_walk_leaves_the_halves_as_they_were(slow_halves, captured_once, monkeypatch):
