@@ -19,6 +19,7 @@ from sparseforge_fx.methods.rotate import Term, find_rotation
 from sparseforge_fx.models.ties import untied
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.find_rotations import find_rotations
+from sparseforge_fx.passes.globs import Globs
 from sparseforge_fx.passes.spaces import Norm, Rotation
 from sparseforge_fx.pattern import TWO_FOUR, Pattern, check_pattern, parse_pattern
 from sparseforge_fx.planning.observe import READING, check_answer, observe
@@ -62,7 +63,9 @@ def rotate(
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept.
         reading: fields of a :class:`Recipe` that say what is read: include, exclude (of the linears that count),
-            calibration (sequences, default 32), batch_size, length, seed, text_column, separator.
+            calibration (sequences, default 32), batch_size, length, seed, text_column, separator. A weight that the
+            batches do not use (an adapter that is not active, a head for training alone) may need the same vectors:
+            these turn if ``exclude`` names it, and it stays as it is.
 
     Returns a report: of every space its width, how many weights write and read, ``lost_before`` and ``lost_after``
     (shares of what the readers compute that the pattern is predicted to lose); ``error``, relative, of the answers
@@ -89,7 +92,7 @@ def rotate(
             recipe, {"tokenizer": tokenizer, "cache_dir": cache_dir}, data=data, method="a rotation", trains=False,
             calibrates=True, batches=run.batches,
         )  # fmt: skip
-        rotations = _rotations(run, wanted)
+        rotations = _rotations(run, wanted, recipe.exclude)
         with dense_again_on_error(run.program) as copies:
             copies += [(tensor, tensor.clone()) for tensor in _written(run.program, rotations)]
             spaces, error = _turn(run, recipe, rotations, wanted, steps=steps, lr=lr)
@@ -106,14 +109,14 @@ def rotate(
     }  # fmt: skip
 
 
-def _rotations(run: Run, pattern: Pattern) -> list[tuple[Rotation, list[LinearSite]]]:
+def _rotations(run: Run, pattern: Pattern, exclude: Globs) -> list[tuple[Rotation, list[LinearSite]]]:
     """With the readers that are to be pruned."""
     sites = {site.fqn: site for site in run.sites if site.reason is None}
     for site in sites.values():
         weight = run.program.tensor(site.fqn)
         if weight.any() and check_pattern(weight, pattern, site.reduction_dim):
             raise SparseForgeError(f"{site.fqn} is {pattern} already, and not so in another basis: rotate before")
-    found, reasons = find_rotations(run.program, find_linears(run.program, Pattern(1, 1), "*"))
+    found, reasons = find_rotations(run.program, find_linears(run.program, Pattern(1, 1), "*"), exclude)
     reading = [(rotation, [sites[a.fqn] for a in rotation.readers.values() if a.fqn in sites]) for rotation in found]
     useful = [(r, s) for r, s in reading if s and r.width % pattern.m == 0 and r.width > pattern.m]
     run.notes += [f"some vectors keep their basis: {reason}" for reason in reasons]
@@ -124,10 +127,7 @@ def _rotations(run: Run, pattern: Pattern) -> list[tuple[Rotation, list[LinearSi
 
 
 def _written(program: Exported, rotations: Sequence[tuple[Rotation, Any]]) -> Iterator[Tensor]:
-    names = {axis.fqn for rotation, _ in rotations for axis in rotation.axes}
-    for norm in (norm for rotation, _ in rotations for norm in rotation.norms):
-        names |= {norm.scale, *(() if norm.shift is None else (norm.shift,))}
-    for name in sorted(names):
+    for name in sorted({name for rotation, _ in rotations for name in rotation.names}):
         yield program.tensor(name)
 
 

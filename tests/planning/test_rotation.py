@@ -206,6 +206,40 @@ def test_any_module():
     assert torch.allclose(model(batches[0]), before, atol=1e-5) and report["spaces"][0]["readers"] == 2
 
 
+class Auxiliary(nn.Module):
+    """A language model with something that forward does not call."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.lm, self.kind = llama(), kind
+        if kind == "weight":
+            self.aux = nn.Linear(32, 5)
+        elif kind == "token":
+            self.aux = nn.Parameter(torch.randn(1, 1, 32))
+        elif kind == "alias":
+            self.aux = [self.lm.model.layers[1].mlp.up_proj.weight]
+        else:
+            self.aux = nn.Linear(24, 5)
+
+    def forward(self, input_ids):
+        return self.lm(input_ids).logits
+
+
+@pytest.mark.parametrize("kind", ["weight", "token", "alias", "narrow"])
+def test_what_the_batches_do_not_use_turns_nothing_or_is_excluded(kind):
+    model, batches = Auxiliary(kind), words()
+    before = copy.deepcopy(model.state_dict())
+    if kind == "narrow":
+        assert sf.rotate(model, batches, steps=2)["spaces"]
+        return
+    why = "shares memory with attribute aux.0 of the model" if kind == "alias" else "aux.*: give batches that use it"
+    with pytest.raises(sf.SparseForgeError, match=why):
+        sf.rotate(model, batches, steps=2)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    if kind != "alias":
+        assert sf.rotate(model, batches, steps=2, exclude="aux")["spaces"]
+
+
 def test_as_a_command(tmp_path):
     write_checkpoint(tmp_path / "dense", num_hidden_layers=1)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
