@@ -21,7 +21,7 @@ from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.find_rotations import find_rotations
 from sparseforge_fx.passes.globs import Globs
 from sparseforge_fx.passes.spaces import Norm, Rotation
-from sparseforge_fx.pattern import TWO_FOUR, Pattern, check_pattern, parse_pattern
+from sparseforge_fx.pattern import TWO_FOUR, Pattern, parse_pattern
 from sparseforge_fx.planning.observe import READING, check_answer, observe
 from sparseforge_fx.ranges import Count, Positive, checked
 from sparseforge_fx.report import environment
@@ -33,6 +33,8 @@ from sparseforge_fx.training.undo import dense_again_on_error
 from sparseforge_fx.training.unused import unused_arguments
 
 CALIBRATION = 32  # sequences
+#: share of a weight's entries: dense ones have some, where small numbers underflow
+MOST_ZEROS = 0.05
 
 
 @checked
@@ -71,7 +73,8 @@ def rotate(
     (shares of what the readers compute that the pattern is predicted to lose); ``error``, relative, of the answers
     after it; notes.
 
-    Raises SparseForgeError, the model as it was, where nothing may be rotated, or if the answers change.
+    Raises SparseForgeError, the model as it was, where nothing may be rotated, where what would turn is pruned
+    already, or if the answers change.
     """
     wanted = parse_pattern(pattern) if isinstance(pattern, str) else pattern
     if not isinstance(wanted, Pattern):
@@ -112,10 +115,6 @@ def rotate(
 def _rotations(run: Run, pattern: Pattern, exclude: Globs) -> list[tuple[Rotation, list[LinearSite]]]:
     """With the readers that are to be pruned."""
     sites = {site.fqn: site for site in run.sites if site.reason is None}
-    for site in sites.values():
-        weight = run.program.tensor(site.fqn)
-        if weight.any() and check_pattern(weight, pattern, site.reduction_dim):
-            raise SparseForgeError(f"{site.fqn} is {pattern} already, and not so in another basis: rotate before")
     found, reasons = find_rotations(run.program, find_linears(run.program, Pattern(1, 1), "*"), exclude)
     reading = [(rotation, [sites[a.fqn] for a in rotation.readers.values() if a.fqn in sites]) for rotation in found]
     useful = [(r, s) for r, s in reading if s and r.width % pattern.m == 0 and r.width > pattern.m]
@@ -123,7 +122,19 @@ def _rotations(run: Run, pattern: Pattern, exclude: Globs) -> list[tuple[Rotatio
     if not useful:
         why = reasons[0] if reasons else "no linear to prune reads what others write, through norms and sums alone"
         raise SparseForgeError(f"nothing of {type(run.program.source).__name__} can be rotated: {why}")
+    for axis in (axis for rotation, _ in useful for axis in rotation.axes):
+        weight = run.program.tensor(axis.fqn)
+        if weight.dim() > 1 and (share := _zeros(weight, axis.dim)) > MOST_ZEROS:
+            told = f"{share:.0%} of {axis.fqn} are zeros, which another basis fills"
+            raise SparseForgeError(f"{told}: rotate the dense model, and prune it then")
     return useful
+
+
+def _zeros(tensor: Tensor, dim: int) -> float:
+    """Their share in the vectors along this dimension, but for those that are zero as a whole: they stay so."""
+    vectors = (tensor != 0).transpose(dim, -1).reshape(-1, tensor.shape[dim])
+    some = vectors[vectors.any(-1)]
+    return 1 - float(some.double().mean()) if some.numel() else 0.0
 
 
 def _written(program: Exported, rotations: Sequence[tuple[Rotation, Any]]) -> Iterator[Tensor]:
