@@ -1,13 +1,17 @@
-"""What in a model shares memory with its weights and is not one of their names: the graph shows none of it."""
+"""What a model holds beside the graph, which shows none of it: what shares memory with its weights and is not one of
+their names, and what the graph does not read."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from sparseforge_fx.graph.program import Program
+from sparseforge_fx.passes.globs import Globs, matches
 
 #: what nn.Module itself keeps; its parameters are the names of weights, modules are visited anyway
 INTERNAL = {"_parameters", "_modules"}
@@ -21,6 +25,10 @@ class Holder(NamedTuple):
     name: str
     tensor: Tensor
     parameter: bool
+
+    @property
+    def fqn(self) -> str:
+        return f"{self.path}.{self.name}".strip(".")
 
     def __str__(self) -> str:
         owner = f"module {self.path}" if self.path else "the model"
@@ -54,7 +62,42 @@ class Aliases:
         if not aliases:
             return None
         # the trace reads a tie under one of its names, whichever module it called
-        return next(str(h) for h in (*aliases, *held) if f"{h.path}.{h.name}".strip(".") != fqn)
+        return next(str(h) for h in (*aliases, *held) if h.fqn != fqn)
+
+
+class Elsewhere:
+    """Other ways through the model of ``program`` than the one that was captured: a head that training alone calls, an
+    adapter that is not active, the tower of inputs that the example lacks. They need the values where they were.
+
+    Args:
+        exclude: globs over the names of what may be left without them.
+    """
+
+    def __init__(self, program: Program, exclude: Globs = ()):
+        lifted = {f: v for node, f, v in program.lifted() if node.users and v.layout == torch.strided}
+        self.aliases = Aliases(program.source, lifted)
+        storages = {_storage(value) for value in lifted.values()}
+        unread = [
+            holders[0]
+            for storage, holders in self.aliases.by_storage.items()
+            if storage not in storages and not any(h.fqn in lifted for h in holders)  # a shard has another storage
+        ]
+        self.unread = {
+            h.fqn: tuple(h.tensor.shape) for h in unread if h.tensor.is_floating_point() and not matches(h.fqn, exclude)
+        }
+
+    def shares(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Of the first of these, by name, that is held at another place, too: where; None if none is."""
+        held = ((fqn, self.aliases.of(value, fqn)) for fqn, value in tensors.items())
+        return next((f"{fqn} shares memory with {alias}" for fqn, alias in held if alias is not None), None)
+
+    def may_see(self, width: int) -> str | None:
+        """What may read or write vectors of this width there: it has their size, or a multiple (of several at once);
+        None if nothing does."""
+        names = [n for n, shape in self.unread.items() if any(size and size % width == 0 for size in shape)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        told = f"{', '.join(names[:3])}{more}, which the captured forward does not read, may meet these vectors"
+        return f"{told} ({width} wide)" if names else None
 
 
 def _meets(tensor: Tensor, start: int, end: int) -> bool:

@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.kernels.soft_masked_linear import OP
+from sparseforge_fx.passes.aliases import Elsewhere
 from sparseforge_fx.passes.operators import MOVES, op_name
 from sparseforge_fx.pattern import AnyPattern, Pattern
 
@@ -70,14 +71,15 @@ class _Flow(NamedTuple):
     head: Tensor
 
 
-def find_channels(program: Program, pattern: AnyPattern) -> list[Channels]:
-    """The sets of channels between the soft-masked linears of ``program`` that may change places.
+def find_channels(program: Program, pattern: AnyPattern) -> tuple[list[Channels], dict[str, str]]:
+    """The sets of channels between the soft-masked linears of ``program`` that may change places; and of other weights,
+    by name, why the inputs stay where the graph alone would let them move.
 
     A producer whose outputs are read by anything else, whose weight has several uses, or whose bias does not require
     grad (it may be shared with a teacher) has none; nor has a pattern without groups.
     """
     if not isinstance(pattern, Pattern):
-        return []
+        return [], {}
     names = program.names(InputKind.PARAMETER)
     flows: dict[Node, Any] = {}
     spoiled: set[Channel] = set()
@@ -97,7 +99,24 @@ def find_channels(program: Program, pattern: AnyPattern) -> list[Channels]:
         if node.target == OP and _may_move(program, node, names):
             shape = _sizes(node.meta["val"].shape)
             flows[node] = _Flow({node: torch.arange(shape[-1]).expand(shape)}, torch.zeros(shape, dtype=torch.long))
-    return _sets(read, spoiled, names, pattern)
+    return _unseen(program, _sets(read, spoiled, names, pattern))
+
+
+def _unseen(program: Program, sets: list[Channels]) -> tuple[list[Channels], dict[str, str]]:
+    """The sets that nothing of the model but the graph may look at, and why not the others."""
+    elsewhere = Elsewhere(program)
+    found: list[Channels] = []
+    held: dict[str, str] = {}
+    for each in sets:
+        tensors = [(program.tensor(part.fqn), part) for part in (*each.columns, *each.rows)]
+        widths = sorted({tensor.shape[part.dim] for tensor, part in tensors})
+        reasons = [elsewhere.shares({part.fqn: tensor for tensor, part in tensors}), *map(elsewhere.may_see, widths)]
+        reason = next((r for r in reasons if r is not None), None)
+        if reason is None:
+            found.append(each)
+        else:
+            held |= {part.fqn: f"its inputs keep their order: {reason}" for part in each.columns}
+    return found, held
 
 
 def _may_move(program: Program, node: Node, names: dict[Node, str]) -> bool:

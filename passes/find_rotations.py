@@ -20,8 +20,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.passes.aliases import Elsewhere
 from sparseforge_fx.passes.find_channels import COPIES, plain_sizes
 from sparseforge_fx.passes.find_linears import LinearSite
+from sparseforge_fx.passes.globs import Globs
 from sparseforge_fx.passes.operators import LINEAR_OPS, MOVES, op_name
 from sparseforge_fx.passes.spaces import Axis, Norm, Rotation, Scaled, Space, Table, Vectors
 
@@ -31,23 +33,31 @@ CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution"}
 NORMS = {"layer_norm": 4, "rms_norm": 3}  # behind the last argument that is a parameter
 
 
-def find_rotations(program: Program, sites: list[LinearSite]) -> tuple[list[Rotation], list[str]]:
-    """The spaces of ``program`` that may be rotated, and why others that are normed may not.
+def find_rotations(program: Program, sites: list[LinearSite], exclude: Globs = ()) -> tuple[list[Rotation], list[str]]:
+    """The spaces of ``program`` that may be rotated, and why others that could be, or that are normed, may not.
 
     Args:
         sites: every matrix that linears multiply by (``find_linears``, whatever its reasons).
+        exclude: globs over names of what the graph does not read, and what need not go with the rotated vectors.
     """
     found = _Finder(program, sites)
+    elsewhere = Elsewhere(program, exclude)
     spaces = {id(root): root for space in found.spaces if (root := space.root())}
-    rotations, reasons = [], []
+    rotations, held, reasons = [], [], []
     for space in spaces.values():
         if space.reason is None and space.readers and len(space.axes) > len(space.readers):
             norms = tuple(Norm(n.scale, n.offset, n.shift, tuple(n.readers)) for n in space.norms)
             shifts = [Axis(norm.shift, 0) for norm in norms if norm.shift is not None]
-            rotations.append(Rotation(space.width, (*space.axes, *shifts), space.readers, norms, space.centred))
+            rotation = Rotation(space.width, (*space.axes, *shifts), space.readers, norms, space.centred)
+            if (reason := elsewhere.shares({fqn: program.tensor(fqn) for fqn in rotation.names})) is not None:
+                held.append(reason)
+            elif (reason := elsewhere.may_see(space.width)) is not None:
+                held.append(f"{reason}: give batches that use it, or exclude it by name to leave it as it is")
+            else:
+                rotations.append(rotation)
         elif space.reason is not None and (space.norms or space.summed):
             reasons.append(space.reason)
-    return rotations, list(dict.fromkeys(reasons))
+    return rotations, list(dict.fromkeys([*held, *reasons]))
 
 
 class _Finder:

@@ -43,6 +43,12 @@ class Rotation(NamedTuple):
     norms: tuple[Norm, ...]
     centred: bool
 
+    @property
+    def names(self) -> list[str]:
+        """Of every tensor that is written."""
+        norms = {fqn for norm in self.norms for fqn in (norm.scale, norm.shift) if fqn is not None}
+        return sorted(norms | {axis.fqn for axis in self.axes})
+
 
 @dataclass
 class Space:

@@ -28,12 +28,12 @@ class Reordering:
     def __init__(self, program: Program, pattern: Pattern, weights: Sequence[MaskedWeight]):
         self.program, self.pattern, self.weights = program, pattern, {w.fqn: w for w in weights}
         self.sets: dict[str, list[Channels]] = {}
-        for found in find_channels(program, pattern):
+        sets, self.notes = find_channels(program, pattern)
+        for found in sets:
             if len(names := {part.fqn for part in found.columns}) == 1:
                 self.sets.setdefault(names.pop(), []).append(found)
-        self.notes: dict[str, str] = {}
         self.history: list[tuple[Channels, Tensor]] = []  # what was done, in order
-        if not self.sets:
+        if not self.sets and not self.notes:
             self.notes[weights[0].fqn] = "reorder changes nothing: no channels of this graph may change places"
 
     def __call__(self, name: str, moments: Tensor) -> Tensor | None:

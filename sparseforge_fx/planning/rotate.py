@@ -19,8 +19,9 @@ from sparseforge_fx.methods.rotate import Term, find_rotation
 from sparseforge_fx.models.ties import untied
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.find_rotations import find_rotations
+from sparseforge_fx.passes.globs import Globs
 from sparseforge_fx.passes.spaces import Norm, Rotation
-from sparseforge_fx.pattern import TWO_FOUR, Pattern, check_pattern, parse_pattern
+from sparseforge_fx.pattern import TWO_FOUR, Pattern, parse_pattern
 from sparseforge_fx.planning.observe import READING, check_answer, observe
 from sparseforge_fx.ranges import Count, Positive, checked
 from sparseforge_fx.report import environment
@@ -32,6 +33,8 @@ from sparseforge_fx.training.undo import dense_again_on_error
 from sparseforge_fx.training.unused import unused_arguments
 
 CALIBRATION = 32  # sequences
+#: share of a weight's entries: dense ones have some, where small numbers underflow
+MOST_ZEROS = 0.05
 
 
 @checked
@@ -62,13 +65,16 @@ def rotate(
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept.
         reading: fields of a :class:`Recipe` that say what is read: include, exclude (of the linears that count),
-            calibration (sequences, default 32), batch_size, length, seed, text_column, separator.
+            calibration (sequences, default 32), batch_size, length, seed, text_column, separator. A weight that the
+            batches do not use (an adapter that is not active, a head for training alone) may need the same vectors:
+            these turn if ``exclude`` names it, and it stays as it is.
 
     Returns a report: of every space its width, how many weights write and read, ``lost_before`` and ``lost_after``
     (shares of what the readers compute that the pattern is predicted to lose); ``error``, relative, of the answers
     after it; notes.
 
-    Raises SparseForgeError, the model as it was, where nothing may be rotated, or if the answers change.
+    Raises SparseForgeError, the model as it was, where nothing may be rotated, where what would turn is pruned
+    already, or if the answers change.
     """
     wanted = parse_pattern(pattern) if isinstance(pattern, str) else pattern
     if not isinstance(wanted, Pattern):
@@ -89,7 +95,7 @@ def rotate(
             recipe, {"tokenizer": tokenizer, "cache_dir": cache_dir}, data=data, method="a rotation", trains=False,
             calibrates=True, batches=run.batches,
         )  # fmt: skip
-        rotations = _rotations(run, wanted)
+        rotations = _rotations(run, wanted, recipe.exclude)
         with dense_again_on_error(run.program) as copies:
             copies += [(tensor, tensor.clone()) for tensor in _written(run.program, rotations)]
             spaces, error = _turn(run, recipe, rotations, wanted, steps=steps, lr=lr)
@@ -106,28 +112,33 @@ def rotate(
     }  # fmt: skip
 
 
-def _rotations(run: Run, pattern: Pattern) -> list[tuple[Rotation, list[LinearSite]]]:
+def _rotations(run: Run, pattern: Pattern, exclude: Globs) -> list[tuple[Rotation, list[LinearSite]]]:
     """With the readers that are to be pruned."""
     sites = {site.fqn: site for site in run.sites if site.reason is None}
-    for site in sites.values():
-        weight = run.program.tensor(site.fqn)
-        if weight.any() and check_pattern(weight, pattern, site.reduction_dim):
-            raise SparseForgeError(f"{site.fqn} is {pattern} already, and not so in another basis: rotate before")
-    found, reasons = find_rotations(run.program, find_linears(run.program, Pattern(1, 1), "*"))
+    found, reasons = find_rotations(run.program, find_linears(run.program, Pattern(1, 1), "*"), exclude)
     reading = [(rotation, [sites[a.fqn] for a in rotation.readers.values() if a.fqn in sites]) for rotation in found]
     useful = [(r, s) for r, s in reading if s and r.width % pattern.m == 0 and r.width > pattern.m]
     run.notes += [f"some vectors keep their basis: {reason}" for reason in reasons]
     if not useful:
         why = reasons[0] if reasons else "no linear to prune reads what others write, through norms and sums alone"
         raise SparseForgeError(f"nothing of {type(run.program.source).__name__} can be rotated: {why}")
+    for axis in (axis for rotation, _ in useful for axis in rotation.axes):
+        weight = run.program.tensor(axis.fqn)
+        if weight.dim() > 1 and (share := _zeros(weight, axis.dim)) > MOST_ZEROS:
+            told = f"{share:.0%} of {axis.fqn} are zeros, which another basis fills"
+            raise SparseForgeError(f"{told}: rotate the dense model, and prune it then")
     return useful
 
 
+def _zeros(tensor: Tensor, dim: int) -> float:
+    """Their share in the vectors along this dimension, but for those that are zero as a whole: they stay so."""
+    vectors = (tensor != 0).transpose(dim, -1).reshape(-1, tensor.shape[dim])
+    some = vectors[vectors.any(-1)]
+    return 1 - float(some.double().mean()) if some.numel() else 0.0
+
+
 def _written(program: Exported, rotations: Sequence[tuple[Rotation, Any]]) -> Iterator[Tensor]:
-    names = {axis.fqn for rotation, _ in rotations for axis in rotation.axes}
-    for norm in (norm for rotation, _ in rotations for norm in rotation.norms):
-        names |= {norm.scale, *(() if norm.shift is None else (norm.shift,))}
-    for name in sorted(names):
+    for name in sorted({name for rotation, _ in rotations for name in rotation.names}):
         yield program.tensor(name)
 
 

@@ -144,7 +144,7 @@ def _start(machine: Machine, work: _Work, chosen: Sequence[LinearSite], recipe: 
     if getattr(config, "reorder", False) and isinstance(config.pattern, Pattern):
         outputs = {s.fqn: s.out_features for s in chosen}
         masked, _ = run_passes(work.program, train_passes(chosen))
-        for found in find_channels(masked, config.pattern):
+        for found in find_channels(masked, config.pattern)[0]:
             if len(names := {part.fqn for part in found.columns}) == 1 and (name := names.pop()) in outputs:
                 seconds += machine.order(
                     len(found.columns) * outputs[name], len(found.columns[0].indices), config.pattern

@@ -67,7 +67,7 @@ def test_moved_on_the_way_is_moved_before(name, monkeypatch):
     assert "new order" in " ".join(report["layer_notes"].values())
     program = capture(twin)
     program = run_passes(program, train_passes(find_linears(program)))[0]
-    sets = find_channels(program, TWO_FOUR)
+    sets, _ = find_channels(program, TWO_FOUR)
     assert len(orders) == len(sets) > 0
     for each, order in zip(sets, orders, strict=True):
         each.permute(program.state, order)
@@ -133,3 +133,23 @@ def test_a_failure_half_way_leaves_every_bias_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="enough"):
         sf.sparsify(model, text(), method="sparsegpt", reorder=True)
     assert all(torch.equal(value, before[fqn]) for fqn, value in model.state_dict().items())
+
+
+def test_what_a_method_beside_forward_reads_keeps_its_order():
+    class Coder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.dec = nn.Linear(8, 16), nn.Linear(16, 8)
+            self.out, self.heads = nn.Linear(8, 8), nn.Linear(16, 5)
+
+        def forward(self, x):
+            return self.out(self.dec(self.enc(x)).relu())
+
+        def classify(self, x):
+            return self.heads(self.enc(x))
+
+    torch.manual_seed(0)
+    model, x = Coder(), torch.randn(64, 8)
+    report = sf.sparsify(model, [x], method="sparsegpt", reorder=True, include=["enc", "dec"]).report
+    assert "new order" not in str(report["layer_notes"])
+    assert "heads.weight, which the captured forward does not read" in report["layer_notes"]["dec.weight"]

@@ -9,7 +9,7 @@ from torch import nn
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.passes import find_linears
-from sparseforge_fx.passes.aliases import Aliases
+from sparseforge_fx.passes.aliases import Aliases, Elsewhere
 from sparseforge_fx.training.prepare import check_sites
 
 
@@ -107,3 +107,34 @@ def test_on_the_meta_device():
     model.w_copy = model.a.weight.data
     reasons = {s.fqn: s.reason for s in find_linears(capture(model, x))}
     assert reasons["a.weight"] == "shares memory with attribute w_copy of the model" and reasons["b.weight"] is None
+
+
+@pytest.mark.parametrize("held", ["module", "in a list", "attribute", "buffer", "flattened", "narrow", "integer"])
+def test_what_the_graph_does_not_read_is_found_by_its_width(held):
+    model = Head()
+    del model.idle
+    name = {"module": "other.weight", "in a list": "others.0.weight", "flattened": "other.weight"}.get(held, "other")
+    if held in ("module", "flattened", "narrow"):
+        model.other = nn.Linear({"module": 8, "flattened": 24, "narrow": 3}[held], 5, bias=False)
+    elif held == "in a list":
+        model.others = [nn.Linear(8, 5, bias=False)]
+    elif held == "attribute":
+        model.other = torch.ones(8)
+    else:
+        model.register_buffer("other", torch.ones(8) if held == "buffer" else torch.arange(8))
+    program = capture(model, torch.randn(3, 8))
+    told = Elsewhere(program).may_see(8)
+    assert (told is None) == (held in ("narrow", "integer"))
+    assert told is None or told.startswith(f"{name}, which the captured forward does not read")
+    assert Elsewhere(program, ["other*"]).may_see(8) is None
+
+
+def test_ties_and_copies_elsewhere():
+    model = Head()
+    model.idle.weight = model.a.weight  # a tie is no other weight
+    program = capture(model, torch.randn(3, 8))
+    assert set(Elsewhere(program).unread) == {"idle.bias"}
+    assert Elsewhere(program).shares({"a.weight": model.a.weight}) is None
+    model.copied = model.a.bias
+    told = Elsewhere(program).shares({"b.bias": model.b.bias, "a.bias": model.a.bias})
+    assert told == "a.bias shares memory with parameter copied of the model"

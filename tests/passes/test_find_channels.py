@@ -30,7 +30,8 @@ def shuffle(program, sets):
 def test_any_order_computes_the_same(captured_once, name):
     found = captured_once(name)
     program = run_passes(found.program, train_passes(find_linears(found.program)))[0]
-    sets = find_channels(program, TWO_FOUR)
+    sets, held = find_channels(program, TWO_FOUR)
+    assert held == {}
     layers = len({part.fqn for each in sets for part in each.columns}) // 2  # an output of attention and one of an MLP
     assert len(sets) == layers * SETS[name] > 0
     batch = found.example if name == "vit" else found.batch()
@@ -48,7 +49,9 @@ def test_any_order_computes_the_same(captured_once, name):
 class Net(nn.Module):
     def __init__(self, inside, width=16):
         super().__init__()
-        self.up, self.side, self.down = nn.Linear(8, width), nn.Linear(8, width), nn.Linear(width, 8)
+        self.up, self.down = nn.Linear(8, width), nn.Linear(width, 8)
+        if inside is MOVABLE["gated"]:
+            self.side = nn.Linear(8, width)
         self.norm, self.inside = nn.LayerNorm(8), inside
 
     def forward(self, x):
@@ -78,7 +81,7 @@ FIXED = {
 def test_what_lies_between_may_be_elementwise_or_a_view(kind):
     x = torch.randn(5, 8)
     program = masked(Net(MOVABLE[kind]), x)
-    (found,) = find_channels(program, TWO_FOUR)
+    ((found,), _) = find_channels(program, TWO_FOUR)
     assert [(p.fqn, p.dim, p.indices.tolist()) for p in found.columns] == [("down.weight", 1, list(range(16)))]
     rows = {"up.weight", "up.bias"} | ({"side.weight", "side.bias"} if kind == "gated" else set())
     assert {p.fqn for p in found.rows} == rows
@@ -89,25 +92,38 @@ def test_what_lies_between_may_be_elementwise_or_a_view(kind):
 
 @pytest.mark.parametrize("kind", FIXED)
 def test_anything_else_holds_channels_where_they_are(kind):
-    assert find_channels(masked(Net(FIXED[kind]), torch.randn(5, 8)), TWO_FOUR) == []
+    assert find_channels(masked(Net(FIXED[kind]), torch.randn(5, 8)), TWO_FOUR) == ([], {})
 
 
 def test_groups_must_be_whole_and_there_must_be_some():
     x, inside = torch.randn(5, 8), MOVABLE["relu"]
-    assert find_channels(masked(Net(inside), x), Unstructured(0.5)) == []
-    assert find_channels(masked(Net(inside), x), Pattern(4, 8))
+    assert find_channels(masked(Net(inside), x), Unstructured(0.5)) == ([], {})
+    assert find_channels(masked(Net(inside), x), Pattern(4, 8))[0]
     program = masked(Net(inside, width=12), x)
-    assert find_channels(program, TWO_FOUR) and find_channels(program, Pattern(4, 8)) == []
+    assert find_channels(program, TWO_FOUR)[0] and find_channels(program, Pattern(4, 8))[0] == []
 
 
 def test_a_frozen_bias_stays_as_a_teacher_may_have_it_too():
     net = Net(MOVABLE["relu"])
     net.up.bias.requires_grad_(False)
-    assert find_channels(masked(net, torch.randn(5, 8)), TWO_FOUR) == []
+    assert find_channels(masked(net, torch.randn(5, 8)), TWO_FOUR)[0] == []
 
 
 def test_the_graph_is_left_as_it_was():
     program = masked(build("llama"))
     before = str(program.graph)
-    assert find_channels(program, TWO_FOUR)
+    assert find_channels(program, TWO_FOUR)[0]
     assert str(program.graph) == before
+
+
+@pytest.mark.parametrize("kind", ["reads", "writes", "narrow", "bias"])
+def test_what_forward_does_not_call_holds_channels_where_they_are(kind):
+    net = Net(MOVABLE["relu"])
+    if kind == "bias":
+        net.kept = net.up.bias
+    else:
+        net.other = nn.Linear(*{"reads": (16, 5), "writes": (5, 16), "narrow": (8, 5)}[kind])
+    sets, held = find_channels(masked(net, torch.randn(5, 8)), TWO_FOUR)
+    assert (len(sets), list(held)) == ((1, []) if kind == "narrow" else (0, ["down.weight"]))
+    named = "parameter kept of the model" if kind == "bias" else "other."
+    assert all(text.startswith("its inputs keep their order: ") and named in text for text in held.values())

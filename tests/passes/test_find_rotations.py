@@ -129,7 +129,6 @@ class Plain(nn.Module):
     def __init__(self, between=lambda x: x):
         super().__init__()
         self.write, self.read, self.between = nn.Linear(8, 16), nn.Linear(16, 8), between
-        self.scale = nn.Parameter(torch.ones(16))
 
     def forward(self, x):
         return self.read(self.between(self.write(x)))

@@ -123,6 +123,16 @@ def test_what_is_frozen_turns_and_is_named():
     assert report["spaces"][0]["readers"] == 9 and not model.model.layers[0].self_attn.q_proj.weight.requires_grad
 
 
+def test_whole_vectors_of_zeros_are_no_sparsity():
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:30] = 0  # tokens that are never met
+        model.model.layers[0].mlp.up_proj.weight[:16] = 0
+        model.model.layers[0].mlp.down_proj.weight[:, :16] = 0
+    assert sf.rotate(model, words(), steps=2)["spaces"]
+    assert not model.model.embed_tokens.weight[:30].any() and not model.model.layers[0].mlp.up_proj.weight[:16].any()
+
+
 def test_weights_keep_their_size_and_norms_are_one_number():
     model = llama()
     with torch.no_grad():
@@ -152,13 +162,34 @@ def test_half_precision_is_within_its_rounding():
     assert 0 < sf.rotate(model, batches, steps=5)["error"] < 0.05
 
 
-@pytest.mark.parametrize("why", ["sparse", "bert", "pattern", "no data", "option", "steps", "answers", "killed"])
+@pytest.mark.parametrize(
+    "why",
+    [
+        "sparse",
+        "other pattern",
+        "no pattern",
+        "left out",
+        "frozen",
+        "bert",
+        "pattern",
+        "no data",
+        "option",
+        "steps",
+        "answers",
+        "killed",
+    ],
+)
 def test_refused_in_a_sentence_and_the_model_as_it_was(why, monkeypatch):
     model, batches, how = llama(), words(), {"steps": 3}
-    expected: tuple = ({"sparse": "rotate before", "pattern": "has none", "no data": "needs data", "steps": "steps",
-        "option": "has no option lenght", "bert": "can be rotated", "answers": "answers otherwise"}.get(why, ""))  # fmt: skip
-    if why == "sparse":
-        sf.sparsify(model, method="magnitude")
+    expected: tuple = ({"pattern": "has none", "no data": "needs data", "steps": "steps",
+        "option": "has no option lenght", "bert": "can be rotated", "answers": "answers otherwise"}.get(why, "zeros, which another basis fills"))  # fmt: skip
+    if why in ("sparse", "other pattern", "no pattern"):
+        sf.sparsify(model, method="magnitude", pattern={"sparse": "2:4", "no pattern": "30%"}.get(why, "12:16"))
+    elif why in ("left out", "frozen"):  # some of it is sparse, and no site of this run
+        sf.sparsify(model, method="magnitude", include="*mlp*")
+        how |= {"exclude": "*mlp*"} if why == "left out" else {}
+        for name, p in model.named_parameters() if why == "frozen" else ():
+            p.requires_grad_("mlp" not in name)
     elif why == "bert":
         config = tf.BertConfig(**SIZES, tie_word_embeddings=False)
         model = tf.BertForMaskedLM(config).eval()
@@ -180,7 +211,8 @@ def test_refused_in_a_sentence_and_the_model_as_it_was(why, monkeypatch):
 
         monkeypatch.setattr(home, "_rotate", interrupted)
     before, tied = copy.deepcopy(model.state_dict()), model.config.tie_word_embeddings
-    with pytest.raises(KeyboardInterrupt if why == "killed" else sf.SparseForgeError, match=expected):
+    error, told = (KeyboardInterrupt, None) if why == "killed" else (sf.SparseForgeError, expected)
+    with pytest.raises(error, match=told):
         sf.rotate(model, batches, **how)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     if tied and why != "bert":
@@ -204,6 +236,40 @@ def test_any_module():
     before = model(batches[0]).detach()
     report = sf.rotate(model, batches, steps=10)
     assert torch.allclose(model(batches[0]), before, atol=1e-5) and report["spaces"][0]["readers"] == 2
+
+
+class Auxiliary(nn.Module):
+    """A language model with something that forward does not call."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.lm, self.kind = llama(), kind
+        if kind == "weight":
+            self.aux = nn.Linear(32, 5)
+        elif kind == "token":
+            self.aux = nn.Parameter(torch.randn(1, 1, 32))
+        elif kind == "alias":
+            self.aux = [self.lm.model.layers[1].mlp.up_proj.weight]
+        else:
+            self.aux = nn.Linear(24, 5)
+
+    def forward(self, input_ids):
+        return self.lm(input_ids).logits
+
+
+@pytest.mark.parametrize("kind", ["weight", "token", "alias", "narrow"])
+def test_what_the_batches_do_not_use_turns_nothing_or_is_excluded(kind):
+    model, batches = Auxiliary(kind), words()
+    before = copy.deepcopy(model.state_dict())
+    if kind == "narrow":
+        assert sf.rotate(model, batches, steps=2)["spaces"]
+        return
+    why = "shares memory with attribute aux.0 of the model" if kind == "alias" else "aux.*: give batches that use it"
+    with pytest.raises(sf.SparseForgeError, match=why):
+        sf.rotate(model, batches, steps=2)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    if kind != "alias":
+        assert sf.rotate(model, batches, steps=2, exclude="aux")["spaces"]
 
 
 def test_as_a_command(tmp_path):
