@@ -13,6 +13,29 @@ from pathlib import Path
 
 from sparseforge_fx.errors import SparseForgeError
 
+#: what a write says that the disk, a quota or a limit ended: as a number; as the words of Rust; of torch.save
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "unexpected pos ")
+
+
+@contextmanager
+def disk_full_told(place: Path, then: str = "repeat the command") -> Iterator[None]:
+    """Raise SparseForgeError, with what to do ``then``, where something inside finds the disk full, in whatever words
+    and however deep."""
+    try:
+        yield
+    except Exception as error:  # each library has an error of its own
+        if _full(error):
+            raise SparseForgeError(f"the disk of {place} is full: make room there and {then}") from error
+        raise
+
+
+def _full(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    found = isinstance(error, OSError) and error.errno in FULL
+    return found or any(text in str(error) for text in FULL_TEXTS) or _full(error.__cause__)
+
 
 @contextmanager
 def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
@@ -21,12 +44,15 @@ def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     Args:
         shared: other processes may write the same file at the same time, so that each needs a name of its own; what a
             kill leaves behind is then overwritten by nobody.
+
+    Raises SparseForgeError where the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial" if shared else f"{path.name}.partial")
     try:
-        yield partial
-        move_file(partial, path)
+        with disk_full_told(path):
+            yield partial
+            move_file(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -72,7 +98,8 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     A symbolic link stays one: what it points to is replaced. A mount point, which cannot be replaced, is filled: its
     former content goes when the new one is complete.
-    Raises SparseForgeError if ``folder`` is a file, cannot be written, or is not empty and ``overwrite`` is False.
+    Raises SparseForgeError if ``folder`` is a file, cannot be written, or is not empty and ``overwrite`` is False; and
+    where the disk is full.
     """
     finish_replacement(folder)
     check_output(folder, overwrite=overwrite)
@@ -82,19 +109,20 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        sync_all(partial)
-        if not inside:
-            try:
-                replace_folder(folder, partial)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EBUSY, errno.EXDEV) or not folder.is_dir():
-                    raise
-            # a mount that looks like a folder: bound from elsewhere on the same disk
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-            shutil.move(partial, folder / PARTIAL)
-        os.replace(folder / PARTIAL, folder / COMPLETE)
+        with disk_full_told(folder):
+            yield partial
+            sync_all(partial)
+            if not inside:
+                try:
+                    replace_folder(folder, partial)
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.EBUSY, errno.EXDEV) or not folder.is_dir():
+                        raise
+                # a mount that looks like a folder: bound from elsewhere on the same disk
+                shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+                shutil.move(partial, folder / PARTIAL)
+            os.replace(folder / PARTIAL, folder / COMPLETE)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         finish_replacement(folder)  # had it failed between two renames, the old one comes back

@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import os
+import resource
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sparseforge_fx import files
 from sparseforge_fx.errors import SparseForgeError
@@ -53,6 +56,53 @@ def test_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     with files.new_file(tmp_path / "a") as partial:
         partial.write_text("a")
     assert done == [str(partial), "renamed", str(tmp_path)]
+
+
+# -- a full disk -----------------------------------------------------------------------------------------------------
+def by_python(file):
+    file.write_text("x" * 10**5)
+
+
+def by_torch(file):
+    torch.save(torch.zeros(10**5), file)
+
+
+def by_safetensors(file):
+    save_file({"a": torch.zeros(10**5)}, file)
+
+
+def as_a_reason(file):
+    try:
+        by_python(file)
+    except OSError as error:
+        raise RuntimeError("some library's own words") from error
+
+
+@pytest.fixture
+def full():
+    """Files that may not grow stand for a disk without room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("write", [by_python, by_torch, by_safetensors, as_a_reason])
+def test_a_full_disk_is_told_and_nothing_stays(tmp_path, full, write):
+    told = lambda name: f"the disk of {tmp_path / name} is full: make room there and repeat the command"  # noqa: E731
+    with pytest.raises(SparseForgeError) as caught, files.new_file(tmp_path / "file") as file:
+        write(file)
+    assert str(caught.value) == told("file") and os.listdir(tmp_path) == []
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "good").write_text("good")
+    with (
+        pytest.raises(SparseForgeError) as caught,
+        files.new_folder(tmp_path / "folder", overwrite=True) as folder,
+        files.new_file(folder / "a") as file,
+    ):
+        write(file)
+    assert str(caught.value) == told("folder") and os.listdir(tmp_path) == ["folder"]
+    assert os.listdir(tmp_path / "folder") == ["good"]
 
 
 # -- a folder --------------------------------------------------------------------------------------------------------

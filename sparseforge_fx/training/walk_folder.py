@@ -3,12 +3,9 @@ the output."""
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,6 @@ from sparseforge_fx.training.recipe import FILE, Recipe
 
 JOURNAL, SCRATCH = "sparseforge-journal.json", "sparseforge-scratch"
 CONFIG = "config.json"
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 SPARE = 1 << 28  # bytes of disk beside the checkpoint itself
 
 
@@ -74,19 +70,6 @@ def begun_in(place: Path) -> ComputeDtype | None:
         return ComputeDtype.read(json.loads((place / JOURNAL).read_text())["compute_dtype"])
     except (OSError, ValueError, TypeError, KeyError):
         return None  # nothing was computed yet, or the journal is damaged, which WalkFolder says
-
-
-@contextmanager
-def disk_full_told(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        code = error.errno if isinstance(error, OSError) else None
-        if code in FULL or any(text in str(error) for text in ("No space left", "File too large")):
-            raise SparseForgeError(
-                f"the disk of {output} is full: make room there and repeat the command with resume"
-            ) from error
-        raise
 
 
 class WalkFolder:
