@@ -96,8 +96,8 @@ def sync_all(folder: Path) -> None:
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill; it becomes ``folder`` when the block ends well, and vanishes when it does not.
 
-    A symbolic link stays one: what it points to is replaced. A mount point, which cannot be replaced, is filled: its
-    former content goes when the new one is complete.
+    A symbolic link stays one: what it points to is replaced. A mount point, which cannot be replaced, and the working
+    folder, which whoever stands in it would lose, are filled: their former content goes when the new one is complete.
     Raises SparseForgeError if ``folder`` is a file, cannot be written, or is not empty and ``overwrite`` is False; and
     where the disk is full.
     """
@@ -156,6 +156,8 @@ def check_output(folder: Path, *, overwrite: bool = False) -> None:
     if not overwrite and folder.exists() and any(f.name != LOST for f in folder.iterdir()):
         raise SparseForgeError(f"the output folder {folder} is not empty: name another one, or allow overwriting")
     folder = Path(os.path.realpath(folder))
+    if folder in Path.cwd().parents:
+        raise SparseForgeError(f"the output folder {folder} holds the working folder, which would go: work elsewhere")
     if folder.is_dir():
         _check_writable(folder, folder)
     if not folder.is_dir() or not stays(folder):
@@ -182,8 +184,12 @@ def _check_writable(folder: Path, wanted: Path) -> None:
 
 
 def stays(folder: Path) -> bool:
-    """Is this a folder that cannot be renamed: a mount point, or one whose parent is not ours to write?"""
-    return folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK))
+    """Is this a folder that must not be renamed: a mount point, one whose parent is not ours to write, or the working
+    folder?"""
+    if not folder.is_dir():
+        return False
+    mounted = os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
+    return mounted or os.path.samefile(folder, os.curdir)
 
 
 def replace_folder(folder: Path, new: Path) -> None:

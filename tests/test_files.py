@@ -191,6 +191,30 @@ def test_a_symbolic_link_stays_one(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "made later", "nowhere", "out"]
 
 
+@pytest.mark.parametrize("name", [".", "../out", "../link", "sub/..", None])
+def test_the_working_folder_is_filled_and_stays_where_one_stands(tmp_path, monkeypatch, name):
+    (tmp_path / "out" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(tmp_path / "out")
+    fill(Path(name or tmp_path / "out"))
+    assert whole(Path(".")) and whole(tmp_path / "out") and os.path.samefile(".", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["link", "out"]
+    with pytest.raises(RuntimeError), files.new_folder(Path("."), overwrite=True) as folder:
+        (folder / "bad").write_text("half")
+        raise RuntimeError
+    assert whole(Path("."))
+
+
+def test_what_holds_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out" / "far" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "far" / "sub")
+    for name in ("..", "../..", tmp_path / "out"):
+        with pytest.raises(SparseForgeError, match=r"holds the working folder, which would go: work elsewhere"):
+            fill(Path(name))
+    fill(Path("../../beside"))
+    assert whole(tmp_path / "out" / "beside")
+
+
 @pytest.fixture
 def mounted(tmp_path):
     """A real mount where this process may make one."""

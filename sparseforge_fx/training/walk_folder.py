@@ -37,8 +37,10 @@ SPARE = 1 << 28  # bytes of disk beside the checkpoint itself
 def check_place(output: Path, *, resume: bool, overwrite: bool) -> Path:
     """Where the run is while it is under way. Raises SparseForgeError where it may not go."""
     check_parent(output)
-    if stays(output):  # the copy of the checkpoint is made beside it, and takes its place
-        raise SparseForgeError(f"{output} is a mount point, or its folder takes no new ones: name a folder in it")
+    if stays(output.resolve()):  # the copy of the checkpoint is made beside it, and takes its place
+        raise SparseForgeError(
+            f"{output} is the working folder or a mount point, or its folder takes no new ones: name a folder in it"
+        )
     finish_replacement(output)
     unfinished = _unfinished(output)
     if resume and not unfinished.exists() and (output / JOURNAL).is_file():
@@ -167,7 +169,7 @@ class WalkFolder:
             self.save()
         if self.folder != output:
             try:
-                replace_folder(_target(output), self.folder)
+                replace_folder(output.resolve(), self.folder)
             except BaseException:
                 finish_replacement(output)  # between two renames, the old one comes back
                 raise
@@ -176,13 +178,9 @@ class WalkFolder:
         (output / JOURNAL).unlink()
 
 
-def _target(output: Path) -> Path:
-    """A symbolic link stays one: what it points to is replaced."""
-    return output.resolve() if output.is_symlink() else output
-
-
 def _unfinished(output: Path) -> Path:
-    return _target(output).with_name(f"{_target(output).name}.unfinished")
+    target = output.resolve()  # a symbolic link stays one: what it points to is replaced
+    return target.with_name(f"{target.name}.unfinished")
 
 
 def _stamp(file: Path) -> list[int]:
