@@ -140,7 +140,7 @@ def finish_replacement(folder: Path) -> None:
     """Put things right after a kill during :func:`new_folder`: a new folder that was complete takes its place."""
     folder = Path(os.path.realpath(folder))
     partial, old = (folder.with_name(f".{folder.name}.{n}") for n in ("partial", "old"))
-    if old.exists():
+    if os.path.exists(old):  # False for a name that is too long
         if not folder.exists():
             os.replace(partial if partial.exists() else old, folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -170,14 +170,19 @@ def check_parent(path: Path) -> None:
     there = next(p for p in path.parents if p.exists())
     if not there.is_dir():
         raise SparseForgeError(f"{path} cannot be written: {there} is a file; name another place")
-    _check_writable(there, path)
+    _check_writable(there, path, f".{path.name}.")
 
 
-def _check_writable(folder: Path, wanted: Path) -> None:
-    """By trying: rights say nothing of read-only file systems, nor to the root user."""
+def _check_writable(folder: Path, wanted: Path, prefix: str = ".sparseforge-") -> None:
+    """By trying, with a name as long as any on the way: rights say nothing of read-only file systems, nor to the
+    root user."""
     try:
-        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=".sparseforge-"))
+        os.rmdir(tempfile.mkdtemp(".partial", prefix, folder))
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise SparseForgeError(
+                f"the name {wanted.name} is too long for the files that stand beside it while it is made: shorten it"
+            ) from error
         raise SparseForgeError(
             f"{wanted} cannot be written: {folder} takes no new files ({error.strerror}); name another place"
         ) from error

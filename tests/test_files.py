@@ -304,6 +304,17 @@ def test_a_parent_that_is_a_file_or_not_there(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("length", [238, 246, 249, 255])
+def test_a_name_too_long_for_what_stands_beside_it_is_seen_before_the_work(tmp_path, length):
+    for out in (tmp_path / ("x" * length), tmp_path / "far" / ("x" * length)):
+        for check in (files.check_parent, files.check_output, fill):
+            with pytest.raises(SparseForgeError, match=r"^the name x+ is too long .*: shorten it$"):
+                check(out)
+    assert os.listdir(tmp_path) == []
+    fill(tmp_path / ("x" * 237))
+    assert whole(tmp_path / ("x" * 237))
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
 def test_a_parent_that_takes_nothing():
     with pytest.raises(SparseForgeError, match=r"/proc takes no new files"):
