@@ -13,6 +13,29 @@ from pathlib import Path
 
 from sparseforge_fx.errors import SparseForgeError
 
+#: what a write says that the disk, a quota or a limit ended: as a number; as the words of Rust; of torch.save
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+FULL_TEXTS = ("No space left", "File too large", "quota exceeded", "unexpected pos ")
+
+
+@contextmanager
+def disk_full_told(place: Path, then: str = "repeat the command") -> Iterator[None]:
+    """Raise SparseForgeError, with what to do ``then``, where something inside finds the disk full, in whatever words
+    and however deep."""
+    try:
+        yield
+    except Exception as error:  # each library has an error of its own
+        if _full(error):
+            raise SparseForgeError(f"the disk of {place} is full: make room there and {then}") from error
+        raise
+
+
+def _full(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    found = isinstance(error, OSError) and error.errno in FULL
+    return found or any(text in str(error) for text in FULL_TEXTS) or _full(error.__cause__)
+
 
 @contextmanager
 def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
@@ -21,12 +44,15 @@ def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     Args:
         shared: other processes may write the same file at the same time, so that each needs a name of its own; what a
             kill leaves behind is then overwritten by nobody.
+
+    Raises SparseForgeError where the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial" if shared else f"{path.name}.partial")
     try:
-        yield partial
-        move_file(partial, path)
+        with disk_full_told(path):
+            yield partial
+            move_file(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -70,9 +96,10 @@ def sync_all(folder: Path) -> None:
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill; it becomes ``folder`` when the block ends well, and vanishes when it does not.
 
-    A symbolic link stays one: what it points to is replaced. A mount point, which cannot be replaced, is filled: its
-    former content goes when the new one is complete.
-    Raises SparseForgeError if ``folder`` is a file, cannot be written, or is not empty and ``overwrite`` is False.
+    A symbolic link stays one: what it points to is replaced. A mount point, which cannot be replaced, and the working
+    folder, which whoever stands in it would lose, are filled: their former content goes when the new one is complete.
+    Raises SparseForgeError if ``folder`` is a file, cannot be written, or is not empty and ``overwrite`` is False; and
+    where the disk is full.
     """
     finish_replacement(folder)
     check_output(folder, overwrite=overwrite)
@@ -82,19 +109,20 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        sync_all(partial)
-        if not inside:
-            try:
-                replace_folder(folder, partial)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EBUSY, errno.EXDEV) or not folder.is_dir():
-                    raise
-            # a mount that looks like a folder: bound from elsewhere on the same disk
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-            shutil.move(partial, folder / PARTIAL)
-        os.replace(folder / PARTIAL, folder / COMPLETE)
+        with disk_full_told(folder):
+            yield partial
+            sync_all(partial)
+            if not inside:
+                try:
+                    replace_folder(folder, partial)
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.EBUSY, errno.EXDEV) or not folder.is_dir():
+                        raise
+                # a mount that looks like a folder: bound from elsewhere on the same disk
+                shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+                shutil.move(partial, folder / PARTIAL)
+            os.replace(folder / PARTIAL, folder / COMPLETE)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         finish_replacement(folder)  # had it failed between two renames, the old one comes back
@@ -112,7 +140,7 @@ def finish_replacement(folder: Path) -> None:
     """Put things right after a kill during :func:`new_folder`: a new folder that was complete takes its place."""
     folder = Path(os.path.realpath(folder))
     partial, old = (folder.with_name(f".{folder.name}.{n}") for n in ("partial", "old"))
-    if old.exists():
+    if os.path.exists(old):  # False for a name that is too long
         if not folder.exists():
             os.replace(partial if partial.exists() else old, folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -128,6 +156,8 @@ def check_output(folder: Path, *, overwrite: bool = False) -> None:
     if not overwrite and folder.exists() and any(f.name != LOST for f in folder.iterdir()):
         raise SparseForgeError(f"the output folder {folder} is not empty: name another one, or allow overwriting")
     folder = Path(os.path.realpath(folder))
+    if folder in Path.cwd().parents:
+        raise SparseForgeError(f"the output folder {folder} holds the working folder, which would go: work elsewhere")
     if folder.is_dir():
         _check_writable(folder, folder)
     if not folder.is_dir() or not stays(folder):
@@ -140,22 +170,31 @@ def check_parent(path: Path) -> None:
     there = next(p for p in path.parents if p.exists())
     if not there.is_dir():
         raise SparseForgeError(f"{path} cannot be written: {there} is a file; name another place")
-    _check_writable(there, path)
+    _check_writable(there, path, f".{path.name}.")
 
 
-def _check_writable(folder: Path, wanted: Path) -> None:
-    """By trying: rights say nothing of read-only file systems, nor to the root user."""
+def _check_writable(folder: Path, wanted: Path, prefix: str = ".sparseforge-") -> None:
+    """By trying, with a name as long as any on the way: rights say nothing of read-only file systems, nor to the
+    root user."""
     try:
-        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=".sparseforge-"))
+        os.rmdir(tempfile.mkdtemp(".partial", prefix, folder))
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise SparseForgeError(
+                f"the name {wanted.name} is too long for the files that stand beside it while it is made: shorten it"
+            ) from error
         raise SparseForgeError(
             f"{wanted} cannot be written: {folder} takes no new files ({error.strerror}); name another place"
         ) from error
 
 
 def stays(folder: Path) -> bool:
-    """Is this a folder that cannot be renamed: a mount point, or one whose parent is not ours to write?"""
-    return folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK))
+    """Is this a folder that must not be renamed: a mount point, one whose parent is not ours to write, or the working
+    folder?"""
+    if not folder.is_dir():
+        return False
+    mounted = os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
+    return mounted or os.path.samefile(folder, os.curdir)
 
 
 def replace_folder(folder: Path, new: Path) -> None:

@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import os
+import resource
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sparseforge_fx import files
 from sparseforge_fx.errors import SparseForgeError
@@ -53,6 +56,53 @@ def test_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     with files.new_file(tmp_path / "a") as partial:
         partial.write_text("a")
     assert done == [str(partial), "renamed", str(tmp_path)]
+
+
+# -- a full disk -----------------------------------------------------------------------------------------------------
+def by_python(file):
+    file.write_text("x" * 10**5)
+
+
+def by_torch(file):
+    torch.save(torch.zeros(10**5), file)
+
+
+def by_safetensors(file):
+    save_file({"a": torch.zeros(10**5)}, file)
+
+
+def as_a_reason(file):
+    try:
+        by_python(file)
+    except OSError as error:
+        raise RuntimeError("some library's own words") from error
+
+
+@pytest.fixture
+def full():
+    """Files that may not grow stand for a disk without room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("write", [by_python, by_torch, by_safetensors, as_a_reason])
+def test_a_full_disk_is_told_and_nothing_stays(tmp_path, full, write):
+    told = lambda name: f"the disk of {tmp_path / name} is full: make room there and repeat the command"  # noqa: E731
+    with pytest.raises(SparseForgeError) as caught, files.new_file(tmp_path / "file") as file:
+        write(file)
+    assert str(caught.value) == told("file") and os.listdir(tmp_path) == []
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "good").write_text("good")
+    with (
+        pytest.raises(SparseForgeError) as caught,
+        files.new_folder(tmp_path / "folder", overwrite=True) as folder,
+        files.new_file(folder / "a") as file,
+    ):
+        write(file)
+    assert str(caught.value) == told("folder") and os.listdir(tmp_path) == ["folder"]
+    assert os.listdir(tmp_path / "folder") == ["good"]
 
 
 # -- a folder --------------------------------------------------------------------------------------------------------
@@ -139,6 +189,30 @@ def test_a_symbolic_link_stays_one(tmp_path):
         fill(tmp_path / link)
         assert (tmp_path / link).is_symlink() and whole(tmp_path / target)
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "made later", "nowhere", "out"]
+
+
+@pytest.mark.parametrize("name", [".", "../out", "../link", "sub/..", None])
+def test_the_working_folder_is_filled_and_stays_where_one_stands(tmp_path, monkeypatch, name):
+    (tmp_path / "out" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(tmp_path / "out")
+    fill(Path(name or tmp_path / "out"))
+    assert whole(Path(".")) and whole(tmp_path / "out") and os.path.samefile(".", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["link", "out"]
+    with pytest.raises(RuntimeError), files.new_folder(Path("."), overwrite=True) as folder:
+        (folder / "bad").write_text("half")
+        raise RuntimeError
+    assert whole(Path("."))
+
+
+def test_what_holds_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out" / "far" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "far" / "sub")
+    for name in ("..", "../..", tmp_path / "out"):
+        with pytest.raises(SparseForgeError, match=r"holds the working folder, which would go: work elsewhere"):
+            fill(Path(name))
+    fill(Path("../../beside"))
+    assert whole(tmp_path / "out" / "beside")
 
 
 @pytest.fixture
@@ -228,6 +302,17 @@ def test_a_parent_that_is_a_file_or_not_there(tmp_path):
         assert "\n" not in str(error.value)
     files.check_output(tmp_path / "far" / "out")
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("length", [238, 246, 249, 255])
+def test_a_name_too_long_for_what_stands_beside_it_is_seen_before_the_work(tmp_path, length):
+    for out in (tmp_path / ("x" * length), tmp_path / "far" / ("x" * length)):
+        for check in (files.check_parent, files.check_output, fill):
+            with pytest.raises(SparseForgeError, match=r"^the name x+ is too long .*: shorten it$"):
+                check(out)
+    assert os.listdir(tmp_path) == []
+    fill(tmp_path / ("x" * 237))
+    assert whole(tmp_path / ("x" * 237))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")

@@ -94,11 +94,18 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a guarded command, during which only we speak."""
 
     @functools.wraps(function)
-    def quietly(*args: Any, **kwargs: Any) -> None:
+    def quietly(*args: Any, **given: Any) -> None:
         with quiet():
-            function(*args, **kwargs)
+            function(*args, **{name: at_home(name, value) for name, value in given.items()})
 
     return app.command(epilog=getattr(function, "epilog", None))(guard(quietly))
+
+
+def at_home(name: str, value: Any) -> Any:
+    """A path with the home folder for its ``~``, which shells leave in ``--output=~/out``; anything else as it is."""
+    if isinstance(value, Path) or (name in ("model", "dense", "teacher", "plan") and isinstance(value, str)):
+        return type(value)(os.path.expanduser(value))
+    return value
 
 
 def guard(function: Callable[..., None]) -> Callable[..., None]:

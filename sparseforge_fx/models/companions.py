@@ -1,5 +1,6 @@
 """What stands beside the weights of a checkpoint, and neither its model nor its tokenizer writes: processors of images
-and sound, the modules around a sentence encoder, the licence."""
+and sound, the modules around a sentence encoder, the code that ``auto_map`` names, which is copied and never run, the
+licence."""
 
 from __future__ import annotations
 
@@ -10,14 +11,19 @@ from pathlib import Path
 
 from sparseforge_fx.models.dense import Location, explained, locate
 
+CODE = "custom_generate"  # a folder, of code that transformers' generate runs where it is allowed to
 MODULES = "modules.json"  # of sentence-transformers: a list of folders, of which each may have weights
 FILES = ["*processor*.json", "*feature_extractor*.json", "audio_tokenizer_config.json", "chat_template.*"]
 FILES += [MODULES, "*sentence_transformers*.json", "sentence_*_config.json"]
-FILES += ["README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
+FILES += ["*.py"]  # the modules of auto_map, and whatever those import of each other
+TEXTS = ("readme.md", "license*", "licence*", "copying*", "notice*", "use_policy*")
+# in any case, in a form that the hub's patterns take, too
+FILES += ["".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in text) for text in TEXTS]
 
 
 def companions(name: str | Path) -> list[Path]:
-    """Files of a folder or hub id, and folders that its ``modules.json`` names; none of a GGUF file.
+    """Files of a folder or hub id, and folders that its ``modules.json`` names or that hold code; none of a GGUF
+    file.
 
     Raises SparseForgeError if the hub does not give them, or ``modules.json`` is damaged.
     """
@@ -25,12 +31,13 @@ def companions(name: str | Path) -> list[Path]:
     if where.gguf:
         return []
     with explained(f"cannot read what stands beside the weights of {name}"):
-        folder = _folder(where, FILES)
+        folder, folders = _folder(where, [*FILES, f"{CODE}/*"]), {CODE}
         found = {file for pattern in FILES for file in folder.glob(pattern) if file.is_file()}
         if folder / MODULES in found:
             listed = {str(module["path"]) for module in json.loads((folder / MODULES).read_text(encoding="utf-8"))}
             folder = _folder(where, [f"{path}/*" for path in listed if path])
-            found |= {path for path in folder.iterdir() if path.is_dir() and path.name in listed}
+            folders |= listed
+        found |= {path for path in folder.iterdir() if path.is_dir() and path.name in folders}
     return sorted(found)
 
 

@@ -16,6 +16,7 @@ from sparseforge_fx.data.batches import count_rows
 from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length
 from sparseforge_fx.data.reading import Reader, example_inputs_of
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.files import disk_full_told
 from sparseforge_fx.graph.capture import as_call, capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.methods.base import TrainedConfig
@@ -43,7 +44,7 @@ from sparseforge_fx.training.processes import Processes, together
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.sharded import SHARED
 from sparseforge_fx.training.unused import unused_arguments, unused_for_experts
-from sparseforge_fx.training.walk_folder import WalkFolder, begun_in, check_place, disk_full_told
+from sparseforge_fx.training.walk_folder import WalkFolder, begun_in, check_place
 
 
 @checked
@@ -119,7 +120,7 @@ def walk(
     computing = begun_in(place) or choose_dtype(dtype_of(source.skeleton), torch.device("cpu"), wanted)
     source.compute_in(computing.dtype)  # before the capture: a graph has its dtypes in it
     run = _Run(source, data, recipe, config, cache_dir, computing)
-    with disk_full_told(output):
+    with disk_full_told(output, "repeat the command with resume"):
         work = WalkFolder(place, source, run.identity(), computing)
         report = work.finished
         if report is None:

@@ -3,6 +3,7 @@ other, keeps its part of it, and none ever holds the whole."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ from sparseforge_fx.models.shards import Shards
 from sparseforge_fx.models.streamed import StreamedModel
 from sparseforge_fx.page.page import COSTS, PAGE, PLAN, QUALITY, REPORT, SPEED
 from sparseforge_fx.training.recipe import FILE
+
+#: files of dense weights, whose index may stand beside them (``pytorch_model.bin.index.json``, ``model.onnx_data``)
+OTHER_WEIGHTS = re.compile(
+    r"\.(bin|pt2?|pth|ckpt|gguf|ggml|h5|keras|msgpack|ot|onnx|tflite|mlmodel|npz|pkl|pdparams)(?![a-z0-9])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -158,8 +165,8 @@ def copy_checkpoint(
     """All files of a checkpoint but weights in other formats, and what is said there of another run's weights."""
     said = {REPORT, PAGE, FILE, QUALITY, SPEED, COSTS, PLAN}
     for file in source.folder.iterdir():
-        wanted = file in source.shards.files or (file.suffix != ".safetensors" and file.name not in said)
-        if file.is_file() and wanted and file.suffix not in (".bin", ".pt", ".pth", ".gguf"):
+        other = file.suffix == ".safetensors" or OTHER_WEIGHTS.search(file.name) or file.name in said
+        if file.is_file() and (file in source.shards.files or not other):
             copy(file, folder / file.name)
     copy_companions(companions(source.folder), folder)
 

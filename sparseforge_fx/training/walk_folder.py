@@ -3,12 +3,9 @@ the output."""
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +31,16 @@ from sparseforge_fx.training.recipe import FILE, Recipe
 
 JOURNAL, SCRATCH = "sparseforge-journal.json", "sparseforge-scratch"
 CONFIG = "config.json"
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 SPARE = 1 << 28  # bytes of disk beside the checkpoint itself
 
 
 def check_place(output: Path, *, resume: bool, overwrite: bool) -> Path:
     """Where the run is while it is under way. Raises SparseForgeError where it may not go."""
     check_parent(output)
-    if stays(output):  # the copy of the checkpoint is made beside it, and takes its place
-        raise SparseForgeError(f"{output} is a mount point, or its folder takes no new ones: name a folder in it")
+    if stays(output.resolve()):  # the copy of the checkpoint is made beside it, and takes its place
+        raise SparseForgeError(
+            f"{output} is the working folder or a mount point, or its folder takes no new ones: name a folder in it"
+        )
     finish_replacement(output)
     unfinished = _unfinished(output)
     if resume and not unfinished.exists() and (output / JOURNAL).is_file():
@@ -74,19 +72,6 @@ def begun_in(place: Path) -> ComputeDtype | None:
         return ComputeDtype.read(json.loads((place / JOURNAL).read_text())["compute_dtype"])
     except (OSError, ValueError, TypeError, KeyError):
         return None  # nothing was computed yet, or the journal is damaged, which WalkFolder says
-
-
-@contextmanager
-def disk_full_told(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        code = error.errno if isinstance(error, OSError) else None
-        if code in FULL or any(text in str(error) for text in ("No space left", "File too large")):
-            raise SparseForgeError(
-                f"the disk of {output} is full: make room there and repeat the command with resume"
-            ) from error
-        raise
 
 
 class WalkFolder:
@@ -184,7 +169,7 @@ class WalkFolder:
             self.save()
         if self.folder != output:
             try:
-                replace_folder(_target(output), self.folder)
+                replace_folder(output.resolve(), self.folder)
             except BaseException:
                 finish_replacement(output)  # between two renames, the old one comes back
                 raise
@@ -193,13 +178,9 @@ class WalkFolder:
         (output / JOURNAL).unlink()
 
 
-def _target(output: Path) -> Path:
-    """A symbolic link stays one: what it points to is replaced."""
-    return output.resolve() if output.is_symlink() else output
-
-
 def _unfinished(output: Path) -> Path:
-    return _target(output).with_name(f"{_target(output).name}.unfinished")
+    target = output.resolve()  # a symbolic link stays one: what it points to is replaced
+    return target.with_name(f"{target.name}.unfinished")
 
 
 def _stamp(file: Path) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from tiny_checkpoint import write_checkpoint, write_text
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 import sparseforge_fx as sf
 from sparseforge_fx import cli
-from sparseforge_fx.cli.app import as_typed
+from sparseforge_fx.cli.app import as_typed, at_home
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.sparsify import sparsify
 from sparseforge_fx.deploy.lowering.cost import Shape, Timing, as_table, save_table
@@ -42,6 +43,18 @@ def ok(*arguments):
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_named(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    ok("sparsify", "~/dense", "--method", "magnitude", "--output=~/tilde")
+    assert (home / "tilde" / "report.html").is_file() and os.listdir(tmp_path) == []
+    for name, value in (("model", "~/x"), ("plan", "~/x"), ("output", Path("~/x"))):
+        assert at_home(name, value) == type(value)(home / "x")
+    for name, value in (("prompt", "~/x"), ("model", "a/~"), ("output", Path("a/~")), ("model", None), ("seed", 1)):
+        assert at_home(name, value) == value
+    assert at_home("output", Path("~nobody-of-this-name/x")) == Path("~nobody-of-this-name/x")
 
 
 @pytest.mark.parametrize("verb", sorted(COMMANDS))

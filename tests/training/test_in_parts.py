@@ -8,7 +8,7 @@ import torch
 import transformers
 from launched import finish, kill_one, start, wait_for
 from safetensors.torch import load_file
-from tiny_checkpoint import byte_tokenizer, write_text
+from tiny_checkpoint import byte_tokenizer, write_checkpoint, write_text
 from two_processes import run_two
 
 from sparseforge_fx.errors import SparseForgeError
@@ -16,6 +16,7 @@ from sparseforge_fx.models.dense import load_dense
 from sparseforge_fx.models.streamed import StreamedModel
 from sparseforge_fx.pattern import Pattern, check_pattern, hard_mask
 from sparseforge_fx.training.from_disk import sparsify_on_disk
+from sparseforge_fx.training.in_parts import copy_checkpoint
 from sparseforge_fx.training.sparsify import sparsify
 
 SIZES = {"vocab_size": 260, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 64}
@@ -286,3 +287,17 @@ def test_the_command_line_goes_on_after_a_kill_within_the_start(ran, tmp_path):
     assert {f.name for f in out.iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
     mine, theirs = tensors(out), tensors(tmp_path / "whole")
     assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+
+
+def test_a_copy_of_a_checkpoint_has_its_weights_in_one_format(tmp_path):
+    source = StreamedModel(write_checkpoint(tmp_path / "in"))
+    kept = {"bpe.codes", "spiece.model", "vocab.txt", "modeling_x.py", "model.safetensors.index.json"}
+    kept |= {file.name for file in source.folder.iterdir()}
+    others = {"pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5"}
+    others |= {"flax_model.msgpack", "flax_model.msgpack.index.json", "rust_model.ot", "model.onnx", "model.onnx_data"}
+    others |= {"MODEL.ONNX", "model.ckpt.index", "model.pt2", "optimizer.pt", "m.Q4_K.gguf", "adapter.safetensors"}
+    for name in kept | others:
+        (source.folder / name).touch()
+    (tmp_path / "out").mkdir()
+    copy_checkpoint(source, tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == kept

@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,9 +127,15 @@ def test_a_symbolic_link_stays_one(dense, tmp_path):
 def test_a_folder_that_cannot_be_replaced_is_refused_before_hours_of_work(dense, tmp_path, monkeypatch):
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "mounted")
-    with pytest.raises(SparseForgeError, match=r"mounted is a mount point, .*: name a folder in it"):
+    with pytest.raises(
+        SparseForgeError, match=r"mounted is the working folder or a mount point, .*: name a folder in it"
+    ):
         sparsify_on_disk(dense, output=tmp_path / "mounted", method="magnitude")
-    assert os.listdir(tmp_path) == ["mounted"]
+    monkeypatch.chdir(tmp_path / "mounted")
+    for name in (".", "../mounted", "below/.."):
+        with pytest.raises(SparseForgeError, match=r"is the working folder or a mount"):
+            check_place(Path(name), resume=False, overwrite=True)
+    assert os.listdir(tmp_path) == ["mounted"] and os.listdir() == []
 
 
 def test_what_a_killed_writer_left_is_not_taken_for_the_new_folder(tmp_path):
