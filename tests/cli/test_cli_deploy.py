@@ -115,7 +115,25 @@ def test_benchmark(folder, tmp_path, always_faster):
     [
         (["export", "SPARSE", "-o", "OUT/m.pt2", "--format", "gguf"], "unknown format 'gguf'"),
         (["export", "SPARSE", "-o", "OUT/m.pt2", "--generator", "--portable"], "leave --portable out"),
-        (["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--generator"], "are for graphs"),
+        (
+            ["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--generator"],
+            "--generator is for graphs",
+        ),
+        (["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--no-gate"], "--no-gate is for graphs"),
+        (["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--gate"], "--gate is for graphs"),
+        (
+            ["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--tokens", "3"],
+            "--tokens is for graphs",
+        ),
+        (["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--table", "t.json"], "leave --table out"),
+        (["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--device", "cpu"], "leave --device out"),
+        (
+            ["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--max-length", "7"],
+            "--max-length is for",
+        ),
+        (["export", "SPARSE", "-o", "OUT/m.pt2", "--max-length", "7"], "without --generator: leave --max-length out"),
+        (["export", "SPARSE", "-o", "OUT/m.pt2", "--portable", "--tokens", "3"], "--portable packs all"),
+        (["export", "SPARSE", "-o", "OUT/m.pt2", "--no-gate", "--table", "t.json"], "--no-gate packs all"),
         (["export", "SPARSE", "-o", "OUT/m.bin"], "does not end in .pt2"),
         (["export", "DENSE", "-o", "OUT/m.pt2", "--device", "cpu"], "nothing to lower"),
         (["export", "SPARSE/none", "-o", "OUT/m.pt2"], "none"),
