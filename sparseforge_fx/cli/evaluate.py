@@ -24,6 +24,7 @@ from sparseforge_fx.cli.app import (
     stdout,
 )
 from sparseforge_fx.cli.beside import Beside
+from sparseforge_fx.cli.generate import go_on
 from sparseforge_fx.cli.on_disk import on_disk, windows_at_once
 from sparseforge_fx.errors import SparseForgeError, add_sentence
 from sparseforge_fx.page.texts import paired_text, with_error
@@ -271,15 +272,10 @@ def _paired_tasks(correct: dict[str, dict[str, list[float]]]) -> dict[str, dict[
 
 def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
     """What the model finds likeliest after the prompt."""
-    import torch
-
     from sparseforge_fx.data.prompts import prompt_batch
 
     batch = prompt_batch(tokenizer, [prompt]).to(model.device)
-    with torch.inference_mode():
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        out = model.eval().generate(**batch, max_new_tokens=PROMPT_TOKENS, do_sample=False, pad_token_id=pad)
-    return tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return go_on(model.eval(), tokenizer, batch, max_new_tokens=PROMPT_TOKENS, do_sample=False)[0]
 
 
 def _check_linears(model: Any, pattern: Any, weights: Any) -> list[dict[str, Any]]:
