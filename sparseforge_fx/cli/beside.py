@@ -35,7 +35,7 @@ class Beside(NamedTuple):
         if self.file is None:
             return
         write_json(self.file, content)
-        console.print(f"wrote {self.file}", markup=False, highlight=False)
+        console.print(f"wrote {self.file}", highlight=False)
         self.show(console)
 
     def show(self, console: Console) -> None:
@@ -43,4 +43,4 @@ class Beside(NamedTuple):
         from sparseforge_fx.page.page import write_page
 
         if self.run is not None:
-            console.print(f"wrote {write_page(self.run)}", markup=False, highlight=False)
+            console.print(f"wrote {write_page(self.run)}", highlight=False)

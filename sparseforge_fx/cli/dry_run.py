@@ -23,7 +23,7 @@ def tell(plain: Mapping[str, Any], as_json: bool) -> None:
     console.print("would do, with nothing written:", highlight=False)
     for name, value in plain.items():
         for line in [value] if isinstance(value, str) else _lines(value):
-            console.print(f"  {name.replace('_', ' ')}: {line}", markup=False, highlight=False)
+            console.print(f"  {name.replace('_', ' ')}: {line}", highlight=False)
 
 
 def _lines(value: Any) -> Iterator[str]:

@@ -118,7 +118,7 @@ def evaluate(
     console = stdout(quiet=as_json)
     console.print(_perplexity_table(f"perplexity of {data}", measured, names))
     for note in computing.notes() or [f"computed in {str(computing.dtype).removeprefix('torch.')}"]:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, highlight=False)
     result: dict[str, Any] = {"model": model, "dense": dense, "data": data, "linears": linears, **environment()}
     result |= {"compute_dtype": computing.describe(), **_compare(console, measured)}
     if accuracy:
@@ -137,7 +137,7 @@ def evaluate(
 def _print_texts(console: Any, texts: list[dict[str, str]], names: dict[str, str | None]) -> None:
     for one in texts:
         for role, text in list(one.items())[1:]:
-            console.print(f"{names[role]}: {one['prompt']}{text}", markup=False, highlight=False)
+            console.print(f"{names[role]}: {one['prompt']}{text}", highlight=False)
 
 
 def _read_windows(text: str) -> tuple[int | None, int | None]:

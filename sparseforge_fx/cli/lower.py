@@ -78,5 +78,5 @@ def lower(
     console.print(f"2:4 linears: {before} dense, {after} lowered", highlight=False)
     if kept.file is not None:
         cost.save_table(cost.as_table(cost.read_row(row) for row in report["table"]), kept.file)
-        console.print(f"wrote {kept.file}", markup=False, highlight=False)
+        console.print(f"wrote {kept.file}", highlight=False)
         kept.show(console)
