@@ -104,13 +104,14 @@ def inspect(
         "skipped": found["skipped"],
         **({} if planned is None else {"plan": planned.describe()["weights"]}),
     }
+    if picture is not None:
+        _draw(result, factor, picture)
     if as_json:
         print_json(result)
     _print(console, result, factor)
     if planned is not None:
         console.print(_predictions(planned))
     if picture is not None:
-        _draw(result, factor, picture)
         console.print(f"wrote {picture}", highlight=False)
 
 
