@@ -198,8 +198,9 @@ def quiet() -> Iterator[None]:
 
 def stdout(*, quiet: bool = False) -> Console:
     """Standard output; wide enough for the tables where it is a file. ``quiet``: nothing, because json goes there."""
-    console = Console(quiet=quiet)
-    return console if console.is_terminal else Console(width=140, quiet=quiet)
+    plain: dict[str, Any] = {"quiet": quiet, "markup": False, "emoji": False}  # a name may have brackets and colons
+    console = Console(**plain)
+    return console if console.is_terminal else Console(width=140, **plain)
 
 
 def print_json(value: Any) -> None:
@@ -240,7 +241,7 @@ def tell_packed(report: Any, output: Path, as_json: bool = False) -> None:
     before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
     console.print(f"{len(report['sites'])} packed linears: {before} dense, {after} now", highlight=False)
     for note in report.get("notes", ()):
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}", highlight=False)
     files = output.iterdir() if output.is_dir() else [output]
     size = readable_bytes(sum(file.stat().st_size for file in files))
-    console.print(f"wrote {output}, {size}", markup=False, highlight=False)
+    console.print(f"wrote {output}, {size}", highlight=False)

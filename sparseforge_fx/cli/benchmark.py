@@ -52,7 +52,7 @@ def benchmark(
     from sparseforge_fx.deploy.lowering.modules import lower_modules
     from sparseforge_fx.errors import SparseForgeError
     from sparseforge_fx.models.dense import load_dense
-    from sparseforge_fx.report import environment
+    from sparseforge_fx.report import environment, write_json
 
     if min(*batch, prompt, new_tokens, rounds) < 1:
         raise SparseForgeError("batch, prompt, new-tokens and rounds are at least 1")
@@ -76,13 +76,16 @@ def benchmark(
             speed = f"{found['tokens_per_second']:.1f}"
             table.add_row(str(rows), name, speed, f"{low:.1f} to {high:.1f}", f"{found['ratio']:.2f}x", same)
     console = stdout(quiet=as_json)
-    console.print(table)
-    before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
-    console.print(f"2:4 linears: {before} dense, {after} lowered", highlight=False)
     content = {"model": model, "dtype": dtype, "batches": results, "gate": report["table"], **environment()}
-    if as_json:
-        print_json(content)
-    kept.write(content, console)
+
+    def tell() -> None:
+        if as_json:
+            print_json(content)
+        console.print(table)
+        before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
+        console.print(f"2:4 linears: {before} dense, {after} lowered", highlight=False)
+
+    kept.write(lambda file: write_json(file, content), tell, console)
 
 
 def _count(report: PackingReport) -> int:

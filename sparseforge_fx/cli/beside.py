@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -29,18 +30,24 @@ class Beside(NamedTuple):
         inside = file is not None and folder is not None and file.resolve().parent == folder.resolve()
         return cls(file, folder if inside else None)
 
-    def write(self, content: dict[str, Any], console: Console) -> None:
-        from sparseforge_fx.report import write_json
+    def write(self, save: Callable[[Path], None], tell: Callable[[], None], console: Console) -> None:
+        """Write the measurement, then print it: whoever reads what is printed may stop, and what cannot be written is
+        printed all the same.
 
-        if self.file is None:
-            return
-        write_json(self.file, content)
-        console.print(f"wrote {self.file}", markup=False, highlight=False)
-        self.show(console)
-
-    def show(self, console: Console) -> None:
-        """Make the run's page again, if there is one."""
+        Args:
+            save: makes the file; the run's page follows, if there is one.
+            tell: prints the measurement.
+        """
         from sparseforge_fx.page.page import write_page
 
-        if self.run is not None:
-            console.print(f"wrote {write_page(self.run)}", markup=False, highlight=False)
+        written: list[Path] = []
+        try:
+            if self.file is not None:
+                save(self.file)
+                written.append(self.file)
+            if self.run is not None:
+                written.append(write_page(self.run))
+        finally:
+            tell()
+        for file in written:
+            console.print(f"wrote {file}", highlight=False)

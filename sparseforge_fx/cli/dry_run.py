@@ -23,7 +23,7 @@ def tell(plain: Mapping[str, Any], as_json: bool) -> None:
     console.print("would do, with nothing written:", highlight=False)
     for name, value in plain.items():
         for line in [value] if isinstance(value, str) else _lines(value):
-            console.print(f"  {name.replace('_', ' ')}: {line}", markup=False, highlight=False)
+            console.print(f"  {name.replace('_', ' ')}: {line}", highlight=False)
 
 
 def _lines(value: Any) -> Iterator[str]:
@@ -178,7 +178,7 @@ def _rounding(
     return {"time": _time(found, dtype), "predicted": {"seconds": found.seconds}}
 
 
-def of_export(model: str, output: Path, format: str, tokens: list[int] | None) -> dict[str, Any]:
+def of_export(model: str, output: Path, format: str, tokens: list[int] | None, timed: bool) -> dict[str, Any]:
     """What would be captured; which linears are packed is known only by their weights and by measuring."""
     from sparseforge_fx.pattern import TWO_FOUR
 
@@ -191,7 +191,7 @@ def of_export(model: str, output: Path, format: str, tokens: list[int] | None) -
         "model": model,
         "format": format,
         "may_be_packed": f"{len(fitting)} linears, those of them whose weights are 2:4",
-        "measures": None if format == "safetensors" else times,
+        "measures": times if timed else None,
         "bytes": f"{readable_bytes(size - share * 7 / 16)} (all packed) to {readable_bytes(size)} (none)",
         "writes": str(output),
     }

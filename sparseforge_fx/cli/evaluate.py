@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ from sparseforge_fx.cli.app import (
     stdout,
 )
 from sparseforge_fx.cli.beside import Beside
+from sparseforge_fx.cli.generate import go_on
 from sparseforge_fx.cli.on_disk import on_disk, windows_at_once
 from sparseforge_fx.errors import SparseForgeError, add_sentence
 from sparseforge_fx.page.texts import paired_text, with_error
@@ -81,7 +83,7 @@ def evaluate(
     from sparseforge_fx.models.dense import find_dtype
     from sparseforge_fx.models.streamed_forward import StreamedForward
     from sparseforge_fx.pattern import parse_pattern
-    from sparseforge_fx.report import environment
+    from sparseforge_fx.report import environment, write_json
 
     files = _read_files(task_data)
     kept = Beside.of(model, "evaluation.json", output)
@@ -114,29 +116,30 @@ def evaluate(
             linears = _check_linears(loaded.cpu() if weights is None else loaded, shape, weights)
         del loaded
     assert computing is not None
-    console = stdout(quiet=as_json)
-    console.print(_perplexity_table(f"perplexity of {data}", measured, names))
-    for note in computing.notes() or [f"computed in {str(computing.dtype).removeprefix('torch.')}"]:
-        console.print(note, markup=False, highlight=False)
     result: dict[str, Any] = {"model": model, "dense": dense, "data": data, "linears": linears, **environment()}
-    result |= {"compute_dtype": computing.describe(), **_compare(console, measured)}
-    if accuracy:
-        paired = _paired_tasks(correct)
-        console.print(_accuracy_table(accuracy, names, paired))
-        result |= {"zero_shot": accuracy} | ({"paired_tasks": paired} if paired else {})
-    if prompt:
-        result["texts"] = [{"prompt": p, **{r: t[i] for r, t in texts.items()}} for i, p in enumerate(prompt)]
-        _print_texts(console, result["texts"], names)
-    _print_linears(console, linears, shape)
-    if as_json:
-        print_json(result)
-    kept.write(result, console)
+    result |= {"compute_dtype": computing.describe(), **_compare(measured)}
+    answered = [{"prompt": p, **{r: t[i] for r, t in texts.items()}} for i, p in enumerate(prompt)]
+    asked: dict[str, Any] = {"zero_shot": accuracy, "paired_tasks": _paired_tasks(correct), "texts": answered}
+    result |= {name: found for name, found in asked.items() if found}
+    notes = computing.notes() or [f"computed in {str(computing.dtype).removeprefix('torch.')}"]
+    console = stdout(quiet=as_json)
+
+    def tell() -> None:
+        console.print(_perplexity_table(f"perplexity of {data}", measured, names))
+        for line in [*notes, *_ratio(result)]:
+            console.print(line, highlight=False)
+        if accuracy:
+            console.print(_accuracy_table(accuracy, names, asked["paired_tasks"]))
+        _print_texts(console, answered, names)
+        _print_linears(console, linears, shape)
+
+    kept.write(lambda file: write_json(file, result), partial(print_json, result) if as_json else tell, console)
 
 
 def _print_texts(console: Any, texts: list[dict[str, str]], names: dict[str, str | None]) -> None:
     for one in texts:
         for role, text in list(one.items())[1:]:
-            console.print(f"{names[role]}: {one['prompt']}{text}", markup=False, highlight=False)
+            console.print(f"{names[role]}: {one['prompt']}{text}", highlight=False)
 
 
 def _read_windows(text: str) -> tuple[int | None, int | None]:
@@ -218,21 +221,26 @@ def _perplexity_table(title: str, measured: dict[str, Perplexity], names: dict[s
     return table
 
 
-def _compare(console: Console, measured: dict[str, Perplexity]) -> dict[str, Any]:
-    """What was measured, for json; with both models, their ratio, which is printed, too."""
+def _compare(measured: dict[str, Perplexity]) -> dict[str, Any]:
+    """What was measured, for json; with both models, their ratio."""
     from sparseforge_fx.evaluation.perplexity import compare
 
     result: dict[str, Any] = {"perplexity": {role: dataclasses.asdict(p) for role, p in measured.items()}}
     if "dense" in measured:
         both = compare(measured["dense"], measured["model"])
         result |= {name: both[name] for name in ("ratio", "nll_increase", "paired")}
-        told = f"perplexity x {both['ratio']:.3f} ({both['nll_increase']:+.4f}"
-        if test := both["paired"]:
-            told += f" ± {test['stderr']:.4f}"
-        told += " nats per token"
-        told += f"; in pairs over {test['pairs']} windows, p = {test['p']:.2g})" if test else ")"
-        console.print(told, highlight=False)
     return result
+
+
+def _ratio(both: dict[str, Any]) -> list[str]:
+    """A sentence on the ratio of both models, if there are both."""
+    if "ratio" not in both:
+        return []
+    told = f"perplexity x {both['ratio']:.3f} ({both['nll_increase']:+.4f}"
+    if test := both["paired"]:
+        told += f" ± {test['stderr']:.4f}"
+    told += " nats per token"
+    return [told + (f"; in pairs over {test['pairs']} windows, p = {test['p']:.2g})" if test else ")")]
 
 
 def _accuracy_table(
@@ -271,15 +279,10 @@ def _paired_tasks(correct: dict[str, dict[str, list[float]]]) -> dict[str, dict[
 
 def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
     """What the model finds likeliest after the prompt."""
-    import torch
-
     from sparseforge_fx.data.prompts import prompt_batch
 
     batch = prompt_batch(tokenizer, [prompt]).to(model.device)
-    with torch.inference_mode():
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        out = model.eval().generate(**batch, max_new_tokens=PROMPT_TOKENS, do_sample=False, pad_token_id=pad)
-    return tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return go_on(model.eval(), tokenizer, batch, max_new_tokens=PROMPT_TOKENS, do_sample=False)[0]
 
 
 def _check_linears(model: Any, pattern: Any, weights: Any) -> list[dict[str, Any]]:

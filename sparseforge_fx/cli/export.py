@@ -9,6 +9,7 @@ import typer
 
 from sparseforge_fx.cli.app import AsJson, DryRun, Model, Tokens, command, examples, pick_device, tell_packed
 from sparseforge_fx.cli.dry_run import of_export, tell
+from sparseforge_fx.errors import SparseForgeError
 
 FORMATS = ("pt2", "aoti", "safetensors")
 MAX_LENGTH = "Tokens that the cache of a generator holds; default 1024, or as many as the model has positions."
@@ -33,7 +34,9 @@ def export(
         bool, typer.Option("--portable", help="pt2 of plain aten operators: torch alone runs it.")
     ] = False,
     tokens: Tokens = None,
-    gate: Annotated[bool, typer.Option(help="Pack only what was measured to be faster here.")] = True,
+    gate: Annotated[
+        bool | None, typer.Option("--gate/--no-gate", help="Of a graph: pack only what was measured to be faster here.")
+    ] = None,
     table: Annotated[Path | None, typer.Option(help="Decide by a table that `lower -o` wrote.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the checkpoint's.")] = None,
@@ -47,31 +50,45 @@ def export(
     from sparseforge_fx.deploy.export.export import export as export_model
     from sparseforge_fx.deploy.export.generation import export_generator
     from sparseforge_fx.deploy.lowering.cost import TOKENS
-    from sparseforge_fx.errors import SparseForgeError
     from sparseforge_fx.files import check_output
     from sparseforge_fx.models.companions import companions
 
     if format not in FORMATS:
         raise SparseForgeError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
+    timing = {"--tokens": bool(tokens), "--table": table is not None}
     if format == "safetensors":
-        if generator or portable:
-            raise SparseForgeError("--generator and --portable are for graphs; a packed checkpoint has none")
+        named = {"--generator": generator, "--portable": portable, "--max-length": max_length is not None}
+        named |= {"--gate" if gate else "--no-gate": gate is not None, "--device": device is not None, **timing}
+        _refuse(named, "is for graphs; a packed checkpoint has none, and all that is 2:4 is packed")
         check_output(output)
     else:
         if generator and portable:
             raise SparseForgeError("--generator needs this package's operators: leave --portable out")
+        if not generator:
+            _refuse({"--max-length": max_length is not None}, "is of the cache of a generator, without --generator")
+        if portable:
+            _refuse({"--gate": gate is True, **timing}, "is for timing, and --portable packs all that is 2:4 untimed")
+        if gate is False:
+            _refuse(timing, "is for timing, and --no-gate packs all that is 2:4 untimed")
         check_path(output)
+    timed = format != "safetensors" and gate is not False and not portable
     if dry_run:
-        tell(of_export(model, output, format, tokens), as_json)
+        tell(of_export(model, output, format, tokens, timed), as_json)
         return
     loaded, tokenizer = load(model, dtype=dtype)
     if format == "safetensors":
         report = save_packed(loaded, tokenizer, output, beside=companions(model))
     else:
         moved: Any = loaded.to(pick_device(device))
-        options: dict[str, Any] = {"format": format, "tokens": tokens or TOKENS, "gate": gate, "table": table}
+        options: dict[str, Any] = {"format": format, "tokens": tokens or TOKENS, "gate": timed, "table": table}
         if generator:
             report = export_generator(moved, output, tokenizer, max_length=max_length, **options)
         else:
             report = export_model(moved, output, portable=portable, **options)
     tell_packed(report, output, as_json)
+
+
+def _refuse(given: dict[str, bool], why: str) -> None:
+    """Raise SparseForgeError for the first option that is given and has no part in this."""
+    for name in (name for name, is_given in given.items() if is_given):
+        raise SparseForgeError(f"{name} {why}: leave {name} out")

@@ -80,9 +80,7 @@ def _from_folder(model: str, prompts: list[str], seed: int | None, device: str |
     if not getattr(loaded, "can_generate", lambda: False)():
         raise SparseForgeError(f"{model} is no language model that generates text")
     batch = prompt_batch(tokenizer, prompts)
-    whole = loaded.config.is_encoder_decoder  # its answers do not begin with the prompt
-    length = 0 if whole else batch["input_ids"].shape[1]
-    options["max_new_tokens"] = _fitting(loaded, length, options["max_new_tokens"])
+    options["max_new_tokens"] = _fitting(loaded, _prompt_length(loaded, batch), options["max_new_tokens"])
     loaded = loaded.to(pick_device(device)).eval()
     try:
         lower_modules(loaded, tokens=[len(prompts)])
@@ -93,9 +91,23 @@ def _from_folder(model: str, prompts: list[str], seed: int | None, device: str |
         torch.manual_seed(seed)
     if not options["do_sample"]:
         options = {k: v for k, v in options.items() if k in ("max_new_tokens", "do_sample")}
+    return go_on(loaded, tokenizer, batch, **options)
+
+
+def go_on(model: Any, tokenizer: Any, batch: Any, **options: Any) -> list[str]:
+    """The text behind each prompt of a batch of :func:`sparseforge_fx.data.prompts.prompt_batch`. ``options`` go to
+    ``model.generate``, to which the tokenizer is what it knows the stop strings of a model by."""
+    import torch
+
+    one = {"num_return_sequences": 1, "return_dict_in_generate": False}  # whatever the model's generation_config says
     with torch.inference_mode():
-        out = loaded.generate(**batch, pad_token_id=tokenizer.pad_token_id, **options)
-    return tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        out = model.generate(**batch, tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id, **one, **options)
+    return tokenizer.batch_decode(out[:, _prompt_length(model, batch) :], skip_special_tokens=True)
+
+
+def _prompt_length(model: Any, batch: Any) -> int:
+    """Tokens of a prompt that come before those of an answer; 0 where an encoder reads it."""
+    return 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
 
 
 def _fitting(model: Any, length: int, wanted: int) -> int:

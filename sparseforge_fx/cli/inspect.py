@@ -68,7 +68,7 @@ def inspect(
     planned = None if plan is None else _plan(plan)
     console = stdout(quiet=as_json)
     if name := _named(model):
-        console.print(f"{model}: {name}; reading its shapes", highlight=False, markup=False)
+        console.print(f"{model}: {name}; reading its shapes", highlight=False)
     # the answer begins above: importing what reads and traces models takes seconds
     from sparseforge_fx.models.dense import load_dense, load_skeleton
     from sparseforge_fx.plans import planned_formats
@@ -104,14 +104,15 @@ def inspect(
         "skipped": found["skipped"],
         **({} if planned is None else {"plan": planned.describe()["weights"]}),
     }
+    if picture is not None:
+        _draw(result, factor, picture)
     if as_json:
         print_json(result)
     _print(console, result, factor)
     if planned is not None:
         console.print(_predictions(planned))
     if picture is not None:
-        _draw(result, factor, picture)
-        console.print(f"wrote {picture}", markup=False, highlight=False)
+        console.print(f"wrote {picture}", highlight=False)
 
 
 def _plan(file: Path) -> Plan:
@@ -170,7 +171,7 @@ def _print(console: Console, result: dict[str, Any], factor: float) -> None:
             skipped.add_row(name, str(len(group)), " x ".join(map(str, dims)), reason)
         console.print(skipped)
     for note in result["notes"]:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     parameters, in_sites = result["parameters"], result["site_parameters"]
     share = in_sites / max(1, parameters)
     console.print(f"{parameters:,} parameters, {share:.1%} of them in eligible linears", highlight=False)
@@ -181,7 +182,7 @@ def _print(console: Console, result: dict[str, Any], factor: float) -> None:
         highlight=False,
     )
     dry = shlex.join(["sparseforge-fx", "sparsify", str(result["model"]), "--data", "DATA", "-o", "OUT", "--dry-run"])
-    console.print(f"time and memory of a run on this machine: {dry}", markup=False, highlight=False)
+    console.print(f"time and memory of a run on this machine: {dry}", highlight=False)
 
 
 def _predictions(plan: Plan) -> Table:

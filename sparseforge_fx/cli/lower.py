@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from sparseforge_fx.cli.app import (
@@ -55,9 +57,14 @@ def lower(
     loaded = load_dense(model, dtype=dtype)[0].to(pick_device(device))
     report = lower_model(loaded, target=target, tokens=counts, table=table).report
     assert isinstance(report, dict)
-    if as_json:
-        print_json(report)
     console = stdout(quiet=as_json)
+    measured = cost.as_table(cost.read_row(row) for row in report["table"])
+    tell = partial(print_json, report) if as_json else partial(_tell, report, console)
+    kept.write(lambda file: cost.save_table(measured, file), tell, console)
+
+
+def _tell(report: dict[str, Any], console: Console) -> None:
+    """The tables of what was timed, of what would run packed, and of what stays dense."""
     timings = Table(title="microseconds, dense and packed", title_justify="left")
     for name in ("out x in", "dtype", "layout", "tokens", "dense", "packed", "dense over packed"):
         timings.add_column(name, justify="right")
@@ -76,7 +83,3 @@ def lower(
         console.print(chosen)
     before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
     console.print(f"2:4 linears: {before} dense, {after} lowered", highlight=False)
-    if kept.file is not None:
-        cost.save_table(cost.as_table(cost.read_row(row) for row in report["table"]), kept.file)
-        console.print(f"wrote {kept.file}", markup=False, highlight=False)
-        kept.show(console)

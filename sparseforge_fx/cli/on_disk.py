@@ -67,7 +67,7 @@ def run_on_disk(recipe: Recipe, output: Path, *, as_json: bool, **how: Any) -> N
     console.print(summary(report))
     told = f"wrote {output}; next: sparseforge-fx evaluate {output} --dense {recipe.model} --device disk"
     told += f"; train it: sparseforge-fx {healing(output, recipe)}"
-    console.print(told, markup=False, highlight=False)
+    console.print(told, highlight=False)
 
 
 def healing(output: Path, recipe: Recipe) -> str:

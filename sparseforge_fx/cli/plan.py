@@ -80,9 +80,9 @@ def plan(
     if as_json:
         print_json(made.describe())
     console = stdout(quiet=as_json)
-    console.print(str(made), markup=False, highlight=False)
+    console.print(str(made), highlight=False)
     source = ("MODEL", "DATA") if again or data is None else (model, data)
-    console.print(f"wrote {output}; next: {next_steps(made, *source, output)}", markup=False, highlight=False)
+    console.print(f"wrote {output}; next: {next_steps(made, *source, output)}", highlight=False)
 
 
 def _measured(model: str, data: str | None, dtype: str | None, device: str | None, how: dict[str, Any]) -> Plan:

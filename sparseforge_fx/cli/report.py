@@ -57,11 +57,11 @@ def report(
         return
     console = stdout()
     if page:
-        console.print(f"wrote {write_page(file.parent)}", markup=False, highlight=False)
+        console.print(f"wrote {write_page(file.parent)}", highlight=False)
         return
     console.print(table)
     for (name, reason), group in skipped.items():
-        console.print(f"stays dense: {name} ({len(group)}): {reason}", markup=False, highlight=False)
+        console.print(f"stays dense: {name} ({len(group)}): {reason}", highlight=False)
 
 
 def summary(report: dict[str, Any]) -> Table:

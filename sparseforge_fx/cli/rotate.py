@@ -69,7 +69,7 @@ def rotate(
         told = f"{space['width']} wide, read by {space['readers']} linears: {pattern} loses {space['lost_before']:.2%}"
         console.print(f"{told} of what they compute before, {space['lost_after']:.2%} after, as predicted")
     for note in report["notes"]:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {note}", highlight=False)
     wanted = "" if report["pattern"] == "2:4" else f"--pattern {pattern} "
     next_step = f"sparseforge-fx sparsify {output} --data {data} {wanted}-o sparse"
-    console.print(f"wrote {output}; next: {next_step}", markup=False, highlight=False)
+    console.print(f"wrote {output}; next: {next_step}", highlight=False)

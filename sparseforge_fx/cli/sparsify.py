@@ -266,7 +266,7 @@ def _run(
             next_step += f"; train it: sparseforge-fx {healing(folder.output, recipe)}"
         if isinstance(recipe.plan, str):
             next_step += f"; in the plan's formats: sparseforge-fx {_packing(recipe.plan, recipe.data, folder.output)}"
-        console.print(f"wrote {folder.output}, with report.html; {next_step}", markup=False, highlight=False)
+        console.print(f"wrote {folder.output}, with report.html; {next_step}", highlight=False)
 
     if result.in_parts is not None:  # all have a part of it
         save()

@@ -1,6 +1,7 @@
 """export, generate and benchmark as commands: what they write and say, and one sentence with exit code 2 for bad input."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -54,6 +55,27 @@ def test_a_generator_writes_what_the_folder_writes(folder, tmp_path, always_fast
     assert "no more than 8 new tokens fit the model's 128 positions" in short.stderr and short.exit_code == 0
     drawn = [run("generate", tmp_path / "g.pt2", *arguments, "--sample", "--seed", s).stdout for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_a_generation_config_asks_for(folder, tmp_path, always_faster):
+    """Stop strings are kept to, but where the time of so many tokens is taken; every prompt has one text."""
+    shutil.copytree(folder, tmp_path / "stops")
+    arguments = ("-p", "The quick", "--device", "cpu", "--max-new-tokens", "6")
+    whole = run("generate", folder, *arguments).stdout.removeprefix("The quick").removesuffix("\n")
+    unasked = {"eos_token_id": None, "stop_strings": [whole[:2]], "max_time": 1e-9}
+    unasked |= {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True}
+    config = tmp_path / "stops" / "generation_config.json"
+    config.write_text(json.dumps({k: v for k, v in unasked.items() if k != "max_time"}))
+    stopped = run("generate", tmp_path / "stops", *arguments)
+    assert stopped.exit_code == 0, stopped.output
+    assert whole.startswith(stopped.stdout.removeprefix("The quick").strip("\n"))
+    assert len(stopped.stdout) < len("The quick" + whole)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 5)
+    how = ("--data", tmp_path / "text.txt", "--context", "16", "--max-windows", "1", "--device", "cpu")
+    assert "The quick" in ok("evaluate", tmp_path / "stops", "-p", "The quick", *how)
+    config.write_text(json.dumps(unasked))
+    options = ("--prompt", "4", "--new-tokens", "3", "--tokens", "2", "--rounds", "1", "--device", "cpu")
+    assert "7 of 7" in ok("benchmark", tmp_path / "stops", "--batch", "1", *options)
 
 
 def test_a_graph_and_a_packed_folder(folder, tmp_path, always_faster):
@@ -115,7 +137,25 @@ def test_benchmark(folder, tmp_path, always_faster):
     [
         (["export", "SPARSE", "-o", "OUT/m.pt2", "--format", "gguf"], "unknown format 'gguf'"),
         (["export", "SPARSE", "-o", "OUT/m.pt2", "--generator", "--portable"], "leave --portable out"),
-        (["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--generator"], "are for graphs"),
+        (
+            ["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--generator"],
+            "--generator is for graphs",
+        ),
+        (["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--no-gate"], "--no-gate is for graphs"),
+        (["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--gate"], "--gate is for graphs"),
+        (
+            ["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--tokens", "3"],
+            "--tokens is for graphs",
+        ),
+        (["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--table", "t.json"], "leave --table out"),
+        (["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--device", "cpu"], "leave --device out"),
+        (
+            ["export", "SPARSE", "-o", "OUT/packed", "--format", "safetensors", "--max-length", "7"],
+            "--max-length is for",
+        ),
+        (["export", "SPARSE", "-o", "OUT/m.pt2", "--max-length", "7"], "without --generator: leave --max-length out"),
+        (["export", "SPARSE", "-o", "OUT/m.pt2", "--portable", "--tokens", "3"], "--portable packs all"),
+        (["export", "SPARSE", "-o", "OUT/m.pt2", "--no-gate", "--table", "t.json"], "--no-gate packs all"),
         (["export", "SPARSE", "-o", "OUT/m.bin"], "does not end in .pt2"),
         (["export", "DENSE", "-o", "OUT/m.pt2", "--device", "cpu"], "nothing to lower"),
         (["export", "SPARSE/none", "-o", "OUT/m.pt2"], "none"),

@@ -157,6 +157,16 @@ def test_json_is_all_that_is_printed(home):
     assert found["prompt"] == "The" and isinstance(found["text"], str)
 
 
+def test_names_are_printed_as_they_are(home, tmp_path):
+    report = json.loads((home / "run" / "report.json").read_text())
+    names = ["[a] :smile: x[/y]", "model.[b].weight", "exclude '*.[a-z].mlp' names nothing"]
+    report["recipe"]["model"], report["notes"] = names[0], names[2:]
+    report["skipped"] = [{"name": names[1], "shape": [3], "reason": "x[/y]"}]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    said = ok("report", tmp_path)
+    assert all(name in said for name in names)
+
+
 def test_measurements_of_a_run_go_onto_its_page(home):
     options = ["--data", home / "test.txt", "--context", "32", "--max-windows", "6", "-p", "The quick"]
     numbers = json.loads(ok("evaluate", home / "run", "--dense", home / "dense", *options, "--json"))

@@ -26,6 +26,10 @@ def with_transformers(model: Any, *, static: bool = False) -> Generate:
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
+            stop_strings=None,  # nor by time: they would end before that
+            max_time=None,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             pad_token_id=0,
             **cache,
         )
