@@ -66,6 +66,25 @@ def test_rows_are_documents(tmp_path, extension):
     assert list(load_text(path, "title")) == ["t"] * 3
 
 
+@pytest.mark.parametrize("packer", ["", ".gz", ".zst"])
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.txt", "\ufeffa", ["a"]),
+        ("a.jsonl", '\ufeff{"text": "a"}\n', ["a"]),
+        ("lines.json", '\n{"text": "a"}\n\n{"text": "b"}', ["a", "b"]),
+        ("pretty.json", '\ufeff[\n {"text": "a"},\n {"text": "b"}\n]', ["a", "b"]),
+        ("one.json", '{\n"text": "a"}', ["a"]),
+        ("texts.json", '["a", "b"]', ["a", "b"]),
+        ("mark.csv", "\ufefftext,label\r\na,x\r\nb,y\r\n", ["a", "b"]),
+        ("types.csv", "id,odd,empty\n1,a,\n2,,\n3,c,\n", ["a", "c"]),
+        ("long.csv", "text\n" + "word " * 40_000 + '\n"b\r\nc"\n', ["word " * 40_000, "b\r\nc"]),
+    ],
+)
+def test_a_packed_file_is_read_as_one_that_is_not(tmp_path, name, content, texts, packer):
+    assert list(load_text(write(tmp_path / f"{name}{packer}", content))) == texts
+
+
 @pytest.mark.parametrize(
     ("row", "wanted", "found"),
     [
