@@ -74,7 +74,7 @@ def evaluate(
 
     Of a folder that sparsify wrote, the numbers go into its report.html, too.
     """
-    from sparseforge_fx.data.sources import open_sources
+    from sparseforge_fx.data.sources import unused_text
     from sparseforge_fx.evaluation.perplexity import perplexity
     from sparseforge_fx.evaluation.zero_shot import answers, check_tasks
     from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
@@ -86,7 +86,7 @@ def evaluate(
     files = _read_files(task_data)
     kept = Beside.of(model, "evaluation.json", output)
     shape, (window, stride), (wanted, limit) = parse_pattern(pattern), _read_windows(context), _read_tasks(tasks)
-    open_sources(data)
+    notes = unused_text(data, text_column)
     stays = on_disk(device, tasks=tasks, prompt=prompt)
     where, forced = pick_device("cpu" if stays else device), find_dtype(dtype)
     check_tasks(wanted, files)
@@ -100,7 +100,7 @@ def evaluate(
         loaded, tokenizer, weights = _load_on_disk(name) if stays else (*_load(name), None)
         computing = computing or choose_dtype(dtype_of(loaded), where, forced)
         cast(loaded, computing.dtype)  # one for both
-        text = _tokens(data, text_column, tokenizer, text, dense, model)
+        text = _tokens(data, text_column, tokenizer, text, dense, model, notes)
         width = window or min(1024, getattr(loaded.config, "max_position_embeddings", None) or 1024)
         batch = batch_size or (windows_at_once(loaded.config, computing.dtype, width) if stays else 1)
         measured[role] = perplexity(
@@ -116,10 +116,10 @@ def evaluate(
     assert computing is not None
     console = stdout(quiet=as_json)
     console.print(_perplexity_table(f"perplexity of {data}", measured, names))
-    for note in computing.notes() or [f"computed in {str(computing.dtype).removeprefix('torch.')}"]:
+    for note in [*notes, *(computing.notes() or [f"computed in {str(computing.dtype).removeprefix('torch.')}"])]:
         console.print(note, markup=False, highlight=False)
     result: dict[str, Any] = {"model": model, "dense": dense, "data": data, "linears": linears, **environment()}
-    result |= {"compute_dtype": computing.describe(), **_compare(console, measured)}
+    result |= {"notes": notes, "compute_dtype": computing.describe(), **_compare(console, measured)}
     if accuracy:
         paired = _paired_tasks(correct)
         console.print(_accuracy_table(accuracy, names, paired))
@@ -189,12 +189,14 @@ def _load_on_disk(name: str) -> tuple[Any, Any, Any]:
     return found.skeleton, found.tokenizer, found
 
 
-def _tokens(data: str, column: str | None, tokenizer: Any, before: Any, dense: str | None, model: str) -> Any:
-    """The text as this model reads it, and as the one measured ``before`` it did."""
+def _tokens(
+    data: str, column: str | None, tokenizer: Any, before: Any, dense: str | None, model: str, notes: list[str]
+) -> Any:
+    """The text as this model reads it, and as the one measured ``before`` it did; ``notes`` take what is not read."""
     from sparseforge_fx.evaluation.perplexity import text_tokens
 
     try:
-        ids = text_tokens(data, tokenizer, text_column=column)
+        ids = text_tokens(data, tokenizer, text_column=column, told=notes)
     except SparseForgeError as error:
         if data == WIKITEXT:  # which nobody asked for by name
             add_sentence(error, "--data takes a text of yours in its place")
