@@ -76,7 +76,7 @@ def evaluate(
 
     Of a folder that sparsify wrote, the numbers go into its report.html, too.
     """
-    from sparseforge_fx.data.sources import open_sources
+    from sparseforge_fx.data.sources import unused_text
     from sparseforge_fx.evaluation.perplexity import perplexity
     from sparseforge_fx.evaluation.zero_shot import answers, check_tasks
     from sparseforge_fx.models.compute_dtype import cast, choose_dtype, dtype_of
@@ -88,7 +88,7 @@ def evaluate(
     files = _read_files(task_data)
     kept = Beside.of(model, "evaluation.json", output)
     shape, (window, stride), (wanted, limit) = parse_pattern(pattern), _read_windows(context), _read_tasks(tasks)
-    open_sources(data)
+    notes = unused_text(data, text_column)
     stays = on_disk(device, tasks=tasks, prompt=prompt)
     where, forced = pick_device("cpu" if stays else device), find_dtype(dtype)
     check_tasks(wanted, files)
@@ -102,7 +102,7 @@ def evaluate(
         loaded, tokenizer, weights = _load_on_disk(name) if stays else (*_load(name), None)
         computing = computing or choose_dtype(dtype_of(loaded), where, forced)
         cast(loaded, computing.dtype)  # one for both
-        text = _tokens(data, text_column, tokenizer, text, dense, model)
+        text = _tokens(data, text_column, tokenizer, text, dense, model, notes)
         width = window or min(1024, getattr(loaded.config, "max_position_embeddings", None) or 1024)
         batch = batch_size or (windows_at_once(loaded.config, computing.dtype, width) if stays else 1)
         measured[role] = perplexity(
@@ -117,16 +117,16 @@ def evaluate(
         del loaded
     assert computing is not None
     result: dict[str, Any] = {"model": model, "dense": dense, "data": data, "linears": linears, **environment()}
-    result |= {"compute_dtype": computing.describe(), **_compare(measured)}
+    result |= {"notes": notes, "compute_dtype": computing.describe(), **_compare(measured)}
     answered = [{"prompt": p, **{r: t[i] for r, t in texts.items()}} for i, p in enumerate(prompt)]
     asked: dict[str, Any] = {"zero_shot": accuracy, "paired_tasks": _paired_tasks(correct), "texts": answered}
     result |= {name: found for name, found in asked.items() if found}
-    notes = computing.notes() or [f"computed in {str(computing.dtype).removeprefix('torch.')}"]
+    computed = computing.notes() or [f"computed in {str(computing.dtype).removeprefix('torch.')}"]
     console = stdout(quiet=as_json)
 
     def tell() -> None:
         console.print(_perplexity_table(f"perplexity of {data}", measured, names))
-        for line in [*notes, *_ratio(result)]:
+        for line in [*notes, *computed, *_ratio(result)]:
             console.print(line, highlight=False)
         if accuracy:
             console.print(_accuracy_table(accuracy, names, asked["paired_tasks"]))
@@ -192,12 +192,14 @@ def _load_on_disk(name: str) -> tuple[Any, Any, Any]:
     return found.skeleton, found.tokenizer, found
 
 
-def _tokens(data: str, column: str | None, tokenizer: Any, before: Any, dense: str | None, model: str) -> Any:
-    """The text as this model reads it, and as the one measured ``before`` it did."""
+def _tokens(
+    data: str, column: str | None, tokenizer: Any, before: Any, dense: str | None, model: str, notes: list[str]
+) -> Any:
+    """The text as this model reads it, and as the one measured ``before`` it did; ``notes`` take what is not read."""
     from sparseforge_fx.evaluation.perplexity import text_tokens
 
     try:
-        ids = text_tokens(data, tokenizer, text_column=column)
+        ids = text_tokens(data, tokenizer, text_column=column, told=notes)
     except SparseForgeError as error:
         if data == WIKITEXT:  # which nobody asked for by name
             add_sentence(error, "--data takes a text of yours in its place")

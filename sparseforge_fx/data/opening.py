@@ -10,6 +10,7 @@ from torch import nn
 from sparseforge_fx.data.batches import Batches, as_batches, count_rows, is_text
 from sparseforge_fx.data.chats import leading_bos
 from sparseforge_fx.data.drawn_text import draw_text
+from sparseforge_fx.data.sources import unused_text
 from sparseforge_fx.errors import SparseForgeError
 
 SELF = "self"
@@ -87,6 +88,13 @@ def check_length(model: nn.Module, length: int) -> int:
             f"sequences of {length} tokens are longer than the model's {limit} positions: pass length={limit}"
         )
     return length
+
+
+def tell_text(data: Any, batches: Batches | None, text_column: str | None) -> list[str]:
+    """Notes on what of text is not read: files, a column that nothing has, columns of the rows."""
+    if not is_text(data) or is_self(data):
+        return []
+    return [*unused_text(data, text_column), *getattr(getattr(batches, "data", None), "notes", ())]
 
 
 def tell_length(data: Any, batches: Batches | None, length: int) -> list[str]:

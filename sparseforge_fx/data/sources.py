@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import csv
 import dataclasses
 import glob
 import gzip
@@ -184,19 +183,16 @@ def _looks_like_source(entry: str) -> bool:
 
 
 def _file_texts(path: Path, column: Column) -> Iterator[str]:
+    """A packed file is read as one that is not: the same rows give the same texts."""
     extension = _extension(path) or ""
     kind = next(k for k in sorted(KINDS, key=len, reverse=True) if extension.startswith(k))
     with readable(path):
         if kind in (".txt", ".md"):
             with _opened(path, newline="") as file:  # newline="": the bytes as they are
                 yield file.read()
-        elif kind == ".jsonl":
-            with _opened(path) as file:
-                yield from row_texts((json.loads(line) for line in file if line.strip()), column, str(path))
-        elif extension != kind:  # `datasets` takes no packed file whose name has brackets in it
-            with _opened(path) as file:
-                rows: Any = csv.DictReader(file) if kind == ".csv" else json.load(file)
-                yield from row_texts(rows if kind == ".csv" or isinstance(rows, list) else [rows], column, str(path))
+        elif kind in (".jsonl", ".json", ".csv"):
+            with _opened(path, newline="" if kind == ".csv" else None) as file:
+                yield from row_texts(_rows(file, kind), column, str(path))
         else:
             import datasets
 
@@ -205,11 +201,32 @@ def _file_texts(path: Path, column: Column) -> Iterator[str]:
             yield from dataset_texts(rows, column, str(path))
 
 
+def _rows(file: Any, kind: str) -> Iterator[Any]:
+    """Of .jsonl one value a line; of .json that, or a list, or one object, over any lines; of .csv its table."""
+    if kind == ".csv":
+        import pandas
+
+        for part in pandas.read_csv(file, chunksize=10_000, low_memory=False):  # a column of a chunk is of one type
+            yield from part.astype(object).where(part.notna(), None).to_dict("records")
+        return
+    lines = (line for line in file if line.strip())
+    if kind == ".json":
+        first = next(lines, "")
+        try:
+            found = json.loads(first)
+        except json.JSONDecodeError:  # what began there ends on a later line
+            found = json.loads(first + file.read())
+        for row in found if isinstance(found, list) else [found]:
+            yield {"text": row} if isinstance(row, str) else row
+    yield from map(json.loads, lines)
+
+
 def _opened(path: Path, **options: Any) -> Any:
-    suffix = path.suffix.lower()
+    """As text, without the mark that some programs put before UTF-8."""
+    suffix, options = path.suffix.lower(), {"encoding": "utf-8-sig", **options}
     if suffix == ".zst":
         import pyarrow
 
-        return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), encoding="utf-8", **options)
+        return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), **options)
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    return openers.get(suffix, open)(path, "rt", encoding="utf-8", **options)
+    return openers.get(suffix, open)(path, "rt", **options)

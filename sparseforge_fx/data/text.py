@@ -24,6 +24,7 @@ def load_text(
     max_document_chars: int | None = None,
     stream: bool = False,
     tokenizer: Any = None,
+    told: list[str] | None = None,
 ) -> Iterator[str]:
     """Documents of `source`, one str each.
 
@@ -41,6 +42,7 @@ def load_text(
         max_document_chars: longer documents are cut, at the end of a paragraph, line or word where there is one, into
             pieces of at most this many characters, which from then on count as documents. Nothing is lost:
             the pieces of a document joined are the document. None leaves documents whole.
+        told: takes a sentence for rows of which columns of text are not read, while they are.
         stream: read hub data sets over the network as far as needed, instead of downloading and keeping them.
 
     Several sources take turns, one document each; a source that has ended leaves the rotation. So up to the end of the
@@ -56,7 +58,7 @@ def load_text(
     def documents() -> Iterator[str]:
         streams = []
         for number, opened in enumerate(sources):
-            texts = opened.read(Column(text_column, tokenizer), stream)
+            texts = opened.read(Column(text_column, tokenizer, told), stream)
             if max_document_chars is not None:
                 texts = _cut(texts, max_document_chars)
             if seed is not None:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import new_file
 from sparseforge_fx.progress import counted
 
-CACHE_FORMAT = 1  # part of every cache name: raise it when the same inputs would give other tokens
+CACHE_FORMAT = 2  # part of every cache name: raise it when the same inputs would give other tokens
 
 
 # ------------------------------------------------------------------------------------------------------ packed tokens
@@ -36,6 +36,7 @@ class TokenData:
         ids: 1-D integer array [tokens] or tensor; a memory map (`np.memmap`, `np.load(mmap_mode="r")`) stays one.
         length: tokens per sequence.
         bos: a token in front of every sequence, one of its `length`; it is not among `ids`.
+        notes: sentences on what of the text is not among them.
 
     `len(data)` is the number of full sequences.
 
@@ -43,7 +44,7 @@ class TokenData:
         SparseForgeError: ids not integer or not 1-D, or fewer than one sequence of them.
     """
 
-    def __init__(self, ids: Any, length: int, bos: int | None = None) -> None:
+    def __init__(self, ids: Any, length: int, bos: int | None = None, notes: Sequence[str] = ()) -> None:
         array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else ids
         if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
             shape = f"{getattr(array, 'dtype', type(ids).__name__)} {list(getattr(array, 'shape', []))}"
@@ -58,7 +59,7 @@ class TokenData:
                 f"the data has {array.size} tokens, fewer than one sequence of {length}: "
                 "give more text or a smaller length"
             )
-        self.length, self.bos = length, bos
+        self.length, self.bos, self.notes = length, bos, tuple(notes)
         self.ids = array  # [tokens], in the stored integer type, with the remainder
         self._sequences = array[: array.size // width * width].reshape(-1, width)  # a view
 
@@ -128,6 +129,7 @@ def tokenize(
 
     The file is named by a hash of the sources (names, sizes, modification times; a hub data set by its id alone), the
     tokenizer (vocabulary and rules) and the options; it appears whole or not at all, and the next call memory-maps it.
+    A .json of the same name beside it holds the data's `notes`, where there are any.
 
     Raises:
         SparseForgeError: as `load_text`; no text; too little text; no end-of-sequence token; cache not writable.
@@ -148,7 +150,9 @@ def tokenize(
 
         cache_dir = Path(HF_HOME) / "sparseforge_fx"
     path = Path(cache_dir) / f"tokens-{key}.{dtype.name}.bin"
+    notes = path.with_suffix(".json")
     if not path.exists():
+        told: list[str] = []
         documents = load_text(
             source,
             text_column,
@@ -156,11 +160,13 @@ def tokenize(
             max_document_chars=max_document_chars,
             stream=tokens is not None,
             tokenizer=tokenizer,
+            told=told,
         )
         blocks = _token_blocks(documents, tokenizer, separator, tokens)
         nothing = f"{' and '.join(s.name for s in sources)} holds no text: check the source and its text column"
-        _write(path, (np.asarray(block, dtype=dtype) for block in blocks), tokens, nothing)
-    return TokenData(np.memmap(path, dtype=dtype, mode="r"), length, leading_bos(tokenizer))
+        _write(path, (np.asarray(block, dtype=dtype) for block in blocks), tokens, nothing, notes, told)
+    said = json.loads(notes.read_text()) if notes.exists() else ()
+    return TokenData(np.memmap(path, dtype=dtype, mode="r"), length, leading_bos(tokenizer), said)
 
 
 def _end(tokenizer: Any) -> int | None:
@@ -188,8 +194,11 @@ def _token_blocks(
         yield block
 
 
-def _write(path: Path, blocks: Iterable[np.ndarray], limit: int | None, nothing: str) -> None:
-    """Tokens to `path`, which is replaced only by the finished file. Raises SparseForgeError `nothing` for none."""
+def _write(
+    path: Path, blocks: Iterable[np.ndarray], limit: int | None, nothing: str, notes: Path, told: list[str]
+) -> None:
+    """Tokens to `path`, which is replaced only by the finished file, and before it what was `told` while they were read
+    to `notes`. Raises SparseForgeError `nothing` for none."""
     written = 0
     try:
         with (
@@ -203,6 +212,9 @@ def _write(path: Path, blocks: Iterable[np.ndarray], limit: int | None, nothing:
                 advance(by=block.size)
             if not written:
                 raise SparseForgeError(nothing)
+            if told:
+                with new_file(notes, shared=True) as text:
+                    text.write_text(json.dumps(told))
     except OSError as error:
         raise SparseForgeError(
             f"cannot write the token cache in {path.parent} ({error}): choose another cache_dir"

@@ -161,7 +161,9 @@ def compare(
     }
 
 
-def text_tokens(source: Any, tokenizer: Any, *, text_column: str | None = None) -> torch.Tensor:
+def text_tokens(
+    source: Any, tokenizer: Any, *, text_column: str | None = None, told: list[str] | None = None
+) -> torch.Tensor:
     """An evaluation text as one LongTensor [tokens]: rows and documents joined by blank lines, nothing cut or shuffled.
 
     `tokenizer("\\n\\n".join(rows))` is how SparseGPT, Wanda and AST read WikiText-2, here
@@ -169,13 +171,13 @@ def text_tokens(source: Any, tokenizer: Any, *, text_column: str | None = None) 
     come once; `perplexity` sets a BOS before every window. Several sources follow one another.
 
     Args:
-        source, text_column: as for `sparseforge_fx.data.load_text`.
+        source, text_column, told: as for `sparseforge_fx.data.load_text`.
 
     Raises:
         SparseForgeError: as `load_text`; no text.
     """
     opened = open_sources(source)
-    column = Column(text_column, tokenizer)
+    column = Column(text_column, tokenizer, told)
     text = "\n\n".join(itertools.chain.from_iterable(part.read(column, False) for part in opened))
     if not text.strip():
         raise SparseForgeError(

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows
-from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length
+from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length, tell_text
 from sparseforge_fx.data.reading import Reader, example_inputs_of
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import disk_full_told
@@ -190,6 +190,7 @@ class _Run:
             *planned,
             *told,
             *self.reader.notes,
+            *tell_text(data, batches, recipe.text_column),
             *tell_length(data, batches, recipe.length),
         ]
         self.notes += unused_arguments(

@@ -10,10 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sparseforge_fx.data.batches import Batches, is_text
-from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length
+from sparseforge_fx.data.batches import Batches
+from sparseforge_fx.data.opening import first_batches, open_batches, tell_length, tell_text
 from sparseforge_fx.data.reading import Reader, example_inputs_of
-from sparseforge_fx.data.sources import unused_text
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.capture import as_call, capture
 from sparseforge_fx.graph.exported import Exported
@@ -107,7 +106,7 @@ def open_run(
     else:
         sites, planned = planned_sites(program, recipe.plan, config.pattern)
     check_sites(program, sites)
-    unread = unused_text(data, recipe.text_column) if is_text(data) and not is_self(data) else ()
+    unread = tell_text(data, batches, recipe.text_column)
     notes = [*told, *program.notes, *planned, *unread, *tell_length(data, batches, recipe.length)]
     if recipe.dtype is not None and DTYPES.get(recipe.dtype) != (own := dtype_of(model)):
         notes.append(f"dtype {recipe.dtype} is for the command line: the model given computes in {own}")

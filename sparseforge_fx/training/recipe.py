@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import yaml
 
@@ -25,6 +25,7 @@ from sparseforge_fx.training.settings import Settings, choose_settings
 FILE = "recipe.yaml"  # in every output folder
 STEPS = 60  # of a run whose length nobody gives
 _FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 5e-4, which YAML takes for text
+_BASE_60 = re.compile(r"[+-]?[\d_]+(:[\d_.]+)+$")  # 2:4, which YAML takes for 124
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ class Recipe:
         if not path.is_file():
             raise SparseForgeError(f"there is no recipe {path}: name a YAML file, or {FILE} of an output folder")
         try:
-            return cls.from_plain(yaml.safe_load(path.read_text(encoding="utf-8")))
+            return cls.from_plain(yaml.load(path.read_text(encoding="utf-8"), _Loader))
         except (yaml.YAMLError, UnicodeDecodeError, SparseForgeError) as error:
             raise SparseForgeError(f"{path}: {one_line(error)}") from error
 
@@ -266,6 +267,23 @@ class Recipe:
         """As the text of a file; what is not set is left out."""
         plain = {k: v for k, v in self.describe().items() if v not in (None, [], {})}
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Without numbers to the base 60, as in YAML 1.2, and with names that come once in a mapping."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [("tag:yaml.org,2002:str", _BASE_60), *known]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = set()
+        for key, _ in node.value:
+            if str(key.value) in names:
+                raise SparseForgeError(f"line {key.start_mark.line + 1} gives {key.value} a second time: leave one")
+            names.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _numbers(value: Any) -> Any:

@@ -275,6 +275,18 @@ def test_evaluate_puts_dense_beside_sparse(home, sparse, tmp_path):
     assert len(head) == 1 and head[0]["reason"]
 
 
+def test_evaluate_names_what_of_the_data_it_does_not_read(home, tmp_path):
+    row = {"text": (home / "test.txt").read_text(), "title": "a"}
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text(json.dumps(row))
+    (tmp_path / "text" / "b.pdf").write_text("no text")
+    options = ["--data", tmp_path / "text", "--context", "32", "--max-windows", "1", "-o", tmp_path / "numbers.json"]
+    said = " ".join(ok("evaluate", home / "dense", *options).split())
+    notes = json.loads((tmp_path / "numbers.json").read_text())["notes"]
+    assert len(notes) == 2 and notes[0].endswith("no text: b.pdf") and notes[1].endswith("not from title")
+    assert notes[1] in said
+
+
 def test_evaluate_of_a_dense_model_says_so(home):
     text = ok("evaluate", home / "dense", "--data", home / "test.txt", "--context", "32", "--max-windows", "1")
     assert "0 of 7 eligible linears are exactly 2:4" in text and "0.0%" in text

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_checkpoint import byte_tokenizer, tiny_llama
 
-from sparseforge_fx.data.opening import LENGTH, first_batches, open_batches, tell_length
+from sparseforge_fx.data.opening import LENGTH, first_batches, open_batches, tell_length, tell_text
 from sparseforge_fx.errors import SparseForgeError
 
 HOW = {"tokens": 40, "batch_size": 2, "length": 8, "seed": 0}
@@ -22,6 +22,15 @@ def test_the_first_batches(sequences, rows, told):
 def test_text_of_the_model_itself():
     ids = open_batches(tiny_llama(), "self", **HOW).batch(0)["input_ids"]
     assert ids.shape == (2, 8) and torch.equal(ids, open_batches(tiny_llama(), "self", **HOW).batch(0)["input_ids"])
+
+
+def test_what_of_text_is_not_read_is_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "some words and more", "title": "b"}\n')
+    (tmp_path / "b.pdf").write_text("no text")
+    batches = open_batches(None, tmp_path, byte_tokenizer(), **HOW, cache_dir=tmp_path / ".cache")
+    files, columns = tell_text(tmp_path, batches, None)
+    assert "not read, as they are no text: b.pdf" in files and columns.endswith("column text, not from title")
+    assert tell_text("self", batches, None) == tell_text(torch.arange(9), batches, None) == []
 
 
 @pytest.mark.parametrize("data", ["self", ["a text"]])

@@ -66,6 +66,25 @@ def test_rows_are_documents(tmp_path, extension):
     assert list(load_text(path, "title")) == ["t"] * 3
 
 
+@pytest.mark.parametrize("packer", ["", ".gz", ".zst"])
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.txt", "\ufeffa", ["a"]),
+        ("a.jsonl", '\ufeff{"text": "a"}\n', ["a"]),
+        ("lines.json", '\n{"text": "a"}\n\n{"text": "b"}', ["a", "b"]),
+        ("pretty.json", '\ufeff[\n {"text": "a"},\n {"text": "b"}\n]', ["a", "b"]),
+        ("one.json", '{\n"text": "a"}', ["a"]),
+        ("texts.json", '["a", "b"]', ["a", "b"]),
+        ("mark.csv", "\ufefftext,label\r\na,x\r\nb,y\r\n", ["a", "b"]),
+        ("types.csv", "id,odd,empty\n1,a,\n2,,\n3,c,\n", ["a", "c"]),
+        ("long.csv", "text\n" + "word " * 40_000 + '\n"b\r\nc"\n', ["word " * 40_000, "b\r\nc"]),
+    ],
+)
+def test_a_packed_file_is_read_as_one_that_is_not(tmp_path, name, content, texts, packer):
+    assert list(load_text(write(tmp_path / f"{name}{packer}", content))) == texts
+
+
 @pytest.mark.parametrize(
     ("row", "wanted", "found"),
     [
@@ -76,6 +95,8 @@ def test_rows_are_documents(tmp_path, extension):
         ({"answer": "a", "question": "b"}, None, "b\na"),
         ({"Answer": "a", "Question": "b"}, None, "b\na"),
         ({"instruction": "a", "input": "", "output": "c", "id": "x"}, None, "a\nc"),
+        ({"instruction": "a", "context": "b", "response": "c", "category": "x"}, None, "a\nb\nc"),
+        ({"question": "a", "answer": "b", "context": "c", "id": "x"}, None, "c\na\nb"),
         ({"left": "a", "right": "b"}, "right, left", "b\na"),
     ],
 )
@@ -179,9 +200,73 @@ def test_chats_that_cannot_be_written_out(tmp_path, tokenizer):
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(SparseForgeError, match=r"row 1 does not go through .*roles must alternate"):
         list(load_text(path, tokenizer=strict))
-    empty = write(tmp_path / "b.jsonl", json.dumps({"messages": []}))
-    with pytest.raises(SparseForgeError, match="stands out"):
-        list(load_text(empty, tokenizer=strict))
+
+
+CALLS = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "data set"])
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"prompt": OPENAI[:1], "completion": OPENAI[1:], "system": "s"}, "<system>s<user>a<assistant>b"),
+        ({"prompt": OPENAI[:1], "completion": None}, "<user>a"),
+        ({"messages": OPENAI, "tools": [{"name": "f", "more": None}, {"name": "g"}]}, "f;g;<user>a<assistant>b"),
+        ({"messages": OPENAI, "tools": '[{"name": "f"}]'}, "f;<user>a<assistant>b"),
+        ({"messages": CALLS}, "<user>a<assistant>f"),
+    ],
+)
+def test_all_of_a_chat_goes_through_the_template_once(tmp_path, row, text, kind):
+    marked = make_tokenizer()
+    marked.chat_template = (
+        "{% for t in tools or [] %}{{ t.name }}{{ t.more }};{% endfor %}{% for m in messages %}<{{ m.role }}>"
+        "{{ m.tool_calls[0].name if m.tool_calls else m.content }}{% endfor %}"
+    )
+    path = write(tmp_path / "a.jsonl", json.dumps(row))
+    told = []
+    assert list(load_text(path if kind == "jsonl" else datasets.Dataset.from_list([row]), tokenizer=marked, told=told)) == [text]  # fmt: skip
+    assert told == []
+
+
+def test_chats_without_turns_or_content(tmp_path):
+    plain = make_tokenizer()
+    plain.chat_template = TEMPLATE
+    rows = [{"messages": []}, {"messages": OPENAI}, {"messages": []}]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert list(load_text(path, tokenizer=plain)) == ["<user>a<assistant>b"]
+    for turn, why in (({"content": None}, "content: repair"), (CALLS[1], "content but tool_calls, .* does not write")):
+        write(path, json.dumps({"messages": [*OPENAI, {"role": "assistant", **turn}]}))
+        with pytest.raises(SparseForgeError, match=f"messages of .* in row 1 is a chat with a turn without {why}"):
+            list(load_text(path, tokenizer=plain))
+
+
+def test_a_column_that_comes_later_is_not_lost(tmp_path):
+    rows = [{"instruction": "a", "response": "b"}, {"instruction": "c", "context": "d", "response": "e"}]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, [*rows, rows[0]])))
+    assert list(load_text(path)) == ["a\nb", "c\nd\ne", "a\nb"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "data set"])
+@pytest.mark.parametrize(
+    ("row", "column", "told"),
+    [
+        ({"text": "a", "n": 1, "none": None}, None, []),
+        ({"text": "a", "title": "b"}, "text", []),
+        ({"text": "a", "title": "b", "messages": OPENAI}, None, ["column text, not from title, messages"]),
+        ({"question": "a", "answer": "b", "id": "c"}, None, ["columns question, answer, not from id"]),
+        ({"messages": OPENAI, "system": "s", "tools": [{"name": "f"}]}, None, ["column messages, not from tools"]),
+        ({"messages": OPENAI, "tools": [{"name": "f"}]}, "messages", ["column messages, not from tools"]),
+    ],
+)
+def test_columns_that_are_not_read_are_named(tmp_path, row, column, told, kind):
+    plain = make_tokenizer()
+    plain.chat_template = TEMPLATE
+    source = datasets.Dataset.from_list([row, row])
+    if kind == "jsonl":
+        source = str(write(tmp_path / "a.jsonl", json.dumps(row) + "\n" + json.dumps(row)))
+    for _ in range(2):  # the second reads the tokens that the first has written
+        data = tokenize(source, plain, length=1, cache_dir=tmp_path, text_column=column)
+        assert list(data.notes) == [f"text is read from the {sentence}" for sentence in told]
 
 
 def test_what_ends_a_document(tmp_path):

@@ -84,6 +84,14 @@ def test_what_is_said_of_the_input_is_not_said_of_the_output(llama, text, tmp_pa
     assert "magnitude" in (tmp_path / "sparse" / "report.html").read_text()
 
 
+def test_what_of_the_data_is_not_read_is_named(llama, text, tmp_path):
+    (tmp_path / "text").mkdir()
+    shutil.copy(text, tmp_path / "text" / "a.txt")
+    (tmp_path / "text" / "b.pdf").write_text("no text")
+    report = sparsify_on_disk(llama, str(tmp_path / "text"), output=tmp_path / "sparse", **RUN | {"calibration": 1})
+    assert any("not read, as they are no text: b.pdf" in note for note in report["notes"])
+
+
 def test_branches_beside_the_weights_are_not_left_out_in_silence(llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "model")
     file = sorted(folder.glob("*.safetensors"))[0]

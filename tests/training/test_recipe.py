@@ -76,7 +76,10 @@ def test_what_is_not_an_objective(objective):
         sf.prepare(torch.nn.Linear(4, 4), torch.randn(2, 4), sf.annealed_preset(4), objective=objective)
 
 
-def test_numbers_as_people_write_them():
+def test_numbers_as_people_write_them(tmp_path):
+    (tmp_path / "by_hand.yaml").write_text("pattern: 2:4\nplan: {a.weight: 1:4 int8}")
+    by_hand = Recipe.read(tmp_path / "by_hand.yaml")
+    assert (by_hand.pattern, by_hand.plan) == ("2:4", {"a.weight": "1:4 int8"})
     read = Recipe.from_plain(yaml.safe_load("lr: 5e-4\ntokens: 20M\noptions: {damping: 1e-3}\nobjective: {kl: 2}"))
     assert (read.lr, read.tokens, read.options["damping"], read.objective.kl) == (5e-4, 20_000_000, 1e-3, 2)
     assert parse_tokens("1.5B") == 1_500_000_000
@@ -102,6 +105,8 @@ def test_numbers_as_people_write_them():
         ("options: [a]", "options of a recipe is .*: give a dict"),
         ("method: [ast]", "method of a recipe is .*: give text"),
         ("pattern: 0.5", "pattern of a recipe is 0.5: give text"),
+        ("lr: 1e-3\nseed: 1\nlr: 5e-4", "line 3 gives lr a second time: leave one"),
+        ("options: {decay: 1, decay: 2}", "line 1 gives decay a second time"),
         ("a: [", "while parsing"),
         ("x: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
     ],

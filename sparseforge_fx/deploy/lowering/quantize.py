@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx.data.opening import LENGTH, first_batches, open_batches, tell_length
+from sparseforge_fx.data.opening import LENGTH, first_batches, open_batches, tell_length, tell_text
 from sparseforge_fx.deploy.lowering.chosen import Chosen, by_plan, by_values
 from sparseforge_fx.deploy.lowering.modules import packed_like, replace, weight_of
 from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
@@ -190,7 +190,7 @@ def _batches(
         model, data, tokenizer, tokens=calibration * length, length=length, batch_size=batch_size, seed=seed, **text
     )
     found, notes = first_batches(batches, calibration)
-    return found, notes + tell_length(data, batches, length)
+    return found, [*notes, *tell_text(data, batches, text.get("text_column")), *tell_length(data, batches, length)]
 
 
 @contextmanager

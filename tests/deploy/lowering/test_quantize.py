@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_checkpoint import byte_tokenizer, tiny_llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -144,6 +145,15 @@ def test_a_weight_that_data_does_not_reach_is_named():
     assert {s["name"] for s in report["sites"]} == {"used", "spare"}
     assert report["notes"] == ["spare: the graph does not read it as a linear's weight: its own nearest values"]
     assert sf.quantize(Half(), tokenizer=str)["notes"] == ["tokenizer is given and not used: there is no data"]
+
+
+def test_what_of_the_data_is_not_read_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "some words and more", "title": "b"}\n')
+    (tmp_path / "b.tsv").write_text("no text")
+    reading = {"calibration": 1, "length": 8, "cache_dir": tmp_path / ".cache"}
+    notes = sf.quantize(tiny_llama(), "int4", str(tmp_path), tokenizer=byte_tokenizer(), **reading)["notes"]
+    assert f"1 files of {tmp_path} are not read, as they are no text: b.tsv" in notes
+    assert "text is read from the column text, not from title" in notes
 
 
 def test_rounding_on_data_that_fails_half_way_puts_weights_back(monkeypatch):
