@@ -118,16 +118,16 @@ class Generator:
             ended |= torch.isin(token, stops)
             if slot + 1 == length + max_new_tokens or ended.all():
                 return
+            token = token.masked_fill(ended, 0)[:, None]  # any of the model's: the padding may be none
             if looks_back:
-                ids = torch.cat([ids, token[:, None]], dim=1)
+                ids = torch.cat([ids, token], dim=1)
             if slot == mask.shape[1]:
                 more = self._room(slot + 1) - slot
                 mask = F.pad(mask, (0, more))
                 cache = [[F.pad(held, (0, 0, 0, 0, 0, more)) for held in pair] for pair in cache]
             mask[:, slot] = 1
             start.fill_(slot)
-            # a sequence that has ended goes on with any token of the model's: its padding may be none
-            logits = self._decode(input_ids=token.masked_fill(ended, 0)[:, None], mask=mask, start=start, cache=cache)
+            logits = self._decode(input_ids=token, mask=mask, start=start, cache=cache)
 
     def _room(self, tokens: int) -> int:
         """Slots of a cache for so many tokens."""

@@ -322,8 +322,9 @@ def test_ends_as_a_tuple_and_a_padding_that_is_no_token(tmp_path):
     sf.export_generator(model, tmp_path / "g.pt2", max_length=LENGTH, gate=False)
     generator = sf.load_generator(tmp_path / "g.pt2")
     assert generator.eos == [end, 1]
-    out = generator.generate(ids, max_new_tokens=12, repetition_penalty=1.0)
-    assert (out[0, 10:] == -1).all()
+    for options in ({}, {"repetition_penalty": 1.000001}, {"do_sample": True, "top_k": 1}):
+        out = generator.generate(ids, max_new_tokens=12, **{"repetition_penalty": 1.0} | options)
+        assert (out[0, 10:] == -1).all()
 
 
 def test_a_state_space_model_is_refused(tmp_path):
