@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.compile import block_outputs, shallow_twin
-from sparseforge_fx.graph.padding import mask_names
+from sparseforge_fx.graph.padding import Rows, mask_names
 
 
 class Taps:
@@ -23,9 +23,9 @@ class Taps:
 
     def __init__(self) -> None:
         self.hidden: list[Tensor] = []
-        self.hidden_rows: list[str | None] = []  # for each, the name of the mask of padding that speaks of its rows
+        self.hidden_rows: list[Rows | None] = []  # for each, the mask of padding that speaks of its rows
         self.attention: list[Tensor] = []  # scores before the softmax [batch, heads, queries, keys], -inf where masked
-        self.attention_rows: list[str | None] = []
+        self.attention_rows: list[Rows | None] = []
 
     def clear(self) -> None:
         """Forget the last forward pass."""

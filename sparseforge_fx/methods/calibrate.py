@@ -107,7 +107,8 @@ def layer_by_layer(
             seen.add((read.name, read.expert))
             source = node.args[read.input]
             assert isinstance(source, Node)
-            masks = [b.real.get(names.get(source, "")) if isinstance(b, Reading) else None for b in batches]
+            rows = names.get(source)
+            masks = [rows.of(b.real) if rows is not None and isinstance(b, Reading) else None for b in batches]
             see = _seen_by(step, leave, node, source)
             if read.experts is not None:
                 if not _visit_experts(read, node, runs, see, visit, masks if every_token else None):

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.compile import SharedBlock, block_outputs, compile_repeated_blocks
-from sparseforge_fx.graph.padding import MASK, mask_names, real_rows
+from sparseforge_fx.graph.padding import MASK, Rows, mask_names, real_rows
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.methods import schedule
 from sparseforge_fx.methods.calibrate import flat_inputs, last_uses
@@ -88,21 +88,21 @@ def reconstruct_blocks(
     block.
     """
     names = mask_names(student.graph, student.graph.find_nodes(op="placeholder"))
-    rows = [names.get(node, "") for node in block_outputs(student)]
+    rows = [names.get(node) for node in block_outputs(student)]
     ours, theirs = _Stream(student, batches), _Stream(teacher, batches)
     if len(ours.blocks) != len(theirs.blocks):
         return []
-    rows = rows if len(rows) == len(ours.blocks) else [MASK] * len(ours.blocks)
+    rows = rows if len(rows) == len(ours.blocks) else [Rows(MASK)] * len(ours.blocks)
     masks = {id(w.weight): w.mask for w in weights}
     found = []
     with counted("blocks learn", len(ours.blocks)) as advance:
-        for block, aim, name in zip(ours.blocks, theirs.blocks, rows, strict=True):
+        for block, aim, row in zip(ours.blocks, theirs.blocks, rows, strict=True):
             with torch.no_grad():
                 ours.come_to(block)
                 theirs.come_to(aim)
                 targets = [theirs.leave(aim, k) for k in range(len(batches))]
             leaves = {k: _Leaf(p, masks.get(id(p)), grid) for k, p in _learnable(ours, block, masks).items()}
-            real = [batch.real.get(name) for batch in batches]
+            real = [None if row is None else row.of(batch.real) for batch in batches]
             before = _error(ours, block, targets, real)
             _learn(ours, block, leaves, targets, real, epochs, lr)
             for leaf in leaves.values():

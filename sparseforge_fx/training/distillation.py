@@ -233,13 +233,14 @@ def feature_loss(kind: str, student: Taps, teacher: Taps, real: Mapping[str, Ten
     """
     masks = real or {}
     total = torch.zeros((), device=student.hidden[0].device)
-    for s, t, name in zip(student.hidden, teacher.hidden, _names(student.hidden_rows, student.hidden), strict=True):
-        s, t = (_known(value.float(), masks.get(name)) for value in (s, t))
+    known = student.hidden_rows or [None] * len(student.hidden)
+    for s, t, rows in zip(student.hidden, teacher.hidden, known, strict=True):
+        s, t = (_known(value.float(), None if rows is None else rows.of(masks)) for value in (s, t))
         error = (s - t).square().mean()
         total = total + (error / (t.square().mean() + 2**-7) if kind == "squarehead" else error)
-    names = _names(student.attention_rows, student.attention)
-    for s, t, name in zip(student.attention, teacher.attention, names, strict=True):
-        mask = masks.get(name)
+    known = student.attention_rows or [None] * len(student.attention)
+    for s, t, rows in zip(student.attention, teacher.attention, known, strict=True):
+        mask = None if rows is None else masks.get(rows.mask)
         counts = torch.ones(t.shape[0], 1, t.shape[2], 1, dtype=torch.bool, device=t.device)
         if mask is not None and mask.shape == (t.shape[0], t.shape[2]):
             counts = mask[:, None, :, None]
@@ -251,11 +252,6 @@ def feature_loss(kind: str, student: Taps, teacher: Taps, real: Mapping[str, Ten
             each = torch.where(seen, p * (t.log_softmax(-1) - log_q), 0.0).sum(-1)
             total = total + each.sum() / counts[..., 0].expand_as(each).sum().clamp(min=1)
     return total
-
-
-def _names(names: list[str | None], values: list[Tensor]) -> list[str]:
-    """A name for each value; an empty one where nothing is known of its rows."""
-    return [name or "" for name in names] or [""] * len(values)
 
 
 def _known(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,12 +1,16 @@
 """Which mask speaks of which value, and the rows that it leaves."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import seq2seq, t5
+from torch import nn
 
+import sparseforge_fx as sf
 from sparseforge_fx.data.reading import example_of
 from sparseforge_fx.graph.capture import capture
-from sparseforge_fx.graph.padding import DECODER_MASK, MASK, mask_names, positions_of, real_rows
+from sparseforge_fx.graph.padding import DECODER_MASK, MASK, Rows, mask_names, positions_of, real_rows
 from sparseforge_fx.passes import find_linears
 
 REAL = torch.tensor([[True, True, False], [True, False, False]])
@@ -47,10 +51,64 @@ def test_encoder_and_decoder_have_masks_of_their_own(target):
             node = nodes[use.node]
             cross_key = "EncDecAttention.k" in site.fqn or "EncDecAttention.v" in site.fqn
             of_encoder = site.fqn.startswith("encoder") or cross_key
-            assert names[node.args[0]] == (MASK if of_encoder else DECODER_MASK), site.fqn
-            assert positions_of(node.args[0], names, inputs) is inputs[names[node.args[0]]]
+            assert names[node.args[0]] == Rows(MASK if of_encoder else DECODER_MASK), site.fqn
+            assert positions_of(node.args[0], names, inputs) is inputs[names[node.args[0]].mask]
 
 
 def test_another_tower_has_no_mask(tiny):
     found = tiny("vit")
     assert mask_names(found.program.graph, found.program.graph.find_nodes(op="placeholder")) == {}
+
+
+class Encoder(nn.Module):
+    """torch's own attention, or linears between moves, flattened or not."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.embed, self.kind = nn.Embedding(30, 8), kind
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True) if kind in ("fused", "weights") else None
+        self.between, self.read = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embed(input_ids)
+        if self.attend is not None:
+            y, _ = self.attend(x, x, x, key_padding_mask=attention_mask == 0, need_weights=self.kind == "weights")
+            return self.read(self.between(x + y).tanh()).sin()
+        x = x.transpose(0, 1) if self.kind != "batch first" else x
+        rows = x.reshape(-1, 8) if self.kind != "time first" else x
+        x = self.between(rows).tanh().view(x.shape)
+        return self.read(x.transpose(0, 1) if self.kind != "batch first" else x).sin()
+
+
+@pytest.mark.parametrize("kind", ["fused", "weights", "time first", "flat", "batch first"])
+@pytest.mark.parametrize("rows", [3, 5])
+def test_padding_is_left_out_whatever_runs_first(kind, rows):
+    """As many rows as positions, too; each sample alone, without padding, has the same moments."""
+    torch.manual_seed(0)
+    dense = Encoder(kind).eval()
+    ids, mask = torch.randint(1, 30, (rows, 5)), torch.ones(rows, 5, dtype=torch.long)
+    for i in range(rows):
+        mask[i, 1 + i % 5 :] = 0
+    ids *= mask
+    alone = [
+        {"input_ids": ids[i : i + 1, :n], "attention_mask": mask[i : i + 1, :n]} for i, n in enumerate(mask.sum(1))
+    ]
+    found = []
+    for data in ([{"input_ids": ids, "attention_mask": mask}], alone):
+        model = copy.deepcopy(dense)
+        report = sf.sparsify(model, data, method="sparsegpt", show_progress=False).report
+        assert not any("padding" in note for note in (*report["notes"], *report["layer_notes"].values()))
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_sample_of_what_runs_by_positions_is_a_sample():
+    class First(Encoder):
+        def forward(self, input_ids, attention_mask):
+            return self.read(self.between(self.embed(input_ids).transpose(0, 1)[0]))
+
+    ids = torch.ones(3, 5, dtype=torch.long)
+    program = capture(First("pooled").eval(), {"input_ids": ids, "attention_mask": ids})
+    names = mask_names(program.graph, program.user_inputs())
+    assert {names[n].positions_first for n in program.graph.nodes if "linear" in str(n.target)} == {False}
