@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._inductor import config
 from torch._inductor.exc import CppCompileError, InductorError
 from torch.export.pt2_archive._package import package_pt2
+from torch.types import FileLike
 
 from sparseforge_fx.deploy.lowering.lower import refuse_packed_experts
 from sparseforge_fx.errors import SparseForgeError, one_line
@@ -35,7 +35,7 @@ _SHIM = """AOTITorchError aoti_torch_cpu_sparse_linear(
 
 
 def package(
-    programs: dict[str, Exported], file: Path, extra_files: dict[str, str] | None = None, **options: Any
+    programs: dict[str, Exported], file: FileLike, extra_files: dict[str, str] | None = None, **options: Any
 ) -> None:
     """Compile each program and write them to one package under these names; ``options`` are Inductor's.
 
@@ -62,7 +62,7 @@ def package(
             assert isinstance(made, list)
             # without the sources: they are not needed, and name folders of this machine
             files[name] = [f for f in made if not str(f).endswith(".cpp")]
-    package_pt2(str(file), aoti_files=files, extra_files=extra_files)  # type: ignore[arg-type]
+    package_pt2(file, aoti_files=files, extra_files=extra_files)  # type: ignore[arg-type]
 
 
 def with_kernels(program: Exported) -> Exported:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.lower import lower_captured
 from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.files import check_parent, move_file
+from sparseforge_fx.files import check_parent, disk_full_told, move_file
 from sparseforge_fx.graph.capture import capture
 
 FORMATS = ("pt2", "aoti")
@@ -89,14 +90,36 @@ def check_path(path: str | Path) -> None:
     check_parent(path)
 
 
-def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make an archive in a folder of its own, then move it to ``path``: never half a file, and sealed."""
+def replace_file(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` make an archive in a folder of its own, then move it to ``path``: never half a file, and sealed.
+
+    Raises SparseForgeError where the disk is full.
+    """
     path = Path(path).absolute()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-        made = Path(folder) / "model.pt2"  # the archive holds this name: the same bytes whatever the file is called
-        write(made)
+    with disk_full_told(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        made = Path(folder) / "model.pt2"
+        with _Patient(made, "wb") as file:  # and not its name, which the archive would hold
+            write(cast(IO[bytes], file))
+        if file.error is not None:
+            raise file.error
         seal(made)
         move_file(made, path)
+
+
+class _Patient(io.FileIO):
+    """A file that takes whatever comes, and keeps what went wrong: torch's writer aborts the process on an error."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data)
+        size = left.nbytes
+        while left.nbytes and self.error is None:
+            try:
+                left = left[super().write(left) :]
+            except OSError as error:
+                self.error = error
+        return size
 
 
 def plain_outputs(exported: ExportedProgram) -> None:

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def export_generator(
     extra = {SPEC_FILE: json.dumps(spec, indent=1), **with_text}
     programs = {"prefill": prefill, "decode": decode}
 
-    def write(file: Path) -> None:
+    def write(file: IO[bytes]) -> None:
         if format == "aoti":
             # weights beside the two libraries, each once
             on_disk = {"package_constants_in_so": False, "package_constants_on_disk_format": "pickle_weights"}
@@ -101,7 +101,7 @@ def export_generator(
                 graph.example_inputs = None  # they hold a whole cache
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="No complete tensor")  # the stand-ins
-                package_pt2(str(file), exported_programs=graphs, extra_files=extra)
+                package_pt2(file, exported_programs=graphs, extra_files=extra)
 
     replace_file(path, write)
     cache_bytes = max_length * sum(t[0, 0].nbytes for pair in step.cache for t in pair)

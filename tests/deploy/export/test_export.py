@@ -1,6 +1,7 @@
 """export: files that run without the model's code, without this package where that is promised, and without Python."""
 
 import os
+import resource
 import shutil
 import subprocess
 import zipfile
@@ -101,6 +102,20 @@ def test_a_program_exports_to_the_same_bytes_whatever_its_name(sparse, tmp_path)
     for name in ("a.pt2", "b.pt2"):
         sf.export(found.model, tmp_path / name, found.example, gate=False)
     assert (tmp_path / "a.pt2").read_bytes() == (tmp_path / "b.pt2").read_bytes()
+
+
+def test_a_full_disk_is_told_and_the_file_of_before_stays(sparse, tmp_path):
+    found, path = sparse("llama"), tmp_path / "m.pt2"
+    path.write_text("of before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 30_000):  # torch's writer would abort the process
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            with pytest.raises(SparseForgeError, match=r"^the disk of .*m.pt2 is full: make room there"):
+                sf.export(found.model, path, found.example, gate=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "of before" and os.listdir(tmp_path) == ["m.pt2"]
 
 
 def test_what_is_not_as_it_was_written_is_told(sparse, tmp_path):

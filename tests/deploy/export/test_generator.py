@@ -361,7 +361,7 @@ def rewritten(path, target, change, more=None, sealed=True):
             if data is not None and not (sealed and name.endswith(CHECKSUMS)):
                 new.writestr(name, data)
         for name, data in (more or {}).items():
-            new.writestr(f"model/{name}", data)
+            new.writestr(f"archive/{name}", data)
     if sealed:
         seal(target)
 
@@ -425,7 +425,7 @@ def test_a_changed_bit_is_noticed(exported, tmp_path, place):
 def test_a_bit_that_flips_on_the_disk_is_noticed(exported, tmp_path):
     path = exported("llama")[1]
     with zipfile.ZipFile(path) as archive:
-        weight = archive.read("model/data/weights/weight_0")
+        weight = archive.read("archive/data/weights/weight_0")
     data = bytearray(path.read_bytes())
     data[data.index(weight) + len(weight) // 2] ^= 4
     (tmp_path / "bad.pt2").write_bytes(data)
@@ -475,7 +475,7 @@ def test_nothing_inflates(exported, tmp_path):
     path = tmp_path / "bad.pt2"
     rewritten(exported("llama")[1], path, lambda name, data: None if name.endswith(SPEC_FILE) else data)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(f"model/extra/{SPEC_FILE}", b" " * (300 << 20))
+        archive.writestr(f"archive/extra/{SPEC_FILE}", b" " * (300 << 20))
     tracemalloc.start()
     with pytest.raises(SparseForgeError, match="not one that torch writes"):
         sf.load_generator(path)
