@@ -198,16 +198,6 @@ def _check_form(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             )
 
 
-def example_inputs_of(model: nn.Module, batch: Any) -> Any:
-    """What to capture with: the inputs in a batch; None where token ids are all, of which capture makes better ones."""
-    inputs = example_of(model, batch)
-    ids = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else None
-    if isinstance(inputs, Mapping) and set(inputs) == {"input_ids"}:
-        ids = inputs["input_ids"]
-    is_text = getattr(model, "main_input_name", None) == "input_ids" and isinstance(ids, Tensor) and ids.dim() == 2
-    return None if is_text and not getattr(model.config, "is_encoder_decoder", False) else inputs
-
-
 def by_name(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The whole batch by the names of the model's forward, however it was given.
 

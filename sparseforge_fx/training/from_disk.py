@@ -13,11 +13,12 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from sparseforge_fx.data.batches import count_rows
+from sparseforge_fx.data.capturing import capture_for
 from sparseforge_fx.data.opening import first_batches, is_self, open_batches, tell_length, tell_text
-from sparseforge_fx.data.reading import Reader, example_inputs_of
+from sparseforge_fx.data.reading import Reader
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import disk_full_told
-from sparseforge_fx.graph.capture import as_call, capture
+from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
@@ -161,15 +162,15 @@ class _Run:
     ):  # fmt: skip
         torch.manual_seed(recipe.seed)
         self.source, self.recipe, self.config = source, recipe, config
-        model, batches, example = source.skeleton, None, None
+        model, batches, first = source.skeleton, None, None
         if isinstance(config, LayerwiseConfig):
             batches = open_batches(
                 model, data, source.tokenizer, tokens=recipe.calibration * recipe.length, batch_size=recipe.batch_size,
                 length=recipe.length, seed=recipe.seed, cache_dir=cache_dir, text_column=recipe.text_column,
                 separator=recipe.separator,
             )  # fmt: skip
-            example = example_inputs_of(model, cast_inputs(batches.batch(0), computing.checkpoint, computing.dtype))
-        self.program: Exported = capture(model, example)
+            first = cast_inputs(batches.batch(0), computing.checkpoint, computing.dtype)
+        self.program: Exported = capture_for(model, first)
         self.sites: list[LinearSite]
         planned: list[str] = []
         if recipe.plan is None:

@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparseforge_fx.data.batches import Batches
+from sparseforge_fx.data.capturing import capture_for
 from sparseforge_fx.data.opening import first_batches, open_batches, tell_length, tell_text
-from sparseforge_fx.data.reading import Reader, example_inputs_of
+from sparseforge_fx.data.reading import Reader
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.graph.capture import as_call, capture
+from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
@@ -96,9 +97,7 @@ def open_run(
             text_column=recipe.text_column,
             separator=recipe.separator,
         )
-        if example_inputs is None:
-            example_inputs = example_inputs_of(model, batches.batch(0))
-    program = capture(model, example_inputs)
+    program = capture_for(model, None if batches is None else batches.batch(0), example_inputs)
     planned: list[str] = []
     if recipe.plan is None:
         sites = find_linears(program, config.pattern, recipe.include, recipe.exclude)

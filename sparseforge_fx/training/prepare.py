@@ -118,7 +118,9 @@ def _calibration(model: nn.Module, given: Any) -> list[Any]:
         raise SparseForgeError("calibration is text: tokenise it and pass token ids or batches")
     given = list(given) if isinstance(given, Iterator) else given
     length = text_length(model, LENGTH)
-    return list(as_batches(given, batch_size=Recipe.batch_size, length=length, seed=0).first_pass())
+    batches = list(as_batches(given, batch_size=Recipe.batch_size, length=length, seed=0).first_pass())
+    example_of(model, batches[0])  # refuses what is no batch
+    return batches
 
 
 def prepare_captured(

@@ -69,7 +69,7 @@ def captured_llama():
 @pytest.fixture
 def llama(monkeypatch):
     model, program, first = captured_llama()
-    monkeypatch.setattr(importlib.import_module("sparseforge_fx.training.inputs"), "capture", lambda *_: program)
+    monkeypatch.setattr(importlib.import_module("sparseforge_fx.data.capturing"), "capture", lambda *_: program)
 
     def reset():
         model.load_state_dict(first)

@@ -17,9 +17,7 @@ from sparseforge_fx.graph.exported import Exported
 
 #: who asks for captures; all are imported before the first is changed, lest one begin with a stand-in and keep it
 USERS = [f"deploy.export.{name}" for name in ("export", "generation")]
-USERS += [f"deploy.lowering.{name}" for name in ("lower", "round_on_data")]
-USERS += ["models.streamed_forward", "graph.capture"]
-USERS += [f"training.{name}" for name in ("from_disk", "inputs", "prepare")]
+USERS += ["deploy.lowering.lower", "models.streamed_forward", "graph.capture", "data.capturing", "training.prepare"]
 #: folders of tests whose models are many, or whose subject captures are; elsewhere a capture is a step on the way
 FOR_THEMSELVES = ("graph", "tests")
 LARGEST = 4_000_000  # weights of a model that is kept

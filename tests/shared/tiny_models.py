@@ -13,11 +13,12 @@ import transformers
 from captures import capture_alike
 from torch import Tensor, nn
 
+from sparseforge_fx.data import capturing
 from sparseforge_fx.deploy.export import export
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.passes import find_linears
-from sparseforge_fx.training import inputs, prepare
+from sparseforge_fx.training import prepare
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.sparse_model import SparseModel
 
@@ -139,7 +140,7 @@ def captured_once(monkeypatch, tiny):
     def remembered(model, example_inputs=None):
         return programs.get(id(model)) or capture_alike(model, example_inputs)
 
-    for module in (prepare, inputs, export):
+    for module in (prepare, capturing, export):
         monkeypatch.setattr(module, "capture", remembered)
     return reset
 

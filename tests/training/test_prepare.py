@@ -191,7 +191,7 @@ def test_calibration_in_every_form_of_batches(captured_once, form):
 
 @pytest.mark.parametrize("shape", [(6, 12), (72,)])
 def test_token_ids_are_a_calibration_set(shape):
-    model = nn.Linear(4, 4)
+    model = nn.Embedding(80, 4)
     model.config = SimpleNamespace(max_position_embeddings=12)
     ids = torch.arange(72)
     batches = prepare._calibration(model, ids.view(shape))
@@ -207,6 +207,7 @@ def test_token_ids_are_a_calibration_set(shape):
         (torch.randn(4, 16), "token ids must be a 1-D integer array"),
         (["some text"], "calibration is text"),
         (7, "data of type int is not understood"),
+        ([[5, 6], [7, 8]], "a batch holds no tensor but int"),
     ],
 )
 def test_what_is_no_calibration_set(captured_once, calibration, message):

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparseforge_fx.data.reading import Reader, example_inputs_of
+from sparseforge_fx.data.capturing import capture_for
+from sparseforge_fx.data.reading import Reader
 from sparseforge_fx.formats import Format
-from sparseforge_fx.graph.capture import as_call, capture
+from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.methods.layerwise import round_layer_by_layer
 from sparseforge_fx.methods.rounding import Rounded
 from sparseforge_fx.methods.weights import MaskedWeight
@@ -34,7 +35,7 @@ def round_on_data(
         batches: of data/batches.py.
         example_inputs: to capture with, where the batches do not serve.
     """
-    program = capture(model, example_inputs_of(model, batches[0]) if example_inputs is None else example_inputs)
+    program = capture_for(model, batches[0], example_inputs)
     reader = Reader(program, labels=False)
     modules = {id(weights[name]): name for name in formats}
     sites = find_linears(program, Unstructured(0.5), include=["*"])
@@ -49,7 +50,7 @@ def round_on_data(
     owner = {w.fqn: modules[id(program.tensor(w.fqn))] for w in found}
     readings = [reader.read(*as_call(batch)) for batch in batches]
     rounded, told = round_layer_by_layer(masked, found, readings, {f: formats[n] for f, n in owner.items()})
-    notes = [f"{owner[fqn]}: {text}" for fqn, text in told.items()] + list(reader.notes)
+    notes = [f"{owner[fqn]}: {text}" for fqn, text in told.items()] + [*program.notes, *reader.notes]
     unread = sorted(set(formats) - set(owner.values()))
     notes += [f"{name}: the graph does not read it as a linear's weight: its own nearest values" for name in unread]
     return {owner[fqn]: value for fqn, value in rounded.items()}, notes
