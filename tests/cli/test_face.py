@@ -157,6 +157,13 @@ def test_names_are_printed_as_they_are(home, tmp_path):
     assert all(name in said for name in names)
 
 
+def test_what_a_terminal_cannot_show_is_written_out(home, tmp_path):
+    report = json.loads((home / "run" / "report.json").read_text()) | {"notes": ["caf\u00e9"]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    result = CliRunner(charset="ascii").invoke(cli.app, ["report", str(tmp_path)])
+    assert result.exit_code == 0 and "caf\\xe9" in result.stdout
+
+
 def test_measurements_of_a_run_go_onto_its_page(home):
     options = ["--data", home / "test.txt", "--context", "32", "--max-windows", "6", "-p", "The quick"]
     numbers = json.loads(ok("evaluate", home / "run", "--dense", home / "dense", *options, "--json"))
