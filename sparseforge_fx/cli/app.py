@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import logging
 import os
@@ -113,6 +114,8 @@ def guard(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a model writes what a terminal of ASCII cannot show
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             function(*args, **kwargs)
         except (SparseForgeError, OSError) as error:

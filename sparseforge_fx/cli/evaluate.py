@@ -25,7 +25,7 @@ from sparseforge_fx.cli.app import (
     stdout,
 )
 from sparseforge_fx.cli.beside import Beside
-from sparseforge_fx.cli.generate import go_on
+from sparseforge_fx.cli.generate import check_prompts, go_on
 from sparseforge_fx.cli.on_disk import on_disk, windows_at_once
 from sparseforge_fx.errors import SparseForgeError, add_sentence
 from sparseforge_fx.page.texts import paired_text, with_error
@@ -85,6 +85,7 @@ def evaluate(
     from sparseforge_fx.pattern import parse_pattern
     from sparseforge_fx.report import environment, write_json
 
+    check_prompts(prompt)
     files = _read_files(task_data)
     kept = Beside.of(model, "evaluation.json", output)
     shape, (window, stride), (wanted, limit) = parse_pattern(pattern), _read_windows(context), _read_tasks(tasks)

@@ -37,6 +37,7 @@ def generate(
     check_numbers({"--temperature": Positive, "--top-p": ShareAboveZero}, shares)
     if not sample and (given := [n for n, on in _drawing(temperature, top_k, top_p, seed).items() if on]):
         raise SparseForgeError(f"{', '.join(given)} without --sample has no effect: add it, or leave {given[0]} out")
+    check_prompts(prompt)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": sample,
@@ -64,6 +65,15 @@ def _drawing(temperature: float, top_k: int, top_p: float, seed: int | None) -> 
     return {
         "--temperature": temperature != 1.0, "--top-k": top_k != 0, "--top-p": top_p != 1.0, "--seed": seed is not None,
     }  # fmt: skip
+
+
+def check_prompts(prompts: list[str]) -> None:
+    """Raise SparseForgeError for bytes that are no text, of which Python makes characters that no tokenizer knows."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise SparseForgeError(f"--prompt {prompt!a} is not UTF-8: give text in that encoding") from error
 
 
 def _from_folder(model: str, prompts: list[str], seed: int | None, device: str | None, options: dict) -> list[str]:

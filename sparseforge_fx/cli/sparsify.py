@@ -134,10 +134,11 @@ def sparsify(
         "weight_decay": weight_decay, "optimizer": optimizer, "teacher": teacher,
     }  # fmt: skip
     recipe, folder = _recipe(config, asked, change, curvature, temperature), RunFolder(output)
+    of_training = {"log_with": log_with, "compile": compile is Compile.on, "save_seconds": save_seconds != SAVE_SECONDS}
     from_disk = not _shared(device, recipe) and on_disk(
-        device, log_with=log_with, compile=compile is Compile.on, save_seconds=save_seconds != SAVE_SECONDS,
-        activation_checkpointing=activation_checkpointing,
-    )  # fmt: skip
+        device, **of_training, activation_checkpointing=activation_checkpointing
+    )
+    _check_trains(recipe, of_training)
     limit = activation_limit(activation_bytes, from_disk)
     walk: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "activation_bytes": limit}
     if dry_run:
@@ -193,6 +194,15 @@ def _recipe(
     if recipe.data is not None and recipe.data != "self":
         open_sources(recipe.data)
     return recipe.resolved(has_data)
+
+
+def _check_trains(recipe: Recipe, of_training: dict[str, Any]) -> None:
+    """Raise SparseForgeError for what only a run that trains has a use for."""
+    from sparseforge_fx.methods.catalog import ONE_SHOT
+
+    given = [f"--{name.replace('_', '-')}" for name, value in of_training.items() if value]
+    if recipe.method in ONE_SHOT and given:
+        raise SparseForgeError(f"{recipe.method} does not train and has no use for {given[0]}: leave it out")
 
 
 def _shared(device: str | None, recipe: Recipe) -> bool:

@@ -98,6 +98,10 @@ class TrainedConfig(MethodConfig, ABC):
             )
 
     @property
+    def idle(self) -> dict[str, str]:
+        return super().idle | ({} if self.reconstruct else {"reconstruct_lr": "reconstruct is 0"})
+
+    @property
     def calibrates(self) -> bool:
         """Does the start look at data?"""
         return self.start in LAYERWISE or self.reconstruct > 0 or self.values != "float"

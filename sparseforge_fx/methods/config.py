@@ -46,6 +46,11 @@ class MethodConfig:
             if hints.get(name) is bool and not isinstance(value, bool):  # "no" would be true
                 raise SparseForgeError(f"{name} is {value!r}: give True or False")
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """The constants that have no part in a run, because of others: name -> why."""
+        return {}
+
     def choose(self, name: str, allowed: Sequence[str]) -> None:
         """Raise a SparseForgeError unless the field has one of the allowed values."""
         if getattr(self, name) not in allowed:

@@ -41,6 +41,11 @@ class GradualConfig(TrainedConfig):
         super().__post_init__()
         self.choose("ramp", ("cubic", "rounds"))
 
+    @property
+    def idle(self) -> dict[str, str]:
+        other = "rounds" if self.ramp == "cubic" else "update_every"
+        return super().idle | {other: f"ramp is {self.ramp!r}"}
+
     def build(self, weights: Sequence[MaskedWeight]) -> Gradual:
         return Gradual(self, weights)
 

@@ -71,6 +71,10 @@ class LayerwiseConfig(MethodConfig, ABC):
         self.choose("values", get_args(Values))
         self.check_reorder(self.reorder)
 
+    @property
+    def idle(self) -> dict[str, str]:
+        return super().idle | ({} if self.reconstruct else {"reconstruct_lr": "reconstruct is 0"})
+
     @abstractmethod
     def solve(self, weight: Tensor, mask: Tensor, moments: Tensor) -> LayerSolution:
         """Weight and mask of one layer (a :data:`~sparseforge_fx.methods.layerwise.Solve`)."""

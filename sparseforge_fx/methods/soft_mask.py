@@ -43,6 +43,13 @@ FLOOR = 1e-7
 RATIO_FLOOR = 1e-12  # eps of ``ratio``
 #: probes of hutchinson before the first mask update; the others' first estimate is good enough
 WARM_PROBES = {"hutchinson": 4}
+#: fields that say how masks move, with and without curvature, and when
+ESTIMATE = ("curvature", "curvature_beta", "curvature_vectors", "curvature_start", "probe_every", "score_noise_floor")
+MOVES = (
+    *ESTIMATE, "score", "gate", "sparsity_warmup", "first_update", "temperature_start", "temperature_floor",
+    "temperature_half_life", "structure_start", "structure", "group_mix", "update_every", "update_every_late",
+    "mask_rate", "masked_decay",
+)  # fmt: skip
 SAMPLE = 1 << 15  # scores that a weight's quantiles are taken from; their error in rank is below 0.3 %
 
 
@@ -127,6 +134,19 @@ class SparseForgeConfig(TrainedConfig):
     @property
     def starts_fixed(self) -> bool:
         return self.start != "dense" and self.quench_end == 0
+
+    @property
+    def idle(self) -> dict[str, str]:
+        why = super().idle
+        if self.start != "dense":
+            why |= dict.fromkeys(MOVES, f"masks are those of start={self.start!r}, and none is chosen anew")
+        elif not self.scored:
+            why |= dict.fromkeys(ESTIMATE, f"score is {self.score!r}")
+        elif self.curvature != "hutchinson":
+            why["curvature_vectors"] = f"curvature is {self.curvature!r}"
+        if self.starts_fixed:
+            why["softness_start"] = "quench_end is 0: masks are final from the start on"
+        return why
 
     def build(self, weights: Sequence[MaskedWeight]) -> SparseForge:
         return SparseForge(self, weights)

@@ -29,7 +29,7 @@ from sparseforge_fx.training.shared_start import SharedStart
 from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.train import Optimization, train
 from sparseforge_fx.training.undo import dense_again_on_error
-from sparseforge_fx.training.unused import unused_arguments, unused_for_experts
+from sparseforge_fx.training.unused import unused_arguments, unused_for_experts, unused_options
 
 
 def anneal(
@@ -63,7 +63,7 @@ def anneal(
         recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=config.calibrates,
         batches=run.batches,
     )  # fmt: skip
-    report["notes"] += unused_for_experts(config, run.sites)
+    report["notes"] += [*unused_options(config, recipe, True), *unused_for_experts(config, run.sites)]
     identity = _identity(run, recipe, config, settings.slorb_block, path)  # of the dense weights
     config = config if start is None else start.config
     report |= {"config": config.describe(), "lr": recipe.lr, "settings": settings.describe()}

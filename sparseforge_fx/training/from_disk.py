@@ -44,7 +44,7 @@ from sparseforge_fx.training.prepare import check_sites
 from sparseforge_fx.training.processes import Processes, together
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.sharded import SHARED
-from sparseforge_fx.training.unused import unused_arguments, unused_for_experts
+from sparseforge_fx.training.unused import unused_arguments, unused_for_experts, unused_options
 from sparseforge_fx.training.walk_folder import WalkFolder, begun_in, check_place
 
 
@@ -198,6 +198,7 @@ class _Run:
             recipe, beside, data=data, method=recipe.name(data is not None), trains=False,
             calibrates=bool(self.chosen), batches=batches,
         )  # fmt: skip
+        self.notes += unused_options(config, recipe, data is not None)
         self.notes += unused_for_experts(config, self.sites)
         self.method = recipe.name(data is not None)
 

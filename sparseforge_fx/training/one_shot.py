@@ -29,7 +29,7 @@ from sparseforge_fx.report import describe_change
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.teacher import Teacher, counterparts, dense_copies
-from sparseforge_fx.training.unused import unused_arguments, unused_for_experts
+from sparseforge_fx.training.unused import unused_arguments, unused_for_experts, unused_options
 
 
 def prune_once(
@@ -42,7 +42,8 @@ def prune_once(
         recipe, beside, data=run.data, method=report["method"], trains=False, calibrates=batches is not None,
         batches=run.batches,
     )  # fmt: skip
-    report["notes"] += unused_for_experts(config, run.sites)
+    told = unused_options(config, recipe, run.data is not None)
+    report["notes"] += [*told, *unused_for_experts(config, run.sites)]
     report["config"] = config.describe()
     report["calibration_sequences"] = sum(count_rows(b) for b in batches or ())
     experts = Experts(config.pattern)

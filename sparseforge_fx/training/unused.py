@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from sparseforge_fx.data.batches import is_text
+from sparseforge_fx.methods.catalog import TRAINED, find_name
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.experts import EXPERT_TOKENS
 from sparseforge_fx.passes import LinearSite
@@ -53,6 +55,22 @@ def unused_arguments(
         why["length"] = f"the data's own sequences of {ids.length} are taken as they are"
     differ = [n for n in why if given[n] is not defaults[n] and _differs(given[n], defaults[n])]
     return [f"{n} is given and not used: {why[n]}" for n in differ]
+
+
+def unused_options(config: MethodConfig, recipe: Recipe, has_data: bool) -> list[str]:
+    """A sentence for each constant of the method that was asked for and has no part beside the others.
+
+    Args:
+        config: of this recipe.
+    """
+    steps: Any = getattr(config, "steps", None)
+    if isinstance(recipe.method, MethodConfig):  # asked for: what neither its class nor a preset says
+        made = [vars(make(steps, config.pattern)) for make in TRAINED.get(find_name(config), {}).values()]
+        usual, asked = [{f.name: f.default for f in fields(config)}, *made], set(vars(config))
+    else:
+        usual, asked = [vars(recipe.changed(options={}).config(has_data, steps))], set(recipe.options)
+    given = [n for n in config.idle if n in asked and all(getattr(config, n) != known[n] for known in usual)]
+    return [f"{n} is given and not used: {config.idle[n]}" for n in given]
 
 
 def unused_for_experts(config: MethodConfig, sites: Sequence[LinearSite]) -> list[str]:

@@ -171,6 +171,8 @@ def test_benchmark(folder, tmp_path, always_faster):
         (["generate", "SPARSE", "-p", "a", "--temperature", "0.5"], "--temperature without --sample has no effect"),
         (["generate", "SPARSE", "-p", "a", "--seed", "1"], "--seed without --sample has no effect"),
         (["generate", "SPARSE", "-p", "a", "--sample", "--top-p", "1.5"], "--top-p is 1.5"),
+        (["generate", "SPARSE", "-p", "caf\udce9"], "is not UTF-8"),
+        (["evaluate", "SPARSE", "-p", "a", "-p", "caf\udce9"], "--prompt 'caf\\udce9' is not UTF-8"),
         (["benchmark", "DENSE", "--device", "cpu"], "nothing to lower"),
         (["benchmark", "SPARSE", "--rounds", "0"], "at least 1"),
     ],

@@ -131,6 +131,9 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(home, line, says):
         ("sparsify {home}/dense --data {home}/test.txt --device disk -o {home}/no --dry-run", "is not trained"),
         ("sparsify {home}/dense --device disk --log-with wandb -o {home}/no --dry-run", "no use for --log-with"),
         ("sparsify {home}/dense --method magnitude --device disk -o {home}/run --dry-run", "is not empty"),
+        ("sparsify {home}/dense --method magnitude --log-with wandb -o {home}/no", "has no use for --log-with: leave"),
+        ("sparsify {home}/dense --compile on -o {home}/no --dry-run", "magnitude does not train and has no use for"),
+        ("sparsify {home}/dense --save-seconds 5 -o {home}/no", "has no use for --save-seconds"),
         ("sparsify {home}/dense --method magnitude --device tpu -o {home}/no --dry-run", "cannot be used here"),
         ("quantize {home}/dense --values int3 -o {home}/no --dry-run", "int3"),
         ("quantize {home}/dense --plan {home}/none.json -o {home}/no --dry-run", "none.json cannot be read: No such"),
@@ -165,6 +168,13 @@ def test_names_are_printed_as_they_are(home, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report))
     said = ok("report", tmp_path)
     assert all(name in said for name in names)
+
+
+def test_what_a_terminal_cannot_show_is_written_out(home, tmp_path):
+    report = json.loads((home / "run" / "report.json").read_text()) | {"notes": ["caf\u00e9"]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    result = CliRunner(charset="ascii").invoke(cli.app, ["report", str(tmp_path)])
+    assert result.exit_code == 0 and "caf\\xe9" in result.stdout
 
 
 def test_measurements_of_a_run_go_onto_its_page(home):

@@ -41,6 +41,39 @@ def test_of_a_module(options, expected):
     assert named(sf.sparsify(mlp(), **options, **QUIET).report["notes"]) == expected
 
 
+PLAIN = {"data": X, "method": "sparseforge", "steps": 2, "preset": "annealed"}
+FORGE = {**PLAIN, "preset": "alps+kd", "calibration": 8}
+GRADUAL = {"data": X, "steps": 2}
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (FORGE, set()),
+        ({**FORGE, "curvature": "fisher", "mask_rate": 0.9, "score": "magnitude"}, {"curvature", "mask_rate", "score"}),
+        ({**FORGE, "probe_every": 1, "gate": "site"}, set()),  # as they are anyway
+        ({**FORGE, "softness_start": 0.5, "reconstruct": 0, "reconstruct_lr": 0.1}, {"softness_start", "reconstruct_lr"}),
+        ({**FORGE, "softness_start": 0.5, "quench_end": 0.4, "reconstruct": 0, "reorder": False}, set()),
+        ({**PLAIN, "curvature": "fisher", "mask_rate": 0.9, "temperature_start": 2.0}, set()),
+        ({**PLAIN, "score": "magnitude", "curvature": "fisher", "gate": "pattern"}, {"curvature"}),
+        ({**PLAIN, "curvature_vectors": 2}, {"curvature_vectors"}),
+        ({**GRADUAL, "method": "gmp", "rounds": 3, "update_every": 2}, {"rounds"}),
+        ({**GRADUAL, "method": "imp", "rounds": 3, "update_every": 2}, {"update_every"}),
+        ({"data": X, "method": "wanda", "calibration": 8, "reconstruct_lr": 0.1}, {"reconstruct_lr"}),
+    ],
+)  # fmt: skip
+def test_of_the_method(options, expected):
+    assert named(sf.sparsify(mlp(), **options, **QUIET).report["notes"]) == expected
+
+
+@pytest.mark.parametrize("preset", ["alps+kd", "paper", "annealed"])
+def test_of_a_config(preset):
+    """Of constants as Python has them, those that no preset has are asked for."""
+    start = {"start": "alps", "heat_end": 0.0, "quench_end": 0.0}
+    config = sf.configure("sparseforge", 2, preset=preset, **start, curvature="activation")
+    assert named(sf.sparsify(mlp(), X, method=config, calibration=8, **QUIET).report["notes"]) == {"curvature"}
+
+
 @pytest.mark.parametrize("data, expected", [("tensor", set()), ("rows", {"length"}), ("packed", {"length"})])
 def test_of_token_ids(captured_once, data, expected):
     found = captured_once("llama")
