@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.modes import eval_mode
@@ -24,7 +29,7 @@ def draw_text(
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     rows = []
-    with eval_mode(model):  # dropout would be in the text
+    with eval_mode(model), _plain_generation(model):  # dropout would be in the text
         for _ in range(-(-tokens // (batch * length))):
             first = torch.full((batch, 1), start or 0, device=device)
             text = model.generate(  # type: ignore[operator]
@@ -40,3 +45,15 @@ def draw_text(
             )
             rows.append(text[:, :length] if keep_start else text[:, 1:])
     return torch.cat(rows)
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Without what the model's own generation_config asks of text for readers: penalties, stop strings, several at
+    once. Its end tokens stay, which ``min_new_tokens`` leaves out."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -217,7 +217,7 @@ def _write(
                     text.write_text(json.dumps(told))
     except OSError as error:
         raise SparseForgeError(
-            f"cannot write the token cache in {path.parent} ({error}): choose another cache_dir"
+            f"cannot write the token cache in {path.parent} ({error}): choose another cache_dir, or HF_HOME"
         ) from error
 
 

@@ -33,7 +33,7 @@ from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.teacher import weights_of
 from sparseforge_fx.training.trainable import choose_trainable
 from sparseforge_fx.training.undo import dense_again_on_error
-from sparseforge_fx.training.unused import UNCALIBRATED, UNTAUGHT, unused_for_experts
+from sparseforge_fx.training.unused import UNCALIBRATED, UNTAUGHT, unused_for_experts, unused_options
 
 
 @checked
@@ -103,6 +103,7 @@ def prepare(
         if compile:
             sparse.compile()
     told = [*unmatched(model, include=include, exclude=exclude), *unused_for_experts(config, sites)]
+    told += unused_options(config, Recipe(method=config), True)
     if calibration is not None and not config.calibrates:
         told.append(f"calibration is given and not used: {UNCALIBRATED}")
     if teacher is not None and sparse.teacher is None and not config.reconstruct:

@@ -301,7 +301,7 @@ def load_table(path: str | Path) -> Table:
     """What :func:`save_table` wrote. Raises SparseForgeError for a file that is something else."""
     try:
         content = json.loads(Path(path).read_text())
-        if content["version"] != TABLE_VERSION:
+        if "rows" in content and content["version"] != TABLE_VERSION:
             raise SparseForgeError(f"{path} is a cost table of version {content['version']}: measure again")
         return as_table(map(read_row, content["rows"]))
     except SparseForgeError:
