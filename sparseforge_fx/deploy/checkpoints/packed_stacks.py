@@ -13,7 +13,7 @@ from sparseforge_fx.deploy.lowering.modules import replace
 from sparseforge_fx.deploy.lowering.sparse_modules import SparseExperts, packed_weights
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.packed import Packed, check_packed, pack, packed_names, unpack, why_dense
-from sparseforge_fx.models.expert_stacks import has_experts, stacks_of
+from sparseforge_fx.models.expert_stacks import find_expert_stacks, has_experts, stacks_of
 
 if TYPE_CHECKING:
     from sparseforge_fx.deploy.checkpoints.packed_header import Stack
@@ -34,22 +34,24 @@ class Found(NamedTuple):
 
 
 def find_stacks(model: nn.Module) -> tuple[dict[str, Found], dict[str, str]]:
-    """Stacks that are packed, and 3-D parameters whose matrices are all exactly 2:4, along either of their dimensions,
-    by name; the others with a reason. Packing one that is no stack of experts loses nothing."""
+    """Stacks that are packed, and 3-D parameters whose matrices are all exactly 2:4, by name; the others with a reason.
+    Where it is not known which dimension their inputs are, either may be it: packing one that is no stack of experts
+    loses nothing."""
     found: dict[str, Found] = {}
     skipped: dict[str, str] = {}
     for name, module in packed_weights(model).items():
         if isinstance(module, SparseExperts):
             found[name] = Found(module.packed(), module.transposed, module.dtype)
+    known, _ = find_expert_stacks(model)
     for name, parameter in stacks_of(model):
         weight = parameter.detach()
-        reason = why_dense(weight)
-        if reason is None:
-            found[name] = Found(pack(weight), False, weight.dtype)
-        elif why_dense(weight.mT) is None:
-            found[name] = Found(pack(weight.mT), True, weight.dtype)
+        ways = (False, True) if name not in known else (known[name].transposed,)
+        reasons = {way: why_dense(weight.mT if way else weight) for way in ways}
+        way = next((way for way, reason in reasons.items() if reason is None), None)
+        if way is None:
+            skipped[name] = f"a stack of experts: {reasons[ways[0]]}"
         else:
-            skipped[name] = f"a stack of experts: {reason}"
+            found[name] = Found(pack(weight.mT if way else weight), way, weight.dtype)
     return found, skipped
 
 
@@ -103,7 +105,11 @@ def take_stacks(model: nn.Module, stacks: Mapping[str, Stack]) -> None:
             raise SparseForgeError(f"'{name}': {error}; copy the checkpoint anew") from error
         if scales is None and not packed.values.isfinite().all():
             raise SparseForgeError(f"packed stack '{name}' has NaN or inf as {packed.values.dtype}: pack it anew")
-        if has_experts(owner) and bool(owner.is_transposed) == stack.transposed:
+        if has_experts(owner):
+            if bool(owner.is_transposed) != stack.transposed:
+                raise SparseForgeError(
+                    f"the packed stack '{name}' is stored the other way round: the header is damaged"
+                )
             sparse = SparseExperts(packed, transposed=stack.transposed, dtype=empty.dtype)
             replace(model, name, sparse.train(owner.training))
         else:

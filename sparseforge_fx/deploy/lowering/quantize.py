@@ -15,6 +15,7 @@ from sparseforge_fx.deploy.lowering.modules import packed_like, replace, weight_
 from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
 from sparseforge_fx.deploy.lowering.round_on_data import round_on_data
 from sparseforge_fx.deploy.lowering.savable import leave_savable
+from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
 from sparseforge_fx.graph.forward import unwrapped
@@ -84,7 +85,7 @@ def quantize(
     chosen = _choose(model, values, plan, dense, include, exclude)
     notes += unmatched(model, include=include, exclude=exclude)
     known = dict(scales or {})
-    _check(chosen, known)
+    _check(model, chosen, known)
     sites = chosen.modules
     with _as_it_was(model, sites, copies=data is not None):
         for name, embedding in chosen.copied.items():
@@ -159,11 +160,13 @@ def _choose(
     return by_values(model, form, dense, include, exclude)
 
 
-def _check(chosen: Chosen, known: Mapping[str, Tensor]) -> None:
+def _check(model: nn.Module, chosen: Chosen, known: Mapping[str, Tensor]) -> None:
     """Raise a SparseForgeError where there is nothing to do, or nobody to do it."""
     sites = chosen.modules
     if strange := sorted(known.keys() - {f"{name}.weight" for name in sites}):
         raise SparseForgeError(f"scales of {strange[0]}, which is no linear that can be packed: leave them out")
+    if not sites and packed_weights(model):
+        raise SparseForgeError("nothing to quantise: the linears are packed already; model.dequantize() goes back")
     if not sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(chosen.skipped.items())[:4])
         raise SparseForgeError(f"nothing to quantise: {reasons or 'the model has no linear layer'}")

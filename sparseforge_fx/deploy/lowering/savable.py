@@ -24,6 +24,6 @@ def leave_savable(model: Any) -> None:
         for name, m in packed.items()
     }
     config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**Header(sites).to_json())
-    model.hf_quantizer, model.is_quantized = AUTO_QUANTIZER_MAPPING[METHOD](config), True
+    model.hf_quantizer = AUTO_QUANTIZER_MAPPING[METHOD](config)
     model.config.quantization_config = config
     model._weight_conversions = []

@@ -17,6 +17,8 @@ from sparseforge_fx.kernels.packed import BITMASK, SCALES, VALUES, Packed, pack
 from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
 
+_ELSEWHERE = f"packed experts are computed by the implementation '{PACKED}': set_experts_implementation('{PACKED}')"
+
 
 class PackedWeight(nn.Module):
     """A weight [out, in], or a stack of them, packed in any format and frozen.
@@ -156,6 +158,16 @@ class SparseExperts(PackedWeight):
     """
 
     instead_of: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Other implementations of the interface ask for what a parameter has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(f"{error}: {_ELSEWHERE}") from None
+
+    def __getitem__(self, _: Any) -> Tensor:
+        raise SparseForgeError(_ELSEWHERE)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Parameter:

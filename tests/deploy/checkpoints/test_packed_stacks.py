@@ -138,3 +138,17 @@ def test_the_header_goes_through_json(saved):
     raw = json.loads((folder / "config.json").read_text())["quantization_config"]
     header = Header.from_json(raw)
     assert header.to_json() == raw and len(header.stacks) == 2
+
+
+def test_a_stack_the_other_way_round_is_refused(saved):
+    """Its matrices may be square, so that shapes say nothing."""
+    _, _, folder = saved
+    config = json.loads((folder / "config.json").read_text())
+    for stack in config["quantization_config"]["stacks"].values():
+        stack["transposed"] = not stack["transposed"]
+        stack["shape"] = (
+            [stack["shape"][0], *stack["shape"][:0:-1]] if stack["shape"][1] != stack["shape"][2] else stack["shape"]
+        )
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SparseForgeError, match="damaged"):
+        sf.load(folder)

@@ -154,3 +154,18 @@ def test_nothing_changes_if_it_fails(tiny, monkeypatch):
     for name, parameter in found.model.named_parameters():
         assert torch.equal(parameter, before[name])
     assert "sparseforge" not in found.model.get_experts_implementation().values()
+
+
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+def test_other_implementations_say_what_computes_packed_experts(found, way):
+    sf.quantize(found.model, "int8")
+    found.model.set_experts_implementation(way)
+    with pytest.raises((SparseForgeError, AttributeError), match="set_experts_implementation\\('sparseforge'\\)"):
+        found.model(**found.batch(1))
+
+
+def test_twice(tiny):
+    found = fresh(tiny)
+    sf.quantize(found.model, "int8")
+    with pytest.raises(SparseForgeError, match="packed already"):
+        sf.quantize(found.model, "int4")
