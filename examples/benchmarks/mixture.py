@@ -39,6 +39,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "alps": {"method": "alps"},
     "sparseforge annealed": {"method": "sparseforge", "preset": "annealed"},
     "sparseforge alps+kd": {"method": "sparseforge", "preset": "alps+kd"},
+    "dense int8": {"values": "int8"},
+    "dense int4": {"values": "int4"},
+    "alps int8": {"method": "alps", "values": "int8"},
+    "alps int4": {"method": "alps", "values": "int4"},
 }
 
 
@@ -93,11 +97,14 @@ def main(
             continue
         net = language_model(str(folder), torch.float32)
         how = METHODS[name] | ({"tokens": healing, "lr": healing_lr} if name.startswith("sparseforge") else {})
+        values = how.pop("values", None)
         began = time.monotonic()
-        report = sf.sparsify(
-            net, None if name == "magnitude" else rest, batch_size=batch_size, length=length, calibration=calibration,
-            seed=seed, show_progress=False, **how,
-        ).report  # fmt: skip
+        read = {"batch_size": batch_size, "length": length, "calibration": calibration, "seed": seed}
+        report: dict[str, Any] = {}
+        if how:
+            report = sf.sparsify(net, None if name == "magnitude" else rest, show_progress=False, **read, **how).report
+        if values:
+            report = dict(sf.quantize(net, values, rest, include=["*.experts.*", "*_proj"], **read)) | report
         seconds = time.monotonic() - began
         report["sites"] = len(report["sites"])
         report = {key: value for key, value in report.items() if key not in ("passes", "curves", "density", "skipped")}
