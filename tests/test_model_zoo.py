@@ -177,7 +177,8 @@ def test_model(entry: Entry):
             capture(model, entry.inputs)
         return
     program = capture(model, entry.inputs)
-    assert program.notes == ((entry.note,) if entry.note else ())
+    notes = [note for note in program.notes if " is not in the graph: gradients there" not in note]
+    assert notes == ([entry.note] if entry.note else [])
     batch = entry.inputs or make_example_inputs(model, batch=3, length=12 if entry.note else 9)
 
     sites = find_linears(program)

@@ -39,18 +39,21 @@ def experts_table() -> str:
     """One layer of a mixture in every format, beside its bfloat16."""
     parts = []
     for run in read("experts_decode"):
+        seconds = {(row["tokens"], row["format"]): row["median_seconds"] for row in run["rows"]}
         rows = [
             (
                 row["format"], row["tokens"], f"{row['bytes'] / 1e6:,.0f} MB", f"{1e3 * row['median_seconds']:.2f}",
-                f"{row['median_of_ratios']:.2f}x", "{:.2f} to {:.2f}".format(*row["quartiles"]),
+                "{:.2f}x ({:.2f} to {:.2f})".format(row["median_of_ratios"], *row["quartiles"]),
+                f"{seconds[row['tokens'], row['format'].replace('2:4', 'dense')] / row['median_seconds']:.2f}x",
             )
             for row in run["rows"]
         ]  # fmt: skip
         text = (
-            f"{machine(run)}, {run['threads']} threads, commit {run['commit']}: {run['experts']} experts of {run['width']} over"
-            f" {run['hidden']} channels, eight for a token; medians of {run['rounds']} rounds in which all are called in turn."
+            f"{run['device']}, {run['threads']} threads, commit {run['commit']}: {run['experts']} experts of {run['width']} over"
+            f" {run['hidden']} channels, eight for a token; medians of {run['rounds']} rounds in which all are called in turn, in"
+            " brackets the middle half."
         )
-        names = ("experts", "tokens", "bytes", "ms", "over bfloat16", "middle half")
+        names = ("experts", "tokens", "bytes", "ms", "over bfloat16", "over dense of the same bits")
         parts.append((text, table(names, "lrrrrr", rows)))
     return blocks(parts)
 
