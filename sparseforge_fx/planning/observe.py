@@ -38,7 +38,7 @@ def observe(run: Run, recipe: Recipe, sites: Sequence[LinearSite], see: See, pur
     """Tell ``see`` of every weight, in the graph's order: one walk with gradients, one for the moments of the inputs.
 
     Args:
-        purpose: what is made of it, for the note where padding counts.
+        purpose: what is made of it, for the notes: where padding counts, and where the answers have no gradient.
     """
     batches: list[Reading] = [run.reader.read(*as_call(batch)) for batch in run.first(recipe.calibration)]
     module = run.program.module()
@@ -54,8 +54,11 @@ def observe(run: Run, recipe: Recipe, sites: Sequence[LinearSite], see: See, pur
         site = by_name[name]
         stored = run.program.tensor(name).detach()
         weight = (stored.t() if site.transposed else stored).float()
-        none = torch.zeros(site.out_features, device=weight.device)  # the answer does not depend on it
-        see(name, weight, moments, curvature.get(name, none))
+        none = torch.zeros(site.out_features, device=weight.device)
+        sharpness = curvature.get(name, none)
+        if not sharpness.any():
+            run.notes.append(f"no gradient of the answers reaches {name}: nothing is predicted to {purpose} there")
+        see(name, weight, moments, sharpness)
 
     sources = {node: (site.fqn, LINEAR_OPS[node.target][0]) for node, site in nodes.items()}
     for name in layer_by_layer(module, sources, batches, visit):

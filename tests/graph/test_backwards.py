@@ -42,3 +42,4 @@ def test_a_report_has_them():
     assert any("the backward of Round" in note for note in found.report["notes"])
     plan = sf.plan(Rounded(), [torch.randn(4, 8)] * 2, bytes=0.6, tokens=[1])
     assert any("the backward of Round" in note for note in plan.notes)
+    assert "no gradient of the answers reaches a.weight: nothing is predicted to cost there" in plan.notes

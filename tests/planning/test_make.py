@@ -41,7 +41,8 @@ def test_each_budget_is_kept_and_the_model_left_as_it_was(planned, name):
     _, exact = planned(name, loss=fast.loss / 2)
     assert 0 < exact.loss <= fast.loss / 2 and exact.speedup > 1
     assert {w.name for w in fast.weights} | set(fast.skipped) >= set(found.weights)
-    assert fast.machine == environment()["device"] and fast.notes == []
+    unused = ["no gradient of the answers reaches pooler.dense.weight: nothing is predicted to cost there"]
+    assert fast.machine == environment()["device"] and fast.notes == (unused if name == "vit" else [])
 
 
 def test_a_plan_of_more_speed_costs_more(planned):
