@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from sparseforge_fx.kernels.layouts import ROWS
-from sparseforge_fx.kernels.packed import pack
+from sparseforge_fx.formats import parse_format
+from sparseforge_fx.kernels.layouts import PAIRS, ROWS
+from sparseforge_fx.kernels.packed import pack, pack_codes, unpack
 from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
+from sparseforge_fx.methods.rounding import round_weight, stacked
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 OUT, WIDTH = 12, 16
@@ -57,3 +59,34 @@ def test_opcheck():
     x, _, values, meta, ends = make([2, 0, 1])
     torch.library.opcheck(PACKED_EXPERTS_OP, (x.requires_grad_(), values, meta, "rows", WIDTH, ends))
     torch.library.opcheck(PACKED_EXPERTS_OP, (x.detach().view(3, 1, WIDTH), values, meta, "rows", WIDTH, None))
+
+
+@pytest.mark.parametrize("form", ["2:4 int8", "dense int8", "2:4 int4/32", "dense int4/32"])
+@pytest.mark.parametrize("layout", [ROWS, PAIRS], ids=lambda layout: layout.name)
+def test_codes_in_every_layout(form, layout):
+    """x is rounded to 8 bits: an error of 1/254 of its largest in a block, for each of the products of a row."""
+    generator = torch.Generator().manual_seed(1)
+    format, out, width = parse_format(form), 24, 64
+    if not layout.knows(format):
+        pytest.skip("not kept in this layout")
+    weight = torch.randn(3, out, width, generator=generator)
+    if format.is_sparse:
+        weight *= hard_mask(weight.abs(), TWO_FOUR)
+    rounded = stacked([round_weight(w, format) for w in weight])
+    packed = pack_codes(rounded.codes, rounded.scales, format)
+    values, meta = layout.convert_each(packed)
+    again = layout.restore_each(values, meta, width, packed.scales)
+    assert all(torch.equal(a, b) for a, b in zip(again[:2], packed[:2], strict=True))
+    x = torch.randn(5, width, generator=generator)
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    y = PACKED_EXPERTS_OP(x, values, meta, layout.name, width, ends, None, packed.scales)
+    dense = unpack(packed)
+    want = torch.cat([x[:2] @ dense[0].T, x[2:] @ dense[2].T])
+    bound = x.abs().max() / 254 * dense.abs().sum(-1).max()
+    assert float((y - want).abs().max()) <= float(bound)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(
+        PACKED_EXPERTS_OP(x, values, meta, layout.name, width, ends, None, packed.scales).sum(), [x]
+    )
+    torch.testing.assert_close(grad, torch.cat([dense[0].sum(0).expand(2, -1), dense[2].sum(0).expand(3, -1)]))
+    torch.library.opcheck(PACKED_EXPERTS_OP, (x, values, meta, layout.name, width, ends, None, packed.scales))
