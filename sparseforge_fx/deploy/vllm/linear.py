@@ -61,7 +61,13 @@ class PackedVllmConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PackedVllmConfig:
-        return cls(Header.from_json(config))
+        header = Header.from_json(config)
+        if header.stacks:
+            raise SparseForgeError(
+                f"'{min(header.stacks)}' is a packed stack of experts, for which there is no operator in vLLM: "
+                f"{UNPACK}, and serve that"
+            )
+        return cls(header)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)

@@ -215,3 +215,12 @@ def test_what_is_refused(linear, folder):
         config_of(linear, folder, lambda header: header.pop("format_version"))
     with pytest.raises(SparseForgeError, match=r"qkv_proj': .*two bits.*copy the checkpoint anew"):  # it has no k
         load(build(config_of(linear, folder)), folder, skip=f"{LAYER}.self_attn.k_proj.weight_bitmask")
+
+
+def test_packed_experts_are_refused(linear, folder):
+    def add(header):
+        stack = {"shape": [4, 8, 8], "dtype": "float32", "transposed": False}
+        header |= {"stacks": {f"{LAYER}.mlp.experts.down_proj": stack}, "format_version": 3}
+
+    with pytest.raises(SparseForgeError, match="down_proj' is a packed stack of experts.* serve that"):
+        config_of(linear, folder, add)
