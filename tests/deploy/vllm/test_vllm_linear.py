@@ -222,5 +222,5 @@ def test_packed_experts_are_refused(linear, folder):
         stack = {"shape": [4, 8, 8], "dtype": "float32", "transposed": False}
         header |= {"stacks": {f"{LAYER}.mlp.experts.down_proj": stack}, "format_version": 3}
 
-    with pytest.raises(SparseForgeError, match="down_proj' is a packed stack of experts.* serve that"):
+    with pytest.raises(SparseForgeError, match=r"down_proj' is a packed stack of experts.* serve that"):
         config_of(linear, folder, add)
