@@ -167,7 +167,7 @@ def mixture_table() -> str:
 def of_experts(stacks: Mapping[str, Mapping[str, list]]) -> tuple[str, str]:
     """The least and the most tokens that an expert saw, and the smallest and the largest error."""
     tokens = [count for stack in stacks.values() for count in stack["tokens"]]
-    errors = [error for stack in stacks.values() for error in stack["error"] if error is not None]
+    errors = [error for stack in stacks.values() for error in stack.get("error", ()) if error is not None]
     if not tokens or not errors:
         return "", ""
     return f"{min(tokens):,} to {max(tokens):,}", f"{min(errors):.1%} to {max(errors):.1%}"
