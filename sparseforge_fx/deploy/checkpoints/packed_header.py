@@ -128,10 +128,11 @@ class Header(NamedTuple):
         return MOST_MODULES if self.model_modules is None else min(2 * self.model_modules + 100, MOST_MODULES)
 
     @property
-    def sentinel(self) -> str:
+    def sentinel(self) -> str | None:
         """An empty tensor that stands where a dense weight would. A loader that does not know our quant_method stops at
-        its shape; without it, transformers goes on with random weights for those that it misses."""
-        return f"{min(self.modules)}.weight"
+        its shape; without it, transformers goes on with random weights for those that it misses. None where there are
+        stacks alone, each of which has such a tensor."""
+        return f"{min(self.modules)}.weight" if self.modules else None
 
     @classmethod
     def from_json(cls, raw: Any) -> Header:
@@ -152,7 +153,7 @@ class Header(NamedTuple):
         if version == 1 and raw.get("pattern") != "2:4":  # of all modules; since then each has a format
             raise SparseForgeError(f"pattern {short(raw.get('pattern'))} is not '2:4', the only one that is packed")
         modules, count, files = raw.get("modules"), raw.get("model_modules"), raw.get("files")
-        if not isinstance(modules, dict) or not modules:
+        if not isinstance(modules, dict) or not (modules or raw.get("stacks")):
             raise SparseForgeError("the header lists no packed modules: the checkpoint is damaged")
         known = {"quant_method", "format_version", "modules", "model_modules", "files"}
         known |= {"stacks"} if version > WITHOUT_STACKS else set()

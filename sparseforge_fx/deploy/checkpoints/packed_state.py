@@ -25,14 +25,14 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
     linears, skipped = find_packable(model)
     found: dict[str, Packed] = {name: module.packed() for name, module in packed_linears(model).items()}
     found |= {name: pack(weight_of(module)) for name, module in linears.items()}
-    if not found:
+    stacks, dense_stacks = find_stacks(model)
+    if not found and not stacks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
         raise SparseForgeError(f"nothing to pack: {reasons or 'the model has no linear layer'}; run sparsify first")
     if any(packed.values.is_meta for packed in found.values()):
         raise SparseForgeError("weights of the model are on the meta device: load it without offloading first")
     if damaged := [n for n, p in found.items() if p.scales is None and not p.values.isfinite().all()]:
         raise SparseForgeError(f"'{damaged[0]}' has NaN or inf in its weight: train or load it anew")
-    stacks, dense_stacks = find_stacks(model)
     gone = {f"{name}.{leaf}" for name in (*found, *stacks) for leaf in ("weight", VALUES, BITMASK, SCALES)}
     state = {key: value for key, value in model.state_dict().items() if key not in gone}
     dtypes = {name: module.dtype for name, module in packed_linears(model).items()}
@@ -49,7 +49,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
         "dense_bytes": sum(dense.values()),
         "lowered_bytes": sum(p.nbytes for p in found.values()),
-        "scratch_bytes": max(dense.values()),
+        "scratch_bytes": max(dense.values(), default=0),
     }
     for name, stack in stacks.items():
         if stack.packed.scales is None and not stack.packed.values.isfinite().all():
@@ -60,7 +60,8 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
     report["dense_bytes"] += sum(stack.packed.shape.numel() * stack.dtype.itemsize for stack in stacks.values())
     report["lowered_bytes"] += sum(stack.packed.nbytes for stack in stacks.values())
     header = Header(modules, sum(1 for _ in model.modules()), None, {n: _entry(s) for n, s in sorted(stacks.items())})
-    state[header.sentinel] = torch.empty(0, dtype=torch.uint8)
+    if header.sentinel is not None:
+        state[header.sentinel] = torch.empty(0, dtype=torch.uint8)
     return state, header, report
 
 

@@ -110,9 +110,11 @@ class PackedQuantizer(HfQuantizer):
             raise SparseForgeError(f"{lost} packed stacks are not in this model: load it with the class that wrote it")
         expect_stacks(model, self.stacks)
         _insert_branches(model, here, stored)
-        stored.pop(header.sentinel, None)
-        expected = re.escape(header.sentinel.removeprefix(here.prefix))  # not to be reported as unexpected
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), expected}
+        if header.sentinel is not None:
+            stored.pop(header.sentinel, None)
+            expected = re.escape(header.sentinel.removeprefix(here.prefix))  # not to be reported as unexpected
+            ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), expected}
+            model._keys_to_ignore_on_load_unexpected = ignored
         state = model.state_dict()
         held = {k: tuple(v.shape) for k, v in state.items()}
         found = {here.tensor(name, held): info for name, info in stored.items()}

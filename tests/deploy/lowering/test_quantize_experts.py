@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering.modules import replace
@@ -169,3 +170,15 @@ def test_twice(tiny):
     sf.quantize(found.model, "int8")
     with pytest.raises(SparseForgeError, match="packed already"):
         sf.quantize(found.model, "int4")
+
+
+def test_experts_alone_go_to_files_and_back(found, tmp_path):
+    report = sf.quantize(found.model, "int8", include=["*.experts.*"])
+    assert {s["name"] for s in report["sites"]} == packed_weights(found.model).keys() == stacks_of(found.model).keys()
+    batch = found.batch(2)
+    want = answers(found.model, batch)
+    sf.save_packed(found.model, None, tmp_path / "packed")
+    found.model.save_pretrained(tmp_path / "saved")
+    for folder in ("packed", "saved"):
+        for load in (lambda path: sf.load(path)[0], AutoModelForCausalLM.from_pretrained):
+            assert torch.equal(answers(load(tmp_path / folder), batch), want)
