@@ -97,8 +97,6 @@ def take_stacks(model: nn.Module, stacks: Mapping[str, Stack]) -> None:
         packed = Packed(values, bitmask, stack.in_features, scales)  # type: ignore[arg-type]
         if packed.values.is_meta:
             raise SparseForgeError(f"'{name}' was put on the disk, where packed weights cannot be read: free memory")
-        if scales is not None:  # transformers casts what it loads to the model's dtype
-            packed = packed._replace(scales=scales.to(torch.float16 if stack.site.format.group else torch.float32))
         try:
             check_packed(packed)
         except SparseForgeError as error:

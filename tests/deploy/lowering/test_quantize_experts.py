@@ -182,3 +182,15 @@ def test_experts_alone_go_to_files_and_back(found, tmp_path):
     for folder in ("packed", "saved"):
         for load in (lambda path: sf.load(path)[0], AutoModelForCausalLM.from_pretrained):
             assert torch.equal(answers(load(tmp_path / folder), batch), want)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_another_dtype_leaves_codes_and_scales(tiny, tmp_path, values):
+    found = fresh(tiny)
+    sf.quantize(found.model, values)
+    sf.save_packed(found.model, None, tmp_path / "packed")
+    again, _ = sf.load(tmp_path / "packed", dtype="bfloat16")
+    for name, module in stacks_of(again).items():
+        want, got = stacks_of(found.model)[name].packed(), module.packed()
+        assert torch.equal(got.scales, want.scales) and torch.equal(got.values, want.values)
+        assert module.dtype == torch.bfloat16
