@@ -71,6 +71,11 @@ class LinearSite:
         return self.shape[len(self.shape) - (1 if self.transposed else 2)]
 
     @property
+    def sides(self) -> tuple[int, ...]:
+        """(out, in), of a stack (experts, out, in)"""
+        return (*self.shape[:-2], self.out_features, self.in_features)
+
+    @property
     def numel(self) -> int:
         return int(torch.Size(self.shape).numel())
 

@@ -41,14 +41,14 @@ class PlannedWeight:
     """One weight.
 
     Attributes:
-        shape: (out, in)
+        shape: (out, in), of a stack (experts, out, in)
         prices: of the dense format, and of all that were weighed against it.
         group: name of the first of the weights that read the same input and are deployed as one product (q, k and v;
             gate and up) while they have the same format. Times are its outputs' share of that product's.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     format: Format
     prices: dict[Format, Price]
     group: str = ""
@@ -129,7 +129,7 @@ class Plan:
         groups: dict[tuple[str, str, str], list[PlannedWeight]] = {}
         for w in self.weights:
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", w.name)
-            groups.setdefault((name, f"{w.shape[0]} x {w.shape[1]}", str(w.format)), []).append(w)
+            groups.setdefault((name, _sides(w.shape), str(w.format)), []).append(w)
         heads = ("weights", "out x in", "format", "count", "loss", "MB", *(f"us at {t}" for t in self.tokens))
         rows = [heads]
         for (name, shape, form), group in groups.items():
@@ -221,12 +221,12 @@ class Plan:
             )
 
 
-def planned_formats(plan: Any, shapes: Mapping[str, tuple[int, int] | None]) -> dict[str, Format]:
+def planned_formats(plan: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, Format]:
     """The formats that a plan gives the weights of a model, by the names that it has for them.
 
     Args:
         plan: a :class:`Plan`, the path of one, or formats by the weights' names.
-        shapes: (out, in) of what a plan may name, by every name that it has; None: not known.
+        shapes: (out, in), or (experts, out, in), of what a plan may name, by every name that it has; None: not known.
 
     Raises SparseForgeError if it was measured on another machine, names a weight that the model has not or has in
     another shape, or gives one a format that its width does not fit.
@@ -235,7 +235,7 @@ def planned_formats(plan: Any, shapes: Mapping[str, tuple[int, int] | None]) -> 
         plan = Plan.read(plan)
     if not isinstance(plan, Plan | Mapping):
         raise SparseForgeError(f"plan is {plan!r}: give a Plan, the path of one, or formats by the weights' names")
-    theirs: dict[str, tuple[int, int]] = {}
+    theirs: dict[str, tuple[int, ...]] = {}
     if isinstance(plan, Plan):
         plan.check_machine()
         theirs = {w.name: w.shape for w in plan.weights}
@@ -249,18 +249,21 @@ def planned_formats(plan: Any, shapes: Mapping[str, tuple[int, int] | None]) -> 
             continue
         if (there := theirs.get(name, here)) != here:
             raise SparseForgeError(
-                f"{name} is {there[0]} x {there[1]} in the plan and {here[0]} x {here[1]} in the model: plan again for "
-                "this model"
+                f"{name} is {_sides(there)} in the plan and {_sides(here)} in the model: plan again for this model"
             )
-        if (reason := form.why_not(here[1])) is not None:
+        if (reason := form.why_not(here[-1])) is not None:
             raise SparseForgeError(f"{name} of the plan cannot be {form}: {reason}")
     return formats
+
+
+def _sides(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _weight(entry: Any, tokens: Sequence[int]) -> PlannedWeight:
     name, group = entry["name"], entry.get("group", "")
     try:
-        out, width = (int(n) for n in entry["shape"])
+        shape = tuple(int(n) for n in entry["shape"])
         form = parse_format(entry["format"])
         prices = {parse_format(key): _price(price, tokens) for key, price in entry["prices"].items()}
     except SparseForgeError as error:
@@ -271,9 +274,11 @@ def _weight(entry: Any, tokens: Sequence[int]) -> PlannedWeight:
         raise SparseForgeError(f"{name} of the plan has no price as dense, which the others are compared with")
     if not isinstance(name, str) or not isinstance(group, str):
         raise SparseForgeError(f"{name} of the plan: name and group are names of weights")
-    if reason := form.why_not(width):
+    if len(shape) not in (2, 3):
+        raise SparseForgeError(f"{name} of the plan: its shape is out and in, of a stack experts, out and in")
+    if reason := form.why_not(shape[-1]):
         raise SparseForgeError(f"{name} of the plan cannot be {form}: {reason}")
-    return PlannedWeight(name, (out, width), form, prices, group)
+    return PlannedWeight(name, shape, form, prices, group)
 
 
 def _price(price: Any, tokens: Sequence[int]) -> Price:

@@ -68,12 +68,12 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     import frontier_points as points
 
     import sparseforge_fx as sf
-    from sparseforge_fx.deploy.lowering import cost
+    from sparseforge_fx.deploy.lowering import cost, cost_table
 
     us = {"2:4": 60.0, "dense int8": 50.0, "2:4 int8": 40.0, "dense int4/32": 45.0, "2:4 int4/32": 35.0}
 
     def measure(shapes, tokens, *_, **__):
-        row = lambda s, t: cost.Timing(s, "rows", t, 100.0 * t, (1.0, 1.0), us[str(s.format)] * t, (1.0, 1.0))  # noqa: E731
+        row = lambda s, t: cost_table.Timing(s, "rows", t, 100.0 * t, (1.0, 1.0), us[str(s.format)] * t, (1.0, 1.0))  # noqa: E731
         return {s: {"rows": {t: row(s, t) for t in tokens}} if str(s.format) in us else {} for s in shapes}
 
     monkeypatch.setattr(cost, "measure", measure)

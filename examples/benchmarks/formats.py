@@ -30,7 +30,7 @@ from torch import nn
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.export.throughput import random_prompts
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost_table
 from sparseforge_fx.models.dense import write_checkpoint
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 
@@ -76,7 +76,7 @@ def main(
         here.mkdir(parents=True, exist_ok=True)
         table = here / "table.json"
         report = sf.lower(loaded, tokens=batch, table=table if table.exists() else None).report
-        cost.save_table(cost.as_table(cost.read_row(row) for row in report["table"]), table)
+        cost_table.save_table(cost_table.as_table(cost_table.read_row(row) for row in report["table"]), table)
         writers = _writers(loaded, tokenizer, list(batch), prompt + text_tokens, table)
         chosen = ["dense", *(f for f in formats.split(",") if f and f != "dense")] if formats else list(writers)
         torch.save(request, here / "request.pt")

@@ -21,7 +21,7 @@ import torch
 import sparseforge_fx as sf
 from sparseforge_fx.cli.quantize import scales_of
 from sparseforge_fx.decision import decide, everywhere
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
 from sparseforge_fx.kernels.layouts import layouts_of
@@ -183,7 +183,7 @@ def price_now(plans: Sequence[sf.Plan], dtype: str) -> dict[Product, dict[int, f
     for out, width in {product[:2] for product in wanted}:
         forms = {form for *size, form in wanted if size == [out, width]}
         timed = forms - {DENSE} or {Format("dense", "int8")}  # dense is timed beside any
-        shapes = {form: cost.Shape.of(out, width, getattr(torch, dtype), form) for form in timed}
+        shapes = {form: cost_table.Shape.of(out, width, getattr(torch, dtype), form) for form in timed}
         table = cost.measure(list(shapes.values()), plans[0].tokens, device, layouts_of(device), rounds=7)
         rows = {form: list(table[shape].values()) for form, shape in shapes.items()}
         for form in forms:

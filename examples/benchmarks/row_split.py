@@ -20,7 +20,7 @@ from common import language_model, random_two_four, save, seconds_in_turn, use
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from sparseforge_fx.deploy.lowering.cost import ROTATED_BYTES
+from sparseforge_fx.deploy.lowering.measure import ROTATED_BYTES
 from sparseforge_fx.formats import Format, parse_format
 from sparseforge_fx.kernels.packed import Packed, pack_codes
 from sparseforge_fx.kernels.sparse_linear import sparse_linear

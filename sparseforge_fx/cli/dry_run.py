@@ -70,7 +70,7 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None, processes: int
         recipe.check_one_step()
     chosen = [s for s in sites if s.reason is None]
     if recipe.plan is not None:
-        formats = planned_formats(recipe.plan, {s.fqn: (s.out_features, s.in_features) for s in chosen})
+        formats = planned_formats(recipe.plan, {s.fqn: s.sides for s in chosen})
         chosen = [s for s in chosen if s.fqn in formats and formats[s.fqn].is_sparse]
     if not chosen:
         reasons = "; ".join(f"{s.fqn}: {s.reason}" for s in sites[:4]) or "the graph has no linear layer"

@@ -84,12 +84,13 @@ def inspect(
     program = capture(loaded, dynamic=False)
     sites = find_linears(program, shape, include, exclude)
     if planned is not None:
-        planned_formats(planned.formats, {s.fqn: (s.out_features, s.in_features) for s in sites})
+        planned_formats(planned.formats, {s.fqn: s.sides for s in sites})
     found = describe_sites(sites)
     for site in found["sites"]:
         site["share"] = site["out"] * site["in"] * site.get("experts", 1) / max(1, parameters)
         if table is not None:
-            site["gain"] = gains.get((site["out"], site["in"]), {})
+            one = (1, site["out"], site["in"])
+            site["gain"] = gains.get((site.get("experts", 1), *one[1:])) or gains.get(one, {})
     factor = shape.density + 1 / 16  # the survivors, and one bit per weight that says where they are
     dense = parameters * BF16_BYTES
     result = {
@@ -129,15 +130,16 @@ def _named(model: str) -> str:
         return ""  # whatever is wrong with it is told where the model is read
 
 
-def _gains(table: Path) -> dict[tuple[int, int], dict[int, float]]:
-    """By (out, in) and tokens: dense time over that of the fastest layout of 2:4."""
-    from sparseforge_fx.deploy.lowering import cost
+def _gains(table: Path) -> dict[tuple[int, int, int], dict[int, float]]:
+    """By (experts or one, out, in) and tokens: dense time over that of the fastest layout of 2:4."""
+    from sparseforge_fx.deploy.lowering import cost_table
     from sparseforge_fx.formats import SPARSE
 
-    found: dict[tuple[int, int], dict[int, float]] = {}
-    for shape, by_layout in cost.load_table(table).items():
+    found: dict[tuple[int, int, int], dict[int, float]] = {}
+    for shape, by_layout in cost_table.load_table(table).items():
         if shape.format == SPARSE:
-            mine = found.setdefault((shape.out_features, shape.in_features), {})
+            experts = shape.routing.experts if shape.routing else 1
+            mine = found.setdefault((experts, shape.out_features, shape.in_features), {})
             for rows in by_layout.values():
                 for tokens, row in rows.items():
                     mine[tokens] = max(mine.get(tokens, 0.0), row.ratio)

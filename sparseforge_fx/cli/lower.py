@@ -46,7 +46,7 @@ def lower(
     as_json: AsJson = False,
 ) -> None:
     """Time every 2:4 linear dense and packed, and say which would run packed, which dense, and why."""
-    from sparseforge_fx.deploy.lowering import cost
+    from sparseforge_fx.deploy.lowering import cost, cost_table
     from sparseforge_fx.deploy.lowering.lower import lower as lower_model
     from sparseforge_fx.models.dense import load_dense
 
@@ -58,9 +58,9 @@ def lower(
     report = lower_model(loaded, target=target, tokens=counts, table=table).report
     assert isinstance(report, dict)
     console = stdout(quiet=as_json)
-    measured = cost.as_table(cost.read_row(row) for row in report["table"])
+    measured = cost_table.as_table(cost_table.read_row(row) for row in report["table"])
     tell = partial(print_json, report) if as_json else partial(_tell, report, console)
-    kept.write(lambda file: cost.save_table(measured, file), tell, console)
+    kept.write(lambda file: cost_table.save_table(measured, file), tell, console)
 
 
 def _tell(report: dict[str, Any], console: Console) -> None:

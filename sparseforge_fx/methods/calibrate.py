@@ -37,14 +37,14 @@ class Read(NamedTuple):
         name: the weight's.
         input: argument index of the node's input.
         expert: of a stack, the matrix that the node reads; None: all of them, or no stack.
-        offsets: argument index of where the rows of each expert end.
+        offsets: node that says where the rows of each expert end; None: each has as many, or no stack.
         experts: of a node that reads all of a stack, how many there are.
     """
 
     name: str
     input: int
     expert: int | None = None
-    offsets: int | None = None
+    offsets: Node | None = None
     experts: int | None = None
 
 
@@ -273,7 +273,7 @@ def _visit_experts(
 
     every_token: the masks of padding where each is to be told of as if every token came to it.
     """
-    ends: Any = node.args[read.offsets] if read.offsets is not None else None
+    ends = read.offsets
     told = every_token is not None
     for e in range(read.experts or 0):
         rows = None if every_token is None else _inputs_of_all(runs, node, e, every_token)

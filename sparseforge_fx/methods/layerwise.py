@@ -202,7 +202,8 @@ def _uses(module: GraphModule, names: Collection[str]) -> dict[Node, Read]:
             found[node] = Read(str(weight.target), 0, expert)
         else:
             count = len(module.get_parameter(str(weight.target)))
-            found[node] = Read(str(weight.target), 0, None, 3 if isinstance(node.args[3], Node) else None, count)
+            offsets = node.args[3] if isinstance(node.args[3], Node) else None
+            found[node] = Read(str(weight.target), 0, None, offsets, count)
     return found
 
 

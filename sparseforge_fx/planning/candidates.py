@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 import torch
 
-from sparseforge_fx.deploy.lowering.modules import find_packable
+from sparseforge_fx.deploy.lowering.cost_table import Routing
+from sparseforge_fx.deploy.lowering.modules import find_packable, find_packable_stacks
 from sparseforge_fx.formats import DENSE, Format
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.models.ties import tied_heads
 from sparseforge_fx.passes import LinearSite, find_linears
 from sparseforge_fx.passes.globs import matches
 from sparseforge_fx.pattern import TWO_FOUR, Unstructured
+from sparseforge_fx.planning.routing import find_routing
 
 _EMBEDDING = str(torch.ops.aten.embedding.default)
 _ANY_WIDTH = Unstructured(0.5)  # whose groups fit every weight
@@ -27,6 +29,7 @@ class Candidate(NamedTuple):
         copied: its storage is an embedding's, too, which stays: any other format than dense is a copy beside it.
         group: first of the weights that are deployed as one product with it (q, k and v; gate and up).
         group_outputs: of these together.
+        routing: of a stack of experts.
     """
 
     site: LinearSite
@@ -34,6 +37,7 @@ class Candidate(NamedTuple):
     copied: bool = False
     group: str = ""
     group_outputs: int = 0
+    routing: Routing | None = None
 
 
 def candidates(
@@ -59,8 +63,8 @@ def candidates(
         if site.reason is not None and not copied:
             reasons[site.fqn] = site.reason
             continue
-        if site.experts is not None:
-            reasons[site.fqn] = "experts stay dense in a plan: nothing is measured of a stack yet"
+        if site.experts is not None and program.tensor(site.fqn).device.type != "cpu":
+            reasons[site.fqn] = "experts stay dense in a plan for a GPU: no time of theirs is measured there"
             continue
         if any(use.left for use in site.uses):
             reasons[site.fqn] = "it is multiplied from the left, whose inputs are not measured"
@@ -70,7 +74,7 @@ def candidates(
         allowed = [f for f in formats if (prunable or not f.is_sparse) and (alone or not f.is_quantized)]
         fitting = tuple(f for f in allowed if f.why_not(site.in_features) is None and f != DENSE)
         if fitting:
-            found.append(Candidate(site, (DENSE, *fitting), copied))
+            found.append(Candidate(site, (DENSE, *fitting), copied, routing=find_routing(program, site)))
         else:
             reasons[site.fqn] = by_default.get(site.fqn) or f"no format fits its {site.in_features} inputs"
     return _grouped(program, found), reasons
@@ -96,10 +100,11 @@ def _grouped(program: Program, found: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _packable(program: Program) -> set[int]:
-    """ids of the weights that ``quantize`` can keep in codes: those of modules that can be replaced."""
+    """ids of the weights that ``quantize`` can keep in codes: those of modules, and of stacks, that can be replaced."""
     assert program.source is not None
     modules, _ = find_packable(program.source, lambda _: None, tied_heads(program.source))
-    return {id(module.weight) for module in modules.values()}
+    stacks, _ = find_packable_stacks(program.source, lambda _: None)
+    return {id(module.weight) for module in (*modules.values(), *stacks.values())}
 
 
 def _is_copied(site: LinearSite) -> bool:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.decision import decide
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
 from sparseforge_fx.kernels.layouts import find_target
 from sparseforge_fx.methods.one_shot import SparseGPTConfig
 from sparseforge_fx.planning.again import plan_again
 from sparseforge_fx.planning.candidates import Candidate, candidates
-from sparseforge_fx.planning.observe import READING, See, check_answer, observe
+from sparseforge_fx.planning.observe import EXPERTS, READING, See, check_answer, observe
 from sparseforge_fx.planning.sensitivity import drawn_outputs, predicted_loss
 from sparseforge_fx.planning.solutions import solutions
 from sparseforge_fx.plans import Plan, PlannedWeight, Price
@@ -46,7 +46,7 @@ def plan(
     bytes: ShareAboveZero | None = None,
     loss: AtLeastZero | None = None,
     formats: Sequence[str | Format] | None = None,
-    table: str | Path | cost.Table | None = None,
+    table: str | Path | cost_table.Table | None = None,
     tokenizer: Any = None,
     example_inputs: Any = None,
     cache_dir: str | Path | None = None,
@@ -70,7 +70,7 @@ def plan(
         loss: predicted increase in nats per answer (token), at most; what is minimised then is the time.
         formats: what may be chosen beside dense: ``["2:4", "dense int8", "2:4 int4/32"]``; default: all that there are
             kernels for on the model's device. ``sparsify`` and then ``quantize`` apply the plan.
-        table: times to go by instead of measuring (see ``save_table`` of deploy/lowering/cost.py).
+        table: times to go by instead of measuring (see ``save_table`` of deploy/lowering/cost_table.py).
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         cache_dir: where the token file of text is kept.
         reading: fields of a :class:`Recipe` that say what is read: include, exclude, calibration (sequences, default
@@ -128,13 +128,13 @@ def check_goal(**given: float | None) -> dict[str, float]:
 
 
 # -- prices ------------------------------------------------------------------------------------------------------------
-def _shape(candidate: Candidate, form: Format) -> cost.Shape:
+def _shape(candidate: Candidate, form: Format) -> cost_table.Shape:
     """Of the product that it is a part of."""
     site = candidate.site
-    return cost.Shape.of(candidate.group_outputs, site.in_features, site.dtype, form)
+    return cost_table.Shape.of(candidate.group_outputs, site.in_features, site.dtype, form, candidate.routing)
 
 
-def _shapes(found: Sequence[Candidate], alone: bool) -> list[cost.Shape]:
+def _shapes(found: Sequence[Candidate], alone: bool) -> list[cost_table.Shape]:
     """Of all that is to be timed; ``alone``: of the weights one by one, too, as a table may have them."""
     each = [(c, form) for c in found for form in c.formats if form != DENSE]
     return [_shape(c, form) for c, form in each] + [_shape(_alone(c), form) for c, form in each if alone]
@@ -145,10 +145,17 @@ def _alone(candidate: Candidate) -> Candidate:
 
 
 def _priced(
-    candidate: Candidate, losses: Mapping[Format, float], times: cost.Table, tokens: Sequence[int], notes: list[str]
+    candidate: Candidate,
+    losses: Mapping[Format, float],
+    times: cost_table.Table,
+    tokens: Sequence[int],
+    notes: list[str],
 ) -> PlannedWeight:
     """A weight with the prices of all formats that were measured."""
     site = candidate.site
+    sides = f"{site.out_features} x {site.in_features}"
+    if candidate.routing is not None:
+        sides += f" by {candidate.routing.chosen} of {candidate.routing.experts} experts"
     if not any(times.get(_shape(candidate, form)) for form in losses):
         candidate = _alone(candidate)
     share = site.out_features / candidate.group_outputs
@@ -156,21 +163,20 @@ def _priced(
     beside = {t: [by[t].dense_us for found in rows.values() for by in found if t in by] for t in tokens}
     if not all(beside.values()):
         raise SparseForgeError(
-            f"the cost table has no time of {site.out_features} x {site.in_features} {site.dtype} ({site.fqn}) at "
+            f"the cost table has no time of {sides} {site.dtype} ({site.fqn}) at "
             f"{', '.join(map(str, tokens))} tokens: measure again, without a table"
         )
-    of_one = (site.out_features, site.in_features, site.dtype)
-    dense = cost.Shape.of(*of_one, DENSE).bytes
+    dense = _shape(_alone(candidate), DENSE).bytes
     prices = {DENSE: Price(0.0, dense, {t: share * median(found) for t, found in beside.items()})}
     for form, predicted in losses.items():
         measured = [by for by in rows[form] if all(t in by for t in tokens)]
         if not measured:
-            notes.append(f"{form} has no times for {site.out_features} x {site.in_features}: it was not considered")
+            notes.append(f"{form} has no times for {sides}: it was not considered")
             continue
-        size = cost.Shape.of(*of_one, form).bytes + (dense if candidate.copied else 0)
+        size = _shape(_alone(candidate), form).bytes + (dense if candidate.copied else 0)
         best = cost.of_one_layout(measured, tokens)
         prices[form] = Price(predicted, size, {t: share * best[t].packed_us for t in tokens})
-    return PlannedWeight(site.fqn, of_one[:2], DENSE, prices, candidate.group)
+    return PlannedWeight(site.fqn, site.sides, DENSE, prices, candidate.group)
 
 
 def predict(
@@ -184,16 +190,17 @@ def predict(
     ``seen`` is told of every weight.
     """
     by_name = {c.site.fqn: c for c in found}
-    losses: dict[str, dict[Format, float]] = {c.site.fqn: {} for c in found}
+    losses = {c.site.fqn: dict.fromkeys(c.formats[1:], 0.0) for c in found}
 
     def solve(name: str, weight: Tensor, moments: Tensor, sharpness: Tensor) -> None:
         seen(name, weight, moments, sharpness)
         rows, shares = drawn_outputs(weight, moments, sharpness, OUTPUTS)
         weight = weight[rows]
         for form, solved in solutions(weight, moments, by_name[name].formats[1:]).items():
-            losses[name][form] = predicted_loss(solved - weight, moments, shares)
+            losses[name][form] += predicted_loss(solved - weight, moments, shares)
         advance()
 
-    with counted("losses of formats", len(found)) as advance:
+    matrices = sum(min(EXPERTS, c.site.experts or 1) for c in found)
+    with counted("losses of formats", matrices) as advance:
         observe(run, recipe, [c.site for c in found], solve, "cost")
     return losses

@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.capture import as_call
-from sparseforge_fx.methods.calibrate import layer_by_layer
+from sparseforge_fx.methods.calibrate import Expert, Read, layer_by_layer
+from sparseforge_fx.methods.experts import EXPERT_TOKENS
 from sparseforge_fx.passes.find_linears import LinearSite
-from sparseforge_fx.passes.operators import LINEAR_OPS
-from sparseforge_fx.planning.sensitivity import output_curvature
+from sparseforge_fx.passes.operators import LINEAR_OPS, STACK_OPS
+from sparseforge_fx.passes.uses import LinearUse, stack_operands
+from sparseforge_fx.planning.sensitivity import drawn, output_curvature
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.first_batch import check_batch
 from sparseforge_fx.training.inputs import Run
@@ -22,8 +25,10 @@ from sparseforge_fx.training.recipe import Recipe
 
 #: fields of a recipe that there is a use for
 READING = ("include", "exclude", "calibration", "batch_size", "length", "seed", "text_column", "separator")
+EXPERTS = 8  # of a stack that are looked at
 #: told of a weight: its name, the weight [out, in] in float32, the moments [in, in] of its inputs, and the curvature
-#: [out] of its outputs
+#: [out] of its outputs. Of a stack it is told of some experts, one after the other, whose curvature is such that their
+#: sum stands for that of all
 See = Callable[[str, Tensor, Tensor, Tensor], object]
 
 
@@ -42,24 +47,48 @@ def observe(run: Run, recipe: Recipe, sites: Sequence[LinearSite], see: See, pur
     """
     batches: list[Reading] = [run.reader.read(*as_call(batch)) for batch in run.first(recipe.calibration)]
     module = run.program.module()
-    by_use = {use.node: site for site in sites for use in site.uses}
-    nodes = {node: by_use[node.name] for node in module.graph.nodes if node.name in by_use}
+    by_use = {use.node: (site, use) for site in sites for use in site.uses}
+    reads = {node: read_of(node, *by_use[node.name]) for node in module.graph.nodes if node.name in by_use}
     loss = recipe.settings(True).objective
     objective = Objective(loss, getattr(run.program.source, "config", None), run.reader.note)
-    names = {node: site.fqn for node, site in nodes.items()}
-    curvature = output_curvature(module, names, batches, objective.answer, seed=recipe.seed)
+    curvature = output_curvature(module, reads, batches, objective.answer, seed=recipe.seed)
     by_name = {site.fqn: site for site in sites}
+    standing = {name: drawn_experts(_oriented(run, by_name[name]), g) for name, g in curvature.items() if g.dim() == 2}
 
-    def visit(name: str, moments: Tensor) -> None:
-        site = by_name[name]
-        stored = run.program.tensor(name).detach()
-        weight = (stored.t() if site.transposed else stored).float()
-        none = torch.zeros(site.out_features, device=weight.device)
-        sharpness = curvature.get(name, none)
-        if not sharpness.any():
+    def visit(name: str, moments: Tensor, expert: Expert | None = None) -> None:
+        site, place = by_name[name], 0 if expert is None else expert.place
+        weight = _oriented(run, site)
+        sharpness = curvature.get(name, torch.zeros(weight.shape[:-1], device=weight.device))
+        if not sharpness.any() and place == 0:
             run.notes.append(f"no gradient of the answers reaches {name}: nothing is predicted to {purpose} there")
-        see(name, weight, moments, sharpness)
+        if expert is None:
+            see(name, weight.float(), moments, sharpness)
+        elif place in (shares := standing.get(name, {})):
+            if expert.tokens < EXPERT_TOKENS:  # they say nothing of how inputs go together
+                moments = moments.diag().diag()
+            see(name, weight[place].float(), moments, sharpness[place] * shares[place])
 
-    sources = {node: (site.fqn, LINEAR_OPS[node.target][0]) for node, site in nodes.items()}
-    for name in layer_by_layer(module, sources, batches, visit):
+    for name in layer_by_layer(module, reads, batches, visit):
         run.notes.append(f"padding counted in what {name} is predicted to {purpose}: its inputs are no positions")
+
+
+def read_of(node: Node, site: LinearSite, use: LinearUse) -> Read:
+    """How a node of the graph multiplies by the site's weight."""
+    if site.experts is None or use.expert is not None:
+        return Read(site.fqn, LINEAR_OPS[node.target][0], use.expert)
+    found = stack_operands(node)
+    assert found is not None
+    return Read(site.fqn, STACK_OPS[str(node.target)][0], None, found.offsets, site.experts)
+
+
+def _oriented(run: Run, site: LinearSite) -> Tensor:
+    """[out, in], of a stack [experts, out, in]"""
+    stored = run.program.tensor(site.fqn).detach()
+    return stored.mT if site.transposed else stored
+
+
+def drawn_experts(stack: Tensor, curvature: Tensor) -> dict[int, float]:
+    """Some experts that stand for all, and how many each is: drawn as :func:`drawn` does, by sum_o g_o |w_o|^2."""
+    energies = torch.stack([w.float().square().sum(1).double() for w in stack])
+    places, shares = drawn((energies * curvature.double()).sum(1), EXPERTS)
+    return dict(zip(places.tolist(), shares.tolist(), strict=True))

@@ -21,11 +21,12 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.methods.calibrate import Read
 from sparseforge_fx.progress import counted
 from sparseforge_fx.training.objective import Answer, drawn_loss
 
-#: node that multiplies by a weight -> the weight's name
-Nodes = Mapping[Node, str]
+#: node that multiplies by a weight -> how
+Nodes = Mapping[Node, Read]
 
 
 @torch.inference_mode(False)
@@ -39,7 +40,8 @@ def output_curvature(
     draws: int = 1,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """g [out], float32, of every weight: the squared gradient at its outputs, summed over rows, per answer.
+    """g [out], float32, of every weight: the squared gradient at its outputs, summed over rows, per answer. Of a stack
+    [experts, out], each expert's over its own rows.
 
     Args:
         module: a flat GraphModule; neither its parameters' gradients nor their flags change.
@@ -82,12 +84,28 @@ class _Watched(Interpreter):
         if n in self.nodes:
             if not value.requires_grad:
                 value = value.detach().requires_grad_() + 0  # no leaf: what follows may write into it
-            value.register_hook(lambda grad, name=self.nodes[n]: self._add(name, grad))
+            read = self.nodes[n]
+            ends = None if read.offsets is None else self.env[read.offsets]
+            value.register_hook(lambda grad: self._add(read, ends, grad))
         return value
 
-    def _add(self, name: str, grad: Tensor) -> None:
-        square = grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
-        self.total[name] = self.total[name] + square if name in self.total else square
+    def _add(self, read: Read, ends: Tensor | None, grad: Tensor) -> None:
+        square = grad.float().square()
+        if read.experts is None:
+            square = square.reshape(-1, square.shape[-1]).sum(0)
+        else:
+            square = square.sum(1) if ends is None else _by_expert(square, ends)
+        if read.expert is not None:
+            whole = square.new_zeros(len(self.fetch_attr(read.name)), len(square))
+            whole[read.expert] = square
+            square = whole
+        self.total[read.name] = self.total[read.name] + square if read.name in self.total else square
+
+
+def _by_expert(rows: Tensor, ends: Tensor) -> Tensor:
+    """Sums [experts, out] of the rows of each, which end there; those behind the last are nobody's."""
+    whose = torch.searchsorted(ends, torch.arange(len(rows), device=ends.device, dtype=ends.dtype), right=True)
+    return rows.new_zeros(len(ends) + 1, rows.shape[-1]).index_add_(0, whose, rows)[:-1]
 
 
 def predicted_loss(error: Tensor, moments: Tensor, curvature: Tensor) -> float:
@@ -118,14 +136,21 @@ def drawn_outputs(weight: Tensor, moments: Tensor, curvature: Tensor, count: int
         moments: M [in, in].
         curvature: g [out].
     """
-    outputs = len(weight)
-    if outputs <= count:
-        return torch.arange(outputs, device=weight.device), curvature
-    size = curvature.double() * _energies(weight, moments)
-    size = size + (size.mean() * 1e-3 if size.sum() > 0 else 1.0)  # none is left out for ever
-    steps = (torch.arange(count, dtype=torch.float64, device=size.device) + 0.5) / count * size.sum()
-    places, times = torch.searchsorted(size.cumsum(0), steps).clamp(max=outputs - 1).unique(return_counts=True)
-    return places, curvature[places].double() * times * size.sum() / (count * size[places])
+    if len(weight) <= count:
+        return torch.arange(len(weight), device=weight.device), curvature
+    places, shares = drawn(curvature.double() * _energies(weight, moments), count)
+    return places, curvature[places].double() * shares
+
+
+def drawn(sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``count`` of these, float64, by their sizes: their places, and how many each stands for; all where there are no
+    more."""
+    if len(sizes) <= count:
+        return torch.arange(len(sizes), device=sizes.device), torch.ones_like(sizes)
+    sizes = sizes + (sizes.mean() * 1e-3 if sizes.sum() > 0 else 1.0)  # none is left out for ever
+    steps = (torch.arange(count, dtype=torch.float64, device=sizes.device) + 0.5) / count * sizes.sum()
+    places, times = torch.searchsorted(sizes.cumsum(0), steps).clamp(max=len(sizes) - 1).unique(return_counts=True)
+    return places, times * sizes.sum() / (count * sizes[places])
 
 
 def _energies(error: Tensor, moments: Tensor) -> Tensor:

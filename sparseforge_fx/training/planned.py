@@ -23,7 +23,7 @@ def planned_sites(program: Program, plan: Any, pattern: AnyPattern) -> tuple[lis
     sparse.
     """
     everything = find_linears(program, pattern)
-    shapes = {n: (s.out_features, s.in_features) for s in everything for n in (s.fqn, *s.ties) if len(s.shape) == 2}
+    shapes = {n: s.sides for s in everything for n in (s.fqn, *s.ties) if len(s.shape) in (2, 3)}
     formats = planned_formats(plan, shapes)
     sparse = sorted(name for name, form in formats.items() if form.is_sparse)
     if not sparse:

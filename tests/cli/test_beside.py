@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import sparseforge_fx as sf
 from sparseforge_fx import cli, report
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def home(tmp_path_factory):
     sf.sparsify(model).save(root / "sparse", tokenizer)
     (root / "sparse" / "report.json").unlink()
     write_text(root / "test.txt", repeats=6)
-    cost.save_table({}, root / "table.json")
+    cost_table.save_table({}, root / "table.json")
     return root
 
 

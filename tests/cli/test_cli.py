@@ -189,12 +189,12 @@ def test_overwrite_replaces_the_folder(home, tmp_path):
 
 
 def test_lower_measures_and_decides_again_from_its_table(home, tmp_path, monkeypatch):
-    from sparseforge_fx.deploy.lowering import cost
+    from sparseforge_fx.deploy.lowering import cost, cost_table
 
     def measure(shapes, tokens, *_):
         (shape,) = shapes
         ratio = 2.0 if shape.out_features > shape.in_features else 0.5
-        rows = {t: cost.Timing(shape, "rows", t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}
+        rows = {t: cost_table.Timing(shape, "rows", t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}
         return {shape: {"rows": rows}}
 
     monkeypatch.setattr(cost, "measure", measure)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import sparseforge_fx as sf
 from sparseforge_fx import cli
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 
 
 def run(*arguments):
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def always_faster(monkeypatch):
     def measure(shapes, tokens, *_):
-        row = lambda s, t: cost.Timing(s, "rows", t, 20.0, (1.0, 1.0), 10.0, (1.0, 1.0))  # noqa: E731
+        row = lambda s, t: cost_table.Timing(s, "rows", t, 20.0, (1.0, 1.0), 10.0, (1.0, 1.0))  # noqa: E731
         return {s: {"rows": {t: row(s, t) for t in tokens}} for s in shapes}
 
     monkeypatch.setattr(cost, "measure", measure)

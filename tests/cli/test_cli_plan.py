@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import sparseforge_fx as sf
 from sparseforge_fx import cli
 from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.plans import Plan
 
 
@@ -31,7 +31,7 @@ def home(tmp_path_factory):
 def test_a_plan_is_written_shown_and_followed(home, tmp_path, monkeypatch):
     def measure(shapes, tokens, *_):
         us = {"2:4": 8.0, "dense int8": 9.0, "2:4 int8": 5.0}
-        row = lambda s, t: cost.Timing(s, "rows", t, 20.0, (1.0, 1.0), us[str(s.format)], (1.0, 1.0))  # noqa: E731
+        row = lambda s, t: cost_table.Timing(s, "rows", t, 20.0, (1.0, 1.0), us[str(s.format)], (1.0, 1.0))  # noqa: E731
         return {s: {"rows": {t: row(s, t) for t in tokens}} for s in shapes}
 
     monkeypatch.setattr(cost, "measure", measure)

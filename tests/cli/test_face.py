@@ -16,7 +16,7 @@ from sparseforge_fx import cli
 from sparseforge_fx.cli.app import as_typed, at_home
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.sparsify import sparsify
-from sparseforge_fx.deploy.lowering.cost import Shape, Timing, as_table, save_table
+from sparseforge_fx.deploy.lowering.cost_table import Shape, Timing, as_table, save_table
 from sparseforge_fx.formats import DENSE, parse_format
 from sparseforge_fx.plans import Plan, PlannedWeight, Price
 from sparseforge_fx.training.checkpoint import save_state

@@ -8,9 +8,10 @@ from packed_models import GREEDY, IDS
 from plan_tables import table_of_shares
 
 import sparseforge_fx as sf
-from sparseforge_fx.deploy.checkpoints.packed_state import packed_linears
 from sparseforge_fx.deploy.lowering.cost import formats_of
+from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
 from sparseforge_fx.formats import DENSE, Format
+from sparseforge_fx.models.expert_stacks import find_expert_stacks
 from sparseforge_fx.models.ties import tied_heads
 
 TWO_FOUR = Format("2:4")
@@ -19,13 +20,15 @@ SHARES |= {"dense int4/128": 0.44, "2:4 int4/128": 0.34}  # too wide for these m
 
 
 def by_weight(model, formats):
-    """A plan's formats by the linear that has the weight."""
+    """A plan's formats by the linear that has the weight, or the stack's name."""
     owners = {id(p): n for n, p in model.named_parameters()}
     modules = {n: m for n, m in model.named_modules() if hasattr(m, "weight") and not isinstance(m, torch.nn.Embedding)}
-    return {n: formats[owners[id(m.weight)]] for n, m in modules.items() if owners.get(id(m.weight)) in formats}
+    stacks = {n: formats[n] for n in find_expert_stacks(model)[0] if n in formats}
+    linears = {n: owners[id(m.weight)] for n, m in modules.items() if owners.get(id(m.weight)) in formats}
+    return stacks | {n: formats[weight] for n, weight in linears.items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "vit"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "vit", "moe", "gpt_oss"])
 def test_a_plan_is_applied_and_loaded(captured_once, tmp_path, name):
     found = captured_once(name)
     assert {str(f) for f in formats_of(torch.device("cpu"))} == set(SHARES)
@@ -44,7 +47,7 @@ def test_a_plan_is_applied_and_loaded(captured_once, tmp_path, name):
     written = sf.save_packed(model, None, tmp_path / "packed")
     assert {s["name"]: s["format"] for s in written["sites"]} == {n: str(f) for n, f in wanted.items()}
     loaded, _ = sf.load(tmp_path / "packed")
-    assert {n: m.format for n, m in packed_linears(loaded).items()} == wanted
+    assert {n: m.format for n, m in packed_weights(loaded).items()} == wanted
     assert not getattr(loaded.config, "tie_word_embeddings", False) or not wanted.keys() & tied.keys()
     inputs = data[0] if name == "vit" else IDS
     with torch.no_grad():

@@ -9,7 +9,7 @@ from plan_tables import table_of_shares
 
 import sparseforge_fx as sf
 from sparseforge_fx.decision import OutOfReach
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, parse_format
 from sparseforge_fx.report import environment
@@ -31,7 +31,7 @@ def planned(captured_once, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "vit"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "vit", "moe", "gpt_oss"])
 def test_each_budget_is_kept_and_the_model_left_as_it_was(planned, name):
     found, fast = planned(name, speedup=1.9)
     assert fast.speedup >= 1.9 and fast.loss > 0 and set(fast.speedups) == {1, 8}
@@ -70,7 +70,9 @@ def test_a_group_has_one_format_and_its_share_of_the_products_time(captured_once
         us = {s: float(s.out_features) for s in shapes}
         return {
             s: {
-                "rows": {t: cost.Timing(s, "rows", t, 2 * us[s], (us[s], us[s]), us[s], (us[s], us[s])) for t in tokens}
+                "rows": {
+                    t: cost_table.Timing(s, "rows", t, 2 * us[s], (us[s], us[s]), us[s], (us[s], us[s])) for t in tokens
+                }
             }
             for s in shapes
         }
@@ -97,7 +99,7 @@ def test_a_price_is_of_one_layout_for_all_token_counts(captured_once, monkeypatc
     us = {"rows": {1: 10.0, 8: 20.0}, "pairs": {1: 8.0, 8: 40.0}}
 
     def measured(shapes, tokens, device, layouts):
-        row = lambda s, layout, t: cost.Timing(s, layout, t, 50.0, (1.0, 1.0), us[layout][t], (1.0, 1.0))  # noqa: E731
+        row = lambda s, layout, t: cost_table.Timing(s, layout, t, 50.0, (1.0, 1.0), us[layout][t], (1.0, 1.0))  # noqa: E731
         return {s: {layout: {t: row(s, layout, t) for t in tokens} for layout in us} for s in shapes}
 
     monkeypatch.setattr(cost, "measure", measured)

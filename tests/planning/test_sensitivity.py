@@ -3,22 +3,26 @@
 import pytest
 import torch
 from torch import nn
+from transformers.integrations.moe import _grouped_linear
 
 from sparseforge_fx.data.reading import Reader
 from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.methods.calibrate import Read
+from sparseforge_fx.passes import find_linears
+from sparseforge_fx.planning.observe import EXPERTS, drawn_experts, read_of
 from sparseforge_fx.planning.sensitivity import drawn_outputs, output_curvature, predicted_loss
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.objective import Objective
 
 
 def linears(module):
-    return {n: n.name for n in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)}
+    return {n: Read(n.name, 0) for n in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)}
 
 
 def curvature_of(model, batches, draws=1):
     program = capture(model, batches[0])
     module, reader = program.module(), Reader(program)
-    nodes = {n: str(n.args[1].target) for n in linears(module)}
+    nodes = {n: Read(str(n.args[1].target), 0) for n in linears(module)}
     answer = Objective(Distillation(), getattr(model, "config", None), print).answer
     return output_curvature(module, nodes, [reader.read((b,), {}) for b in batches], answer, draws=draws)
 
@@ -128,3 +132,59 @@ def test_outputs_that_nothing_depends_on_can_be_drawn():
     weight, moments, _ = skewed_weight()
     rows, shares = drawn_outputs(weight, moments, torch.zeros(2000), 100)
     assert len(rows) == 100 and predicted_loss(weight[rows], moments, shares) == 0
+
+
+# -- stacks of experts -------------------------------------------------------------------------------------------------
+ENDS = [7, 7, 30]  # the second expert sees nothing
+
+
+class Stack(nn.Module):
+    """Three experts whose outputs are the scores, multiplied in three ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.weight = way, nn.Parameter(torch.randn(3, 4, 8))
+
+    def forward(self, x):
+        if self.way == "grouped":
+            logits = _grouped_linear(x, self.weight, torch.tensor(ENDS, dtype=torch.int32))
+        elif self.way == "all":
+            logits = torch.bmm(x.view(3, -1, 8), self.weight.mT)
+        else:
+            each = x.view(3, -1, 8)
+            logits = torch.stack([nn.functional.linear(each[e], self.weight[e]) for e in range(3)])
+        return {"logits": logits}
+
+
+def sites_of(program):
+    return [s for s in find_linears(program, include="*") if s.experts]
+
+
+@pytest.mark.parametrize("way", ["grouped", "all", "one by one"])
+def test_every_expert_of_a_stack_has_the_fisher_information_of_its_own_rows(way):
+    torch.manual_seed(0)
+    model, x = Stack(way), torch.randn(30, 8)
+    program = capture(model, x)
+    (site,) = sites_of(program)
+    module = program.module()
+    uses = {use.node: use for use in site.uses}
+    nodes = {n: read_of(n, site, uses[n.name]) for n in module.graph.nodes if n.name in uses}
+    answer = Objective(Distillation(), None, print).answer
+    found = output_curvature(module, nodes, [Reader(program).read((x,), {})], answer, draws=400)["weight"]
+    p = model(x)["logits"].softmax(-1).detach().reshape(30, 4)
+    ends = ENDS if way == "grouped" else [10, 20, 30]
+    rows = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+    want = torch.stack([(p[r] * (1 - p[r])).sum(0) for r in rows]) / 30
+    torch.testing.assert_close(found, want, rtol=0.1, atol=0.01)
+    assert way != "grouped" or not found[1].any()
+
+
+def test_some_experts_stand_for_all():
+    torch.manual_seed(0)
+    stack = torch.randn(40, 8, 16) * torch.rand(40, 1, 1) ** 2
+    curvature = torch.rand(40, 8) ** 3
+    shares = drawn_experts(stack, curvature)
+    assert len(shares) <= EXPERTS and all(0 <= e < 40 for e in shares)
+    energies = (stack.square().sum(-1) * curvature).sum(-1)
+    assert sum(float(energies[e]) * s for e, s in shares.items()) == pytest.approx(float(energies.sum()), rel=0.01)
+    assert drawn_experts(stack[:5], curvature[:5]) == dict.fromkeys(range(5), 1.0)

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from sparseforge_fx.deploy.export.aoti import package
 from sparseforge_fx.deploy.export.archive import seal
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.deploy.lowering.lower import lower_captured
 from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
@@ -36,7 +36,7 @@ def export(
     portable: bool = False,
     target: str = "auto",
     tokens: Sequence[int] = cost.TOKENS,
-    table: str | Path | cost.Table | None = None,
+    table: str | Path | cost_table.Table | None = None,
     gate: bool = True,
 ) -> PackingReport:
     """Lower a 2:4 model and write its graph and packed weights to one file; batch and sequence stay dynamic.

@@ -23,7 +23,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from sparseforge_fx.deploy.export.aoti import package
 from sparseforge_fx.deploy.export.export import FORMATS, check_path, replace_file
 from sparseforge_fx.deploy.export.generation_defaults import differences, repetition_penalty
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.deploy.lowering.lower import lower_captured
 from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
@@ -49,7 +49,7 @@ def export_generator(
     max_length: int | None = None,
     target: str = "auto",
     tokens: Sequence[int] = cost.TOKENS,
-    table: str | Path | cost.Table | None = None,
+    table: str | Path | cost_table.Table | None = None,
     gate: bool = True,
 ) -> PackingReport:
     """Lower a 2:4 causal language model and write one file that :func:`sparseforge_fx.load_generator` runs.
@@ -84,7 +84,7 @@ def export_generator(
     _check_empty_slots(step, spec)
     options: dict[str, Any] = {"target": target, "tokens": tokens, "table": table, "gate": gate, "durable": True}
     prefill, report = lower_captured(capture(step, step.example(length=3)), **options)
-    known = cost.as_table(cost.read_row(row) for row in report["table"]) if gate else None
+    known = cost_table.as_table(cost_table.read_row(row) for row in report["table"]) if gate else None
     decode, _ = lower_captured(capture(step, step.example(length=1)), **{**options, "table": known})
     share(prefill, decode)
     extra = {SPEC_FILE: json.dumps(spec, indent=1), **with_text}

@@ -13,7 +13,7 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.deploy.lowering.gate import Gate
 from sparseforge_fx.deploy.lowering.lower import sparse_sites
 from sparseforge_fx.errors import SparseForgeError
@@ -25,7 +25,7 @@ from sparseforge_fx.passes.find_linears import eligible
 
 log = logging.getLogger(__name__)
 OPTIONS = ("tokens", "table", "gate", "mode")
-_measured: dict[tuple, cost.Table] = {}  # a model breaks into many graphs of the same shapes
+_measured: dict[tuple, cost_table.Table] = {}  # a model breaks into many graphs of the same shapes
 
 
 def sparseforge(
@@ -117,7 +117,7 @@ def _lower(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) 
     tokens = tuple(options.get("tokens", cost.TOKENS))
     known = cost.check_request(tokens, options.get("table"))
 
-    def measure(shapes: Sequence[cost.Shape]) -> cost.Table:
+    def measure(shapes: Sequence[cost_table.Shape]) -> cost_table.Table:
         if known is not None:
             return cost.timings(shapes, tokens, device, layouts, known)
         table = _measured.setdefault((device, tokens), {})

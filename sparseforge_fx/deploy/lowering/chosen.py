@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparseforge_fx.deploy.lowering.modules import SparseLinear, find_packable, find_packable_stacks, weight_of
+from sparseforge_fx.deploy.lowering.modules import find_packable, find_packable_stacks, weight_of
+from sparseforge_fx.deploy.lowering.sparse_modules import PackedWeight, SparseExperts, packed_weights
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format
 from sparseforge_fx.graph.adapters import find_adapters
+from sparseforge_fx.models.expert_stacks import find_expert_stacks
 from sparseforge_fx.models.ties import tied_heads
 from sparseforge_fx.passes.globs import matches
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern
@@ -96,26 +98,30 @@ def by_plan(model: nn.Module, plan: Any) -> Chosen:
     keeps nothing in few bits.
     """
     names = _names(model)
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | SparseLinear)}
-    owner = {n: path for path, m in linears.items() for n in names.get(id(m.weight), [f"{path}.weight"])}
-    matrices = {n: None for n, p in model.named_parameters(remove_duplicate=False) if p.dim() == 2}
-    formats = planned_formats(plan, matrices | {n: _shape(linears[path]) for n, path in owner.items()})
+    packed = packed_weights(model)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    multiplied: dict[str, Any] = linears | find_expert_stacks(model)[0] | packed
+    owner = {n: path for path, m in multiplied.items() for n in _names_of(path, m, names)}
+    others = {n: None for n, p in model.named_parameters(remove_duplicate=False) if p.dim() in (2, 3)}
+    formats = planned_formats(plan, others | {n: _shape(multiplied[path]) for n, path in owner.items()})
     if not any(form.is_quantized for form in formats.values()):
         raise SparseForgeError(
             "nothing to quantise: the plan keeps all values as floats; sf.save_packed writes the 2:4 ones of them"
         )
     tied = tied_heads(model)
     modules, skipped = find_packable(model, _unreadable, tied)
+    stacks, other_stacks = find_packable_stacks(model, _unreadable)
+    modules, skipped = modules | stacks, skipped | other_stacks
     skipped |= dict.fromkeys(modules, "not in the plan")
     chosen: dict[str, Format] = {}
     for name, form in formats.items():
         path = owner.get(name)
         if path is None:
             if form.is_quantized:
-                raise SparseForgeError(f"the plan makes {name} {form}, and it is no weight of a linear layer")
+                raise SparseForgeError(f"the plan makes {name} {form}, and it is no weight of a linear or of experts")
             continue
-        module = linears[path]
-        if isinstance(module, SparseLinear):
+        module = multiplied[path]
+        if isinstance(module, PackedWeight):
             if module.format != form:
                 raise SparseForgeError(
                     f"the plan makes {name} {form}, and it is packed in {module.format}: dequantize() the model first"
@@ -146,11 +152,16 @@ def _unreadable(weight: Tensor) -> str | None:
     return None
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, SparseLinear):
-        return module.out_features, module.in_features
-    out, width = weight_of(module).shape
-    return out, width
+def _shape(module: Any) -> tuple[int, ...]:
+    return tuple(module.shape if isinstance(module, PackedWeight) else weight_of(module).shape)
+
+
+def _names_of(path: str, module: Any, names: Mapping[int, list[str]]) -> list[str]:
+    """Of the weight; a packed linear stands for a module, a packed stack for a parameter."""
+    if isinstance(module, SparseExperts):
+        return [path]
+    known = None if isinstance(module, PackedWeight) else names.get(id(module.weight))
+    return known or [f"{path}.weight"]
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:

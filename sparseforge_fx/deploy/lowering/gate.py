@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.kernels.layouts import Layout
 from sparseforge_fx.passes import LinearSite
 from sparseforge_fx.passes.find_linears import eligible
@@ -26,17 +26,17 @@ class Gate:
         self,
         layouts: Sequence[Layout],
         tokens: Sequence[int],
-        measure: Callable[[Sequence[cost.Shape]], cost.Table] | None,
+        measure: Callable[[Sequence[cost_table.Shape]], cost_table.Table] | None,
     ):
         self.layouts, self.tokens, self.measure = layouts, tokens, measure
         self.sites: list[LinearSite] = []
-        self.timings: cost.Table = {}
+        self.timings: cost_table.Table = {}
 
     def __call__(self, sites: Sequence[LinearSite]) -> dict[str, Layout]:
         self.sites = list(sites)
         if self.measure is None:
             return {site.fqn: self.layouts[0] for site in eligible(sites)}
-        shapes = {s.fqn: cost.Shape.of(s.out_features, s.in_features, s.dtype) for s in eligible(sites)}
+        shapes = {s.fqn: cost_table.Shape.of(s.out_features, s.in_features, s.dtype) for s in eligible(sites)}
         self.timings = self.measure(list(shapes.values()))
         chosen = {}
         for site in eligible(sites):

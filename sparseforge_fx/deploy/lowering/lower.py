@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.deploy.lowering.gate import Gate
 from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport, stored_site
 from sparseforge_fx.errors import SparseForgeError
@@ -34,7 +34,7 @@ def lower(
     *,
     target: str = "auto",
     tokens: Sequence[int] = cost.TOKENS,
-    table: str | Path | cost.Table | None = None,
+    table: str | Path | cost_table.Table | None = None,
     gate: bool = True,
 ) -> GraphModule:
     """The graph of ``model`` with every 2:4 linear that gains from it over its packed weight.
@@ -48,7 +48,7 @@ def lower(
         tokens: token counts (batch x sequence) that matter. A weight is sparse if that was measured to be faster at one
             of them by more than 3 %, and slower at none; decoding alone: ``tokens=[1, 8]``. Where a device has several
             packed layouts, each weight gets the one that gains most.
-        table: measurements to decide by instead of measuring (what ``save_table`` of deploy/lowering/cost.py
+        table: measurements to decide by instead of measuring (what ``save_table`` of deploy/lowering/cost_table.py
             wrote); a shape that is not in it stays dense.
         gate: False packs every 2:4 weight, whatever its speed.
 
@@ -68,7 +68,7 @@ def lower_captured(
     *,
     target: str = "auto",
     tokens: Sequence[int] = cost.TOKENS,
-    table: str | Path | cost.Table | None = None,
+    table: str | Path | cost_table.Table | None = None,
     gate: bool = True,
     portable: bool = False,
     durable: bool = False,
@@ -107,7 +107,7 @@ def lower_captured(
     report: PackingReport = {
         "sites": [site for site, _ in packed],
         "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in choose.sites if s.reason],
-        "table": cost.describe(choose.timings),
+        "table": cost_table.describe(choose.timings),
         "tokens": list(tokens),
         "dense_bytes": dense_bytes,
         "lowered_bytes": sum(site["bytes"] for site, _ in packed) + stayed,

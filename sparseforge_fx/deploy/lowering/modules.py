@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering.cost_table import Shape, Table, describe
 from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
 from sparseforge_fx.deploy.lowering.savable import leave_savable
 from sparseforge_fx.deploy.lowering.sparse_modules import (
@@ -36,7 +37,7 @@ def lower_modules(
     *,
     target: str = "auto",
     tokens: Sequence[int] = cost.TOKENS,
-    table: str | Path | cost.Table | None = None,
+    table: str | Path | Table | None = None,
     gate: bool = True,
 ) -> PackingReport:
     """Replace every nn.Linear and Conv1D whose weight is exactly 2:4, and gains from it, by a :class:`SparseLinear`,
@@ -56,7 +57,7 @@ def lower_modules(
     weights = {name: weight_of(module) for name, module in sites.items()}
     device = next(iter(weights.values()) if weights else model.buffers()).device
     layouts = find_target(target, device)
-    shapes = {name: cost.Shape.of(weight.shape[-2], weight.shape[-1], weight.dtype) for name, weight in weights.items()}
+    shapes = {name: Shape.of(w.shape[-2], w.shape[-1], w.dtype) for name, w in weights.items()}
     timings = cost.timings(shapes.values(), tokens, device, layouts, known) if gate else {}
     before = after = scratch = 0
     lowered: list[PackedSite] = []
@@ -83,7 +84,7 @@ def lower_modules(
     return {
         "sites": lowered,
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
-        "table": cost.describe(timings),
+        "table": describe(timings),
         "tokens": list(tokens),
         "dense_bytes": before,
         "lowered_bytes": after,

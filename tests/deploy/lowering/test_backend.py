@@ -166,13 +166,13 @@ def test_what_cannot_be_lowered_runs_dense(mlp, lowered, monkeypatch, caplog):
 @torch.no_grad()
 def test_the_gate_measures_each_shape_once(mlp, lowered, monkeypatch):
     measured = []
-    from sparseforge_fx.deploy.lowering import cost
+    from sparseforge_fx.deploy.lowering import cost, cost_table
 
     def measure(shapes, tokens, *_):
         (shape,) = shapes
         measured.append(shape)
         ratio = 2.0 if shape.out_features == 48 else 0.5
-        rows = {t: cost.Timing(shape, "rows", t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}
+        rows = {t: cost_table.Timing(shape, "rows", t, 10 * ratio, (1.0, 1.0), 10.0, (1.0, 1.0)) for t in tokens}
         return {shape: {"rows": rows}}
 
     monkeypatch.setattr(cost, "measure", measure)
@@ -182,7 +182,7 @@ def test_the_gate_measures_each_shape_once(mlp, lowered, monkeypatch):
         model = copy.deepcopy(mlp)
         torch.compile(model, backend="sparseforge", options={"tokens": [1, 8]})(torch.randn(5, 16))
     assert lowered == [["silu_mul"]] * 2
-    assert sorted(measured) == [cost.Shape(16, 24, "float32"), cost.Shape(48, 16, "float32")]
+    assert sorted(measured) == [cost_table.Shape(16, 24, "float32"), cost_table.Shape(48, 16, "float32")]
 
 
 @torch.no_grad()

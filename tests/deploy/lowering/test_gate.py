@@ -2,7 +2,7 @@
 
 import torch
 
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost_table
 from sparseforge_fx.deploy.lowering.gate import Gate
 from sparseforge_fx.kernels.layouts import PLANES, ROWS
 from sparseforge_fx.passes import LinearSite
@@ -23,14 +23,19 @@ def test_by_times():
     def measure(shapes):
         asked.extend(shapes)
         ratio = {8: 1.5, 16: 0.5}
-        timing = lambda s: cost.Timing(s, "rows", 1, 10.0 * ratio[s.out_features], (9.0, 11.0), 10.0, (9.0, 11.0))  # noqa: E731
+        timing = lambda s: cost_table.Timing(s, "rows", 1, 10.0 * ratio[s.out_features], (9.0, 11.0), 10.0, (9.0, 11.0))  # noqa: E731
         return {s: {"rows": {1: timing(s)}} for s in shapes}
 
     gate, found = Gate([ROWS, PLANES], [1], measure), sites()
     assert gate(found) == {"fast": ROWS, "fast turned": ROWS}
-    fast, slow = cost.Shape(8, 16, "float32"), cost.Shape(16, 8, "float32")
+    fast, slow = cost_table.Shape(8, 16, "float32"), cost_table.Shape(16, 8, "float32")
     assert asked == [fast, slow, fast] and set(gate.timings) == {fast, slow} and gate.sites == found
-    assert [s.reason for s in found] == [None, "gate: slower than dense at 1 tokens (0.50x)", None, "output layer (head)"]
+    assert [s.reason for s in found] == [
+        None,
+        "gate: slower than dense at 1 tokens (0.50x)",
+        None,
+        "output layer (head)",
+    ]
 
 
 def test_without_times_all_get_the_first_layout():

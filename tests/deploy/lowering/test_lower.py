@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sparseforge_fx as sf
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.layouts import LAYOUTS, PLANES
@@ -17,8 +17,8 @@ from sparseforge_fx.kernels.sparse_linear import OP
 
 
 def timing(out, width, tokens, ratio):
-    shape = cost.Shape(out, width, "float32")
-    return cost.Timing(shape, "rows", tokens, 10.0 * ratio, (9.0, 11.0), 10.0, (9.0, 11.0))
+    shape = cost_table.Shape(out, width, "float32")
+    return cost_table.Timing(shape, "rows", tokens, 10.0 * ratio, (9.0, 11.0), 10.0, (9.0, 11.0))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_model_given_is_left_alone(sparse_llama):
 def test_the_gate_decides_by_shape(sparse_llama):
     found = sparse_llama
     shapes = {(64, 32): 1.5, (32, 32): 0.8, (128, 32): 1.0}  # merged q/k/v, o, merged gate/up; down is not in the table
-    table = cost.as_table(timing(*shape, t, r) for shape, r in shapes.items() for t in (1, 8))
+    table = cost_table.as_table(timing(*shape, t, r) for shape, r in shapes.items() for t in (1, 8))
     fast = sf.lower(found.model, found.example, table=table, tokens=[1, 8])
     reasons = {s["name"].split(".")[-2]: s["reason"] for s in fast.report["skipped"] if s["reason"].startswith("gate")}
     assert reasons == {

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sparseforge_fx as sf
-from sparseforge_fx.deploy.lowering import cost
+from sparseforge_fx.deploy.lowering import cost_table
 from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 
@@ -64,8 +64,8 @@ def test_export(captured_once):
 def test_the_gate(captured_once):
     found = captured_once("mlp")
     model, _ = sparse_copy(found)
-    shape = cost.Shape(24, 16, "float32")
-    table = cost.as_table([cost.Timing(shape, "rows", 1, 15.0, (15.0, 15.0), 10.0, (10.0, 10.0))])
+    shape = cost_table.Shape(24, 16, "float32")
+    table = cost_table.as_table([cost_table.Timing(shape, "rows", 1, 15.0, (15.0, 15.0), 10.0, (10.0, 10.0))])
     report = sf.lower_modules(model, table=table, tokens=[1])
     assert [s["name"] for s in report["sites"]] == ["0"]
     assert {s["name"]: s["reason"] for s in report["skipped"]} == {
