@@ -2,7 +2,7 @@
 
     python examples/benchmarks/plan_check.py MODEL --data c4.jsonl --valid wikitext.txt
 
-Of a random sample of linears (the output head is always among them) every format is predicted as ``sf.plan`` does, then
+Of a random sample of linears and stacks of up to eight experts (the output head is always among them) every format is predicted as ``sf.plan`` does, then
 put in the model's place of that one weight. Measured are the divergence from the dense model, which the prediction is
 of, and the difference of the cross-entropy, which is the same but for the noise of the text. ``spearman`` is the rank
 correlation over all pairs of a weight and a format; ``spearman_by_format`` that over weights.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated
@@ -54,16 +55,19 @@ def main(
     heads = [c for c in every if not any(f.is_sparse for f in c.formats)]
     sample = random.Random(seed).sample([c for c in every if c not in heads], weights)
     clock = time.perf_counter()
-    moments: dict[str, Tensor] = {}
-    losses = make.predict(run, recipe, [*heads, *sample], lambda name, _, seen, __: moments.update({name: seen}))
+    moments: dict[str, list[Tensor]] = defaultdict(list)
+    losses = make.predict(run, recipe, [*heads, *sample], lambda name, _, seen, __: moments[name].append(seen))
     seconds = time.perf_counter() - clock
     ids = token_ids(valid, tokenizer)[: windows * length].reshape(windows, 1, length)
     scored = Scored(net, ids)
     rows = []
     for candidate in [*heads, *sample]:
         name, stored = candidate.site.fqn, run.program.tensor(candidate.site.fqn).detach()
-        weight = stored.t() if candidate.site.transposed else stored
-        for form, changed in solutions(weight, moments[name], candidate.formats[1:]).items():
+        weight = stored.mT if candidate.site.transposed else stored
+        each = zip(weight if candidate.site.experts else [weight], moments[name], strict=True)
+        solved = [solutions(*one, candidate.formats[1:]) for one in each]
+        for form in candidate.formats[1:]:
+            changed = torch.stack([of_one[form] for of_one in solved]).view_as(weight)
             kl, task = scored.with_weight(net, candidate, changed)
             predicted = losses[name][form]
             rows.append({"name": name, "format": str(form), "predicted": predicted, "kl": kl, "task": task})
@@ -86,17 +90,15 @@ class Scored:
     def with_weight(self, net: nn.Module, candidate: Candidate, weight: Tensor) -> tuple[float, float]:
         """Mean divergence per token, and the mean growth of the cross-entropy, with this weight alone changed."""
         # the head's own copy: what an embedding shares with it stays
-        owner = (
-            net.get_output_embeddings()
-            if candidate.copied
-            else net.get_submodule(candidate.site.fqn.rpartition(".")[0])
-        )
-        before = owner.weight
-        owner.weight = nn.Parameter(weight.t() if candidate.site.transposed else weight, requires_grad=False)
+        path, _, leaf = candidate.site.fqn.rpartition(".")
+        owner = net.get_output_embeddings() if candidate.copied else net.get_submodule(path)
+        leaf = "weight" if candidate.copied else leaf
+        before = getattr(owner, leaf)
+        setattr(owner, leaf, nn.Parameter(weight.mT if candidate.site.transposed else weight, requires_grad=False))
         try:
             found = [self._distance(net, *pair) for pair in zip(self.windows, self.dense, strict=True)]
         finally:
-            owner.weight = before
+            setattr(owner, leaf, before)
         return mean(kl for kl, _ in found), mean(task for _, task in found)
 
     def _distance(self, net: nn.Module, ids: Tensor, dense: Tensor) -> tuple[float, float]:
