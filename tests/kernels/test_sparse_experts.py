@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import parse_format
+from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.layouts import PAIRS, ROWS
 from sparseforge_fx.kernels.packed import pack, pack_codes, unpack
-from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
+from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP, sparse_experts
 from sparseforge_fx.methods.rounding import round_weight, stacked
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
@@ -90,3 +92,38 @@ def test_codes_in_every_layout(form, layout):
     )
     torch.testing.assert_close(grad, torch.cat([dense[0].sum(0).expand(2, -1), dense[2].sum(0).expand(3, -1)]))
     torch.library.opcheck(PACKED_EXPERTS_OP, (x, values, meta, layout.name, width, ends, None, packed.scales))
+
+
+# -- the C++ loop over experts beside the Python one -------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_both_loops_give_the_same_bits(dtype, index):
+    x, _, values, meta, ends = make([3, 0, 1, 7], 2, dtype)
+    cpu.available() and cpu.instruction_set()
+    given = (x, values, meta, "rows", WIDTH)
+    spread = torch.stack([ends, ends], 1).to(index)[:, 0]  # strides of a view
+    with torch.no_grad():
+        assert torch.equal(PACKED_EXPERTS_OP(*given, spread), sparse_experts._init_fn(*given, ends))
+        stacked_x = x[:12].view(4, 3, WIDTH)
+        got = PACKED_EXPERTS_OP(stacked_x, *given[1:], None)
+        assert torch.equal(got, sparse_experts._init_fn(stacked_x, *given[1:], None))
+        mixed = PACKED_EXPERTS_OP(x.t().contiguous().t(), *given[1:], ends)
+        assert torch.equal(mixed, sparse_experts._init_fn(*given, ends))
+
+
+@pytest.mark.parametrize("ends", [[3, 2, 5], [1, 2, 99], [-1, 0, 4]], ids=str)
+def test_ends_that_are_out_of_order_mean_what_they_mean_in_python(ends):
+    x, _, values, meta, _ = make([2, 2, 2])
+    given = (x, values, meta, "rows", WIDTH, torch.tensor(ends))
+    with torch.no_grad():
+        assert torch.equal(PACKED_EXPERTS_OP(*given), sparse_experts._init_fn(*given))
+
+
+def test_what_does_not_fit_is_refused_in_words():
+    x, _, values, meta, ends = make([2, 2, 2])
+    with torch.no_grad(), pytest.raises(SparseForgeError, match="does not end in the packed weight's 16 inputs"):
+        PACKED_EXPERTS_OP(x[:, :8], values, meta, "rows", WIDTH, ends)
+    with torch.no_grad(), pytest.raises(SparseForgeError, match="cast one of them"):
+        PACKED_EXPERTS_OP(x.bfloat16(), values, meta, "rows", WIDTH, ends)
+    with torch.no_grad(), pytest.raises(SparseForgeError, match="layout"):
+        PACKED_EXPERTS_OP(x, values, meta, "nothing", WIDTH, ends)

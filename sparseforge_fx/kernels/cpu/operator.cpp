@@ -1,7 +1,8 @@
-// sparseforge::sparse_linear and dense_weight on CPUs without Python: a call from a small model's decode step takes
-// longer in Python than in the kernel.
+// sparseforge::sparse_linear, sparse_experts and dense_weight on CPUs without Python: a call from a small model's decode
+// step, or for one of many experts, takes longer in Python than in the kernel.
 //
-// sparse_linear.py defines both operators, implements them for any device, differentiates them, and words the errors.
+// sparse_linear.py and sparse_experts.py define the operators, implement them for any device, differentiate them, and
+// word the errors.
 // Here is only what is usual: a CPU's layouts, tensors that fit, no gradients. Everything else is handed to Python.
 
 #include "attention_backward.h"
@@ -12,6 +13,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -22,6 +25,8 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::string_view, int64_t,
                           const OptionalTensor&, c10::string_view, const OptionalTensor&);
+using Experts = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::string_view, int64_t,
+                           const OptionalTensor&, const OptionalTensor&, const OptionalTensor&);
 using Dense = at::Tensor(const at::Tensor&, const at::Tensor&, c10::string_view, int64_t, const OptionalTensor&);
 
 // What Python chose for this process (see cpu/__init__.py); until then every call goes there.
@@ -32,6 +37,12 @@ void use(c10::string_view isa) { isa_in_use = isa.empty() ? -1 : static_cast<int
 const auto& linear_operator() {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("sparseforge::sparse_linear", "").typed<Linear>();
+  return op;
+}
+
+const auto& experts_operator() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("sparseforge::sparse_experts", "").typed<Experts>();
   return op;
 }
 
@@ -87,6 +98,63 @@ at::Tensor linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const 
                                         activation, scales);
   at::AutoDispatchBelowAutograd guard;
   return linear_operator().redispatch(below, x, values, meta, layout, in_features, bias, activation, scales);
+}
+
+OptionalTensor of_one(const OptionalTensor& stack, int64_t expert) {
+  return stack ? OptionalTensor(stack->select(0, expert)) : std::nullopt;
+}
+
+// Where the rows of each expert end; nothing where they are not in order, or not x's.
+std::optional<std::vector<int64_t>> ends_of(const at::Tensor& offsets, int64_t experts, int64_t rows) {
+  if (!offsets.is_cpu() || offsets.dim() != 1 || offsets.size(0) != experts) return {};
+  const auto type = offsets.scalar_type();
+  if (type != at::kInt && type != at::kLong) return {};
+  std::vector<int64_t> ends(experts);
+  int64_t last = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    const char* at = static_cast<const char*>(offsets.const_data_ptr()) + e * offsets.stride(0) * offsets.element_size();
+    ends[e] = type == at::kInt ? *reinterpret_cast<const int32_t*>(at) : *reinterpret_cast<const int64_t*>(at);
+    if (ends[e] < last || ends[e] > rows) return {};
+    last = ends[e];
+  }
+  return ends;
+}
+
+at::Tensor experts(const at::Tensor& x, const at::Tensor& values, const at::Tensor& meta, c10::string_view layout,
+                   int64_t in_features, const OptionalTensor& offsets, const OptionalTensor& bias,
+                   const OptionalTensor& scales) {
+  const int64_t count = values.dim() == 3 ? values.size(0) : 0;
+  const auto stacked = [&](const at::Tensor& t) { return t.dim() == 3 && t.size(0) == count; };
+  std::optional<std::vector<int64_t>> ends;
+  if (count && offsets && x.dim() == 2) ends = ends_of(*offsets, count, x.size(0));
+  if (!count || !stacked(meta) || (scales && !stacked(*scales)) || !(offsets ? ends.has_value() : stacked(x)) ||
+      !serves(values[0], meta[0], layout, in_features, of_one(scales, 0)) || !x.is_floating_point() ||
+      !fits(x, values[0], in_features, std::nullopt, Activation::none, scales.has_value()))
+    return experts_operator().redispatch(kPython, x, values, meta, layout, in_features, offsets, bias, scales);
+  auto sizes = x.sizes().vec();
+  sizes.back() = values.size(1);
+  at::Tensor y = at::zeros(sizes, x.options());
+  for (int64_t e = 0, from = 0; e < count; from = ends ? (*ends)[e] : from, ++e) {
+    const int64_t rows = ends ? (*ends)[e] - from : x.size(1);
+    if (!rows) continue;
+    const auto part = [&](const at::Tensor& t) { return ends ? t.narrow(0, from, rows) : t.select(0, e); };
+    part(y).copy_(sparse_linear(part(x), values.select(0, e), meta.select(0, e), *layout_named(layout), in_features,
+                                std::nullopt, Activation::none, of_one(scales, e), static_cast<Isa>(isa_in_use.load())));
+  }
+  return bias ? at::add(y, *bias) : y;
+}
+
+at::Tensor experts_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& values,
+                            const at::Tensor& meta, c10::string_view layout, int64_t in_features,
+                            const OptionalTensor& offsets, const OptionalTensor& bias, const OptionalTensor& scales) {
+  const auto below = keys & c10::after_autograd_keyset;
+  const bool needed = at::GradMode::is_enabled() &&
+                      (x.requires_grad() || values.requires_grad() || (bias && bias->requires_grad()));
+  if (needed)
+    return experts_operator().redispatch(below | kPythonAutograd, x, values, meta, layout, in_features, offsets, bias,
+                                         scales);
+  at::AutoDispatchBelowAutograd guard;
+  return experts_operator().redispatch(below, x, values, meta, layout, in_features, offsets, bias, scales);
 }
 
 at::Tensor rows_linear_named(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask,
@@ -152,7 +220,11 @@ TORCH_LIBRARY_IMPL(sparseforge_cpu, CPU, m) {
 
 TORCH_LIBRARY_IMPL(sparseforge, CPU, m) {
   m.impl("sparse_linear", &sparseforge::linear);
+  m.impl("sparse_experts", &sparseforge::experts);
   m.impl("dense_weight", &sparseforge::dense);
 }
 
-TORCH_LIBRARY_IMPL(sparseforge, AutogradCPU, m) { m.impl("sparse_linear", &sparseforge::linear_autograd); }
+TORCH_LIBRARY_IMPL(sparseforge, AutogradCPU, m) {
+  m.impl("sparse_linear", &sparseforge::linear_autograd);
+  m.impl("sparse_experts", &sparseforge::experts_autograd);
+}
