@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense int4": {"values": "int4"},
     "alps int8": {"method": "alps", "values": "int8"},
     "alps int4": {"method": "alps", "values": "int4"},
+    "plan 0.125": {"method": "alps", "bytes": 0.125},  # between 2:4 int4 and dense int4, of float32
 }
+PLANNED = ("2:4", "dense int8", "2:4 int8", "dense int4", "2:4 int4")
+LINEARS = ["*.experts.*", "*_proj"]
 
 
 def main(
@@ -97,17 +101,25 @@ def main(
             continue
         net = language_model(str(folder), torch.float32)
         how = METHODS[name] | ({"tokens": healing, "lr": healing_lr} if name.startswith("sparseforge") else {})
-        values = how.pop("values", None)
+        values, size = how.pop("values", None), how.pop("bytes", None)
         began = time.monotonic()
         read = {"batch_size": batch_size, "length": length, "calibration": calibration, "seed": seed}
         report: dict[str, Any] = {}
+        plan = {}
+        if size:
+            made = sf.plan(net, rest, bytes=size, formats=PLANNED, include=LINEARS, batch_size=batch_size, length=length)
+            plan = {"plan": made}
         if how:
+            how |= plan
             report = sf.sparsify(net, None if name == "magnitude" else rest, show_progress=False, **read, **how).report
-        if values:
-            report = dict(sf.quantize(net, values, rest, include=["*.experts.*", "*_proj"], **read)) | report
+        if values or plan:
+            quantized = plan or {"values": values, "include": LINEARS}
+            report = dict(sf.quantize(net, data=rest, **quantized, **read)) | report
         seconds = time.monotonic() - began
         report["sites"] = len(report["sites"])
         report = {key: value for key, value in report.items() if key not in ("passes", "curves", "density", "skipped")}
+        if plan:
+            report["plan"] = {"bytes": made.bytes, "loss": made.loss, "formats": Counter(map(str, made.formats.values()))}
         found = {"label": name, "seconds": seconds, "tokens": report.get("tokens", 0), "sparse_perplexity": scores(net)}
         write_json(file, record | found | {"report": report})
         print(name, found, flush=True)
