@@ -1,7 +1,8 @@
 """``sparseforge::sparse_experts``: a stack of packed weights, each multiplied with rows of its own.
 
 What it reads of the stack are the experts that have a row: at decode those that the router chose. Which they are is
-data, so that the operator is opaque to compilers.
+data, so that the operator is opaque to compilers. Once the C++ library for CPUs is in use, usual calls skip this file:
+``cpu/sparse_experts.cpp`` does the same.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from sparseforge_fx.deploy.lowering.lower import refuse_packed_experts
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import package_passes, run_passes
 from sparseforge_fx.passes.rewrite import sparse_use
@@ -28,10 +29,14 @@ from sparseforge_fx.passes.rewrite import sparse_use
 #: which shows in a step of one token in few bits. Loops are shared out over the threads of whoever runs the package: by
 #: default those of one that was compiled by a single thread never are, however many cores there are
 _ON_CPU: dict[str, Any] = {"realize_reads_threshold": 0, "cpp.dynamic_threads": True}
-# the function of kernels/cpu/aoti.cpp
-_SHIM = """AOTITorchError aoti_torch_cpu_sparse_linear(
-    AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features,
-    AtenTensorHandle* bias, const char* activation, AtenTensorHandle* scales, AtenTensorHandle* result)"""
+_PACKED = "AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features"
+# the functions of kernels/cpu/aoti.cpp
+_SHIMS = {
+    OP: f"""AOTITorchError aoti_torch_cpu_sparse_linear({_PACKED},
+    AtenTensorHandle* bias, const char* activation, AtenTensorHandle* scales, AtenTensorHandle* result)""",
+    PACKED_EXPERTS_OP: f"""AOTITorchError aoti_torch_cpu_sparse_experts({_PACKED},
+    AtenTensorHandle* offsets, AtenTensorHandle* bias, AtenTensorHandle* scales, AtenTensorHandle* result)""",
+}
 
 
 def package(
@@ -41,8 +46,6 @@ def package(
 
     Raises SparseForgeError where a layout has no kernels that run without Python, or there is nothing to compile with.
     """
-    for program in programs.values():
-        refuse_packed_experts(program, "runs with this package alone: choose the format pt2")
     programs = {name: with_kernels(program) for name, program in programs.items()}
     if _device(*programs.values()) == "cpu":
         options = {**_ON_CPU, **options}
@@ -71,6 +74,7 @@ def with_kernels(program: Exported) -> Exported:
     program, _ = run_passes(program, package_passes(device))
     if device == "cpu":
         return program
+    refuse_packed_experts(program, "aoti has for CPUs alone: choose the format pt2")
     left = {sparse_use(n).layout for n in program.graph.find_nodes(op="call_function", target=OP)}
     if left:
         raise SparseForgeError(
@@ -92,8 +96,8 @@ def _explain(error: Exception) -> str:
 
 @contextmanager
 def kernels_linked(*programs: Exported) -> Iterator[None]:
-    """Within it, Inductor calls the C function for the sparse operator and links the library that has it."""
-    sparse = any(p.graph.find_nodes(op="call_function", target=OP) for p in programs)
+    """Within it, Inductor calls the C functions for the sparse operators and links the library that has them."""
+    sparse = any(p.graph.find_nodes(op="call_function", target=op) for p in programs for op in _SHIMS)
     library = cpu.archive() if sparse else None
     before = os.environ.get("LIBRARY_PATH")
     patches: dict[str, Any] = {}
@@ -101,7 +105,7 @@ def kernels_linked(*programs: Exported) -> Iterator[None]:
         # the linker searches the folders of this variable; Inductor has no setting for one
         os.environ["LIBRARY_PATH"] = os.pathsep.join([str(library.parent), *filter(None, [before])])
         patches = {
-            "aot_inductor.custom_ops_to_c_shims": {OP: [_SHIM]},
+            "aot_inductor.custom_ops_to_c_shims": {op: [shim] for op, shim in _SHIMS.items()},
             "aot_inductor.custom_op_libs": [library.stem.removeprefix("lib")],
         }
     try:

@@ -9,12 +9,11 @@
 #include "codes_linear.h"
 #include "multiply_in_tiles.h"
 #include "pairs_linear.h"
+#include "sparse_experts.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/add.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -100,48 +99,17 @@ at::Tensor linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const 
   return linear_operator().redispatch(below, x, values, meta, layout, in_features, bias, activation, scales);
 }
 
-OptionalTensor of_one(const OptionalTensor& stack, int64_t expert) {
-  return stack ? OptionalTensor(stack->select(0, expert)) : std::nullopt;
-}
-
-// Where the rows of each expert end; nothing where they are not in order, or not x's.
-std::optional<std::vector<int64_t>> ends_of(const at::Tensor& offsets, int64_t experts, int64_t rows) {
-  if (!offsets.is_cpu() || offsets.dim() != 1 || offsets.size(0) != experts) return {};
-  const auto type = offsets.scalar_type();
-  if (type != at::kInt && type != at::kLong) return {};
-  std::vector<int64_t> ends(experts);
-  int64_t last = 0;
-  for (int64_t e = 0; e < experts; ++e) {
-    const char* at = static_cast<const char*>(offsets.const_data_ptr()) + e * offsets.stride(0) * offsets.element_size();
-    ends[e] = type == at::kInt ? *reinterpret_cast<const int32_t*>(at) : *reinterpret_cast<const int64_t*>(at);
-    if (ends[e] < last || ends[e] > rows) return {};
-    last = ends[e];
-  }
-  return ends;
-}
-
 at::Tensor experts(const at::Tensor& x, const at::Tensor& values, const at::Tensor& meta, c10::string_view layout,
                    int64_t in_features, const OptionalTensor& offsets, const OptionalTensor& bias,
                    const OptionalTensor& scales) {
-  const int64_t count = values.dim() == 3 ? values.size(0) : 0;
-  const auto stacked = [&](const at::Tensor& t) { return t.dim() == 3 && t.size(0) == count; };
-  std::optional<std::vector<int64_t>> ends;
-  if (count && offsets && x.dim() == 2) ends = ends_of(*offsets, count, x.size(0));
-  if (!count || !stacked(meta) || (scales && !stacked(*scales)) || !(offsets ? ends.has_value() : stacked(x)) ||
-      !serves(values[0], meta[0], layout, in_features, of_one(scales, 0)) || !x.is_floating_point() ||
-      !fits(x, values[0], in_features, std::nullopt, Activation::none, scales.has_value()))
+  const bool stacked = values.dim() == 3 && values.size(0) > 0 && meta.dim() == 3 && meta.size(0) == values.size(0) &&
+                       (!scales || (scales->dim() == 3 && scales->size(0) == values.size(0)));
+  if (!stacked || !serves(values[0], meta[0], layout, in_features, of_one(scales, 0)) || !x.is_floating_point() ||
+      !fits(x, values[0], in_features, std::nullopt, Activation::none, scales.has_value()) ||
+      !rows_of_experts(x, values.size(0), offsets))
     return experts_operator().redispatch(kPython, x, values, meta, layout, in_features, offsets, bias, scales);
-  auto sizes = x.sizes().vec();
-  sizes.back() = values.size(1);
-  at::Tensor y = at::zeros(sizes, x.options());
-  for (int64_t e = 0, from = 0; e < count; from = ends ? (*ends)[e] : from, ++e) {
-    const int64_t rows = ends ? (*ends)[e] - from : x.size(1);
-    if (!rows) continue;
-    const auto part = [&](const at::Tensor& t) { return ends ? t.narrow(0, from, rows) : t.select(0, e); };
-    part(y).copy_(sparse_linear(part(x), values.select(0, e), meta.select(0, e), *layout_named(layout), in_features,
-                                std::nullopt, Activation::none, of_one(scales, e), static_cast<Isa>(isa_in_use.load())));
-  }
-  return bias ? at::add(y, *bias) : y;
+  return sparse_experts(x, values, meta, *layout_named(layout), in_features, offsets, bias, scales,
+                        static_cast<Isa>(isa_in_use.load()));
 }
 
 at::Tensor experts_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& values,
