@@ -29,6 +29,7 @@ from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 SPARE = 64  # places of the cache: every call fills one
 
+
 def main(
     model: str,
     batch: Annotated[list[int], typer.Option(help="sequences that are decoded together")] = [1, 16],  # noqa: B006

@@ -4,7 +4,8 @@
 
 One layer by the sides of Qwen3-30B-A3B (hidden 2048, experts of 768, eight of them for a token) with random weights and
 half of its experts, router included. All formats are called in turn, every call with tokens that were not seen before,
-so that the chosen experts come from memory.
+so that the chosen experts come from memory. Beside each layer stands what a plan would say of its two products (``measure``
+of deploy/lowering), timed in the same process.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import sparseforge_fx as sf
+from sparseforge_fx.deploy.lowering import cost, cost_table
+from sparseforge_fx.deploy.lowering.measure import measure
+from sparseforge_fx.formats import parse_format
+from sparseforge_fx.kernels.layouts import layouts_of
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 DENSE, SPARSE = ("dense", "dense int8", "dense int4"), ("2:4", "2:4 int8", "2:4 int4")
@@ -41,7 +46,9 @@ def main(
     models = {name: packed(experts, hidden, width, name) for name in (*DENSE, *SPARSE)}
     layers = {name: model.model.layers[0].mlp for name, model in models.items()}
     rows = []
-    for count in map(int, tokens.split(",")):
+    counts = [int(count) for count in tokens.split(",")]
+    products = priced(experts, hidden, width, counts)
+    for count in counts:
         runs = {name: partial(seconds, layer, count, hidden) for name, layer in layers.items()}
         times = in_turn(runs, rounds)
         for name, found in times.items():
@@ -50,7 +57,7 @@ def main(
             rows.append(
                 {
                     "tokens": count, "format": name, "bytes": stored(layers[name]), "median_seconds": statistics.median(found),
-                    "median_of_ratios": statistics.median(ratios), "quartiles": [ratios[quarter], ratios[-1 - quarter]],
+                    "products_seconds": products[name, count], "median_of_ratios": statistics.median(ratios), "quartiles": [ratios[quarter], ratios[-1 - quarter]],
                 }
             )  # fmt: skip
             print(rows[-1], flush=True)
@@ -76,6 +83,26 @@ def packed(experts: int, hidden: int, width: int, name: str) -> Qwen3MoeForCausa
     elif "int" in name:
         sf.quantize(model, name.split()[-1], include=["*.experts.*"])
     return model
+
+
+def priced(experts: int, hidden: int, width: int, counts: list[int]) -> dict[tuple[str, int], float]:
+    """Seconds of both products of a layer, by format and tokens, as a plan has them."""
+    found = dict.fromkeys(((name, count) for name in (*DENSE, *SPARSE) for count in counts), 0.0)
+    routing = cost_table.Routing(experts, min(8, experts))
+    for out, into in ((2 * width, hidden), (hidden, width)):
+        shapes = {
+            name: cost_table.Shape.of(out, into, torch.bfloat16, parse_format(name), routing)
+            for name in (*DENSE[1:], *SPARSE)
+        }
+        device = torch.device("cpu")
+        table = measure(list(shapes.values()), counts, device, layouts_of(device), rounds=7)
+        for name, shape in shapes.items():
+            best = cost.of_one_layout(table[shape].values(), counts)
+            for count in counts:
+                found[name, count] += best[count].packed_us / 1e6
+        for count in counts:
+            found["dense", count] += best[count].dense_us / 1e6
+    return found
 
 
 @torch.no_grad()

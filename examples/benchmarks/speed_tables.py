@@ -43,6 +43,7 @@ def experts_table() -> str:
         rows = [
             (
                 row["format"], row["tokens"], f"{row['bytes'] / 1e6:,.0f} MB", f"{1e3 * row['median_seconds']:.2f}",
+                f"{1e3 * row['products_seconds']:.2f}",
                 "{:.2f}x ({:.2f} to {:.2f})".format(row["median_of_ratios"], *row["quartiles"]),
                 f"{seconds[row['tokens'], row['format'].replace('2:4', 'dense')] / row['median_seconds']:.2f}x",
             )
@@ -53,8 +54,36 @@ def experts_table() -> str:
             f" {run['hidden']} channels, eight for a token; medians of {run['rounds']} rounds in which all are called in turn, in"
             " brackets the middle half."
         )
-        names = ("experts", "tokens", "bytes", "ms", "over bfloat16", "over dense of the same bits")
-        parts.append((text, table(names, "lrrrrr", rows)))
+        names = ("experts", "tokens", "bytes", "ms", "products, by a plan", "over bfloat16", "over dense of the same bits")
+        parts.append((text, table(names, "lrrrrrr", rows)))
+    return blocks(parts)
+
+
+def mixture_decode_table() -> str:
+    """A whole mixture in every format, beside llama.cpp."""
+    parts = []
+    for run in read("mixture_decode"):
+        points = run["points"]
+        counts = list(next(iter(points.values()))["tokens_per_second"])
+        rows = []
+        for name, point in points.items():
+            prompt = point["prompt_tokens_per_second"][counts[-1]]
+            speeds = (f"{point['tokens_per_second'][b]:.1f}" for b in counts)
+            rows.append((name, f"{point['bytes'] / 1e6:,.0f} MB", *speeds, f"{prompt:.0f}"))
+        same = run["perplexity"]
+        text = (
+            f"{run['device']}, {run['threads']} threads, commit {run['commit']}: {run['parameters'] / 1e9:.2f}B random weights,"
+            f" {run['layers']} layers of {run['experts']} experts of {run['width']} over {run['hidden']} channels, of which a token meets"
+            f" {run['chosen']};"
+            f" prompts of {run['prompt']} tokens, {run['tokens']} new ones, {run['rounds']} rounds in which all run in turn."
+        )
+        if "llama.cpp" in same:
+            text += (
+                f" Perplexity of random tokens, by which both compute the same: {same['transformers']:.0f} in transformers,"
+                f" {same['llama.cpp']:.0f} in llama.cpp."
+            )
+        names = ("point", "bytes", *(f"tokens/s, batch {b}" for b in counts), f"prompt tokens/s, batch {counts[-1]}")
+        parts.append((text, table(names, "lr" + "r" * len(counts) + "r", rows)))
     return blocks(parts)
 
 
