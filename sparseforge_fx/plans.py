@@ -274,7 +274,7 @@ def _weight(entry: Any, tokens: Sequence[int]) -> PlannedWeight:
         raise SparseForgeError(f"{name} of the plan has no price as dense, which the others are compared with")
     if not isinstance(name, str) or not isinstance(group, str):
         raise SparseForgeError(f"{name} of the plan: name and group are names of weights")
-    if len(shape) not in (2, 3):
+    if len(shape) not in (2, 3) or min(shape) < 1:
         raise SparseForgeError(f"{name} of the plan: its shape is out and in, of a stack experts, out and in")
     if reason := form.why_not(shape[-1]):
         raise SparseForgeError(f"{name} of the plan cannot be {form}: {reason}")

@@ -97,14 +97,15 @@ def test_codes_in_every_layout(form, layout):
 # -- the C++ loop over experts beside the Python one -------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
-def test_both_loops_give_the_same_bits(dtype, index):
-    x, _, values, meta, ends = make([3, 0, 1, 7], 2, dtype)
+@pytest.mark.parametrize("counts", [[3, 0, 1, 7], [3, 1, 1, 6], [1] * 12], ids=str)  # one by one, and shared out
+def test_both_loops_give_the_same_bits(dtype, index, counts):
+    x, _, values, meta, ends = make(counts, 12 - sum(counts) + 2, dtype)
     cpu.available() and cpu.instruction_set()
     given = (x, values, meta, "rows", WIDTH)
     spread = torch.stack([ends, ends], 1).to(index)[:, 0]  # strides of a view
     with torch.no_grad():
         assert torch.equal(PACKED_EXPERTS_OP(*given, spread), sparse_experts._init_fn(*given, ends))
-        stacked_x = x[:12].view(4, 3, WIDTH)
+        stacked_x = x[:12].view(len(counts), -1, WIDTH)
         got = PACKED_EXPERTS_OP(stacked_x, *given[1:], None)
         assert torch.equal(got, sparse_experts._init_fn(stacked_x, *given[1:], None))
         mixed = PACKED_EXPERTS_OP(x.t().contiguous().t(), *given[1:], ends)

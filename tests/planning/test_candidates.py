@@ -1,8 +1,10 @@
 """Which weights have a choice, and between what."""
 
 import pytest
+import torch
 
 from sparseforge_fx.formats import parse_format
+from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.planning.candidates import candidates
 
 FORMATS = [parse_format(f) for f in ("2:4", "dense int8", "2:4 int4/32", "dense int4/128")]
@@ -57,3 +59,33 @@ def test_what_is_deployed_as_one_product_is_a_group(tiny):
     assert [c.group.split(".")[-2] for c in found][:2] == ["k_proj", "k_proj"]
     found, _ = candidates(tiny("gpt2").program, FORMATS)  # x @ W: nothing merges these
     assert all(c.group == c.site.fqn and c.group_outputs == c.site.out_features for c in found)
+
+
+@pytest.mark.parametrize("name", ["moe", "gpt_oss"])
+def test_stacks_of_experts_are_candidates_by_themselves(tiny, name):
+    found, skipped = candidates(tiny(name).program, FORMATS)
+    stacks = [c for c in found if c.site.experts]
+    assert stacks and all(c.routing == (4, 2) and c.group == c.site.fqn for c in stacks)
+    assert all(c.routing is None for c in found if not c.site.experts)
+    assert {"dense", "2:4", "dense int8"} <= set(texts(stacks)[stacks[0].site.fqn])
+    assert not any("experts" in reason for reason in skipped.values())
+
+
+class Loop(torch.nn.Module):
+    """A mixture that multiplies every token by every expert, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.experts = torch.nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(sum(torch.nn.functional.linear(x, self.experts[e]) for e in range(3)).relu())
+
+
+def test_where_every_token_meets_every_expert_all_are_chosen():
+    program = capture(Loop(), torch.randn(5, 8))
+    found, _ = candidates(program, FORMATS)
+    (stack,) = [c for c in found if c.site.experts]
+    assert stack.routing == (3, 3) and texts([stack]) == {"experts": ["dense", "2:4"]}  # nobody could pack it in few bits

@@ -1,7 +1,9 @@
-// Expert by expert; those without a row are not read.
+// Expert by expert; those without a row are not read. Where there are enough of them each thread has some for itself: one
+// product after the other would wake all threads for each.
 
 #include "sparse_experts.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/zeros.h>
 
@@ -40,12 +42,22 @@ at::Tensor sparse_experts(const at::Tensor& x, const at::Tensor& values, const a
   sizes.back() = values.size(1);
   const at::Tensor rows = x.reshape({-1, in_features}), y = at::zeros(sizes, x.options());
   const at::Tensor to = y.view({-1, values.size(1)});
-  for (int64_t e = 0, from = 0; e < experts; from = (*ends)[e++]) {
-    const int64_t count = (*ends)[e] - from;
-    if (count > 0)
+  std::vector<int64_t> active;
+  for (int64_t e = 0; e < experts; ++e)
+    if ((*ends)[e] > (e ? (*ends)[e - 1] : 0)) active.push_back(e);
+  const auto multiply = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t e = active[i], from = e ? (*ends)[e - 1] : 0, count = (*ends)[e] - from;
       to.narrow(0, from, count)
           .copy_(sparse_linear(rows.narrow(0, from, count), values.select(0, e), meta.select(0, e), layout, in_features,
                                std::nullopt, Activation::none, of_one(scales, e), isa));
+    }
+  };
+  const int64_t count = active.size(), threads = at::get_num_threads();
+  if (count % threads == 0 || count >= 4 * threads) {
+    at::parallel_for(0, count, 1, multiply);
+  } else {
+    multiply(0, count);
   }
   return bias ? at::add(y, *bias) : y;
 }

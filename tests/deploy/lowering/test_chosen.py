@@ -70,8 +70,24 @@ def test_what_is_packed_already_must_be_so_in_the_plan():
     sf.quantize(model, plan=FORMATS)
     with pytest.raises(SparseForgeError, match=r"makes .*up_proj.weight dense int8, and it is packed in 2:4 int8"):
         sf.quantize(model, plan={f"{UP}.weight": "int8"})
-    with pytest.raises(SparseForgeError, match="and it is no weight of a linear layer"):
+    with pytest.raises(SparseForgeError, match="and it is no weight of a linear or of experts"):
         sf.quantize(tiny_llama(tie_word_embeddings=False), plan={"model.embed_tokens.weight": "int8"})
+
+
+def test_a_plan_of_experts(tiny):
+    model = copy.deepcopy(tiny("moe").model)
+    first, last = (f"model.layers.0.mlp.experts.{leaf}" for leaf in ("gate_up_proj", "down_proj"))
+    with pytest.raises(SparseForgeError, match=rf"makes {first} 2:4 int8, and it is not 2:4: run sf.sparsify"):
+        sf.quantize(model, plan={first: "2:4 int8"})
+    prices = {DENSE: Price(0.0, 1.0, {1: 1.0})}
+    plan = Plan([PlannedWeight(first, (64, 32), parse_format("int8"), prices)], (1,), {"bytes": 1.0}, None, 1)
+    with pytest.raises(SparseForgeError, match=rf"{first} is 64 x 32 in the plan and 4 x 64 x 32 in the model"):
+        sf.quantize(model, plan=plan)
+    report = sf.quantize(model, plan={first: "int8", last: "dense"})
+    assert formats_of(report) == {first: "dense int8"} and model.get_experts_implementation()[""] == "sparseforge"
+    with pytest.raises(SparseForgeError, match=rf"makes {first} dense int4/32, and it is packed in dense int8"):
+        sf.quantize(model, plan={first: "int4"})
+    assert formats_of(sf.quantize(model, plan={first: "int8", last: "int8"})) == {last: "dense int8"}
 
 
 def test_a_linear_that_cannot_be_replaced():
