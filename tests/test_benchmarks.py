@@ -30,6 +30,10 @@ SCRIPTS = {
     ),
     "decode": ({**MODEL, "batch": [1], "prefill": 8, "tokens": 2, "rounds": 1}, {"batches", "prefill", "gate"}),
     "estimator_cost": (STEPS, {"median_seconds", "over_none", "amortised"}),
+    "huge_pages": (
+        {"label": "tiny", "shapes": "32x64", "rows": "1", "rounds": 4, "rotate_bytes": 1},
+        {"cases", "rotated_bytes"},
+    ),
     "plan_check": ({**TEXT, "valid": "", "weights": 3, "windows": 1}, {"spearman", "rows", "predict_seconds"}),
     "row_split": ({**TEXT, "rotate_bytes": 1, "rounds": 1, "rows": [2]}, {"budgets", "time", "share_of_the_kept"}),
     "one_shot_speed": (

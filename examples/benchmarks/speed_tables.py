@@ -54,8 +54,45 @@ def experts_table() -> str:
             f" {run['hidden']} channels, eight for a token; medians of {run['rounds']} rounds in which all are called in turn, in"
             " brackets the middle half."
         )
-        names = ("experts", "tokens", "bytes", "ms", "products, by a plan", "over bfloat16", "over dense of the same bits")
+        names = (
+            "experts",
+            "tokens",
+            "bytes",
+            "ms",
+            "products, by a plan",
+            "over bfloat16",
+            "over dense of the same bits",
+        )
         parts.append((text, table(names, "lrrrrrr", rows)))
+    return blocks(parts)
+
+
+def huge_pages_table() -> str:
+    """A weight on large pages over the same on small ones."""
+    parts = []
+    for run in read("huge_pages"):
+        counts = sorted({case["rows"] for case in run["cases"]})
+        cases = {(f"{c['out']}x{c['in']}", c["format"], c["rows"]): c for c in run["cases"]}
+        rows = []
+        for shape, form in dict.fromkeys(key[:2] for key in cases):
+            cells = []
+            for m in counts:
+                case = cases[shape, form, m]
+                small, large = case["microseconds"]["4 KiB"], case["microseconds"]["2 MiB"]
+                cells += [
+                    f"{small:.0f}",
+                    f"{large:.0f}",
+                    "{:.2f}x ({:.2f} to {:.2f})".format(case["gain"], *case["quartiles"]),
+                ]
+            rows.append((shape, form, *cells))
+        least = min(case["huge_share"] for case in run["cases"])
+        text = (
+            f"{run['device']}, {run['threads']} threads, commit {run['commit']}; weights rotated over"
+            f" {run['rotated_bytes'] / 1e6:.0f} MB, both in turn, {run['rounds']} rounds, in brackets the middle half. The system gave"
+            f" large pages for at least {least:.0%} of what was asked for."
+        )
+        heads = [head for m in counts for head in (f"us on 4 KiB, M = {m}", "on 2 MiB", "gain")]
+        parts.append((text, table(("weight", "format", *heads), "ll" + "rrr" * len(counts), rows)))
     return blocks(parts)
 
 

@@ -42,6 +42,7 @@ TABLES = {
     "many-rows": speed.many_rows_table,
     "kernels": speed.kernel_table,
     "experts-decode": speed.experts_table,
+    "huge-pages": speed.huge_pages_table,
     "mixture-decode": speed.mixture_decode_table,
     "gpu-kernels": speed.gpu_kernel_table,
     "decode": speed.decode_table,

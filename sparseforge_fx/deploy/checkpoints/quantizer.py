@@ -137,7 +137,7 @@ class PackedQuantizer(HfQuantizer):
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from sparseforge_fx.deploy.checkpoints.packed_stacks import take_stacks
-        from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
+        from sparseforge_fx.deploy.lowering.sparse_modules import lay_together, packed_weights
 
         for name, module in packed_weights(model).items():
             if module.weight_values.is_meta:
@@ -155,6 +155,7 @@ class PackedQuantizer(HfQuantizer):
         take_stacks(model, self.stacks)
         for module in packed_weights(model).values():
             change_to_device(module)
+        lay_together(model)
         model._weight_conversions = []  # save_pretrained would apply the inverse of ours to every name
         return model
 

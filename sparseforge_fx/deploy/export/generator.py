@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.pt2_archive._package import load_pt2
+from torch.export.pt2_archive._package import AOTICompiledModel, PT2ArchiveReader, load_pt2
+from torch.export.pt2_archive.constants import AOTINDUCTOR_DIR, WEIGHTS_DIR
 from transformers import (
     AutoTokenizer,
     LogitsProcessorList,
@@ -27,6 +30,7 @@ from sparseforge_fx.data.prompts import prompt_batch
 from sparseforge_fx.deploy.export.archive import Archive, check_export, refuse_pickles
 from sparseforge_fx.deploy.export.generation import GENERATOR_VERSION, SPEC_FILE, TOKENIZER_FOLDER, misfits
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels.huge_pages import on_huge_pages
 from sparseforge_fx.models.dense import explained
 from sparseforge_fx.ranges import Count, CountFromZero, Positive, Seed, ShareAboveZero, checked
 
@@ -163,7 +167,7 @@ def load_generator(path: str | Path) -> Generator:
     if not compiled or any(name.startswith("models/") for name in archive.sizes):
         refuse_pickles(archive)
     with explained(f"{path} cannot be loaded"):
-        contents = load_pt2(str(path), load_weights_from_disk=compiled)
+        contents = load_pt2(str(path))
         if not compiled:
             first, second = (contents.exported_programs[name] for name in ("prefill", "decode"))
             _check_cache(first, spec)
@@ -172,7 +176,24 @@ def load_generator(path: str | Path) -> Generator:
             decode: Callable = second.module(check_guards=False)
         else:
             prefill, decode = contents.aoti_runners["prefill"], contents.aoti_runners["decode"]
+            _give_weights(path, contents.aoti_runners)
         return Generator(prefill, decode, spec, _tokenizer(contents.extra_files))
+
+
+def _give_weights(path: Path, runners: Mapping[str, AOTICompiledModel]) -> None:
+    """As torch's loader does, which has no say in where they lie: both graphs get the weights of the file."""
+    reader = PT2ArchiveReader(str(path))
+    files = reader.get_file_names()
+    stored = [file for file in files if file.startswith(WEIGHTS_DIR)]
+    read = (torch.load(io.BytesIO(reader.read_bytes(file)), weights_only=True).detach() for file in stored)
+    weights = dict(zip((file.removeprefix(WEIGHTS_DIR) for file in stored), on_huge_pages(read), strict=True))
+    for name, runner in runners.items():
+        (config,) = [
+            f for f in files if f.startswith(f"{AOTINDUCTOR_DIR}{name}/") and f.endswith("weights_config.json")
+        ]
+        wanted = json.loads(reader.read_string(config))
+        given = {weight: weights[file].as_strided(*strided) for weight, (file, *strided) in wanted.items()}
+        runner.load_constants(given, check_full_update=True, user_managed=True)
 
 
 def _check_cache(program: ExportedProgram, spec: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from transformers.integrations.moe import _grouped_linear
 from sparseforge_fx.deploy.lowering.cost_table import Routing, Shape, Table, Timing
 from sparseforge_fx.formats import Format
 from sparseforge_fx.kernels.gpu.timing import Replays
+from sparseforge_fx.kernels.huge_pages import on_huge_pages
 from sparseforge_fx.kernels.layouts import Layout
 from sparseforge_fx.kernels.packed import Packed, pack, pack_codes
 from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
@@ -98,7 +99,10 @@ def _copies(tensors: tuple[Tensor | None, ...], routing: Routing | None = None) 
     size = experts * sum(t.nbytes for t in tensors if t is not None)
     count = min(max(2 if routing is None else 1, -(-ROTATED_BYTES // size)), MOST_COPIES)
     make = Tensor.clone if routing is None else lambda t: t.repeat(experts, *[1] * t.dim())
-    return [tuple(None if t is None else make(t) for t in tensors) for _ in range(count)]
+    given = [None if t is None else make(t) for _ in range(count) for t in tensors]
+    moved = on_huge_pages(t for t in given if t is not None)  # as they are deployed
+    placed = [None if t is None else next(moved) for t in given]
+    return [tuple(placed[i : i + len(tensors)]) for i in range(0, len(placed), len(tensors))]
 
 
 def _drawn(tokens: int, routing: Routing) -> list[Tensor]:

@@ -20,6 +20,7 @@ from sparseforge_fx.deploy.lowering.sparse_modules import (
     PackedWeight,
     SparseExperts,
     SparseLinear,
+    lay_together,
     packed_weights,
 )
 from sparseforge_fx.errors import SparseForgeError, add_sentence
@@ -80,6 +81,7 @@ def lower_modules(
             kept |= {"experts": stack[0]} if stack else {}
             lowered.append({"name": name, "out": out, "in": width, **kept})  # type: ignore[typeddict-item]
             after += size
+    lay_together(model)
     leave_savable(model)
     return {
         "sites": lowered,

@@ -15,7 +15,7 @@ from sparseforge_fx.deploy.lowering.modules import packed_like, replace, weight_
 from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
 from sparseforge_fx.deploy.lowering.round_on_data import round_on_data
 from sparseforge_fx.deploy.lowering.savable import leave_savable
-from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
+from sparseforge_fx.deploy.lowering.sparse_modules import lay_together, packed_weights
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
 from sparseforge_fx.graph.forward import unwrapped
@@ -113,6 +113,7 @@ def quantize(
         layouts = _put(model, sites, packed)
         for name in chosen.copied:
             part(model, name)
+    lay_together(model)
     leave_savable(model)
     return _report(chosen, packed, layouts, notes)
 

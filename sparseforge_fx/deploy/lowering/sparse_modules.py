@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.grouped_experts import PACKED
+from sparseforge_fx.kernels.huge_pages import on_huge_pages
 from sparseforge_fx.kernels.layouts import LAYOUTS, ROWS, Layout
 from sparseforge_fx.kernels.packed import BITMASK, SCALES, VALUES, Packed, pack
 from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
@@ -120,6 +121,15 @@ class PackedWeight(nn.Module):
 def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
     """The packed linears and stacks of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+
+
+def lay_together(model: nn.Module) -> None:
+    """Put the packed weights of a model that is on a CPU on huge pages (kernels/huge_pages.py), one after the other."""
+    held = [
+        (m, name) for m in packed_weights(model).values() for name, buffer in m._buffers.items() if buffer is not None
+    ]
+    for (module, name), moved in zip(held, on_huge_pages(getattr(m, name) for m, name in held), strict=True):
+        setattr(module, name, moved)
 
 
 class SparseLinear(PackedWeight):
