@@ -50,6 +50,7 @@ def main(
     products = priced(experts, hidden, width, counts)
     for count in counts:
         runs = {name: partial(seconds, layer, count, hidden) for name, layer in layers.items()}
+        in_turn(runs, 3)  # warm
         times = in_turn(runs, rounds)
         for name, found in times.items():
             ratios = sorted(base / own for base, own in zip(times["dense"], found, strict=True))
