@@ -113,7 +113,6 @@ def quantize(
         layouts = _put(model, sites, packed)
         for name in chosen.copied:
             part(model, name)
-    lay_together(model)
     leave_savable(model)
     return _report(chosen, packed, layouts, notes)
 
@@ -224,6 +223,7 @@ def _put(model: nn.Module, sites: Mapping[str, Any], packed: Mapping[str, Packed
         sparse.change_layout(native_layout(module.weight.device, sparse.format, *sides, module.weight.dtype))
         layouts[name] = sparse.layout
         replace(model, name, sparse)
+    lay_together(model)
     return layouts
 
 
