@@ -112,7 +112,8 @@ def mixture_decode_table() -> str:
             f"{run['device']}, {run['threads']} threads, commit {run['commit']}: {run['parameters'] / 1e9:.2f}B random weights,"
             f" {run['layers']} layers of {run['experts']} experts of {run['width']} over {run['hidden']} channels, of which a token meets"
             f" {run['chosen']};"
-            f" prompts of {run['prompt']} tokens, {run['tokens']} new ones, {run['rounds']} rounds in which all run in turn."
+            f" prompts of {run['prompt']} tokens, {run['tokens']} new ones, {run['rounds']} rounds in which all run in turn; the sequences"
+            " of a batch are the same, so that they go to the same experts."
         )
         if "llama.cpp" in same:
             text += (
