@@ -116,9 +116,14 @@ def test_files_and_graphs(found, tmp_path):
     with pytest.raises(SparseForgeError, match="leave portable out"):
         sf.export(again, tmp_path / "other.pt2", portable=True)
     assert not (tmp_path / "other.pt2").exists()
-    sf.export(again, tmp_path / "package.pt2", format="aoti")
-    package = torch._inductor.aoti_load_package(tmp_path / "package.pt2")
-    torch.testing.assert_close(package(**other)["logits"], answers(again, other), rtol=1e-4, atol=1e-4)
+
+
+def test_packages_of_aoti_have_packed_experts(tiny, tmp_path):
+    found = fresh(tiny, "gpt_oss")  # with biases; compiling takes a while
+    sf.quantize(found.model, "int4")
+    sf.export(found.model, tmp_path / "package.pt2", format="aoti")
+    package, other = torch._inductor.aoti_load_package(tmp_path / "package.pt2"), found.batch(7, rows=3, length=9)
+    torch.testing.assert_close(package(**other)["logits"], answers(found.model, other), rtol=1e-4, atol=1e-4)
 
 
 def test_two_of_four_stacks_run_under_their_modules(found):
