@@ -12,7 +12,7 @@ from torch.fx import Node
 from sparseforge_fx.data.reading import Reading
 from sparseforge_fx.graph.capture import as_call
 from sparseforge_fx.methods.calibrate import Expert, Read, layer_by_layer
-from sparseforge_fx.methods.experts import EXPERT_TOKENS
+from sparseforge_fx.methods.experts import Experts
 from sparseforge_fx.passes.find_linears import LinearSite
 from sparseforge_fx.passes.operators import LINEAR_OPS, STACK_OPS
 from sparseforge_fx.passes.uses import LinearUse, stack_operands
@@ -53,6 +53,7 @@ def observe(run: Run, recipe: Recipe, sites: Sequence[LinearSite], see: See, pur
     objective = Objective(loss, getattr(run.program.source, "config", None), run.reader.note)
     curvature = output_curvature(module, reads, batches, objective.answer, seed=recipe.seed)
     by_name = {site.fqn: site for site in sites}
+    experts = Experts(told_of_few="predicted from one input at a time")
     standing = {name: drawn_experts(_oriented(run, by_name[name]), g) for name, g in curvature.items() if g.dim() == 2}
 
     def visit(name: str, moments: Tensor, expert: Expert | None = None) -> None:
@@ -64,12 +65,13 @@ def observe(run: Run, recipe: Recipe, sites: Sequence[LinearSite], see: See, pur
         if expert is None:
             see(name, weight.float(), moments, sharpness)
         elif place in (shares := standing.get(name, {})):
-            if expert.tokens < EXPERT_TOKENS:  # they say nothing of how inputs go together
+            if not experts.see(name, expert):  # so few say nothing of how inputs go together
                 moments = moments.diag().diag()
             see(name, weight[place].float(), moments, sharpness[place] * shares[place])
 
     for name in layer_by_layer(module, reads, batches, visit):
         run.notes.append(f"padding counted in what {name} is predicted to {purpose}: its inputs are no positions")
+    run.notes += [f"{name}: {told}" for name, told in experts.told().items()]
 
 
 def read_of(node: Node, site: LinearSite, use: LinearUse) -> Read:

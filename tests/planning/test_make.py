@@ -42,7 +42,10 @@ def test_each_budget_is_kept_and_the_model_left_as_it_was(planned, name):
     assert 0 < exact.loss <= fast.loss / 2 and exact.speedup > 1
     assert {w.name for w in fast.weights} | set(fast.skipped) >= set(found.weights)
     unused = ["no gradient of the answers reaches pooler.dense.weight: nothing is predicted to cost there"]
-    assert fast.machine == environment()["device"] and fast.notes == (unused if name == "vit" else [])
+    few = [note for note in fast.notes if "saw fewer than 32 calibration tokens: predicted from one input" in note]
+    assert not few or name in ("moe", "gpt_oss")
+    others = [note for note in fast.notes if note not in few]
+    assert fast.machine == environment()["device"] and others == (unused if name == "vit" else [])
 
 
 def test_a_plan_of_more_speed_costs_more(planned):
