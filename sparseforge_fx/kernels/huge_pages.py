@@ -26,11 +26,14 @@ def on_huge_pages(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     call. It reads ahead as much as fills a region, and gives it before it reads on.
     """
     waiting: list[Tensor] = []
+    size = 0
     for tensor in tensors:
-        if waiting and _size(waiting) + _size([tensor]) > REGION:
-            ready, waiting = _moved(waiting), []
+        mine = _size([tensor])
+        if waiting and size + mine > REGION:
+            ready, waiting, size = _moved(waiting), [], 0
             yield from ready
         waiting.append(tensor)
+        size += mine
     ready, waiting = _moved(waiting), []
     yield from ready
 
