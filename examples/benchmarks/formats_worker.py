@@ -1,6 +1,7 @@
 """One format in a process of its own: load it, run it, say what it took. Started by formats.py, never by hand.
 
-formats_worker.py KIND PATH REQUEST RESULT; REQUEST is a .pt file of the prompts, RESULT the json that is written.
+formats_worker.py KIND PATH REQUEST RESULT; REQUEST is a .pt file of the prompts, RESULT the json that is written. A batch of
+more sequences than there are prompts begins with the first ones again.
 """
 
 import json
@@ -93,10 +94,10 @@ def main():
     if asked["device"] == "cuda":
         out["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     ids = asked["ids"].to(asked["device"])
-    text = generate(ids, asked["text_tokens"])
+    text = generate(ids[:1], asked["text_tokens"])
     speeds, firsts = {}, {}
     for rows in asked["batch"]:
-        prompts, tokens = ids.repeat(rows, 1), asked["tokens"] if cached else 4
+        prompts, tokens = ids[torch.arange(rows) % len(ids)], asked["tokens"] if cached else 4
         generate(prompts, 2)
         seconds = {1: [], tokens: []}
         for _ in range(asked["rounds"] if cached else 1):
@@ -105,7 +106,7 @@ def main():
                 generate(prompts, count)[0, -1].item()  # waits for the device
                 of.append(time.perf_counter() - clock)
         speeds[rows], firsts[rows] = [rows * tokens / s for s in seconds[tokens]], seconds[1]
-    found = logits(ids)
+    found = logits(ids[:1])
     torch.save({"text": text.cpu(), "logits": None if found is None else found.cpu()}, f"{result}.pt")
     with open(result, "w") as file:
         json.dump({**out, "tokens_per_second": speeds, "first_token_seconds": firsts}, file)

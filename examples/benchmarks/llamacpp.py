@@ -108,7 +108,7 @@ def speed(model: object, asked: dict) -> dict:
     speeds, firsts = {}, {}
     for rows in asked["batch"]:
         context = Context(model, rows, length, asked["threads"])
-        prompts = np.repeat(prompt, rows, axis=0)
+        prompts = prompt[np.arange(rows) % len(prompt)]
         generate(context, prompts, 2)
         seconds = {1: [], asked["tokens"]: []}
         for _ in range(asked["rounds"]):

@@ -63,7 +63,8 @@ def main(
         tie_word_embeddings=False, eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     sizes = {name: generator(config, name, folder, batch, max_length) for name in OURS}
-    ids = torch.randint(0, vocabulary, (1, WINDOW), generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (1, WINDOW), generator=draw)
     record: dict[str, Any] = {"perplexity": {"transformers": perplexity(model_of(config, "dense bf16"), ids)}}
     points = {}
     if find_spec("llama_cpp") is not None:
@@ -72,7 +73,8 @@ def main(
         record["perplexity"]["llama.cpp"] = llama_cpp("perplexity", Point("F16", str(whole)), folder)["perplexity"]
         points = {f"llama.cpp {kind}": Point(kind, str(quantized(whole, kind))) for kind in THEIRS}
         sizes |= {name: Path(point.path).stat().st_size for name, point in points.items()}
-    request = {"ids": ids[:, :prompt], "text_tokens": tokens, "tokens": tokens, "rounds": 2, "batch": list(batch)}
+    prompts = torch.randint(0, vocabulary, (max(batch), prompt), generator=draw)  # others each, or all choose alike
+    request = {"ids": prompts, "text_tokens": tokens, "tokens": tokens, "rounds": 2, "batch": list(batch)}
     torch.save({**request, "device": "cpu", "threads": torch.get_num_threads()}, folder / "request.pt")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sizes}
     for _ in range(rounds):
@@ -86,7 +88,13 @@ def main(
     here = environment()
     rows = {name: {"bytes": sizes[name], **decoded(of_one, prompt, tokens)} for name, of_one in found.items()}
     record |= {"layers": layers, "experts": experts, "chosen": chosen, "hidden": hidden, "width": width, "heads": heads}
-    record |= {"vocabulary": vocabulary, "parameters": parameters(config), "prompt": prompt, "tokens": tokens}
+    record |= {
+        "vocabulary": vocabulary,
+        "parameters": parameters(config),
+        "prompt": prompt,
+        "prompts": len(prompts),
+        "tokens": tokens,
+    }
     save("mixture_decode", label, {**record, "max_length": max_length, "rounds": rounds, "points": rows}, here)
     for name, row in rows.items():
         print(name, row["tokens_per_second"], flush=True)

@@ -96,6 +96,10 @@ def huge_pages_table() -> str:
     return blocks(parts)
 
 
+#: by whether they begin differently
+OF_BATCH = {True: "begin with other tokens each", False: "are the same, so that they go to the same experts"}
+
+
 def mixture_decode_table() -> str:
     """A whole mixture in every format, beside llama.cpp."""
     parts = []
@@ -113,7 +117,7 @@ def mixture_decode_table() -> str:
             f" {run['layers']} layers of {run['experts']} experts of {run['width']} over {run['hidden']} channels, of which a token meets"
             f" {run['chosen']};"
             f" prompts of {run['prompt']} tokens, {run['tokens']} new ones, {run['rounds']} rounds in which all run in turn; the sequences"
-            " of a batch are the same, so that they go to the same experts."
+            f" of a batch {OF_BATCH[run.get('prompts', 1) > 1]}."
         )
         if "llama.cpp" in same:
             text += (
