@@ -222,33 +222,44 @@ def test_experts_are_timed_in_every_format(results, monkeypatch):
     assert speed_tables.experts_table().count("\n| ") == 13
 
 
-def test_a_mixture_decodes_beside_what_llama_cpp_reads(results, monkeypatch, tmp_path):
+@pytest.mark.parametrize("of", ["Qwen3-8B", "Qwen3-30B-A3B"])
+def test_a_large_model_decodes_beside_what_llama_cpp_reads(results, monkeypatch, tmp_path, of):
     import gguf
-    import mixture_decode
+    import large_decode
     import records
     import speed_tables
 
     monkeypatch.setattr(records, "RESULTS", results)
-    monkeypatch.setattr(mixture_decode, "find_spec", lambda name: None)
-    monkeypatch.setattr(mixture_decode, "generator", lambda config, name, *_: made.append(config) or len(made))
+    monkeypatch.setattr(large_decode, "find_spec", lambda name: None)
+    monkeypatch.setattr(large_decode, "generator", lambda config, name, *_: made.append(config) or len(made))
     taken = {"tokens_per_second": {"1": [8.0, 9.0]}, "first_token_seconds": {"1": [0.1, 0.1]}}
-    monkeypatch.setattr(mixture_decode, "run_generator", lambda kind, path, folder: taken)
+    monkeypatch.setattr(large_decode, "run_generator", lambda kind, path, folder: taken)
     made = []
-    sizes = {"layers": 1, "experts": 4, "chosen": 2, "hidden": 32, "width": 32, "heads": 2, "vocabulary": 96}
-    mixture_decode.main(tmp_path, label="x", batch=[1], rounds=2, **sizes)
-    record = json.loads((results / "mixture_decode" / "x.json").read_text())
-    assert list(record["points"]) == list(mixture_decode.OURS) and record["perplexity"]["transformers"] > 1
-    assert speed_tables.mixture_decode_table().count("\n| ") == 1 + len(mixture_decode.OURS)
+    mixture = large_decode.SIDES[of]["experts"] > 0
+    sides = {"layers": 1, "hidden": 32, "width": 32, "heads": 2, "keys": 1, "vocabulary": 96}
+    sides |= {"experts": 4, "chosen": 2} if mixture else {}
+    large_decode.main(tmp_path, of, label="x", sides=json.dumps(sides), batch=[1, 2], rounds=2)
+    record = json.loads((results / "large_decode" / "x.json").read_text())
+    assert list(record["points"]) == list(large_decode.OURS) and record["perplexity"]["transformers"] > 1
+    assert speed_tables.large_decode_table().count("\n| ") == 1 + len(large_decode.OURS)
+    prompts = torch.load(tmp_path / "request.pt")["ids"]
+    assert len(prompts) == 2 and not torch.equal(*prompts)
+    with pytest.raises(SystemExit, match="name a new folder"):
+        large_decode.main(tmp_path, of, sides=json.dumps(sides | {"layers": 2}))
 
-    file = mixture_decode.write_gguf(made[0], tmp_path / "F16.gguf")
+    file = large_decode.write_gguf(made[0], tmp_path / "F16.gguf")
     stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
-    dense = mixture_decode.model_of(made[0], "dense bf16").state_dict()
-    into = dense["model.layers.0.mlp.experts.gate_up_proj"]
-    for name, want in (("gate", into[:, :32]), ("up", into[:, 32:])):
-        got = torch.from_numpy(stored[f"blk.0.ffn_{name}_exps.weight"].data.copy())
+    dense = large_decode.model_of(made[0], "dense bf16").state_dict()
+    experts, end = ("experts.", "") if mixture else ("", ".weight")
+    parts = {name: dense.get(f"model.layers.0.mlp.{experts}{name}_proj{end}") for name in ("gate", "up")}
+    if mixture:  # one stack there is two here
+        into = dense["model.layers.0.mlp.experts.gate_up_proj"]
+        parts = {"gate": into[:, :32], "up": into[:, 32:]}
+    for name, want in parts.items():
+        got = torch.from_numpy(stored[f"blk.0.ffn_{name}{'_exps' if mixture else ''}.weight"].data.copy())
         torch.testing.assert_close(got.float(), want.float(), rtol=1e-3, atol=1e-4)
-    assert len(stored) == len(dense) + 1  # one stack there is two here
-    models = {name: mixture_decode.model_of(made[0], name) for name in mixture_decode.OURS}
+    assert len(stored) == len(dense) + mixture
+    models = {name: large_decode.model_of(made[0], name) for name in large_decode.OURS}
     held = {name: sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for name, m in models.items()}
     assert sorted(held, key=held.get) == ["2:4 int4", "dense int4", "2:4 int8", "dense int8", "dense bf16"]
 

@@ -100,10 +100,17 @@ def huge_pages_table() -> str:
 OF_BATCH = {True: "begin with other tokens each", False: "are the same, so that they go to the same experts"}
 
 
-def mixture_decode_table() -> str:
-    """A whole mixture in every format, beside llama.cpp."""
+def _inside(run: dict) -> str:
+    if not run["experts"]:
+        return f"of {run['hidden']} channels, {run['width']} in the MLP"
+    experts = f"of {run['experts']} experts of {run['width']} over {run['hidden']} channels"
+    return f"{experts}, of which a token meets {run['chosen']}"
+
+
+def large_decode_table() -> str:
+    """Layers of a large model in every format, beside llama.cpp."""
     parts = []
-    for run in read("mixture_decode"):
+    for run in read("large_decode"):
         points = run["points"]
         counts = list(next(iter(points.values()))["tokens_per_second"])
         rows = []
@@ -114,10 +121,9 @@ def mixture_decode_table() -> str:
         same = run["perplexity"]
         text = (
             f"{run['device']}, {run['threads']} threads, commit {run['commit']}: {run['parameters'] / 1e9:.2f}B random weights,"
-            f" {run['layers']} layers of {run['experts']} experts of {run['width']} over {run['hidden']} channels, of which a token meets"
-            f" {run['chosen']};"
+            f" {run['layers']} layers {_inside(run)}, by the sides of {run['of']};"
             f" prompts of {run['prompt']} tokens, {run['tokens']} new ones, {run['rounds']} rounds in which all run in turn; the sequences"
-            f" of a batch {OF_BATCH[run.get('prompts', 1) > 1]}."
+            f" of a batch {OF_BATCH[run['prompts'] > 1]}."
         )
         if "llama.cpp" in same:
             text += (

@@ -43,7 +43,7 @@ TABLES = {
     "kernels": speed.kernel_table,
     "experts-decode": speed.experts_table,
     "huge-pages": speed.huge_pages_table,
-    "mixture-decode": speed.mixture_decode_table,
+    "large-decode": speed.large_decode_table,
     "gpu-kernels": speed.gpu_kernel_table,
     "decode": speed.decode_table,
     "generation": speed.generation_table,
