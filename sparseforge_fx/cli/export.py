@@ -72,7 +72,7 @@ def export(
         check_path(output)
     timed = format != "safetensors" and gate is not False and not portable
     if dry_run:
-        tell(of_export(model, output, format, tokens, timed), as_json)
+        tell(of_export(model, output, format, tokens, timed and table is None, dtype), as_json)
         return
     loaded, tokenizer = load(model, dtype=dtype)
     if format == "safetensors":
