@@ -18,32 +18,31 @@ import sparseforge_fx as sf
 def main() -> None:
     torch.manual_seed(0)
     if len(sys.argv) > 1:
-        model, gate = sf.load(sys.argv[1])[0], True
+        model, how = sf.load(sys.argv[1])[0], {"tokens": [1, 8]}
     else:  # nothing so small gains: no gate, to see the path
-        model, gate = tiny_model().eval(), False
+        model, how = tiny_model().eval(), {"gate": False}
         sf.sparsify(model)
     model.generation_config.eos_token_id = None
     ids = torch.randint(3, model.config.vocab_size, (1, 8))
     logits = model(ids).logits
     text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
-    options = {"tokens": [1, 8], "gate": gate}
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
 
-        sf.export(model, path, **options)  # torch.export's format, sparse linears as our operator
+        sf.export(model, path, **how)  # torch.export's format, sparse linears as our operator
         graph = torch.export.load(path).module()
         print(f"pt2: {path.stat().st_size:,} bytes, logits differ by {error(graph(input_ids=ids), logits):.0e}")
 
-        sf.export(model, path, portable=True, tokens=[1, 8])  # plain aten operators: torch alone runs it
+        sf.export(model, path, portable=True)  # plain aten operators: torch alone runs it
         graph = torch.export.load(path).module()
         print(f"portable: {path.stat().st_size:,} bytes, logits differ by {error(graph(input_ids=ids), logits):.0e}")
 
-        sf.export(model, path, format="aoti", **options)  # compiled, kernels inside; examples/cpp runs it from C++
+        sf.export(model, path, format="aoti", **how)  # compiled, kernels inside; examples/cpp runs it from C++
         package = torch._inductor.aoti_load_package(str(path))
         print(f"aoti: {path.stat().st_size:,} bytes, logits differ by {error(package(input_ids=ids), logits):.0e}")
 
-        sf.export_generator(model, path, max_length=64, **options)  # prompt and next-token graphs, a static cache
+        sf.export_generator(model, path, max_length=64, **how)  # prompt and next-token graphs, a static cache
         generator = sf.load_generator(path)
         same = torch.equal(generator.generate(ids, max_new_tokens=16), text)
         print(f"generator: {path.stat().st_size:,} bytes, greedy text is {'the same' if same else 'another'}")

@@ -17,25 +17,25 @@ import sparseforge_fx as sf
 def main() -> None:
     torch.manual_seed(0)
     if len(sys.argv) > 1:
-        model, gate = sf.load(sys.argv[1])[0], True
+        model, how = sf.load(sys.argv[1])[0], {"tokens": [1, 8]}
     else:  # nothing so small gains: no gate, to see the path
-        model, gate = tiny_model().eval(), False
+        model, how = tiny_model().eval(), {"gate": False}
         sf.sparsify(model)
     ids = torch.randint(0, model.config.vocab_size, (1, 8))
     options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     text, logits = model.generate(ids, **options), model(ids).logits
 
-    graph = sf.lower(model, tokens=[1, 8], gate=gate)  # q/k/v and gate/up merged, silu-mul fused
+    graph = sf.lower(model, **how)  # q/k/v and gate/up merged, silu-mul fused
     report = graph.report
     share = report["lowered_bytes"] / report["dense_bytes"]
     print(f"graph: {len(report['sites'])} packed linears, {share:.2f} of their bytes")
     print(f"logits differ by {(graph(input_ids=ids).logits - logits).norm() / logits.norm():.1e}")
 
-    compiled = torch.compile(model, backend="sparseforge", options={"tokens": [1, 8], "gate": gate})
+    compiled = torch.compile(model, backend="sparseforge", options=how)
     print(f"compiled: logits differ by {(compiled(ids).logits - logits).norm() / logits.norm():.1e}")
 
     packed = copy.deepcopy(model)
-    report = sf.lower_modules(packed, tokens=[1, 8], gate=gate)  # in place: everything else goes on as before
+    report = sf.lower_modules(packed, **how)  # in place: everything else goes on as before
     same = torch.equal(packed.generate(ids, **options), text)
     print(f"modules: {len(report['sites'])} packed linears; greedy text is {'the same' if same else 'another'}")
 

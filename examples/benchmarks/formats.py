@@ -115,7 +115,8 @@ def _writers(
     dense = partial(write_checkpoint, model, tokenizer)
 
     def graph(**options: Any) -> Callable[[Path], object]:
-        return lambda path: sf.export(model, path, tokens=batch, table=table, **options)
+        timed = {} if "portable" in options else {"tokens": batch, "table": table}
+        return lambda path: sf.export(model, path, **timed, **options)
 
     def generator(**options: Any) -> Callable[[Path], object]:
         return lambda path: sf.export_generator(

@@ -48,7 +48,6 @@ def benchmark(
 ) -> None:
     """Generate with MODEL dense and packed in turn."""
     from sparseforge_fx.deploy.export.throughput import compare, random_prompts, with_transformers
-    from sparseforge_fx.deploy.lowering.cost import TOKENS
     from sparseforge_fx.deploy.lowering.modules import lower_modules
     from sparseforge_fx.errors import SparseForgeError
     from sparseforge_fx.models.dense import load_dense
@@ -61,7 +60,7 @@ def benchmark(
     if not getattr(dense, "can_generate", lambda: False)():
         raise SparseForgeError(f"{model} is no language model that generates text")
     packed = copy.deepcopy(dense)
-    report = lower_modules(packed, tokens=tokens or TOKENS)
+    report = lower_modules(packed, tokens=tokens or None)
     contenders = {"dense": with_transformers(dense), "packed": with_transformers(packed)}
     table = Table(title=f"{len(report['sites'])} of {_count(report)} 2:4 linears packed", title_justify="left")
     for name in ("batch", "model", "tokens/s", "quartiles", "over dense", "same text"):

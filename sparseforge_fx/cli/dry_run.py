@@ -36,17 +36,25 @@ def _lines(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def tell_of_sparsify(recipe: Recipe, output: Path, device: str | None, as_json: bool) -> None:
+def tell_of_sparsify(
+    recipe: Recipe, output: Path, device: str | None, as_json: bool, checkpointing: bool = False
+) -> None:
     """Of several processes each takes its time, beside the others as in the run, and the first one speaks."""
     from sparseforge_fx.training.processes import Processes
 
     processes = Processes()
-    told = of_sparsify(recipe, output, device, processes.count)
+    told = of_sparsify(recipe, output, device, processes.count, checkpointing)
     if processes.first:
         tell(told, as_json)
 
 
-def of_sparsify(recipe: Recipe, output: Path, device: str | None, processes: int) -> dict[str, Any]:
+KEPT = "all kept: --activation-checkpointing takes less"
+AGAIN = "counted as if all were kept: --activation-checkpointing takes less, and one forward pass more a step"
+
+
+def of_sparsify(
+    recipe: Recipe, output: Path, device: str | None, processes: int, checkpointing: bool = False
+) -> dict[str, Any]:
     """Which weights, how many steps, and what memory and time they take here, on so many processes. Raises
     SparseForgeError for what the run would refuse once it had the graph."""
     from sparseforge_fx.data.opening import text_length
@@ -101,7 +109,7 @@ def of_sparsify(recipe: Recipe, output: Path, device: str | None, processes: int
         told["memory"] = (
             f"about {readable_bytes(peak)}{' in each process' if processes > 1 else ''}: "
             f"{readable_bytes(parameters * dtype.itemsize / share)} of weights, {kept} for teacher, masks, gradients "
-            f"and {name}, activations (all kept: --activation-checkpointing takes less)"
+            f"and {name}, activations ({AGAIN if checkpointing else KEPT})"
         )
     elif device == DISK:
         predicted["peak_memory_bytes"] = peak = base + forecast_memory.from_disk(chosen, recipe, config, dtype)
@@ -121,6 +129,7 @@ def of_quantize(
     exclude: list[str],
     reading: Mapping[str, Any] | None,
     device: str | None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """The format of every linear by shapes, the bytes (weights that are 2:4 already take less), and the time of a walk
     over data; ``reading``: how much of these is read, None: no data."""
@@ -129,7 +138,7 @@ def of_quantize(
     from sparseforge_fx.pattern import TWO_FOUR
     from sparseforge_fx.plans import planned_formats
 
-    loaded, program, sites = _sites(model, TWO_FOUR, include, exclude)
+    loaded, program, sites = _sites(model, TWO_FOUR, include, exclude, dtype)
     chosen = [s for s in sites if s.reason is None]
     if plan is not None:
         formats = planned_formats(plan, {s.fqn: None for s in sites})
@@ -178,11 +187,13 @@ def _rounding(
     return {"time": _time(found, dtype), "predicted": {"seconds": found.seconds}}
 
 
-def of_export(model: str, output: Path, format: str, tokens: list[int] | None, timed: bool) -> dict[str, Any]:
+def of_export(
+    model: str, output: Path, format: str, tokens: list[int] | None, timed: bool, dtype: str | None = None
+) -> dict[str, Any]:
     """What would be captured; which linears are packed is known only by their weights and by measuring."""
     from sparseforge_fx.pattern import TWO_FOUR
 
-    loaded, _, sites = _sites(model, TWO_FOUR, [], [])
+    loaded, _, sites = _sites(model, TWO_FOUR, [], [], dtype)
     fitting = [s for s in sites if s.reason is None]
     share = sum(s.numel for s in fitting) * next(loaded.parameters()).element_size()
     size = _bytes(loaded)
@@ -211,12 +222,16 @@ def _time(found: Forecast, dtype: Any) -> str | None:
     return f"about {duration(found.seconds)} ({steps}) in {name} on this machine"
 
 
-def _sites(model: str, pattern: Any, include: Any, exclude: Any) -> tuple[Any, Any, list[Any]]:
+def _sites(
+    model: str, pattern: Any, include: Any, exclude: Any, dtype: str | None = None
+) -> tuple[Any, Any, list[Any]]:
     from sparseforge_fx.graph.capture import capture
-    from sparseforge_fx.models.dense import load_skeleton
+    from sparseforge_fx.models.dense import find_dtype, load_skeleton
     from sparseforge_fx.passes import find_linears
 
     loaded = load_skeleton(model)
+    if (wanted := find_dtype(dtype)) is not None:
+        loaded.to(wanted)
     program = capture(loaded, dynamic=False)
     return loaded, program, find_linears(program, pattern, include, exclude)
 

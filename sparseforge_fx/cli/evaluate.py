@@ -158,6 +158,8 @@ def _read_tasks(text: str) -> tuple[tuple[str, ...], int | None]:
     names, colon, limit = text.partition(":")
     if colon and not (limit.isdecimal() and int(limit)):
         raise SparseForgeError(f"--tasks {text} has no number of documents behind its colon: write all:200, say")
+    if colon and not names.strip():
+        raise SparseForgeError(f"--tasks {text} names no task before its colon: write all:200, say")
     wanted = tuple(TASKS) if names == "all" else tuple(t.strip() for t in names.split(",") if t.strip())
     return wanted, int(limit) if colon else None
 

@@ -49,7 +49,6 @@ def export(
     from sparseforge_fx.deploy.export.export import check_path
     from sparseforge_fx.deploy.export.export import export as export_model
     from sparseforge_fx.deploy.export.generation import export_generator
-    from sparseforge_fx.deploy.lowering.cost import TOKENS
     from sparseforge_fx.files import check_output
     from sparseforge_fx.models.companions import companions
 
@@ -73,14 +72,15 @@ def export(
         check_path(output)
     timed = format != "safetensors" and gate is not False and not portable
     if dry_run:
-        tell(of_export(model, output, format, tokens, timed), as_json)
+        tell(of_export(model, output, format, tokens, timed and table is None, dtype), as_json)
         return
     loaded, tokenizer = load(model, dtype=dtype)
     if format == "safetensors":
         report = save_packed(loaded, tokenizer, output, beside=companions(model))
     else:
         moved: Any = loaded.to(pick_device(device))
-        options: dict[str, Any] = {"format": format, "tokens": tokens or TOKENS, "gate": timed, "table": table}
+        options: dict[str, Any] = {"format": format, "tokens": tokens or None, "table": table}
+        options["gate"] = gate is not False
         if generator:
             report = export_generator(moved, output, tokenizer, max_length=max_length, **options)
         else:

@@ -50,12 +50,11 @@ def lower(
     from sparseforge_fx.deploy.lowering.lower import lower as lower_model
     from sparseforge_fx.models.dense import load_dense
 
-    counts = tokens or cost.TOKENS
-    cost.check_request(counts, table)
+    counts, known = cost.check_request(tokens or None, table)
     # a table that was read is not measured again: nothing new to keep
     kept = Beside.of(model, "costs.json", output) if table is None or output is not None else Beside(None, None)
     loaded = load_dense(model, dtype=dtype)[0].to(pick_device(device))
-    report = lower_model(loaded, target=target, tokens=counts, table=table).report
+    report = lower_model(loaded, target=target, tokens=counts, table=known).report
     assert isinstance(report, dict)
     console = stdout(quiet=as_json)
     measured = cost_table.as_table(cost_table.read_row(row) for row in report["table"])

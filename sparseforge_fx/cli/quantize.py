@@ -95,7 +95,7 @@ def quantize(
     scales, notes = scales_of(model, {"data": data, "plan": plan, "include": include, "exclude": exclude})
     if dry_run:
         walked = None if data is None or scales else reading
-        tell(of_quantize(model, output, values, plan, include, exclude, walked, device), as_json)
+        tell(of_quantize(model, output, values, plan, include, exclude, walked, device, dtype), as_json)
         return
     loaded, tokenizer = load(model, dtype=dtype)
     beside = companions(model)

@@ -245,11 +245,10 @@ def drawing(build: Callable[..., Any]) -> Callable[..., Any]:
     along to :func:`within`: set as a request arrives, it is gone before that one's turn."""
 
     def build_drawing(handler: Any, body: dict[str, Any], default: Any, use_cb: bool = False) -> Any:
-        config = build(handler, body if use_cb else {**body, "seed": None}, default, use_cb=use_cb)
+        config = build(handler, {**body, "seed": None}, default, use_cb=use_cb)
         if (asked := draws(body)) is not None:
             config.do_sample = asked
-        if not use_cb:  # which shares one way of drawing, that of its first request
-            config.seed = body.get("seed")
+        config.seed = body.get("seed")
         return config
 
     return build_drawing
@@ -266,6 +265,11 @@ def guarded(app: Any, models: Any, model: str, new_tokens: int) -> Any:
 
     for kind in (KeyError, TypeError, ValueError, AttributeError, TemplateError):  # of a body that the gate let through
         app.add_exception_handler(kind, unreadable)
+
+    async def refused(_: Any, error: Any) -> Any:
+        return JSONResponse(_told(error.why), error.status)
+
+    app.add_exception_handler(Refused, refused)
     parts = TEXT_PARTS
     for loaded in models.loaded_models.values():
         with explained(f"{model} cannot be served"):

@@ -40,7 +40,8 @@ def serve(
 
     Protected: no request gets more than --max-new-tokens, nor (but with --continuous-batching) more than the model's
     context holds; bodies over 8 MB, malformed ones, and fields and parts that nothing would use are refused; no request
-    loads or unloads a model.
+    loads or unloads a model. With --continuous-batching all requests share the model's own way of drawing tokens: one
+    that asks for another is refused.
 
     Not protected: whoever reaches the port may use it. There is no password, no encryption, no limit on how many ask or
     how often; one request is answered at a time, and the others wait. That is why it listens on this machine only,
@@ -53,19 +54,23 @@ def serve(
     from transformers.cli.serving import server, utils
     from transformers.cli.transformers import app as transformers_app
 
+    from sparseforge_fx.cli.one_batch import of_the_model
     from sparseforge_fx.cli.requests import drawing, guarded
 
     build, configure = server.build_server, utils.BaseHandler._build_generation_config
+    init = utils.CBGenerateManager.init_cb
 
     def build_guarded(models: Any, *args: Any, **kwargs: Any) -> Any:
         return guarded(build(models, *args, **kwargs), models, model, max_new_tokens)
 
     server.build_server = build_guarded  # type: ignore[assignment]
     utils.BaseHandler._build_generation_config = drawing(configure)  # type: ignore[method-assign]
+    utils.CBGenerateManager.init_cb = of_the_model(init)  # type: ignore[method-assign]
     try:
         transformers_app(["serve", model, "--host", host, "--port", str(port), *context.args], prog_name="transformers")
     finally:
         server.build_server, utils.BaseHandler._build_generation_config = build, configure  # type: ignore[method-assign]
+        utils.CBGenerateManager.init_cb = init  # type: ignore[method-assign]
 
 
 def _check_model(model: str) -> None:

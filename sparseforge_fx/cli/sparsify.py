@@ -146,7 +146,7 @@ def sparsify(
             check_before(recipe, output, **walk)
         else:
             folder.check(recipe.describe(), resume=resume, overwrite=overwrite)
-        tell_of_sparsify(recipe, output, device, as_json)
+        tell_of_sparsify(recipe, output, device, as_json, activation_checkpointing)
         return
     if from_disk:
         run_on_disk(recipe, output, as_json=as_json, cache_dir=cache_dir, **walk)
@@ -251,10 +251,11 @@ def _run(
             folder.begin(plain, computing.describe())
         tracker.log(row, step)
 
+    if recipe.method not in ONE_SHOT:
+        how |= {"state_path": folder.state, "accelerator": tracker.accelerator, "on_step": on_step}
     result = folder.telling(run)(
-        opened.model, recipe=recipe, tokenizer=None if recipe.data is None else opened.tokenizer,
-        state_path=folder.state, accelerator=tracker.accelerator, on_step=on_step, **how,
-    )  # fmt: skip
+        opened.model, recipe=recipe, tokenizer=None if recipe.data is None else opened.tokenizer, **how
+    )
     tracker.end()
     result.report["compute_dtype"] = computing.describe()
     result.report["notes"] = computing.notes() + result.report["notes"]

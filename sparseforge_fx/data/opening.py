@@ -14,6 +14,8 @@ from sparseforge_fx.data.sources import unused_text
 from sparseforge_fx.errors import SparseForgeError
 
 SELF = "self"
+TEXT = ("tokenizer", "text_column", "separator", "cache_dir")  # arguments that text is read by
+PACKING = ("batch_size", "length")  # and those that its sequences are put together by
 LENGTH = 512  # of sequences that are cut from text, where nobody says another and the model takes it
 
 
@@ -95,6 +97,26 @@ def tell_text(data: Any, batches: Batches | None, text_column: str | None) -> li
     if not is_text(data) or is_self(data):
         return []
     return [*unused_text(data, text_column), *getattr(getattr(batches, "data", None), "notes", ())]
+
+
+def idle_reading(data: Any, batches: Batches | None, length: int) -> dict[str, str]:
+    """Of the arguments :data:`TEXT` and :data:`PACKING` those that have no part in how this data becomes batches: name
+    -> why.
+
+    Args:
+        length: the argument.
+    """
+    ids = getattr(batches, "data", None)  # packed token ids, of text or of the user
+    why: dict[str, str] = {}
+    if is_self(data):
+        why |= dict.fromkeys(("text_column", "separator", "cache_dir"), "the text is drawn from the model")
+    elif not is_text(data):
+        why |= dict.fromkeys(TEXT, f"the data is {'batches' if ids is None else 'token ids'}, not text")
+    if batches is not None and ids is None:
+        why |= dict.fromkeys(PACKING, "the data's own batches are taken as they are")
+    elif ids is not None and ids.length != length:
+        why["length"] = f"the data's own sequences of {ids.length} are taken as they are"
+    return why
 
 
 def tell_length(data: Any, batches: Batches | None, length: int) -> list[str]:

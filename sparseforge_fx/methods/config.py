@@ -51,6 +51,11 @@ class MethodConfig:
         """The constants that have no part in a run, because of others: name -> why."""
         return {}
 
+    @property
+    def idle_in_a_run(self) -> dict[str, str]:
+        """What of a run's arguments (``lr``, ``weight_decay``) the method has no use for: name -> why."""
+        return {}
+
     def choose(self, name: str, allowed: Sequence[str]) -> None:
         """Raise a SparseForgeError unless the field has one of the allowed values."""
         if getattr(self, name) not in allowed:

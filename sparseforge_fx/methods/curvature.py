@@ -30,6 +30,7 @@ Estimator = Literal["gauss_newton", "fisher", "activation", "squared_gradient", 
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 #: estimator -> the kind of probe that it comes out of; the others need none
 PROBES = {"gauss_newton": "gauss_newton", "fisher": "gauss_newton", "activation": "activation"}
+DRAWN = ("fisher", "hutchinson")  # the estimators of labels, or vectors, that are drawn
 
 
 class Curvature:

@@ -216,7 +216,7 @@ class MaskProConfig(TrainedConfig):
     Attributes:
         certainty: the first mask's logits, the others' being 0.
         memory: of the moving average of the loss residual.
-        logit_lr: learning rate of the plain gradient step; the run's own rate gives its course only.
+        logit_lr: learning rate of the plain gradient step, in the place of the run's own.
         seed: of all masks that are drawn; a recipe gives its own.
     """
 
@@ -237,6 +237,11 @@ class MaskProConfig(TrainedConfig):
                 f"maskpro sums over the orders in which the kept weights of a group are drawn; {self.pattern} has too "
                 "many or no groups: take N:M with N up to 4"
             )
+
+    @property
+    def idle_in_a_run(self) -> dict[str, str]:
+        why = dict.fromkeys(("lr", "weight_decay"), "maskpro takes plain gradient steps at its own rate, logit_lr")
+        return why | {"activation_checkpointing": "maskpro has no backward pass"}
 
     def build(self, weights: Sequence[MaskedWeight]) -> MaskPro:
         return MaskPro(self, weights)

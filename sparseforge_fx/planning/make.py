@@ -87,8 +87,7 @@ def plan(
         return plan_again(model, goal, tokens, wanted, {**beside, "example_inputs": example_inputs, **reading})
     if data is None:
         raise SparseForgeError("a plan of a model needs data, which the loss is predicted by")
-    tokens = TOKENS if tokens is None else tokens
-    known = cost.check_request(tokens, table)
+    tokens, known = cost.check_request(TOKENS if tokens is None else tokens, table)
     if unknown := sorted(set(reading) - set(READING)):
         raise SparseForgeError(f"a plan has no option {', '.join(unknown)}; it has {', '.join(READING)}")
     recipe = Recipe(calibration=CALIBRATION).changed(**reading)

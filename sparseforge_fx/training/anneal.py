@@ -22,6 +22,7 @@ from sparseforge_fx.training.checkpoint import find_state
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.low_rank import fitting_block
 from sparseforge_fx.training.prepare import finalize, prepare_captured
+from sparseforge_fx.training.processes import unheard
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.settings import Settings
 from sparseforge_fx.training.sharded import SHARED, Sharding, sharding_of
@@ -44,9 +45,8 @@ def anneal(
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     **how: Any,
 ) -> dict[str, Tensor]:
-    """Train the run's model to exact N:M, and say in the report how it went: of its ``seconds`` those that earlier
-    processes spent on a run that goes on. ``how`` goes to :func:`train`. Returns the scales of weights that were put on
-    a grid."""
+    """Train the run's model to exact N:M, and say in the report how it went, with the ``seconds`` of earlier processes
+    of a run that goes on. ``how`` goes to :func:`train`. Returns the scales of weights that were put on a grid."""
     assert run.batches is not None
     path = None if state_path is None else Path(state_path)
     begun = path is not None and find_state(path) is not None
@@ -61,8 +61,9 @@ def anneal(
     calibrated = run.first(recipe.calibration) if config.calibrates and run.in_parts is None else []
     report["notes"] += unused_arguments(
         recipe, beside, data=run.data, method=report["method"], trains=True, calibrates=config.calibrates,
-        batches=run.batches,
+        batches=run.batches, idle=config.idle_in_a_run,
     )  # fmt: skip
+    report["notes"] += unheard(accelerator)
     report["notes"] += [*unused_options(config, recipe, True), *unused_for_experts(config, run.sites)]
     identity = _identity(run, recipe, config, settings.slorb_block, path)  # of the dense weights
     config = config if start is None else start.config
@@ -76,7 +77,7 @@ def anneal(
     with dense_again_on_error(run.program) as written:
         sparse = prepare_captured(
             run.program, run.sites, trained, settings.objective, slorb_block=settings.slorb_block, sharding=sharding,
-            taught_by=run.taught_by,
+            taught_by=run.taught_by, seed=recipe.seed,
         )  # fmt: skip
         run.taught_by = None
         decay = settings.weight_decay

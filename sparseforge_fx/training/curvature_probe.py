@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from sparseforge_fx.data.reading import Reading
+from sparseforge_fx.data.sources import stable_hash
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.graph.program import Program
-from sparseforge_fx.methods.curvature import PROBES, Curvature, fold_on_backward, hutchinson_diagonal, processes
+from sparseforge_fx.methods.curvature import DRAWN, PROBES, Curvature, fold_on_backward, hutchinson_diagonal, processes
 from sparseforge_fx.methods.weights import MaskedWeight
 from sparseforge_fx.passes import Pass, run_passes
 from sparseforge_fx.passes.insert_expert_counters import counters_of
@@ -35,6 +36,7 @@ class CurvatureProbe:
         curvature: where the estimates go.
         answer: output of a module -> what of it is compared.
         tapped: what makes a module keep its intermediate values.
+        seed: of labels and vectors that are drawn.
 
     Attributes:
         rides: the estimate, or the count of experts' tokens, comes out of the backward pass that trains: the step runs
@@ -50,8 +52,9 @@ class CurvatureProbe:
         curvature: Curvature,
         answer: Callable[[Any], Answer],
         tapped: Callable[[GraphModule], GraphModule],
+        seed: int = 0,
     ):
-        self.dense, self.masked, self.weights, self.curvature = dense, masked, weights, curvature
+        self.dense, self.masked, self.weights, self.curvature, self.seed = dense, masked, weights, curvature, seed
         stacks = any("soft_masked_experts" in op for op in masked.op_counts())
         self.answer, self.rides = answer, (curvature.estimator in PROBES or stacks) and curvature.estimator != "fisher"
         self.module: GraphModule | None = None
@@ -79,7 +82,7 @@ class CurvatureProbe:
 
     def keep(self, batch: Reading) -> None:
         """Hear of a micro-batch of a step that estimates."""
-        if self.curvature.estimator in ("hutchinson", "fisher"):
+        if self.curvature.estimator in DRAWN:
             self._batches.append(batch)
 
     def move(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -129,7 +132,7 @@ class CurvatureProbe:
 
     def _fisher(self, step: int) -> Mapping[str, Tensor]:
         """The per-token factors of labels drawn from the model, per answer of this step's micro-batches. The draws
-        depend on step, process and micro-batch."""
+        depend on seed, step, process and micro-batch."""
         assert self.run is not None
         rank = dist.get_rank() if processes() > 1 else 0
         total: dict[str, Tensor] = {}
@@ -139,7 +142,7 @@ class CurvatureProbe:
                 found = self.answer(self.run(*batch.args, **batch.kwargs))
                 keep = None if found.span else batch.real_rows(found.value)
                 value = found.value if keep is None else found.value[keep]
-                generator = torch.Generator(device=value.device).manual_seed(step + (index << 32) + (rank << 48))
+                generator = generator_of(value.device, self.seed, step, index, rank)
                 loss = drawn_loss(value, found.scores, generator)
             answers += value.shape[:-1].numel()
             counters = list(self._counters.parameters.values())
@@ -154,8 +157,8 @@ class CurvatureProbe:
 
     def _hutchinson(self, step: int, index: int, loss: Callable[[Any, Reading], Tensor]) -> Mapping[str, Tensor]:
         """v * (H v) of this step's loss, its mean over the micro-batches, at the effective weights (W * e, and what a
-        low-rank branch adds to it), through the dense graph. v depends on the step and on ``index``, not on process or
-        batch."""
+        low-rank branch adds to it), through the dense graph. v depends on seed, step and ``index``, not on process
+        or batch."""
         weights = {w.fqn: self._effective(w).requires_grad_() for w in self.weights}
         module = self.dense.module()
         total: dict[str, Tensor] = {}
@@ -165,8 +168,7 @@ class CurvatureProbe:
                 output = torch.func.functional_call(module, weights, batch.args, batch.kwargs, tie_weights=True)
                 return loss(output, batch)
 
-            generator = torch.Generator(device=next(iter(weights.values())).device)
-            generator.manual_seed(step + (index << 32))
+            generator = generator_of(next(iter(weights.values())).device, self.seed, step, index)
             for fqn, part in hutchinson_diagonal(of_batch, weights, generator=generator).items():
                 part /= len(self._batches)
                 total[fqn] = total[fqn].add_(part) if fqn in total else part
@@ -180,3 +182,8 @@ class CurvatureProbe:
             added = self.masked.tensor(s).detach() @ self.masked.tensor(x).detach()
             value += added.t() if w.dim == 0 else added
         return value
+
+
+def generator_of(device: torch.device, *numbers: int) -> torch.Generator:
+    """A generator of its own for these numbers. They are mixed: of a seed the CPU's looks at the lowest 32 bits."""
+    return torch.Generator(device=device).manual_seed(int(stable_hash(*numbers)[:8], 16))

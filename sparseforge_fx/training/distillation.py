@@ -51,6 +51,14 @@ class Distillation:
         if self.features not in (None, *FEATURES):
             raise SparseForgeError(f"unknown features {self.features!r}; choose one of {', '.join(FEATURES)}")
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """What is not at its default and has no part in the loss, because of the rest: name -> why."""
+        usual = type(self)()
+        why = {} if self.kl else dict.fromkeys(("divergence", "temperature"), "kl is 0")
+        why |= {} if self.features else {"feature_weight": "features names none"}
+        return {name: reason for name, reason in why.items() if getattr(self, name) != getattr(usual, name)}
+
     def describe(self) -> dict[str, Any]:
         """As plain values, for the report and for saved states."""
         return asdict(self)

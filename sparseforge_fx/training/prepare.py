@@ -18,6 +18,7 @@ from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
+from sparseforge_fx.methods.curvature import DRAWN
 from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.low_rank import LowRankBranch, attach
 from sparseforge_fx.passes import LinearSite, find_linears, harden_passes, run_passes
@@ -25,7 +26,7 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.globs import unmatched
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.pattern import check_pattern
-from sparseforge_fx.ranges import Count, checked
+from sparseforge_fx.ranges import Count, Seed, checked
 from sparseforge_fx.training.distillation import Distillation, check_objective
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.sharded import Sharding
@@ -33,7 +34,7 @@ from sparseforge_fx.training.sparse_model import SparseModel
 from sparseforge_fx.training.teacher import weights_of
 from sparseforge_fx.training.trainable import choose_trainable
 from sparseforge_fx.training.undo import dense_again_on_error
-from sparseforge_fx.training.unused import UNCALIBRATED, UNTAUGHT, unused_for_experts, unused_options
+from sparseforge_fx.training.unused import UNCALIBRATED, UNDRAWN, UNTAUGHT, unused_for_experts, unused_options
 
 
 @checked
@@ -51,6 +52,7 @@ def prepare(
     slorb_block: Count | None = None,
     teacher: nn.Module | None = None,
     compile: bool = False,
+    seed: Seed = 0,
 ) -> SparseModel:
     """Capture ``model`` and give it soft masks, curvature probes and a dense teacher, for a loop of one's own.
 
@@ -69,6 +71,7 @@ def prepare(
         slorb_block: width of SLoRB's blocks; None for no low-rank branch.
         teacher: the same model as it was before it was pruned, for a ``model`` that is N:M already; None: ``model``
             itself, as it is now.
+        seed: of what the curvature draws (``fisher``, ``hutchinson``), and of the order of ``calibration``.
 
     What of this has no part in the run is named in ``reader.notes`` of what is returned. Raises SparseForgeError if
     nothing is eligible (with the reasons), or if weights are not finite.
@@ -93,33 +96,42 @@ def prepare(
         raise SparseForgeError(
             "this preset starts from a layer-wise solution: pass calibration=[batches], or use annealed_preset"
         )
-    calibrated = _calibration(model, calibration) if config.calibrates else []
+    calibrated = _calibration(model, calibration, seed) if config.calibrates else []
     taught_by = None if teacher is None else weights_of(teacher, program)
     with dense_again_on_error(program) as written:
-        sparse = prepare_captured(program, sites, config, objective, slorb_block=slorb_block, taught_by=taught_by)
+        sparse = prepare_captured(
+            program, sites, config, objective, slorb_block=slorb_block, taught_by=taught_by, seed=seed
+        )
         if config.start != "dense":
             written += sparse.copies() if sparse.teacher is not None else []  # calibrate has copies of its own
             sparse.calibrate(calibrated)
         if compile:
             sparse.compile()
     told = [*unmatched(model, include=include, exclude=exclude), *unused_for_experts(config, sites)]
-    told += unused_options(config, Recipe(method=config), True)
-    if calibration is not None and not config.calibrates:
-        told.append(f"calibration is given and not used: {UNCALIBRATED}")
-    if teacher is not None and sparse.teacher is None and not config.reconstruct:
-        told.append(f"teacher is given and not used: {UNTAUGHT}")
-    for sentence in told:
+    told += unused_options(config, Recipe(method=config, objective=objective), True)
+    unused = {
+        "calibration": UNCALIBRATED if calibration is not None and not config.calibrates else None,
+        "teacher": UNTAUGHT if teacher is not None and sparse.teacher is None and not config.reconstruct else None,
+        "seed": UNDRAWN if seed != 0 and not (config.calibrates or _draws(sparse)) else None,
+    }
+    for sentence in [*told, *(f"{name} is given and not used: {why}" for name, why in unused.items() if why)]:
         sparse.reader.note(sentence)
     return sparse
 
 
-def _calibration(model: nn.Module, given: Any) -> list[Any]:
+def _draws(sparse: SparseModel) -> bool:
+    """Is there anything random in what a step estimates?"""
+    curvature = sparse.method.curvature
+    return curvature is not None and curvature.estimator in DRAWN
+
+
+def _calibration(model: nn.Module, given: Any, seed: int = 0) -> list[Any]:
     """The batches of a calibration set. Raises a SparseForgeError if it has none, or is none."""
     if is_text(given):
         raise SparseForgeError("calibration is text: tokenise it and pass token ids or batches")
     given = list(given) if isinstance(given, Iterator) else given
     length = text_length(model, LENGTH)
-    batches = list(as_batches(given, batch_size=Recipe.batch_size, length=length, seed=0).first_pass())
+    batches = list(as_batches(given, batch_size=Recipe.batch_size, length=length, seed=seed).first_pass())
     example_of(model, batches[0])  # refuses what is no batch
     return batches
 
@@ -133,13 +145,14 @@ def prepare_captured(
     slorb_block: int | None = None,
     sharding: Sharding | None = None,
     taught_by: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
 ) -> SparseModel:
     """The soft-masked model of a captured one, whose parameters require grad where they train. To be called inside of
-    :func:`dense_again_on_error`. ``taught_by``: of :func:`weights_of`."""
+    :func:`dense_again_on_error`. ``taught_by``: of :func:`weights_of`; ``seed``: of what curvature draws."""
     set_back = choose_trainable(program, sites, config)
     return SparseModel(
         program, sites, config, objective, slorb_block=slorb_block, set_back=set_back, sharding=sharding,
-        taught_by=taught_by,
+        taught_by=taught_by, seed=seed,
     )  # fmt: skip
 
 

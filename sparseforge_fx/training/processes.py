@@ -24,6 +24,16 @@ def accelerator(**options: Any) -> Accelerator:
     return Accelerator(cpu=_on_cpus(), **options)
 
 
+def unheard(accelerator: Accelerator) -> list[str]:
+    """A sentence for what an accelerator was told and a run does not ask it."""
+    told = {}
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        told[f"gradient_accumulation_steps={steps}"] = "accumulate= says how many micro-batches a step has"
+    if (backend := accelerator.state.dynamo_plugin.backend.value) != "NO" and accelerator.num_processes == 1:
+        told[f"the dynamo backend {backend.lower()}"] = "compile= says whether the run is compiled"
+    return [f"{name} of the accelerator is given and not used: {why}" for name, why in told.items()]
+
+
 def _on_cpus() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
 

@@ -62,6 +62,7 @@ class SparseModel(TrainerSurface):
         set_back: Callable[[], None] | None = None,
         sharding: Sharding | None = None,
         taught_by: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
     ):
         super().__init__()
         self.sites = list(sites)
@@ -81,14 +82,10 @@ class SparseModel(TrainerSurface):
         if sharding is not None:
             probing = passes(estimator=ESTIMATOR, counted=True)
             self.shards = Shards(sharding, self.program, probing, self.sites, config.pattern)  # type: ignore[arg-type]
-        weights = (
-            [
-                MaskedWeight(s.fqn, tensor(s.fqn), tensor(mask_name(s.fqn)), s.reduction_dim)
-                for s in eligible(self.sites)
-            ]
-            if self.shards is None
-            else self.shards.weights
+        whole = (
+            MaskedWeight(s.fqn, tensor(s.fqn), tensor(mask_name(s.fqn)), s.reduction_dim) for s in eligible(self.sites)
         )
+        weights = list(whole) if self.shards is None else self.shards.weights
         self.branches = [Branch(w, state[s]) for w in weights if (s := branch_names(w.fqn)[1]) in state]
         self.handed_over = False  # the branches hold what the masks took, and train on their own from now on
         with low_rank.handed_over(self.branches, self._hands_over):
@@ -117,7 +114,7 @@ class SparseModel(TrainerSurface):
         elif (curvature := self.method.curvature) is not None and curvature.estimator is not None:
             probing = passes(estimator=PROBES.get(curvature.estimator), counted=True)
             self.probe = CurvatureProbe(
-                program, self.program, probing, weights, curvature, self.objective.answer, self._tapped
+                program, self.program, probing, weights, curvature, self.objective.answer, self._tapped, seed
             )
         self.compiled: dict[str, Any] | None = None
         self.checkpointing = False

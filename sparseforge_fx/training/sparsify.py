@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_output, check_parent, new_folder
 from sparseforge_fx.graph.adapters import adapter_notes
 from sparseforge_fx.methods.base import TrainedConfig
@@ -37,6 +38,7 @@ from sparseforge_fx.training.one_shot import prune_once
 from sparseforge_fx.training.prepare import check_weights
 from sparseforge_fx.training.recipe import FILE, Recipe
 from sparseforge_fx.training.taught import is_taught, pruned_already
+from sparseforge_fx.training.unused import SAVE_SECONDS
 
 #: in an output folder, by the weights' names; not beside the checkpoint's files, where it would be taken for one
 SCALES = "values/scales.safetensors"
@@ -103,7 +105,7 @@ def sparsify(
     compile: bool | str = "auto",
     activation_checkpointing: bool = False,
     state_path: str | Path | None = None,
-    save_seconds: AtLeastZero = 600.0,
+    save_seconds: AtLeastZero = SAVE_SECONDS,
     accelerator: Accelerator | None = None,
     show_progress: bool = True,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -136,15 +138,18 @@ def sparsify(
     Returns SparsifyResult. Raises SparseForgeError on anything that is wrong. Whatever else ends the call (Ctrl-C, an
     error of ``on_step``) leaves the model dense as it was, too, to the bit (under FSDP: training/sharded.py).
     """
-    began = time.monotonic()
-    recipe = Recipe.of(recipe).changed(**changes)
+    began, recipe = time.monotonic(), Recipe.of(recipe).changed(**changes)
     data = recipe.data if data is None else data
     config = recipe.config(data is not None)  # what is wrong with it is found out before anything is read
     taught, teacher = is_taught(recipe, config), recipe.teacher if teacher is None else teacher
     in_parts, model, opened = open_both(model, teacher if taught else None, data, config)
     check_weights(model)
-    if state_path is not None:
-        check_parent(Path(state_path))
+    _check_loop(compile, state_path)
+    beside: dict[str, Any] = {
+        "tokenizer": tokenizer, "cache_dir": cache_dir, "state_path": state_path, "save_seconds": save_seconds,
+        "accelerator": accelerator, "on_step": on_step, "compile": compile is True or None,
+        "activation_checkpointing": activation_checkpointing or None, "teacher": None if taught else teacher,
+    }  # fmt: skip
     if isinstance(config, TrainedConfig):
         accelerator = accelerator or processes.accelerator()
     run = open_run(
@@ -152,11 +157,8 @@ def sparsify(
         example_inputs=example_inputs, teacher=opened, in_parts=in_parts, state_path=state_path,
     )  # fmt: skip
     run.notes += adapter_notes(model, [run.program.tensor(s.fqn) for s in eligible(run.sites)])
+    run.notes += pruned_already(run, config) if taught and teacher is None else []
     report = _begun(run, recipe.name(data is not None), config, recipe.seed)
-    scales, beside = dict[str, Tensor](), {"tokenizer": tokenizer, "cache_dir": cache_dir}
-    beside["activation_checkpointing"] = activation_checkpointing or None
-    beside |= {} if taught else {"teacher": teacher}
-    report["notes"] += pruned_already(run, config) if taught and teacher is None else []
     with shown(show_progress and (accelerator is None or accelerator.is_main_process)):
         if accelerator is not None and isinstance(config, TrainedConfig):
             report["preset"] = find_preset(report["method"], recipe.preset)
@@ -171,6 +173,14 @@ def sparsify(
     report |= {"options": dict(recipe.options), "recipe": recipe.describe()}
     _end(report, run, time.monotonic() - began)
     return SparsifyResult(model, report, recipe, scales, in_parts)
+
+
+def _check_loop(compile: Any, state_path: str | Path | None) -> None:
+    """Raise SparseForgeError for what the loop cannot be told, or where its state cannot be."""
+    if not (isinstance(compile, bool) or compile == "auto"):
+        raise SparseForgeError(f"compile is {compile!r}: give True, False or 'auto'")
+    if state_path is not None:
+        check_parent(Path(state_path))
 
 
 def _end(report: dict[str, Any], run: Run, seconds: float) -> None:

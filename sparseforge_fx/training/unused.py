@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
-from sparseforge_fx.data.batches import is_text
+from sparseforge_fx.data.opening import PACKING, TEXT, idle_reading
+from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.catalog import TRAINED, find_name
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.experts import EXPERT_TOKENS
@@ -15,16 +17,17 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.training.recipe import Recipe
 
 TRAINING = ("steps", "tokens", "accumulate", "lr", "objective", "weight_decay", "optimizer")
-MEMORY = ("activation_checkpointing",)
-TEXT = ("tokenizer", "text_column", "separator", "cache_dir")
-PACKING = ("batch_size", "length")
+LOOP = ("activation_checkpointing", "compile", "state_path", "save_seconds", "on_step", "accelerator")
+SAVE_SECONDS = 600.0  # between two saved states, where nobody says another time
 UNCALIBRATED = "nothing is calibrated in this run"
+UNDRAWN = "nothing is drawn in this run"
 UNTAUGHT = "nothing in this run comes near to it: no distillation (kl), no reconstruct"
 
 
 def unused_arguments(
-    recipe: Recipe, beside: Mapping[str, Any], *, data: Any, method: str, trains: bool, calibrates: bool, batches: Any
-) -> list[str]:
+    recipe: Recipe, beside: Mapping[str, Any], *, data: Any, method: str, trains: bool, calibrates: bool, batches: Any,
+    idle: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:  # fmt: skip
     """A sentence for each field that differs from its default and is not looked at.
 
     Args:
@@ -32,13 +35,15 @@ def unused_arguments(
         data: what was given as data.
         trains, calibrates: does the method train, does it look at a calibration set?
         batches: what the data became; None where there is none.
+        idle: what of a run's arguments the method has no use for, with the reason.
     """
-    ids = getattr(batches, "data", None)  # packed token ids, of text or of the user
-    defaults = vars(Recipe()) | dict.fromkeys(beside)
+    defaults = vars(Recipe()) | dict.fromkeys(beside) | {"save_seconds": SAVE_SECONDS}
     given = {**vars(recipe), **beside, "data": data}
-    why: dict[str, str] = {}
+    why = {name: reason for name, reason in idle.items() if name in given}
+    if beside.get("state_path") is None and "save_seconds" in beside:
+        why["save_seconds"] = "there is no state_path"
     if not trains:
-        why |= dict.fromkeys((*TRAINING, *(n for n in MEMORY if n in beside)), f"{method} does not train")
+        why |= dict.fromkeys((*TRAINING, *(n for n in LOOP if n in beside)), f"{method} does not train")
         if calibrates:
             why |= dict.fromkeys(("steps", "tokens"), f"{method} looks at calibration= sequences")
     if not calibrates:
@@ -46,19 +51,15 @@ def unused_arguments(
     if "teacher" in beside:
         why["teacher"] = UNTAUGHT
     if not (trains or calibrates):
-        why |= dict.fromkeys(("data", *TEXT, *PACKING), f"{method} looks at the weights alone")
-    elif not is_text(data):
-        why |= dict.fromkeys(TEXT, f"the data is {'batches' if ids is None else 'token ids'}, not text")
-    if batches is not None and ids is None:
-        why |= dict.fromkeys(PACKING, "the data's own batches are taken as they are")
-    elif ids is not None and ids.length != recipe.length:
-        why["length"] = f"the data's own sequences of {ids.length} are taken as they are"
+        why |= dict.fromkeys(("data", *TEXT, *PACKING, "seed"), f"{method} looks at the weights alone")
+    else:
+        why |= idle_reading(data, batches, recipe.length)
     differ = [n for n in why if given[n] is not defaults[n] and _differs(given[n], defaults[n])]
     return [f"{n} is given and not used: {why[n]}" for n in differ]
 
 
 def unused_options(config: MethodConfig, recipe: Recipe, has_data: bool) -> list[str]:
-    """A sentence for each constant of the method that was asked for and has no part beside the others.
+    """A sentence for each constant of the method, or of the loss, that was asked for and has no part beside the others.
 
     Args:
         config: of this recipe.
@@ -70,7 +71,9 @@ def unused_options(config: MethodConfig, recipe: Recipe, has_data: bool) -> list
     else:
         usual, asked = [vars(recipe.changed(options={}).config(has_data, steps))], set(recipe.options)
     given = [n for n in config.idle if n in asked and all(getattr(config, n) != known[n] for known in usual)]
-    return [f"{n} is given and not used: {config.idle[n]}" for n in given]
+    loss = recipe.objective.idle if recipe.objective is not None and isinstance(config, TrainedConfig) else {}
+    told = [f"{n} of the objective is given and not used: {why}" for n, why in loss.items()]
+    return [f"{n} is given and not used: {config.idle[n]}" for n in given] + told
 
 
 def unused_for_experts(config: MethodConfig, sites: Sequence[LinearSite]) -> list[str]:

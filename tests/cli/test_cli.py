@@ -314,6 +314,7 @@ def test_evaluate_measures_packed_weights_as_it_does_dense_ones(home, sparse, tm
         (("--context", "32:0"), "write 1024 or 1024:512, say"),
         (("--tasks", "all:"), "write all:200, say"),
         (("--tasks", "all:0"), "write all:200, say"),
+        (("--tasks", ":200"), "names no task before its colon"),
     ],
 )
 def test_evaluate_says_how_its_options_are_written(home, option, says):

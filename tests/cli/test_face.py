@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import sparseforge_fx as sf
 from sparseforge_fx import cli
 from sparseforge_fx.cli.app import as_typed, at_home
+from sparseforge_fx.cli.dry_run import of_export
 from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.sparsify import sparsify
 from sparseforge_fx.deploy.lowering.cost_table import Shape, Timing, as_table, save_table
@@ -97,6 +98,10 @@ def test_the_first_help_names_the_first_command_and_completion():
         (
             "sparsify {home}/dense --data {home}/test.txt --tokens 1k --method ast -o {home}/no",  # it has 128 positions
             "1 steps of 512 tokens (512)",
+        ),
+        (
+            "sparsify {home}/dense --data {home}/test.txt --length 16 --tokens 1k --activation-checkpointing -o {home}/no",
+            "counted as if all were kept",
         ),
         ("sparsify {home}/dense --method magnitude -o {home}/no", "7 linears with 9,216 weights"),
         (
@@ -250,3 +255,11 @@ def test_inspect_shows_what_a_plan_and_a_table_predict(home, tmp_path):
 )  # fmt: skip
 def test_arguments_of_python_are_told_as_options(text, typed):
     assert as_typed(text, sparsify) == typed
+
+
+def test_a_dry_run_counts_in_the_dtype_that_is_asked_for(home):
+    sizes = [
+        of_export(str(home / "dense"), home, "pt2", None, False, dtype)["bytes"] for dtype in ("float32", "bfloat16")
+    ]
+    whole = [float(size.split(" to ")[1].split()[0]) for size in sizes]
+    assert whole[0] == pytest.approx(2 * whole[1], rel=0.02)

@@ -4,7 +4,17 @@ import pytest
 import torch
 from tiny_checkpoint import byte_tokenizer, tiny_llama
 
-from sparseforge_fx.data.opening import LENGTH, first_batches, open_batches, tell_length, tell_text
+from sparseforge_fx.data.batches import as_batches
+from sparseforge_fx.data.opening import (
+    LENGTH,
+    PACKING,
+    TEXT,
+    first_batches,
+    idle_reading,
+    open_batches,
+    tell_length,
+    tell_text,
+)
 from sparseforge_fx.errors import SparseForgeError
 
 HOW = {"tokens": 40, "batch_size": 2, "length": 8, "seed": 0}
@@ -49,3 +59,12 @@ def test_sequences_of_the_default_length_are_as_long_as_the_model_takes(data):
     long.config.max_position_embeddings = 2048
     batches = open_batches(long, data, byte_tokenizer(), **HOW | {"length": LENGTH, "tokens": 2000})
     assert batches.batch(0)["input_ids"].shape[1] == LENGTH and tell_length(data, batches, LENGTH) == []
+
+
+def test_what_has_no_part_in_how_data_are_read():
+    rows = as_batches(torch.zeros(4, 8, dtype=torch.long), batch_size=2, length=5, seed=0)
+    assert set(idle_reading("self", rows, 8)) == {"text_column", "separator", "cache_dir"}
+    assert set(idle_reading(torch.zeros(4, 8), rows, 5)) == {*TEXT, "length"}
+    own = as_batches([torch.zeros(4, 8)], batch_size=2, length=5, seed=0)
+    assert set(idle_reading([torch.zeros(4, 8)], own, 5)) == {*TEXT, *PACKING}
+    assert idle_reading(["a text"], rows, 8) == {}

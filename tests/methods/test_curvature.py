@@ -9,7 +9,13 @@ from two_processes import run_two
 
 from sparseforge_fx.methods.curvature import ESTIMATORS, PROBES, Curvature, hutchinson_diagonal
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
+from sparseforge_fx.training.curvature_probe import generator_of
 from sparseforge_fx.training.distillation import Distillation
+
+
+def drawing(index):
+    """What a run of seed 0 draws its vector of that index with, in its first step."""
+    return generator_of(torch.device("cpu"), 0, 0, index)
 
 
 # -- Hutchinson ------------------------------------------------------------------------------------------------------
@@ -230,9 +236,7 @@ def test_hutchinson_through_the_graph_is_hutchinson_of_the_model(tiny):
     batch = found.batch()
     _, values = curvature_of(found, "hutchinson", batch)
     weights = dict(found.weights)
-    expected = hutchinson_diagonal(
-        lambda: both_losses(found.model, batch), weights, generator=torch.Generator().manual_seed(0)
-    )
+    expected = hutchinson_diagonal(lambda: both_losses(found.model, batch), weights, generator=drawing(0))
     assert set(values) == set(weights)
     assert any((e < 0).any() for e in expected.values())
     for fqn, value in values.items():
@@ -263,7 +267,7 @@ def test_hutchinson_sees_what_a_branch_adds(tiny, name):
         divergence = F.kl_div(log_p.flatten(0, 1), teacher.flatten(0, 1), log_target=True, reduction="batchmean")
         return F.nll_loss(log_p[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten()) + divergence
 
-    expected = hutchinson_diagonal(loss, dict(found.weights), generator=torch.Generator().manual_seed(0))
+    expected = hutchinson_diagonal(loss, dict(found.weights), generator=drawing(0))
     with torch.no_grad():
         for fqn, value in first.items():
             found.weights[fqn].copy_(value)
@@ -279,9 +283,7 @@ def test_several_vectors_of_a_probe_are_averaged_as_absolute_values(tiny):
     sparse(**batch).loss.backward()
     sparse.step()
     draws = [
-        hutchinson_diagonal(
-            lambda: both_losses(found.model, batch), found.weights, generator=torch.Generator().manual_seed(index << 32)
-        )
+        hutchinson_diagonal(lambda: both_losses(found.model, batch), found.weights, generator=drawing(index))
         for index in range(2)
     ]
     for fqn, value in sparse.method.curvature.values.items():

@@ -1,13 +1,18 @@
 """Arguments that have no part in a run are named in its report; those that have are not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
 from torch import nn
 
 import sparseforge_fx as sf
 from sparseforge_fx.data.tokens import TokenData
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.training.distillation import Distillation
+from sparseforge_fx.training.processes import unheard
 
 QUIET = {"show_progress": False, "compile": False}
 
@@ -23,6 +28,10 @@ def named(notes):
 
 KL = Distillation(kl=0.5)
 X = [torch.randn(4, 16)] * 2
+LOOP = {
+    "compile": True, "save_seconds": 5, "state_path": "/tmp/never-written", "on_step": print,
+    "accelerator": SimpleNamespace(num_processes=1), "activation_checkpointing": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -33,12 +42,39 @@ X = [torch.randn(4, 16)] * 2
         ({"data": X, "method": "ast", "steps": 2, "batch_size": 2, "calibration": 9}, {"batch_size", "calibration"}),
         ({"data": X, "method": "wanda", "calibration": 8, "separator": " ", "tokenizer": object()}, {"separator", "tokenizer"}),
         ({"data": X, "method": "wanda", "calibration": 8}, set()),
+        ({"data": X, "method": "wanda", "calibration": 8} | LOOP, {*LOOP}),
+        (LOOP | {"example_inputs": X[0]}, {*LOOP}),
+        ({"seed": 3, "example_inputs": X[0]}, {"seed"}),
+        ({"data": X, "method": "ast", "steps": 2, "save_seconds": 5, "seed": 3}, {"save_seconds"}),
+        ({"data": X, "method": "ast", "steps": 2, "objective": Distillation(feature_weight=2.0)}, {"feature_weight"}),
+        ({"data": X, "method": "maskpro", "steps": 2, "lr": 1e-3, "weight_decay": 0.1}, {"lr", "weight_decay"}),
         ({"data": X, "method": "ast", "steps": 2, "lr": 1e-3, "objective": KL, "accumulate": 2}, set()),
         ({"example_inputs": X[0]}, set()),
     ],
 )  # fmt: skip
 def test_of_a_module(options, expected):
-    assert named(sf.sparsify(mlp(), **options, **QUIET).report["notes"]) == expected
+    assert named(sf.sparsify(mlp(), **{**QUIET, **options}).report["notes"]) == expected
+
+
+@pytest.mark.parametrize("method", ["ast", "wanda"])
+@pytest.mark.parametrize("compile", ["on", "off", 1, None])
+def test_compile_is_one_of_three(method, compile):
+    with pytest.raises(SparseForgeError, match="give True, False or 'auto'"):
+        sf.sparsify(mlp(), X, method=method, calibration=8, show_progress=False, compile=compile)
+
+
+def test_of_an_accelerator():
+    told = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    told.state.dynamo_plugin, kept = TorchDynamoPlugin(backend="inductor"), told.state.dynamo_plugin
+    try:
+        accumulated, compiled = unheard(told)
+    finally:
+        told.state.dynamo_plugin = kept
+    assert accumulated.startswith("gradient_accumulation_steps=4 of the accelerator is given and not used: accumulate=")
+    assert compiled.startswith("the dynamo backend inductor of the accelerator is given and not used: compile=")
+    notes = sf.sparsify(mlp(), X, method="ast", steps=2, accelerator=told, **QUIET).report["notes"]
+    assert accumulated in notes
+    assert unheard(Accelerator(cpu=True)) == []  # which takes what they share back, too
 
 
 PLAIN = {"data": X, "method": "sparseforge", "steps": 2, "preset": "annealed"}
@@ -86,3 +122,12 @@ def test_of_token_ids(captured_once, data, expected):
 def test_two_lengths_of_one_run():
     with pytest.raises(SparseForgeError, match="steps=3 and tokens=9"):
         sf.sparsify(mlp(), X, steps=3, tokens=9)
+
+
+def test_what_of_a_loss_has_no_part_in_it():
+    assert Distillation(kl=0.0, temperature=2.0, divergence="reverse_kl").idle == {
+        "temperature": "kl is 0", "divergence": "kl is 0",
+    }  # fmt: skip
+    assert Distillation(feature_weight=2.0).idle == {"feature_weight": "features names none"}
+    assert Distillation(temperature=2.0, features="squarehead", feature_weight=2.0).idle == {}
+    assert Distillation(kl=0.0).idle == {}

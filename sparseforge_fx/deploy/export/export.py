@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from sparseforge_fx.deploy.export.aoti import package
 from sparseforge_fx.deploy.export.archive import seal
-from sparseforge_fx.deploy.lowering import cost, cost_table
+from sparseforge_fx.deploy.lowering import cost_table
 from sparseforge_fx.deploy.lowering.lower import lower_captured
 from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
@@ -35,7 +35,7 @@ def export(
     format: str = "pt2",
     portable: bool = False,
     target: str = "auto",
-    tokens: Sequence[int] = cost.TOKENS,
+    tokens: Sequence[int] | None = None,
     table: str | Path | cost_table.Table | None = None,
     gate: bool = True,
 ) -> PackingReport:

@@ -23,7 +23,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from sparseforge_fx.deploy.export.aoti import package
 from sparseforge_fx.deploy.export.export import FORMATS, check_path, replace_file
 from sparseforge_fx.deploy.export.generation_defaults import differences, repetition_penalty
-from sparseforge_fx.deploy.lowering import cost, cost_table
+from sparseforge_fx.deploy.lowering import cost_table
 from sparseforge_fx.deploy.lowering.lower import lower_captured
 from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
@@ -48,7 +48,7 @@ def export_generator(
     format: str = "pt2",
     max_length: int | None = None,
     target: str = "auto",
-    tokens: Sequence[int] = cost.TOKENS,
+    tokens: Sequence[int] | None = None,
     table: str | Path | cost_table.Table | None = None,
     gate: bool = True,
 ) -> PackingReport:

@@ -106,6 +106,8 @@ class _Lowered:
 
 def _lower(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Frame | None:
     """The graph with packed operators; None if nothing in it gains."""
+    gate = options.get("gate", True)
+    counts, known = cost.check_request(options.get("tokens"), options.get("table"), None if gate else "gate=False")
     try:
         frame = Frame.from_dynamo(module, inputs)
     except Exception as error:  # whatever torch raises on code that it compiles, but cannot trace to aten
@@ -114,8 +116,7 @@ def _lower(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) 
     devices = {frame.tensor(s.fqn).device for s in eligible(_frozen_sites(frame))}
     if len(devices) != 1 or not (layouts := layouts_of(device := devices.pop())):
         return None
-    tokens = tuple(options.get("tokens", cost.TOKENS))
-    known = cost.check_request(tokens, options.get("table"))
+    tokens = tuple(counts)
 
     def measure(shapes: Sequence[cost_table.Shape]) -> cost_table.Table:
         if known is not None:
@@ -124,7 +125,7 @@ def _lower(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) 
         table |= cost.timings([s for s in shapes if s not in table], tokens, device, layouts, None)
         return cost.timings(shapes, tokens, device, layouts, table)
 
-    choose = Gate(layouts, tokens, measure if options.get("gate", True) else None)
+    choose = Gate(layouts, tokens, measure if gate else None)
     lowered, records = run_passes(frame, deploy_passes(_frozen_sites, choose))
     if not (packed := eligible(choose.sites)):
         return None

@@ -20,12 +20,26 @@ TOKENS = (1, 8, 64, 2048)
 NOISE = 0.03  # a ratio within 3 % of one is neither a gain nor a loss
 
 
-def check_request(tokens: Sequence[int], table: str | Path | Table | None) -> Table | None:
-    """The table, read if it is a file. Raises SparseForgeError if ``tokens`` is not a list of token counts."""
+def check_request(
+    tokens: Sequence[int] | None, table: str | Path | Table | None, untimed: str | None = None
+) -> tuple[Sequence[int], Table | None]:
+    """The token counts, :data:`TOKENS` where none are given, and the table, read if it is a file.
+
+    Args:
+        untimed: what packs all weights without asking, ``gate=False``; None: they are timed.
+
+    Raises SparseForgeError if ``tokens`` is not a list of token counts, or what would be asked is given beside
+    ``untimed``.
+    """
+    for name, given in (("tokens", tokens), ("table", table)):
+        if untimed is not None and given is not None:
+            raise SparseForgeError(f"{name} is for timing, and {untimed} packs all 2:4 weights untimed: leave it out")
+    if tokens is None:
+        tokens = TOKENS
     counts = tokens if isinstance(tokens, Iterable) else [tokens]
     if not counts or not all(isinstance(count, int) and count >= 1 for count in counts):
         raise SparseForgeError(f"tokens is {tokens!r}: give a list of token counts of at least 1")
-    return load_table(table) if isinstance(table, str | Path) else table
+    return tokens, load_table(table) if isinstance(table, str | Path) else table
 
 
 def timings(

@@ -33,7 +33,7 @@ def lower(
     example_inputs: Any = None,
     *,
     target: str = "auto",
-    tokens: Sequence[int] = cost.TOKENS,
+    tokens: Sequence[int] | None = None,
     table: str | Path | cost_table.Table | None = None,
     gate: bool = True,
 ) -> GraphModule:
@@ -46,11 +46,11 @@ def lower(
         example_inputs: as for :func:`sparseforge_fx.graph.capture.capture`.
         target: ``cpu``, ``cuda`` or ``auto`` (the device of the weights).
         tokens: token counts (batch x sequence) that matter. A weight is sparse if that was measured to be faster at one
-            of them by more than 3 %, and slower at none; decoding alone: ``tokens=[1, 8]``. Where a device has several
-            packed layouts, each weight gets the one that gains most.
+            of them by more than 3 %, and slower at none; decoding alone: ``tokens=[1, 8]``; None: 1, 8, 64 and 2048.
+            Where a device has several packed layouts, each weight gets the one that gains most.
         table: measurements to decide by instead of measuring (what ``save_table`` of deploy/lowering/cost_table.py
             wrote); a shape that is not in it stays dense.
-        gate: False packs every 2:4 weight, whatever its speed.
+        gate: False packs every 2:4 weight, whatever its speed; ``tokens`` and ``table`` are refused beside it.
 
     Returns a GraphModule that is called as the model is; ``.report`` has sites, skipped linears with reasons, the cost
     table, bytes of the linears before and after, and ``scratch_bytes``: the largest packed weight in dense form, which
@@ -67,7 +67,7 @@ def lower_captured(
     program: Exported,
     *,
     target: str = "auto",
-    tokens: Sequence[int] = cost.TOKENS,
+    tokens: Sequence[int] | None = None,
     table: str | Path | cost_table.Table | None = None,
     gate: bool = True,
     portable: bool = False,
@@ -80,7 +80,8 @@ def lower_captured(
             every 2:4 weight is packed.
         durable: the program goes to a file: only layouts that later versions of the libraries read, too.
     """
-    known = cost.check_request(tokens, table)
+    untimed = "portable=True" if portable else None if gate else "gate=False"
+    tokens, known = cost.check_request(tokens, table, untimed)
     find = partial(sparse_sites, experts=not (portable or durable))
     sites = find(program)
     before = packed_weights(program)

@@ -37,7 +37,7 @@ def lower_modules(
     model: nn.Module,
     *,
     target: str = "auto",
-    tokens: Sequence[int] = cost.TOKENS,
+    tokens: Sequence[int] | None = None,
     table: str | Path | Table | None = None,
     gate: bool = True,
 ) -> PackingReport:
@@ -48,7 +48,7 @@ def lower_modules(
     skipped modules with reasons, the cost table, bytes before and after. Linears that are packed already stay so.
     Raises SparseForgeError if no weight is 2:4.
     """
-    known = cost.check_request(tokens, table)
+    tokens, known = cost.check_request(tokens, table, None if gate else "gate=False")
     sites, skipped = find_packable(model)
     stacks, dense_stacks = find_packable_stacks(model)
     sites, skipped = sites | stacks, skipped | dense_stacks

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseforge_fx.data.opening import LENGTH, first_batches, open_batches, tell_length, tell_text
+from sparseforge_fx.data.opening import LENGTH, first_batches, idle_reading, open_batches, tell_length, tell_text
 from sparseforge_fx.deploy.lowering.chosen import Chosen, by_plan, by_values
 from sparseforge_fx.deploy.lowering.modules import packed_like, replace, weight_of
 from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
@@ -32,6 +32,8 @@ from sparseforge_fx.report import environment
 
 #: options that say what of the data is read
 READING = ("calibration", "length", "batch_size", "seed", "text_column", "separator", "cache_dir")
+
+BATCH_SIZE = 4
 
 
 @torch.no_grad()
@@ -184,7 +186,7 @@ def _batches(
     *,
     calibration: Count = 64,
     length: Count = LENGTH,
-    batch_size: Count = 4,
+    batch_size: Count = BATCH_SIZE,
     seed: Seed = 0,
     **text: Any,
 ) -> tuple[list[Any], list[str]]:
@@ -193,6 +195,10 @@ def _batches(
         model, data, tokenizer, tokens=calibration * length, length=length, batch_size=batch_size, seed=seed, **text
     )
     found, notes = first_batches(batches, calibration)
+    given = {"tokenizer": tokenizer, "length": length, "batch_size": batch_size, **text}
+    usual = {"length": LENGTH, "batch_size": BATCH_SIZE}
+    idle = idle_reading(data, batches, length)
+    notes += [f"{n} is given and not used: {why}" for n, why in idle.items() if given.get(n) != usual.get(n)]
     return found, [*notes, *tell_text(data, batches, text.get("text_column")), *tell_length(data, batches, length)]
 
 

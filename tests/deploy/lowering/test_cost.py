@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
-from sparseforge_fx.deploy.lowering import cost, cost_table
+import sparseforge_fx as sf
+from sparseforge_fx.deploy.lowering import backend, cost, cost_table
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import parse_format
 from sparseforge_fx.kernels.layouts import PLANES, ROWS, find_target
+from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 CPU = torch.device("cpu")
+X = torch.ones(2, 32)
 SHAPE = cost_table.Shape(16, 32, "float32")
 
 
@@ -113,3 +117,23 @@ def test_token_counts_that_make_no_sense(tokens):
 def test_token_counts_that_are_none(tokens):
     with pytest.raises(SparseForgeError, match="give a list of token counts of at least 1"):
         cost.check_request(tokens, None)
+
+
+UNTIMED = {
+    "lower": lambda model, path, **how: sf.lower(model, X, gate=False, **how),
+    "lower_modules": lambda model, path, **how: sf.lower_modules(model, gate=False, **how),
+    "export": lambda model, path, **how: sf.export(model, path, X, gate=False, **how),
+    "portable": lambda model, path, **how: sf.export(model, path, X, portable=True, **how),
+    "backend": lambda model, path, **how: backend.sparseforge(model, [X], {"gate": False, **how}),
+}
+
+
+@pytest.mark.parametrize("entry", UNTIMED)
+@pytest.mark.parametrize("given", [{"tokens": [1]}, {"table": {}}], ids=["tokens", "table"])
+def test_what_is_for_timing_is_refused_where_nothing_is_timed(tmp_path, entry, given):
+    model = nn.Sequential(nn.Linear(32, 16))
+    model[0].weight.data.mul_(hard_mask(model[0].weight.abs(), TWO_FOUR))
+    why = "portable=True" if entry == "portable" else "gate=False"
+    with pytest.raises(SparseForgeError, match=f"{next(iter(given))} is for timing, and {why} packs all 2:4"):
+        UNTIMED[entry](model, tmp_path / "m.pt2", **given)
+    assert not list(tmp_path.iterdir())

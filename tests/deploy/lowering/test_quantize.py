@@ -147,6 +147,16 @@ def test_a_weight_that_data_does_not_reach_is_named():
     assert sf.quantize(Half(), tokenizer=str)["notes"] == ["tokenizer is given and not used: there is no data"]
 
 
+def test_what_has_no_part_in_how_the_data_are_read_is_named():
+    batches = {"batch_size": 2, "length": 8, "separator": "-", "calibration": 3}
+    notes = sf.quantize(nn.Sequential(linear(32, 32)), "int4", [torch.randn(4, 32)], tokenizer=str, **batches)["notes"]
+    named = {note.split()[0] for note in notes if "is given and not used: the data" in note}
+    assert named == {"batch_size", "length", "separator", "tokenizer"}
+    assert not [
+        n for n in sf.quantize(nn.Sequential(linear(32, 32)), "int4", [torch.randn(64, 32)])["notes"] if "given" in n
+    ]
+
+
 def test_what_of_the_data_is_not_read_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "some words and more", "title": "b"}\n')
     (tmp_path / "b.tsv").write_text("no text")
