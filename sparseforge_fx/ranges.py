@@ -10,6 +10,8 @@ from functools import wraps
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from sparseforge_fx.errors import SparseForgeError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,10 +44,11 @@ Seed = Annotated[int, Range(-(2**63), 2**64 - 1)]  # torch's
 
 
 def check_numbers(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Raise a SparseForgeError for the first value that is not the finite number, in its range, that its type says.
+    """Raise a SparseForgeError for the first value that is not what its type says: a finite number in its range, or a
+    truth value.
 
     Args:
-        hints: name -> type with its extras (``get_type_hints(..., include_extras=True)``); others than numbers are
+        hints: name -> type with its extras (``get_type_hints(..., include_extras=True)``); others than these are
             passed over, and None is taken where the type allows it.
         values: name -> value; names that have no hint are passed over.
     """
@@ -57,6 +60,8 @@ def check_numbers(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
             base, limits = (get_args(kind)[0], get_args(kind)[1]) if get_origin(kind) is Annotated else (kind, Range())
             if base in (int, float):
                 _check(name, values[name], base, limits)
+            elif base is bool and set(kinds) <= {bool, type(None)} and not isinstance(values[name], bool | np.bool_):
+                raise SparseForgeError(f"{name} is {values[name]!r}: give True or False")  # any text counts as true
 
 
 def _check(name: str, value: Any, base: type, limits: Range) -> None:
@@ -67,7 +72,7 @@ def _check(name: str, value: Any, base: type, limits: Range) -> None:
 
 
 def checked(function: F) -> F:
-    """``function``, refusing numbers that its annotations do not allow before it does anything."""
+    """``function``, refusing numbers and truth values that its annotations do not allow before it does anything."""
     signature, hints = inspect.signature(function), get_type_hints(function, include_extras=True)
 
     @wraps(function)

@@ -222,6 +222,15 @@ def test_experts_are_timed_in_every_format(results, monkeypatch):
     assert speed_tables.experts_table().count("\n| ") == 13
 
 
+def test_a_table_that_no_page_would_show_is_not_written():
+    import records
+
+    assert records.table(("a", "b"), "lr", [(1, 2)]) == "| a | b |\n|---|---:|\n| 1 | 2 |"
+    for sides, row in (("lrr", (1, 2)), ("lr", (1, 2, 3))):
+        with pytest.raises(ValueError, match="2 columns"):
+            records.table(("a", "b"), sides, [row])
+
+
 @pytest.mark.parametrize("of", ["Qwen3-8B", "Qwen3-30B-A3B"])
 def test_a_large_model_decodes_beside_what_llama_cpp_reads(results, monkeypatch, tmp_path, of):
     import gguf

@@ -4,6 +4,7 @@ import math
 from dataclasses import fields
 from typing import Annotated, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -108,3 +109,20 @@ def test_what_is_inside_and_what_is_said():
     with pytest.raises(TypeError):
         take()
     assert get_origin(Count) is Annotated
+
+
+@pytest.mark.parametrize("value", ["off", "False", 0, 1, [], torch.tensor(True)])
+def test_a_truth_value_is_one(value):
+    @checked
+    def run(on: bool = True, maybe: bool | None = None, how: bool | str = "auto") -> tuple:
+        return on, maybe, how
+
+    assert run(np.bool_(False), None, "off") == (False, None, "off")
+    for name in ("on", "maybe"):
+        with pytest.raises(SparseForgeError, match=f"^{name} is .*: give True or False$"):
+            run(**{name: value})
+
+
+def test_a_loop_that_is_told_off_is_not_compiled():
+    with pytest.raises(SparseForgeError, match="^compile is 'off': give True or False$"):
+        sf.prepare(nn.Linear(8, 8), torch.zeros(1, 8), compile="off")

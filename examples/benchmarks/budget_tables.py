@@ -101,7 +101,7 @@ def objective_table() -> str:
         scored = [f"{perplexity[text]:.2f}" for text in ("test", "valid")]
         rows.append((*how, f"{said['seconds']:,.0f}", *scored, said["commit"]))
     names = ("cross-entropy", "KL", "temperature", "tokens", "rate", "seconds", "test", "validation", "commit")
-    return blocks([(text, table(names, "lrrrrrrrrl", rows))])
+    return blocks([(text, table(names, "lrrrrrrrl", rows))])
 
 
 def swap_table() -> str:
@@ -203,8 +203,8 @@ def rotated_table() -> str:
     first = runs[0]
     report = first["report"]
     text = (
-        f"{first['model']}, {report['preset']} at {report['lr']:g}, {report['calibration_sequences']} calibration"
-        f" sequences, seed {report['seed']}, {report['device']}: perplexity of the first {first['windows']}"
+        f"{first['model']}, {report['preset']} at {report['lr']:g},"
+        f" seed {report['seed']}, {report['device']}: perplexity of the first {first['windows']}"
         f" windows of {first['context']} tokens (dense {first['dense_perplexity']['test']:.2f} and {first['dense_perplexity']['valid']:.2f})."
     )
     rows = []
@@ -217,9 +217,11 @@ def rotated_table() -> str:
         kl = [point["kl"] for point in run["report"]["curves"]]
         ends = (f"{sum(part) / len(part):.3f}" for part in (kl[:30], kl[-30:]))
         scored = (f"{run['sparse_perplexity'][name]:.2f}" for name in ("test", "valid"))
-        rows.append((*how, f"{run['tokens']:,}", f"{run['report']['seconds']:,.0f}", *ends, *scored, run["report"]["commit"]))
+        of = run["report"]
+        start = f"{of['calibration_sequences']} x {of['config']['reconstruct']}"
+        rows.append((*how, start, f"{run['tokens']:,}", f"{of['seconds']:,.0f}", *ends, *scored, of["commit"]))
     names = (
-        "basis", "readers lose, as predicted", "seconds of it", "training tokens", "seconds of the run", "KL, first 30 steps", "last 30", "test", "validation",
+        "basis", "readers lose, as predicted", "seconds of it", "sequences of the start x passes of the blocks", "training tokens", "seconds of the run", "KL, first 30 steps", "last 30", "test", "validation",
         "commit",
     )  # fmt: skip
-    return blocks([(text, table(names, "lrrrrrrrrl", rows))])
+    return blocks([(text, table(names, "lrrrrrrrrrl", rows))])

@@ -57,6 +57,9 @@ def _renamed(run: dict) -> dict:
 
 def table(names: Sequence[str], sides: str, rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table; ``sides`` has one letter a column, l or r. Without rows: that there are no runs."""
+    rows = [list(row) for row in rows]
+    if wrong := {len(row) for row in (sides, *rows)} - {len(names)}:
+        raise ValueError(f"{len(names)} columns ({', '.join(names)}) and a row, or sides, of {wrong.pop()}")
     lines = [_row(names), "|" + "".join("---|" if side == "l" else "---:|" for side in sides)]
     lines += [_row(map(str, row)) for row in rows]
     return "\n".join(lines) if len(lines) > 2 else NONE
