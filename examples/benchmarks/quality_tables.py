@@ -163,6 +163,13 @@ THEIRS = {
 }
 
 
+#: label of a run with more tokens, of whichever folder -> how a stranger reads it
+LONGER = {
+    "ablation-alps+kd-2-passes-at-2.5e-4-983040": "`alps+kd` with two passes of the blocks and half the rate",
+    "rotated-256x2-983040": "that in another basis (`sf.rotate`), begun on twice as many sequences",
+}
+
+
 def main_table() -> str:
     """The rows of the leaderboard that answer the first question."""
     groups = leaderboard_groups()
@@ -176,6 +183,9 @@ def main_table() -> str:
         rows.append(
             (name, f"{key[1]:,}", steps(groups[key][0]["report"]), *spent(groups[key]), perplexity, average, seeds)
         )
+    for run in (r for folder in ("leaderboard", "rotated") for r in read(folder) if r["label"] in LONGER):
+        made = (f"{run['tokens']:,}", steps(run["report"]), *spent([run]))
+        rows.append((LONGER[run["label"]], *made, scores([run])[0], accuracy([run], tasks)[0], "1"))
     rows.sort(
         key=lambda row: -float(row[5].split()[0]) if row[1] != "0" else -math.inf
     )  # those that trained, the best last
