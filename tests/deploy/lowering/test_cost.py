@@ -113,3 +113,14 @@ def test_token_counts_that_make_no_sense(tokens):
 def test_token_counts_that_are_none(tokens):
     with pytest.raises(SparseForgeError, match="give a list of token counts of at least 1"):
         cost.check_request(tokens, None)
+
+
+def test_stacks_are_timed_on_cpus_alone(monkeypatch):
+    """Their product asks for its offsets, which a CUDA graph cannot; a table may know them."""
+    stack, seen = SHAPE._replace(routing=cost_table.Routing(4, 2)), []
+    monkeypatch.setattr(cost, "measure", lambda shapes, *_: seen.extend(shapes) or {s: {} for s in shapes})
+    assert cost.timings([SHAPE, stack], [1], torch.device("cuda"), [ROWS], None) == {SHAPE: {}, stack: {}}
+    assert seen == [SHAPE]
+    table = cost_table.as_table([timing(1, 1.5, stack)])
+    found = cost.timings([stack], [1], torch.device("cuda"), [ROWS], table)
+    assert cost.choose(found, stack, [ROWS], [1]) == (ROWS, None)
