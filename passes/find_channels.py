@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.sizes import hint
 from sparseforge_fx.kernels.soft_masked_linear import OP
 from sparseforge_fx.passes.aliases import Elsewhere
 from sparseforge_fx.passes.operators import MOVES, op_name
@@ -144,7 +145,7 @@ def _through(node: Node, flows: dict[Node, Any]) -> Any:
             return flow
         if any(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes if n is not first):
             return None  # places that are computed
-        rest, named = map_arg((node.args[1:], node.kwargs), lambda n: _size(n.meta["val"]))
+        rest, named = map_arg((node.args[1:], node.kwargs), lambda n: hint(n.meta["val"]))
         rest, named = plain_sizes((rest, named))
         moved = {p: node.target(t.contiguous(), *rest, **named) for p, t in flow.channels.items()}  # type: ignore[operator]
         head = node.target(flow.head.contiguous(), *rest, **named)  # type: ignore[operator]
@@ -198,18 +199,13 @@ def _attended(node: Node, flows: dict[Node, Any]) -> _Flow | None:
     return _Flow(channels, head + 1 + torch.arange(shape[1])[:, None, None])  # type: ignore[arg-type]
 
 
-def _size(value: Any) -> Any:
-    """A number for a size that is known by a symbol: the example's."""
-    return value.node.hint if isinstance(value, torch.SymInt) else value
-
-
 def _sizes(shape: Any) -> list[int]:
-    return [_size(n) for n in shape]
+    return [hint(n) for n in shape]
 
 
 def plain_sizes(value: Any) -> Any:
     """Numbers for sizes that are known by a symbol, anywhere in it: the example's."""
-    return torch.utils._pytree.tree_map(_size, value)
+    return torch.utils._pytree.tree_map(hint, value)
 
 
 # -- sets of channels ------------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ class PlannedWeight:
         prices: of the dense format, and of all that were weighed against it.
         group: name of the first of the weights that read the same input and are deployed as one product (q, k and v;
             gate and up) while they have the same format. Times are its outputs' share of that product's.
+        chosen: of a stack, the experts that multiply each token, which its times are of; None: a matrix, or a plan
+            of before this was kept.
     """
 
     name: str
@@ -52,6 +54,7 @@ class PlannedWeight:
     format: Format
     prices: dict[Format, Price]
     group: str = ""
+    chosen: int | None = None
 
     @property
     def price(self) -> Price:
@@ -163,6 +166,7 @@ class Plan:
                     "shape": list(w.shape),
                     "format": str(w.format),
                     "group": w.group,
+                    **({} if w.chosen is None else {"chosen": w.chosen}),
                     "prices": {
                         str(form): {"loss": p.loss, "bytes": p.bytes, "us": {str(t): u for t, u in p[2].items()}}
                         for form, p in w.prices.items()
@@ -278,7 +282,10 @@ def _weight(entry: Any, tokens: Sequence[int]) -> PlannedWeight:
         raise SparseForgeError(f"{name} of the plan: its shape is out and in, of a stack experts, out and in")
     if reason := form.why_not(shape[-1]):
         raise SparseForgeError(f"{name} of the plan cannot be {form}: {reason}")
-    return PlannedWeight(name, shape, form, prices, group)
+    chosen = entry.get("chosen")
+    if chosen is not None and (len(shape) != 3 or type(chosen) is not int or not 0 < chosen <= shape[0]):
+        raise SparseForgeError(f"{name} of the plan: chosen is a number of experts, of a stack, from 1 to all of them")
+    return PlannedWeight(name, shape, form, prices, group, chosen)
 
 
 def _price(price: Any, tokens: Sequence[int]) -> Price:

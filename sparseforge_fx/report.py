@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -102,6 +102,12 @@ def describe_sites(sites: Sequence[LinearSite]) -> dict[str, Any]:
         "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in sites if s.reason is not None],
         "site_parameters": sum(s.numel for s in chosen),
     }
+
+
+def readable_sides(row: Mapping[str, Any]) -> str:
+    """Of a site, or of a row of a cost table: out x in, of a stack experts x out x in, and how many a token goes to."""
+    sides = " x ".join(str(row[side]) for side in ("experts", "out", "in") if side in row)
+    return f"{sides}, {row['chosen']} a token" if "chosen" in row else sides
 
 
 @torch.no_grad()

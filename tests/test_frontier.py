@@ -103,6 +103,44 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
         }
 
 
+def test_stacks_are_timed_with_the_experts_that_a_token_goes_to(frontier_tables, monkeypatch):
+    import frontier_points as points
+
+    from sparseforge_fx.deploy.lowering import cost, cost_table
+    from sparseforge_fx.errors import SparseForgeError
+    from sparseforge_fx.formats import DENSE, parse_format
+    from sparseforge_fx.passes.find_routing import Routing
+    from sparseforge_fx.plans import Plan, PlannedWeight, Price
+
+    int8, sparse, routing, asked = parse_format("dense int8"), parse_format("2:4"), Routing(8, 2), []
+
+    def measure(shapes, tokens, *_, **__):
+        """Every matrix that a row meets takes a microsecond, half of it if packed."""
+        asked.extend(shapes)
+        us = lambda s, t: float(t * (s.routing.chosen if s.routing else 1))  # noqa: E731
+        row = lambda s, t: cost_table.Timing(s, "rows", t, us(s, t), (1.0, 1.0), us(s, t) / 2, (1.0, 1.0))  # noqa: E731
+        return {s: {"rows": {t: row(s, t) for t in tokens}} for s in shapes}
+
+    monkeypatch.setattr(cost, "measure", measure)
+    prices = {DENSE: Price(0.0, 1.0, {1: 1.0, 8: 1.0})}
+    stack = lambda name, form, chosen: PlannedWeight(name, (8, 16, 32), form, prices, name, chosen)  # noqa: E731
+    matrices = [PlannedWeight(n, (16, 32), int8, prices, "q") for n in "qk"]
+    matrices.append(PlannedWeight("o", (16, 32), int8, prices))  # the same sides as an expert's
+    weights = [*matrices, stack("up", int8, 2), stack("down", sparse, 2), stack("last", DENSE, 2)]
+    plan = Plan(weights, (1, 8), {"bytes": 1.0}, None, 1)
+    wanted = {(32, 32, None, int8): 1, (16, 32, None, int8): 1}
+    wanted |= {(16, 32, routing, form): 1 for form in (int8, sparse, DENSE)}
+    assert points.products(plan) == wanted
+    now = points.price_now([plan], "bfloat16")
+    assert {(s.out_features, s.in_features, s.routing, s.format) for s in asked} == set(wanted) - {
+        (16, 32, routing, DENSE)
+    }
+    assert points.time_of(plan, now) == {"1": 2 * 0.5 + 1.0 + 1.0 + 2.0, "8": 8 * 5.0}
+    plan.weights.append(stack("older", int8, None))
+    with pytest.raises(SparseForgeError, match="does not say how many experts of older a token goes to: plan again"):
+        points.products(plan)
+
+
 def test_what_speed_follows_from_the_linears_of_a_step(frontier_tables):
     from frontier_points import expected_speed
 

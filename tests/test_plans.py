@@ -94,6 +94,31 @@ def test_files_that_lie(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
+def stacks(chosen):
+    plan = made()
+    plan.weights = [PlannedWeight(w.name, (4, 32, 32), w.format, w.prices, w.group, chosen) for w in plan.weights]
+    return plan
+
+
+def test_how_many_experts_a_token_goes_to(tmp_path):
+    """It stands with a stack; a matrix has no such entry, nor have the stacks of older files."""
+    for plan in (stacks(2), stacks(None)):
+        plan.save(tmp_path / "plan.json")
+        assert Plan.read(tmp_path / "plan.json") == plan
+    assert [w.get("chosen") for w in stacks(2).describe()["weights"]] == [2, 2, 2]
+    assert not any("chosen" in w for w in made().describe()["weights"])
+
+
+@pytest.mark.parametrize("chosen", [0, 5, "2", 1.5, True])
+def test_what_is_no_number_of_experts(chosen):
+    with pytest.raises(SparseForgeError, match="weight of the plan: chosen is a number of experts, of a stack"):
+        Plan.from_plain(stacks(chosen).describe())
+    matrix = made().describe()
+    matrix["weights"][0]["chosen"] = 1
+    with pytest.raises(SparseForgeError, match="weight of the plan: chosen is a number of experts, of a stack"):
+        Plan.from_plain(matrix)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000])
 def test_files_that_are_no_plan(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)

@@ -109,3 +109,9 @@ def test_what_became_of_a_weight():
     )
     assert report.describe_change(dense, dense) == {"kept": 1.0, "moved": 0.0}
     assert report.describe_change(torch.zeros(2, 4), torch.zeros(2, 4)) == {"kept": 0.0, "moved": 0.0}
+
+
+def test_sides_of_a_matrix_and_of_a_stack():
+    assert report.readable_sides({"out": 8, "in": 16}) == "8 x 16"
+    assert report.readable_sides({"out": 8, "in": 16, "experts": 4}) == "4 x 8 x 16"
+    assert report.readable_sides({"out": 8, "in": 16, "experts": 4, "chosen": 2}) == "4 x 8 x 16, 2 a token"

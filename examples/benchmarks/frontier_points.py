@@ -25,6 +25,8 @@ from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
 from sparseforge_fx.kernels.layouts import layouts_of
+from sparseforge_fx.passes.find_routing import Routing
+from sparseforge_fx.plans import PlannedWeight
 from sparseforge_fx.report import write_json
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -161,18 +163,28 @@ def predicted(plan: sf.Plan) -> dict[str, Any]:
     }
 
 
-Product = tuple[int, int, Format]  # outputs, inputs
+Product = tuple[int, int, Routing | None, Format]  # outputs, inputs, of a stack its routing
 
 
 def products(plan: sf.Plan) -> Counter[Product]:
-    """What is multiplied in a step, by how often."""
+    """What is multiplied in a step, by how often. Raises SparseForgeError for a stack of which nobody kept how many experts
+    a token goes to."""
     found: Counter[Product] = Counter()
     for group in plan.groups:
         outputs: Counter[Format] = Counter()
         for w in group:
-            outputs[w.format] += w.shape[0]
-        found.update((out, group[0].shape[1], form) for form, out in outputs.items())
+            outputs[w.format] += w.shape[-2]
+        routing = _routing(group[0])
+        found.update((out, group[0].shape[-1], routing, form) for form, out in outputs.items())
     return found
+
+
+def _routing(weight: PlannedWeight) -> Routing | None:
+    if len(weight.shape) == 2:
+        return None
+    if weight.chosen is None:
+        raise SparseForgeError(f"the plan does not say how many experts of {weight.name} a token goes to: plan again")
+    return Routing(weight.shape[0], weight.chosen)
 
 
 def price_now(plans: Sequence[sf.Plan], dtype: str) -> dict[Product, dict[int, float]]:
@@ -180,15 +192,16 @@ def price_now(plans: Sequence[sf.Plan], dtype: str) -> dict[Product, dict[int, f
     the machine, so that prices of another hour say little of this one."""
     device, found = torch.device("cpu"), {}
     wanted = {product for plan in plans for product in products(plan)}
-    for out, width in {product[:2] for product in wanted}:
-        forms = {form for *size, form in wanted if size == [out, width]}
+    for out, width, routing in {product[:3] for product in wanted}:
+        forms = {form for *size, form in wanted if size == [out, width, routing]}
         timed = forms - {DENSE} or {Format("dense", "int8")}  # dense is timed beside any
-        shapes = {form: cost_table.Shape.of(out, width, getattr(torch, dtype), form) for form in timed}
+        shapes = {form: cost_table.Shape.of(out, width, getattr(torch, dtype), form, routing) for form in timed}
         table = cost.measure(list(shapes.values()), plans[0].tokens, device, layouts_of(device), rounds=7)
         rows = {form: list(table[shape].values()) for form, shape in shapes.items()}
         for form in forms:
             of = cost.of_one_layout(rows.get(form) or next(iter(rows.values())), plans[0].tokens)
-            found[out, width, form] = {t: row.dense_us if form == DENSE else row.packed_us for t, row in of.items()}
+            times = {t: row.dense_us if form == DENSE else row.packed_us for t, row in of.items()}
+            found[out, width, routing, form] = times
     return found
 
 

@@ -194,7 +194,11 @@ def of_export(
     from sparseforge_fx.pattern import TWO_FOUR
 
     loaded, _, sites = _sites(model, TWO_FOUR, [], [], dtype)
-    fitting = [s for s in sites if s.reason is None]
+    # stacks are packed in this process, and in files where MODEL has them packed
+    stacks = format == "safetensors" or getattr(loaded.config, "quantization_config", None) is not None
+    fitting = [s for s in sites if s.reason is None and (stacks or s.experts is None)]
+    count = sum(s.reason is None for s in sites) - len(fitting)
+    staying = f"{count} stacks of experts: export writes those packed that are so in {model}" if count else None
     share = sum(s.numel for s in fitting) * next(loaded.parameters()).element_size()
     size = _bytes(loaded)
     times = f"each shape dense and packed at {tokens or 'the default'} tokens"
@@ -202,6 +206,7 @@ def of_export(
         "model": model,
         "format": format,
         "may_be_packed": f"{len(fitting)} linears, those of them whose weights are 2:4",
+        "stay_dense": staying,
         "measures": times if timed else None,
         "bytes": f"{readable_bytes(size - share * 7 / 16)} (all packed) to {readable_bytes(size)} (none)",
         "writes": str(output),

@@ -28,6 +28,7 @@ from sparseforge_fx.cli.app import (
 from sparseforge_fx.errors import SparseForgeError
 
 if TYPE_CHECKING:
+    from sparseforge_fx.passes.find_routing import Routing
     from sparseforge_fx.plans import Plan
 
 BF16_BYTES = 2
@@ -78,6 +79,7 @@ def inspect(
     console.print(f"{parameters:,} parameters; tracing its graph", highlight=False)
     from sparseforge_fx.graph.capture import capture
     from sparseforge_fx.passes import find_linears
+    from sparseforge_fx.passes.find_routing import find_routing
     from sparseforge_fx.passes.globs import unmatched
     from sparseforge_fx.report import describe_sites
 
@@ -86,11 +88,14 @@ def inspect(
     if planned is not None:
         planned_formats(planned.formats, {s.fqn: s.sides for s in sites})
     found = describe_sites(sites)
+    by_name = {s.fqn: s for s in sites}
     for site in found["sites"]:
         site["share"] = site["out"] * site["in"] * site.get("experts", 1) / max(1, parameters)
+        routing = find_routing(program, by_name[site["name"]])
+        if routing is not None:
+            site["chosen"] = routing.chosen
         if table is not None:
-            one = (1, site["out"], site["in"])
-            site["gain"] = gains.get((site.get("experts", 1), *one[1:])) or gains.get(one, {})
+            site["gain"] = gains.get((site["out"], site["in"], routing), {})
     factor = shape.density + 1 / 16  # the survivors, and one bit per weight that says where they are
     dense = parameters * BF16_BYTES
     result = {
@@ -130,16 +135,15 @@ def _named(model: str) -> str:
         return ""  # whatever is wrong with it is told where the model is read
 
 
-def _gains(table: Path) -> dict[tuple[int, int, int], dict[int, float]]:
-    """By (experts or one, out, in) and tokens: dense time over that of the fastest layout of 2:4."""
+def _gains(table: Path) -> dict[tuple[int, int, Routing | None], dict[int, float]]:
+    """By (out, in, routing of a stack) and tokens: dense time over that of the fastest layout of 2:4."""
     from sparseforge_fx.deploy.lowering import cost_table
     from sparseforge_fx.formats import SPARSE
 
-    found: dict[tuple[int, int, int], dict[int, float]] = {}
+    found: dict[tuple[int, int, Routing | None], dict[int, float]] = {}
     for shape, by_layout in cost_table.load_table(table).items():
         if shape.format == SPARSE:
-            experts = shape.routing.experts if shape.routing else 1
-            mine = found.setdefault((experts, shape.out_features, shape.in_features), {})
+            mine = found.setdefault((shape.out_features, shape.in_features, shape.routing), {})
             for rows in by_layout.values():
                 for tokens, row in rows.items():
                     mine[tokens] = max(mine.get(tokens, 0.0), row.ratio)

@@ -64,18 +64,20 @@ def lower(
 
 def _tell(report: dict[str, Any], console: Console) -> None:
     """The tables of what was timed, of what would run packed, and of what stays dense."""
+    from sparseforge_fx.report import readable_sides
+
     timings = Table(title="microseconds, dense and packed", title_justify="left")
     for name in ("out x in", "dtype", "layout", "tokens", "dense", "packed", "dense over packed"):
         timings.add_column(name, justify="right")
     for row in report["table"]:
         times = f"{row['dense_us']:.1f}", f"{row['packed_us']:.1f}", f"{row['ratio']:.2f}x"
-        timings.add_row(f"{row['out']} x {row['in']}", row["dtype"], row["layout"], str(row["tokens"]), *times)
+        timings.add_row(readable_sides(row), row["dtype"], row["layout"], str(row["tokens"]), *times)
     console.print(timings)
     for title, rows in (("packed", report["sites"]), ("dense", report["skipped"])):
         chosen = Table(title=f"{len(rows)} {title}", title_justify="left")
         for name in ("weights", "count", "reason" if title == "dense" else "out x in"):
             chosen.add_column(name, justify="right" if name == "count" else "left", overflow="fold")
-        where = lambda r: (f"{r['out']} x {r['in']}, {r['layout']}",)  # noqa: E731
+        where = lambda r: (f"{readable_sides(r)}, {r['layout']}",)  # noqa: E731
         why = where if title == "packed" else lambda r: (r["reason"],)
         for (name, reason), group in grouped(rows, why).items():
             chosen.add_row(name, str(len(group)), reason)

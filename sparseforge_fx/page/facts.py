@@ -11,6 +11,7 @@ from sparseforge_fx.evaluation.zero_shot import main_metric
 from sparseforge_fx.page.layers import Heat, of_formats, of_numbers, tables
 from sparseforge_fx.page.texts import paired_text, with_error
 from sparseforge_fx.plans import Plan
+from sparseforge_fx.report import readable_sides
 
 Json = Mapping[str, Any]
 #: of a weight in ``report["layers"]``: title, sentence, how a number is shown, whether its colour is of its logarithm
@@ -218,7 +219,7 @@ def speed_tables(speed: Json, costs: Sequence[Json], plan: Plan | None) -> list[
         rows = []
         for r in costs:
             times = f"{r['dense_us']:.1f}", f"{r['packed_us']:.1f}", f"{r['ratio']:.2f}x"
-            rows.append((f"{r['out']} x {r['in']}", r["format"], r["layout"], str(r["tokens"]), *times))
+            rows.append((readable_sides(r), r["format"], r["layout"], str(r["tokens"]), *times))
         head = ("out x in", "format", "layout", "tokens", "dense µs", "packed µs", "dense over packed")
         found.append(Table("Each shape of weight, timed on this machine", head, rows, (3, 4, 5, 6)))
     if plan is not None:

@@ -7,15 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from sparseforge_fx.deploy.lowering.cost_table import Routing
 from sparseforge_fx.deploy.lowering.modules import find_packable, find_packable_stacks
 from sparseforge_fx.formats import DENSE, Format
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.models.ties import tied_heads
 from sparseforge_fx.passes import LinearSite, find_linears
+from sparseforge_fx.passes.find_routing import Routing, find_routing
 from sparseforge_fx.passes.globs import matches
 from sparseforge_fx.pattern import TWO_FOUR, Unstructured
-from sparseforge_fx.planning.routing import find_routing
 
 _EMBEDDING = str(torch.ops.aten.embedding.default)
 _ANY_WIDTH = Unstructured(0.5)  # whose groups fit every weight

@@ -175,7 +175,8 @@ def _priced(
         size = _shape(_alone(candidate), form).bytes + (dense if candidate.copied else 0)
         best = cost.of_one_layout(measured, tokens)
         prices[form] = Price(predicted, size, {t: share * best[t].packed_us for t in tokens})
-    return PlannedWeight(site.fqn, site.sides, DENSE, prices, candidate.group)
+    chosen = None if candidate.routing is None else candidate.routing.chosen
+    return PlannedWeight(site.fqn, site.sides, DENSE, prices, candidate.group, chosen)
 
 
 def predict(

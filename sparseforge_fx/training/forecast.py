@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from sparseforge_fx.formats import Format
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.sizes import hint, numel
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.one_shot import LAYERWISE, LayerwiseConfig
@@ -186,12 +187,12 @@ class _Work:
         """Seconds of the answer's loss and its gradient."""
         answer = answer_of(self.program)
         rows = self.scale * numel(answer) / answer.shape[-1]
-        return rows * self.machine.loss(_size(answer.shape[-1]), taught)
+        return rows * self.machine.loss(hint(answer.shape[-1]), taught)
 
     def _attention(self, node: Node, recipe: Recipe) -> Product:
         """Of one node, in a batch of the run; in a text as long as the run's."""
         texts, length = _text_of(self.program)
-        shapes = [list(map(_size, arg.meta["val"].shape)) for arg in node.args[:2]]  # type: ignore[union-attr]
+        shapes = [list(map(hint, arg.meta["val"].shape)) for arg in node.args[:2]]  # type: ignore[union-attr]
         rows = self.scale * shapes[0][0] if length is None else recipe.batch_size * shapes[0][0] / texts
         for shape in shapes:
             shape[0] = 1
@@ -235,22 +236,13 @@ def _text_of(program: Program) -> tuple[int, int | None]:
     """How many samples the graph's example has, and the length of each; None: it is no text."""
     example = program.user_inputs()[0].meta["val"]
     text = not example.is_floating_point() and example.dim() == 2
-    return _size(example.shape[0]), _size(example.shape[1]) if text else None
+    return hint(example.shape[0]), hint(example.shape[1]) if text else None
 
 
 def answer_of(program: Program) -> Tensor:
     """The largest output of the graph's example."""
     outputs = [v for n in program.graph.output_node().all_input_nodes for v in _values(n)]
     return max((v for v in outputs if v.dim()), key=numel, default=torch.empty(0, 1))
-
-
-def _size(size: int | torch.SymInt) -> int:
-    """Of the example, where the graph takes any: to ask a symbol for its number would pin it."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
-
-
-def numel(value: Tensor) -> int:
-    return math.prod(map(_size, value.shape))
 
 
 def _values(node: Node) -> list[Tensor]:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from sparseforge_fx.graph.program import Program
+from sparseforge_fx.graph.sizes import numel
 from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.one_shot import LAYERWISE, AlpsConfig, LayerwiseConfig, SparseGPTConfig, WandaConfig
 from sparseforge_fx.passes import LinearSite
-from sparseforge_fx.training.forecast import answer_of, numel, scale_of, written
+from sparseforge_fx.training.forecast import answer_of, scale_of, written
 from sparseforge_fx.training.machine import FLOAT32
 from sparseforge_fx.training.recipe import Recipe
 

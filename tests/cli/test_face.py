@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_checkpoint import write_checkpoint, write_text
+from tiny_models import build
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -19,6 +20,8 @@ from sparseforge_fx.cli.run_folder import RunFolder
 from sparseforge_fx.cli.sparsify import sparsify
 from sparseforge_fx.deploy.lowering.cost_table import Shape, Timing, as_table, save_table
 from sparseforge_fx.formats import DENSE, parse_format
+from sparseforge_fx.passes.find_routing import Routing
+from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 from sparseforge_fx.plans import Plan, PlannedWeight, Price
 from sparseforge_fx.training.checkpoint import save_state
 
@@ -238,6 +241,55 @@ def test_inspect_shows_what_a_plan_and_a_table_predict(home, tmp_path):
     )
     refused = run("inspect", home / "dense", "--pattern", "4:8", "--table", tmp_path / "costs.json")
     assert refused.exit_code == 2 and "not of 4:8" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """The folder of a 2:4 mixture: four experts, two for a token."""
+    folder, model = tmp_path_factory.mktemp("mixture"), build("moe")
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            parameter.data *= hard_mask(parameter.detach().abs(), TWO_FOUR)
+    model.save_pretrained(folder)
+    return folder
+
+
+def stack_rows(routing):
+    return [
+        Timing(Shape(*sides, "float32", routing=routing), "rows", 1, 6.0, (6.0, 6.0), us, (us, us))
+        for sides, us in (((64, 32), 3.0), ((32, 32), 12.0))
+    ]
+
+
+@pytest.mark.parametrize("routing", [None, Routing(4, 1), Routing(4, 2)])
+def test_stacks_are_shown_as_they_are_decided(mixture, tmp_path, routing):
+    """By the times of stacks of which a token goes to as many experts, and by no others."""
+    table = tmp_path / "costs.json"
+    save_table(as_table(stack_rows(routing)), table)
+    lines = ok("inspect", mixture, "--table", table, "--json")
+    stacks = {s["name"].rpartition(".")[2]: s for s in json.loads(lines)["sites"] if "experts" in s}
+    assert {s["chosen"] for s in stacks.values()} == {2}
+    gains = {name: s["gain"] for name, s in stacks.items()}
+    known = routing == (4, 2)
+    assert gains == ({"gate_up_proj": {"1": 2.0}, "down_proj": {"1": 0.5}} if known else {name: {} for name in gains})
+    lower = ("lower", mixture, "--tokens", "1", "--device", "cpu", "--dtype", "float32", "--table", table)
+    said = " ".join(ok(*lower).split())
+    if known:
+        assert "4 x 64 x 32, 2 a token" in said and "1 packed" in said and "4 x 64 x 32, rows" in said
+        assert "slower than dense at 1 tokens (0.50x)" in said
+    else:
+        assert "0 packed" in said and "gate: not measured at 1 tokens" in said
+
+
+def test_a_dry_run_counts_stacks_where_they_are_packed(mixture, tmp_path):
+    """A graph in a file has them as they are in the folder: this one has them dense."""
+    said = ok("export", mixture, "-o", tmp_path / "m.pt2", "--dry-run")
+    assert "7 linears, those of them" in said and "2 stacks of experts: export writes those packed" in said
+    said = ok("export", mixture, "--format", "safetensors", "-o", tmp_path / "packed", "--dry-run")
+    assert "9 linears, those of them" in said and "stacks of experts" not in said
+    ok("export", mixture, "--format", "safetensors", "-o", tmp_path / "packed")
+    said = ok("export", tmp_path / "packed", "-o", tmp_path / "m.pt2", "--dry-run")
+    assert "9 linears, those of them" in said and "stacks of experts" not in said
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ def test_each_budget_is_kept_and_the_model_left_as_it_was(planned, name):
     _, exact = planned(name, loss=fast.loss / 2)
     assert 0 < exact.loss <= fast.loss / 2 and exact.speedup > 1
     assert {w.name for w in fast.weights} | set(fast.skipped) >= set(found.weights)
+    chosen = {w.chosen for w in fast.weights if len(w.shape) == 3}
+    assert chosen == ({2} if name in ("moe", "gpt_oss") else set())
+    assert all(w.chosen is None for w in fast.weights if len(w.shape) == 2)
     unused = ["no gradient of the answers reaches pooler.dense.weight: nothing is predicted to cost there"]
     few = [note for note in fast.notes if "saw fewer than 32 calibration tokens: predicted from one input" in note]
     assert not few or name in ("moe", "gpt_oss")

@@ -17,7 +17,8 @@ from sparseforge_fx.graph.exported import Exported
 
 #: who asks for captures; all are imported before the first is changed, lest one begin with a stand-in and keep it
 USERS = [f"deploy.export.{name}" for name in ("export", "generation")]
-USERS += ["deploy.lowering.lower", "models.streamed_forward", "graph.capture", "data.capturing", "training.prepare"]
+USERS += ["deploy.lowering.lower", "deploy.lowering.routings", "models.streamed_forward", "graph.capture"]
+USERS += ["data.capturing", "training.prepare"]
 #: folders of tests whose models are many, or whose subject captures are; elsewhere a capture is a step on the way
 FOR_THEMSELVES = ("graph", "tests")
 LARGEST = 4_000_000  # weights of a model that is kept

@@ -11,16 +11,10 @@ import torch
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, SPARSE, Format, parse_format
+from sparseforge_fx.passes.find_routing import Routing
 from sparseforge_fx.report import environment, write_json
 
 TABLE_VERSION = 3
-
-
-class Routing(NamedTuple):
-    """Of a stack of experts: how many there are, and how many of them multiply each token."""
-
-    experts: int
-    chosen: int
 
 
 class Shape(NamedTuple):

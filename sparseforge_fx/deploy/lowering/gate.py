@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from sparseforge_fx.deploy.lowering import cost, cost_table
 from sparseforge_fx.kernels.layouts import Layout
 from sparseforge_fx.passes import LinearSite
 from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.find_routing import Routing
 
 
 class Gate:
@@ -16,6 +18,7 @@ class Gate:
     Args:
         layouts: what the device has.
         measure: shapes -> times, measured or known; None: nothing is timed, and all get the first layout.
+        routings: of the stacks of experts, by the weight's name.
 
     Attributes:
         sites: those that it was asked about.
@@ -27,8 +30,9 @@ class Gate:
         layouts: Sequence[Layout],
         tokens: Sequence[int],
         measure: Callable[[Sequence[cost_table.Shape]], cost_table.Table] | None,
+        routings: Mapping[str, Routing | None] = MappingProxyType({}),
     ):
-        self.layouts, self.tokens, self.measure = layouts, tokens, measure
+        self.layouts, self.tokens, self.measure, self.routings = layouts, tokens, measure, routings
         self.sites: list[LinearSite] = []
         self.timings: cost_table.Table = {}
 
@@ -36,7 +40,7 @@ class Gate:
         self.sites = list(sites)
         if self.measure is None:
             return {site.fqn: self.layouts[0] for site in eligible(sites)}
-        shapes = {s.fqn: cost_table.Shape.of(s.out_features, s.in_features, s.dtype) for s in eligible(sites)}
+        shapes = {s.fqn: self._shape(s) for s in eligible(sites)}
         self.timings = self.measure(list(shapes.values()))
         chosen = {}
         for site in eligible(sites):
@@ -46,3 +50,7 @@ class Gate:
             else:
                 chosen[site.fqn] = layout
         return chosen
+
+    def _shape(self, site: LinearSite) -> cost_table.Shape:
+        routing = None if site.experts is None else self.routings[site.fqn]
+        return cost_table.Shape.of(site.out_features, site.in_features, site.dtype, routing=routing)

@@ -23,6 +23,7 @@ from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import LinearSite, deploy_passes, export_passes, find_linears, run_passes
 from sparseforge_fx.passes.find_linears import eligible
+from sparseforge_fx.passes.find_routing import find_routing
 from sparseforge_fx.passes.lower_sparse_linears import keep_dense
 from sparseforge_fx.passes.rewrite import sparse_use, stack_use
 from sparseforge_fx.report import environment
@@ -49,7 +50,8 @@ def lower(
             of them by more than 3 %, and slower at none; decoding alone: ``tokens=[1, 8]``; None: 1, 8, 64 and 2048.
             Where a device has several packed layouts, each weight gets the one that gains most.
         table: measurements to decide by instead of measuring (what ``save_table`` of deploy/lowering/cost_table.py
-            wrote); a shape that is not in it stays dense.
+            wrote); a shape that is not in it stays dense. A stack of experts is another shape than one of its matrices:
+            it is timed with as many experts for a token as the graph has; on CPUs, and nowhere else.
         gate: False packs every 2:4 weight, whatever its speed; ``tokens`` and ``table`` are refused beside it.
 
     Returns a GraphModule that is called as the model is; ``.report`` has sites, skipped linears with reasons, the cost
@@ -98,7 +100,8 @@ def lower_captured(
         refuse_packed_experts(program, "a portable file has not: leave portable out")
     dense_bytes = sum(s.numel * s.dtype.itemsize for s in eligible(sites)) + sum(dense for _, dense in before)
     measure = partial(cost.timings, tokens=tokens, device=device, layouts=layouts, known=known)
-    choose = Gate(layouts, tokens, measure if gate and not portable else None)
+    routings = {site.fqn: find_routing(program, site) for site in eligible(sites)}
+    choose = Gate(layouts, tokens, measure if gate and not portable else None, routings)
     program, records = run_passes(program, deploy_passes(find, choose, fuse=not portable))
     packed = packed_weights(program)
     if portable:

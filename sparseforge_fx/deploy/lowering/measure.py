@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import _grouped_linear
 
-from sparseforge_fx.deploy.lowering.cost_table import Routing, Shape, Table, Timing
+from sparseforge_fx.deploy.lowering.cost_table import Shape, Table, Timing
 from sparseforge_fx.formats import Format
 from sparseforge_fx.kernels.gpu.timing import Replays
 from sparseforge_fx.kernels.huge_pages import on_huge_pages
@@ -22,6 +22,7 @@ from sparseforge_fx.kernels.packed import Packed, pack, pack_codes
 from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.methods.rounding import round_weight
+from sparseforge_fx.passes.find_routing import Routing
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 ROTATED_BYTES = 256 << 20  # weights are rotated over so much memory: in a model each is cold when its turn comes

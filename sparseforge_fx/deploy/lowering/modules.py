@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseforge_fx.deploy.lowering import cost
 from sparseforge_fx.deploy.lowering.cost_table import Shape, Table, describe
 from sparseforge_fx.deploy.lowering.report import PackedSite, PackingReport
+from sparseforge_fx.deploy.lowering.routings import find_routings
 from sparseforge_fx.deploy.lowering.savable import leave_savable
 from sparseforge_fx.deploy.lowering.sparse_modules import (
     PackedWeight,
@@ -42,7 +43,8 @@ def lower_modules(
     gate: bool = True,
 ) -> PackingReport:
     """Replace every nn.Linear and Conv1D whose weight is exactly 2:4, and gains from it, by a :class:`SparseLinear`,
-    and the stacks of experts by :class:`SparseExperts`, which are measured as one expert's matrix is.
+    and the stacks of experts by :class:`SparseExperts`. The time of a stack hangs on how many experts a token goes to:
+    a model that has stacks is captured for it, and where it cannot be they stay dense, unless ``gate`` is False.
 
     In place; their dense weights are freed. Options as for :func:`sparseforge_fx.lower`. Returns the report: sites,
     skipped modules with reasons, the cost table, bytes before and after. Linears that are packed already stay so.
@@ -58,7 +60,12 @@ def lower_modules(
     weights = {name: weight_of(module) for name, module in sites.items()}
     device = next(iter(weights.values()) if weights else model.buffers()).device
     layouts = find_target(target, device)
-    shapes = {name: Shape.of(w.shape[-2], w.shape[-1], w.dtype) for name, w in weights.items()}
+    routings, untold = find_routings(model, stacks) if gate else ({}, {})
+    shapes = {
+        name: Shape.of(w.shape[-2], w.shape[-1], w.dtype, routing=routings.get(name))
+        for name, w in weights.items()
+        if name not in untold
+    }
     timings = cost.timings(shapes.values(), tokens, device, layouts, known) if gate else {}
     before = after = scratch = 0
     lowered: list[PackedSite] = []
@@ -66,7 +73,11 @@ def lower_modules(
         for name, module in sites.items():
             weight = weights.pop(name)
             before += weight.nbytes
-            layout, against = cost.choose(timings, shapes[name], layouts, tokens) if gate else (layouts[0], None)
+            against: str | None
+            if name in untold:
+                layout, against = None, untold[name]
+            else:
+                layout, against = cost.choose(timings, shapes[name], layouts, tokens) if gate else (layouts[0], None)
             if layout is None:
                 skipped[name] = f"gate: {against}"
                 after += weight.nbytes

@@ -137,3 +137,14 @@ def test_what_is_for_timing_is_refused_where_nothing_is_timed(tmp_path, entry, g
     with pytest.raises(SparseForgeError, match=f"{next(iter(given))} is for timing, and {why} packs all 2:4"):
         UNTIMED[entry](model, tmp_path / "m.pt2", **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_stacks_are_timed_on_cpus_alone(monkeypatch):
+    """Their product asks for its offsets, which a CUDA graph cannot; a table may know them."""
+    stack, seen = SHAPE._replace(routing=cost_table.Routing(4, 2)), []
+    monkeypatch.setattr(cost, "measure", lambda shapes, *_: seen.extend(shapes) or {s: {} for s in shapes})
+    assert cost.timings([SHAPE, stack], [1], torch.device("cuda"), [ROWS], None) == {SHAPE: {}, stack: {}}
+    assert seen == [SHAPE]
+    table = cost_table.as_table([timing(1, 1.5, stack)])
+    found = cost.timings([stack], [1], torch.device("cuda"), [ROWS], table)
+    assert cost.choose(found, stack, [ROWS], [1]) == (ROWS, None)

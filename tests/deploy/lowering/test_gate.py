@@ -42,3 +42,14 @@ def test_without_times_all_get_the_first_layout():
     gate, found = Gate([PLANES, ROWS], [1], None), sites()
     assert gate(found) == dict.fromkeys(("fast", "slow", "fast turned"), PLANES)
     assert gate.timings == {} and [s.fqn for s in gate.sites if s.reason] == ["head"]
+
+
+def test_a_stack_is_asked_about_with_its_routing():
+    asked = []
+    measure = lambda shapes: asked.extend(shapes) or {}  # noqa: E731
+    found = [LinearSite("stack", (4, 8, 16), torch.float32), LinearSite("matrix", (8, 16), torch.float32)]
+    routing = cost_table.Routing(4, 2)
+    gate = Gate([ROWS], [1], measure, {"stack": routing, "matrix": None})
+    assert gate(found) == {} and {s.reason for s in found} == {"gate: not measured at 1 tokens"}
+    matrix = cost_table.Shape(8, 16, "float32")
+    assert asked == [matrix._replace(routing=routing), matrix]
