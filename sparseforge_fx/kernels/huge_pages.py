@@ -1,8 +1,7 @@
 """Weights on pages of 2 MiB: a product reads each weight once, and with pages of 4 KiB it also reads where they are.
 
 In virtual machines looking that up costs most. Linux gives such pages to who asks for them (madvise, see
-``/sys/kernel/mm/transparent_hugepage/enabled``); where it has none left, and on other systems, memory comes in small
-ones.
+``/sys/kernel/mm/transparent_hugepage/enabled``); where it has none left, memory comes in small ones.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ _ALIGNED = 64  # bytes, as torch's own memory is
 def on_huge_pages(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The same values in the same order, each a tensor of its own, close together; on CPUs alone.
 
-    What is empty, strided, trained or on another device is given as it is, and everything where the system has no such
-    call. It reads ahead as much as fills a region, and gives it before it reads on.
+    What is empty, strided, trained, shared with other processes or on another device is given as it is, and everything
+    where the system has no such call, or refuses it. It reads ahead as much as fills a region, and gives it before it
+    reads on.
     """
     waiting: list[Tensor] = []
     size = 0
@@ -39,8 +39,10 @@ def on_huge_pages(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _moves(tensor: Tensor) -> bool:
-    plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.requires_grad
-    return plain and tensor.numel() > 0 and hasattr(mmap, "MADV_HUGEPAGE")
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    plain = tensor.is_contiguous() and not tensor.requires_grad and not tensor.is_shared()
+    return plain and tensor.numel() > 0
 
 
 def _size(tensors: Sequence[Tensor]) -> int:
@@ -52,8 +54,11 @@ def _moved(tensors: list[Tensor]) -> list[Tensor]:
     size = _size(tensors)
     if size < PAGE:
         return tensors
-    memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel that was built without such pages, or no room to copy to: they are where they were
+        return tensors
     offset = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % PAGE
     found = []
     for old in tensors:

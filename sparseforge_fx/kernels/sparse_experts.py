@@ -7,9 +7,12 @@ data, so that the operator is opaque to compilers. Once the C++ library for CPUs
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
+from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.kernels.soft_masked_experts import experts_with_rows
 from sparseforge_fx.kernels.sparse_linear import DENSE_OP, OP
 
@@ -37,12 +40,13 @@ def sparse_experts(
         x: [rows, in], the rows of one expert after those of another; without ``offsets`` [experts, rows, in].
         values, meta: [experts, ...]: those of each packed weight [out, in] in that layout, as ``sparse_linear`` takes
             them.
-        offsets: [experts] integers, where the rows of each expert end; rows beyond the last give zeros.
+        offsets: [experts] integers in order, where the rows of each expert end; rows beyond the last give zeros.
         bias: None, or what can be added to y.
         scales: [experts, ...]: those of the packed weights, if ``values`` are int8 or int4 codes.
 
     Returns [rows, out], or [experts, rows, out]. Raises SparseForgeError as ``sparse_linear`` does.
     """
+    _check(x, len(values), offsets)
     y = x.new_zeros(*x.shape[:-1], values.shape[1])
     for e, rows in experts_with_rows(x, offsets):
         y[rows] = OP(x[rows], values[e], meta[e], layout, in_features, None, "none", _of_one(scales, e))
@@ -52,6 +56,22 @@ def sparse_experts(
 @sparse_experts.register_fake
 def _(x, values, meta, layout, in_features, offsets, bias=None, scales=None):
     return x.new_empty(*x.shape[:-1], values.shape[1])
+
+
+def _check(x: Tensor, experts: int, offsets: Tensor | None) -> None:
+    """Every expert has rows of its own, and they are x's: what fits no row would otherwise be passed over."""
+    if offsets is None:
+        if x.dim() != 3 or len(x) != experts:
+            raise SparseForgeError(f"x of shape {[*x.shape]} without offsets has no rows for each of {experts} experts")
+        return
+    if x.dim() != 2 or offsets.dim() != 1 or len(offsets) != experts or offsets.is_floating_point():
+        told = f"{offsets.dtype} {[*offsets.shape]} for x of shape {[*x.shape]}"
+        raise SparseForgeError(
+            f"offsets say for each of {experts} experts where its rows of x [rows, in] end, not {told}"
+        )
+    ends = [0, *offsets.tolist(), len(x)]
+    if any(end < start for start, end in itertools.pairwise(ends)):
+        raise SparseForgeError(f"offsets {ends[1:5]}... are not in order or end beyond x's {len(x)} rows")
 
 
 def _of_one(scales: Tensor | None, expert: int) -> Tensor | None:

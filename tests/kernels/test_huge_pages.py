@@ -1,5 +1,6 @@
 """Weights close together on large pages: the same values, each a tensor of its own."""
 
+import errno
 import gc
 import mmap
 import weakref
@@ -39,6 +40,7 @@ def test_values_and_dtypes_stay_and_each_has_its_own_storage():
 def test_what_cannot_lie_there_is_given_as_it_is():
     large = torch.randn(1024, 1024)
     odd = [torch.empty(0), large.t(), large[:, ::2], large.to("meta"), torch.nn.Parameter(large.clone())]
+    odd += [large.clone().share_memory_(), large.to_sparse_csr()]
     found = list(on_huge_pages([odd[0], large, *odd[1:]]))
     assert found[1] is not large and torch.equal(found[1], large)
     assert all(a is b for a, b in zip(odd, [found[0], *found[2:]], strict=True))
@@ -75,6 +77,25 @@ def test_memory_goes_with_the_last_tensor():
     view, gone = moved[5:], weakref.ref(moved)
     del moved
     assert gone() is None and bool((view == 1).all())
+
+
+@needs_pages
+@pytest.mark.parametrize("refused", ["mmap", "madvise"])
+def test_where_the_system_refuses(monkeypatch, refused):
+    """A kernel that was built without such pages says EINVAL, an address space that is full ENOMEM."""
+
+    class Refusing(mmap.mmap):
+        def __new__(cls, *args, **kwargs):
+            if refused == "mmap":
+                raise OSError(errno.ENOMEM, "Cannot allocate memory")
+            return super().__new__(cls, *args, **kwargs)
+
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    given = [*weights(), torch.ones(PAGE)]
+    assert all(a is b for a, b in zip(on_huge_pages(given), given, strict=True))
 
 
 def test_where_the_system_has_no_such_call(monkeypatch):

@@ -112,12 +112,42 @@ def test_both_loops_give_the_same_bits(dtype, index, counts):
         assert torch.equal(mixed, sparse_experts._init_fn(*given, ends))
 
 
-@pytest.mark.parametrize("ends", [[3, 2, 5], [1, 2, 99], [-1, 0, 4]], ids=str)
-def test_ends_that_are_out_of_order_mean_what_they_mean_in_python(ends):
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")])
+def test_experts_that_are_shared_out_over_threads_know_the_callers_modes(mode):
+    """Threads of the pool have none of their own: inference mode ended there, autocast rounded some experts only."""
+    x, weight, values, meta, ends = make([700] * 8)  # more rows than the kernels serve: torch's product is in it, too
+    x.requires_grad_(not mode().__class__.__name__.startswith("autocast"))
+    if not cpu.available():
+        pytest.skip("only the C++ loop shares experts out")
+    cpu.instruction_set()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with mode():
+            y = PACKED_EXPERTS_OP(x, values, meta, "rows", WIDTH, ends)
+    finally:
+        torch.set_num_threads(before)
+    assert not y.requires_grad
+    wanted = torch.bmm(x.detach().view(8, 700, WIDTH), weight.mT).view(-1, OUT)
+    torch.testing.assert_close(y.clone(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "ends", [[3, 2, 5], [1, 2, 99], [-1, 0, 4], [2, 4], [2, 4, 5, 6], [[2, 4, 6]], [1.0, 2.0, 3.0]], ids=str
+)
+def test_ends_that_are_out_of_order_or_beyond_the_rows_are_refused(ends):
     x, _, values, meta, _ = make([2, 2, 2])
     given = (x, values, meta, "rows", WIDTH, torch.tensor(ends))
-    with torch.no_grad():
-        assert torch.equal(PACKED_EXPERTS_OP(*given), sparse_experts._init_fn(*given))
+    for multiply in (PACKED_EXPERTS_OP, sparse_experts._init_fn):
+        with torch.no_grad(), pytest.raises(SparseForgeError, match="offsets"):
+            multiply(*given)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, WIDTH), (4, 2, WIDTH), (6, WIDTH)], ids=str)
+def test_rows_of_other_experts_are_refused(shape):
+    _, _, values, meta, _ = make([2, 2, 2])
+    with torch.no_grad(), pytest.raises(SparseForgeError, match="without offsets"):
+        PACKED_EXPERTS_OP(torch.zeros(shape), values, meta, "rows", WIDTH, None)
 
 
 def test_what_does_not_fit_is_refused_in_words():

@@ -153,9 +153,10 @@ class PackedQuantizer(HfQuantizer):
                 raise SparseForgeError(f"packed module '{name}' has NaN or inf as {values.dtype}: pack it anew")
             module.loading = False
         take_stacks(model, self.stacks)
-        for module in packed_weights(model).values():
+        packed = packed_weights(model).values()
+        for module in packed:
             change_to_device(module)
-        lay_together(model)
+        lay_together(packed)
         model._weight_conversions = []  # save_pretrained would apply the inverse of ours to every name
         return model
 

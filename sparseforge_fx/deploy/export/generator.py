@@ -62,6 +62,7 @@ class Generator:
         return torch.cat([input_ids, *new], dim=1)
 
     @checked
+    @torch.inference_mode(False)  # the cache outlives whatever mode the first token was asked for in
     @torch.no_grad()
     def stream(
         self,
@@ -84,12 +85,7 @@ class Generator:
         ``attention_mask`` is 0. A sequence that has ended is filled up with padding; the longest one decides. Raises
         SparseForgeError if prompt and answer do not fit the cache.
         """
-        if input_ids.dim() != 2 or input_ids.dtype != torch.long or 0 in input_ids.shape:
-            raise SparseForgeError(f"prompts are int64 ids [batch, length], not {input_ids.dtype} {[*input_ids.shape]}")
-        if attention_mask is not None and (attention_mask.shape != input_ids.shape or not attention_mask[:, -1].all()):
-            raise SparseForgeError("attention_mask has the shape of the prompts and is 1 at their end: pad on the left")
-        if len(unknown := input_ids[(input_ids < 0) | (input_ids >= self._vocabulary)]):  # compiled graphs would abort
-            raise SparseForgeError(f"the model has no token {int(unknown[0])}: take the tokenizer that is the model's")
+        self._check_prompts(input_ids, attention_mask)
         rows, length = input_ids.shape
         if length + max_new_tokens > self.max_length or max_new_tokens < 1:
             raise SparseForgeError(
@@ -111,14 +107,14 @@ class Generator:
         mask[:, :length] = 1 if attention_mask is None else attention_mask
         start = torch.zeros(1, dtype=torch.long, device=device)
         step = self._prefill if length > 1 else self._decode
-        logits = step(input_ids=ids, mask=mask, start=start, cache=cache)
+        logits = self._run(step, input_ids=ids, mask=mask, start=start, cache=cache)
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         stops = torch.tensor(self.eos, device=device)
         for slot in range(length, length + max_new_tokens):
             if penalize:
                 logits = penalize(ids, logits.float())  # type: ignore[arg-type]  # as in _sampler
             token = choose(ids, logits).masked_fill(ended, self.pad)
-            yield token
+            yield token.clone()  # whoever gets it may write into it
             ended |= torch.isin(token, stops)
             if slot + 1 == length + max_new_tokens or ended.all():
                 return
@@ -131,7 +127,27 @@ class Generator:
                 cache = [[F.pad(held, (0, 0, 0, 0, 0, more)) for held in pair] for pair in cache]
             mask[:, slot] = 1
             start.fill_(slot)
-            logits = self._decode(input_ids=token, mask=mask, start=start, cache=cache)
+            logits = self._run(self._decode, input_ids=token, mask=mask, start=start, cache=cache)
+
+    def _run(self, graph: Callable, **given: Any) -> Tensor:
+        """In the dtypes that the graph was made in, and its cache is, whatever is cast around it."""
+        with torch.autocast(self._spec["device"], enabled=False):
+            return graph(**given)
+
+    def _check_prompts(self, ids: Any, mask: Any) -> None:
+        """Raise SparseForgeError for what no graph could take, or would take for something else."""
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.long or 0 in ids.shape:
+            found = f"{ids.dtype} {[*ids.shape]}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+            raise SparseForgeError(f"prompts are a tensor of int64 ids [batch, length], not {found}")
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.shape != ids.shape or not mask[:, -1].all():
+                raise SparseForgeError(
+                    "attention_mask is a tensor of the shape of the prompts and is 1 at their end: pad on the left"
+                )
+            if not ((mask == 0) | (mask == 1)).all():  # positions are counted by it
+                raise SparseForgeError("attention_mask has other values than 0 and 1: 1 at tokens, 0 at padding")
+        if len(unknown := ids[(ids < 0) | (ids >= self._vocabulary)]):  # compiled graphs would abort
+            raise SparseForgeError(f"the model has no token {int(unknown[0])}: take the tokenizer that is the model's")
 
     def _room(self, tokens: int) -> int:
         """Slots of a cache for so many tokens."""

@@ -92,7 +92,7 @@ def lower_modules(
             kept |= {"experts": stack[0]} if stack else {}
             lowered.append({"name": name, "out": out, "in": width, **kept})  # type: ignore[typeddict-item]
             after += size
-    lay_together(model)
+    lay_together(model.get_submodule(name) for name in done)  # type: ignore[misc]
     leave_savable(model)
     return {
         "sites": lowered,

@@ -222,14 +222,15 @@ def _as_it_was(model: nn.Module, sites: Mapping[str, Any], *, copies: bool) -> I
 
 def _put(model: nn.Module, sites: Mapping[str, Any], packed: Mapping[str, Packed]) -> dict[str, str]:
     """Packed linears in the place of those of that name, in the layout of their device, which is given by name."""
-    layouts = {}
+    layouts, placed = {}, []
     for name, module in sites.items():
         sparse = packed_like(module, packed[name])
         sides = sparse.out_features, sparse.in_features
         sparse.change_layout(native_layout(module.weight.device, sparse.format, *sides, module.weight.dtype))
         layouts[name] = sparse.layout
         replace(model, name, sparse)
-    lay_together(model)
+        placed.append(sparse)
+    lay_together(placed)
     return layouts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -123,11 +123,10 @@ def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
 
 
-def lay_together(model: nn.Module) -> None:
-    """Put the packed weights of a model that is on a CPU on huge pages (kernels/huge_pages.py), one after the other."""
-    held = [
-        (m, name) for m in packed_weights(model).values() for name, buffer in m._buffers.items() if buffer is not None
-    ]
+def lay_together(weights: Iterable[PackedWeight]) -> None:
+    """Put packed weights that are on a CPU on huge pages (kernels/huge_pages.py), one after the other. Only new ones:
+    they move, and others may know where they were."""
+    held = [(m, name) for m in weights for name, buffer in m._buffers.items() if buffer is not None]
     for (module, name), moved in zip(held, on_huge_pages(getattr(m, name) for m, name in held), strict=True):
         setattr(module, name, moved)
 

@@ -4,6 +4,7 @@
 #include "sparse_experts.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/zeros.h>
 
@@ -46,6 +47,9 @@ at::Tensor sparse_experts(const at::Tensor& x, const at::Tensor& values, const a
   for (int64_t e = 0; e < experts; ++e)
     if ((*ends)[e] > (e ? (*ends)[e - 1] : 0)) active.push_back(e);
   const auto multiply = [&](int64_t first, int64_t last) {
+    // a pool's threads know nothing of the caller's modes: inference, no_grad, autocast. In all of them the same happens
+    const at::AutoDispatchBelowADInplaceOrView plain;
+    const c10::impl::ExcludeDispatchKeyGuard uncast(c10::autocast_dispatch_keyset);
     for (int64_t i = first; i < last; ++i) {
       const int64_t e = active[i], from = e ? (*ends)[e - 1] : 0, count = (*ends)[e] - from;
       to.narrow(0, from, count)

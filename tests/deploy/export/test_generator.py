@@ -229,12 +229,40 @@ def test_a_second_export_gives_the_same_bytes(exported, tmp_path):
     assert (tmp_path / "other.pt2").read_bytes() == path.read_bytes()
 
 
+def test_who_gets_tokens_may_write_into_them(loaded):
+    generator, (ids, _) = loaded("llama"), prompts()
+    expected = generator.generate(ids, max_new_tokens=6)[:, 7:]
+    got = []
+    for token in generator.stream(ids.clone(), max_new_tokens=6):
+        got.append(token.clone())
+        token.fill_(3)
+    assert torch.equal(torch.stack(got, 1), expected)
+
+
+def test_the_callers_modes_change_nothing(loaded):
+    generator, (ids, _) = loaded("llama"), prompts()
+    expected = generator.generate(ids, max_new_tokens=6)
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.enable_grad()):
+        with mode:
+            assert torch.equal(generator.generate(ids.clone(), max_new_tokens=6), expected)
+    tokens = generator.stream(ids, max_new_tokens=6)
+    with torch.inference_mode():
+        got = [next(tokens)]
+    assert torch.equal(torch.stack([*got, *tokens], 1), expected[:, 7:])
+
+
 def test_a_mask_that_is_not_left_padding_is_refused(loaded):
     generator = loaded("llama")
     ids, mask = prompts()
-    for wrong in (mask.flip(1), mask[:, 1:]):
+    for wrong in (mask.flip(1), mask[:, 1:], mask.tolist()):
         with pytest.raises(SparseForgeError, match="pad on the left"):
             generator.generate(ids, wrong, max_new_tokens=4)
+    for wrong in (mask * 2, -mask, mask / 2):  # positions were counted by it, and halves were padding
+        with pytest.raises(SparseForgeError, match="other values than 0 and 1"):
+            generator.generate(ids, wrong, max_new_tokens=4)
+    expected = generator.generate(ids, mask, max_new_tokens=4)
+    for same in (mask.bool(), mask.float()):
+        assert torch.equal(generator.generate(ids, same, max_new_tokens=4), expected)
 
 
 def test_a_tokenizer_that_writes_no_tokenizer_json_is_refused(exported, tmp_path):
@@ -262,6 +290,7 @@ def test_the_model_is_left_alone(exported):
         (torch.ones(1, 4, dtype=torch.long), {"max_new_tokens": 4, "do_sample": True, "top_p": 1.5}, "top_p is 1.5"),
         (torch.ones(1, 4), {}, "int64 ids"),
         (torch.ones(1, 0, dtype=torch.long), {}, "int64 ids"),
+        ([[5, 6]], {}, "int64 ids .*, not a list"),
         (torch.tensor([[5, 260, 6]]), {}, "the model has no token 260: take the tokenizer"),
         (torch.tensor([[-1, 6]]), {}, "no token -1"),
         (

@@ -11,6 +11,8 @@ import sparseforge_fx as sf
 from sparseforge_fx.deploy.lowering import cost_table
 from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.kernels import huge_pages
+from sparseforge_fx.pattern import TWO_FOUR, hard_mask
 
 
 def sparse_copy(found):
@@ -132,3 +134,19 @@ def test_what_is_packed_stays_so():
     assert report["sites"] == [] and report["lowered_bytes"] == 0 and dict(model.named_modules()) == before
     with pytest.raises(SparseForgeError, match="nowhere"):
         sf.lower_modules(model, target="nowhere")
+
+
+@pytest.mark.parametrize("again", [lambda m: sf.lower_modules(m, gate=False), sf.quantize], ids=["lower", "quantize"])
+def test_what_is_packed_stays_where_it_is(monkeypatch, again):
+    """Other models may hold the same tensors, and other processes."""
+    monkeypatch.setattr(huge_pages, "PAGE", 4096)
+    model = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 8))
+    for linear in model[:2]:
+        linear.weight.data *= hard_mask(linear.weight.abs(), TWO_FOUR)
+    sf.lower_modules(model, gate=False)
+    before = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
+    assert len(before) == 4
+    model[2].weight.data *= hard_mask(model[2].weight.abs(), TWO_FOUR)
+    assert [site["name"] for site in again(model)["sites"]] == ["2"]
+    after = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
+    assert {name: after[name] for name in before} == before
