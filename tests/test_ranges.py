@@ -124,5 +124,5 @@ def test_a_truth_value_is_one(value):
 
 
 def test_a_loop_that_is_told_off_is_not_compiled():
-    with pytest.raises(SparseForgeError, match="^compile is 'off': give True or False$"):
+    with pytest.raises(SparseForgeError, match=r"^compile is 'off': give True or False$"):
         sf.prepare(nn.Linear(8, 8), torch.zeros(1, 8), compile="off")
