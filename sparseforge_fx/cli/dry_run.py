@@ -65,7 +65,7 @@ def of_sparsify(
     from sparseforge_fx.plans import planned_formats
     from sparseforge_fx.report import peak_memory_bytes
     from sparseforge_fx.training import forecast_memory
-    from sparseforge_fx.training.forecast import forecast
+    from sparseforge_fx.training.forecast import forecast, trained_beside
     from sparseforge_fx.training.sharded import asked_for
 
     assert recipe.model is not None
@@ -104,7 +104,8 @@ def of_sparsify(
         share = processes if asked_for() else 1
         taken = forecast_memory.of_training(program, chosen, parameters, recipe, config, dtype, share)
         predicted["peak_memory_bytes"] = peak = base + taken
-        kept = readable_bytes(forecast_memory.states(weights, config, recipe.optimizer, dtype) / share)
+        others = trained_beside(program, chosen, config)
+        kept = readable_bytes(forecast_memory.states(weights, config, recipe.optimizer, dtype, others) / share)
         name = "AdamW in 8 bits" if recipe.optimizer == "adamw8bit" else "AdamW"
         told["memory"] = (
             f"about {readable_bytes(peak)}{' in each process' if processes > 1 else ''}: "

@@ -50,6 +50,8 @@ class TrainedConfig(MethodConfig, ABC):
         expert_tokens: an expert of a mixture that saw fewer tokens is judged by magnitude: in a layer-wise start, and
             where curvature scores weights.
         every_token: a layer-wise start calibrates every expert on all tokens, not on those that are routed to it.
+        trainable: what trains beside the weights with masks, as far as its owner has not frozen it: ``vectors`` (norms,
+            biases), or ``all``, so that embeddings, the head and every other matrix train, too.
     """
 
     trains_weights: ClassVar[bool] = True  # False: the model is frozen, the method's own parameters train
@@ -65,10 +67,16 @@ class TrainedConfig(MethodConfig, ABC):
     reconstruct_lr: Positive = field(default=1e-3, kw_only=True)
     expert_tokens: Count = field(default=EXPERT_TOKENS, kw_only=True)
     every_token: bool = field(default=False, kw_only=True)
+    trainable: Literal["vectors", "all"] = field(default="vectors", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.choose("start", ("dense", "magnitude", *LAYERWISE))
+        self.choose("trainable", ("vectors", "all"))
+        if self.trainable == "all" and not self.trains_weights:
+            raise SparseForgeError(
+                "trainable 'all' is for methods that train weights, and this one trains masks alone: leave it out"
+            )
         self.choose("values", get_args(Values))
         if self.values != "float" and not self.starts_fixed:
             raise SparseForgeError(

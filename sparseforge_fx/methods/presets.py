@@ -60,6 +60,7 @@ def paper_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> 
     - T falls along the run and is at its floor at 15 %; their count of updates jumps where K changes, and T with it.
     - SLoRB's branch takes over, as the masks harden, the means of what they take; theirs starts at zero.
     - The weight decay and the rate are not scaled: in a short run 0.1 takes less from a weight than in theirs.
+    - Embeddings and the head train in theirs, and are decayed: ``trainable="all"`` does as much.
     - Their published hard mask is top-128 of 16 x 16 tiles, not 2:4; the equations are the same for any pattern. Their
       penalties on m (1 - m) and on the sparsity have no gradient and are left out, and so are the 13,000 steps of
       fine-tuning that follow their 20,000.

@@ -73,8 +73,9 @@ def ast_preset(steps: int, pattern: AnyPattern = TWO_FOUR, **changes: Any) -> St
     the weight decay.
 
     K is the same share of the run and at least 1; lambda times the number of steps is kept. What their "boosted" runs
-    have beside it is ``slorb_block=16``. Departures: 7B takes KL with a share of 1/3, and their released optimizer
-    decays kept weights twice as much as pruned ones (methods/optimizers.py); the paper's sign is meant here.
+    have beside it is ``slorb_block=16``. Departures: 7B takes KL with a share of 1/3; their released optimizer decays
+    kept weights twice as much as pruned ones (methods/optimizers.py), the paper's sign is meant here; embeddings and
+    the head train in theirs (``trainable="all"``).
     """
     scale = REFERENCE_STEPS / steps
     base = StraightThroughConfig(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from sparseforge_fx.formats import Format
@@ -72,7 +72,8 @@ def forecast(
     """
     with torch.random.fork_rng(devices=[]):
         machine = Machine(dtype, device)
-        work = _Work(machine, program, sites, chosen, recipe)
+        others = trained_beside(program, chosen, config)
+        work = _Work(machine, program, sites, sites if others else chosen, recipe)
         start = _start(machine, work, chosen, recipe, config)
         if not isinstance(config, TrainedConfig):
             return Forecast(start, 0.0, 0)
@@ -80,7 +81,7 @@ def forecast(
         taught = loss.kl > 0 or loss.features is not None
         scored = work.loss(taught)
     micro = (1 + taught) * work.forward + work.backward + scored
-    once = machine.optimizer(sum(s.numel for s in chosen))
+    once = machine.optimizer(sum(s.numel for s in chosen) + others)
     if config.starts_fixed:
         once += machine.masks(chosen, final=True)
     else:
@@ -224,6 +225,15 @@ class _Work:
         """Seconds of X^T X over one batch, in float32."""
         product = self.machine.product(site.in_features, site.in_features, torch.float32)
         return sum(self.rows(site, node) * product.forward for s, node in self.uses if s is site)
+
+
+def trained_beside(program: Program, chosen: Sequence[LinearSite], config: MethodConfig) -> int:
+    """Elements of matrices that train without a mask."""
+    if getattr(config, "trainable", None) != "all":
+        return 0
+    masked = {id(program.tensor(s.fqn)) for s in chosen}
+    found = {id(p): p for p in program.state.values() if isinstance(p, nn.Parameter) and p.is_floating_point()}
+    return sum(p.numel() for p in found.values() if p.dim() > 1 and id(p) not in masked)
 
 
 def scale_of(program: Program, recipe: Recipe) -> float:

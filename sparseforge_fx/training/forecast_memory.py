@@ -12,7 +12,7 @@ from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.methods.one_shot import LAYERWISE, AlpsConfig, LayerwiseConfig, SparseGPTConfig, WandaConfig
 from sparseforge_fx.passes import LinearSite
-from sparseforge_fx.training.forecast import answer_of, scale_of, written
+from sparseforge_fx.training.forecast import answer_of, scale_of, trained_beside, written
 from sparseforge_fx.training.machine import FLOAT32
 from sparseforge_fx.training.recipe import Recipe
 
@@ -31,13 +31,15 @@ def from_disk(chosen: Sequence[LinearSite], recipe: Recipe, config: MethodConfig
     return max(2 * dtype.itemsize * s.numel + _solving(s, recipe, config, dtype) for s in chosen)
 
 
-def states(weights: int, config: TrainedConfig, optimizer: str, dtype: torch.dtype) -> float:
+def states(weights: int, config: TrainedConfig, optimizer: str, dtype: torch.dtype, others: int = 0) -> float:
     """Bytes that training takes beside the model itself for so many weights with a mask: teacher, mask and gradient,
-    curvature where it is estimated, float32 masters of half precision with their gradients, and moments."""
+    curvature where it is estimated, float32 masters of half precision with their gradients, and moments. ``others``
+    train without a mask."""
     estimated = getattr(config, "curvature", None) is not None and not config.starts_fixed
     masters = 2 * FLOAT32 if dtype.itemsize < FLOAT32 else 0
     moments = 2 if optimizer == "adamw8bit" else 2 * FLOAT32
-    return weights * ((4 if estimated else 3) * dtype.itemsize + masters + moments)
+    each = masters + moments
+    return weights * ((4 if estimated else 3) * dtype.itemsize + each) + others * (2 * dtype.itemsize + each)
 
 
 def of_training(
@@ -56,7 +58,8 @@ def of_training(
     kept = scale * dtype.itemsize * sum(numel(v) for n in program.graph.nodes for v in written(n))
     logits = LOGITS * scale * dtype.itemsize * numel(answer_of(program))
     own = dtype.itemsize * parameters
-    steps = (own + states(weights, config, recipe.optimizer, dtype)) / shared_by + kept + logits
+    others = trained_beside(program, chosen, config)
+    steps = (own + states(weights, config, recipe.optimizer, dtype, others)) / shared_by + kept + logits
     start = 0.0
     if (kind := LAYERWISE.get(config.start)) is not None:
         solver = kind(config.pattern)

@@ -1,4 +1,4 @@
-"""Which parameters a run trains: the sites, and every vector (norms, biases). Matrices that are no sites stay."""
+"""Which parameters a run trains: the sites, every vector (norms, biases), and if it is asked for, all other matrices."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sparseforge_fx.passes.find_linears import eligible
 def choose_trainable(program: Program, sites: Sequence[LinearSite], config: TrainedConfig) -> Callable[[], None]:
     """Set ``requires_grad`` of the source model's parameters, and drop gradients that another loss has left.
 
-    A vector that its owner froze stays frozen, unless all of the model is: so it comes from a loader. PEFT's own
-    parameters stay as they are: their adapters are trained by PEFT. Returns a function that sets the flags back.
+    What its owner froze stays frozen, unless all of the model is: so it comes from a loader. PEFT's own parameters
+    stay as they are: their adapters are trained by PEFT. Returns a function that sets the flags back.
     """
     model = program.source
     assert isinstance(model, nn.Module)
@@ -26,9 +26,9 @@ def choose_trainable(program: Program, sites: Sequence[LinearSite], config: Trai
     frozen_model = not any(wanted.values())
     adapters = find_adapters(model).own
     for p in model.parameters():
-        vector = p.is_floating_point() and p.dim() < 2 and (wanted[id(p)] or frozen_model)
-        vector &= id(p) not in adapters
-        p.requires_grad_(id(p) in site_ids or (vector and config.trains_weights))
+        beside = p.is_floating_point() and (p.dim() < 2 or config.trainable == "all") and id(p) not in adapters
+        beside &= config.trains_weights and (wanted[id(p)] or frozen_model)
+        p.requires_grad_(id(p) in site_ids or beside)
         p.grad = None
 
     def back() -> None:

@@ -7,6 +7,7 @@ from sparseforge_fx.methods.presets import alps_kd_preset
 from sparseforge_fx.methods.soft_mask import SparseForgeConfig
 from sparseforge_fx.passes import find_linears
 from sparseforge_fx.training import forecast_memory
+from sparseforge_fx.training.forecast import trained_beside
 from sparseforge_fx.training.recipe import Recipe
 
 ANNEALED = SparseForgeConfig(steps=4)
@@ -59,3 +60,14 @@ def test_a_start_whose_problems_are_larger_than_the_states_is_what_counts(tiny):
     trained, _ = predict(found, FIXED)
     assert predict(found, alps, calibration=2)[0] == trained
     assert predict(found, alps, calibration=512)[0] > trained
+
+
+def test_matrices_that_train_without_a_mask_count(tiny):
+    found = tiny("llama")
+    every = SparseForgeConfig(steps=4, trainable="all")
+    chosen = [s for s in find_linears(found.program, every.pattern) if s.reason is None]
+    others = sum(p.numel() for n, p in found.model.named_parameters() if p.dim() > 1 and n not in {s.fqn for s in chosen})
+    assert trained_beside(found.program, chosen, every) == others > 0
+    assert trained_beside(found.program, chosen, ANNEALED) == 0
+    more = predict(found, every)[0] - predict(found, ANNEALED)[0]
+    assert more == 4 * 4 * others  # teacher, gradient and two moments

@@ -33,6 +33,38 @@ def test_prepare_and_sparsify_train_the_same(captured_once, kind):
     assert all(p.requires_grad and p.grad is None for p in found.model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # a head of its own, and one that is tied
+@pytest.mark.parametrize("method", ["gmp", "ast", "sparseforge"])
+def test_all_that_nobody_froze_trains(captured_once, kind, method):
+    found = captured_once(kind)
+    first = {n: p.detach().clone() for n, p in found.model.named_parameters()}
+    frozen = found.model.get_input_embeddings().weight.requires_grad_(kind == "gpt2")
+    batches = [found.batch(seed) for seed in range(2)]
+    how = {"steps": 2, "lr": 1e-2, "show_progress": False, "compile": False, "trainable": "all"}
+    result = sf.sparsify(found.model, batches, method=method, **how)
+    still = {n for n, p in found.model.named_parameters() if not p.requires_grad}
+    assert moved(found, first) == set(first) - still
+    assert len(still) == (kind == "llama") and frozen.requires_grad == (kind == "gpt2")
+    assert result.report["config"]["trainable"] == "all"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_teacher_keeps_its_embeddings(captured_once, kind):
+    found = captured_once(kind)
+    sparse = sf.prepare(found.model, found.example, sf.configure("gmp", 2, trainable="all")).train()
+    sparse(**found.batch())
+    assert sparse.last_loss.kl.item() == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        found.model.get_input_embeddings().weight.mul_(3)
+    sparse(**found.batch())
+    assert sparse.last_loss.kl.item() > 1e-3
+
+
+def test_masks_that_are_learned_over_frozen_weights_train_nothing_else(captured_once):
+    with pytest.raises(sf.SparseForgeError, match="trainable 'all' is for methods that train weights"):
+        sf.configure("maskllm", 2, trainable="all")
+
+
 def test_what_its_owner_froze_stays_frozen(captured_once):
     found = captured_once("llama")
     norm = found.model.model.norm.weight.requires_grad_(False)
