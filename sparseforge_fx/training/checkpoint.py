@@ -34,7 +34,7 @@ from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.files import new_folder
 from sparseforge_fx.methods.curvature import processes
 
-FORMAT, VERSION = "sparseforge-fx training state", 6
+FORMAT, VERSION = "sparseforge-fx training state", 7
 PLAIN, KEPT = "state.json", 2
 _STEP = re.compile(r"step-\d{8,}")
 

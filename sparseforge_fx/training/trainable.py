@@ -1,4 +1,4 @@
-"""Which parameters a run trains: the sites, every vector (norms, biases), and if it is asked for, all other matrices."""
+"""Which parameters a run trains: the sites, every vector (norms, biases), and, if asked for, all other matrices."""
 
 from __future__ import annotations
 

@@ -81,6 +81,7 @@ OTHER = {
     "branch": ({"slorb_block": 8}, "slorb_block 8 instead of 16"),
     "method": ({"method": "imp"}, "made with ramp cubic instead of rounds"),
     "steps": ({"steps": 7}, "made with steps 6 instead of 7"),
+    "trainable": ({"trainable": "all"}, "trainable all instead of vectors"),
     "sites": ({"exclude": ["*up_proj*"]}, "another set of sites"),
 }
 
