@@ -1,5 +1,6 @@
 """Numbers that make no sense are refused in one sentence, whoever takes them, before anything is done."""
 
+import inspect
 import math
 from dataclasses import fields
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -126,3 +127,22 @@ def test_a_truth_value_is_one(value):
 def test_a_loop_that_is_told_off_is_not_compiled():
     with pytest.raises(SparseForgeError, match=r"^compile is 'off': give True or False$"):
         sf.prepare(nn.Linear(8, 8), torch.zeros(1, 8), compile="off")
+
+
+def is_checked(function):
+    while function is not None:
+        if function.__code__ is checked(lambda: None).__code__:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+PRESETS = {"alps_kd_preset", "annealed_preset", "paper_preset", "paper_universal_preset"}  # their config looks at them
+
+
+def test_no_public_function_takes_a_number_or_a_truth_value_unseen():
+    functions = {name: value for name in sf.__all__ if inspect.isfunction(value := getattr(sf, name))}
+    for name, function in functions.items():
+        hints = {k: v for k, v in get_type_hints(function).items() if k != "return"}
+        takes = [k for k, v in hints.items() if {int, float, bool} & {v, *get_args(v)}]
+        assert not takes or is_checked(function) or name in PRESETS, f"{name} takes {takes} and is not @checked"

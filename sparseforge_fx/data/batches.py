@@ -17,6 +17,7 @@ from torch.utils.data import DistributedSampler, IterableDataset
 from sparseforge_fx.data.sources import stable_hash
 from sparseforge_fx.data.tokens import TokenData, tokenize
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.ranges import Count, checked
 
 
 # --------------------------------------------------------------------------------------------- batches by step number
@@ -99,14 +100,15 @@ def count_steps(data: Batches, tokens: int, per_step: int) -> int:
     return tokens * steps // max(1, seen)
 
 
+@checked
 def as_batches(
     data: Any,
     tokenizer: Any = None,
     *,
-    batch_size: int,
+    batch_size: Count,
     length: int,
     seed: int,
-    tokens: int | None = None,
+    tokens: Count | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     text_column: str | None = None,
     separator: str | None = None,

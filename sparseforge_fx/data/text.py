@@ -10,15 +10,17 @@ from typing import Any
 from sparseforge_fx.data.rows import Column
 from sparseforge_fx.data.sources import open_sources
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.ranges import CountFromZero, checked
 
 SHUFFLE_BUFFER = 50_000  # documents held for shuffling, shared by all sources: 150 MB of text at 3000 characters each
 STREAM_BUFFER = 10_000  # the same for what comes over the network, because the buffer is filled before the first batch
 
 
+@checked
 def load_text(
     source: Any,
     text_column: str | None = None,
-    limit: int | None = None,
+    limit: CountFromZero | None = None,
     *,
     seed: int | None = None,
     max_document_chars: int | None = None,

@@ -21,6 +21,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.evaluation import paired
 from sparseforge_fx.graph.modes import eval_mode
 from sparseforge_fx.progress import counted, shown
+from sparseforge_fx.ranges import checked
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits alive at once: 64 MiB, whatever window and vocabulary
 
@@ -43,6 +44,7 @@ class Perplexity:
 
 
 @torch.no_grad()
+@checked
 def perplexity(
     model: Callable[..., Any],
     tokens: torch.Tensor | TokenData,

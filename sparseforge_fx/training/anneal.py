@@ -201,7 +201,8 @@ def _identity(
     """What a saved state must agree in, beside what :func:`train` knows itself."""
     assert run.batches is not None
     known = {name: getattr(recipe, name) for name in ("seed", "batch_size", "length", "calibration", "accumulate")}
-    known |= {name: getattr(config, name) for name in (*STARTING, "expert_tokens", "trainable")} | {"slorb_block": slorb_block}
+    known |= {name: getattr(config, name) for name in (*STARTING, "expert_tokens", "trainable")}
+    known["slorb_block"] = slorb_block
     known["dtype"] = str(run.program.tensor(eligible(run.sites)[0].fqn).dtype)
     if path is not None:
         weights: Mapping[str, Tensor] = run.program.state

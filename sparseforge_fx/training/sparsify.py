@@ -57,6 +57,7 @@ class SparsifyResult:
     in_parts: InParts | None = field(default=None, repr=False)
 
     @processes.together()
+    @checked
     def save(
         self, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False, beside: Sequence[Path] = ()
     ) -> None:
@@ -80,6 +81,8 @@ class SparsifyResult:
                 write_checkpoint(self.model, tokenizer, partial)
             else:
                 self.in_parts.write(partial)
+                if tokenizer is not None:  # in the place of the checkpoint's own
+                    tokenizer.save_pretrained(partial)
             write_json(partial / "report.json", self.report)
             (partial / FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
             if self.scales:

@@ -18,8 +18,10 @@ from sparseforge_fx.files import check_output, new_folder
 from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.models.beside_adapters import has_adapters
 from sparseforge_fx.models.companions import copy_companions
+from sparseforge_fx.ranges import checked
 
 
+@checked
 def save_packed(
     model: Any, tokenizer: Any, folder: str | Path, *,
     max_shard_size: str | int = "5GB", overwrite: bool = False, beside: Sequence[Path] = (),

@@ -23,10 +23,12 @@ from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_parent, disk_full_told, move_file
 from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.ranges import checked
 
 FORMATS = ("pt2", "aoti")
 
 
+@checked
 def export(
     model: nn.Module,
     path: str | Path,

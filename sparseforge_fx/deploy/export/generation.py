@@ -31,6 +31,7 @@ from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.graph.modes import eval_mode
+from sparseforge_fx.ranges import checked
 
 GENERATOR_VERSION = 3  # the length of the cache is free
 DTYPES = ("bfloat16", "float16", "float32")  # of a cache
@@ -40,6 +41,7 @@ SPEC_FILE = "sparseforge_generator.json"
 TOKENIZER_FOLDER = "tokenizer."  # a prefix: extra files of an archive have no folders of their own
 
 
+@checked
 def export_generator(
     model: PreTrainedModel,
     path: str | Path,

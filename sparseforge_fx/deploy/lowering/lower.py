@@ -26,9 +26,11 @@ from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.passes.find_routing import find_routing
 from sparseforge_fx.passes.lower_sparse_linears import keep_dense
 from sparseforge_fx.passes.rewrite import sparse_use, stack_use
+from sparseforge_fx.ranges import checked
 from sparseforge_fx.report import environment
 
 
+@checked
 def lower(
     model: nn.Module,
     example_inputs: Any = None,

@@ -30,10 +30,12 @@ from sparseforge_fx.kernels.layouts import ROWS, Layout, find_target
 from sparseforge_fx.kernels.packed import Packed, pack, why_dense
 from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.expert_stacks import ExpertStack, find_expert_stacks
+from sparseforge_fx.ranges import checked
 from sparseforge_fx.report import environment
 
 
 @torch.no_grad()
+@checked
 def lower_modules(
     model: nn.Module,
     *,

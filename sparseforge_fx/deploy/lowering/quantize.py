@@ -37,6 +37,7 @@ BATCH_SIZE = 4
 
 
 @torch.no_grad()
+@checked
 def quantize(
     model: nn.Module,
     values: str | None = None,
