@@ -88,14 +88,18 @@ def inspect(
     if planned is not None:
         planned_formats(planned.formats, {s.fqn: s.sides for s in sites})
     found = describe_sites(sites)
-    by_name = {s.fqn: s for s in sites}
+    by_name, others = {s.fqn: s for s in sites}, set[str]()
     for site in found["sites"]:
         site["share"] = site["out"] * site["in"] * site.get("experts", 1) / max(1, parameters)
         routing = find_routing(program, by_name[site["name"]])
         if routing is not None:
             site["chosen"] = routing.chosen
         if table is not None:
-            site["gain"] = gains.get((site["out"], site["in"], routing), {})
+            timed = gains.get((site["out"], site["in"], routing), {})
+            dtype = str(by_name[site["name"]].dtype).removeprefix("torch.")
+            site["gain"] = timed.get(dtype) or next(iter(timed.values()), {})
+            if timed and dtype not in timed:
+                others.add(f"{table} has times in {' and '.join(sorted(timed))}, and the weights are {dtype}")
     factor = shape.density + 1 / 16  # the survivors, and one bit per weight that says where they are
     dense = parameters * BF16_BYTES
     result = {
@@ -105,7 +109,7 @@ def inspect(
         "site_parameters": found["site_parameters"],
         "bytes_dense_bf16": dense,
         "bytes_sparse_bf16": round(dense - found["site_parameters"] * BF16_BYTES * (1 - factor)),
-        "notes": [*program.notes, *unmatched(loaded, include=include, exclude=exclude)],
+        "notes": [*program.notes, *unmatched(loaded, include=include, exclude=exclude), *sorted(others)],
         "sites": found["sites"],
         "skipped": found["skipped"],
         **({} if planned is None else {"plan": planned.describe()["weights"]}),
@@ -135,15 +139,16 @@ def _named(model: str) -> str:
         return ""  # whatever is wrong with it is told where the model is read
 
 
-def _gains(table: Path) -> dict[tuple[int, int, Routing | None], dict[int, float]]:
-    """By (out, in, routing of a stack) and tokens: dense time over that of the fastest layout of 2:4."""
+def _gains(table: Path) -> dict[tuple[int, int, Routing | None], dict[str, dict[int, float]]]:
+    """By (out, in, routing of a stack), dtype and tokens: dense time over that of the fastest layout of 2:4."""
     from sparseforge_fx.deploy.lowering import cost_table
     from sparseforge_fx.formats import SPARSE
 
-    found: dict[tuple[int, int, Routing | None], dict[int, float]] = {}
+    found: dict[tuple[int, int, Routing | None], dict[str, dict[int, float]]] = {}
     for shape, by_layout in cost_table.load_table(table).items():
         if shape.format == SPARSE:
-            mine = found.setdefault((shape.out_features, shape.in_features, shape.routing), {})
+            of = found.setdefault((shape.out_features, shape.in_features, shape.routing), {})
+            mine = of.setdefault(shape.dtype, {})
             for rows in by_layout.values():
                 for tokens, row in rows.items():
                     mine[tokens] = max(mine.get(tokens, 0.0), row.ratio)

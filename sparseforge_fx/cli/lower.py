@@ -50,11 +50,11 @@ def lower(
     from sparseforge_fx.deploy.lowering.lower import lower as lower_model
     from sparseforge_fx.models.dense import load_dense
 
-    counts, known = cost.check_request(tokens or None, table)
+    _, known = cost.check_request(tokens or None, table)
     # a table that was read is not measured again: nothing new to keep
     kept = Beside.of(model, "costs.json", output) if table is None or output is not None else Beside(None, None)
     loaded = load_dense(model, dtype=dtype)[0].to(pick_device(device))
-    report = lower_model(loaded, target=target, tokens=counts, table=known).report
+    report = lower_model(loaded, target=target, tokens=tokens or None, table=known).report
     assert isinstance(report, dict)
     console = stdout(quiet=as_json)
     measured = cost_table.as_table(cost_table.read_row(row) for row in report["table"])
@@ -84,3 +84,5 @@ def _tell(report: dict[str, Any], console: Console) -> None:
         console.print(chosen)
     before, after = readable_bytes(report["dense_bytes"]), readable_bytes(report["lowered_bytes"])
     console.print(f"2:4 linears: {before} dense, {after} lowered", highlight=False)
+    for note in report["notes"]:
+        console.print(f"note: {note}", highlight=False)

@@ -243,6 +243,18 @@ def test_inspect_shows_what_a_plan_and_a_table_predict(home, tmp_path):
     assert refused.exit_code == 2 and "not of 4:8" in refused.stderr
 
 
+def test_inspect_reads_the_times_of_the_weights_dtype(home, tmp_path):
+    table, rows = tmp_path / "costs.json", {"bfloat16": 3.0, "float32": 2.0}
+    for dtypes, gain in ((["bfloat16"], 2.0), (["bfloat16", "float32"], 3.0)):
+        timed = [Timing(Shape(64, 32, t), "a", 1, 6.0, (6.0, 6.0), rows[t], (rows[t],) * 2) for t in dtypes]
+        save_table(as_table(timed), table)
+        told = json.loads(ok("inspect", home / "dense", "--table", table, "--json"))
+        (up,) = [s for s in told["sites"] if s["name"] == "model.layers.0.mlp.up_proj.weight"]
+        assert up["gain"] == {"1": gain}
+        other = f"{table} has times in bfloat16, and the weights are float32"
+        assert (other in told["notes"]) == (len(dtypes) == 1)
+
+
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """The folder of a 2:4 mixture: four experts, two for a token."""

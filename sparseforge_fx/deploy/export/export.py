@@ -79,7 +79,8 @@ def export(
         replace_file(path, lambda file: package({"model": program}, file))
     else:
         replace_file(path, lambda file: torch.export.save(program.exported, file))
-    return {**report, "format": format, "notes": list(program.notes), "file_bytes": Path(path).stat().st_size}
+    notes = [*report["notes"], *program.notes]
+    return {**report, "format": format, "notes": notes, "file_bytes": Path(path).stat().st_size}
 
 
 def check_path(path: str | Path) -> None:

@@ -107,7 +107,7 @@ def export_generator(
 
     replace_file(path, write)
     cache_bytes = max_length * sum(t[0, 0].nbytes for pair in step.cache for t in pair)
-    notes = [*report.get("notes", ()), *differences(model.generation_config)]
+    notes = [*report["notes"], *differences(model.generation_config)]
     size = Path(path).stat().st_size
     return {**report, "format": format, "file_bytes": size, "cache_bytes": cache_bytes, "notes": notes}
 

@@ -42,6 +42,12 @@ def check_request(
     return tokens, load_table(table) if isinstance(table, str | Path) else table
 
 
+def unasked(tokens: Sequence[int] | None, table: str | Path | Table | None, left: bool) -> list[str]:
+    """What to say of a request where no weights are ``left`` to be timed."""
+    given = [] if left else [name for name, value in (("tokens", tokens), ("table", table)) if value is not None]
+    return [f"{name} is given and not used: all 2:4 linears are packed already" for name in given]
+
+
 def timings(
     shapes: Iterable[Shape],
     tokens: Sequence[int],

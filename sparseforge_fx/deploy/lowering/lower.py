@@ -85,7 +85,7 @@ def lower_captured(
         durable: the program goes to a file: only layouts that later versions of the libraries read, too.
     """
     untimed = "portable=True" if portable else None if gate else "gate=False"
-    tokens, known = cost.check_request(tokens, table, untimed)
+    counts, known = cost.check_request(tokens, table, untimed)
     find = partial(sparse_sites, experts=not (portable or durable))
     sites = find(program)
     before = packed_weights(program)
@@ -101,9 +101,9 @@ def lower_captured(
     if portable:
         refuse_packed_experts(program, "a portable file has not: leave portable out")
     dense_bytes = sum(s.numel * s.dtype.itemsize for s in eligible(sites)) + sum(dense for _, dense in before)
-    measure = partial(cost.timings, tokens=tokens, device=device, layouts=layouts, known=known)
+    measure = partial(cost.timings, tokens=counts, device=device, layouts=layouts, known=known)
     routings = {site.fqn: find_routing(program, site) for site in eligible(sites)}
-    choose = Gate(layouts, tokens, measure if gate and not portable else None, routings)
+    choose = Gate(layouts, counts, measure if gate and not portable else None, routings)
     program, records = run_passes(program, deploy_passes(find, choose, fuse=not portable))
     packed = packed_weights(program)
     if portable:
@@ -114,11 +114,12 @@ def lower_captured(
         "sites": [site for site, _ in packed],
         "skipped": [{"name": s.fqn, "shape": list(s.shape), "reason": s.reason} for s in choose.sites if s.reason],
         "table": cost_table.describe(choose.timings),
-        "tokens": list(tokens),
+        "tokens": list(counts),
         "dense_bytes": dense_bytes,
         "lowered_bytes": sum(site["bytes"] for site, _ in packed) + stayed,
         "scratch_bytes": max((dense for _, dense in packed), default=0),
         "passes": [r._asdict() for r in records],
+        "notes": cost.unasked(tokens, table, bool(eligible(sites))),
         **environment(),
     }
     return program, report

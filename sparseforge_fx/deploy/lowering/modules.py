@@ -52,7 +52,7 @@ def lower_modules(
     skipped modules with reasons, the cost table, bytes before and after. Linears that are packed already stay so.
     Raises SparseForgeError if no weight is 2:4.
     """
-    tokens, known = cost.check_request(tokens, table, None if gate else "gate=False")
+    counts, known = cost.check_request(tokens, table, None if gate else "gate=False")
     sites, skipped = find_packable(model)
     stacks, dense_stacks = find_packable_stacks(model)
     sites, skipped = sites | stacks, skipped | dense_stacks
@@ -68,7 +68,7 @@ def lower_modules(
         for name, w in weights.items()
         if name not in untold
     }
-    timings = cost.timings(shapes.values(), tokens, device, layouts, known) if gate else {}
+    timings = cost.timings(shapes.values(), counts, device, layouts, known) if gate else {}
     before = after = scratch = 0
     lowered: list[PackedSite] = []
     with _dense_again_on_error(model) as done:
@@ -79,7 +79,7 @@ def lower_modules(
             if name in untold:
                 layout, against = None, untold[name]
             else:
-                layout, against = cost.choose(timings, shapes[name], layouts, tokens) if gate else (layouts[0], None)
+                layout, against = cost.choose(timings, shapes[name], layouts, counts) if gate else (layouts[0], None)
             if layout is None:
                 skipped[name] = f"gate: {against}"
                 after += weight.nbytes
@@ -100,10 +100,11 @@ def lower_modules(
         "sites": lowered,
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
         "table": describe(timings),
-        "tokens": list(tokens),
+        "tokens": list(counts),
         "dense_bytes": before,
         "lowered_bytes": after,
         "scratch_bytes": scratch,
+        "notes": cost.unasked(tokens, table, bool(sites)),
         **environment(),
     }
 

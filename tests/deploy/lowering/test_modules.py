@@ -132,6 +132,11 @@ def test_what_is_packed_stays_so():
     before = dict(model.named_modules())
     report = sf.lower_modules(model)
     assert report["sites"] == [] and report["lowered_bytes"] == 0 and dict(model.named_modules()) == before
+    assert report["notes"] == [] == sf.lower(model, torch.zeros(1, 8)).report["notes"]
+    for given in ({"tokens": [1]}, {"table": {}}):
+        told = [f"{name} is given and not used: all 2:4 linears are packed already" for name in given]
+        assert sf.lower_modules(model, **given)["notes"] == told
+        assert sf.lower(model, torch.zeros(1, 8), **given).report["notes"] == told
     with pytest.raises(SparseForgeError, match="nowhere"):
         sf.lower_modules(model, target="nowhere")
 
