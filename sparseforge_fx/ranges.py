@@ -56,6 +56,8 @@ def check_numbers(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
         if name not in values or (values[name] is None and type(None) in kinds):
             continue
+        if isinstance(values[name], str) and str in kinds:
+            continue
         for kind in kinds:
             base, limits = (get_args(kind)[0], get_args(kind)[1]) if get_origin(kind) is Annotated else (kind, Range())
             if base in (int, float):

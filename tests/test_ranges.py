@@ -124,6 +124,17 @@ def test_a_truth_value_is_one(value):
             run(**{name: value})
 
 
+def test_text_is_taken_where_it_may_stand_for_a_number():
+    @checked
+    def write(size: str | int = "5GB", much: int = 1) -> tuple:
+        return size, much
+
+    assert write("40KB") == ("40KB", 1) and write(40) == (40, 1)
+    for given in ({"size": 1.5}, {"size": True}, {"much": "1"}):
+        with pytest.raises(SparseForgeError, match="give a whole number"):
+            write(**given)
+
+
 def test_a_loop_that_is_told_off_is_not_compiled():
     with pytest.raises(SparseForgeError, match=r"^compile is 'off': give True or False$"):
         sf.prepare(nn.Linear(8, 8), torch.zeros(1, 8), compile="off")

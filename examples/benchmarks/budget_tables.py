@@ -104,6 +104,30 @@ def objective_table() -> str:
     return blocks([(text, table(names, "lrrrrrrrl", rows))])
 
 
+def continued_table() -> str:
+    """How runs go on from one start on a language model: loss, rate, what trains."""
+    runs = sorted(read("continued"), key=lambda run: (run["tokens"], -run["sparse_perplexity"]["test"]))
+    if not runs:
+        return NONE
+    first = runs[0]
+    text = (
+        f"{first['teacher']}, from one start on with its masks: perplexity of the first {first['windows']} windows of {first['context']} tokens (dense"
+        f" {first['dense_perplexity']['test']:.2f} and {first['dense_perplexity']['valid']:.2f}); steps of {first['tokens'] // len(first['report']['curves'])} tokens,"
+        f" seed {first['report']['seed']}, {first['report']['device']}."
+    )
+    rows = []
+    for run in runs:
+        said, scored = run["report"], run["sparse_perplexity"]
+        loss, kl = said["settings"]["objective"], [point["kl"] for point in said["curves"][-30:]]
+        how = (f"{loss[name]:g}" for name in ("task", "kl", "temperature"))
+        trains = {"vectors": "", "all": "embedding and head"}[said["config"].get("trainable", "vectors")]
+        spent = f"{run['tokens']:,}", f"{said['lr']:g}", f"{mean(kl):.3f}"
+        rows.append((trains, *how, *spent, *(f"{scored[text]:.2f}" for text in ("test", "valid")), said["commit"]))
+    names = ("trains, too", "cross-entropy", "KL", "temperature", "tokens", "rate", "KL, last 30 steps")
+    names += ("test", "validation", "commit")
+    return blocks([(text, table(names, "lrrrrrrrrl", rows))])
+
+
 def swap_table() -> str:
     """What swaps in a model that is N:M already were predicted to gain, and what they did."""
     parts = []

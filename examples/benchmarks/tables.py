@@ -25,6 +25,7 @@ TABLES = {
     "swap-gains": budget.swap_table,
     "mixture": budget.mixture_table,
     "objective": budget.objective_table,
+    "continued": budget.continued_table,
     "rates": budget.rates_table,
     "rotated": budget.rotated_table,
     "ablations": quality.ablation_table,
