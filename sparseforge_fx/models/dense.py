@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from sparseforge_fx.errors import SparseForgeError, one_line
+from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning, one_line
 from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.kernels.packed import METHOD
 from sparseforge_fx.models import low_rank
@@ -62,8 +63,8 @@ def load_dense(
         device: all of the model goes there; None: the CPU. device_map: or what ``from_pretrained`` takes.
 
     Raises SparseForgeError: nothing of that name, the hub is not reachable, not a model, weights missing from the
-    checkpoint, weights that are packed or stay quantised, a tokenizer that cannot be loaded. Code that comes with a
-    checkpoint is never run.
+    checkpoint, weights that are packed or stay quantised, a tokenizer that cannot be loaded. Warns of tensors in the
+    checkpoint that the model does not read. Code that comes with a checkpoint is never run.
     """
     where = locate(name)
     wanted = find_dtype(dtype)
@@ -91,8 +92,16 @@ def load_dense(
         raise SparseForgeError(
             f"the checkpoint {name} lacks {len(absent)} weights of its model, {absent[0]} the first of them"
         )
-    if names := low_rank.branch_names(loading.get("unexpected_keys") or ()):
+    unread = set(loading.get("unexpected_keys") or ())
+    if names := low_rank.branch_names(unread):
         low_rank.rebuild(model, _read_tensors(where, names))
+    if unread := unread - set(names):
+        warnings.warn(
+            f"{name} holds {len(unread)} tensors that its model does not read, {min(unread)} the first of them: "
+            "what is made of it will not have them",
+            SparseForgeWarning,
+            stacklevel=2,
+        )
     if where.gguf and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now, and must be loaded as such
     return model.eval(), tokenizer

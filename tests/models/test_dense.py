@@ -1,13 +1,16 @@
 """Models by name: what loads, what is written, and one clear sentence for everything else."""
 
 import json
+import shutil
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import byte_tokenizer, tiny_llama, write_checkpoint, write_gguf
 from tiny_models import build
 
-from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.errors import SparseForgeError, SparseForgeWarning
 from sparseforge_fx.models import dense as models
 
 
@@ -167,6 +170,19 @@ def test_broken_checkpoints_give_one_sentence(tmp_path, folder, kind, says):
     with pytest.raises(SparseForgeError, match=says) as caught:
         models.load_dense(broken(tmp_path, folder, kind))
     assert "\n" not in str(caught.value)
+
+
+def test_tensors_that_the_model_does_not_read_are_named(tmp_path, folder):
+    here = shutil.copytree(folder, tmp_path / "more")
+    tensors = load_file(here / "model.safetensors") | {"mtp.0.weight": torch.zeros(3), "mtp.1.weight": torch.zeros(3)}
+    save_file(tensors, here / "model.safetensors", metadata={"format": "pt"})
+    says = r"more holds 2 tensors that its model does not read, mtp\.0\.weight the first of them"
+    with pytest.warns(SparseForgeWarning, match=says):
+        model, _ = models.load_dense(here)
+    assert "mtp.0.weight" not in model.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SparseForgeWarning)
+        models.load_dense(folder)
 
 
 def test_unknown_names_and_dtypes(folder, tmp_path):
