@@ -167,7 +167,10 @@ THEIRS = {
 LONGER = {
     "ablation-alps+kd-2-passes-at-2.5e-4-983040": "`alps+kd` with two passes of the blocks and half the rate",
     "rotated-256x2-983040": "that in another basis (`sf.rotate`), begun on twice as many sequences",
+    "rotated-256x2-983040-at-1.25e-4": "that from the same start, at half its rate",
 }
+#: of those the ones that went on from the start of another -> that one
+STARTED = {"rotated-256x2-983040-at-1.25e-4": "rotated-256x2-983040"}
 
 
 def main_table() -> str:
@@ -183,7 +186,11 @@ def main_table() -> str:
         rows.append(
             (name, f"{key[1]:,}", steps(groups[key][0]["report"]), *spent(groups[key]), perplexity, average, seeds)
         )
-    for run in (r for folder in ("leaderboard", "rotated") for r in read(folder) if r["label"] in LONGER):
+    longer = {r["label"]: r for folder in ("leaderboard", "rotated", "continued") for r in read(folder)}
+    for label, start in ((a, b) for a, b in STARTED.items() if {a, b} <= longer.keys()):
+        begun, report = longer[start]["report"]["calibration_seconds"], longer[label]["report"]
+        report |= {"calibration_seconds": begun, "seconds": report["seconds"] + begun}
+    for run in (longer[label] for label in LONGER if label in longer):
         made = (f"{run['tokens']:,}", steps(run["report"]), *spent([run]))
         rows.append((LONGER[run["label"]], *made, scores([run])[0], accuracy([run], tasks)[0], "1"))
     rows.sort(
