@@ -74,6 +74,12 @@ def seconds(point: tuple[list[Mapping[str, Any]], bool] | None) -> str:
     return "" if point is None else f"{mean(run['seconds'] for run in point[0]):,.0f}"
 
 
+def scored_on(run: Mapping[str, Any]) -> str:
+    """What the perplexities of a language model are of, and the dense one's of both texts."""
+    dense = (f"{run['dense_perplexity'][text]:.2f}" for text in ("test", "valid"))
+    return f"perplexity of the first {run['windows']} windows of {run['context']} tokens (dense {' and '.join(dense)})"
+
+
 def objective_table() -> str:
     """Runs from one start on a language model, by what their loss is made of."""
     runs = sorted(read("objective"), key=lambda run: -run["sparse_perplexity"]["test"])
@@ -83,9 +89,7 @@ def objective_table() -> str:
     report = first["report"]
     text = (
         f"{first['model']}, from one start ({first['method']}, {report['calibration_sequences']} sequences, channels in order,"
-        f" blocks that learned for {report['config']['reconstruct']} pass) on with its masks: perplexity of the first"
-        f" {first['windows']} windows of {first['context']} tokens (dense {first['dense_perplexity']['test']:.2f} and"
-        f" {first['dense_perplexity']['valid']:.2f}); seed {report['seed']}, {report['device']}. Seconds while the machine had other work."
+        f" blocks that learned for {report['config']['reconstruct']} pass) on with its masks: {scored_on(first)}; seed {report['seed']}, {report['device']}. Seconds while the machine had other work."
     )
     rows = []
     for run in runs:
@@ -111,8 +115,7 @@ def continued_table() -> str:
         return NONE
     first = runs[0]
     text = (
-        f"{first['teacher']}, from one start on with its masks: perplexity of the first {first['windows']} windows of {first['context']} tokens (dense"
-        f" {first['dense_perplexity']['test']:.2f} and {first['dense_perplexity']['valid']:.2f}); steps of {first['tokens'] // len(first['report']['curves'])} tokens,"
+        f"{first['teacher']}, from one start on with its masks: {scored_on(first)}; steps of {first['tokens'] // len(first['report']['curves'])} tokens,"
         f" seed {first['report']['seed']}, {first['report']['device']}."
     )
     rows = []
@@ -206,8 +209,7 @@ def rates_table() -> str:
     report = first["report"]
     text = (
         f"{first['model']}, {report['preset']}, {first['tokens']:,} tokens, {report['calibration_sequences']} calibration sequences, seed"
-        f" {report['seed']}, {report['device']}: perplexity of the first {first['windows']} windows of {first['context']} tokens (dense"
-        f" {first['dense_perplexity']['test']:.2f} and {first['dense_perplexity']['valid']:.2f})."
+        f" {report['seed']}, {report['device']}: {scored_on(first)}."
     )
     rows = []
     for run in runs:
@@ -228,8 +230,7 @@ def rotated_table() -> str:
     report = first["report"]
     text = (
         f"{first['model']}, {report['preset']} at {report['lr']:g},"
-        f" seed {report['seed']}, {report['device']}: perplexity of the first {first['windows']}"
-        f" windows of {first['context']} tokens (dense {first['dense_perplexity']['test']:.2f} and {first['dense_perplexity']['valid']:.2f})."
+        f" seed {report['seed']}, {report['device']}: {scored_on(first)}."
     )
     rows = []
     for run in runs:
