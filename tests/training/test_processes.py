@@ -127,6 +127,7 @@ def lost_while_the_other_waits(rank, port, said):
     group = processes.Processes()
     try:
         with processes.together():
+            torch.distributed.barrier()  # both are connected before one is gone
             group.first_does(lambda: os.kill(os.getpid(), signal.SIGKILL))
     except SparseForgeError as error:
         said.put(str(error))
