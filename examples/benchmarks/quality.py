@@ -67,6 +67,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="where the json goes")] = RESULTS / "quality",
     tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
     quantize: Annotated[str, typer.Option(help="values by commas (int8,int4): score the model so quantised, too")] = "",
+    dense_too: Annotated[bool, typer.Option(help="quantise what is not 2:4, too, as a head of its own")] = True,
     compile: str = "auto",
     options: Annotated[str, typer.Option(help="json of further fields of the method's config")] = "{}",
     dense_from: Annotated[
@@ -112,7 +113,7 @@ def main(
         "dense_perplexity": dense,
         "sparse_perplexity": sparse,
         "zero_shot": zero_shot(net, tokenizer, limit=tasks) if tasks else None,
-        "quantized_perplexity": quantized_scores(net, quantize, score, corpus, calibration),
+        "quantized_perplexity": quantized_scores(net, quantize, score, corpus, calibration=calibration, dense=dense_too),
         "report": {k: v for k, v in report.items() if k not in ("skipped", "passes")} | {"sites": len(report["sites"])},
     }
     write_json(out, record)
@@ -167,14 +168,16 @@ def known_score(record: Path | None, windows: int) -> dict[str, float] | None:
 
 
 def quantized_scores(
-    model: PreTrainedModel, values: str, score: Score, corpus: TokenData, calibration: int
-) -> dict[str, dict[str, float]]:
-    """Perplexities by each of the values, and the seconds that the rounding took."""
+    model: PreTrainedModel, values: str, score: Score, corpus: TokenData, **how: Any
+) -> dict[str, dict[str, Any]]:
+    """Perplexities by each of the values that ``sf.quantize`` takes, and the seconds that the rounding took; ``weights``:
+    those of the rounded weights alone, without what kernels make of activations."""
     found = {}
     for name in filter(None, values.split(",")):
         rounded, clock = copy.deepcopy(model), time.monotonic()
-        sf.quantize(rounded, name, corpus, calibration=calibration)
+        sf.quantize(rounded, name, corpus, **how)
         found[name] = {"seconds": time.monotonic() - clock, **score(rounded)}
+        found[name]["weights"] = score(rounded.dequantize())
     return found
 
 

@@ -205,10 +205,7 @@ def _identity(
     known["slorb_block"] = slorb_block
     known["dtype"] = str(run.program.tensor(eligible(run.sites)[0].fqn).dtype)
     if path is not None:
-        weights: Mapping[str, Tensor] = run.program.state
-        taught_by: Mapping[str, Tensor] | None = run.taught_by
-        if run.in_parts is not None:
-            weights, taught_by = run.in_parts.weights(run.program), run.in_parts.teachers(run.program)
+        weights, taught_by = run.tensors()
         known |= {"weights": fingerprint.of_tensors(weights), "data": fingerprint.of_batches(run.batches)}
         known |= {} if taught_by is None else {"teacher": fingerprint.of_tensors(taught_by)}
     return known

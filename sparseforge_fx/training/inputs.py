@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ class Run:
     accumulate: int
     taught_by: dict[str, Tensor] | None = None
     in_parts: InParts | None = None
+
+    def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]:
+        """The model's, and the parameters of a teacher that was given, wherever they are; by the program's names."""
+        if self.in_parts is not None:
+            return self.in_parts.weights(self.program), self.in_parts.teachers(self.program)
+        return self.program.state, self.taught_by
 
     def first(self, sequences: int) -> list[Any]:
         """The first batches that hold so many sequences, none twice; a note where the data has fewer."""

@@ -27,6 +27,7 @@ from sparseforge_fx.passes.globs import unmatched
 from sparseforge_fx.passes.insert_low_rank import branch_names
 from sparseforge_fx.pattern import check_pattern
 from sparseforge_fx.ranges import Count, Seed, checked
+from sparseforge_fx.training.basis import check_basis
 from sparseforge_fx.training.distillation import Distillation, check_objective
 from sparseforge_fx.training.recipe import Recipe
 from sparseforge_fx.training.sharded import Sharding
@@ -98,6 +99,7 @@ def prepare(
         )
     calibrated = _calibration(model, calibration, seed) if config.calibrates else []
     taught_by = None if teacher is None else weights_of(teacher, program)
+    check_basis(sites, program.state, taught_by, config, objective)
     with dense_again_on_error(program) as written:
         sparse = prepare_captured(
             program, sites, config, objective, slorb_block=slorb_block, taught_by=taught_by, seed=seed

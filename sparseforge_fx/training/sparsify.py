@@ -32,12 +32,13 @@ from sparseforge_fx.ranges import AtLeastZero, checked
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes, write_json
 from sparseforge_fx.training import processes
 from sparseforge_fx.training.anneal import anneal
+from sparseforge_fx.training.basis import check_basis
 from sparseforge_fx.training.in_parts import InParts, open_both
 from sparseforge_fx.training.inputs import Run, open_run
 from sparseforge_fx.training.one_shot import prune_once
 from sparseforge_fx.training.prepare import check_weights
 from sparseforge_fx.training.recipe import FILE, Recipe
-from sparseforge_fx.training.taught import is_taught, pruned_already
+from sparseforge_fx.training.taught import is_taught, minimised, pruned_already
 from sparseforge_fx.training.unused import SAVE_SECONDS
 
 #: in an output folder, by the weights' names; not beside the checkpoint's files, where it would be taken for one
@@ -161,6 +162,7 @@ def sparsify(
     )  # fmt: skip
     run.notes += adapter_notes(model, [run.program.tensor(s.fqn) for s in eligible(run.sites)])
     run.notes += pruned_already(run, config) if taught and teacher is None else []
+    check_basis(run.sites, *run.tensors(), config, minimised(recipe, config))
     report = _begun(run, recipe.name(data is not None), config, recipe.seed)
     with shown(show_progress and (accelerator is None or accelerator.is_main_process)):
         if accelerator is not None and isinstance(config, TrainedConfig):

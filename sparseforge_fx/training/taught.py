@@ -6,6 +6,7 @@ from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.pattern import Pattern, check_pattern
+from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.recipe import Recipe
 
@@ -14,10 +15,13 @@ def is_taught(recipe: Recipe, config: MethodConfig) -> bool:
     """Does anything in the run come near to the dense model?"""
     if getattr(config, "reconstruct", 0):
         return True
-    if not isinstance(config, TrainedConfig):
-        return False
-    loss = recipe.settings(True).objective
-    return bool(loss.kl) or loss.features is not None
+    loss = minimised(recipe, config)
+    return loss is not None and (bool(loss.kl) or loss.features is not None)
+
+
+def minimised(recipe: Recipe, config: MethodConfig) -> Distillation | None:
+    """What the run minimises; None where nothing trains."""
+    return recipe.settings(True).objective if isinstance(config, TrainedConfig) else None
 
 
 def pruned_already(run: Run, config: MethodConfig) -> list[str]:

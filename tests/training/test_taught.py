@@ -96,6 +96,50 @@ def test_blocks_come_near_to_the_teachers():
         assert not any(n.startswith("teacher is given") for n in report["notes"])
 
 
+OTHER_BASIS = "model.embed_tokens.weight of the teacher is another than the model's"
+
+
+def rotated_pair():
+    """A model, and the same in another basis."""
+    torch.manual_seed(0)
+    teacher, turned = (build("llama").eval() for _ in range(2))
+    turned.load_state_dict(teacher.state_dict())
+    sf.rotate(turned, text(), steps=20, lr=0.1, batch_size=2)
+    assert torch.allclose(turned(**text()[0]).logits, teacher(**text()[0]).logits, atol=1e-4)
+    return teacher, turned
+
+
+@pytest.mark.parametrize(
+    "options, without",
+    [
+        ({"start": "magnitude", "reconstruct": 1}, "reconstruct=0"),
+        ({"method": "wanda", "reconstruct": 1}, "reconstruct=0"),
+        ({"start": "magnitude", "objective": Distillation(features="squarehead")}, "no features"),
+        ({"start": "alps", "reconstruct": 1, "objective": Distillation(features="tinybert")}, "reconstruct=0 and no features"),
+    ],
+    ids=["blocks", "one-shot", "features", "both"],
+)  # fmt: skip
+def test_values_on_the_way_of_a_teacher_in_another_basis_are_no_aim(options, without):
+    teacher, turned = rotated_pair()
+    before = {n: t.clone() for n, t in turned.state_dict().items()}
+    how = {k: v for k, v in HOW.items() if "method" not in options or k not in ("steps", "compile", "lr")}
+    with pytest.raises(SparseForgeError, match=f"{OTHER_BASIS} .* pass {without}, or"):
+        sf.sparsify(turned, text(), teacher=teacher, **how, **options)
+    assert all(torch.equal(t, before[n]) for n, t in turned.state_dict().items())
+
+
+def test_answers_of_a_teacher_in_another_basis_are():
+    teacher, turned = rotated_pair()
+    assert curve(sf.sparsify(turned, text(), teacher=teacher, **HEAL, reconstruct=0))[0][1] > 0.001
+
+
+def test_a_loop_of_ones_own_has_no_such_teacher_either():
+    teacher, turned = rotated_pair()
+    config, objective = sf.alps_kd_preset(steps=2, start="magnitude"), Distillation(features="squarehead")
+    with pytest.raises(SparseForgeError, match=OTHER_BASIS):
+        sf.prepare(turned, text()[0], config, teacher=teacher, objective=objective)
+
+
 def test_weights_that_were_dense_are_named():
     dense, _, sites = pair()
     partly = copy.deepcopy(dense)
