@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,10 +87,7 @@ def main(
     net = language_model(model, getattr(torch, dtype), device)
     original = language_model(str(teacher), getattr(torch, dtype), device) if teacher else None
     ids = {"valid": token_ids(valid, tokenizer), "test": token_ids(test, tokenizer)}
-
-    def score(scored: PreTrainedModel) -> dict[str, float]:
-        return {which: windowed_perplexity(scored, ids[which], windows) for which in ids}
-
+    score = partial(scores, ids, windows)
     dense = known_score(dense_from, windows) or score(original or net)
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
     rotation = rotated(net, corpus, rotate, length, seed) if rotate else rotation_of(Path(model))
@@ -119,6 +117,11 @@ def main(
     write_json(out, record)
     shutil.rmtree(state, ignore_errors=True)
     print(f"{name}: dense {dense}, sparse {sparse}")
+
+
+def scores(ids: dict[str, torch.Tensor], windows: int, model: PreTrainedModel) -> dict[str, float]:
+    """Perplexity of each text."""
+    return {which: windowed_perplexity(model, tokens, windows) for which, tokens in ids.items()}
 
 
 def about(model: str, teacher: Path | None, method: str, data: list[str], windows: int) -> dict[str, Any]:

@@ -338,7 +338,10 @@ def quantized_table() -> str:
             found, before = run["sparse_perplexity"], rounded.get(twin, floats.get(run["tokens"], math.nan))
         else:
             found, before = run["quantized_perplexity"].get(kind), run["sparse_perplexity"]["test"]
-        return f"{found['test']:.2f} ({100 * (found['test'] / before - 1):+.1f} %)" if found else ""
+        if not found:
+            return ""
+        tests = [found["test"], *([found["weights"]["test"]] if "weights" in found else [])]
+        return "; weights alone ".join(f"{test:.2f} ({100 * (test / before - 1):+.1f} %)" for test in tests)
 
     rows = [
         (

@@ -13,7 +13,11 @@ from sparseforge_fx.passes.find_linears import LinearSite
 from sparseforge_fx.training.distillation import Distillation
 
 ROWS = 1024  # of a table, that are compared
-FOREIGN = 0.1  # relative squared difference, from which on a table is another; training an embedding moves it by less
+FEW = 64  # rows of a table that says nothing of angles
+FOREIGN = 0.5  # relative squared difference, from which on a table is another's; training an embedding moves it by less
+#: how much less than the rows their inner products differ where a table was turned; training changes both
+TURNED = 0.01
+SAME = 1e-4  # relative squared difference of what is rounded to bfloat16, and more
 
 
 def check_basis(
@@ -42,12 +46,25 @@ def check_basis(
         one, other = (None, None) if name in linear or name not in ours else (ours[name], theirs[name])
         if one is None or other is None or not one.is_floating_point() or one.dim() < 2 or one.is_meta:
             continue
-        one, other = (tensor[:ROWS].detach().to("cpu", torch.float32) for tensor in (one, other))
-        error = float((one - other).square().sum() / other.square().sum().clamp(min=1e-30))
-        if error > FOREIGN:
+        one, other = (tensor[:ROWS].detach().to("cpu", torch.float32).flatten(1) for tensor in (one, other))
+        error = _difference(one, other)
+        if error > FOREIGN or (error > SAME and _turned(one, other) < TURNED * error):
             without = " and ".join([*["reconstruct=0"] * bool(blocks), *["no features"] * bool(features)])
             raise SparseForgeError(
                 f"{name} of the teacher is another than the model's (relative squared difference {error:.2g}), as that "
                 "of a model that was not rotated is: what the two compute on their way cannot be compared; pass "
                 f"{without}, or a teacher in the model's own basis"
             )
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).square().sum() / other.square().sum().clamp(min=1e-30))
+
+
+def _turned(one: Tensor, other: Tensor) -> float:
+    """Of the inner products of rows [rows, width], which a rotation leaves as they are: from those of the table, or of
+    what a LayerNorm sees of it, which is what some rotations begin with. Without what all rows have in common."""
+    if len(one) < FEW:
+        return float("inf")
+    products = [t @ t.t() for t in (t - t.mean(0) for t in (one, other, other - other.mean(1, keepdim=True)))]
+    return min(_difference(products[0], product) for product in products[1:])

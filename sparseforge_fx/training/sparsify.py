@@ -32,13 +32,12 @@ from sparseforge_fx.ranges import AtLeastZero, checked
 from sparseforge_fx.report import describe_sites, environment, peak_memory_bytes, write_json
 from sparseforge_fx.training import processes
 from sparseforge_fx.training.anneal import anneal
-from sparseforge_fx.training.basis import check_basis
 from sparseforge_fx.training.in_parts import InParts, open_both
 from sparseforge_fx.training.inputs import Run, open_run
 from sparseforge_fx.training.one_shot import prune_once
 from sparseforge_fx.training.prepare import check_weights
 from sparseforge_fx.training.recipe import FILE, Recipe
-from sparseforge_fx.training.taught import is_taught, minimised, pruned_already
+from sparseforge_fx.training.taught import is_taught, look_at_teacher
 from sparseforge_fx.training.unused import SAVE_SECONDS
 
 #: in an output folder, by the weights' names; not beside the checkpoint's files, where it would be taken for one
@@ -161,8 +160,7 @@ def sparsify(
         example_inputs=example_inputs, teacher=opened, in_parts=in_parts, state_path=state_path,
     )  # fmt: skip
     run.notes += adapter_notes(model, [run.program.tensor(s.fqn) for s in eligible(run.sites)])
-    run.notes += pruned_already(run, config) if taught and teacher is None else []
-    check_basis(run.sites, *run.tensors(), config, minimised(recipe, config))
+    run.notes += look_at_teacher(run, recipe, config) if taught else []
     report = _begun(run, recipe.name(data is not None), config, recipe.seed)
     with shown(show_progress and (accelerator is None or accelerator.is_main_process)):
         if accelerator is not None and isinstance(config, TrainedConfig):

@@ -6,6 +6,7 @@ from sparseforge_fx.methods.base import TrainedConfig
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.passes.find_linears import eligible
 from sparseforge_fx.pattern import Pattern, check_pattern
+from sparseforge_fx.training.basis import check_basis
 from sparseforge_fx.training.distillation import Distillation
 from sparseforge_fx.training.inputs import Run
 from sparseforge_fx.training.recipe import Recipe
@@ -24,7 +25,17 @@ def minimised(recipe: Recipe, config: MethodConfig) -> Distillation | None:
     return recipe.settings(True).objective if isinstance(config, TrainedConfig) else None
 
 
-def pruned_already(run: Run, config: MethodConfig) -> list[str]:
+def look_at_teacher(run: Run, recipe: Recipe, config: MethodConfig) -> list[str]:
+    """What a run that is taught has to say of who teaches it. Raises SparseForgeError where a teacher was given that is
+    no model for what is inside."""
+    ours, theirs = run.tensors()
+    if theirs is None:
+        return _pruned_already(run, config)
+    check_basis(run.sites, ours, theirs, config, minimised(recipe, config))
+    return []
+
+
+def _pruned_already(run: Run, config: MethodConfig) -> list[str]:
     """A note where weights are N:M as they are given: what the model is distilled from has lost as much."""
     pattern = config.pattern
     if not isinstance(pattern, Pattern):
