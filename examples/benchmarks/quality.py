@@ -94,7 +94,7 @@ def main(
     if method in TRAINED:
         settings["objective"] = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
         settings |= {"tokens": tokens, "lr": lr, "state_path": state, "teacher": original}
-    report, sparse = {"sites": [], **environment()}, dense
+    report, sparse = {"sites": [], **environment()}, score(net) if method == "dense" and teacher else dense
     if method != "dense":
         result = sf.sparsify(
             net, corpus if method != "magnitude" else None, method=method, batch_size=batch_size, length=length, calibration=calibration,
