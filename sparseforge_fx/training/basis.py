@@ -10,7 +10,7 @@ from torch import Tensor
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.methods.config import MethodConfig
 from sparseforge_fx.passes.find_linears import LinearSite
-from sparseforge_fx.training.distillation import Distillation
+from sparseforge_fx.training.distillation import Distillation, relative_error
 
 ROWS = 1024  # of a table, that are compared
 FEW = 64  # rows of a table that says nothing of angles
@@ -47,7 +47,7 @@ def check_basis(
         if one is None or other is None or not one.is_floating_point() or one.dim() < 2 or one.is_meta:
             continue
         one, other = (tensor[:ROWS].detach().to("cpu", torch.float32).flatten(1) for tensor in (one, other))
-        error = _difference(one, other)
+        error = float(relative_error(one, other))
         if error > FOREIGN or (error > SAME and _turned(one, other) < TURNED * error):
             without = " and ".join([*["reconstruct=0"] * bool(blocks), *["no features"] * bool(features)])
             raise SparseForgeError(
@@ -57,14 +57,10 @@ def check_basis(
             )
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
-    return float((one - other).square().sum() / other.square().sum().clamp(min=1e-30))
-
-
 def _turned(one: Tensor, other: Tensor) -> float:
     """Of the inner products of rows [rows, width], which a rotation leaves as they are: from those of the table, or of
     what a LayerNorm sees of it, which is what some rotations begin with. Without what all rows have in common."""
     if len(one) < FEW:
         return float("inf")
     products = [t @ t.t() for t in (t - t.mean(0) for t in (one, other, other - other.mean(1, keepdim=True)))]
-    return min(_difference(products[0], product) for product in products[1:])
+    return min(float(relative_error(products[0], product)) for product in products[1:])
