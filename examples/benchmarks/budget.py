@@ -10,7 +10,7 @@ Learning rates are swept for every method and every budget at its full length, w
 1e-3 and 3e-3, and further ones by factors of about three while the best is the lowest or the highest. At 0.7 and 2 tokens
 per parameter the sweep begins at the best rate of the budget before and its two neighbours instead. All minimise cross-entropy +
 KL from the dense model, or what their authors' presets say; "...+kl" the KL alone, at temperature 2; "rotated" ones begin in
-another basis (sf.rotate). "dense" is the dense model
+another basis (sf.rotate); of "...+all" the embedding and the head train, too. "dense" is the dense model
 trained on by the same loop and loss; "...+kd" and "...+kl" are fixed masks. A
 budget's sequences are drawn from one stream a seed, so that all have the same mixture of texts; what a layer-wise start
 sees of it is never more than the run's tokens.

@@ -56,6 +56,11 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 DECISIVE = tuple(METHODS)[:6]
+#: with the embedding and the head training, too, as they do in the authors' scripts
+METHODS |= {
+    f"{name}+all": METHODS[name] | {"trainable": "all"}
+    for name in ("dense", "ast", "paper-universal", "alps+kd", "rotated+blocks+kl")
+}
 #: tokens per parameter -> sequences of a step: few where there are few tokens, so that there are steps
 BUDGETS = {0.01: 1, 0.05: 2, 0.2: 4, 0.7: 4, 2.0: 8}
 NARROW = (0.7, 2.0)  # their sweeps begin beside the best rate of the budget before
