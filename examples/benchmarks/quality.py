@@ -56,6 +56,8 @@ def main(
     w_task: Annotated[float | None, typer.Option(help="of the cross-entropy; default: the preset's")] = None,
     w_kl: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
     temperature: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
+    features: Annotated[str | None, typer.Option(help="distance of intermediate values: squarehead, tinybert, mobilebert")] = None,
+    feature_weight: Annotated[float | None, typer.Option(help="of that; default: 1")] = None,
     threads: int = 0,
     device: str = "cpu",
     dtype: Annotated[str, typer.Option(help="of the checkpoint and its scores")] = "bfloat16",
@@ -92,7 +94,8 @@ def main(
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
     rotation = rotated(net, corpus, rotate, length, seed) if rotate else rotation_of(Path(model))
     if method in TRAINED:
-        settings["objective"] = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature)
+        changes = {"task": w_task, "kl": w_kl, "temperature": temperature}
+        settings["objective"] = loss(method, settings, features=features, feature_weight=feature_weight, **changes)
         settings |= {"tokens": tokens, "lr": lr, "state_path": state, "teacher": original}
     report, sparse = {"sites": [], **environment()}, score(net) if method == "dense" and teacher else dense
     if method != "dense":
@@ -150,7 +153,7 @@ def rotation_of(model: Path) -> dict[str, Any] | None:
     return json.loads(told.read_text()) if told.is_file() else None
 
 
-def loss(method: str, settings: dict[str, Any], **changes: float | None) -> sf.Distillation | None:
+def loss(method: str, settings: dict[str, Any], **changes: float | str | None) -> sf.Distillation | None:
     """The preset's with these fields; None where none is given."""
     given = {name: value for name, value in changes.items() if value is not None}
     chosen = sf.Recipe(method=method, preset=settings.get("preset")).settings(True).objective
