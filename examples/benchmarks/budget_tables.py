@@ -122,13 +122,13 @@ def continued_table() -> str:
     for run in runs:
         said, scored = run["report"], run["sparse_perplexity"]
         loss, kl = said["settings"]["objective"], [point["kl"] for point in said["curves"][-30:]]
-        how = (f"{loss[name]:g}" for name in ("task", "kl", "temperature"))
+        how = [f"{loss[name]:g}" for name in ("task", "kl", "temperature")] + [loss.get("features") or ""]
         trains = {"vectors": "", "all": "embedding and head"}[said["config"].get("trainable", "vectors")]
         spent = f"{run['tokens']:,}", f"{said['lr']:g}", f"{mean(kl):.3f}"
         rows.append((trains, *how, *spent, *(f"{scored[text]:.2f}" for text in ("test", "valid")), said["commit"]))
-    names = ("trains, too", "cross-entropy", "KL", "temperature", "tokens", "rate", "KL, last 30 steps")
+    names = ("trains, too", "cross-entropy", "KL", "temperature", "hidden states", "tokens", "rate", "KL, last 30 steps")
     names += ("test", "validation", "commit")
-    return blocks([(text, table(names, "lrrrrrrrrl", rows))])
+    return blocks([(text, table(names, "lrrrlrrrrrl", rows))])
 
 
 def swap_table() -> str:
