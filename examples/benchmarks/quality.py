@@ -56,8 +56,7 @@ def main(
     w_task: Annotated[float | None, typer.Option(help="of the cross-entropy; default: the preset's")] = None,
     w_kl: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
     temperature: Annotated[float | None, typer.Option(help="of the KL; default: the preset's")] = None,
-    features: Annotated[str | None, typer.Option(help="distance of intermediate values: squarehead, tinybert, mobilebert")] = None,
-    feature_weight: Annotated[float | None, typer.Option(help="of that; default: 1")] = None,
+    features: Annotated[str | None, typer.Option(help="distance of intermediate values (sf.Distillation's)")] = None,
     threads: int = 0,
     device: str = "cpu",
     dtype: Annotated[str, typer.Option(help="of the checkpoint and its scores")] = "bfloat16",
@@ -94,8 +93,7 @@ def main(
     corpus = tokenize(list(data), tokenizer, length=length, seed=seed, tokens=tokens, separator="\n\n")
     rotation = rotated(net, corpus, rotate, length, seed) if rotate else rotation_of(Path(model))
     if method in TRAINED:
-        changes = {"task": w_task, "kl": w_kl, "temperature": temperature}
-        settings["objective"] = loss(method, settings, features=features, feature_weight=feature_weight, **changes)
+        settings["objective"] = loss(method, settings, task=w_task, kl=w_kl, temperature=temperature, features=features)
         settings |= {"tokens": tokens, "lr": lr, "state_path": state, "teacher": original}
     report, sparse = {"sites": [], **environment()}, score(net) if method == "dense" and teacher else dense
     if method != "dense":
