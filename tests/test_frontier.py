@@ -89,6 +89,9 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     assert points.made(maker, *ask) == made
     with pytest.raises(SystemExit, match="holds points of another model"):
         points.made(replace(maker, dtype="float32"), *ask)
+    given = replace(maker, two_four=str(tmp_path / "2-4"))
+    by_others = points.made(given, tmp_path / "of-a-folder", [1, 8], [], False)
+    assert [p.name for p in by_others] == names[:3] and not (tmp_path / "of-a-folder/2-4").exists()
     planned, two_four = made[3], made[2]
     assert points.predicted(two_four.plan)["formats"] == {"2:4": 7, "dense": 1}
     said = points.predicted(planned.plan)

@@ -1,16 +1,16 @@
 """What a model is worth in each format: perplexity and zero-shot accuracy against speed and bytes; one json a point.
 
     python examples/benchmarks/frontier.py --text TEST.txt --folder FILES --model MODEL --data TRAIN.jsonl \\
-        [--recipe RECIPE.yaml] [--point "llama.cpp Q8_0=FILE.gguf"] [--tasks 200] [--prepare]
+        [--recipe RECIPE.yaml] [--two-four FOLDER] [--point "llama.cpp Q8_0=FILE.gguf"] [--tasks 200] [--prepare]
 
-Of MODEL come dense, 2:4 and planned points (frontier_points.py), made sparse by the recipe. Any other point is a name
-and what sf.load takes, if need be with the dtype to load it in; a .gguf is run by llama.cpp (llamacpp.py). Files and
-qualities that are there are taken as they are, so that a run goes on where it was killed; --prepare stops before the
-speeds, which want a quiet machine and are measured anew every time. They are those of the compiled generator
-(AOTInductor) and of llama.cpp, each in a fresh process, all points in turn: of the prompt until the first token is there,
-and of the tokens after it. In every round the points' linears are timed, too, as a plan's prices are. Beside the speed
-stands what follows from these for a model of which all else takes as long as in dense int8: of the points that are all
-of one format its linears take the least of a step in which nothing is sparse.
+Of MODEL come dense, 2:4 and planned points (frontier_points.py), made sparse by the recipe; the 2:4 ones of what lies in
+a sparse FOLDER, if one is named. Any other point is a name and what sf.load takes, if need be with the dtype to load it
+in; a .gguf is run by llama.cpp (llamacpp.py). Files and qualities that are there are taken as they are, so that a run goes
+on where it was killed; --prepare stops before the speeds, which want a quiet machine and are measured anew every time.
+They are those of the compiled generator (AOTInductor) and of llama.cpp, each in a fresh process, all points in turn: of
+the prompt until the first token is there, and of the tokens after it. In every round the points' linears are timed, too,
+as a plan's prices are. Beside the speed stands what follows from these for a model of which all else takes as long as in
+dense int8: of the points that are all of one format its linears take the least of a step in which nothing is sparse.
 
 A GGUF's perplexity is of llama.cpp's own logits. Zero-shot accuracy is of the weights, dequantised. Which points are
 dominated (another is as good, as fast and as small, and better in one of them) is for tables.py to say.
@@ -41,6 +41,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="the dense model that points are made of")] = None,
     data: Annotated[str | None, typer.Option(help="text to train, round and predict by")] = None,
     recipe: Annotated[Path | None, typer.Option(help="of the sparse points; default: sparsegpt, untrained")] = None,
+    two_four: Annotated[str | None, typer.Option(help="a sparse folder, instead of the recipe's 2:4 model")] = None,
     rounding: Annotated[int, typer.Option(help="sequences that values are rounded on")] = 32,
     dtype: Annotated[str, typer.Option(help="of the floats in the points that are made")] = "bfloat16",
     speedup: Annotated[list[float], typer.Option(help="of the plans")] = [1.3, 1.6, 2.0],  # noqa: B006
@@ -62,7 +63,8 @@ def main(
     if model is not None:
         if data is None:
             sys.exit("--model needs --data: points are made by it")
-        points = made(Maker(model, data, recipe_of(recipe), rounding, dtype), folder, batch, speedup, in_loop) + points
+        maker = Maker(model, data, recipe_of(recipe), rounding, dtype, two_four)
+        points = made(maker, folder, batch, speedup, in_loop) + points
     known = {each.name: prepared(each, folder, text, list(batch), windows, tasks, max_length) for each in points}
     if prepare:
         return

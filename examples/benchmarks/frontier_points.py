@@ -58,6 +58,7 @@ class Maker:
     Attributes:
         data: text of the plan's predictions, of the training and of the rounding.
         recipe: makes sparse what is to be sparse, by a plan or everywhere, in its dtype (default: float32).
+        two_four: a folder of this model made sparse everywhere by other means; if None, the recipe's.
         rounding: sequences that values are rounded on, in float32.
         dtype: of the floats.
     """
@@ -67,6 +68,7 @@ class Maker:
     recipe: sf.Recipe
     rounding: int
     dtype: str
+    two_four: str | None = None
 
     def sparse(self, path: Path, options: Mapping[str, Any] = MappingProxyType({}), **how: Any) -> None:
         """With further ``options`` of the method."""
@@ -95,14 +97,14 @@ def made(maker: Maker, folder: Path, batch: Sequence[int], speedups: Sequence[fl
     asked = {**vars(maker), "recipe": maker.recipe.describe(), "batch": list(batch)}
     before = folder / "made-of.json"
     if before.exists() and json.loads(before.read_text()) != asked:
-        sys.exit(f"{folder} holds points of another model, data, recipe, rounding, dtype or batch: name a new folder")
+        sys.exit(f"{folder} holds points of another model, data or setting (see {before.name}): name a new folder")
     write_json(before, asked)
     plan = sf.Plan.read(_once(folder / "prices.json", lambda path: _price(maker, batch).save(path)))
     floats = SHORT[maker.dtype]
     points = [Point(f"dense {floats}", maker.model, maker.dtype, plan)]
     if maker.dtype != "float32":
         points.append(Point("dense fp32", maker.model, "float32"))
-    two_four = _once(folder / "2-4", maker.sparse)
+    two_four = maker.two_four or _once(folder / "2-4", maker.sparse)
     path = _once(folder / "2-4-packed", lambda at: maker.packed(two_four, at))
     points.append(Point(f"2:4 {floats}", str(path), None, everywhere(plan, Format("2:4"))))
     in_few_bits = [(f"dense {name}", maker.model) for name in QUANTIZED] + [
