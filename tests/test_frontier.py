@@ -50,6 +50,8 @@ def test_the_table_names_them(frontier_tables, monkeypatch):
     lines = frontier_tables.frontier_table().splitlines()
     assert "| half | 25.00 | 50.0 | 20.0 | 20.0 | 60 | 50 MB | nobody |" in lines
     assert "| worse | 30.00 | 50.0 | 15.0 (15.5) | 15.0 | 45 | 60 MB | half |" in lines
+    points[:] = [each | {"zero_shot_mean": None} for each in points]
+    assert "| half | 25.00 | 20.0 | 20.0 | 60 | 50 MB | nobody |" in frontier_tables.frontier_table().splitlines()
 
 
 def test_how_a_point_is_given(frontier_tables):

@@ -31,13 +31,14 @@ def frontier_table() -> str:
     if not points:
         return table((), "", ())
     counts, beaten = batches(points), dominators(points)
+    scored = any(point["zero_shot_mean"] is not None for point in points)
     rows = []
     for point in points:
         speeds = (f"{point['tokens_per_second'][b]:.1f}{_predicted(point, b)}" for b in counts)
         zero_shot, prompt = point["zero_shot_mean"], point.get("prompt_tokens_per_second", {}).get(counts[-1])
         rows.append((
-            point["name"], f"{point['perplexity']:.2f}", "" if zero_shot is None else f"{100 * zero_shot:.1f}",
-            *speeds, "" if prompt is None else f"{prompt:.0f}", f"{point['bytes'] / 1e6:.0f} MB",
+            point["name"], f"{point['perplexity']:.2f}",
+            *(["" if zero_shot is None else f"{100 * zero_shot:.1f}"] if scored else []), *speeds, "" if prompt is None else f"{prompt:.0f}", f"{point['bytes'] / 1e6:.0f} MB",
             ", ".join(beaten[point["name"]]) or "nobody",
         ))  # fmt: skip
     asked = points[0]["asked"]
@@ -49,8 +50,8 @@ def frontier_table() -> str:
     if base := next((point["predicted_from"] for point in points if "predicted_from" in point), None):
         text += f" In brackets: what the linears' times say if all else takes as long as in {base}."
     speeds = (*(f"tokens/s, batch {b}" for b in counts), f"prompt tokens/s, batch {counts[-1]}")
-    names = ("point", "perplexity", "zero-shot %", *speeds, "bytes", "dominated by")
-    return blocks([(text, table(names, "lrr" + "r" * len(speeds) + "rl", rows))])
+    names = ("point", "perplexity", *(["zero-shot %"] if scored else []), *speeds, "bytes", "dominated by")
+    return blocks([(text, table(names, "l" + "r" * (len(names) - 2) + "l", rows))])
 
 
 def _predicted(point: dict, batch: str) -> str:
