@@ -65,6 +65,15 @@ def test_how_a_point_is_given(frontier_tables):
         read_point("folder")
 
 
+def test_what_makes_points_wants_a_model_to_make_them_of(frontier_tables, tmp_path):
+    from frontier import main
+
+    for given in ({"recipe": tmp_path}, {"two_four": tmp_path}):
+        with pytest.raises(SystemExit, match="name it with --model"):
+            main(tmp_path, tmp_path / "files", **given)
+    assert not (tmp_path / "files").exists()
+
+
 def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch):
     """Each in its formats, with what the prices say of it; what is there is not made again."""
     import frontier_points as points

@@ -41,7 +41,9 @@ def main(
     model: Annotated[str | None, typer.Option(help="the dense model that points are made of")] = None,
     data: Annotated[str | None, typer.Option(help="text to train, round and predict by")] = None,
     recipe: Annotated[Path | None, typer.Option(help="of the sparse points; default: sparsegpt, untrained")] = None,
-    two_four: Annotated[str | None, typer.Option(help="a sparse folder, instead of the recipe's 2:4 model")] = None,
+    two_four: Annotated[
+        Path | None, typer.Option(help="a sparse folder, instead of the recipe's 2:4 model", exists=True)
+    ] = None,
     rounding: Annotated[int, typer.Option(help="sequences that values are rounded on")] = 32,
     dtype: Annotated[str, typer.Option(help="of the floats in the points that are made")] = "bfloat16",
     speedup: Annotated[list[float], typer.Option(help="of the plans")] = [1.3, 1.6, 2.0],  # noqa: B006
@@ -57,13 +59,15 @@ def main(
     threads: int = 0,
     prepare: Annotated[bool, typer.Option("--prepare", help="qualities and files alone")] = False,
 ) -> None:
+    if model is None and (unused := [n for n, given in (("recipe", recipe), ("two-four", two_four)) if given]):
+        sys.exit(f"--{unused[0]} is for points that are made of a model: name it with --model")
     use(threads=threads)
     folder.mkdir(parents=True, exist_ok=True)
     points = [read_point(each) for each in point]
     if model is not None:
         if data is None:
             sys.exit("--model needs --data: points are made by it")
-        maker = Maker(model, data, recipe_of(recipe), rounding, dtype, two_four)
+        maker = Maker(model, data, recipe_of(recipe), rounding, dtype, str(two_four) if two_four else None)
         points = made(maker, folder, batch, speedup, in_loop) + points
     known = {each.name: prepared(each, folder, text, list(batch), windows, tasks, max_length) for each in points}
     if prepare:

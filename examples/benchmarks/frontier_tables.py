@@ -34,11 +34,13 @@ def frontier_table() -> str:
     scored = any(point["zero_shot_mean"] is not None for point in points)
     rows = []
     for point in points:
+        quality = [f"{point['perplexity']:.2f}"]
+        if scored:
+            quality.append("" if point["zero_shot_mean"] is None else f"{100 * point['zero_shot_mean']:.1f}")
         speeds = (f"{point['tokens_per_second'][b]:.1f}{_predicted(point, b)}" for b in counts)
-        zero_shot, prompt = point["zero_shot_mean"], point.get("prompt_tokens_per_second", {}).get(counts[-1])
+        prompt = point.get("prompt_tokens_per_second", {}).get(counts[-1])
         rows.append((
-            point["name"], f"{point['perplexity']:.2f}",
-            *(["" if zero_shot is None else f"{100 * zero_shot:.1f}"] if scored else []), *speeds, "" if prompt is None else f"{prompt:.0f}", f"{point['bytes'] / 1e6:.0f} MB",
+            point["name"], *quality, *speeds, "" if prompt is None else f"{prompt:.0f}", f"{point['bytes'] / 1e6:.0f} MB",
             ", ".join(beaten[point["name"]]) or "nobody",
         ))  # fmt: skip
     asked = points[0]["asked"]
