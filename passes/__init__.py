@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseforge_fx.passes.base import Choose, Find, Pass, PassRecord, PassResult, run_passes
 from sparseforge_fx.passes.differentiate_attention import differentiate_attention
-from sparseforge_fx.passes.expand_attention import expand_attention
+from sparseforge_fx.passes.lower_attention import lower_attention
 from sparseforge_fx.passes.expand_sparse_linears import expand_sparse_linears
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.fuse_epilogues import fuse_epilogues
@@ -86,7 +86,7 @@ def export_passes() -> list[Pass]:
 def package_passes(device: str) -> list[Pass]:
     """From packed operators to a compiled package that runs without Python on that kind of device."""
     if device == "cpu":  # our kernels are linked in
-        return [expand_attention]
+        return [lower_attention]
     return [inline_kernels]  # after fusing: the kernels take bias and activation
 
 
@@ -99,7 +99,7 @@ __all__ = [
     "PassResult",
     "deploy_passes",
     "differentiate_attention",
-    "expand_attention",
+    "lower_attention",
     "expand_sparse_linears",
     "export_passes",
     "find_linears",

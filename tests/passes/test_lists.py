@@ -45,7 +45,7 @@ def none(sites):
         ),
         (deploy_passes(find_linears, none, fuse=False), ["merge_parallel_linears", "lower_sparse_linears"]),
         (export_passes(), ["expand_sparse_linears"]),
-        (package_passes("cpu"), ["expand_attention"]),
+        (package_passes("cpu"), ["lower_attention"]),
         (package_passes("cuda"), ["inline_kernels"]),
     ],
 )

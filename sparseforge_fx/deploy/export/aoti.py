@@ -20,6 +20,7 @@ from sparseforge_fx.deploy.lowering.lower import refuse_packed_experts
 from sparseforge_fx.errors import SparseForgeError, one_line
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.kernels import cpu
+from sparseforge_fx.kernels.decode_attention import DECODE_ATTENTION_OP
 from sparseforge_fx.kernels.sparse_experts import PACKED_EXPERTS_OP
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.passes import package_passes, run_passes
@@ -32,6 +33,8 @@ _ON_CPU: dict[str, Any] = {"realize_reads_threshold": 0, "cpp.dynamic_threads": 
 _PACKED = "AtenTensorHandle x, AtenTensorHandle values, AtenTensorHandle meta, const char* layout, int64_t in_features"
 # the functions of kernels/cpu/aoti.cpp
 _SHIMS = {
+    DECODE_ATTENTION_OP: """AOTITorchError aoti_torch_cpu_decode_attention(AtenTensorHandle query, AtenTensorHandle key,
+    AtenTensorHandle value, AtenTensorHandle* mask, double scale, AtenTensorHandle* result)""",
     OP: f"""AOTITorchError aoti_torch_cpu_sparse_linear({_PACKED},
     AtenTensorHandle* bias, const char* activation, AtenTensorHandle* scales, AtenTensorHandle* result)""",
     PACKED_EXPERTS_OP: f"""AOTITorchError aoti_torch_cpu_sparse_experts({_PACKED},
@@ -96,9 +99,9 @@ def _explain(error: Exception) -> str:
 
 @contextmanager
 def kernels_linked(*programs: Exported) -> Iterator[None]:
-    """Within it, Inductor calls the C functions for the sparse operators and links the library that has them."""
-    sparse = any(p.graph.find_nodes(op="call_function", target=op) for p in programs for op in _SHIMS)
-    library = cpu.archive() if sparse else None
+    """Within it, Inductor calls the C functions for our operators and links the library that has them."""
+    ours = any(p.graph.find_nodes(op="call_function", target=op) for p in programs for op in _SHIMS)
+    library = cpu.archive() if ours else None
     before = os.environ.get("LIBRARY_PATH")
     patches: dict[str, Any] = {}
     if library is not None:

@@ -30,9 +30,12 @@ _SOURCES = (
     "sparse_linear.cpp",
     "sparse_experts.cpp",
     "attention_backward.cpp",
+    "decode_attention.cpp",
     "operator.cpp",
     "aoti.cpp",
     "attention_backward.h",
+    "decode_attention.h",
+    "decode_tile.h",
     "exp_of.h",
     "rows_linear.h",
     "sparse_experts.h",
@@ -168,6 +171,11 @@ def attention_backward(gradient, query, key, value, mask, out, logsumexp, *, cau
     """
     given = gradient, query, key, value, mask, out, logsumexp
     return torch.ops.sparseforge_cpu.attention_backward(*given, causal, scale)
+
+
+def decode_attention(query, key, value, mask, scale, isa=None):
+    """``kernels/decode_attention.py``'s operator; call only if :func:`available`."""
+    return torch.ops.sparseforge_cpu.decode_attention(query, key, value, mask, scale, isa or instruction_set())
 
 
 def built() -> bool:

@@ -1,6 +1,7 @@
-// What a package of AOTInductor calls: sparseforge::sparse_linear and sparse_experts in a CPU's layouts, without Python and
-// without the dispatcher. Linked into the package's own library (see deploy/export/aoti.py).
+// What a package of AOTInductor calls: sparseforge::sparse_linear and sparse_experts in a CPU's layouts, and
+// decode_attention, without Python and without the dispatcher. Linked into the package's own library (see deploy/export/aoti.py).
 
+#include "decode_attention.h"
 #include "sparse_experts.h"
 
 #include <torch/csrc/inductor/aoti_torch/utils.h>
@@ -51,5 +52,15 @@ extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_cpu_sparse_experts(
         sparse_experts(*tensor_handle_to_tensor_pointer(x), *tensor_handle_to_tensor_pointer(values),
                        *tensor_handle_to_tensor_pointer(meta), *kept, in_features, given(offsets), given(bias),
                        given(scales), isa_in_use()));
+  });
+}
+
+extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_cpu_decode_attention(
+    AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle* mask, double scale,
+    AtenTensorHandle* result) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    *result = torch::aot_inductor::new_tensor_handle(sparseforge::decode_attention(
+        *tensor_handle_to_tensor_pointer(query), *tensor_handle_to_tensor_pointer(key),
+        *tensor_handle_to_tensor_pointer(value), given(mask), scale, isa_in_use()));
   });
 }

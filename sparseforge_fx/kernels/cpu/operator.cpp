@@ -7,6 +7,7 @@
 
 #include "attention_backward.h"
 #include "codes_linear.h"
+#include "decode_attention.h"
 #include "multiply_in_tiles.h"
 #include "pairs_linear.h"
 #include "sparse_experts.h"
@@ -142,6 +143,11 @@ at::Tensor pairs_linear_named(const at::Tensor& x, const at::Tensor& values, con
   return pairs_linear(x, values, places, scales, in_features, bias, *act, isa_named(isa));
 }
 
+at::Tensor decode_attention_named(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                  const OptionalTensor& mask, double scale, c10::string_view isa) {
+  return decode_attention(query, key, value, mask, scale, isa_named(isa));
+}
+
 int64_t pairs_rows_named(c10::string_view isa) { return pairs_rows(isa_named(isa)); }
 
 int64_t max_rows_named(at::ScalarType dtype, bool codes, int64_t in_features, c10::string_view isa) {
@@ -170,6 +176,8 @@ TORCH_LIBRARY(sparseforge_cpu, m) {
   m.def(
       "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out,"
       " Tensor logsumexp, bool causal, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, str isa) -> Tensor");
   m.def("multiplies_bf16_blocks() -> bool", &sparseforge::multiplies_bf16_blocks);
   m.def("pairs_rows(str isa) -> int", &sparseforge::pairs_rows_named);
   m.def("vnni(str isa) -> bool", &sparseforge::vnni_named);
@@ -184,6 +192,7 @@ TORCH_LIBRARY_IMPL(sparseforge_cpu, CPU, m) {
   m.impl("pairs_linear", &sparseforge::pairs_linear_named);
   m.impl("pairs_dense", &sparseforge::pairs_dense);
   m.impl("attention_backward", &sparseforge::attention_backward);
+  m.impl("decode_attention", &sparseforge::decode_attention_named);
 }
 
 TORCH_LIBRARY_IMPL(sparseforge, CPU, m) {
