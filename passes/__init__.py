@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sparseforge_fx.passes.base import Choose, Find, Pass, PassRecord, PassResult, run_passes
 from sparseforge_fx.passes.differentiate_attention import differentiate_attention
-from sparseforge_fx.passes.lower_attention import lower_attention
 from sparseforge_fx.passes.expand_sparse_linears import expand_sparse_linears
 from sparseforge_fx.passes.find_linears import LinearSite, find_linears
 from sparseforge_fx.passes.fuse_epilogues import fuse_epilogues
@@ -24,6 +23,7 @@ from sparseforge_fx.passes.insert_expert_counters import insert_expert_counters
 from sparseforge_fx.passes.insert_hessian_hooks import insert_hessian_hooks
 from sparseforge_fx.passes.insert_low_rank import insert_low_rank
 from sparseforge_fx.passes.insert_soft_masks import insert_soft_masks
+from sparseforge_fx.passes.lower_attention import lower_attention
 from sparseforge_fx.passes.lower_sparse_linears import lower_sparse_linears
 from sparseforge_fx.passes.merge_parallel_linears import merge_parallel_linears
 from sparseforge_fx.pattern import AnyPattern
@@ -99,7 +99,6 @@ __all__ = [
     "PassResult",
     "deploy_passes",
     "differentiate_attention",
-    "lower_attention",
     "expand_sparse_linears",
     "export_passes",
     "find_linears",
@@ -110,6 +109,7 @@ __all__ = [
     "insert_hessian_hooks",
     "insert_low_rank",
     "insert_soft_masks",
+    "lower_attention",
     "lower_sparse_linears",
     "merge_parallel_linears",
     "package_passes",

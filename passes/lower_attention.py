@@ -77,7 +77,7 @@ def _heads(node: Node) -> Any:
 
 
 def _before_repeating(node: Node) -> Node:
-    """[B, heads, L, D] of which ``node`` [B, heads * count, L, D] has each head ``count`` times in a row; else itself."""
+    """[B, heads, L, D] of which ``node`` [B, heads * count, L, D] has each head so often in a row; else itself."""
     wide = node.args[0] if node.target in _RESHAPES else None
     if not isinstance(wide, Node) or wide.target != aten.expand.default:
         return node

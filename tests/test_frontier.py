@@ -43,6 +43,19 @@ def test_faster_at_one_batch_alone_dominates_nobody(frontier_tables):
     assert frontier_tables.dominators([slow, fast]) == {"a": [], "b": []}
 
 
+def test_slower_behind_a_longer_prompt_dominates_nobody(frontier_tables, monkeypatch):
+    slow, fast = point("a", 20, 10, 100e6), point("b", 20, 20, 100e6)
+    for each, speed in ((slow, 9), (fast, 8)):
+        each["longer_prompts"] = {"512": {"tokens_per_second": {"1": speed, "8": speed + 0.5}}}
+    assert frontier_tables.dominators([slow, fast]) == {"a": [], "b": []}
+    monkeypatch.setattr(frontier_tables, "read", lambda folder: [slow, fast])
+    lines = frontier_tables.frontier_table().splitlines()
+    assert "| a | 20.00 | 50.0 | 10.0 | 10.0 | 9.0 | 9.5 | 30 | 100 MB | nobody |" in lines
+    assert "behind 512 tokens, batch 1 | behind 512 tokens, batch 8 |" in "\n".join(lines)
+    del slow["longer_prompts"]  # an older run
+    assert frontier_tables.dominators([slow, fast]) == {"a": ["b"], "b": []}
+
+
 def test_the_table_names_them(frontier_tables, monkeypatch):
     points = [point("half", 25, 20, 50e6), point("worse", 30, 15, 60e6)]
     points[1] |= {"predicted_tokens_per_second": {"1": 15.5, "8": None}, "predicted_from": "half"}

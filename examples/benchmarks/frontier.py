@@ -33,6 +33,7 @@ from frontier_prepared import held_bytes, llama_cpp, prepared
 from sparseforge_fx.report import environment
 
 BASE = "dense int8"
+SAMPLES = 2  # of a process, in each round; of one with longer prompts, which take long, one
 
 
 def main(
@@ -52,7 +53,7 @@ def main(
     batch: Annotated[list[int], typer.Option()] = [1, 8],  # noqa: B006
     windows: int = 16,
     tasks: Annotated[int, typer.Option(help="documents of each zero-shot task; 0: no tasks")] = 0,
-    prompt: int = 16,
+    prompt: Annotated[list[int], typer.Option(help="tokens of the prompts; predictions are for the first")] = [16, 512],  # noqa: B006
     tokens: int = 64,
     max_length: Annotated[int, typer.Option(help="what the generator's cache could hold")] = CONTEXT,
     rounds: Annotated[int, typer.Option(min=2)] = 3,
@@ -72,19 +73,24 @@ def main(
     known = {each.name: prepared(each, folder, text, list(batch), windows, tasks, max_length) for each in points}
     if prepare:
         return
-    ids = torch.load(folder / "windows.pt")[:1, :prompt]
-    request = {"ids": ids, "text_tokens": tokens, "tokens": tokens, "rounds": rounds, "batch": list(batch)}
-    torch.save({**request, "device": "cpu", "threads": threads or torch.get_num_threads()}, folder / "request.pt")
+    request = {"text_tokens": tokens, "tokens": tokens, "batch": list(batch), "device": "cpu"}
+    request |= {"threads": threads or torch.get_num_threads()}
     plans = {each.name: each.plan for each in points if each.plan is not None}
-    found: dict[str, list[dict[str, Any]]] = {each.name: [] for each in points}
+    found: dict[int, dict[str, list[dict[str, Any]]]] = {
+        length: {each.name: [] for each in points} for length in prompt
+    }
     prices: list[dict[Any, dict[int, float]]] = []
     for _ in range(rounds):
         if plans:
             prices.append(price_now(list(plans.values()), dtype))
-        for each in points:
-            found[each.name].append(speed(each, folder))
+        for length, of in found.items():
+            ids = torch.load(folder / "windows.pt")[:1, :length]
+            samples = SAMPLES if length == prompt[0] else 1
+            torch.save({**request, "ids": ids, "rounds": samples}, folder / "request.pt")
+            for each in points:
+                of[each.name].append(speed(each, folder))
     here = environment()  # before the first file is written, after which the tree has changes
-    decoding = {name: decoded(of, prompt, tokens) for name, of in found.items()}
+    decoding, *longer = ({n: decoded(runs, p, tokens) for n, runs in of.items()} for p, of in found.items())
     now = {p: {t: median(of[p][t] for of in prices) for t in of_first} for p, of_first in (prices or [{}])[0].items()}
     linears = {name: time_of(plan, now) for name, plan in plans.items()}
     for each in points:
@@ -92,10 +98,11 @@ def main(
             **known[each.name],
             "asked": {**known[each.name]["asked"], "path": Path(each.path).name},
             "bytes": Path(each.path).stat().st_size if each.is_gguf else held_bytes(each),
-            "prompt": prompt,
+            "prompt": prompt[0],
             "tokens": tokens,
             "max_length": max_length,
             **decoding[each.name],
+            "longer_prompts": {str(p): of[each.name] for p, of in zip(prompt[1:], longer, strict=True)},
         }
         if each.plan is not None:
             base = BASE if BASE in linears else points[0].name

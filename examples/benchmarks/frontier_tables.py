@@ -12,12 +12,19 @@ def batches(points: list[dict]) -> list[str]:
     return [b for b in points[0]["tokens_per_second"] if all(b in p["tokens_per_second"] for p in points)]
 
 
+def longer(points: list[dict]) -> list[str]:
+    """The longer prompts that all points were timed behind."""
+    return [p for p in points[0].get("longer_prompts", {}) if all(p in o.get("longer_prompts", {}) for o in points)]
+
+
 def dominators(points: list[dict]) -> dict[str, list[str]]:
-    """Who is as good, as fast at every batch and as small as a point, and better in one of them, by the point's name."""
-    counts = batches(points) if points else []
+    """Who is as good, as fast at every batch behind every prompt, and as small as a point, and better in one of them, by
+    the point's name."""
+    counts, prompts = (batches(points), longer(points)) if points else ([], [])
 
     def worth(point: dict) -> list[float]:
-        return [-point["perplexity"], -point["bytes"], *(point["tokens_per_second"][b] for b in counts)]
+        speeds = [point, *(point["longer_prompts"][p] for p in prompts)]
+        return [-point["perplexity"], -point["bytes"], *(of["tokens_per_second"][b] for of in speeds for b in counts)]
 
     worths = {point["name"]: worth(point) for point in points}
     return {
@@ -31,6 +38,7 @@ def frontier_table() -> str:
     if not points:
         return table((), "", ())
     counts, beaten = batches(points), dominators(points)
+    prompts = longer(points)
     scored = any(point["zero_shot_mean"] is not None for point in points)
     rows = []
     for point in points:
@@ -39,9 +47,10 @@ def frontier_table() -> str:
             quality.append("" if point["zero_shot_mean"] is None else f"{100 * point['zero_shot_mean']:.1f}")
         speeds = (f"{point['tokens_per_second'][b]:.1f}{_predicted(point, b)}" for b in counts)
         prompt = point.get("prompt_tokens_per_second", {}).get(counts[-1])
+        behind = (f"{point['longer_prompts'][p]['tokens_per_second'][b]:.1f}" for p in prompts for b in counts)
         rows.append((
-            point["name"], *quality, *speeds, "" if prompt is None else f"{prompt:.0f}", f"{point['bytes'] / 1e6:.0f} MB",
-            ", ".join(beaten[point["name"]]) or "nobody",
+            point["name"], *quality, *speeds, *behind, "" if prompt is None else f"{prompt:.0f}",
+            f"{point['bytes'] / 1e6:.0f} MB", ", ".join(beaten[point["name"]]) or "nobody",
         ))  # fmt: skip
     asked = points[0]["asked"]
     text = (
@@ -51,7 +60,8 @@ def frontier_table() -> str:
     )
     if base := next((point["predicted_from"] for point in points if "predicted_from" in point), None):
         text += f" In brackets: what the linears' times say if all else takes as long as in {base}."
-    speeds = (*(f"tokens/s, batch {b}" for b in counts), f"prompt tokens/s, batch {counts[-1]}")
+    behind = (f"behind {p} tokens, batch {b}" for p in prompts for b in counts)
+    speeds = (*(f"tokens/s, batch {b}" for b in counts), *behind, f"prompt tokens/s, batch {counts[-1]}")
     names = ("point", "perplexity", *(["zero-shot %"] if scored else []), *speeds, "bytes", "dominated by")
     return blocks([(text, table(names, "l" + "r" * (len(names) - 2) + "l", rows))])
 
