@@ -29,6 +29,10 @@ SCRIPTS = {
         {"cases"},
     ),
     "decode": ({**MODEL, "batch": [1], "prefill": 8, "tokens": 2, "rounds": 1}, {"batches", "prefill", "gate"}),
+    "decode_attention": (
+        {"label": "tiny", "shapes": "1x4x2x9x8", "rounds": 1, "rotated_bytes": 1},
+        {"cases", "instruction_set", "dtype"},
+    ),
     "estimator_cost": (STEPS, {"median_seconds", "over_none", "amortised"}),
     "huge_pages": (
         {"label": "tiny", "shapes": "32x64", "rows": "1", "rounds": 4, "rotate_bytes": 1},

@@ -135,6 +135,25 @@ def large_decode_table() -> str:
     return blocks(parts)
 
 
+def decode_attention_table() -> str:
+    """Attention of the next token by torch, by Inductor's loops and by our kernel."""
+    ways = ("torch", "inductor", "ours")
+    rows = [
+        (
+            f"{machine(run)}, {run['instruction_set']}", " x ".join(map(str, case["shape"])),
+            *(f"{case['microseconds'][n]:.0f} us, {case['gigabytes_per_second'][n]:.1f} GB/s" for n in ways),
+            f"{min(case['microseconds'][n] for n in ways[:2]) / case['microseconds']['ours']:.1f}x",
+            *(f"{case['relative_error'][n]:.1e}" for n in ways), run["commit"],
+        )
+        for run in read("decode_attention") for case in run["cases"]
+    ]  # fmt: skip
+    names = (
+        "device, threads, instructions", "batch x heads x heads of keys x positions x width", "torch", "Inductor", "ours",
+        "over the better", "error of torch's", "of Inductor's", "of ours", "commit",
+    )  # fmt: skip
+    return table(names, "llrrrrrrrl", rows)
+
+
 def gpu_kernel_table() -> str:
     """Dense bfloat16 in microseconds; the best contender of the same bits and the best of ours, over it."""
     parts = []

@@ -45,6 +45,7 @@ TABLES = {
     "experts-decode": speed.experts_table,
     "huge-pages": speed.huge_pages_table,
     "large-decode": speed.large_decode_table,
+    "decode-attention": speed.decode_attention_table,
     "gpu-kernels": speed.gpu_kernel_table,
     "decode": speed.decode_table,
     "generation": speed.generation_table,

@@ -91,7 +91,7 @@ INLINE float sum(__m256 v) {
 }  // namespace avx2
 
 namespace avx512 {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define TARGET __attribute__((target("avx512f,avx2,fma")))
 constexpr int kLanes = 16, kQueries = 4, kPositions = 4, kVectors = 4;
 INLINE float sum(__m512 v) { return _mm512_reduce_add_ps(v); }
 #include "decode_tile.h"
