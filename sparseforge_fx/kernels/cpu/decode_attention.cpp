@@ -25,7 +25,7 @@ inline void round_to(half& out, float value) { out.bits = at::Half(value).x; }
 
 namespace {
 
-constexpr int64_t kPart = 64;  // positions
+constexpr int64_t kPart = 32;  // positions
 constexpr int64_t kPadding = 16;  // rows of float32 end at a multiple of it
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
