@@ -8,6 +8,8 @@ import torch
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.decode_attention import DECODE_ATTENTION_OP, decode_attention
 
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+
 #: B, H, heads, L, D, V: one part of positions and several, lanes that are not filled, every count of queries for a head
 SIZES = [
     (1, 9, 3, 130, 64, 64),

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import build
 from torch import nn
 from torch.export import Dim
 
+from sparseforge_fx.deploy.export.generation import Step
 from sparseforge_fx.graph.capture import capture
 from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.kernels.decode_attention import DECODE_ATTENTION_OP
@@ -141,3 +143,20 @@ def test_once_more_changes_nothing():
     _, after, _ = lowered({}, inputs(mask=BOOLEAN))
     _, (record,) = run_passes(after, [lower_attention])
     assert record.modified == 0 and record.op_changes == {}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_models_next_token(kind):
+    model = build(kind).eval()
+    step = Step(model, 16)
+    program = capture(step, step.example(length=1))
+    after, (record,) = run_passes(program, [lower_attention])
+    assert record.modified == model.config.num_hidden_layers and ATTENTION not in after.op_counts()
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    for node in after.graph.find_nodes(op="call_function", target=DECODE_ATTENTION_OP):
+        assert (
+            node.args[1].meta["val"].shape[1] == node.args[2].meta["val"].shape[1] == model.config.num_key_value_heads
+        )
+    torch.testing.assert_close(after.module()(**step.example(1)), program.module()(**step.example(1)))
+    several = capture(step, step.example(length=3))
+    assert run_passes(several, [lower_attention])[1][0].modified == 0
