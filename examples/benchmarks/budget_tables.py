@@ -201,24 +201,27 @@ def of_experts(stacks: Mapping[str, Mapping[str, list]]) -> tuple[str, str]:
 
 
 def rates_table() -> str:
-    """The same run at other learning rates."""
-    runs = sorted(read("rates"), key=lambda run: run["report"]["lr"])
-    if not runs:
-        return NONE
-    first = runs[0]
-    report = first["report"]
-    text = (
-        f"{first['model']}, {report['preset']}, {first['tokens']:,} tokens, {report['calibration_sequences']} calibration sequences, seed"
-        f" {report['seed']}, {report['device']}: {scored_on(first)}."
-    )
-    rows = []
-    for run in runs:
-        kl = [point["kl"] for point in run["report"]["curves"]]
-        ends = (f"{sum(part) / len(part):.3f}" for part in (kl[:30], kl[-30:]))
-        scored = (f"{run['sparse_perplexity'][name]:.2f}" for name in ("test", "valid"))
-        rows.append((f"{run['report']['lr']:g}", *ends, *scored, run["report"]["commit"]))
-    names = ("rate", "KL, first 30 steps", "last 30", "test", "validation", "commit")
-    return blocks([(text, table(names, "rrrrrl", rows))])
+    """The same run at other learning rates, for each size of a step."""
+    groups: dict[int, list[dict]] = {}
+    for run in sorted(read("rates"), key=lambda run: run["report"]["lr"]):
+        groups.setdefault(run["tokens"] // len(run["report"]["curves"]), []).append(run)
+    parts = []
+    for tokens, runs in sorted(groups.items()):
+        first, report = runs[0], runs[0]["report"]
+        calibration = first.get("calibration_sequences", report["calibration_sequences"])
+        text = (
+            f"{first['teacher'] or first['model']}, {report['preset']}, {first['tokens']:,} tokens in steps of {tokens:,}, {calibration}"
+            f" calibration sequences, seed {report['seed']}, {report['device']}: {scored_on(first)}."
+        )
+        rows = []
+        for run in runs:
+            kl = [point["kl"] for point in run["report"]["curves"]]
+            ends = (f"{sum(part) / len(part):.3f}" for part in (kl[:30], kl[-30:]))
+            scored = (f"{run['sparse_perplexity'][name]:.2f}" for name in ("test", "valid"))
+            rows.append((f"{run['report']['lr']:g}", *ends, *scored, run["report"]["commit"]))
+        names = ("rate", "KL, first 30 steps", "last 30", "test", "validation", "commit")
+        parts.append((text, table(names, "rrrrrl", rows)))
+    return blocks(parts)
 
 
 def rotated_table() -> str:

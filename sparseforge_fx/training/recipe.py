@@ -57,9 +57,9 @@ class Recipe:
             ``length`` tokens, or one batch of the data, times ``accumulate`` and the number of processes. ``tokens``
             (also ``"20M"``) is the budget of the whole run, in real tokens (padding does not count; samples where
             there are no tokens), over all micro-batches and processes: the run takes as many steps as fit into it.
-        lr: peak learning rate. 5e-4 was best for SmolLM2-135M in runs of 60 steps of 2,048 tokens; behind blocks that
-            learned (``reconstruct``), in steps of 512 tokens, 1.25e-4 was better than 2.5e-4, and that than 5e-4. The
-            authors take 1e-4 for 7B and 20,000 steps.
+        lr: peak learning rate. 5e-4 was best for SmolLM2-135M in runs of 60 steps of 2,048 tokens, and level with
+            2.5e-4 behind blocks that learned (``reconstruct``); in steps of 512 tokens 1.25e-4 was better there than
+            2.5e-4, and that than 5e-4. The authors take 1e-4 for 7B and 20,000 steps.
         objective: what is minimised; None: the preset's, or cross-entropy and KL, each with the weight 1.
         weight_decay: AdamW's, of matrices; None: the preset's, or 0.
         optimizer: ``adamw``, or ``adamw8bit``: AdamW with its moments in 8 bits (torchao), which saves 6 bytes for each
