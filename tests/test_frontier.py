@@ -87,6 +87,24 @@ def test_what_makes_points_wants_a_model_to_make_them_of(frontier_tables, tmp_pa
     assert not (tmp_path / "files").exists()
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([16, 16], "different numbers"),
+        ([512, 16], "the least first"),
+        ([0], "different numbers"),
+        ([16, 1000], "no room for 64 more"),
+        ([1025], "a window has 1024 tokens"),
+    ],
+)
+def test_prompts_that_could_not_be_timed_are_refused_first(frontier_tables, tmp_path, prompts, message):
+    from frontier import main
+
+    with pytest.raises(SystemExit, match=message):
+        main(tmp_path, tmp_path / "files", prompt=prompts)
+    assert not (tmp_path / "files").exists()
+
+
 def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch):
     """Each in its formats, with what the prices say of it; what is there is not made again."""
     import frontier_points as points

@@ -12,6 +12,7 @@ the shape. Errors are relative to attention in float64.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -35,6 +36,8 @@ def main(
     label: str = "cpu",
 ) -> None:
     use(threads=threads)
+    if not cpu.available():
+        sys.exit("the kernel needs a C++ compiler: there is nothing to compare")
     torch.manual_seed(0)
     sizes = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
     cases = [measure(size, getattr(torch, dtype), rounds, rotated_bytes) for size in sizes]

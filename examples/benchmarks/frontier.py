@@ -62,6 +62,7 @@ def main(
 ) -> None:
     if model is None and (unused := [n for n, given in (("recipe", recipe), ("two-four", two_four)) if given]):
         sys.exit(f"--{unused[0]} is for points that are made of a model: name it with --model")
+    check_prompts(prompt, tokens, max_length)
     use(threads=threads)
     folder.mkdir(parents=True, exist_ok=True)
     points = [read_point(each) for each in point]
@@ -112,6 +113,17 @@ def main(
             record |= {"predicted_from": base, "predicted_tokens_per_second": expected}
         save("frontier", each.label, record, here)
         print(each.name, f"perplexity {record['perplexity']:.2f}", record["tokens_per_second"], flush=True)
+
+
+def check_prompts(prompts: list[int], tokens: int, max_length: int) -> None:
+    """Leave with a sentence before anything takes long."""
+    if prompts != sorted(set(prompts)) or prompts[0] < 1:
+        sys.exit(f"--prompt {prompts}: name different numbers of tokens, the least first")
+    if prompts[-1] > CONTEXT or prompts[-1] + tokens > max_length:
+        sys.exit(
+            f"--prompt {prompts[-1]}: a window has {CONTEXT} tokens, and a cache of {max_length} no room for {tokens} more"
+            " behind a longer one: shorten it"
+        )
 
 
 def decoded(rounds: list[dict[str, Any]], prompt: int, tokens: int) -> dict[str, Any]:
