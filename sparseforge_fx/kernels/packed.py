@@ -15,7 +15,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import CODES, GROUPS, Format
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 METHOD = "sparseforge"  # quant_method in config.json of a checkpoint in this format
 #: what kernels multiply by; others can be packed and unpacked
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -158,7 +158,7 @@ def unpack_codes(packed: Packed) -> Tensor:
     quantised."""
     values = packed.values
     if values.dtype == torch.uint8:
-        values = (torch.stack((values & 15, values >> 4), -1).flatten(-2).view(torch.int8) ^ 8) - 8
+        values = int4_codes(values)
     if packed.bitmask.shape[-1] == 0:
         return values[..., : packed.in_features].contiguous()
     kept = unpack_mask(packed.bitmask).unflatten(-1, (-1, 4))
@@ -167,6 +167,11 @@ def unpack_codes(packed: Packed) -> Tensor:
     is_first = kept.cumsum(-1, dtype=torch.uint8) == 1
     dense = torch.where(kept, torch.where(is_first, first, second), 0).flatten(-2)
     return dense[..., : packed.in_features].contiguous().view(values.dtype)
+
+
+def int4_codes(values: Tensor) -> Tensor:
+    """The int8 codes [..., 2 n] of bytes [..., n] that hold two each."""
+    return (torch.stack((values & 15, values >> 4), -1).flatten(-2).view(torch.int8) ^ 8) - 8
 
 
 def unpack_mask(bitmask: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparseforge_fx.kernels import cpu
-from sparseforge_fx.kernels.packed import Packed, check_shapes, unpack
+from sparseforge_fx.kernels.packed import Packed, check_shapes, int4_codes, unpack
 
 
 def rows_dense(values: Tensor, bitmask: Tensor, in_features: int, scales: Tensor | None) -> Tensor:
@@ -35,3 +37,20 @@ def rows_product_on_cpu(
         return None
     check_shapes(Packed(values, bitmask, in_features, scales))
     return cpu.rows_linear(x, values, bitmask, in_features, scales, bias, activation)
+
+
+def rows_taken(places: Tensor, values: Tensor, in_features: int, scales: Tensor) -> Tensor:
+    """Some rows of a dense weight in few bits, float32 [..., in]: of ``rows_dense``, bit for bit; no other is read.
+
+    Plain operators, so that it goes into every kind of graph, and Inductor makes one loop of it.
+
+    Args:
+        places: integers [...], from 0 to out - 1.
+        values, scales: those of ``Packed``.
+    """
+    codes = F.embedding(places, values)
+    if values.dtype != torch.int8:
+        codes = int4_codes(codes)
+    groups = F.embedding(places, scales).float()
+    codes = codes[..., :in_features].float().unflatten(-1, (groups.shape[-1], -1))
+    return (codes * groups[..., None]).flatten(-2)

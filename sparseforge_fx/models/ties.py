@@ -39,6 +39,21 @@ def part(model: nn.Module, name: str) -> None:
         module.config.tie_word_embeddings = False
 
 
+def join(model: nn.Module, name: str) -> None:
+    """The way back of :func:`part`: let the configuration say that the linear of that name shares its embedding's
+    weight, as it does again."""
+    for path, module in model.named_modules():
+        if not getattr(module, "_tied_weights_keys", None):
+            continue
+        own: Any = module
+        before, own.config.tie_word_embeddings = own.config.tie_word_embeddings, True
+        ties = own.get_expanded_tied_weights_keys()
+        if f"{name}.weight".removeprefix(f"{path}." if path else "") in ties:
+            own.all_tied_weights_keys = ties
+        else:
+            own.config.tie_word_embeddings = before
+
+
 @contextmanager
 def untied(model: nn.Module) -> Iterator[dict[str, str]]:
     """Every tied head has a weight of its own, a copy, from here on: gives :func:`tied_heads`. Tied again if the block

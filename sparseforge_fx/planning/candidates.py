@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sparseforge_fx.deploy.lowering.modules import find_packable, find_packable_stacks
+from sparseforge_fx.deploy.lowering.packed_embedding import why_not_one
 from sparseforge_fx.formats import DENSE, Format
 from sparseforge_fx.graph.program import Program
 from sparseforge_fx.models.ties import tied_heads
@@ -25,7 +26,9 @@ class Candidate(NamedTuple):
 
     Attributes:
         formats: what it can be kept in, dense first.
-        copied: its storage is an embedding's, too, which stays: any other format than dense is a copy beside it.
+        tied: its storage is an embedding's, too.
+        taken: nodes of that embedding, where it gets the format, too; if none, any other format than dense is a copy
+            beside it.
         group: first of the weights that are deployed as one product with it (q, k and v; gate and up).
         group_outputs: of these together.
         routing: of a stack of experts.
@@ -33,7 +36,8 @@ class Candidate(NamedTuple):
 
     site: LinearSite
     formats: tuple[Format, ...]
-    copied: bool = False
+    tied: bool = False
+    taken: tuple[str, ...] = ()
     group: str = ""
     group_outputs: int = 0
     routing: Routing | None = None
@@ -58,8 +62,8 @@ def candidates(
     found: list[Candidate] = []
     reasons: dict[str, str] = {}
     for site in find_linears(program, _ANY_WIDTH, include or ["*"], exclude):
-        copied = _is_copied(site) and id(program.tensor(site.fqn)) in packable and _named(site, include, exclude)
-        if site.reason is not None and not copied:
+        tied = _is_tied(site) and id(program.tensor(site.fqn)) in packable and _named(site, include, exclude)
+        if site.reason is not None and not tied:
             reasons[site.fqn] = site.reason
             continue
         if site.experts is not None and program.tensor(site.fqn).device.type != "cpu":
@@ -73,7 +77,8 @@ def candidates(
         allowed = [f for f in formats if (prunable or not f.is_sparse) and (alone or not f.is_quantized)]
         fitting = tuple(f for f in allowed if f.why_not(site.in_features) is None and f != DENSE)
         if fitting:
-            found.append(Candidate(site, (DENSE, *fitting), copied, routing=find_routing(program, site)))
+            taken = _taken(program, site) if tied else ()
+            found.append(Candidate(site, (DENSE, *fitting), tied, taken, routing=find_routing(program, site)))
         else:
             reasons[site.fqn] = by_default.get(site.fqn) or f"no format fits its {site.in_features} inputs"
     return _grouped(program, found), reasons
@@ -86,7 +91,7 @@ def _grouped(program: Program, found: Sequence[Candidate]) -> list[Candidate]:
     for candidate in found:
         site = candidate.site
         key: tuple = (site.fqn,)
-        if len(site.uses) == 1 and not site.ties and not candidate.copied:
+        if len(site.uses) == 1 and not site.ties and not candidate.tied:
             node = nodes[site.uses[0].node]
             if node.target == torch.ops.aten.linear.default:
                 key = (node.args[0], len(node.args) > 2 and node.args[2] is not None, site.dtype, candidate.formats)
@@ -106,10 +111,24 @@ def _packable(program: Program) -> set[int]:
     return {id(module.weight) for module in (*modules.values(), *stacks.values())}
 
 
-def _is_copied(site: LinearSite) -> bool:
-    """Do embeddings alone stand against this weight? Then its linear can have a copy of its own in another form."""
+def _is_tied(site: LinearSite) -> bool:
+    """Do embeddings alone stand against this weight? Then its linear can have another form."""
     tied = site.readers == (_EMBEDDING,) and site.reason == f"also read by {_EMBEDDING}"
     return tied and len({u.swapped for u in site.uses}) == 1 and site.dtype.is_floating_point
+
+
+def _taken(program: Program, site: LinearSite) -> tuple[str, ...]:
+    """Nodes of the embedding that ``quantize`` gives the format that the plan gives the weight."""
+    assert program.source is not None
+    model, weight = program.source, program.tensor(site.fqn)
+    for name, embedding in tied_heads(model).items():
+        head, table = model.get_submodule(name), model.get_submodule(embedding)
+        one = why_not_one(head, table, Format("dense", "int8")) is None
+        if one and head.weight is weight and site.fqn == f"{embedding}.weight":
+            nodes = program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
+            names = {node for node, fqn in program.names().items() if program.tensor(fqn) is weight}
+            return tuple(n.name for n in nodes if n.args[0] in names)
+    return ()
 
 
 def _named(site: LinearSite, include: str | Sequence[str], exclude: str | Sequence[str]) -> bool:

@@ -172,7 +172,7 @@ def _priced(
         if not measured:
             notes.append(f"{form} has no times for {sides}: it was not considered")
             continue
-        size = _shape(_alone(candidate), form).bytes + (dense if candidate.copied else 0)
+        size = _shape(_alone(candidate), form).bytes + (dense if candidate.tied and not candidate.taken else 0)
         best = cost.of_one_layout(measured, tokens)
         prices[form] = Price(predicted, size, {t: share * best[t].packed_us for t in tokens})
     chosen = None if candidate.routing is None else candidate.routing.chosen
@@ -191,6 +191,8 @@ def predict(
     """
     by_name = {c.site.fqn: c for c in found}
     losses = {c.site.fqn: dict.fromkeys(c.formats[1:], 0.0) for c in found}
+    taken = {node: c.site.fqn for c in found for node in c.taken}
+    off: dict[str, dict[Format, float]] = {name: {} for name in taken.values()}  # squared error of rows that are taken
 
     def solve(name: str, weight: Tensor, moments: Tensor, sharpness: Tensor) -> None:
         seen(name, weight, moments, sharpness)
@@ -198,9 +200,14 @@ def predict(
         weight = weight[rows]
         for form, solved in solutions(weight, moments, by_name[name].formats[1:]).items():
             losses[name][form] += predicted_loss(solved - weight, moments, shares)
+            if name in off:
+                off[name][form] = float((solved - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
         advance()
 
     matrices = sum(min(EXPERTS, c.site.experts or 1) for c in found)
     with counted("losses of formats", matrices) as advance:
-        observe(run, recipe, [c.site for c in found], solve, "cost")
+        stakes = observe(run, recipe, [c.site for c in found], solve, "cost", taken)
+    for name, errors in off.items():
+        for form, error in errors.items():
+            losses[name][form] += 0.5 * error * stakes[name]
     return losses

@@ -3,7 +3,8 @@ outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -39,11 +40,21 @@ def check_answer(run: Run) -> None:
     check_batch(run.program, run.reader, objective, run.batches.batch(0))
 
 
-def observe(run: Run, recipe: Recipe, sites: Sequence[LinearSite], see: See, purpose: str) -> None:
+def observe(
+    run: Run,
+    recipe: Recipe,
+    sites: Sequence[LinearSite],
+    see: See,
+    purpose: str,
+    taken: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, float]:
     """Tell ``see`` of every weight, in the graph's order: one walk with gradients, one for the moments of the inputs.
 
     Args:
         purpose: what is made of it, for the notes: where padding counts, and where the answers have no gradient.
+        taken: nodes of embeddings, with the name of the weight that they take rows of.
+
+    Returns by that name what is at stake there (:func:`output_curvature`).
     """
     batches: list[Reading] = [run.reader.read(*as_call(batch)) for batch in run.first(recipe.calibration)]
     module = run.program.module()
@@ -51,7 +62,9 @@ def observe(run: Run, recipe: Recipe, sites: Sequence[LinearSite], see: See, pur
     reads = {node: read_of(node, *by_use[node.name]) for node in module.graph.nodes if node.name in by_use}
     loss = recipe.settings(True).objective
     objective = Objective(loss, getattr(run.program.source, "config", None), run.reader.note)
-    curvature = output_curvature(module, reads, batches, objective.answer, seed=recipe.seed)
+    nodes = {node: taken[node.name] for node in module.graph.nodes if node.name in taken}
+    stakes = dict.fromkeys(taken.values(), 0.0)
+    curvature = output_curvature(module, reads, batches, objective.answer, seed=recipe.seed, taken=nodes, stakes=stakes)
     by_name = {site.fqn: site for site in sites}
     experts = Experts(told_of_few="predicted from one input at a time")
     standing = {name: drawn_experts(_oriented(run, by_name[name]), g) for name, g in curvature.items() if g.dim() == 2}
@@ -72,6 +85,7 @@ def observe(run: Run, recipe: Recipe, sites: Sequence[LinearSite], see: See, pur
     for name in layer_by_layer(module, reads, batches, visit):
         run.notes.append(f"padding counted in what {name} is predicted to {purpose}: its inputs are no positions")
     run.notes += [f"{name}: {told}" for name, told in experts.told().items()]
+    return stakes
 
 
 def read_of(node: Node, site: LinearSite, use: LinearUse) -> Read:

@@ -5,6 +5,10 @@ the Fisher information along that change. Its off-diagonal part over outputs and
 
     1/2 sum_o g_o (E M E^T)_oo,   M = X^T X / rows,   g_o = sum over rows of (dL / dy_o)^2 / answers
 
+Of an embedding whose rows y have the squared error r |y|^2, even over their width D, 1/2 r times what is at stake:
+
+    sum over rows of |y|^2 / D |dL / dy|^2 / answers
+
 L is the loss of a label drawn from the model's own distribution (the true Fisher, whose mean gradient is zero), so that
 this predicts the divergence from the dense model, in nats per answer. As the K-FAC of arXiv 1503.05671, section 3, with
 the diagonal alone of the factor that belongs to the outputs.
@@ -13,6 +17,8 @@ the diagonal alone of the factor that belongs to the outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +45,8 @@ def output_curvature(
     *,
     draws: int = 1,
     seed: int = 0,
+    taken: Mapping[Node, str] = MappingProxyType({}),
+    stakes: dict[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """g [out], float32, of every weight: the squared gradient at its outputs, summed over rows, per answer. Of a stack
     [experts, out], each expert's over its own rows.
@@ -47,16 +55,19 @@ def output_curvature(
         module: a flat GraphModule; neither its parameters' gradients nor their flags change.
         answer: output of the model -> what of it is compared.
         draws: labels drawn for every answer.
+        taken: nodes of embeddings, with a name for each.
+        stakes: by that name, what is at stake there is added.
 
     Of scores the loss is the log-likelihood of a drawn class; of other answers the squared error of a row relative to
     its own square. Memory: one batch's activations.
     """
     generator = torch.Generator().manual_seed(seed)
     total: dict[str, Tensor] = {}
+    sums: dict[str, float] = {}
     answers = 0
     with counted("curvature", len(batches)) as advance:
         for batch in batches:
-            run = _Watched(module, nodes, total)
+            run = _Watched(module, nodes, total, taken, sums)
             found = answer(run.run(*pytree.tree_leaves((batch.args, batch.kwargs))))
             keep = None if found.span else batch.real_rows(found.value)
             value = found.value if keep is None else found.value[keep]
@@ -65,15 +76,24 @@ def output_curvature(
                 loss = drawn_loss(value, found.scores, generator)
                 loss.backward(retain_graph=draw + 1 < draws)
             advance()
+    if stakes is not None:
+        stakes |= {name: stakes.get(name, 0.0) + value / (draws * max(1, answers)) for name, value in sums.items()}
     return {name: value / (draws * max(1, answers)) for name, value in total.items()}
 
 
 class _Watched(Interpreter):
     """Runs a graph whose parameters need no gradients, and adds up the squared gradients at the watched nodes."""
 
-    def __init__(self, module: GraphModule, nodes: Nodes, total: dict[str, Tensor]):
+    def __init__(
+        self,
+        module: GraphModule,
+        nodes: Nodes,
+        total: dict[str, Tensor],
+        taken: Mapping[Node, str],
+        sums: dict[str, float],
+    ):
         super().__init__(module)
-        self.nodes, self.total = nodes, total
+        self.nodes, self.total, self.taken, self.sums = nodes, total, taken, sums
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -87,7 +107,14 @@ class _Watched(Interpreter):
             read = self.nodes[n]
             ends = None if read.offsets is None else self.env[read.offsets]
             value.register_hook(lambda grad: self._add(read, ends, grad))
+        if n in self.taken:
+            value = value.detach().requires_grad_() + 0
+            value.register_hook(partial(self._add_stake, self.taken[n], value.detach()))
         return value
+
+    def _add_stake(self, name: str, rows: Tensor, grad: Tensor) -> None:
+        found = (rows.float().square().mean(-1) * grad.float().square().sum(-1)).sum()
+        self.sums[name] = self.sums.get(name, 0.0) + float(found)
 
     def _add(self, read: Read, ends: Tensor | None, grad: Tensor) -> None:
         square = grad.float().square()

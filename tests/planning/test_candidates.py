@@ -15,17 +15,17 @@ def texts(found):
 
 
 @pytest.mark.parametrize(
-    ("name", "linear", "head", "copied"),
+    ("name", "linear", "head", "tied"),
     [("llama", "model.layers.0.mlp.up_proj.weight", "lm_head.weight", False),
      ("opt", "model.decoder.layers.0.fc1.weight", "model.decoder.embed_tokens.weight", True),
      ("gpt2", "transformer.h.0.mlp.c_fc.weight", "transformer.wte.weight", True)],
 )  # fmt: skip
-def test_a_linear_may_be_all_and_a_head_tied_or_not_may_be_quantised(tiny, name, linear, head, copied):
+def test_a_linear_may_be_all_and_a_head_tied_or_not_may_be_quantised(tiny, name, linear, head, tied):
     found, skipped = candidates(tiny(name).program, FORMATS)
     assert texts(found)[linear] == ["dense", "2:4", "dense int8", "2:4 int4/32"]  # 32 inputs make no group of 128
     assert texts(found)[head] == ["dense", "dense int8"]
-    assert [c.copied for c in found if c.site.fqn == head] == [copied]
-    assert not any(c.copied for c in found if c.site.fqn != head)
+    assert [(c.tied, len(c.taken)) for c in found if c.site.fqn == head] == [(tied, int(tied))]
+    assert not any(c.tied or c.taken for c in found if c.site.fqn != head)
     assert not set(skipped) & set(texts(found))
 
 

@@ -63,7 +63,7 @@ class ChannelQuantScaleParameter(ModelWeightParameter):
 import torch
 from vllm import distributed
 
-class ParallelLMHead(torch.nn.Module):
+class VocabParallelEmbedding(torch.nn.Module):
     PADDING = 64
 
     def __init__(self, num_embeddings, embedding_dim, params_dtype=None, quant_config=None, prefix=""):
@@ -81,6 +81,13 @@ class ParallelLMHead(torch.nn.Module):
         part = loaded_weight.narrow(param.output_dim, self.start, self.num_org_embeddings_per_partition)
         param[: part.shape[0]].data.copy_(part)
         param[part.shape[0] :].data.fill_(0)
+
+    def forward(self, input_):
+        other = (input_ < self.start) | (input_ >= self.start + self.num_org_embeddings_per_partition)
+        found = self.quant_method.embedding(self, (input_ - self.start).masked_fill(other, 0))
+        return found.masked_fill(other[..., None], 0)
+
+class ParallelLMHead(VocabParallelEmbedding): ...
 """,
     "model_executor/layers/quantization/base_config.py": """
 from abc import ABC, abstractmethod

@@ -15,6 +15,7 @@ from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
+from sparseforge_fx.deploy.lowering.packed_embedding import TiedHead
 from sparseforge_fx.deploy.lowering.sparse_modules import PackedWeight, SparseLinear
 from sparseforge_fx.errors import SparseForgeError
 
@@ -72,7 +73,7 @@ def _refuse_copies(config: Any, model: nn.Module) -> None:
     for path, module in model.named_modules():
         if path.endswith(names):  # PEFT's rule
             for inner, part in module.named_modules(prefix=path):
-                if isinstance(part, PackedWeight):
+                if isinstance(part, PackedWeight | TiedHead):
                     raise SparseForgeError(
                         f"modules_to_save has '{inner}', which is packed in {part.format} and frozen: put its "
                         "to_dense() in its place first, or adapt it by target_modules"

@@ -36,6 +36,7 @@ from sparseforge_fx.models import low_rank
 from sparseforge_fx.models.dense import find_dtype
 
 if TYPE_CHECKING:
+    from sparseforge_fx.deploy.lowering.packed_embedding import PackedEmbedding
     from sparseforge_fx.deploy.lowering.sparse_modules import PackedWeight, SparseLinear
 
 MOST_BUFFER_BYTES = (
@@ -102,9 +103,12 @@ class PackedQuantizer(HfQuantizer):
             raise SparseForgeError(
                 f"packed module '{absent[0][:120]}' is not in this model: load it with the class that wrote it"
             )
+        tables = set(header.tied.values())
         for name, place in places.items():
             if place is not None:
-                replace(model, place, _empty(name, here.modules[place], header.modules[name]))
+                make = _empty_table if name in tables else _empty
+                replace(model, place, make(name, here.modules[place], header.modules[name]))
+        self._tie(model, here, same_class)
         self.stacks = named_in(header.stacks, here.module)
         if (lost := len(header.stacks) - len(self.stacks)) and same_class:
             raise SparseForgeError(f"{lost} packed stacks are not in this model: load it with the class that wrote it")
@@ -133,6 +137,26 @@ class PackedQuantizer(HfQuantizer):
         size = sum(b.nbytes for _, b in model.named_non_persistent_buffers())
         if size > MOST_BUFFER_BYTES:
             raise SparseForgeError(f"config.json makes the model compute {size} bytes of buffers: it is damaged")
+
+    def _tie(self, model: Any, here: _Names, same_class: bool) -> None:
+        """Heads over the packed embeddings, where the model has them."""
+        from sparseforge_fx.deploy.lowering.modules import replace
+        from sparseforge_fx.deploy.lowering.packed_embedding import TiedHead
+        from sparseforge_fx.models.ties import part
+
+        for name, of in self.quantization_config.header.tied.items():
+            place, table = here.module(name), here.module(of)
+            if place is None or table is None:
+                if same_class:
+                    raise SparseForgeError(f"'{name}' is not in this model: load it with the class that wrote it")
+                continue
+            head, embedding = here.modules[place], model.get_submodule(table)
+            if type(head) is not nn.Linear or tuple(head.weight.shape) != embedding.shape:
+                raise SparseForgeError(
+                    f"the header ties '{name}' to '{of}', whose weight does not fit it: config.json is damaged"
+                )
+            part(model, place)
+            replace(model, place, TiedHead(embedding, head.bias))
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -169,10 +193,16 @@ class PackedQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         from sparseforge_fx.deploy.lowering.modules import replace
+        from sparseforge_fx.deploy.lowering.packed_embedding import tied_packed_heads, tied_tables
         from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
+        from sparseforge_fx.models.ties import join
 
+        heads, tables = dict(tied_packed_heads(model)), tied_tables(model)
         for name, module in packed_weights(model).items():
             replace(model, name, module.to_dense())  # type: ignore[operator]
+        for name, head in heads.items():
+            replace(model, name, head.to_dense(model.get_parameter(f"{tables[name]}.weight")))
+            join(model, name)
         del model._weight_conversions  # the model's defaults, as if it had never been packed
         return model if dtype is None else model.to(find_dtype(dtype))  # a name, once the model was saved
 
@@ -229,6 +259,26 @@ def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:
     if type(module) not in (nn.Linear, Conv1D):
         raise SparseForgeError(f"packed module '{name}' is a {type(module).__name__} in this model, no linear layer")
     weight = weight_of(module)
+    packed = _on_meta(name, weight, site)
+    transposed = isinstance(module, Conv1D)
+    sparse = SparseLinear(packed, module.bias, transposed=transposed, dtype=weight.dtype)  # type: ignore[arg-type]
+    sparse.loading = True
+    return sparse
+
+
+def _empty_table(name: str, module: nn.Module, site: Site) -> PackedEmbedding:
+    """The packed embedding on the meta device for ``module``."""
+    from sparseforge_fx.deploy.lowering.packed_embedding import PackedEmbedding
+
+    if type(module) is not nn.Embedding:
+        raise SparseForgeError(f"packed module '{name}' is a {type(module).__name__} in this model, no embedding")
+    dtype = module.weight.dtype
+    table = PackedEmbedding(_on_meta(name, module.weight, site), module.padding_idx, dtype=dtype)
+    table.loading = True
+    return table
+
+
+def _on_meta(name: str, weight: torch.Tensor, site: Site) -> Packed:
     if tuple(weight.shape) != (site.out_features, site.in_features):
         raise SparseForgeError(
             f"packed module '{name}' is {[site.out_features, site.in_features]} in the header and "
@@ -236,11 +286,7 @@ def _empty(name: str, module: nn.Module, site: Site) -> SparseLinear:
         )
     with torch.device("meta"):
         tensors = site.empty(weight.dtype)
-    packed = Packed(tensors[VALUES], tensors[BITMASK], site.in_features, tensors.get(SCALES))
-    transposed = isinstance(module, Conv1D)
-    sparse = SparseLinear(packed, module.bias, transposed=transposed, dtype=weight.dtype)  # type: ignore[arg-type]
-    sparse.loading = True
-    return sparse
+    return Packed(tensors[VALUES], tensors[BITMASK], site.in_features, tensors.get(SCALES))
 
 
 def _insert_branches(model: Any, here: _Names, stored: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from sparseforge_fx.deploy.lowering.report import PackingReport
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.files import check_parent, disk_full_told, move_file
 from sparseforge_fx.graph.capture import capture
+from sparseforge_fx.graph.exported import Exported
 from sparseforge_fx.ranges import checked
 
 FORMATS = ("pt2", "aoti")
@@ -75,6 +76,7 @@ def export(
     options: dict[str, Any] = {"target": target, "tokens": tokens, "table": table, "gate": gate, "durable": True}
     program, report = lower_captured(captured, portable=portable, **options)
     plain_outputs(program.exported)
+    own_empties(program)
     if format == "aoti":
         replace_file(path, lambda file: package({"model": program}, file))
     else:
@@ -123,6 +125,15 @@ class _Patient(io.FileIO):
             except OSError as error:
                 self.error = error
         return size
+
+
+def own_empties(program: Exported) -> None:
+    """Give each empty tensor (the bitmask of a dense weight) memory of its own: one that was cut out of a file begins
+    before what it is cut from, for torch's writer, and a negative size is read from that."""
+    for name, tensor in program.state.items():
+        if tensor.numel() == 0:
+            own = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            program.state[name] = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
 
 
 def plain_outputs(exported: ExportedProgram) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import StaticCache, StaticLayer
 
 from sparseforge_fx.deploy.export.aoti import package
-from sparseforge_fx.deploy.export.export import FORMATS, check_path, replace_file
+from sparseforge_fx.deploy.export.export import FORMATS, check_path, own_empties, replace_file
 from sparseforge_fx.deploy.export.generation_defaults import differences, repetition_penalty
 from sparseforge_fx.deploy.lowering import cost_table
 from sparseforge_fx.deploy.lowering.lower import lower_captured
@@ -88,6 +88,7 @@ def export_generator(
     prefill, report = lower_captured(capture(step, step.example(length=3)), **options)
     known = cost_table.as_table(cost_table.read_row(row) for row in report["table"]) if gate else None
     decode, _ = lower_captured(capture(step, step.example(length=1)), **{**options, "table": known})
+    own_empties(prefill)
     share(prefill, decode)
     extra = {SPEC_FILE: json.dumps(spec, indent=1), **with_text}
     programs = {"prefill": prefill, "decode": decode}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering.modules import find_packable, find_packable_stacks, weight_of
+from sparseforge_fx.deploy.lowering.packed_embedding import tied_packed_heads, why_not_one
 from sparseforge_fx.deploy.lowering.sparse_modules import PackedWeight, SparseExperts, packed_weights
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format
@@ -21,6 +22,18 @@ from sparseforge_fx.pattern import TWO_FOUR, check_pattern
 from sparseforge_fx.plans import planned_formats
 
 
+class Tie(NamedTuple):
+    """Of a linear whose weight is an embedding's, too.
+
+    Attributes:
+        embedding: its name.
+        apart: why the linear gets a copy of its own, and the embedding stays as it is; None: they go on as one.
+    """
+
+    embedding: str
+    apart: str | None
+
+
 class Chosen(NamedTuple):
     """Linears by name.
 
@@ -28,13 +41,13 @@ class Chosen(NamedTuple):
         modules: those that get a quantised format.
         formats: of each of them.
         skipped: the others, with a reason.
-        copied: of ``modules``, those whose weight is an embedding's, too, with its name; it stays as it is.
+        tied: of ``modules``, those whose weight is an embedding's, too.
     """
 
     modules: dict[str, Any]
     formats: dict[str, Format]
     skipped: dict[str, str]
-    copied: dict[str, str]
+    tied: dict[str, Tie]
 
 
 def by_values(
@@ -49,7 +62,7 @@ def by_values(
     Args:
         dense: those that are not 2:4, too.
         include, exclude: globs over weights or modules. Only what is included is chosen; a head that is tied to an
-            embedding only if it is.
+            embedding only if it is, and the embedding with it if that is.
     """
 
     def against(weight: Tensor) -> str | None:
@@ -66,7 +79,7 @@ def by_values(
     stacks, dense_stacks = find_packable_stacks(model, against)
     modules, skipped = modules | stacks, skipped | dense_stacks
     for name in tied.keys() - wanted:
-        skipped[name] = "its weight is an embedding's, too: include it by name to give it a copy of its own"
+        skipped[name] = "its weight is an embedding's, too: include it by name, and the embedding with it or not"
     adapters = find_adapters(model)
     for name, module in list(modules.items()):
         known = names[id(module.weight)]
@@ -85,7 +98,8 @@ def by_values(
         name: values._replace(pattern="2:4" if check_pattern(weight_of(module), TWO_FOUR) else "dense")
         for name, module in modules.items()
     }
-    return Chosen(modules, formats, skipped, {n: tied[n] for n in wanted & modules.keys()})
+    with_it = {e for n, e in tied.items() if n in modules and _match([e, f"{e}.weight"], include)}
+    return Chosen(modules, formats, skipped, _ties(model, modules, formats, tied, with_it))
 
 
 def by_plan(model: nn.Module, plan: Any) -> Chosen:
@@ -98,7 +112,7 @@ def by_plan(model: nn.Module, plan: Any) -> Chosen:
     keeps nothing in few bits.
     """
     names = _names(model)
-    packed = packed_weights(model)
+    packed = packed_weights(model) | {name: head.table for name, head in tied_packed_heads(model)}
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     multiplied: dict[str, Any] = linears | find_expert_stacks(model)[0] | packed
     owner = {n: path for path, m in multiplied.items() for n in _names_of(path, m, names)}
@@ -142,8 +156,28 @@ def by_plan(model: nn.Module, plan: Any) -> Chosen:
         {path: module for path, module in modules.items() if path in quantized},
         quantized,
         {path: reason for path, reason in skipped.items() if path not in quantized},
-        {path: embedding for path, embedding in tied.items() if path in quantized},
+        _ties(model, modules, quantized, tied, {e for e in tied.values() if f"{e}.weight" in formats}),
     )
+
+
+def _ties(
+    model: nn.Module,
+    modules: Mapping[str, Any],
+    formats: Mapping[str, Format],
+    tied: Mapping[str, str],
+    named: Collection[str],
+) -> dict[str, Tie]:
+    """Of the tied linears that get a format, what becomes of the embeddings; ``named``: those that have it, too."""
+    return {
+        name: Tie(
+            embedding,
+            why_not_one(modules[name], model.get_submodule(embedding), formats[name])
+            if embedding in named
+            else "only the linear is named",
+        )
+        for name, embedding in tied.items()
+        if name in formats
+    }
 
 
 def _unreadable(weight: Tensor) -> str | None:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.data.opening import LENGTH, first_batches, idle_reading, open_batches, tell_length, tell_text
-from sparseforge_fx.deploy.lowering.chosen import Chosen, by_plan, by_values
+from sparseforge_fx.deploy.lowering.chosen import Chosen, Tie, by_plan, by_values
 from sparseforge_fx.deploy.lowering.modules import packed_like, replace, weight_of
+from sparseforge_fx.deploy.lowering.packed_embedding import PackedEmbedding, TiedHead
 from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
 from sparseforge_fx.deploy.lowering.round_on_data import round_on_data
 from sparseforge_fx.deploy.lowering.savable import leave_savable
-from sparseforge_fx.deploy.lowering.sparse_modules import lay_together, packed_weights
+from sparseforge_fx.deploy.lowering.sparse_modules import PackedWeight, lay_together, packed_weights
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
 from sparseforge_fx.graph.forward import unwrapped
@@ -72,12 +73,15 @@ def quantize(
             slower on this CPU, the model goes over them in float32, and a note says so.
         dense: weights that are not 2:4, too; False leaves them as they are. A plan says so itself.
         include, exclude: globs over weights or modules, in the place of a plan: only what is included is quantised. A
-            head that is tied to an embedding stays as it is unless it is included (``include="*"``: everything).
+            head that is tied to an embedding stays as it is unless it is included (``include="*"``: everything). Where
+            the embedding is included, too, or is named in a plan, both go on as one weight in few bits; else, and
+            where it cannot be (a 2:4 one, an embedding of the model's own kind), the head gets a copy of its own beside
+            it, which the notes say.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         reading: what of the data is looked at: ``calibration`` (sequences; default 64), ``length`` (tokens of each;
             512), ``batch_size`` (4), ``seed`` (0); of text ``text_column``, ``separator``, ``cache_dir``.
 
-    A tied head gets a copy of its own beside the embedding, and the model's configuration no longer ties the two.
+    Of a tied head the model's configuration no longer says so: what ties it then is the packed weight.
     ``sf.save_packed`` writes the result, ``sf.load`` reads it; ``model.dequantize()`` of a loaded one goes back.
     Returns the report: sites with their formats, the other linears with reasons, bytes before and after.
     Raises SparseForgeError for other values, a plan that does not fit, scales of no linear, or if there is nothing to
@@ -90,34 +94,49 @@ def quantize(
     known = dict(scales or {})
     _check(model, chosen, known)
     sites = chosen.modules
-    with _as_it_was(model, sites, copies=data is not None):
-        for name, embedding in chosen.copied.items():
+    embeddings = {tie.embedding: model.get_submodule(tie.embedding) for tie in chosen.tied.values()}
+    with _as_it_was(model, sites, embeddings, copies=data is not None):
+        for name, tie in chosen.tied.items():
             sites[name].weight = nn.Parameter(sites[name].weight.detach().clone(), sites[name].weight.requires_grad)
-            notes.append(f"{name}: a copy of its own, in {chosen.formats[name]}, beside the weight of {embedding}")
+            notes.append(_tell(name, tie, chosen.formats[name]))
         rounded: dict[str, Rounded] = {}
         formats = {name: form for name, form in chosen.formats.items() if f"{name}.weight" not in known}
         if data is not None and formats:
-            batches, told = _batches(model, data, tokenizer, **reading)
             weights = {name: sites[name].weight for name in formats}
-            computing = choose_dtype(dtype_of(model), next(iter(weights.values())).device)
-            inputs = cast_inputs((batches, example_inputs), computing.checkpoint, computing.dtype)
-            back = cast(model, computing.dtype)
-            try:
-                rounded, more = round_on_data(model, weights, formats, *inputs)
-            finally:
-                back()
-            notes += [*computing.notes(), *told, *more]
+            rounded, told = _rounded(model, weights, formats, example_inputs, data, tokenizer, reading)
+            notes += told
         elif data is not None:
             notes.append("data is given and not used: the scales of all weights are known")
         packed = {
             name: _packed(module, chosen.formats[name], known.get(f"{name}.weight"), rounded.get(name), name)
             for name, module in sites.items()
         }
-        layouts = _put(model, sites, packed)
-        for name in chosen.copied:
+        layouts = _put(model, sites, packed, {n: tie.embedding for n, tie in chosen.tied.items() if not tie.apart})
+        for name in chosen.tied:
             part(model, name)
     leave_savable(model)
     return _report(chosen, packed, layouts, notes)
+
+
+def _rounded(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    formats: Mapping[str, Format],
+    example_inputs: Any,
+    data: Any,
+    tokenizer: Any,
+    reading: Mapping[str, Any],
+) -> tuple[dict[str, Rounded], list[str]]:
+    """By name what the weights become on the data, and what to say of it."""
+    batches, told = _batches(model, data, tokenizer, **reading)
+    computing = choose_dtype(dtype_of(model), next(iter(weights.values())).device)
+    inputs = cast_inputs((batches, example_inputs), computing.checkpoint, computing.dtype)
+    back = cast(model, computing.dtype)
+    try:
+        rounded, more = round_on_data(model, weights, formats, *inputs)
+    finally:
+        back()
+    return rounded, [*computing.notes(), *told, *more]
 
 
 def _report(
@@ -204,7 +223,9 @@ def _batches(
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, sites: Mapping[str, Any], *, copies: bool) -> Iterator[None]:
+def _as_it_was(
+    model: nn.Module, sites: Mapping[str, Any], embeddings: Mapping[str, nn.Module], *, copies: bool
+) -> Iterator[None]:
     """Put modules and their parameters back, and with ``copies`` their values, if what follows fails half-way."""
     own = {name: module.weight for name, module in sites.items()}
     before = {name: weight.detach().clone() for name, weight in own.items()} if copies else {}
@@ -217,14 +238,31 @@ def _as_it_was(model: nn.Module, sites: Mapping[str, Any], *, copies: bool) -> I
             elif model.get_submodule(name) is not module:
                 replace(model, name, module)
             module.weight = own[name]
+        for name, embedding in embeddings.items():
+            replace(model, name, embedding)
         put_back((own[name], weight) for name, weight in before.items())
         raise
 
 
-def _put(model: nn.Module, sites: Mapping[str, Any], packed: Mapping[str, Packed]) -> dict[str, str]:
-    """Packed linears in the place of those of that name, in the layout of their device, which is given by name."""
-    layouts, placed = {}, []
+def _put(
+    model: nn.Module, sites: Mapping[str, Any], packed: Mapping[str, Packed], tables: Mapping[str, str]
+) -> dict[str, str]:
+    """Packed linears in the place of those of that name, in the layout of their device, which is given by name.
+
+    Args:
+        tables: heads whose weight is that of the embedding of that name, and stays so.
+    """
+    layouts: dict[str, str] = {}
+    placed: list[PackedWeight] = []
     for name, module in sites.items():
+        if name in tables:
+            old: Any = model.get_submodule(tables[name])
+            table = PackedEmbedding(packed[name], old.padding_idx, dtype=module.weight.dtype).train(old.training)
+            replace(model, tables[name], table)
+            replace(model, name, TiedHead(table, module.bias).train(module.training))
+            layouts[name] = table.layout
+            placed.append(table)
+            continue
         sparse = packed_like(module, packed[name])
         sides = sparse.out_features, sparse.in_features
         sparse.change_layout(native_layout(module.weight.device, sparse.format, *sides, module.weight.dtype))
@@ -233,6 +271,12 @@ def _put(model: nn.Module, sites: Mapping[str, Any], packed: Mapping[str, Packed
         placed.append(sparse)
     lay_together(placed)
     return layouts
+
+
+def _tell(name: str, tie: Tie, form: Format) -> str:
+    if tie.apart is None:
+        return f"{name} and {tie.embedding} stay one weight, in {form}"
+    return f"{name}: a copy of its own, in {form}, beside the weight of {tie.embedding} ({tie.apart})"
 
 
 def _packed(module: Any, form: Format, scales: Tensor | None, rounded: Rounded | None, name: str) -> Packed:

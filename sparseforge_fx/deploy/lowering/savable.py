@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site, Stack
+from sparseforge_fx.deploy.lowering.packed_embedding import tied_tables
 from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
 from sparseforge_fx.kernels.packed import METHOD
 
@@ -26,7 +27,7 @@ def leave_savable(model: Any) -> None:
             sites[name] = site
         else:
             stacks[name] = Stack(m.experts, site, m.transposed)
-    config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**Header(sites, stacks=stacks).to_json())
+    config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**Header(sites, stacks=stacks, tied=tied_tables(model)).to_json())
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING[METHOD](config)
     model.config.quantization_config = config
     model._weight_conversions = []

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
@@ -31,6 +31,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format
 from sparseforge_fx.kernels.layouts import ROWS, native_layout
 from sparseforge_fx.kernels.packed import BITMASK, METHOD, SCALES, VALUES, Packed, check_packed
+from sparseforge_fx.kernels.rows import rows_taken
 from sparseforge_fx.kernels.sparse_linear import OP
 from sparseforge_fx.models.dense import UNPACK
 
@@ -44,6 +45,8 @@ class PackedVllmConfig(QuantizationConfig):
         super().__init__()
         self.header = header
         self.modules = dict(header.modules)  # by vLLM's names
+        self.tied = dict(header.tied)
+        self.tables: dict[str, nn.Module] = {}  # embeddings that heads are tied to, as vLLM builds them
 
     def get_name(self) -> str:
         return METHOD
@@ -71,8 +74,22 @@ class PackedVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+        tables = dict(zip(self.tied, hf_to_vllm_mapper.apply_list(list(self.tied.values())), strict=True))
+        self.tied = hf_to_vllm_mapper.apply_dict(tables)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            table = prefix or next(iter(self.tied.values()), "")  # some models of vLLM do not say the name
+            if table in self.tied.values():
+                self.tables[table] = layer
+                return PackedLinearMethod(table, self.modules[table].format)
+        if prefix in self.tied:
+            if (found := self.tables.get(self.tied[prefix])) is None:
+                raise SparseForgeError(
+                    f"'{prefix}' is tied to '{self.tied[prefix]}', which is not built here before it: choose "
+                    f"pipeline_parallel_size=1, or {UNPACK}, and serve that"
+                )
+            return TiedHeadMethod(found)
         parts = self.parts(prefix)
         packed = [name for name in parts if name in self.modules]
         formats = {name: self.modules[name].format for name in packed}
@@ -181,7 +198,26 @@ class PackedLinearMethod(LinearMethodBase):
             layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         layer.packed_layout = layout.name  # type: ignore[assignment]
 
+    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+        """Rows of a dense weight in codes, in the model's dtype."""
+        known: Any = layer
+        rows = rows_taken(ids, getattr(layer, VALUES), known.packed_width, getattr(layer, SCALES))
+        return rows.to(known.packed_dtype)
+
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         values, meta = getattr(layer, VALUES), getattr(layer, BITMASK)
         scales = getattr(layer, SCALES) if self.format.is_quantized else None
         return OP(x, values, meta, layer.packed_layout, layer.packed_width, bias, "none", scales)
+
+
+class TiedHeadMethod(LinearMethodBase):
+    """y = x W^T + b with the rows of W that ``table``, the packed embedding, has on this rank."""
+
+    def __init__(self, table: Any):
+        self.table = table
+
+    def create_weights(self, layer: nn.Module, *_: Any, **__: Any) -> None:
+        """None of its own."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.table.quant_method.apply(self.table, x, bias)

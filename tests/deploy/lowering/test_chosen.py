@@ -105,34 +105,64 @@ def test_by_name():
     assert {n.rpartition(".")[2] for n in formats_of(report)} == {"up_proj", "gate_proj"}
     reasons = {s["name"]: s["reason"] for s in report["skipped"]}
     assert reasons[DOWN] == "excluded by name" and reasons["model.layers.0.self_attn.q_proj"].startswith("not among")
-    assert reasons[HEAD] == "its weight is an embedding's, too: include it by name to give it a copy of its own"
+    assert reasons[HEAD] == "its weight is an embedding's, too: include it by name, and the embedding with it or not"
     assert report["notes"] == ["length is given and not used: there is no data"]
     assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
 
 
 # -- a head that is tied to an embedding -------------------------------------------------------------------------------
+ONE = "lm_head and model.embed_tokens stay one weight, in dense int8"
+APART = "lm_head: a copy of its own, in dense int8, beside the weight of model.embed_tokens (only the linear is named)"
+
+
 @pytest.mark.parametrize("data", [None, torch.arange(96).view(4, 24)])
-@pytest.mark.parametrize("how", [{"values": "int8", "include": "*"}, {"plan": {"model.embed_tokens.weight": "int8"}}])
-def test_a_tied_head_gets_a_copy(how, data):
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [({"values": "int8", "include": "*"}, ONE), ({"plan": {"model.embed_tokens.weight": "int8"}}, ONE),
+     ({"values": "int8", "include": ["lm_head", "model.embed_tokens"]}, ONE),
+     ({"values": "int8", "include": ["*.mlp.*", "lm_head"]}, APART), ({"plan": {"lm_head.weight": "int8"}}, APART)],
+)  # fmt: skip
+def test_a_tied_head_takes_its_embedding_with_it_or_gets_a_copy(how, told, data):
     model = tiny_llama(initializer_range=0.2)
     table, model.get_input_embeddings().weight.requires_grad = model.model.embed_tokens.weight.detach().clone(), True
     report = sf.quantize(model, data=data, **how)
-    assert formats_of(report)[HEAD] == "dense int8"
-    assert "lm_head: a copy of its own, in dense int8, beside the weight of model.embed_tokens" in report["notes"]
-    assert torch.equal(model.model.embed_tokens.weight, table) and not torch.equal(model.lm_head.weight, table)
-    assert (model.lm_head.weight - table).norm() < 0.02 * table.norm()
+    assert formats_of(report)[HEAD] == "dense int8" and told in report["notes"]
+    head, rows = model.lm_head.weight, model.model.embed_tokens.weight
+    assert 0 < (head - table).norm() < 0.02 * table.norm()
+    assert torch.equal(rows, head if told == ONE else table) and isinstance(rows, nn.Parameter) == (told == APART)
     model.tie_weights()
-    assert not torch.equal(model.lm_head.weight, table)
+    assert torch.equal(model.lm_head.weight, head) and torch.equal(model.model.embed_tokens.weight, rows)
 
 
-def test_files_of_a_tied_head(tmp_path):
+@pytest.mark.parametrize("kind", ["own class", "hook", "max_norm"])
+def test_an_embedding_that_does_more_than_to_take_rows_stays(kind):
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return 8 * super().forward(ids)
+
+    model = tiny_llama()
+    table = model.model.embed_tokens
+    if kind == "own class":
+        table.__class__ = Scaled
+    elif kind == "hook":
+        table.register_forward_hook(lambda *_: None)
+    else:
+        table.max_norm = 1.0
+    report = sf.quantize(model, "int8", include="*")
+    assert any("a copy of its own" in n and ("Scaled" in n or kind != "own class") for n in report["notes"])
+    assert model.model.embed_tokens is table and formats_of(report)[HEAD] == "dense int8"
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("include", ["*", ["*proj", "lm_head"]])
+def test_files_of_a_tied_head(tmp_path, include, values):
     model = tiny_llama(initializer_range=0.2).eval()
-    sf.quantize(model, "int4", include="*")
+    sf.quantize(model, values, include=include)
     sf.save_packed(model, byte_tokenizer(), tmp_path / "packed")
     with torch.no_grad():
         want = model(IDS).logits
         loaded, tokenizer = sf.load(tmp_path / "packed")
-        assert torch.equal(loaded(IDS).logits, want) and str(loaded.lm_head.format) == "dense int4/32"
+        assert torch.equal(loaded(IDS).logits, want) and loaded.lm_head.format.values == values
     loaded.save_pretrained(tmp_path / "again")
     assert len({(tmp_path / n / "model.safetensors").read_bytes() for n in ("packed", "again")}) == 1
     head, table = loaded.lm_head.weight, loaded.model.embed_tokens.weight
@@ -140,10 +170,11 @@ def test_files_of_a_tied_head(tmp_path):
     tokenizer.save_pretrained(tmp_path / "dense")
     dense, _ = sf.load(tmp_path / "dense")
     assert torch.equal(dense.lm_head.weight, head) and torch.equal(dense.model.embed_tokens.weight, table)
-    assert not torch.equal(head, table)
+    assert torch.equal(head, table) == (dense.lm_head.weight is dense.model.embed_tokens.weight) == (include == "*")
 
 
-def test_a_copy_that_fails_half_way_is_taken_back(monkeypatch):
+@pytest.mark.parametrize("include", ["*", "lm_head"])
+def test_a_tie_that_fails_half_way_is_taken_back(monkeypatch, include):
     from sparseforge_fx.deploy.lowering import quantize
 
     def fails(*_):
@@ -151,8 +182,8 @@ def test_a_copy_that_fails_half_way_is_taken_back(monkeypatch):
 
     monkeypatch.setattr(quantize, "part", fails)
     model = tiny_llama()
-    before = copy.deepcopy(model.state_dict())
+    before, table = copy.deepcopy(model.state_dict()), model.model.embed_tokens
     with pytest.raises(KeyboardInterrupt):
-        sf.quantize(model, "int8", torch.arange(96).view(4, 24), include="*")
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+        sf.quantize(model, "int8", torch.arange(96).view(4, 24), include=include)
+    assert model.model.embed_tokens is table and model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

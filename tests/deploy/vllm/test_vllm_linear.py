@@ -105,9 +105,9 @@ def in_codes(tmp_path_factory):
     """in_codes(values): a folder with every linear in codes, the blocks 2:4 and the head dense; and its model."""
 
     @functools.cache
-    def make(values):
+    def make(values, include="*"):
         model, folder = sparse_model("llama"), tmp_path_factory.mktemp("codes") / values
-        sf.quantize(model, values, include="*")
+        sf.quantize(model, values, include=include)
         sf.save_packed(model, None, folder)
         return folder, sf.load(folder)[0]
 
@@ -133,23 +133,44 @@ def test_a_block_in_codes(linear, in_codes, values, size):
         torch.testing.assert_close(got, modules[name](given), rtol=2e-2, atol=2e-2)  # x is rounded in other groups
 
 
+def taken(layer, folder, name):
+    """Its tensors from the file, as vLLM loads and then processes them."""
+    parameters = dict(layer.named_parameters())
+    for tensor, value in load_file(folder / "model.safetensors").items():
+        if tensor.startswith(f"{name}."):
+            parameter = parameters[tensor.removeprefix(f"{name}.")]
+            parameter.weight_loader(parameter, value)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_head_in_codes(linear, in_codes, size):
-    folder, model = in_codes("int8")
+def test_a_head_in_codes(linear, in_codes, size, tied):
+    folder, model = in_codes("int8", "*" if tied else ("*proj", "lm_head"))
     heads = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding")
     distributed = importlib.import_module("vllm.distributed")
-    x, found = torch.randn(3, 32), []
+    x, ids, found, rows = torch.randn(3, 32), torch.arange(260).view(2, 130), [], 0
     for rank in range(size):
         distributed.RANK, distributed.SIZE = rank, size
-        head = heads.ParallelLMHead(260, 32, quant_config=config_of(linear, folder), prefix="lm_head")
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            if name.startswith("lm_head."):
-                parameter = dict(head.named_parameters())[name.removeprefix("lm_head.")]
-                parameter.weight_loader(parameter, tensor)
-        head.quant_method.process_weights_after_loading(head)
-        found.append(head.quant_method.apply(head, x))
+        config = config_of(linear, folder)
+        if tied:
+            name = "model.embed_tokens" if rank == 0 else ""  # vLLM's Llama does not say it
+            table = heads.VocabParallelEmbedding(260, 32, quant_config=config, prefix=name)
+            rows += taken(table, folder, "model.embed_tokens")(ids)
+        head = heads.ParallelLMHead(260, 32, quant_config=config, prefix="lm_head")
+        assert not tied or not dict(head.named_parameters())
+        found.append((head if tied else taken(head, folder, "lm_head")).quant_method.apply(head, x))
     found = torch.cat(found, -1)
     assert torch.equal(found[:, :260], model.lm_head(x)) and not found[:, 260:].any() and found.shape[1] == 320
+    assert not tied or torch.equal(rows, model.model.embed_tokens(ids))
+
+
+def test_a_head_without_its_embedding(linear, in_codes):
+    folder, _ = in_codes("int8")
+    heads = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding")
+    with pytest.raises(SparseForgeError, match=r"'lm_head' is tied to 'model.embed_tokens', which is not built here"):
+        heads.ParallelLMHead(260, 32, quant_config=config_of(linear, folder), prefix="lm_head")
 
 
 def test_codes_that_are_refused(linear, in_codes):
@@ -186,11 +207,17 @@ def test_dense_layers_stay_vllms_own(linear, folder):
     assert config.get_name() == "sparseforge" and torch.bfloat16 in config.get_supported_act_dtypes()
 
 
-def test_names_of_another_model(linear, folder):
+def test_names_of_another_model(linear, folder, in_codes):
     class Mapper:
         def apply_dict(self, values):
             return {f"language_model.{k}": v for k, v in values.items()}
 
+        def apply_list(self, values):
+            return [f"language_model.{k}" for k in values]
+
+    tied = config_of(linear, in_codes("int8")[0])
+    tied.apply_vllm_mapper(Mapper())
+    assert tied.tied == {"language_model.lm_head": "language_model.model.embed_tokens"}
     config = config_of(linear, folder)
     config.apply_vllm_mapper(Mapper())
     name = "language_model.model.layers.1.mlp.gate_up_proj"

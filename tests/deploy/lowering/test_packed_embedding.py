@@ -1,0 +1,185 @@
+"""An embedding and a head over one packed weight: exact rows, one copy of it everywhere, files that lie."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from packed_models import GREEDY, IDS, edit_json
+from tiny_checkpoint import byte_tokenizer, tiny_llama
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+import sparseforge_fx as sf
+from sparseforge_fx.deploy.checkpoints.packed_header import Header
+from sparseforge_fx.deploy.lowering.packed_embedding import PackedEmbedding, TiedHead, tied_tables
+from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
+from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import parse_format
+from sparseforge_fx.kernels.packed import pack_codes
+from sparseforge_fx.kernels.rows import rows_dense, rows_taken
+from sparseforge_fx.methods.rounding import round_weight
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+def tied_model(values="int8", dtype=torch.float32, **size):
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.2, **size).to(dtype).eval()
+    sf.quantize(model, values, include="*")
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tied") / "packed"
+    sf.save_packed(tied_model(), byte_tokenizer(), path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "int4/128"])
+@pytest.mark.parametrize(("rows", "width"), [(5, 128), (37, 384), (1, 128)])
+def test_rows_are_those_of_the_whole_weight(form, rows, width):
+    form = parse_format(form)
+    packed = pack_codes(*round_weight(torch.randn(rows, width), form), form)
+    for shape in ((), (0,), (7,), (2, 3)):
+        ids = torch.randint(rows, shape)
+        got = rows_taken(ids, packed.values, width, packed.scales)
+        assert torch.equal(got, rows_dense(*packed)[ids]) and got.shape == (*shape, width)
+
+
+def test_an_odd_width():
+    packed = pack_codes(*round_weight(torch.randn(9, 13), parse_format("int8")), parse_format("int8"))
+    assert torch.equal(rows_taken(torch.arange(9), packed.values, 13, packed.scales), rows_dense(*packed))
+
+
+@pytest.mark.parametrize("wrong", [-1, 260])
+def test_a_token_that_is_none_is_refused(wrong):
+    with pytest.raises((IndexError, RuntimeError)):
+        tied_model().model.embed_tokens(torch.tensor([wrong]))
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_it_computes_what_the_dense_weight_does(values, dtype):
+    model = tied_model(values, dtype)
+    table, head = model.model.embed_tokens, model.lm_head
+    assert isinstance(table, PackedEmbedding) and isinstance(head, TiedHead) and tied_tables(model) == {HEAD: EMBEDDING}
+    assert table(IDS).dtype == dtype and torch.equal(table(IDS), table.weight[IDS]) and head.weight.dtype == dtype
+    assert model.get_input_embeddings() is table and model.get_output_embeddings() is head
+    assert (table.num_embeddings, table.embedding_dim) == (head.out_features, head.in_features) == (260, 32)
+
+
+def test_there_is_one_copy_wherever_the_model_goes(tmp_path):
+    model = tied_model()
+    names = {n for n in model.state_dict() if n.startswith((EMBEDDING, HEAD))}
+    assert names == {f"{EMBEDDING}.weight_{leaf}" for leaf in ("values", "bitmask", "scales")}
+    with torch.no_grad():
+        want = model(IDS).logits
+        for other in (copy.deepcopy(model), copy.deepcopy(model).to("cpu"), copy.deepcopy(model).double().float()):
+            assert other.lm_head.table is other.model.embed_tokens and torch.equal(other(IDS).logits, want)
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        assert (
+            half.lm_head.weight.dtype == torch.bfloat16 and half.model.embed_tokens.weight_scales.dtype == torch.float32
+        )
+        torch.save(model, tmp_path / "model.pt")
+        again = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert again.lm_head.table is again.model.embed_tokens and torch.equal(again(IDS).logits, want)
+
+
+def test_the_file_holds_it_once(folder):
+    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert entry["tied"] == {HEAD: EMBEDDING} and entry["format_version"] == 5 and HEAD not in entry["modules"]
+    model, _ = sf.load(folder)
+    assert (
+        tied_tables(model) == {HEAD: EMBEDDING} and sum(m.experts is None for m in packed_weights(model).values()) == 15
+    )
+    assert Header.from_json(Header.from_json(entry).to_json()) == Header.from_json(entry)
+
+
+def test_a_class_without_the_head(folder):
+    model, _ = sf.load(folder)
+    with torch.no_grad():
+        want = model.model(IDS).last_hidden_state
+        inner = AutoModel.from_pretrained(folder)
+        assert isinstance(inner.embed_tokens, PackedEmbedding) and torch.equal(inner(IDS).last_hidden_state, want)
+        other = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, pad_token_id=0)
+        assert torch.equal(other.model(IDS).last_hidden_state, want)
+
+
+def test_a_bias_and_a_training_flag_stay():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(40, 32, padding_idx=3), nn.Linear(32, 40)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids).tanh())
+
+    torch.manual_seed(0)
+    model, ids = Model(), torch.arange(40)[None]
+    dense = copy.deepcopy(model)
+    sf.quantize(model, "int8", include="*")
+    assert model.head.bias is not None and model.table.training and model.table.padding_idx == 3
+    assert list(dict(model.named_parameters())) == ["head.bias"]
+    assert (model(ids) - dense(ids)).norm() < 0.03 * dense(ids).norm()
+    model(ids).sum().backward()
+    assert model.head.bias.grad is not None
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["pt2", "aoti"])
+def test_exports(tmp_path, values, format):
+    sf.save_packed(tied_model(values, max_position_embeddings=64), None, tmp_path / "packed")
+    model, _ = sf.load(tmp_path / "packed")
+    sf.export_generator(model, tmp_path / "g.pt2", format=format)
+    text = sf.load_generator(tmp_path / "g.pt2").generate(IDS, max_new_tokens=8)
+    assert torch.equal(torch.as_tensor(text), model.generate(IDS, **GREEDY))
+    if format == "pt2":
+        sf.export(model, tmp_path / "m.pt2", {"input_ids": IDS}, portable=True)
+        ops = {str(n.target) for n in torch.export.load(tmp_path / "m.pt2").graph.nodes}
+        assert not any("sparseforge" in op for op in ops)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda h: h.update(tied={}), "'tied' names no heads"), (lambda h: h.update(tied=["lm_head"]), "'tied' names no"),
+     (lambda h: h.update(tied={HEAD: "nowhere"}), "ties 'lm_head' to 'nowhere', which is no packed embedding"),
+     (lambda h: h.update(tied={HEAD: 7}), "ties 'lm_head' to 7, which is no packed"),
+     (lambda h: h.update(tied={HEAD: EMBEDDING, "other": EMBEDDING}), "no packed embedding for it"),
+     (lambda h: h.update(tied={"model.layers.0.mlp.up_proj": EMBEDDING}), "up_proj' to .* which is no packed embedding"),
+     (lambda h: h["modules"][EMBEDDING].update(format="2:4 int8"), "has the embedding 'model.embed_tokens' in 2:4 int8"),
+     (lambda h: h.update(format_version=4), "unknown entry 'tied'"), (lambda h: h.pop("tied"), "'tied' names no heads"),
+     (lambda h: h.update(tied={"nowhere": EMBEDDING}), "'nowhere' is not in this model"),
+     (lambda h: h.update(tied={"model.norm": EMBEDDING}), "ties 'model.norm' to .* whose weight does not fit it"),
+     (lambda h: h.update(tied={HEAD: "model.layers.0.mlp.up_proj"}), "'model.embed_tokens' is a Embedding in this model, no linear"),
+     (lambda h: h["modules"][EMBEDDING].update(shape=[260, 64]), "the header wants")],
+)  # fmt: skip
+def test_headers_that_lie(folder, tmp_path, change, message):
+    shutil.copytree(folder, tmp_path / "f")
+    edit_json(tmp_path / "f" / "config.json", lambda config: change(config["quantization_config"]))
+    with pytest.raises(SparseForgeError, match=message):
+        sf.load(tmp_path / "f")
+
+
+def test_peft_cannot_train_a_copy_of_it():
+    peft = pytest.importorskip("peft")
+    for name in ("lm_head", "embed_tokens"):
+        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[name])
+        with pytest.raises(SparseForgeError, match=f"modules_to_save has '.*{name}', which is packed in dense int8"):
+            peft.get_peft_model(tied_model(), config)
+    adapted = peft.get_peft_model(tied_model(), peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    assert not any("lm_head" in n or "embed" in n for n, p in adapted.named_parameters() if p.requires_grad)
+
+
+def test_dequantised_is_tied_as_before():
+    model = tied_model()
+    head = model.lm_head.weight
+    model.dequantize()
+    assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+    assert model.lm_head.weight is model.model.embed_tokens.weight and torch.equal(model.lm_head.weight, head)
+    assert model.config.tie_word_embeddings and model.all_tied_weights_keys == {f"{HEAD}.weight": f"{EMBEDDING}.weight"}
+    sf.quantize(model, "int8", include="*")
+    assert torch.equal(model.lm_head.weight, head)
