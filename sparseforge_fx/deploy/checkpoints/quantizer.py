@@ -270,10 +270,9 @@ def _empty_table(name: str, module: nn.Module, site: Site) -> PackedEmbedding:
     """The packed embedding on the meta device for ``module``."""
     from sparseforge_fx.deploy.lowering.packed_embedding import PackedEmbedding
 
-    if type(module) is not nn.Embedding:
+    if not isinstance(module, nn.Embedding):
         raise SparseForgeError(f"packed module '{name}' is a {type(module).__name__} in this model, no embedding")
-    dtype = module.weight.dtype
-    table = PackedEmbedding(_on_meta(name, module.weight, site), module.padding_idx, dtype=dtype)
+    table = PackedEmbedding(_on_meta(name, module.weight, site), module)
     table.loading = True
     return table
 

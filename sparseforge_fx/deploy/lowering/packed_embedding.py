@@ -5,10 +5,12 @@ The weight is the embedding's, as it is in transformers: a model without an outp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseforge_fx.deploy.lowering.sparse_modules import PackedWeight
@@ -26,33 +28,92 @@ class PackedEmbedding(PackedWeight):
     It stays in the layout of the disk, whose rows can be read one by one.
 
     Args:
-        padding_idx: that of the nn.Embedding that it stands for, which only training asks for.
+        like: the embedding that it stands for. It is kept, without its weight, and does what it does with the rows
+            (Gemma's scale them).
     """
 
-    def __init__(self, packed: Packed, padding_idx: int | None = None, *, dtype: torch.dtype = torch.float32):
-        super().__init__(packed, dtype=dtype)
-        self.padding_idx = padding_idx
+    def __init__(self, packed: Packed, like: nn.Embedding):
+        super().__init__(packed, dtype=like.weight.dtype)
+        self.like = like
+        _give(like, _Rows(self, self.rows))
+        self.train(like.training)
 
-    @property
-    def num_embeddings(self) -> int:
-        return self.out_features
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.in_features
+    def __getattr__(self, name: str) -> Any:
+        """What models ask of their embedding beside its rows (``padding_idx``) is that of ``like``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "like":
+                raise
+            return getattr(self.like, name)
 
     def change_layout(self, layout: Layout) -> None:
         assert self.layout == ROWS.name
 
-    @torch.no_grad()
-    def to_dense(self) -> nn.Embedding:
-        """The nn.Embedding that this stands for."""
-        dense = nn.Embedding.from_pretrained(self.weight, freeze=False, padding_idx=self.padding_idx)
-        return dense.train(self.training)
-
-    def forward(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor) -> Tensor:
         assert self.weight_scales is not None
         return rows_taken(ids, self.weight_values, self.in_features, self.weight_scales).to(self.dtype)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Embedding:
+        """The embedding that this stands for."""
+        del self.like.__dict__["weight"]
+        self.like.weight = nn.Parameter(self.weight)
+        return self.like
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.like(ids)
+
+
+class _Rows:
+    """What stands where an embedding has its weight: ``F.embedding`` takes rows of it, and nothing else reads it.
+
+    Args:
+        of: what has the shape, dtype and device of the weight.
+        take: ids -> rows.
+    """
+
+    _is_hf_initialized = True  # transformers would draw values for it
+
+    def __init__(self, of: PackedEmbedding | Tensor, take: Callable[[Tensor], Tensor]):
+        self.of, self.take = of, take
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.of.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.of.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.of.device if isinstance(self.of, Tensor) else self.of.weight_values.device
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False)) | (kwargs or {})
+        if func is not F.embedding or not isinstance(given["weight"], cls) or given.get("max_norm") is not None:
+            return NotImplemented
+        return given["weight"].take(given["input"])
+
+
+def _give(embedding: nn.Embedding, rows: _Rows) -> None:
+    embedding._parameters = {n: p for n, p in embedding._parameters.items() if n != "weight"}
+    embedding.__dict__["weight"] = rows
+
+
+def _takes_rows(embedding: nn.Embedding) -> bool:
+    """Does it read its weight by ``F.embedding`` alone?"""
+    weight, probe = embedding.weight, copy.copy(embedding)
+    probe.__dict__ = dict(embedding.__dict__)
+    _give(probe, _Rows(weight, lambda ids: F.embedding(ids, weight)))
+    ids = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+    try:
+        with torch.no_grad():
+            return torch.equal(probe(ids), embedding(ids))
+    except Exception:  # an open set: whatever its forward does with what is no tensor
+        return False
 
 
 class TiedHead(nn.Module):
@@ -106,10 +167,8 @@ def why_not_one(head: Any, embedding: nn.Module, form: Format) -> str | None:
         return f"in {form} it is no embedding's"
     if type(head) is not nn.Linear:
         return f"{type(head).__name__} keeps its weight the other way round"
-    if type(embedding) is not nn.Embedding:
-        return f"{type(embedding).__name__} does more than to take rows"
-    if embedding.max_norm is not None or low_rank.has_other_hooks(embedding):
-        return "the embedding changes its weight, or is seen by hooks"
+    if not isinstance(embedding, nn.Embedding) or low_rank.has_other_hooks(embedding) or not _takes_rows(embedding):
+        return f"{type(embedding).__name__} does more with it than to take rows, or is seen by hooks"
     return None
 
 

@@ -74,9 +74,8 @@ def quantize(
         dense: weights that are not 2:4, too; False leaves them as they are. A plan says so itself.
         include, exclude: globs over weights or modules, in the place of a plan: only what is included is quantised. A
             head that is tied to an embedding stays as it is unless it is included (``include="*"``: everything). Where
-            the embedding is included, too, or is named in a plan, both go on as one weight in few bits; else, and
-            where it cannot be (a 2:4 one, an embedding of the model's own kind), the head gets a copy of its own beside
-            it, which the notes say.
+            the embedding is included, too, or is named in a plan, both go on as one weight in few bits; else, and for
+            an embedding that reads its weight in a way of its own, the head gets a copy beside it, which the notes say.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         reading: what of the data is looked at: ``calibration`` (sequences; default 64), ``length`` (tokens of each;
             512), ``batch_size`` (4), ``seed`` (0); of text ``text_column``, ``separator``, ``cache_dir``.
@@ -94,8 +93,7 @@ def quantize(
     known = dict(scales or {})
     _check(model, chosen, known)
     sites = chosen.modules
-    embeddings = {tie.embedding: model.get_submodule(tie.embedding) for tie in chosen.tied.values()}
-    with _as_it_was(model, sites, embeddings, copies=data is not None):
+    with _as_it_was(model, sites, chosen.tied, copies=data is not None):
         for name, tie in chosen.tied.items():
             sites[name].weight = nn.Parameter(sites[name].weight.detach().clone(), sites[name].weight.requires_grad)
             notes.append(_tell(name, tie, chosen.formats[name]))
@@ -224,10 +222,11 @@ def _batches(
 
 @contextmanager
 def _as_it_was(
-    model: nn.Module, sites: Mapping[str, Any], embeddings: Mapping[str, nn.Module], *, copies: bool
+    model: nn.Module, sites: Mapping[str, Any], tied: Mapping[str, Tie], *, copies: bool
 ) -> Iterator[None]:
     """Put modules and their parameters back, and with ``copies`` their values, if what follows fails half-way."""
     own = {name: module.weight for name, module in sites.items()}
+    embeddings = {tie.embedding: (model.get_submodule(tie.embedding), own[name]) for name, tie in tied.items()}
     before = {name: weight.detach().clone() for name, weight in own.items()} if copies else {}
     try:
         yield
@@ -238,7 +237,9 @@ def _as_it_was(
             elif model.get_submodule(name) is not module:
                 replace(model, name, module)
             module.weight = own[name]
-        for name, embedding in embeddings.items():
+        for name, (embedding, weight) in embeddings.items():
+            embedding.__dict__.pop("weight", None)
+            embedding.weight = weight
             replace(model, name, embedding)
         put_back((own[name], weight) for name, weight in before.items())
         raise
@@ -257,7 +258,7 @@ def _put(
     for name, module in sites.items():
         if name in tables:
             old: Any = model.get_submodule(tables[name])
-            table = PackedEmbedding(packed[name], old.padding_idx, dtype=module.weight.dtype).train(old.training)
+            table = PackedEmbedding(packed[name], old)
             replace(model, tables[name], table)
             replace(model, name, TiedHead(table, module.bias).train(module.training))
             layouts[name] = table.layout

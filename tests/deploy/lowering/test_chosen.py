@@ -134,23 +134,45 @@ def test_a_tied_head_takes_its_embedding_with_it_or_gets_a_copy(how, told, data)
     assert torch.equal(model.lm_head.weight, head) and torch.equal(model.model.embed_tokens.weight, rows)
 
 
-@pytest.mark.parametrize("kind", ["own class", "hook", "max_norm"])
-def test_an_embedding_that_does_more_than_to_take_rows_stays(kind):
-    class Scaled(nn.Embedding):
-        def forward(self, ids):
-            return 8 * super().forward(ids)
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * torch.tensor(8.0).to(self.weight.dtype)
 
+
+class Normed(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) / self.weight.norm()
+
+
+@pytest.mark.parametrize("kind", [Normed, "hook", "max_norm"])
+def test_an_embedding_that_does_more_than_to_take_rows_stays(kind):
     model = tiny_llama()
     table = model.model.embed_tokens
-    if kind == "own class":
-        table.__class__ = Scaled
-    elif kind == "hook":
+    if kind == "hook":
         table.register_forward_hook(lambda *_: None)
-    else:
+    elif kind == "max_norm":
         table.max_norm = 1.0
+    else:
+        table.__class__ = kind
+    weight = table.weight
     report = sf.quantize(model, "int8", include="*")
-    assert any("a copy of its own" in n and ("Scaled" in n or kind != "own class") for n in report["notes"])
-    assert model.model.embed_tokens is table and formats_of(report)[HEAD] == "dense int8"
+    told = f"({type(table).__name__} does more with it than to take rows, or is seen by hooks)"
+    assert any("a copy of its own" in n and n.endswith(told) for n in report["notes"])
+    assert model.model.embed_tokens is table and table.weight is weight and formats_of(report)[HEAD] == "dense int8"
+
+
+def test_what_an_embedding_does_with_its_rows_it_goes_on_doing():
+    model = tiny_llama().eval()
+    model.model.embed_tokens.__class__ = Scaled
+    with torch.no_grad():
+        want = model.model.embed_tokens(IDS)
+        assert ONE in sf.quantize(model, "int8", include="*")["notes"]
+        got, table = model.model.embed_tokens(IDS), model.model.embed_tokens
+        assert 0 < (got - want).norm() < 0.02 * want.norm() and torch.equal(got, 8 * table.weight[IDS])
+        text = model.generate(IDS, max_new_tokens=4, do_sample=False)
+        model.dequantize()
+        assert type(model.model.embed_tokens) is Scaled and torch.equal(model.model.embed_tokens(IDS), got)
+        assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), text)
 
 
 @pytest.mark.parametrize("values", ["int8", "int4"])

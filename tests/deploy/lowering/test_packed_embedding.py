@@ -9,7 +9,7 @@ import torch
 from packed_models import GREEDY, IDS, edit_json
 from tiny_checkpoint import byte_tokenizer, tiny_llama
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, Gemma3ForCausalLM, Gemma3TextConfig
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.checkpoints.packed_header import Header
@@ -106,6 +106,28 @@ def test_a_class_without_the_head(folder):
         assert isinstance(inner.embed_tokens, PackedEmbedding) and torch.equal(inner(IDS).last_hidden_state, want)
         other = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, pad_token_id=0)
         assert torch.equal(other.model(IDS).last_hidden_state, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gemma_scales_its_rows(tmp_path, dtype):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    config = Gemma3TextConfig(vocab_size=97, num_key_value_heads=1, max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(config).to(dtype).eval()
+    report = sf.quantize(model, "int8", include="*")
+    assert "lm_head and model.embed_tokens stay one weight, in dense int8" in report["notes"]
+    scale = torch.tensor(32**0.5).to(dtype)
+    assert torch.equal(model.model.embed_tokens(IDS), model.model.embed_tokens.weight[IDS] * scale)
+    sf.save_packed(model, None, tmp_path / "packed")
+    loaded, _ = sf.load(tmp_path / "packed")
+    with torch.no_grad():
+        assert torch.equal(loaded.model.embed_tokens(IDS), model.model.embed_tokens(IDS))
+        # its rotary tables are cast with a model, and not with one that is loaded so
+        assert dtype != torch.float32 or torch.equal(loaded(IDS).logits, model(IDS).logits)
+    sf.export_generator(loaded, tmp_path / "g.pt2")
+    text = sf.load_generator(tmp_path / "g.pt2").generate(IDS, max_new_tokens=8)
+    assert dtype != torch.float32 or torch.equal(torch.as_tensor(text), loaded.generate(IDS, **GREEDY))
+    assert type(loaded.dequantize().model.embed_tokens).__name__ == "Gemma3TextScaledWordEmbedding"
 
 
 def test_a_bias_and_a_training_flag_stay():
