@@ -124,10 +124,11 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
     data = str(write_text(tmp_path / "text.txt"))
     recipe = points.recipe_of(None).changed(calibration=2, length=32, batch_size=2)
     maker = points.Maker(model, data, recipe, 2, "bfloat16")
-    ask = (tmp_path, [1, 8], [2.3, 9.0], False)
+    goals = [points.Goal("speedup", 2.3), points.Goal("speedup", 9.0), points.Goal("bytes", 0.36)]
+    ask = (tmp_path, [1, 8], goals, False)
     made = points.made(maker, *ask)
-    names = ["dense bf16", "dense fp32", "2:4 bf16", "plan 2.3x"]
-    assert [p.name for p in made] == names
+    names = ["dense bf16", "dense fp32", "2:4 bf16", "plan 2.3x", "plan 36% bytes"]
+    assert [p.name for p in made] == names and made[4].label == "plan-36-bytes" and made[4].plan.bytes <= 0.36
     assert points.made(maker, *ask) == made
     with pytest.raises(SystemExit, match="holds points of another model"):
         points.made(replace(maker, dtype="float32"), *ask)

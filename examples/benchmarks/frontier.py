@@ -27,7 +27,7 @@ import torch
 import typer
 from common import CONTEXT, save, use
 from formats import _run as run_generator
-from frontier_points import Maker, Point, expected_speed, made, predicted, price_now, recipe_of, time_of
+from frontier_points import Goal, Maker, Point, expected_speed, made, predicted, price_now, recipe_of, time_of
 from frontier_prepared import held_bytes, llama_cpp, prepared
 
 from sparseforge_fx.report import environment
@@ -47,7 +47,8 @@ def main(
     ] = None,
     rounding: Annotated[int, typer.Option(help="sequences that values are rounded on")] = 32,
     dtype: Annotated[str, typer.Option(help="of the floats in the points that are made")] = "bfloat16",
-    speedup: Annotated[list[float], typer.Option(help="of the plans")] = [1.3, 1.6, 2.0],  # noqa: B006
+    speedup: Annotated[list[float], typer.Option(help="of plans")] = [1.3, 1.6, 2.0],  # noqa: B006
+    size: Annotated[list[float], typer.Option("--bytes", help="of plans, as a share of the dense")] = [],  # noqa: B006
     in_loop: Annotated[bool, typer.Option("--in-loop", help="a 2:4 point trained in int4, too")] = False,
     point: Annotated[list[str], typer.Option(help="another one: NAME=PATH or NAME=PATH:DTYPE")] = [],  # noqa: B006
     batch: Annotated[list[int], typer.Option()] = [1, 8],  # noqa: B006
@@ -70,7 +71,8 @@ def main(
         if data is None:
             sys.exit("--model needs --data: points are made by it")
         maker = Maker(model, data, recipe_of(recipe), rounding, dtype, str(two_four) if two_four else None)
-        points = made(maker, folder, batch, speedup, in_loop) + points
+        goals = [*(Goal("speedup", s) for s in speedup), *(Goal("bytes", b) for b in size)]
+        points = made(maker, folder, batch, goals, in_loop) + points
     known = {each.name: prepared(each, folder, text, list(batch), windows, tasks, max_length) for each in points}
     if prepare:
         return

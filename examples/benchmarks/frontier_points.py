@@ -51,6 +51,17 @@ class Point(NamedTuple):
         return self.path.endswith(".gguf")
 
 
+class Goal(NamedTuple):
+    """What a plan is held to: a ``speedup`` of the linears, or a share of their ``bytes``."""
+
+    of: str
+    value: float
+
+    @property
+    def point(self) -> str:
+        return f"plan {self.value:g}x" if self.of == "speedup" else f"plan {100 * self.value:g}% bytes"
+
+
 @dataclass(frozen=True)
 class Maker:
     """Writes packed folders of one dense model.
@@ -88,8 +99,8 @@ class Maker:
         sf.save_packed(loaded, tokenizer, path)
 
 
-def made(maker: Maker, folder: Path, batch: Sequence[int], speedups: Sequence[float], in_loop: bool) -> list[Point]:
-    """Dense, and 2:4, in floats, int8 and int4, and a plan for each speed-up of the linears, in ``folder``.
+def made(maker: Maker, folder: Path, batch: Sequence[int], goals: Sequence[Goal], in_loop: bool) -> list[Point]:
+    """Dense, and 2:4, in floats, int8 and int4, and a plan for each goal, in ``folder``.
 
     Args:
         in_loop: a second 2:4 int4 point, trained in these values.
@@ -118,14 +129,15 @@ def made(maker: Maker, folder: Path, batch: Sequence[int], speedups: Sequence[fl
         at = folder / name.replace(":", "-").replace(" ", "-")
         path = _once(at, lambda at, s=source, v=values: maker.rounded(s, at, values=v, include="*"))
         points.append(Point(name, str(path), None, everywhere(plan, parse_format(f"{pattern} {values}"))))
-    return points + [found for speedup in speedups if (found := _planned(maker, plan, folder, speedup)) is not None]
+    return points + [found for goal in goals if (found := _planned(maker, plan, folder, goal)) is not None]
 
 
-def _planned(maker: Maker, prices: sf.Plan, folder: Path, speedup: float) -> Point | None:
-    """None where no choice of formats is so fast."""
-    label, source = f"plan-{speedup:g}x", maker.model
+def _planned(maker: Maker, prices: sf.Plan, folder: Path, goal: Goal) -> Point | None:
+    """None where no choice of formats is so fast, or so small."""
+    name, source = goal.point, maker.model
+    label = Point(name, "").label
     try:
-        plan = decide(replace(prices, goal={"speedup": speedup}))
+        plan = decide(replace(prices, goal={goal.of: goal.value}))
     except SparseForgeError as error:
         print(label, error, flush=True)
         return None
@@ -136,7 +148,7 @@ def _planned(maker: Maker, prices: sf.Plan, folder: Path, speedup: float) -> Poi
         source = str(_once(folder / label, lambda at, s=source: maker.rounded(s, at, plan=str(written))))
     elif source != maker.model:
         source = str(_once(folder / label, lambda at, s=source: maker.packed(s, at)))
-    return Point(f"plan {speedup:g}x", source, maker.dtype if source == maker.model else None, plan)
+    return Point(name, source, maker.dtype if source == maker.model else None, plan)
 
 
 def _price(maker: Maker, batch: Sequence[int]) -> sf.Plan:
