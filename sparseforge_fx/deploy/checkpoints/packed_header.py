@@ -13,8 +13,8 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import DENSE, Format, parse_format
 from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, METHOD, SCALES, VALUES, packed_names
 
-#: versions of headers without stacks of experts, without formats of stacks, and without heads tied to an embedding
-WITHOUT_STACKS, OF_FLOATS, UNTIED = 2, 3, 4
+#: versions of headers without stacks of experts, without formats of stacks, and without embeddings
+WITHOUT_STACKS, OF_FLOATS, OF_LINEARS = 2, 3, 4
 MOST_MODULES = 1 << 17  # of a model, whatever its files say
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of packed weights
 _HELD = {"I8": torch.int8, "U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
@@ -95,18 +95,19 @@ class Header(NamedTuple):
     """``quantization_config`` of a packed checkpoint, checked.
 
     Attributes:
-        modules: packed linears, and embeddings that a head is tied to, by module name.
+        modules: packed linears and embeddings by module name.
         model_modules: modules of all kinds in the model that was packed, or None: not known.
         files: SHA-256 of each weight file by file name, or None: not known.
         stacks: packed stacks of experts by the weight's name (since version 3; in few bits since version 4).
-        tied: heads by module name, with the embedding of ``modules`` that has their weight (since version 5).
+        embeddings: which of ``modules`` are embeddings, each with the head that has its weight, too, or None (since
+            version 5).
     """
 
     modules: dict[str, Site]
     model_modules: int | None = None
     files: dict[str, str] | None = None
     stacks: Mapping[str, Stack] = MappingProxyType({})
-    tied: Mapping[str, str] = MappingProxyType({})
+    embeddings: Mapping[str, str | None] = MappingProxyType({})
 
     def to_json(self) -> dict[str, Any]:
         """What stands in config.json."""
@@ -114,18 +115,18 @@ class Header(NamedTuple):
             n: {"shape": [s.out_features, s.in_features], "dtype": s.dtype, "format": str(s.format)}
             for n, s in self.modules.items()
         }
-        floats = not any(s.site.format.is_quantized for s in self.stacks.values()) and not self.tied
+        floats = not any(s.site.format.is_quantized for s in self.stacks.values()) and not self.embeddings
         stacks = {
             n: {"shape": list(s.stored_shape), "dtype": s.site.dtype, "transposed": s.transposed}
             | ({} if floats else {"format": str(s.site.format)})
             for n, s in self.stacks.items()
         }
         known: dict[str, Any] = {"model_modules": self.model_modules, "files": self.files}
-        known |= {"stacks": stacks or None, "tied": dict(self.tied) or None}
+        known |= {"stacks": stacks or None, "embeddings": dict(self.embeddings) or None}
         known = {name: value for name, value in known.items() if value is not None}
         # older readers keep theirs
-        version = WITHOUT_STACKS if not stacks else OF_FLOATS if floats else UNTIED
-        version = FORMAT_VERSION if self.tied else version
+        version = WITHOUT_STACKS if not stacks else OF_FLOATS if floats else OF_LINEARS
+        version = FORMAT_VERSION if self.embeddings else version
         return {"quant_method": METHOD, "format_version": version, "modules": modules, **known}
 
     @property
@@ -162,7 +163,8 @@ class Header(NamedTuple):
         if not isinstance(modules, dict) or not (modules or raw.get("stacks")):
             raise SparseForgeError("the header lists no packed modules: the checkpoint is damaged")
         known = {"quant_method", "format_version", "modules", "model_modules", "files"}
-        known |= ({"stacks"} if version > WITHOUT_STACKS else set()) | ({"tied"} if version > UNTIED else set())
+        known |= {"stacks"} if version > WITHOUT_STACKS else set()
+        known |= {"embeddings"} if version > OF_LINEARS else set()
         if unknown := set(raw) - known - ({"pattern"} if version == 1 else set()):
             raise SparseForgeError(f"the header has an unknown entry {short(min(unknown))}: the checkpoint is damaged")
         sites = {str(name): _site(str(name), entry, version) for name, entry in modules.items()}
@@ -173,10 +175,10 @@ class Header(NamedTuple):
         if count is not None and (type(count) is not int or not len(sites) < count <= MOST_MODULES):
             raise SparseForgeError(f"the header's model_modules {short(count)} is no such number: it is damaged")
         stacks = raw.get("stacks", {})
-        if not isinstance(stacks, dict) or (WITHOUT_STACKS < version <= UNTIED and not stacks):
+        if not isinstance(stacks, dict) or (WITHOUT_STACKS < version <= OF_LINEARS and not stacks):
             raise SparseForgeError("the header's 'stacks' lists no packed stacks: it is damaged")
         of_stacks = {str(n): _stack(str(n), entry, version) for n, entry in stacks.items()}
-        return cls(sites, count, files, of_stacks, _tied(raw.get("tied", {}), sites, version))
+        return cls(sites, count, files, of_stacks, _embeddings(raw.get("embeddings", {}), sites, version))
 
 
 def _site(name: str, entry: Any, version: int) -> Site:
@@ -223,18 +225,17 @@ def _stack(name: str, entry: Any, version: int) -> Stack:
     return Stack(shape[0], _site(name, one, WITHOUT_STACKS), transposed)
 
 
-def _tied(entry: Any, sites: Mapping[str, Site], version: int) -> dict[str, str]:
-    if not isinstance(entry, dict) or (version > UNTIED and not entry):
-        raise SparseForgeError("the header's 'tied' names no heads: it is damaged")
-    for head, table in entry.items():
-        site = sites.get(table) if isinstance(table, str) else None
-        if site is None or head in sites or len({*entry.values()}) < len(entry):
-            raise SparseForgeError(
-                f"the header ties {short(head)} to {short(table)}, which is no packed embedding for it: it is damaged"
-            )
-        if site.format.is_sparse or not site.format.is_quantized:
-            raise SparseForgeError(f"the header has the embedding {short(table)} in {site.format}: it is damaged")
-    return {str(head): table for head, table in entry.items()}
+def _embeddings(entry: Any, sites: Mapping[str, Site], version: int) -> dict[str, str | None]:
+    if not isinstance(entry, dict) or (version > OF_LINEARS and not entry):
+        raise SparseForgeError("the header's 'embeddings' names none: it is damaged")
+    heads = [head for head in entry.values() if head is not None]
+    for name, head in entry.items():
+        site = sites.get(name)
+        if site is None or site.format.is_sparse or not site.format.is_quantized:
+            raise SparseForgeError(f"the header has the embedding {short(name)} in no format of one: it is damaged")
+        if head is not None and (not isinstance(head, str) or head in sites or heads.count(head) > 1):
+            raise SparseForgeError(f"the header ties {short(head)} to {short(name)}, which cannot be: it is damaged")
+    return {str(name): head for name, head in entry.items()}
 
 
 def short(value: Any) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site, Stack
 from sparseforge_fx.deploy.checkpoints.packed_stacks import Found, find_stacks, stack_tensors
 from sparseforge_fx.deploy.lowering.modules import find_packable, weight_of
-from sparseforge_fx.deploy.lowering.packed_embedding import tied_tables
+from sparseforge_fx.deploy.lowering.packed_embedding import packed_embeddings
 from sparseforge_fx.deploy.lowering.report import PackingReport, stored_site
 from sparseforge_fx.deploy.lowering.sparse_modules import SparseLinear, packed_weights
 from sparseforge_fx.errors import SparseForgeError
@@ -26,8 +26,8 @@ def packed_linears(model: nn.Module) -> dict[str, SparseLinear]:
 def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingReport]:
     """The state dict with packed weights in place of dense ones, the header of it, the report."""
     linears, skipped = find_packable(model)
-    tied = tied_tables(model)
-    kept: dict[str, Any] = {**packed_linears(model), **{of: model.get_submodule(of) for of in tied.values()}}
+    tables = packed_embeddings(model)
+    kept: dict[str, Any] = {**packed_linears(model), **{name: model.get_submodule(name) for name in tables}}
     found: dict[str, Packed] = {name: module.packed() for name, module in kept.items()}
     found |= {name: pack(weight_of(module)) for name, module in linears.items()}
     stacks, dense_stacks = find_stacks(model)
@@ -49,9 +49,8 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
         tensors = dict(zip((VALUES, BITMASK, SCALES), (packed.values, packed.bitmask, packed.scales), strict=True))
         state |= {f"{name}.{leaf}": tensors[leaf] for leaf in modules[name].tensors()}  # type: ignore[misc]
     dense = {n: s.out_features * s.in_features * getattr(torch, s.dtype).itemsize for n, s in modules.items()}
-    heads = {table: head for head, table in tied.items()}
     report: PackingReport = {
-        "sites": [stored_site(heads.get(name, name), found[name]) for name in modules],
+        "sites": [stored_site(tables.get(name) or name, found[name]) for name in modules],
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped.items()],
         "dense_bytes": sum(dense.values()),
         "lowered_bytes": sum(p.nbytes for p in found.values()),
@@ -66,7 +65,7 @@ def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], Header, PackingRe
     report["dense_bytes"] += sum(stack.packed.shape.numel() * stack.dtype.itemsize for stack in stacks.values())
     report["lowered_bytes"] += sum(stack.packed.nbytes for stack in stacks.values())
     of_stacks = {n: _entry(s) for n, s in sorted(stacks.items())}
-    header = Header(modules, sum(1 for _ in model.modules()), None, of_stacks, dict(sorted(tied.items())))
+    header = Header(modules, sum(1 for _ in model.modules()), None, of_stacks, dict(sorted(tables.items())))
     if header.sentinel is not None:
         state[header.sentinel] = torch.empty(0, dtype=torch.uint8)
     return state, header, report

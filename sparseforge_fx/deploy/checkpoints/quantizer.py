@@ -103,10 +103,9 @@ class PackedQuantizer(HfQuantizer):
             raise SparseForgeError(
                 f"packed module '{absent[0][:120]}' is not in this model: load it with the class that wrote it"
             )
-        tables = set(header.tied.values())
         for name, place in places.items():
             if place is not None:
-                make = _empty_table if name in tables else _empty
+                make = _empty_table if name in header.embeddings else _empty
                 replace(model, place, make(name, here.modules[place], header.modules[name]))
         self._tie(model, here, same_class)
         self.stacks = named_in(header.stacks, here.module)
@@ -144,7 +143,8 @@ class PackedQuantizer(HfQuantizer):
         from sparseforge_fx.deploy.lowering.packed_embedding import TiedHead
         from sparseforge_fx.models.ties import part
 
-        for name, of in self.quantization_config.header.tied.items():
+        ties = self.quantization_config.header.embeddings
+        for name, of in ((head, table) for table, head in ties.items() if head is not None):
             place, table = here.module(name), here.module(of)
             if place is None or table is None:
                 if same_class:
@@ -193,11 +193,12 @@ class PackedQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         from sparseforge_fx.deploy.lowering.modules import replace
-        from sparseforge_fx.deploy.lowering.packed_embedding import tied_packed_heads, tied_tables
+        from sparseforge_fx.deploy.lowering.packed_embedding import packed_embeddings, tied_packed_heads
         from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
         from sparseforge_fx.models.ties import join
 
-        heads, tables = dict(tied_packed_heads(model)), tied_tables(model)
+        heads = dict(tied_packed_heads(model))
+        tables = {head: table for table, head in packed_embeddings(model).items() if head is not None}
         for name, module in packed_weights(model).items():
             replace(model, name, module.to_dense())  # type: ignore[operator]
         for name, head in heads.items():

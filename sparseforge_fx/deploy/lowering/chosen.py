@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparseforge_fx.deploy.lowering.modules import find_packable, find_packable_stacks, weight_of
-from sparseforge_fx.deploy.lowering.packed_embedding import tied_packed_heads, why_not_one
+from sparseforge_fx.deploy.lowering.packed_embedding import (
+    input_embedding,
+    tied_packed_heads,
+    why_not_one,
+    why_not_rows,
+)
 from sparseforge_fx.deploy.lowering.sparse_modules import PackedWeight, SparseExperts, packed_weights
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.formats import Format
+from sparseforge_fx.formats import DENSE, Format
 from sparseforge_fx.graph.adapters import find_adapters
 from sparseforge_fx.models.expert_stacks import find_expert_stacks
 from sparseforge_fx.models.ties import tied_heads
@@ -42,12 +47,14 @@ class Chosen(NamedTuple):
         formats: of each of them.
         skipped: the others, with a reason.
         tied: of ``modules``, those whose weight is an embedding's, too.
+        embeddings: of a weight of their own, with the formats that they get.
     """
 
     modules: dict[str, Any]
     formats: dict[str, Format]
     skipped: dict[str, str]
     tied: dict[str, Tie]
+    embeddings: dict[str, Format]
 
 
 def by_values(
@@ -61,8 +68,8 @@ def by_values(
 
     Args:
         dense: those that are not 2:4, too.
-        include, exclude: globs over weights or modules. Only what is included is chosen; a head that is tied to an
-            embedding only if it is, and the embedding with it if that is.
+        include, exclude: globs over weights or modules. Only what is included is chosen: a head that is tied to an
+            embedding only if it is named, and embeddings only if they are.
     """
 
     def against(weight: Tensor) -> str | None:
@@ -99,7 +106,16 @@ def by_values(
         for name, module in modules.items()
     }
     with_it = {e for n, e in tied.items() if n in modules and _match([e, f"{e}.weight"], include)}
-    return Chosen(modules, formats, skipped, _ties(model, modules, formats, tied, with_it))
+    tables: dict[str, Format] = {}
+    table = input_embedding(model)
+    if table is not None and _match([table, f"{table}.weight"], include):
+        embedding: Any = model.get_submodule(table)
+        reason = "excluded by name" if _match([table, f"{table}.weight"], exclude) else why_not_rows(embedding, values)
+        if (reason := reason or _unreadable(embedding.weight) or values.why_not(embedding.weight.shape[-1])) is None:
+            tables[table] = values
+        else:
+            skipped[table] = reason
+    return Chosen(modules, formats, skipped, _ties(model, modules, formats, tied, with_it), tables)
 
 
 def by_plan(model: nn.Module, plan: Any) -> Chosen:
@@ -116,6 +132,10 @@ def by_plan(model: nn.Module, plan: Any) -> Chosen:
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     multiplied: dict[str, Any] = linears | find_expert_stacks(model)[0] | packed
     owner = {n: path for path, m in multiplied.items() for n in _names_of(path, m, names)}
+    table = input_embedding(model)
+    if table is not None:
+        multiplied[table] = model.get_submodule(table)
+        owner[f"{table}.weight"] = table
     others = {n: None for n, p in model.named_parameters(remove_duplicate=False) if p.dim() in (2, 3)}
     formats = planned_formats(plan, others | {n: _shape(multiplied[path]) for n, path in owner.items()})
     if not any(form.is_quantized for form in formats.values()):
@@ -141,6 +161,12 @@ def by_plan(model: nn.Module, plan: Any) -> Chosen:
                     f"the plan makes {name} {form}, and it is packed in {module.format}: dequantize() the model first"
                 )
             continue
+        if path == table:
+            against = None if form == DENSE else why_not_rows(module, form) or _unreadable(module.weight)
+            if against is not None:
+                raise SparseForgeError(f"the plan makes {name} {form}, which it cannot be: {against}")
+            chosen[path] = form
+            continue
         if form.is_quantized and path not in modules:
             raise SparseForgeError(f"the plan makes {name} {form}, which it cannot be: {skipped[path]}")
         if form.is_sparse and not check_pattern(weight_of(module), TWO_FOUR):
@@ -152,11 +178,13 @@ def by_plan(model: nn.Module, plan: Any) -> Chosen:
         if path in modules:
             skipped[path] = f"plan: {form}"
     quantized = {path: form for path, form in chosen.items() if form.is_quantized}
+    tables = {path: quantized.pop(path) for path in list(quantized) if path == table}
     return Chosen(
         {path: module for path, module in modules.items() if path in quantized},
         quantized,
         {path: reason for path, reason in skipped.items() if path not in quantized},
         _ties(model, modules, quantized, tied, {e for e in tied.values() if f"{e}.weight" in formats}),
+        tables,
     )
 
 

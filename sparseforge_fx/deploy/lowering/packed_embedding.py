@@ -1,6 +1,6 @@
-"""An embedding and the output layer that is tied to it, over one packed weight.
+"""An embedding over a packed weight, and the output layer that is tied to it.
 
-The weight is the embedding's, as it is in transformers: a model without an output layer has it, too.
+Of the two the weight is the embedding's, as it is in transformers: a model without an output layer has it, too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sparseforge_fx.deploy.lowering.sparse_modules import PackedWeight
 from sparseforge_fx.formats import Format
@@ -163,21 +164,37 @@ class TiedHead(nn.Module):
 
 def why_not_one(head: Any, embedding: nn.Module, form: Format) -> str | None:
     """Why a linear in that format and the embedding that it is tied to cannot go on as one weight; None if they can."""
-    if form.is_sparse or not form.is_quantized:
-        return f"in {form} it is no embedding's"
     if type(head) is not nn.Linear:
         return f"{type(head).__name__} keeps its weight the other way round"
+    return why_not_rows(embedding, form)
+
+
+def why_not_rows(embedding: nn.Module, form: Format) -> str | None:
+    """Why an embedding cannot be packed in that format; None if it can."""
+    if form.is_sparse or not form.is_quantized:
+        return f"in {form} it is no embedding's"
     if not isinstance(embedding, nn.Embedding) or low_rank.has_other_hooks(embedding) or not _takes_rows(embedding):
         return f"{type(embedding).__name__} does more with it than to take rows, or is seen by hooks"
     return None
 
 
-def tied_tables(model: nn.Module) -> dict[str, str]:
-    """Name of each :class:`TiedHead` -> that of its embedding."""
+def packed_embeddings(model: nn.Module) -> dict[str, str | None]:
+    """Name of each :class:`PackedEmbedding` -> that of its :class:`TiedHead`, if it has one."""
     names = {id(module): name for name, module in model.named_modules()}
-    return {name: names[id(head.table)] for name, head in tied_packed_heads(model)}
+    heads = {names[id(head.table)]: name for name, head in tied_packed_heads(model)}
+    return {n: heads.get(n) for n, module in model.named_modules() if isinstance(module, PackedEmbedding)}
 
 
 def tied_packed_heads(model: nn.Module) -> Iterator[tuple[str, TiedHead]]:
     """Those of a model by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, TiedHead))
+
+
+def input_embedding(model: nn.Module) -> str | None:
+    """Name of a transformers model's table of tokens, where its weight is no other module's."""
+    found = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is found]
+    if not isinstance(found, nn.Embedding) or len(names) != 1:
+        return None
+    owners = sum(p is found.weight for m in model.modules() for p in m._parameters.values())
+    return names[0] if owners == 1 else None

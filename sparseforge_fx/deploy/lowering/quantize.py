@@ -73,9 +73,10 @@ def quantize(
             slower on this CPU, the model goes over them in float32, and a note says so.
         dense: weights that are not 2:4, too; False leaves them as they are. A plan says so itself.
         include, exclude: globs over weights or modules, in the place of a plan: only what is included is quantised. A
-            head that is tied to an embedding stays as it is unless it is included (``include="*"``: everything). Where
-            the embedding is included, too, or is named in a plan, both go on as one weight in few bits; else, and for
-            an embedding that reads its weight in a way of its own, the head gets a copy beside it, which the notes say.
+            head that is tied to an embedding stays as it is unless it is included, and the table of the tokens, tied or
+            not, too (``include="*"``: everything). Where both are included, or the embedding is named in a plan, the
+            two go on as one weight in few bits; else, and for an embedding that reads its weight in a way of its own,
+            the head gets a copy beside it, which the notes say.
         example_inputs: for capture, where they cannot be made from the model's config or from ``data``.
         reading: what of the data is looked at: ``calibration`` (sequences; default 64), ``length`` (tokens of each;
             512), ``batch_size`` (4), ``seed`` (0); of text ``text_column``, ``separator``, ``cache_dir``.
@@ -93,7 +94,8 @@ def quantize(
     known = dict(scales or {})
     _check(model, chosen, known)
     sites = chosen.modules
-    with _as_it_was(model, sites, chosen.tied, copies=data is not None):
+    tables = {name: model.get_submodule(name) for name in chosen.embeddings}
+    with _as_it_was(model, sites, {**tables, **_tied_embeddings(model, chosen)}, copies=data is not None):
         for name, tie in chosen.tied.items():
             sites[name].weight = nn.Parameter(sites[name].weight.detach().clone(), sites[name].weight.requires_grad)
             notes.append(_tell(name, tie, chosen.formats[name]))
@@ -104,16 +106,23 @@ def quantize(
             rounded, told = _rounded(model, weights, formats, example_inputs, data, tokenizer, reading)
             notes += told
         elif data is not None:
-            notes.append("data is given and not used: the scales of all weights are known")
+            why = "the scales of all weights are known" if sites else "rows of an embedding are rounded by themselves"
+            notes.append(f"data is given and not used: {why}")
         packed = {
             name: _packed(module, chosen.formats[name], known.get(f"{name}.weight"), rounded.get(name), name)
             for name, module in sites.items()
         }
+        rows = {name: _packed(module, chosen.embeddings[name], None, None, name) for name, module in tables.items()}
         layouts = _put(model, sites, packed, {n: tie.embedding for n, tie in chosen.tied.items() if not tie.apart})
+        layouts |= _put_tables(model, rows)
         for name in chosen.tied:
             part(model, name)
     leave_savable(model)
-    return _report(chosen, packed, layouts, notes)
+    return _report(chosen, {**sites, **tables}, {**packed, **rows}, layouts, notes)
+
+
+def _tied_embeddings(model: nn.Module, chosen: Chosen) -> dict[str, nn.Module]:
+    return {tie.embedding: model.get_submodule(tie.embedding) for tie in chosen.tied.values()}
 
 
 def _rounded(
@@ -138,9 +147,13 @@ def _rounded(
 
 
 def _report(
-    chosen: Chosen, packed: Mapping[str, Packed], layouts: Mapping[str, str], notes: list[str]
+    chosen: Chosen,
+    modules: Mapping[str, Any],
+    packed: Mapping[str, Packed],
+    layouts: Mapping[str, str],
+    notes: list[str],
 ) -> PackingReport:
-    dense_bytes = [module.weight.nbytes for module in chosen.modules.values()]
+    dense_bytes = [packed[name].shape.numel() * module.weight.dtype.itemsize for name, module in modules.items()]
     return {
         "sites": [stored_site(name, weight, layouts[name]) for name, weight in packed.items()],
         "skipped": [{"name": name, "reason": reason} for name, reason in chosen.skipped.items()],
@@ -182,15 +195,16 @@ def _choose(
 
 def _check(model: nn.Module, chosen: Chosen, known: Mapping[str, Tensor]) -> None:
     """Raise a SparseForgeError where there is nothing to do, or nobody to do it."""
-    sites = chosen.modules
+    sites, tables = chosen.modules, chosen.embeddings
     if strange := sorted(known.keys() - {f"{name}.weight" for name in sites}):
         raise SparseForgeError(f"scales of {strange[0]}, which is no linear that can be packed: leave them out")
-    if not sites and packed_weights(model):
+    if not sites and not tables and packed_weights(model):
         raise SparseForgeError("nothing to quantise: the linears are packed already; model.dequantize() goes back")
-    if not sites:
+    if not sites and not tables:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(chosen.skipped.items())[:4])
         raise SparseForgeError(f"nothing to quantise: {reasons or 'the model has no linear layer'}")
-    device = weight_of(next(iter(sites.values()))).device
+    some: Any = next(iter(sites.values())) if sites else model.get_submodule(next(iter(tables)))
+    device = weight_of(some).device
     known_values = {values for layout in layouts_of(device) for values in layout.takes}
     if unknown := next((form for form in chosen.formats.values() if form.values not in known_values), None):
         raise SparseForgeError(f"there are no kernels for {unknown} on {device.type}: move the model to the CPU first")
@@ -222,11 +236,11 @@ def _batches(
 
 @contextmanager
 def _as_it_was(
-    model: nn.Module, sites: Mapping[str, Any], tied: Mapping[str, Tie], *, copies: bool
+    model: nn.Module, sites: Mapping[str, Any], embeddings: Mapping[str, Any], *, copies: bool
 ) -> Iterator[None]:
     """Put modules and their parameters back, and with ``copies`` their values, if what follows fails half-way."""
     own = {name: module.weight for name, module in sites.items()}
-    embeddings = {tie.embedding: (model.get_submodule(tie.embedding), own[name]) for name, tie in tied.items()}
+    rows = {name: embedding.weight for name, embedding in embeddings.items()}
     before = {name: weight.detach().clone() for name, weight in own.items()} if copies else {}
     try:
         yield
@@ -237,9 +251,9 @@ def _as_it_was(
             elif model.get_submodule(name) is not module:
                 replace(model, name, module)
             module.weight = own[name]
-        for name, (embedding, weight) in embeddings.items():
+        for name, embedding in embeddings.items():
             embedding.__dict__.pop("weight", None)
-            embedding.weight = weight
+            embedding.weight = rows[name]
             replace(model, name, embedding)
         put_back((own[name], weight) for name, weight in before.items())
         raise
@@ -257,12 +271,9 @@ def _put(
     placed: list[PackedWeight] = []
     for name, module in sites.items():
         if name in tables:
-            old: Any = model.get_submodule(tables[name])
-            table = PackedEmbedding(packed[name], old)
-            replace(model, tables[name], table)
+            layouts[name] = _put_tables(model, {tables[name]: packed[name]})[tables[name]]
+            table: Any = model.get_submodule(tables[name])
             replace(model, name, TiedHead(table, module.bias).train(module.training))
-            layouts[name] = table.layout
-            placed.append(table)
             continue
         sparse = packed_like(module, packed[name])
         sides = sparse.out_features, sparse.in_features
@@ -272,6 +283,15 @@ def _put(
         placed.append(sparse)
     lay_together(placed)
     return layouts
+
+
+def _put_tables(model: nn.Module, packed: Mapping[str, Packed]) -> dict[str, str]:
+    """Packed embeddings in the place of those of that name; their layouts."""
+    made = {name: PackedEmbedding(rows, model.get_submodule(name)) for name, rows in packed.items()}  # type: ignore[arg-type]
+    for name, table in made.items():
+        replace(model, name, table)
+    lay_together(made.values())
+    return {name: table.layout for name, table in made.items()}
 
 
 def _tell(name: str, tie: Tie, form: Format) -> str:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site, Stack
-from sparseforge_fx.deploy.lowering.packed_embedding import tied_tables
+from sparseforge_fx.deploy.lowering.packed_embedding import packed_embeddings
 from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
 from sparseforge_fx.kernels.packed import METHOD
 
@@ -27,7 +27,8 @@ def leave_savable(model: Any) -> None:
             sites[name] = site
         else:
             stacks[name] = Stack(m.experts, site, m.transposed)
-    config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**Header(sites, stacks=stacks, tied=tied_tables(model)).to_json())
+    header = Header(sites, stacks=stacks, embeddings=packed_embeddings(model))
+    config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**header.to_json())
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING[METHOD](config)
     model.config.quantization_config = config
     model._weight_conversions = []

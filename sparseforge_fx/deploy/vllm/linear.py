@@ -45,8 +45,8 @@ class PackedVllmConfig(QuantizationConfig):
         super().__init__()
         self.header = header
         self.modules = dict(header.modules)  # by vLLM's names
-        self.tied = dict(header.tied)
-        self.tables: dict[str, nn.Module] = {}  # embeddings that heads are tied to, as vLLM builds them
+        self.embeddings = dict(header.embeddings)
+        self.tables: dict[str | None, nn.Module] = {}  # as vLLM builds them, by the head that is tied to it
 
     def get_name(self) -> str:
         return METHOD
@@ -74,22 +74,25 @@ class PackedVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
-        tables = dict(zip(self.tied, hf_to_vllm_mapper.apply_list(list(self.tied.values())), strict=True))
-        self.tied = hf_to_vllm_mapper.apply_dict(tables)
+        heads = {
+            table: None if head is None else hf_to_vllm_mapper.apply_list([head])[0]
+            for table, head in self.embeddings.items()
+        }
+        self.embeddings = hf_to_vllm_mapper.apply_dict(heads)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
-            table = prefix or next(iter(self.tied.values()), "")  # some models of vLLM do not say the name
-            if table in self.tied.values():
-                self.tables[table] = layer
+            table = prefix or next(iter(self.embeddings), "")  # some models of vLLM do not say the name
+            if table in self.embeddings:
+                self.tables[self.embeddings[table]] = layer
                 return PackedLinearMethod(table, self.modules[table].format)
-        if prefix in self.tied:
-            if (found := self.tables.get(self.tied[prefix])) is None:
+        if (tied := next((t for t, head in self.embeddings.items() if head == prefix), None)) is not None:
+            if prefix not in self.tables:
                 raise SparseForgeError(
-                    f"'{prefix}' is tied to '{self.tied[prefix]}', which is not built here before it: choose "
+                    f"'{prefix}' is tied to '{tied}', which is not built here before it: choose "
                     f"pipeline_parallel_size=1, or {UNPACK}, and serve that"
                 )
-            return TiedHeadMethod(found)
+            return TiedHeadMethod(self.tables[prefix])
         parts = self.parts(prefix)
         packed = [name for name in parts if name in self.modules]
         formats = {name: self.modules[name].format for name in packed}

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Gemma3Fo
 
 import sparseforge_fx as sf
 from sparseforge_fx.deploy.checkpoints.packed_header import Header
-from sparseforge_fx.deploy.lowering.packed_embedding import PackedEmbedding, TiedHead, tied_tables
+from sparseforge_fx.deploy.lowering.packed_embedding import PackedEmbedding, TiedHead, packed_embeddings
 from sparseforge_fx.deploy.lowering.sparse_modules import packed_weights
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import parse_format
@@ -21,7 +21,7 @@ from sparseforge_fx.kernels.packed import pack_codes
 from sparseforge_fx.kernels.rows import rows_dense, rows_taken
 from sparseforge_fx.methods.rounding import round_weight
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING, HEAD, UP = "model.embed_tokens", "lm_head", "model.layers.0.mlp.up_proj"
 
 
 def tied_model(values="int8", dtype=torch.float32, **size):
@@ -65,7 +65,7 @@ def test_a_token_that_is_none_is_refused(wrong):
 def test_it_computes_what_the_dense_weight_does(values, dtype):
     model = tied_model(values, dtype)
     table, head = model.model.embed_tokens, model.lm_head
-    assert isinstance(table, PackedEmbedding) and isinstance(head, TiedHead) and tied_tables(model) == {HEAD: EMBEDDING}
+    assert isinstance(table, PackedEmbedding) and isinstance(head, TiedHead) and packed_embeddings(model) == {EMBEDDING: HEAD}
     assert table(IDS).dtype == dtype and torch.equal(table(IDS), table.weight[IDS]) and head.weight.dtype == dtype
     assert model.get_input_embeddings() is table and model.get_output_embeddings() is head
     assert (table.num_embeddings, table.embedding_dim) == (head.out_features, head.in_features) == (260, 32)
@@ -90,12 +90,47 @@ def test_there_is_one_copy_wherever_the_model_goes(tmp_path):
 
 def test_the_file_holds_it_once(folder):
     entry = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert entry["tied"] == {HEAD: EMBEDDING} and entry["format_version"] == 5 and HEAD not in entry["modules"]
+    assert entry["embeddings"] == {EMBEDDING: HEAD} and entry["format_version"] == 5 and HEAD not in entry["modules"]
     model, _ = sf.load(folder)
     assert (
-        tied_tables(model) == {HEAD: EMBEDDING} and sum(m.experts is None for m in packed_weights(model).values()) == 15
+        packed_embeddings(model) == {EMBEDDING: HEAD} and sum(m.experts is None for m in packed_weights(model).values()) == 15
     )
     assert Header.from_json(Header.from_json(entry).to_json()) == Header.from_json(entry)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_an_embedding_of_its_own(tmp_path, values):
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.2, tie_word_embeddings=False, max_position_embeddings=64).eval()
+    weight = model.model.embed_tokens.weight.detach().clone()
+    assert EMBEDDING not in {s["name"] for s in sf.quantize(copy.deepcopy(model), values)["sites"]}
+    by_plan = sf.quantize(copy.deepcopy(model), plan={f"{EMBEDDING}.weight": values})
+    assert [s["name"] for s in by_plan["sites"]] == [EMBEDDING] and by_plan["dense_bytes"] == weight.nbytes
+    report = sf.quantize(model, values, torch.arange(96).view(4, 24), include="*")
+    formats = {s["name"]: s["format"] for s in report["sites"]}
+    assert {formats[EMBEDDING], formats[HEAD]} == {str(parse_format(values))} and len(formats) == 16
+    assert packed_embeddings(model) == {EMBEDDING: None} and not model.config.tie_word_embeddings
+    assert (model.model.embed_tokens.weight - weight).norm() < 0.2 * weight.norm()
+    sf.save_packed(model, None, tmp_path / "packed")
+    loaded, _ = sf.load(tmp_path / "packed")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    sf.export_generator(loaded, tmp_path / "g.pt2")
+    text = sf.load_generator(tmp_path / "g.pt2").generate(IDS, max_new_tokens=8)
+    assert torch.equal(torch.as_tensor(text), loaded.generate(IDS, **GREEDY))
+    rows = loaded.model.embed_tokens.weight
+    loaded.dequantize()
+    assert type(loaded.model.embed_tokens) is nn.Embedding and torch.equal(loaded.model.embed_tokens.weight, rows)
+
+
+def test_what_is_no_format_of_an_embedding_is_refused():
+    model = tiny_llama(tie_word_embeddings=False)
+    for form in ("2:4", "2:4 int8"):
+        with pytest.raises(SparseForgeError, match=f"embed_tokens.weight {form}.*in {form} it is no embedding's"):
+            sf.quantize(model, plan={f"{EMBEDDING}.weight": form, f"{HEAD}.weight": "int8"})
+    report = sf.quantize(model, "int8", include="*", exclude=EMBEDDING)
+    assert {"name": EMBEDDING, "reason": "excluded by name"} in report["skipped"]
+    assert type(model.model.embed_tokens) is nn.Embedding and EMBEDDING not in {s["name"] for s in report["sites"]}
 
 
 def test_a_class_without_the_head(folder):
@@ -167,16 +202,18 @@ def test_exports(tmp_path, values, format):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(lambda h: h.update(tied={}), "'tied' names no heads"), (lambda h: h.update(tied=["lm_head"]), "'tied' names no"),
-     (lambda h: h.update(tied={HEAD: "nowhere"}), "ties 'lm_head' to 'nowhere', which is no packed embedding"),
-     (lambda h: h.update(tied={HEAD: 7}), "ties 'lm_head' to 7, which is no packed"),
-     (lambda h: h.update(tied={HEAD: EMBEDDING, "other": EMBEDDING}), "no packed embedding for it"),
-     (lambda h: h.update(tied={"model.layers.0.mlp.up_proj": EMBEDDING}), "up_proj' to .* which is no packed embedding"),
-     (lambda h: h["modules"][EMBEDDING].update(format="2:4 int8"), "has the embedding 'model.embed_tokens' in 2:4 int8"),
-     (lambda h: h.update(format_version=4), "unknown entry 'tied'"), (lambda h: h.pop("tied"), "'tied' names no heads"),
-     (lambda h: h.update(tied={"nowhere": EMBEDDING}), "'nowhere' is not in this model"),
-     (lambda h: h.update(tied={"model.norm": EMBEDDING}), "ties 'model.norm' to .* whose weight does not fit it"),
-     (lambda h: h.update(tied={HEAD: "model.layers.0.mlp.up_proj"}), "'model.embed_tokens' is a Embedding in this model, no linear"),
+    [(lambda h: h.update(embeddings={}), "'embeddings' names none"), (lambda h: h.update(embeddings=["a"]), "names none"),
+     (lambda h: h.update(embeddings={"nowhere": HEAD}), "has the embedding 'nowhere' in no format of one"),
+     (lambda h: h.update(embeddings={EMBEDDING: 7}), "ties 7 to 'model.embed_tokens', which cannot be"),
+     (lambda h: h.update(embeddings={EMBEDDING: HEAD, UP: HEAD}), "ties 'lm_head' to .* which cannot be"),
+     (lambda h: h.update(embeddings={EMBEDDING: UP}), "ties '.*up_proj' to .* which cannot be"),
+     (lambda h: h["modules"][EMBEDDING].update(format="2:4 int8"), "the embedding 'model.embed_tokens' in no format of one"),
+     (lambda h: h.update(format_version=4), "unknown entry 'embeddings'"), (lambda h: h.pop("embeddings"), "names none"),
+     (lambda h: h.update(embeddings={EMBEDDING: "nowhere"}), "'nowhere' is not in this model"),
+     (lambda h: h.update(embeddings={EMBEDDING: "model.norm"}), "ties 'model.norm' to .* whose weight does not fit it"),
+     (lambda h: h.update(embeddings={EMBEDDING: None}), "tensor 'lm_head.weight' of the model is missing"),
+     (lambda h: h.update(embeddings={UP: HEAD}), "'model.embed_tokens' is a Embedding in this model, no linear"),
+     (lambda h: h.update(embeddings={EMBEDDING: HEAD, UP: None}), "up_proj' is a Linear in this model, no embedding"),
      (lambda h: h["modules"][EMBEDDING].update(shape=[260, 64]), "the header wants")],
 )  # fmt: skip
 def test_headers_that_lie(folder, tmp_path, change, message):

@@ -217,7 +217,7 @@ def test_names_of_another_model(linear, folder, in_codes):
 
     tied = config_of(linear, in_codes("int8")[0])
     tied.apply_vllm_mapper(Mapper())
-    assert tied.tied == {"language_model.lm_head": "language_model.model.embed_tokens"}
+    assert tied.embeddings == {"language_model.model.embed_tokens": "language_model.lm_head"}
     config = config_of(linear, folder)
     config.apply_vllm_mapper(Mapper())
     name = "language_model.model.layers.1.mlp.gate_up_proj"
