@@ -219,7 +219,7 @@ def test_weights_that_were_trained_in_int4_are_packed_as_they_are(frontier_table
     maker.rounded(tmp_path / "trained", tmp_path / "packed", values="int4", include="*")
     trained, packed = sf.load(tmp_path / "trained")[0], sf.load(tmp_path / "packed")[0]
     found = {n: str(m.format) for n, m in packed.named_modules() if hasattr(m, "weight_values")}
-    assert found.pop("lm_head") == "dense int4/32" and set(found.values()) == {"2:4 int4/32"} and len(found) == 7
+    assert found.pop("model.embed_tokens") == "dense int4/32" and set(found.values()) == {"2:4 int4/32"} and len(found) == 7
     for name in found:
         torch.testing.assert_close(
             packed.get_submodule(name).weight, trained.get_submodule(name).weight, rtol=0, atol=0

@@ -89,16 +89,19 @@ class Scored:
     @torch.inference_mode()
     def with_weight(self, net: nn.Module, candidate: Candidate, weight: Tensor) -> tuple[float, float]:
         """Mean divergence per token, and the mean growth of the cross-entropy, with this weight alone changed."""
-        # the head's own copy: what an embedding shares with it stays
         path, _, leaf = candidate.site.fqn.rpartition(".")
-        owner = net.get_output_embeddings() if candidate.copied else net.get_submodule(path)
-        leaf = "weight" if candidate.copied else leaf
-        before = getattr(owner, leaf)
-        setattr(owner, leaf, nn.Parameter(weight.mT if candidate.site.transposed else weight, requires_grad=False))
+        owners = [] if candidate.tied and not candidate.taken else [(net.get_submodule(path), leaf)]
+        if candidate.tied:  # else the head's own copy: what an embedding shares with it stays
+            owners.append((net.get_output_embeddings(), "weight"))
+        before = [getattr(owner, name) for owner, name in owners]
+        changed = nn.Parameter(weight.mT if candidate.site.transposed else weight, requires_grad=False)
+        for owner, name in owners:
+            setattr(owner, name, changed)
         try:
             found = [self._distance(net, *pair) for pair in zip(self.windows, self.dense, strict=True)]
         finally:
-            setattr(owner, leaf, before)
+            for (owner, name), own in zip(owners, before, strict=True):
+                setattr(owner, name, own)
         return mean(kl for kl, _ in found), mean(task for _, task in found)
 
     def _distance(self, net: nn.Module, ids: Tensor, dense: Tensor) -> tuple[float, float]:
