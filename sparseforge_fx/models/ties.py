@@ -46,7 +46,7 @@ def join(model: nn.Module, name: str) -> None:
         if not getattr(module, "_tied_weights_keys", None):
             continue
         own: Any = module
-        before, own.config.tie_word_embeddings = own.config.tie_word_embeddings, True
+        before, own.config.tie_word_embeddings = getattr(own.config, "tie_word_embeddings", False), True
         ties = own.get_expanded_tied_weights_keys()
         if f"{name}.weight".removeprefix(f"{path}." if path else "") in ties:
             own.all_tied_weights_keys = ties

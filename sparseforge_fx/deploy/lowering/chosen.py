@@ -111,7 +111,7 @@ def by_values(
     if table is not None and _match([table, f"{table}.weight"], include):
         embedding: Any = model.get_submodule(table)
         reason = "excluded by name" if _match([table, f"{table}.weight"], exclude) else why_not_rows(embedding, values)
-        if (reason := reason or _unreadable(embedding.weight) or values.why_not(embedding.weight.shape[-1])) is None:
+        if (reason := reason or against(embedding.weight)) is None:
             tables[table] = values
         else:
             skipped[table] = reason

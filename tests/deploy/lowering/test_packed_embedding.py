@@ -133,6 +133,23 @@ def test_what_is_no_format_of_an_embedding_is_refused():
     assert type(model.model.embed_tokens) is nn.Embedding and EMBEDDING not in {s["name"] for s in report["sites"]}
 
 
+def test_dense_false_leaves_it():
+    for tied in (True, False):
+        model = tiny_llama(tie_word_embeddings=tied)
+        model.model.layers[0].mlp.up_proj.weight.data[:, ::2] = 0
+        report = sf.quantize(model, "int8", dense=False, include="*")
+        assert [s["name"] for s in report["sites"]] == [UP] and type(model.model.embed_tokens) is nn.Embedding
+
+
+@pytest.mark.parametrize("backend", ["inductor", "sparseforge"])
+def test_it_compiles(backend):
+    model = tied_model()
+    with torch.no_grad():
+        want = model(IDS).logits
+        got = torch.compile(model, backend=backend)(IDS).logits
+    assert (got - want).norm() < 1e-4 * want.norm()
+
+
 def test_a_class_without_the_head(folder):
     model, _ = sf.load(folder)
     with torch.no_grad():
