@@ -147,7 +147,9 @@ def test_it_compiles(backend):
     with torch.no_grad():
         want = model(IDS).logits
         got = torch.compile(model, backend=backend)(IDS).logits
-    assert (got - want).norm() < 1e-4 * want.norm()
+        rows = torch.compile(model.model.embed_tokens, backend=backend, fullgraph=True)(IDS)
+    assert torch.equal(rows, model.model.embed_tokens(IDS))
+    assert (got - want).norm() < 0.01 * want.norm()  # linears round their inputs to 8 bits: one may fall the other way
 
 
 def test_a_class_without_the_head(folder):
