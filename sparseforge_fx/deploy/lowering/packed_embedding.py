@@ -192,7 +192,10 @@ def tied_packed_heads(model: nn.Module) -> Iterator[tuple[str, TiedHead]]:
 
 def input_embedding(model: nn.Module) -> str | None:
     """Name of a transformers model's table of tokens, where its weight is no other module's."""
-    found = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    try:
+        found = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except (NotImplementedError, AttributeError):  # models that read no tokens
+        return None
     names = [n for n, m in model.named_modules(remove_duplicate=False) if m is found]
     if not isinstance(found, nn.Embedding) or len(names) != 1:
         return None

@@ -133,6 +133,15 @@ def test_what_is_no_format_of_an_embedding_is_refused():
     assert type(model.model.embed_tokens) is nn.Embedding and EMBEDDING not in {s["name"] for s in report["sites"]}
 
 
+def test_a_model_that_has_no_table_to_tell_of(monkeypatch):
+    def none(_):
+        raise NotImplementedError("not auto-handled")
+
+    model = tiny_llama(tie_word_embeddings=False)
+    monkeypatch.setattr(type(model), "get_input_embeddings", none)
+    assert EMBEDDING not in {s["name"] for s in sf.quantize(model, "int8", include="*")["sites"]}
+
+
 def test_dense_false_leaves_it():
     for tied in (True, False):
         model = tiny_llama(tie_word_embeddings=tied)
