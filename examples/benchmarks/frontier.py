@@ -48,7 +48,7 @@ def main(
     rounding: Annotated[int, typer.Option(help="sequences that values are rounded on")] = 32,
     dtype: Annotated[str, typer.Option(help="of the floats in the points that are made")] = "bfloat16",
     speedup: Annotated[list[float], typer.Option(help="of plans")] = [1.3, 1.6, 2.0],  # noqa: B006
-    size: Annotated[list[float], typer.Option("--bytes", help="of plans, as a share of the dense")] = [],  # noqa: B006
+    size: Annotated[list[float], typer.Option("--bytes", min=0, max=1, help="of plans, a share")] = [],  # noqa: B006
     in_loop: Annotated[bool, typer.Option("--in-loop", help="a 2:4 point trained in int4, too")] = False,
     point: Annotated[list[str], typer.Option(help="another one: NAME=PATH or NAME=PATH:DTYPE")] = [],  # noqa: B006
     batch: Annotated[list[int], typer.Option()] = [1, 8],  # noqa: B006

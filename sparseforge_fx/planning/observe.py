@@ -62,9 +62,8 @@ def observe(
     reads = {node: read_of(node, *by_use[node.name]) for node in module.graph.nodes if node.name in by_use}
     loss = recipe.settings(True).objective
     objective = Objective(loss, getattr(run.program.source, "config", None), run.reader.note)
-    nodes = {node: taken[node.name] for node in module.graph.nodes if node.name in taken}
-    stakes = dict.fromkeys(taken.values(), 0.0)
-    curvature = output_curvature(module, reads, batches, objective.answer, seed=recipe.seed, taken=nodes, stakes=stakes)
+    rows = [node for node in module.graph.nodes if node.name in taken]
+    curvature = output_curvature(module, reads, batches, objective.answer, seed=recipe.seed, taken=rows)
     by_name = {site.fqn: site for site in sites}
     experts = Experts(told_of_few="predicted from one input at a time")
     standing = {name: drawn_experts(_oriented(run, by_name[name]), g) for name, g in curvature.items() if g.dim() == 2}
@@ -85,6 +84,9 @@ def observe(
     for name in layer_by_layer(module, reads, batches, visit):
         run.notes.append(f"padding counted in what {name} is predicted to {purpose}: its inputs are no positions")
     run.notes += [f"{name}: {told}" for name, told in experts.told().items()]
+    stakes = dict.fromkeys(taken.values(), 0.0)
+    for node, name in taken.items():
+        stakes[name] += float(curvature.get(node, 0.0))
     return stakes
 
 

@@ -16,9 +16,8 @@ the diagonal alone of the factor that belongs to the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,8 +44,7 @@ def output_curvature(
     *,
     draws: int = 1,
     seed: int = 0,
-    taken: Mapping[Node, str] = MappingProxyType({}),
-    stakes: dict[str, float] | None = None,
+    taken: Collection[Node] = (),
 ) -> dict[str, Tensor]:
     """g [out], float32, of every weight: the squared gradient at its outputs, summed over rows, per answer. Of a stack
     [experts, out], each expert's over its own rows.
@@ -55,19 +53,17 @@ def output_curvature(
         module: a flat GraphModule; neither its parameters' gradients nor their flags change.
         answer: output of the model -> what of it is compared.
         draws: labels drawn for every answer.
-        taken: nodes of embeddings, with a name for each.
-        stakes: by that name, what is at stake there is added.
+        taken: nodes of embeddings; by the name of the node what is at stake there is given, too, a number.
 
     Of scores the loss is the log-likelihood of a drawn class; of other answers the squared error of a row relative to
     its own square. Memory: one batch's activations.
     """
     generator = torch.Generator().manual_seed(seed)
     total: dict[str, Tensor] = {}
-    sums: dict[str, float] = {}
     answers = 0
     with counted("curvature", len(batches)) as advance:
         for batch in batches:
-            run = _Watched(module, nodes, total, taken, sums)
+            run = _Watched(module, nodes, total, taken)
             found = answer(run.run(*pytree.tree_leaves((batch.args, batch.kwargs))))
             keep = None if found.span else batch.real_rows(found.value)
             value = found.value if keep is None else found.value[keep]
@@ -76,24 +72,15 @@ def output_curvature(
                 loss = drawn_loss(value, found.scores, generator)
                 loss.backward(retain_graph=draw + 1 < draws)
             advance()
-    if stakes is not None:
-        stakes |= {name: stakes.get(name, 0.0) + value / (draws * max(1, answers)) for name, value in sums.items()}
     return {name: value / (draws * max(1, answers)) for name, value in total.items()}
 
 
 class _Watched(Interpreter):
     """Runs a graph whose parameters need no gradients, and adds up the squared gradients at the watched nodes."""
 
-    def __init__(
-        self,
-        module: GraphModule,
-        nodes: Nodes,
-        total: dict[str, Tensor],
-        taken: Mapping[Node, str],
-        sums: dict[str, float],
-    ):
+    def __init__(self, module: GraphModule, nodes: Nodes, total: dict[str, Tensor], taken: Collection[Node]):
         super().__init__(module)
-        self.nodes, self.total, self.taken, self.sums = nodes, total, taken, sums
+        self.nodes, self.total, self.taken = nodes, total, taken
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -109,12 +96,12 @@ class _Watched(Interpreter):
             value.register_hook(lambda grad: self._add(read, ends, grad))
         if n in self.taken:
             value = value.detach().requires_grad_() + 0
-            value.register_hook(partial(self._add_stake, self.taken[n], value.detach()))
+            value.register_hook(partial(self._add_stake, n.name, value.detach()))
         return value
 
     def _add_stake(self, name: str, rows: Tensor, grad: Tensor) -> None:
         found = (rows.float().square().mean(-1) * grad.float().square().sum(-1)).sum()
-        self.sums[name] = self.sums.get(name, 0.0) + float(found)
+        self.total[name] = self.total[name] + found if name in self.total else found
 
     def _add(self, read: Read, ends: Tensor | None, grad: Tensor) -> None:
         square = grad.float().square()

@@ -62,16 +62,16 @@ def test_what_is_at_stake_where_rows_are_taken():
     torch.manual_seed(0)
     model, ids = nn.Sequential(nn.Embedding(30, 16), nn.Linear(16, 5)), torch.randint(30, (1, 500))
     program = capture(model, ids)
-    module, stakes = program.module(), {}
-    taken = {n: "rows" for n in module.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)}
+    module = program.module()
+    (taken,) = module.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
     answer = Objective(Distillation(), None, print).answer
     batches = [Reader(program).read((ids,), {})]
-    output_curvature(module, {}, batches, answer, draws=200, taken=taken, stakes=stakes)
+    (stake,) = output_curvature(module, {}, batches, answer, draws=200, taken=[taken]).values()
     with torch.no_grad():
         rows, y = model[0](ids)[0], model(ids)[0]
         error = 0.01 * torch.randn(30, 16)[ids[0]] * rows.square().mean(1, keepdim=True).sqrt()  # even over the width
         relative = (model[1](error) - model[1].bias).square().sum(1) / y.square().sum(1)
-    assert 0.5 * 0.01**2 * stakes["rows"] == pytest.approx(relative.mean().item(), rel=0.35)
+    assert 0.5 * 0.01**2 * stake.item() == pytest.approx(relative.mean().item(), rel=0.35)
 
 
 def test_other_answers_count_their_squared_error_in_relation_to_their_square():
