@@ -38,8 +38,8 @@ def test_bits():
     bits = {str(f): f.bits(4096, 16) for f in ALL}
     row = 32 / 4096
     assert bits == {
-        "dense": 16, "dense int8": 8 + row, "dense int4/32": 4.5, "dense int4/128": 4.125,
-        "2:4": 9, "2:4 int8": 5 + row, "2:4 int4/32": 3.5, "2:4 int4/128": 3.125,
+        "dense": 16, "dense int8": 8 + row, "dense int4/32": 4.5, "dense int4/128": 4.125, "dense int4/16": 4.5 + row,
+        "2:4": 9, "2:4 int8": 5 + row, "2:4 int4/32": 3.5, "2:4 int4/128": 3.125, "2:4 int4/16": 3.5 + row,
     }  # fmt: skip
 
 

@@ -45,12 +45,11 @@ def values_of(model: nn.Module, scales: Mapping[str, Tensor], asked: str | None)
     """What weights of such scales are kept in. Raises SparseForgeError unless that is what was asked for, if anything
     was."""
     from sparseforge_fx.errors import SparseForgeError
-    from sparseforge_fx.formats import Format
+    from sparseforge_fx.scales import group_of
 
     name, found = next(iter(scales.items()))
-    width = model.get_parameter(name).numel() // found.shape[0]
-    form = Format("dense", "int4", width // found.shape[1]) if found.element_size() == 2 else Format("dense", "int8")
-    values = str(form).removeprefix("dense ")
+    group = group_of(found, model.get_parameter(name).numel() // found.shape[0])
+    values = "int8" if group is None else f"int4/{group}"
     if asked not in (None, values, values.removesuffix("/32")):
         raise SparseForgeError(f"the weights are on a grid of {values}, not {asked}: leave --values out")
     return values
@@ -65,7 +64,9 @@ def values_of(model: nn.Module, scales: Mapping[str, Tensor], asked: str | None)
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The packed folder.")],
-    values: Annotated[str | None, typer.Option(help="int8 (default), int4 or int4/128; 2:4 weights stay 2:4.")] = None,
+    values: Annotated[
+        str | None, typer.Option(help="int8 (default), int4, int4/128 or int4/16; 2:4 weights stay 2:4.")
+    ] = None,
     plan: Annotated[str | None, typer.Option(help="A plan (json): exactly its formats; after sparsify --plan.")] = None,
     data: Annotated[
         str | None,

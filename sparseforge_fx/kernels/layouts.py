@@ -15,7 +15,7 @@ from torch import Tensor
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import VALUES, Format
 from sparseforge_fx.kernels.gpu import cusparselt, cutlass
-from sparseforge_fx.kernels.gpu.planes import from_planes
+from sparseforge_fx.kernels.gpu.planes import from_planes, why_not_planes
 from sparseforge_fx.kernels.gpu.planes_linear import as_planes, as_words, planes_dense, planes_product, tune_planes
 from sparseforge_fx.kernels.packed import Packed
 from sparseforge_fx.kernels.pairs import as_pairs, from_pairs, pairs_dense, pairs_dense_on_cpu, pairs_product
@@ -128,6 +128,7 @@ PLANES = Layout(
     _from_planes,
     {"cuda": Kernel(planes_dense, planes_product)},
     elsewhere=Kernel(planes_dense, planes_product),
+    limits=lambda _out, _width, _dtype, _device, form: why_not_planes(form),
     takes=VALUES,
     tune=tune_planes,
 )

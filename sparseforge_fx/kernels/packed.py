@@ -6,6 +6,7 @@ int4 values. Each kernel converts it, at load time, to the layout that it reads 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import CODES, GROUPS, Format
 from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
+from sparseforge_fx.scales import group_of, scale_values, scales_like, wrong_scale
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 METHOD = "sparseforge"  # quant_method in config.json of a checkpoint in this format
 #: what kernels multiply by; others can be packed and unpacked
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,12 +30,13 @@ class Packed(NamedTuple):
     Attributes:
         values: the survivors of each row in order, ``in`` rounded up to P, a multiple of 8 places. 2:4: [..., out,
             P/2], dense: [..., out, P]. In a floating dtype, or int8 codes in [-127, 127], or as uint8 two int4 codes in
-            [-8, 7] a byte, in two's complement, the first in the low bits: half as many columns.
+            [-8, 7] a byte, in two's complement, the first in the low bits: half as many columns. Of int4 in groups of
+            16 a code c stands for ``formats.LEVELS[pattern][c + 8]``.
         bitmask: uint8 [..., out, P/8]; bit k of byte j is set where element 8 j + k survives. Every group has exactly
             two bits: one with fewer non-zeros keeps zeros at its earliest free places. Dense: [..., out, 0].
         in_features: ``in``. Places beyond it hold zeros; a kernel must not read its input there.
-        scales: None for floating values. A weight is its code times its scale: int8: float32 [..., out, 1]; int4:
-            float16 [..., out, in / group], group one of ``formats.GROUPS``.
+        scales: None for floating values. A weight is its code, or what that stands for, times its scale: see
+            ``scales.py``.
     """
 
     values: Tensor
@@ -54,7 +57,7 @@ class Packed(NamedTuple):
             return Format(pattern)
         if self.values.dtype == torch.int8:
             return Format(pattern, "int8")
-        return Format(pattern, "int4", self.in_features // max(1, self.scales.shape[-1]))
+        return Format(pattern, "int4", group_of(self.scales, self.in_features))
 
     @property
     def nbytes(self) -> int:
@@ -113,26 +116,24 @@ def pack_codes(codes: Tensor, scales: Tensor, format: Format) -> Packed:
     """Pack the weight ``codes * scales`` in a quantised format. Exact.
 
     Args:
-        codes: integers [..., out, in], in [-127, 127] for int8 and [-8, 7] for int4; zero wherever the pattern prunes.
-        scales: [..., out, 1] for int8, positive; [..., out, in / group] for int4, of either sign.
+        codes: integers [..., out, in], in [-127, 127] for int8 and [-8, 7] for int4, or of the format's levels; zero
+            wherever the pattern prunes.
+        scales: as they are kept (``scales.py``), or of int8 and float16 in another floating dtype.
 
     Raises SparseForgeError if the codes or scales are not those of such a format.
     """
-    (least, largest), in_features = CODES[format.values], codes.shape[-1]
+    in_features = codes.shape[-1]
     if (against := format.why_not(in_features)) is not None:
         raise SparseForgeError(f"{format}: {against}")
-    width = in_features // format.group if format.group else 1
-    if scales.shape != (*codes.shape[:-1], width):
+    dtype, width = scales_like(format, in_features)
+    if scales.shape != (*codes.shape[:-1], width) or scales.is_floating_point() != dtype.is_floating_point:
         raise SparseForgeError(
-            f"scales of shape {list(scales.shape)} do not belong to {format} codes {list(codes.shape)}"
+            f"scales of shape {list(scales.shape)}, {scales.dtype}, do not belong to {format} codes {list(codes.shape)}"
         )
-    lowest, highest = map(int, codes.aminmax())
-    if lowest < least or highest > largest:
-        raise SparseForgeError(f"a code of {format} is beyond {least} to {largest}: round and clamp first")
-    scales = scales.to(torch.float16 if format.group else torch.float32)
-    if (wrong := _wrong_scale(scales)) is not None:
+    codes = _places_of(codes, format)
+    scales = scales.to(dtype)
+    if (wrong := wrong_scale(scales)) is not None:
         raise SparseForgeError(f"a scale of {format} is {wrong} as {scales.dtype}: choose scales in its range")
-    codes = codes.to(torch.int8)
     if format.is_sparse:
         values, bitmask, _, _ = pack(codes)
     else:
@@ -144,21 +145,35 @@ def pack_codes(codes: Tensor, scales: Tensor, format: Format) -> Packed:
     return Packed(values.contiguous(), bitmask, in_features, scales.contiguous())
 
 
+def _places_of(codes: Tensor, format: Format) -> Tensor:
+    """The codes as they are kept, int8. Raises SparseForgeError if they are not those of the format."""
+    if format.levels is None:
+        (least, largest), (lowest, highest) = CODES[format.values], map(int, codes.aminmax())
+        if lowest < least or highest > largest:
+            raise SparseForgeError(f"a code of {format} is beyond {least} to {largest}: round and clamp first")
+        return codes.to(torch.int8)
+    levels = torch.tensor(format.levels, dtype=codes.dtype, device=codes.device)
+    place = torch.searchsorted(levels, codes.contiguous()).clamp_(max=len(levels) - 1)
+    if (levels[place] != codes).any():
+        raise SparseForgeError(f"a code of {format} is none of {', '.join(map(str, format.levels))}: round first")
+    return (place - 8).to(torch.int8)
+
+
 def unpack(packed: Packed) -> Tensor:
     """The dense weight [..., out, in], bit for bit what was packed (-0.0 excepted); float32 if it is quantised."""
     dense = unpack_codes(packed)
     if packed.scales is None:
         return dense
-    scales = packed.scales.float()
+    scales = scale_values(packed.scales)
     return dense.float() * scales.repeat_interleave(packed.in_features // scales.shape[-1], -1)
 
 
 def unpack_codes(packed: Packed) -> Tensor:
-    """What the values of a packed weight stand for, [..., out, in], without the scales: int8 codes if it is
+    """What the values of a packed weight stand for, [..., out, in], without the scales: int8 codes, or levels, if it is
     quantised."""
     values = packed.values
-    if values.dtype == torch.uint8:
-        values = int4_codes(values)
+    if values.dtype == torch.uint8 and packed.scales is not None:
+        values = int4_codes(values, packed.format)
     if packed.bitmask.shape[-1] == 0:
         return values[..., : packed.in_features].contiguous()
     kept = unpack_mask(packed.bitmask).unflatten(-1, (-1, 4))
@@ -169,9 +184,19 @@ def unpack_codes(packed: Packed) -> Tensor:
     return dense[..., : packed.in_features].contiguous().view(values.dtype)
 
 
-def int4_codes(values: Tensor) -> Tensor:
-    """The int8 codes [..., 2 n] of bytes [..., n] that hold two each."""
-    return (torch.stack((values & 15, values >> 4), -1).flatten(-2).view(torch.int8) ^ 8) - 8
+def int4_codes(values: Tensor, format: Format) -> Tensor:
+    """The int8 codes [..., 2 n] of bytes [..., n] that hold two each, or what they stand for."""
+    halves = torch.stack((values & 15, values >> 4), -1).flatten(-2)
+    if format.levels is None:
+        return (halves.view(torch.int8) ^ 8) - 8
+    # no table, which a graph would have to hold as a constant: the levels are the bytes of two integers
+    first, second = (_bytes_in_one(part) for part in (format.levels[8:], format.levels[:8]))
+    eight = torch.where(halves < 8, first, second) >> 8 * (halves & 7).long()
+    return (((eight & 255) ^ 128) - 128).to(torch.int8)
+
+
+def _bytes_in_one(levels: Sequence[int]) -> int:
+    return int.from_bytes(bytes(level & 255 for level in levels), "little", signed=True)
 
 
 def unpack_mask(bitmask: Tensor) -> Tensor:
@@ -191,18 +216,11 @@ def check_packed(packed: Packed) -> Packed:
         raise SparseForgeError("a group of four in the bitmask has not exactly two bits set: the data is damaged")
     if scales is None:
         return packed
-    if (wrong := _wrong_scale(scales)) is not None:
+    if (wrong := wrong_scale(scales)) is not None:
         raise SparseForgeError(f"a scale is {wrong}: the data is damaged")
     if values.dtype == torch.int8 and (values == -128).any():
         raise SparseForgeError("a code of the values is -128, which is on no grid: the data is damaged")
     return packed
-
-
-def _wrong_scale(scales: Tensor) -> str | None:
-    """What is wrong with one of them. Those of int4, in float16, may be below zero."""
-    if not (scales.isfinite() & (scales != 0)).all():
-        return "zero or not finite"
-    return "below zero" if scales.dtype != torch.float16 and (scales < 0).any() else None
 
 
 def check_shapes(packed: Packed) -> Packed:
@@ -224,10 +242,9 @@ def check_shapes(packed: Packed) -> Packed:
         return packed
     if values.dtype not in (torch.int8, torch.uint8):
         raise SparseForgeError(f"a packed weight with scales has values of int8 or uint8, not {values.dtype}")
-    dtype, widths = (
-        (torch.float16, [in_features // g for g in GROUPS if not in_features % g]) if halved else (torch.float32, [1])
-    )
-    if scales.dtype != dtype or scales.shape[:-1] != values.shape[:-1] or scales.shape[-1] not in widths:
+    groups = [g for g in GROUPS if not in_features % g] if halved else [None]
+    forms = [scales_like(Format(values="int4" if halved else "int8", group=group), in_features) for group in groups]
+    if (scales.dtype, scales.shape[-1]) not in forms or scales.shape[:-1] != values.shape[:-1]:
         raise SparseForgeError(
             f"scales of {scales.dtype} {tuple(scales.shape)} do not belong to {values.dtype} values of "
             f"{in_features} inputs"

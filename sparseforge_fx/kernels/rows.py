@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseforge_fx.formats import Format
 from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.packed import Packed, check_shapes, int4_codes, unpack
+from sparseforge_fx.scales import group_of, scale_values
 
 
 def rows_dense(values: Tensor, bitmask: Tensor, in_features: int, scales: Tensor | None) -> Tensor:
@@ -50,7 +52,7 @@ def rows_taken(places: Tensor, values: Tensor, in_features: int, scales: Tensor)
     """
     codes = F.embedding(places, values)
     if values.dtype != torch.int8:
-        codes = int4_codes(codes)
-    groups = F.embedding(places, scales).float()
+        codes = int4_codes(codes, Format(values="int4", group=group_of(scales, in_features)))
+    groups = scale_values(F.embedding(places, scales))
     codes = codes[..., :in_features].float().unflatten(-1, (groups.shape[-1], -1))
     return (codes * groups[..., None]).flatten(-2)

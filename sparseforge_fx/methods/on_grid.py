@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sparseforge_fx.formats import Format
-from sparseforge_fx.methods.rounding import Rounded, codes_in, codes_of, spread, why_not_rounded
+from sparseforge_fx.methods.rounding import Grid, Rounded, codes_of, spread, why_not_rounded
 from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.scales import scale_values, stored_scales
 
-INSIDE = 0.49  # of a code's width: so far from its middle a master may begin
+INSIDE = 0.98  # of the way to where the next code begins: so far from its own a master may begin
 
 
 def fitting(weights: Sequence[MaskedWeight], form: Format) -> tuple[dict[str, Format], dict[str, str]]:
@@ -35,7 +36,7 @@ class OnGrid:
 
     Attributes:
         formats: by name, of the weights that are on a grid; their widths must fit.
-        scales: by name; [out, 1] float32 of int8, [out, in / group] float16 of int4.
+        scales: by name, as they are kept (``scales.py``).
     """
 
     def __init__(self, weights: Sequence[MaskedWeight], formats: Mapping[str, Format]):
@@ -45,8 +46,8 @@ class OnGrid:
         for w in weights:
             if (form := self.formats.get(w.fqn)) is not None:
                 out, width = w.oriented()[0].shape
-                dtype = torch.float16 if form.group else torch.float32
-                self.scales[w.fqn] = w.weight.new_ones(out, width // (form.group or width), dtype=dtype)
+                ones = w.weight.new_ones(out, width // (form.group or width), dtype=torch.float32)
+                self.scales[w.fqn] = stored_scales(ones, form)
         self._masters: dict[str, Tensor] = {}
 
     def takes(self, parameter: Tensor) -> bool:
@@ -56,8 +57,10 @@ class OnGrid:
     def start(self, fqn: str, aim: Tensor, found: Rounded) -> None:
         """Take what the layer-wise rounding made of the floats ``aim`` [out, in]."""
         self.scales[fqn].copy_(found.scales)
-        room, middle = INSIDE * spread(found.scales, aim.shape[1]).abs(), found.weight
-        self._masters[fqn] = middle + torch.clamp(aim.float() - middle, -room, room)
+        scale, codes = spread(found.scales, aim.shape[1]), found.codes.float()
+        below, above = Grid(self.formats[fqn]).halfway(codes)
+        beside = torch.clamp(aim.float() / scale - codes, -INSIDE * below, INSIDE * above)
+        self._masters[fqn] = (codes + beside) * scale
 
     def master(self, parameter: nn.Parameter) -> Tensor:
         """A float32 copy to train in the place of ``parameter``, which is told of once."""
@@ -85,7 +88,7 @@ class OnGrid:
     def learned(self, parameter: Tensor, found: Learner) -> Tensor:
         """Take what was learned; returns the rounded weight, in the parameter's orientation."""
         w = self._of[id(parameter)]
-        self.scales[w.fqn].copy_(found.scales)
+        self.scales[w.fqn].copy_(stored_scales(found.scales, self.formats[w.fqn]))
         rounded = codes_of(found.master.detach() * found.mask, self.scales[w.fqn], self.formats[w.fqn])
         self.start(w.fqn, found.master.detach() * found.mask, rounded)
         return rounded.weight.t() if w.dim == 0 else rounded.weight
@@ -103,9 +106,9 @@ class Learner:
     def __init__(self, master: Tensor, mask: Tensor, scales: Tensor, form: Format, transposed: bool):
         self.master = master.detach().to(torch.float32, copy=True).requires_grad_()
         self.mask = mask.detach().float()
-        self._first = scales.float()
+        self._first = scale_values(scales)
         self._growth = torch.zeros_like(self._first).requires_grad_()
-        self._bounds, self._transposed = codes_in(form), transposed
+        self._grid, self._transposed = Grid(form), transposed
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -119,6 +122,6 @@ class Learner:
     def value(self) -> Tensor:
         """The rounded weight, in the parameter's orientation, differentiable straight through its codes."""
         width = spread(self.scales, self.master.shape[1])
-        place = (self.master / width).clamp(*self._bounds)
-        found = (place + (place.round() - place).detach()) * width * self.mask
+        place = (self.master / width).clamp(self._grid.least, self._grid.largest)
+        found = (place + (self._grid.nearest(place.detach().clone()) - place.detach())) * width * self.mask
         return found.t() if self._transposed else found

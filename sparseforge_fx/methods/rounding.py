@@ -16,6 +16,7 @@ from torch import Tensor
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import CODES, Format, parse_format
 from sparseforge_fx.methods.refit import refit
+from sparseforge_fx.scales import scale_values, scales_like, stored_scales
 
 #: what the scale search tries, as shares of the scale at which the largest |w| has the last code above zero; 7/8 of it
 #: is that at which it has the last of int4 below
@@ -28,15 +29,15 @@ BLOCK = 64  # columns between two updates of the rest
 
 
 #: what survivors may be kept in, apart from their pattern; int4 has a scale for every 32 inputs
-Values = Literal["float", "int8", "int4", "int4/128"]
+Values = Literal["float", "int8", "int4", "int4/128", "int4/16"]
 
 
 class Rounded(NamedTuple):
     """The weight ``codes * scales``.
 
     Attributes:
-        codes: int8 [out, in], in [-127, 127] or [-8, 7].
-        scales: float32 [out, 1] of int8, positive; float16 [out, in / group] of int4, of either sign.
+        codes: int8 [out, in], in [-127, 127] or [-8, 7], or of the format's levels.
+        scales: as they are kept: see ``scales.py``.
     """
 
     codes: Tensor
@@ -54,8 +55,9 @@ def stacked(each: Sequence[Rounded]) -> Rounded:
 
 
 def spread(scales: Tensor, width: int) -> Tensor:
-    """Scales [out, groups] as float32 [out, width]: one for each place."""
-    return scales.float().repeat_interleave(width // scales.shape[1], 1)
+    """Scales, as they are kept, as float32 [out, width]: one for each place."""
+    values = scale_values(scales)
+    return values.repeat_interleave(width // values.shape[1], 1)
 
 
 def format_of(values: str) -> Format:
@@ -73,16 +75,30 @@ def why_not_rounded(experts: int | None, width: int, format: Format) -> str | No
     return "experts stay floats" if experts is not None and format.is_quantized else format.why_not(width)
 
 
-class Codes(NamedTuple):
-    """Of a kind of values the least and the largest code."""
+class Grid:
+    """The numbers that a weight divided by its scale may be, ``least`` to ``largest``."""
 
-    least: int
-    largest: int
+    def __init__(self, format: Format):
+        self._levels = format.levels
+        numbers = self._levels or CODES[format.values]
+        self.least, self.largest = numbers[0], numbers[-1]
 
+    def nearest(self, ratio: Tensor) -> Tensor:
+        """The nearest to each; ``ratio`` may be written to."""
+        if self._levels is None:
+            return ratio.round_().clamp_(self.least, self.largest)
+        levels = torch.tensor(self._levels, dtype=ratio.dtype, device=ratio.device)
+        return levels[torch.bucketize(ratio.contiguous(), (levels[1:] + levels[:-1]) / 2)]
 
-def codes_in(format: Format) -> Codes:
-    """Those of a quantised format."""
-    return Codes(*CODES[format.values])
+    def halfway(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """How far it is from those found half the way to the one below, and to the one above; at both ends as on the
+        other side."""
+        if self._levels is None:
+            half = torch.full_like(found, 0.5)
+            return half, half
+        levels = torch.tensor(self._levels, dtype=found.dtype, device=found.device)
+        half, place = levels.diff() / 2, torch.searchsorted(levels, found.contiguous())
+        return half[(place - 1).clamp(min=0)], half[place.clamp(max=len(half) - 1)]
 
 
 @torch.no_grad()
@@ -111,19 +127,19 @@ def round_weight(weight: Tensor, format: Format, moments: Tensor | None = None, 
         raise SparseForgeError(
             "a weight or its calibration inputs are not finite; check the model's weights and the data"
         )
-    bounds = codes_in(format)
+    grid = Grid(format)
     # the undamped energies: an input that is never active has no say in a scale, if any other has
     energies = torch.ones_like(w[0]) if moments is None else moments.diagonal().float().clamp(min=0)
     # who knows no inputs cannot tell what may be cut off
-    shares = SHARES if moments is not None else [1.0, -bounds.largest / bounds.least]
-    scales = _storable(_find_scales(w, energies, format.group or w.shape[1], bounds, shares), format)
-    codes = _nearest(w, spread(scales, w.shape[1]), bounds)
+    shares = SHARES if moments is not None else [1.0, -grid.largest / grid.least]
+    scales = stored_scales(_find_scales(w, energies, format.group or w.shape[1], grid, shares), format)
+    codes = grid.nearest(w / spread(scales, w.shape[1]))
     if h is not None:
         target = w @ h
         for _ in range(SWEEPS):
-            _move_codes(codes, spread(scales, w.shape[1]), target, h, kept, bounds)
-            scales = _storable(_move_scales(codes, scales.float(), target, h), format)
-        _move_codes(codes, spread(scales, w.shape[1]), target, h, kept, bounds)
+            _move_codes(codes, spread(scales, w.shape[1]), target, h, kept, grid)
+            scales = stored_scales(_move_scales(codes, scale_values(scales), target, h), format)
+        _move_codes(codes, spread(scales, w.shape[1]), target, h, kept, grid)
     return Rounded(codes.to(torch.int8), scales)
 
 
@@ -146,10 +162,11 @@ def follow(weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
 
 
 def codes_of(weight: Tensor, scales: Tensor, format: Format) -> Rounded:
-    """The nearest codes on scales [out, groups] that are known."""
-    stored = scales.to(torch.float16 if format.group else torch.float32)
-    codes = _nearest(weight.detach().float(), spread(stored, weight.shape[1]), codes_in(format))
-    return Rounded(codes.to(torch.int8), stored)
+    """The nearest codes on scales that are known, as they are kept or in another floating dtype."""
+    dtype, _ = scales_like(format, weight.shape[1])
+    scales = scales.to(dtype) if scales.is_floating_point() and dtype.is_floating_point else scales
+    codes = Grid(format).nearest(weight.detach().float() / spread(scales, weight.shape[1]))
+    return Rounded(codes.to(torch.int8), scales)
 
 
 def _damped(moments: Tensor) -> Tensor:
@@ -159,32 +176,21 @@ def _damped(moments: Tensor) -> Tensor:
     return h
 
 
-def _nearest(weight: Tensor, scale: Tensor, bounds: Codes) -> Tensor:
-    return (weight / scale).round_().clamp_(*bounds)
-
-
-def _storable(scales: Tensor, format: Format) -> Tensor:
-    """Not zero, in the dtype that they are kept in."""
-    dtype, least = (torch.float16, 6e-8) if format.group else (torch.float32, torch.finfo(torch.float32).tiny)
-    sizes = scales.abs().clamp(least, torch.finfo(dtype).max)
-    return torch.where(scales < 0, -sizes, sizes).to(dtype)
-
-
-def _find_scales(weight: Tensor, energies: Tensor, group: int, bounds: Codes, shares: Sequence[float]) -> Tensor:
+def _find_scales(weight: Tensor, energies: Tensor, group: int, grid: Grid, shares: Sequence[float]) -> Tensor:
     """[out, groups]: of a few tried, those with the least squared error, each place weighted."""
     parts, energies = weight.unflatten(1, (-1, group)), energies.view(-1, group)
     energies = torch.where(energies.sum(1, keepdim=True) > 0, energies, 1.0)
-    peak = parts.abs().amax(2, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * bounds.largest * 2)
-    best = widest = peak / bounds.largest
+    peak = parts.abs().amax(2, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * grid.largest * 2)
+    best = widest = peak / grid.largest
     least = torch.full_like(peak, float("inf"))
-    for factor in (side * share for side in ((1, -1) if bounds.largest != -bounds.least else (1,)) for share in shares):
+    for factor in (side * share for side in ((1, -1) if grid.largest != -grid.least else (1,)) for share in shares):
         scale = widest * factor
-        error = ((_nearest(parts, scale, bounds) * scale - parts).square_() * energies).sum(2, keepdim=True)
+        error = ((grid.nearest(parts / scale) * scale - parts).square_() * energies).sum(2, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best.squeeze(2)
 
 
-def _move_codes(codes: Tensor, scale: Tensor, target: Tensor, h: Tensor, kept: Tensor, bounds: Codes) -> None:
+def _move_codes(codes: Tensor, scale: Tensor, target: Tensor, h: Tensor, kept: Tensor, grid: Grid) -> None:
     """One sweep of coordinate descent over the columns, in place; no step raises the error."""
     gradient = (codes * scale) @ h - target
     for start in range(0, len(h), BLOCK):
@@ -194,7 +200,7 @@ def _move_codes(codes: Tensor, scale: Tensor, target: Tensor, h: Tensor, kept: T
         slope, part, steps, free = (t[:, here].t().contiguous() for t in (gradient, codes, scale, kept))
         moved = torch.empty_like(slope)
         for j in range(len(block)):
-            best = _nearest(part[j] * steps[j] - slope[j] / block[j, j], steps[j], bounds) * free[j]
+            best = grid.nearest((part[j] * steps[j] - slope[j] / block[j, j]) / steps[j]) * free[j]
             torch.mul(best - part[j], steps[j], out=moved[j])
             slope[j + 1 :].addr_(block[j, j + 1 :], moved[j])
             part[j] = best

@@ -10,9 +10,10 @@ import sparseforge_fx as sf
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
 from sparseforge_fx.methods.on_grid import OnGrid, fitting
-from sparseforge_fx.methods.rounding import codes_in, round_weight, spread
+from sparseforge_fx.methods.rounding import Grid, round_weight, spread
 from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.pattern import TWO_FOUR, check_pattern
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
+from sparseforge_fx.scales import scale_values
 from sparseforge_fx.training.master_weights import MasterWeights
 
 HOW = {"method": "sparseforge", "preset": "alps+kd", "steps": 3, "batch_size": 2, "length": 12, "calibration": 4,
@@ -83,6 +84,24 @@ def test_the_nearest_codes_of_either_orientation(dim):
     assert torch.equal(seen, (weight.detach() / 0.25).round().clamp(-8, 7) * 0.25)
 
 
+@pytest.mark.parametrize("pattern", ["dense", "2:4"])
+def test_a_master_of_levels_begins_at_its_float_and_stays_with_its_code(pattern):
+    """Steps between levels differ: near the middle of one, far in another."""
+    form = parse_format(f"{pattern} int4/16")
+    mask = hard_mask(torch.rand(6, 64), TWO_FOUR).float() if pattern == "2:4" else torch.ones(6, 64)
+    floats = torch.randn(6, 64) * mask
+    found = round_weight(floats, form)
+    weight = nn.Parameter(found.weight)
+    grid = OnGrid([MaskedWeight("w", weight, mask, 1)], {"w": form})
+    grid.start("w", floats, found)
+    (master,) = MasterWeights([weight], grid).masters
+    assert torch.equal(grid.rounded(weight, master), found.weight)
+    place = floats / spread(found.scales, 64)
+    there = (place > -66) & (place < 56)
+    assert there.float().mean() > 0.95
+    torch.testing.assert_close(master[there], floats[there], rtol=0.02, atol=0.01)
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_master_begins_at_the_float_that_its_code_stands_for(dim):
     floats = torch.randn(6, 64)
@@ -109,7 +128,7 @@ def test_a_master_begins_at_the_float_that_its_code_stands_for(dim):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("values", ["int4", "int8"])
+@pytest.mark.parametrize("values", ["int4", "int8", "int4/16"])
 def test_what_a_learner_sees_and_learns(dim, values):
     """Before it moves: the rounded weight. Its gradients: straight through the codes, LSQ's of a width; none at pruned
     places. What it learned: on the grid again."""
@@ -126,10 +145,11 @@ def test_what_a_learner_sees_and_learns(dim, values):
     master, growth = learner.leaves
     width, pull = spread(found.scales, 64), pull.t() if dim == 0 else pull
     place = master.detach() / width
-    least, largest = codes_in(form)
+    levels = Grid(form)
+    least, largest = levels.least, levels.largest
     inside = (place >= least) & (place <= largest)
     torch.testing.assert_close(master.grad, pull * mask * inside)
-    slope = torch.where(inside, place.round() - place, place.clamp(least, largest)) * width
+    slope = torch.where(inside, levels.nearest(place.clone()) - place, place.clamp(least, largest)) * width
     wanted = (slope * pull * mask).unflatten(1, (-1, form.group or 64)).sum(2)
     torch.testing.assert_close(growth.grad, wanted, rtol=1e-3, atol=1e-4)
     with torch.no_grad():
@@ -139,7 +159,8 @@ def test_what_a_learner_sees_and_learns(dim, values):
     result = grid.learned(weight, learner)
     off = (result - seen).abs() > (2e-3 if form.group else 1e-5) * seen.abs()
     assert off.float().mean() < 0.01  # scales are stored in float16: a master half-way between two codes may fall
-    torch.testing.assert_close(grid.scales["w"].float(), found.scales.float() * torch.tensor(0.1).exp(), rtol=2e-3, atol=0)
+    wanted = scale_values(found.scales) * torch.tensor(0.1).exp()
+    torch.testing.assert_close(scale_values(grid.scales["w"]), wanted, rtol=2e-3, atol=0)
     assert ((result.t() if dim == 0 else result)[mask == 0] == 0).all()
     (next_master,) = MasterWeights([weight], grid).masters
     assert torch.equal(grid.rounded(weight, next_master.detach()), result)

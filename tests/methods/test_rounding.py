@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
-from sparseforge_fx.methods.rounding import codes_in, codes_of, follow, format_of, round_weight, spread
+from sparseforge_fx.kernels.packed import pack_codes, unpack
+from sparseforge_fx.methods.rounding import Grid, Rounded, codes_of, follow, format_of, round_weight, spread
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
+from sparseforge_fx.scales import scales_like, wrong_scale
 
-FORMATS = [parse_format(text) for text in ("int8", "int4/32", "2:4 int4/128")]
+FORMATS = [parse_format(text) for text in ("int8", "int4/32", "2:4 int4/128", "int4/16", "2:4 int4/16")]
 
 
 def layer(out=8, width=128, tokens=300, seed=0):
@@ -36,12 +38,14 @@ def test_codes_and_scales_are_those_of_the_format(format, out, groups, seen, exp
     weight, moments = layer(out, 128 * groups, seed=seed)
     weight *= 2.0**exponent
     codes, scales = round_weight(weight, format, moments if seen else None)
-    least, largest = codes_in(format)
-    assert codes.dtype == torch.int8 and least <= codes.min() and codes.max() <= largest
+    grid = Grid(format)
+    assert codes.dtype == torch.int8 and grid.least <= codes.min() and codes.max() <= grid.largest
     assert not codes[weight == 0].any()
-    assert scales.dtype == (torch.float16 if format.group else torch.float32)
-    assert scales.shape == (out, weight.shape[1] // format.group if format.group else 1)
-    assert scales.isfinite().all() and ((scales != 0) if format.group else (scales > 0)).all()
+    if format.levels is not None:
+        assert torch.isin(codes, torch.tensor(format.levels)).all()
+    dtype, columns = scales_like(format, weight.shape[1])
+    assert scales.dtype == dtype and scales.shape == (out, columns) and wrong_scale(scales) is None
+    assert unpack(pack_codes(codes, scales, format)).equal(Rounded(codes, scales).weight)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -49,9 +53,11 @@ def test_without_inputs_the_codes_are_the_nearest(format):
     weight, _ = layer()
     found = round_weight(weight, format)
     step = spread(found.scales, 128)
-    least, largest = codes_in(format)
-    inside = (weight / step > least) & (weight / step < largest)
-    assert ((found.weight - weight).abs() <= 0.51 * step.abs())[inside].all() and inside.float().mean() > 0.95
+    grid = Grid(format)
+    inside = (weight / step > grid.least) & (weight / step < grid.largest)
+    below, above = grid.halfway(found.codes.float())
+    assert ((found.weight - weight).abs() <= 1.02 * torch.maximum(below, above) * step.abs())[inside].all()
+    assert inside.float().mean() > 0.95
 
 
 def test_by_hand():
@@ -104,6 +110,31 @@ def test_the_scale_listens_to_the_inputs_that_matter():
     energies[5] = 1e6
     found = round_weight(weight, Format("dense", "int4", 32), torch.diag(energies))
     assert abs(found.weight[0, 5] - 4.0) < 0.01
+
+
+@pytest.mark.parametrize("pattern", ["dense", "2:4"])
+def test_groups_of_sixteen_with_their_levels_are_nearer_in_as_many_bytes(pattern):
+    """Of normally distributed weights, by a quarter and more; both by shares that are tried and by nearest codes."""
+    for seed in range(3):
+        weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(seed))
+        weight *= hard_mask(weight.abs(), TWO_FOUR) if pattern == "2:4" else 1
+        fine, wide = (round_weight(weight, Format(pattern, "int4", group), torch.eye(256)) for group in (16, 32))
+        packed = [pack_codes(*found, Format(pattern, "int4", group)) for found, group in ((fine, 16), (wide, 32))]
+        assert packed[0].nbytes == packed[1].nbytes + 4 * 16
+        assert (fine.weight - weight).square().sum() < 0.75 * (wide.weight - weight).square().sum()
+
+
+def test_levels_by_hand():
+    """Scale 1 of every group: each level is on the grid, and half-way between two is where the next begins."""
+    format = Format("dense", "int4", 16)
+    weight = torch.tensor([[*map(float, format.levels)]])
+    for seen in (None, torch.eye(16)):
+        found = round_weight(weight, format, seen)
+        torch.testing.assert_close(found.weight, weight, rtol=1e-5, atol=0)
+    grid = Grid(format)
+    assert grid.nearest(torch.tensor([-64.0, 2.49, 2.51, 7.4, 7.6, 99])).tolist() == [-63, 0, 5, 5, 10, 53]
+    below, above = grid.halfway(torch.tensor([-63.0, 0, 5, 53]))
+    assert below.tolist() == [7, 2.5, 2.5, 6.5] and above.tolist() == [7, 2.5, 2.5, 6.5]
 
 
 def test_a_mask_that_keeps_a_zero_and_one_that_drops_a_weight():

@@ -14,9 +14,14 @@ from sparseforge_fx.kernels import cpu
 from sparseforge_fx.kernels.activations import ACTIVATIONS
 from sparseforge_fx.kernels.layouts import native_layout
 from sparseforge_fx.kernels.packed import pack_codes, unpack
+from sparseforge_fx.methods.rounding import Grid
 from sparseforge_fx.pattern import TWO_FOUR, hard_mask
+from sparseforge_fx.scales import scale_values, stored_scales
 
-FORMATS = ["2:4 int8", "dense int8", "2:4 int4/32", "dense int4/32", "2:4 int4/128", "dense int4/128"]
+FORMATS = [
+    *("2:4 int8", "dense int8", "2:4 int4/32", "dense int4/32", "2:4 int4/128", "dense int4/128"),
+    *("2:4 int4/16", "dense int4/16"),
+]
 X_RUN = 256  # inputs of x, of which those share a scale that are summed in one lane
 
 
@@ -25,12 +30,14 @@ def random_codes(out, width, text, seed=0):
     generator, format = torch.Generator().manual_seed(seed), parse_format(text)
     least, largest = (-127, 127) if format.values == "int8" else (-8, 7)
     codes = torch.randint(least, largest + 1, (out, width), generator=generator, dtype=torch.int8)
+    if format.levels is not None:
+        codes = torch.tensor(format.levels, dtype=torch.int8)[codes.long() + 8]
     if format.is_sparse:
         codes *= hard_mask(torch.rand(out, width, generator=generator), TWO_FOUR).to(torch.int8)
     scales = 0.001 + 0.01 * torch.rand(out, width // format.group if format.group else 1, generator=generator)
     if format.group:  # of either sign
         scales *= torch.randint(2, scales.shape, generator=generator) * 2 - 1
-    return pack_codes(codes, scales, format), codes
+    return pack_codes(codes, stored_scales(scales, format), format), codes
 
 
 def lanes(isa):
@@ -118,11 +125,10 @@ def mixed_formats(model, formats=FORMATS):
         if format.is_sparse:
             weight = weight * hard_mask(weight.abs(), TWO_FOUR)
         groups = weight.unflatten(1, (-1, format.group or weight.shape[1]))
-        scales = groups.abs().amax(-1).clamp(min=1e-3) / (127 if format.values == "int8" else 7)
-        scales = scales.half().float() if format.group else scales
-        codes = (groups / scales[..., None]).round().flatten(1)
-        limit = 127 if format.values == "int8" else 7
-        packed = pack_codes(codes.clamp(-limit, limit).to(torch.int8), scales, format)
+        grid = Grid(format)
+        scales = stored_scales(groups.abs().amax(-1).clamp(min=1e-3) / grid.largest, format)
+        codes = grid.nearest(groups / scale_values(scales)[..., None]).flatten(1)
+        packed = pack_codes(codes.to(torch.int8), scales, format)
         dtype = module.weight.dtype
         layout = native_layout(module.weight.device, format, *map(int, weight.shape), dtype)  # as if it were loaded
         transposed = isinstance(module, Conv1D)

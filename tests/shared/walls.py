@@ -17,6 +17,7 @@ PUBLIC = "__init__"  # the names that sparseforge_fx/__init__.py gives out
 ROWS = (
     ("errors",),
     ("files", "ranges", "pattern", "formats", "progress"),
+    ("scales",),
     ("kernels", "graph"),
     ("passes", "data"),
     ("methods",),

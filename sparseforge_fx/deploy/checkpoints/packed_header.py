@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.formats import DENSE, Format, parse_format
+from sparseforge_fx.formats import DENSE, FINE, Format, parse_format
 from sparseforge_fx.kernels.packed import BITMASK, FORMAT_VERSION, METHOD, SCALES, VALUES, packed_names
+from sparseforge_fx.scales import scales_like
 
-#: versions of headers without stacks of experts, without formats of stacks, and without embeddings
-WITHOUT_STACKS, OF_FLOATS, OF_LINEARS = 2, 3, 4
+#: versions of headers without stacks of experts, without formats of stacks, without embeddings, and without scales of
+#: 8 bits
+WITHOUT_STACKS, OF_FLOATS, OF_LINEARS, OF_WIDE_SCALES = 2, 3, 4, 5
 MOST_MODULES = 1 << 17  # of a model, whatever its files say
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of packed weights
 _HELD = {"I8": torch.int8, "U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
+_CODES = {dtype: code for code, dtype in _HELD.items()}
 
 
 class Site(NamedTuple):
@@ -45,7 +48,8 @@ class Site(NamedTuple):
             BITMASK: ("U8", (out, bitmask)),
         }
         if format.is_quantized:
-            tensors[SCALES] = ("F16", (out, self.in_features // format.group)) if format.group else ("F32", (out, 1))
+            dtype_of_scales, columns = scales_like(format, self.in_features)
+            tensors[SCALES] = _CODES[dtype_of_scales], (out, columns)
         return tensors
 
     def empty(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -115,7 +119,9 @@ class Header(NamedTuple):
             n: {"shape": [s.out_features, s.in_features], "dtype": s.dtype, "format": str(s.format)}
             for n, s in self.modules.items()
         }
-        floats = not any(s.site.format.is_quantized for s in self.stacks.values()) and not self.embeddings
+        formats = [s.format for s in (*self.modules.values(), *(stack.site for stack in self.stacks.values()))]
+        fine = any(form.group == FINE for form in formats)
+        floats = not any(s.site.format.is_quantized for s in self.stacks.values()) and not self.embeddings and not fine
         stacks = {
             n: {"shape": list(s.stored_shape), "dtype": s.site.dtype, "transposed": s.transposed}
             | ({} if floats else {"format": str(s.site.format)})
@@ -126,7 +132,7 @@ class Header(NamedTuple):
         known = {name: value for name, value in known.items() if value is not None}
         # older readers keep theirs
         version = WITHOUT_STACKS if not stacks else OF_FLOATS if floats else OF_LINEARS
-        version = FORMAT_VERSION if self.embeddings else version
+        version = FORMAT_VERSION if fine else OF_WIDE_SCALES if self.embeddings else version
         return {"quant_method": METHOD, "format_version": version, "modules": modules, **known}
 
     @property
@@ -178,6 +184,11 @@ class Header(NamedTuple):
         if not isinstance(stacks, dict) or (WITHOUT_STACKS < version <= OF_LINEARS and not stacks):
             raise SparseForgeError("the header's 'stacks' lists no packed stacks: it is damaged")
         of_stacks = {str(n): _stack(str(n), entry, version) for n, entry in stacks.items()}
+        every = {**sites, **{name: stack.site for name, stack in of_stacks.items()}}
+        fine = [name for name, site in every.items() if site.format.group == FINE]
+        if bool(fine) != (version > OF_WIDE_SCALES):
+            found = f"has format {every[fine[0]].format}" if fine else "has no format that is new in it"
+            raise SparseForgeError(f"a header of version {version} {found}: it is damaged")
         return cls(sites, count, files, of_stacks, _embeddings(raw.get("embeddings", {}), sites, version))
 
 
@@ -226,7 +237,7 @@ def _stack(name: str, entry: Any, version: int) -> Stack:
 
 
 def _embeddings(entry: Any, sites: Mapping[str, Site], version: int) -> dict[str, str | None]:
-    if not isinstance(entry, dict) or (version > OF_LINEARS and not entry):
+    if not isinstance(entry, dict) or (version == OF_WIDE_SCALES and not entry):
         raise SparseForgeError("the header's 'embeddings' names none: it is damaged")
     heads = [head for head in entry.values() if head is not None]
     for name, head in entry.items():

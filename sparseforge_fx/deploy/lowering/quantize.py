@@ -61,8 +61,8 @@ def quantize(
     now (methods/rounding.py). Without, each weight gets its own nearest values, which costs far more at 4 bits.
 
     Args:
-        values: ``int8`` (one scale per output; the default without a plan), ``int4`` (one for every 32 inputs), or
-            ``int4/128``.
+        values: ``int8`` (one scale per output; the default without a plan), ``int4`` (one for every 32 inputs),
+            ``int4/128``, or ``int4/16`` (one of 8 bits for every 16: the bytes of ``int4``, the smallest error).
         plan: a :class:`Plan`, the path of one, or formats by the weights' names. What it makes 2:4 must be so:
             ``sf.sparsify(model, data, plan=plan)`` comes first. What it makes dense is kept dense, zeros included. What
             it leaves in floats stays as it is, for ``lower_modules`` and ``save_packed``.
@@ -188,7 +188,7 @@ def _choose(
     form = parse_format("int8" if values is None else values)
     if form.is_sparse or not form.is_quantized:
         raise SparseForgeError(
-            f"values is {values!r}: choose int8, int4 or int4/128; 2:4 weights stay 2:4 by themselves"
+            f"values is {values!r}: choose int8, int4, int4/128 or int4/16; 2:4 weights stay 2:4 by themselves"
         )
     return by_values(model, form, dense, include, exclude)
 

@@ -28,7 +28,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from sparseforge_fx.deploy.checkpoints.packed_header import Header, Site
 from sparseforge_fx.errors import SparseForgeError
-from sparseforge_fx.formats import Format
+from sparseforge_fx.formats import FINE, Format
 from sparseforge_fx.kernels.layouts import ROWS, native_layout
 from sparseforge_fx.kernels.packed import BITMASK, METHOD, SCALES, VALUES, Packed, check_packed
 from sparseforge_fx.kernels.rows import rows_taken
@@ -155,16 +155,22 @@ class PackedLinearMethod(LinearMethodBase):
                 f"'{self.prefix}' is {self.format}: a share of {width} of {input_size} inputs is no multiple of the "
                 f"{unit} that are stored together: choose another tensor_parallel_size"
             )
+        if width != input_size and self.format.group == FINE:
+            raise SparseForgeError(
+                f"'{self.prefix}' is {self.format}, whose rows have a scale each, and cannot be split by inputs: choose "
+                "tensor_parallel_size=1, or quantise to int4/32"
+            )
         weight_loader = extra_weight_attrs.pop("weight_loader")
         data = Site(rows, width, "float32", self.format).empty(params_dtype)
         # what no weight has, so that tensors which the checkpoint lacks are seen when they are checked
-        blank = {BITMASK: 0, SCALES: torch.nan, VALUES: {"float": 0, "int8": -128, "int4": NEVER}[self.format.values]}
+        scale = 0 if self.format.group == FINE else torch.nan
+        blank = {BITMASK: 0, SCALES: scale, VALUES: {"float": 0, "int8": -128, "int4": NEVER}[self.format.values]}
         for name, tensor in data.items():
             tensor.fill_(blank[name])
             places = {"input_dim": 1, "output_dim": 0, "weight_loader": weight_loader}
             if name != SCALES:
                 parameter = ModelWeightParameter(data=tensor, **places)
-            elif self.format.group:
+            elif self.format.group not in (None, FINE):
                 parameter = GroupQuantScaleParameter(data=tensor, **places)
             else:  # every rank has all of it
                 parameter = ChannelQuantScaleParameter(data=tensor, output_dim=0, weight_loader=weight_loader)

@@ -46,6 +46,7 @@ _SOURCES = (
     "multiply_in_tiles.h",
     "quantize.h",
     "numbers.h",
+    "levels.h",
     "primitives.h",
     "tile.h",
     "finish.h",

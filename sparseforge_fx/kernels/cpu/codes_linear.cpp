@@ -38,6 +38,7 @@ struct CodesJob {
   int64_t row_bytes, mask_bytes, scale_bytes;  // of a weight row
   int64_t runs, whole_runs, steps;             // of kXGroup inputs, and those that are complete; of kStep inputs
   int64_t group;                               // inputs that share a scale; 0: all of a row
+  const Levels* levels;                        // of int4
 };
 
 constexpr int64_t kAmxColumns = 6;  // tile registers pay from so many rows of x (measured)
@@ -50,11 +51,11 @@ constexpr int kNear = 32;
 struct Codes {
   int8_t lane[64];
 };
-struct Scales {  // of kRun steps, two in each
-  float lane[8];
+struct Scales {  // of kRun steps, four in each
+  float lane[16];
 };
 struct Scale {
-  float half[2];
+  float quarter[4];
 };
 struct Acc {
   float lane[2];
@@ -66,13 +67,13 @@ template <int BITS>
 using Part = std::conditional_t<BITS == 8, Integers, Acc>;
 
 template <bool SPARSE, int BITS>
-INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
+INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask, const Levels* levels) {
   int8_t kept[64];
   constexpr int count = SPARSE ? 32 : 64;
   if (BITS == 8) {
     std::memcpy(kept, values, count);
   } else {
-    for (int i = 0; i < count; ++i) kept[i] = static_cast<int8_t>(((values[i / 2] >> (i % 2 * 4) & 15) ^ 8) - 8);
+    for (int i = 0; i < count; ++i) kept[i] = levels->of[values[i / 2] >> (i % 2 * 4) & 15];
   }
   Codes out;
   if (!SPARSE) {
@@ -85,12 +86,18 @@ INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
   }
   return out;
 }
+template <int>
 INLINE Scales scales_of(const uint8_t* scales, int64_t group) {
   Scales out;
-  for (int i = 0; i < 8; ++i) out.lane[i] = half_of(scales + (group == 32 ? i : i / 4) * 2);
+  for (int i = 0; i < 16; ++i) out.lane[i] = group_scale(scales, i * 16, group);
   return out;
 }
-INLINE Scale scale_of(const Scales& scales, int k) { return {scales.lane[2 * k], scales.lane[2 * k + 1]}; }
+template <int>
+INLINE Scale scale_of(const Scales& scales, int k) {
+  Scale out;
+  std::memcpy(out.quarter, scales.lane + 4 * k, sizeof(out.quarter));
+  return out;
+}
 template <int BITS>
 INLINE void set_offsets(XRun<BITS>&) {}
 template <int BITS>
@@ -99,17 +106,18 @@ INLINE Part<BITS> start(const XRun<BITS>&) {
 }
 using XStep = const int8_t*;
 INLINE XStep load_x(const int8_t* q) { return q; }
-INLINE int32_t product(const Codes& w, XStep x, int from) {
+INLINE int32_t product(const Codes& w, XStep x, int from, int count) {
   int32_t out = 0;
-  for (int i = from; i < from + kNear; ++i) out += int32_t{w.lane[i]} * x[i];
+  for (int i = from; i < from + count; ++i) out += int32_t{w.lane[i]} * x[i];
   return out;
 }
 INLINE Integers add8(Integers part, const Codes& w, XStep x) {
-  return {part.lane[0] + product(w, x, 0), part.lane[1] + product(w, x, kNear)};
+  return {part.lane[0] + product(w, x, 0, kNear), part.lane[1] + product(w, x, kNear, kNear)};
 }
-INLINE Acc add4(Acc part, const Codes& w, const Scale& scale, XStep x, const XRun<4>&, int) {
-  return {part.lane[0] + scale.half[0] * static_cast<float>(product(w, x, 0)),
-          part.lane[1] + scale.half[1] * static_cast<float>(product(w, x, kNear))};
+template <int BITS>
+INLINE Acc add4(Acc part, const Codes& w, const Scale& scale, XStep x, const XRun<BITS>&, int) {
+  for (int i = 0; i < 4; ++i) part.lane[i / 2] += scale.quarter[i] * static_cast<float>(product(w, x, 16 * i, 16));
+  return part;
 }
 template <class P>
 INLINE Acc scaled(Acc acc, const P& part, const float* x_scale) {
@@ -146,14 +154,6 @@ const Shuffles& shuffles() {
   return table;
 }
 
-// Scales of kRun steps, two in each; the same for both of the following.
-#define SPARSEFORGE_SCALES                                                                                        \
-  INLINE Scales scales_of(const uint8_t* scales, int64_t group) {                                                 \
-    if (group == 32) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));           \
-    const __m128 two = _mm_cvtph_ps(_mm_cvtsi32_si128(read<int32_t>(scales)));                                    \
-    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));      \
-  }
-
 // For the sums of four vectors: half-summed two by two, and the rest of it.
 #define SPARSEFORGE_SUMS                                                                                          \
   INLINE __m256 pairs(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); } \
@@ -165,14 +165,14 @@ const Shuffles& shuffles() {
   }
 
 namespace avx2_codes {  // int8 codes stay signed: the sign goes to x, so that pairs of products do not overflow 16 bits;
-                       // int4 codes become unsigned by adding 8
+                       // what int4 codes stand for becomes unsigned
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 constexpr bool kWide = false;
 constexpr int kSums = 8, kNear = 4;
 struct Codes {
   __m256i part[2];
 };
-using Scales = __m256;
+using Scales = Sixteen;
 struct Scale {
   __m256 part[2];
 };
@@ -190,7 +190,7 @@ INLINE __m256i unpack_more_nibbles(const uint8_t* values) {  // thirty-two
   return _mm256_unpacklo_epi8(_mm256_and_si256(both, low), _mm256_and_si256(_mm256_srli_epi16(both, 4), low));
 }
 template <bool SPARSE, int BITS>
-INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
+INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask, const Levels* levels) {
   const uint64_t* const table = shuffles().of;
   Codes out;
 #pragma GCC unroll 2
@@ -211,15 +211,22 @@ INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
       const __m256i base = _mm256_setr_epi64x(0, 0x0404040404040404, 0x0808080808080808, 0x0c0c0c0c0c0c0c0c);
       out.part[p] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(kept), _mm256_add_epi8(from, base));
     }
-    if constexpr (BITS == 4) out.part[p] = _mm256_xor_si256(out.part[p], _mm256_set1_epi8(8));
+    if constexpr (BITS != 8)
+      out.part[p] = _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(levels->above)), out.part[p]);
   }
   return out;
 }
-SPARSEFORGE_SCALES
+template <int>
+INLINE Scales scales_of(const uint8_t* scales, int64_t group) {
+  return sixteen_of(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)), group);
+}
 SPARSEFORGE_SUMS
-INLINE Scale scale_of(Scales scales, int k) {
-  return {{_mm256_permutevar8x32_ps(scales, _mm256_set1_epi32(2 * k)),
-           _mm256_permutevar8x32_ps(scales, _mm256_set1_epi32(2 * k + 1))}};
+template <int>
+INLINE Scale scale_of(const Scales& scales, int k) {
+  const __m256 eight = k < 2 ? scales.low : scales.high;
+  const __m256i lanes = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_set1_epi32(k % 2 * 4));
+  return {{_mm256_permutevar8x32_ps(eight, lanes),
+           _mm256_permutevar8x32_ps(eight, _mm256_add_epi32(lanes, _mm256_set1_epi32(2)))}};
 }
 template <int BITS>
 INLINE void set_offsets(XRun<BITS>& x) {
@@ -227,7 +234,7 @@ INLINE void set_offsets(XRun<BITS>& x) {
   for (int k = 0; k < kRun; ++k)
     for (int lane = 0; lane < 16; ++lane) {
       const int8_t* const four = x.q[k] + 4 * lane;
-      x.offset[k][lane] = -8 * (four[0] + four[1] + four[2] + four[3]);
+      x.offset[k][lane] = -kAbove * (four[0] + four[1] + four[2] + four[3]);
     }
 }
 template <int BITS>
@@ -248,7 +255,8 @@ INLINE __m256i product(__m256i w, __m256i x) {
 INLINE __m256i add8(__m256i part, const Codes& w, const XStep& x) {
   return _mm256_add_epi32(part, _mm256_add_epi32(product(w.part[0], x.part[0]), product(w.part[1], x.part[1])));
 }
-INLINE __m256 add4(__m256 part, const Codes& w, const Scale& scale, const XStep& x, const XRun<4>& run, int k) {
+template <int BITS>
+INLINE __m256 add4(__m256 part, const Codes& w, const Scale& scale, const XStep& x, const XRun<BITS>& run, int k) {
 #pragma GCC unroll 2
   for (int p = 0; p < 2; ++p) {
     const __m256i offset = _mm256_load_si256(reinterpret_cast<const __m256i*>(run.offset[k]) + p);
@@ -271,12 +279,12 @@ INLINE void sum_four(const Acc* a, float* out) { _mm_storeu_ps(out, halves(pairs
 #undef TARGET
 }  // namespace avx2_codes
 
-namespace vnni_codes {  // codes become unsigned by adding 128 or 8
+namespace vnni_codes {  // codes, and what they stand for, become unsigned
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c")))
 constexpr bool kWide = true;
 constexpr int kSums = 16, kNear = 4;
 using Codes = __m512i;
-using Scales = __m256;
+using Scales = __m512;
 using Scale = __m512;
 using Acc = __m512;
 template <int BITS>
@@ -288,7 +296,7 @@ INLINE __m512i place(__m256i kept, const uint8_t* mask) {
   return _mm512_maskz_expand_epi8(read<uint64_t>(mask), _mm512_castsi256_si512(kept));
 }
 template <bool SPARSE, int BITS>
-INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
+INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask, const Levels* levels) {
   if constexpr (BITS == 8) {
     __m512i codes;
     if constexpr (SPARSE) {
@@ -298,7 +306,7 @@ INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
     }
     return _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
   }
-  __m512i nibbles;  // in the low halves of bytes
+  __m512i nibbles;  // in the low halves of bytes; a shuffle looks at the lower six bits
   if constexpr (SPARSE) {
     const __m256i wide = _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
     nibbles = place(_mm256_multishift_epi64_epi8(_mm256_set1_epi64x(kNibbles), wide), mask);
@@ -306,28 +314,40 @@ INLINE Codes codes_of(const uint8_t* values, const uint8_t* mask) {
     const __m512i wide = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
     nibbles = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(kNibbles), wide);
   }
-  constexpr int kAndXor = 0x6a;  // (a & b) ^ c
-  return _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi8(15), _mm512_set1_epi8(8), kAndXor);
+  if constexpr (BITS == kLevels) return _mm512_permutexvar_epi8(nibbles, _mm512_load_si512(levels->above));
+  constexpr int kAndXor = 0x6a;  // (a & b) ^ c; shuffles are what there are too few units for
+  return _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi8(15), _mm512_set1_epi8(kAbove), kAndXor);
 }
-SPARSEFORGE_SCALES
+// Of levels four in a step; else two, in the lower half.
+template <int BITS>
+INLINE Scales scales_of(const uint8_t* scales, int64_t group) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+  if constexpr (BITS == kLevels) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  const __m256 found = _mm256_cvtph_ps(bytes), two = _mm256_permutevar8x32_ps(found, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  return _mm512_castps256_ps512(group == 32 ? found : two);
+}
 SPARSEFORGE_SUMS
+template <int BITS>
 INLINE Scale scale_of(Scales scales, int k) {
-  const __m512i low_high = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  const __m512i lanes = _mm512_add_epi32(low_high, _mm512_set1_epi32(2 * k));
-  return _mm512_permutexvar_ps(lanes, _mm512_castps256_ps512(scales));
+  const __m512i lanes = BITS == kLevels ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
+                                        : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32((BITS == kLevels ? 4 : 2) * k)), scales);
 }
 template <int BITS>
 INLINE void set_offsets(XRun<BITS>& x) {
-  constexpr int added = BITS == 8 ? 128 : 8;
+  constexpr int added = BITS == 8 ? 128 : kAbove;
   __m512i all = _mm512_setzero_si512();
   for (int k = 0; k < kRun; ++k) {
-    if constexpr (BITS == 4) all = _mm512_setzero_si512();
+    if constexpr (BITS != 8) all = _mm512_setzero_si512();
     all = _mm512_dpbusd_epi32(all, _mm512_set1_epi8(static_cast<char>(added)), _mm512_load_si512(x.q[k]));
     _mm512_store_si512(x.offset[BITS == 8 ? 0 : k], _mm512_sub_epi32(_mm512_setzero_si512(), all));
   }
 }
 INLINE __m512i start(const XRun<8>& x) { return _mm512_load_si512(x.offset[0]); }
-INLINE __m512 start(const XRun<4>&) { return _mm512_setzero_ps(); }
+template <int BITS>
+INLINE __m512 start(const XRun<BITS>&) {
+  return _mm512_setzero_ps();
+}
 using XStep = __m512i;
 INLINE XStep load_x(const int8_t* q) {
   XStep x = _mm512_load_si512(q);
@@ -335,7 +355,8 @@ INLINE XStep load_x(const int8_t* q) {
   return x;
 }
 INLINE __m512i add8(__m512i part, Codes w, XStep x) { return _mm512_dpbusd_epi32(part, w, x); }
-INLINE __m512 add4(__m512 part, Codes w, Scale scale, XStep x, const XRun<4>& run, int k) {
+template <int BITS>
+INLINE __m512 add4(__m512 part, Codes w, Scale scale, XStep x, const XRun<BITS>& run, int k) {
   const __m512i sums = _mm512_dpbusd_epi32(_mm512_load_si512(run.offset[k]), w, x);
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, part);
 }
@@ -405,10 +426,13 @@ at::Tensor copy_last(CodesJob& job, int64_t out) {
 template <class S>
 void run(const S* x, int64_t columns, int64_t in, CodesJob job, bool sparse, int bits, int64_t out_features,
          const S* bias, Activation activation, Isa isa, S* y) {
-  const auto kernel = bits == 8 ? kernel_of<S, 8>(isa, sparse, columns, in) : kernel_of<S, 4>(isa, sparse, columns, in);
+  const auto kernel = bits == 8            ? kernel_of<S, 8>(isa, sparse, columns, in)
+                      : job.group == kFine ? kernel_of<S, kLevels>(isa, sparse, columns, in)
+                                           : kernel_of<S, 4>(isa, sparse, columns, in);
   const at::Tensor last = copy_last(job, out_features);
+  const bool by_rows = job.group == kFine || (bits == 8 && !kernel.amx);  // amx_bytes.h has done it
   multiply_in_tiles(kernel, job, x, columns, in, out_features, bias, activation, y,
-                    ScaleOfOutputs{bits == 8 && !kernel.amx ? job.all.scales : nullptr});  // amx_bytes.h has done it
+                    ScaleOfOutputs{by_rows ? job.all.scales + job.scale_bytes - kRowBytes : nullptr, job.scale_bytes});
 }
 
 }  // namespace
@@ -418,10 +442,7 @@ bool is_codes(const at::Tensor& values, const at::Tensor& mask, const at::Tensor
   const int64_t out = values.size(0), padded = (in + 7) / 8 * 8;
   const bool sparse = mask.size(1) != 0, four = values.scalar_type() == at::kByte;
   if (!four && values.scalar_type() != at::kChar) return false;
-  const int64_t groups = scales.size(1);
-  const bool scaled = four ? scales.scalar_type() == at::kHalf && groups > 0 && in % groups == 0 &&
-                                 (in / groups == 32 || in / groups == 128)
-                           : scales.scalar_type() == at::kFloat && groups == 1;
+  const bool scaled = four ? has_groups(scales, in) : scales.scalar_type() == at::kFloat && scales.size(1) == 1;
   return scaled && scales.size(0) == out && mask.scalar_type() == at::kByte && (!sparse || mask.size(0) == out) &&
          values.size(1) * (sparse ? 2 : 1) * (four ? 2 : 1) == padded && (!sparse || mask.size(1) * 8 == padded);
 }
@@ -441,7 +462,8 @@ CodesJob job_of(const at::Tensor& values, const at::Tensor& mask, const at::Tens
   job.runs = (padded + kXGroup - 1) / kXGroup;
   job.steps = (padded + kStep - 1) / kStep;
   job.whole_runs = padded / kXGroup;
-  job.group = scales.size(1) == 1 && scales.scalar_type() == at::kFloat ? 0 : in / scales.size(1);
+  job.group = values.scalar_type() == at::kByte ? group_of(scales, in) : 0;
+  job.levels = &levels_of(job.group, mask.size(1) != 0);
   return job;
 }
 
@@ -454,6 +476,7 @@ at::Tensor codes_half(const at::Tensor& values, const at::Tensor& mask, const at
   const CodesJob job = job_of(vc, mc, sc, in);
   const bool sparse = mask.size(1) != 0;
   const int64_t out = values.size(0);
+  if (job.group == kFine) return codes_dense(values, mask, scales, in).to(at::kBFloat16);
   if (values.scalar_type() == at::kByte)
     return sparse ? expanded<amx_codes::Block<true>>(job, out, in) : expanded<amx_codes::Block<false>>(job, out, in);
   return sparse ? expanded<amx_bytes::HalfBlock<true>>(job, out, in) : expanded<amx_bytes::HalfBlock<false>>(job, out, in);
@@ -489,7 +512,7 @@ at::Tensor codes_dense(const at::Tensor& values, const at::Tensor& mask, const a
                        int64_t in_features) {
   TORCH_CHECK(is_codes(values, mask, scales, in_features), "not a packed weight of codes");
   const at::Tensor vc = values.contiguous(), mc = mask.contiguous(), sc = scales.contiguous();
-  const int64_t out = values.size(0), group = in_features / scales.size(1);
+  const int64_t out = values.size(0);
   const bool sparse = mask.size(1) != 0, four = values.scalar_type() == at::kByte;
   at::Tensor dense = at::empty({out, in_features}, values.options().dtype(at::kFloat));
   const CodesJob job = job_of(vc, mc, sc, in_features);
@@ -497,11 +520,14 @@ at::Tensor codes_dense(const at::Tensor& values, const at::Tensor& mask, const a
   at::parallel_for(0, out, std::max<int64_t>(1, 32768 / in_features), [&](int64_t from, int64_t to) {
     for (int64_t n = from; n < to; ++n) {
       const uint8_t* v = job.all.values + n * job.row_bytes;
-      const auto code = [&](int64_t i) { return four ? ((v[i / 2] >> (i % 2 * 4) & 15) ^ 8) - 8 : static_cast<int8_t>(v[i]); };
-      float scale = 0;
+      const auto code = [&](int64_t i) {
+        return four ? job.levels->of[v[i / 2] >> (i % 2 * 4) & 15] : static_cast<int8_t>(v[i]);
+      };
+      const uint8_t* s = job.all.scales + n * job.scale_bytes;
+      const float row = four && job.group != kFine ? 1.f : read<float>(s + job.scale_bytes - kRowBytes);
+      float scale = row;
       for (int64_t k = 0; k < in_features; ++k) {
-        const uint8_t* s = job.all.scales + n * job.scale_bytes;
-        if (k % group == 0) scale = four ? half_of(s + k / group * 2) : read<float>(s);
+        if (four && k % job.group == 0) scale = row * group_scale(s, k, job.group);
         const uint8_t from_place = sparse ? places.value_of_place[job.all.mask[n * job.mask_bytes + k / 8]][k % 8] : 0;
         const int64_t at = sparse ? k / 8 * 4 + from_place : k;
         y[n * in_features + k] = from_place < 4 ? scale * static_cast<float>(code(at)) : 0.f;

@@ -34,7 +34,7 @@ INLINE Streams<ROWS> streams_of(const CodesJob& job, int64_t first, int64_t last
 }
 
 template <bool SPARSE, int BITS>
-constexpr int64_t kBytes = kStep * BITS / 8 / (SPARSE ? 2 : 1);  // of values in a step
+constexpr int64_t kBytes = kStep * bits_of(BITS) / 8 / (SPARSE ? 2 : 1);  // of values in a step
 
 // Codes of a step of one row. An incomplete one goes on in the next row: x is zero there, whatever the codes. AHEAD:
 // fetch what the next tile has at this place, too: rows may be too short for the hardware to see where it goes on.
@@ -46,15 +46,15 @@ INLINE Codes load_codes(const CodesJob& job, const Streams<ROWS>& rows, int r, i
     PREFETCH_FAR(values + kTileRows * job.row_bytes);
     if (SPARSE && step % kRun == 0) PREFETCH_FAR(mask + kTileRows * job.mask_bytes);
   }
-  return codes_of<SPARSE, BITS>(values, mask);
+  return codes_of<SPARSE, BITS>(values, mask, job.levels);
 }
 
 // Scales of the kRun steps from `step` on of one row; beyond its end those of the next, or zeros.
-template <int ROWS>
+template <int BITS, int ROWS>
 INLINE Scales load_scales(const CodesJob& job, const Streams<ROWS>& rows, int r, int64_t step) {
-  const uint8_t* scales = rows.scales[r] + (job.group == 32 ? step * 4 : step / 2 * 2);
+  const uint8_t* scales = rows.scales[r] + scales_at(step, job.group);
   PREFETCH_FAR(scales + kTileRows * job.scale_bytes);
-  return scales_of(scales, job.group);
+  return scales_of<BITS>(scales, job.group);
 }
 
 // Where the codes of a run come from: memory, on the way to their only use; memory, kept for who comes after; from who
@@ -77,7 +77,7 @@ struct Keeping {
 
   INLINE Codes operator()(int k, int r) const {
     const Codes codes = load_codes<SPARSE, BITS, true>(job, rows, r, first + k);
-    if constexpr (SPARSE || BITS == 4) kept[k][r] = codes;
+    if constexpr (SPARSE || BITS != 8) kept[k][r] = codes;
     return codes;
   }
 };
@@ -90,7 +90,7 @@ struct Kept {
   Codes (*kept)[kManyRows];
 
   INLINE Codes operator()(int k, int r) const {
-    if constexpr (SPARSE || BITS == 4) return kept[k][r];
+    if constexpr (SPARSE || BITS != 8) return kept[k][r];
     return load_codes<SPARSE, BITS, false>(job, rows, r, first + k);
   }
 };
@@ -103,14 +103,14 @@ INLINE void multiply_step(int k, const From& codes, const Scales* scales, const 
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
     w[r] = codes(k, r);
-    if constexpr (BITS == 4) scale[r] = scale_of(scales[r], k);
+    if constexpr (BITS != 8) scale[r] = scale_of<BITS>(scales[r], k);
   }
 #pragma GCC unroll 4
   for (int m = 0; m < COLUMNS; ++m) {
     const XStep step = load_x(x[m * runs].q[k]);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      if constexpr (BITS == 4) {
+      if constexpr (BITS != 8) {
         part[m][r] = add4(part[m][r], w[r], scale[r], step, x[m * runs], k);
       } else {
         part[m][r] = add8(part[m][r], w[r], step);
@@ -146,8 +146,8 @@ template <int COLUMNS, bool SPARSE, int BITS, bool WHOLE>
 INLINE void run_few(const CodesJob& job, const Streams<kFewRows>& rows, const XRun<BITS>* x, int64_t run,
                     Acc (*sums)[kFewRows]) {
   Scales scales[kFewRows];
-  if constexpr (BITS == 4)
-    for (int r = 0; r < kFewRows; ++r) scales[r] = load_scales(job, rows, r, run * kRun);
+  if constexpr (BITS != 8)
+    for (int r = 0; r < kFewRows; ++r) scales[r] = load_scales<BITS>(job, rows, r, run * kRun);
   const FromMemory<SPARSE, BITS, kFewRows> codes{job, rows, run * kRun};
   multiply<COLUMNS, kFewRows, BITS, WHOLE>(job.steps - run * kRun, codes, scales, x + run, job.runs, sums);
 }
@@ -223,9 +223,9 @@ TARGET void tile_many(const CodesJob& job, const XRun<BITS>* x, int64_t columns,
     const Streams<R> rows = streams_of<R>(job, first, last, i);
     for (int64_t from = 0; from < job.runs; from += Block::kRuns) {
       const int64_t to = std::min(from + Block::kRuns, job.runs);
-      if constexpr (BITS == 4)
+      if constexpr (BITS != 8)
         for (int64_t run = from; run < to; ++run)
-          for (int r = 0; r < R; ++r) block.scales[run - from][r] = load_scales(job, rows, r, run * kRun);
+          for (int r = 0; r < R; ++r) block.scales[run - from][r] = load_scales<BITS>(job, rows, r, run * kRun);
       multiply_group<Keeping, SPARSE, BITS>(starts[1], job, rows, block, x, from, to, sums);
       for (int64_t g = 1; g < groups; ++g) {
         const int64_t m = starts[g];

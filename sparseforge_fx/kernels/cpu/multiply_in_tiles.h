@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "amx.h"
+#include "levels.h"
 #include "rows_linear.h"
 
 namespace sparseforge {
@@ -21,13 +22,6 @@ constexpr int64_t kXGroup = kRun * kStep;
 inline int64_t pass_of(int64_t row_bytes) {
   constexpr int64_t kBytes = 1 << 20, kLeast = 32;
   return std::clamp(kBytes / row_bytes / 16 * 16, kLeast, kMostColumns);
-}
-
-inline float half_of(const uint8_t* bytes) {
-  const uint16_t bits = read<uint16_t>(bytes);
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size = exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
-  return bits >> 15 ? -size : size;
 }
 
 inline bool has_vnni() {
@@ -81,14 +75,15 @@ at::Tensor expanded(const Job& job, int64_t out, int64_t in) {
 }
 #endif
 
-// For sums of int8 codes: the scale of each output. Without scales it changes nothing.
+// For sums of codes: the scale of each output, a float32 every `stride` bytes. Without scales it changes nothing.
 struct ScaleOfOutputs {
   const uint8_t* scales;
+  int64_t stride = 4;
 
   void operator()(float* sums, int64_t columns, int64_t first, int64_t last) const {
     if (!scales) return;
     for (int64_t r = 0; r < kTileRows; ++r) {
-      const float scale = read<float>(scales + std::min(first + r, last) * 4);
+      const float scale = read<float>(scales + std::min(first + r, last) * stride);
       for (int64_t m = 0; m < columns; ++m) sums[m * kTileRows + r] *= scale;
     }
   }

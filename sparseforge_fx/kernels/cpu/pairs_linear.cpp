@@ -17,7 +17,7 @@ namespace sparseforge {
 namespace {
 
 template <int BITS>
-constexpr int64_t kPairValues = 8 * BITS;  // bytes of a step of two rows
+constexpr int64_t kPairValues = 8 * bits_of(BITS);  // bytes of a step of two rows
 constexpr int64_t kPairPlaces = 16;
 constexpr int64_t kPairs = kTileRows / 2;  // of a tile
 constexpr int64_t kAmxColumns = 10;        // tile registers pay from so many rows of x (measured)
@@ -26,7 +26,8 @@ struct PairsJob {
   const uint8_t *values, *places, *scales;
   int64_t steps;        // of kStep inputs
   int64_t scale_bytes;  // of a weight row
-  int64_t group;        // inputs that share a scale; of int8 all, and it is left to others
+  int64_t group;        // of int4, inputs that share a scale; of int8 all, and it is left to others
+  const Levels* levels;
 };
 
 #ifdef SPARSEFORGE_X86
@@ -64,15 +65,25 @@ INLINE void sum_lanes(Sums sums, float* to) {
   for (int row = 0; row < 2; ++row) to[row] = (lane[2 * row] + lane[2 * row + 1]) + (lane[2 * row + 4] + lane[2 * row + 5]);
 }
 
-// One row's scales of the COUNT steps that begin at `at`: one for each 32 inputs.
+// The scales of a run of two rows, COUNT steps of which are there: for each half of a step one of the first row, one of
+// the second, for its first sixteen inputs; then the same for the others.
 template <int COUNT>
-INLINE void load_scales(const PairsJob& job, const uint8_t* at, float* scales) {
-  PREFETCH_FAR(at + kTileRows * job.scale_bytes);
-  alignas(16) uint16_t halves[8] = {};
-  std::memcpy(halves, at, job.group == 32 ? 4 * COUNT : COUNT / 2 * 2);  // no byte behind the last
-  const __m256 found = _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(halves)));
-  const __m256i first_two = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-  _mm256_store_ps(scales, job.group == 32 ? found : _mm256_permutevar8x32_ps(found, first_two));
+INLINE void load_scales(const PairsJob& job, const uint8_t* at, float (*scales)[4]) {
+  Sixteen found[2];
+#pragma GCC unroll 2
+  for (int row = 0; row < 2; ++row, at += job.scale_bytes) {
+    PREFETCH_FAR(at + kTileRows * job.scale_bytes);
+    alignas(16) uint8_t bytes[16] = {};
+    std::memcpy(bytes, at, scales_at(COUNT, job.group));  // no byte behind the last
+    found[row] = sixteen_of(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)), job.group);
+  }
+  const auto store = [&](__m256 a, __m256 b, float* to) TARGET __attribute__((always_inline)) {
+    const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+    _mm256_store_ps(to, _mm256_permute2f128_ps(even, odd, 0x20));
+    _mm256_store_ps(to + 8, _mm256_permute2f128_ps(even, odd, 0x31));
+  };
+  store(found[0].low, found[1].low, scales[0]);
+  store(found[0].high, found[1].high, scales[4]);
 }
 
 // Where in sixteen bytes the survivors of 32 inputs of two rows stand.
@@ -89,17 +100,14 @@ template <int BITS, int COLUMNS, int ROWS, int COUNT>
 INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run<BITS>* x, int64_t runs, int64_t run,
                      Sums (*sums)[ROWS]) {
   const int64_t from = run * kRun;
-  const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
-  const __m256i offset = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
-  alignas(32) float scales[ROWS][2][8];
+  const __m256i low = _mm256_set1_epi8(15), offset = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+  const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+  alignas(32) float scales[ROWS][2 * kRun][4];
   std::conditional_t<BITS == 8, __m256i, __m256> part[2][COLUMNS][ROWS] = {};
-  if constexpr (BITS == 4)
+  if constexpr (BITS != 8)
 #pragma GCC unroll 2
     for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-      for (int row = 0; row < 2; ++row)
-        load_scales<COUNT>(job, job.scales + (2 * pairs[r] + row) * job.scale_bytes + from * kStep / job.group * 2,
-                           scales[r][row]);
+      load_scales<COUNT>(job, job.scales + 2 * pairs[r] * job.scale_bytes + scales_at(from, job.group), scales[r]);
 #pragma GCC unroll 4
   for (int k = 0; k < COUNT; ++k) {
 #pragma GCC unroll 2
@@ -127,10 +135,11 @@ INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run<BITS>*
           }
         } else {
           const __m256i nibble = _mm256_and_si256(half ? _mm256_srli_epi16(first, 4) : first, low);
-          const __m256i codes = _mm256_sub_epi8(_mm256_xor_si256(nibble, eight), eight);
+          const __m256i codes =
+              _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(job.levels->of)), nibble);
           const __m256i start = _mm256_maddubs_epi16(offset, codes);
-          const __m256 scale = _mm256_blend_ps(_mm256_broadcast_ss(&scales[r][0][2 * k + half]),
-                                               _mm256_broadcast_ss(&scales[r][1][2 * k + half]), 0xcc);
+          const __m256 scale =
+              _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_load_ps(scales[r][2 * k + half])), twice);
 #pragma GCC unroll 2
           for (int m = 0; m < COLUMNS; ++m) {
             const __m256i products = _mm256_sub_epi16(_mm256_maddubs_epi16(picked(m), codes), start);
@@ -166,7 +175,7 @@ namespace vnni_pairs {
 template <int BITS>
 constexpr int8_t kAdded = -128;
 template <int BITS>
-constexpr float kCode = BITS == 8 ? 1 : 16;
+constexpr float kCode = BITS == 4 ? 16 : 1;
 constexpr int kColumns = 4;
 template <int COLUMNS>
 constexpr int kPairsOf = COLUMNS == 1 ? 4 : 2;
@@ -182,21 +191,22 @@ INLINE void sum_lanes(Sums sums, float* to) {
   }
 }
 
-// The scales of two rows from `at` on, of the COUNT steps that begin there: eight of the first, eight of the second.
-template <int COUNT>
-INLINE __m512 scales_of(const PairsJob& job, const uint8_t* at) {
-  const uint8_t* const second = at + job.scale_bytes;
+// The scales of a run of two rows, COUNT steps of which are there, in turn one of the first row and one of the second: of
+// levels eight in a step, in two registers; else four, in the first.
+template <int BITS, int COUNT>
+INLINE void load_scales(const PairsJob& job, const uint8_t* at, __m512 (&scales)[2]) {
+  const auto there = static_cast<__mmask16>((1 << scales_at(COUNT, job.group)) - 1);  // no byte behind the last
   PREFETCH_FAR(at + kTileRows * job.scale_bytes);
-  PREFETCH_FAR(second + kTileRows * job.scale_bytes);
-  const auto load = [](const uint8_t* from, int halves) TARGET __attribute__((always_inline)) {  // no byte behind the last
-    return _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << halves) - 1), from);
-  };
-  if (job.group == 32) {
-    return _mm512_cvtph_ps(_mm256_set_m128i(load(second, 2 * COUNT), load(at, 2 * COUNT)));
+  PREFETCH_FAR(at + (kTileRows + 1) * job.scale_bytes);
+  const __m128i a = _mm_maskz_loadu_epi8(there, at), b = _mm_maskz_loadu_epi8(there, at + job.scale_bytes);
+  if constexpr (BITS == kLevels) {
+    scales[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_unpacklo_epi8(a, b)));
+    scales[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_unpackhi_epi8(a, b)));
+  } else {
+    const __m512 found = _mm512_cvtph_ps(_mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b)));
+    const __m512i each = _mm512_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3);
+    scales[0] = job.group == 32 ? found : _mm512_permutexvar_ps(each, found);
   }
-  const __m128i both = _mm_unpacklo_epi32(load(at, COUNT / 2), load(second, COUNT / 2));
-  const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_permutexvar_ps(each, _mm512_castps256_ps512(_mm256_cvtph_ps(both)));
 }
 
 // A run, COUNT steps of which are there, of ROWS pairs of weight rows by COLUMNS rows of x.
@@ -204,22 +214,24 @@ template <int BITS, int COLUMNS, int ROWS, int COUNT>
 INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run<BITS>* x, int64_t runs, int64_t run,
                      Sums (*sums)[ROWS]) {
   const int64_t from = run * kRun;
-  const __m512i high = _mm512_set1_epi8(-16), two_bits = _mm512_set1_epi8(3), offset = _mm512_set1_epi8(-128);
+  const __m512i two_bits = _mm512_set1_epi8(3), offset = _mm512_set1_epi8(-128);
   const __m512i group = _mm512_set4_epi32(0x0c0c0808, 0x04040000, 0x0c0c0808, 0x04040000);
+  const __m512i to_code = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
   const __m512i to_high = _mm512_setr_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m512i to_low = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
-  const __m512i scale_of_lane = _mm512_setr_epi32(0, 0, 8, 8, 0, 0, 8, 8, 1, 1, 9, 9, 1, 1, 9, 9);
+  const __m512i scale_of_lane = BITS == kLevels ? _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7)
+                                                : _mm512_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3);
   const __m512i zero = _mm512_setzero_si512();
   std::conditional_t<BITS == 8, __m512i, __m512> part[COLUMNS][ROWS] = {};
-  __m512 scales[ROWS];
+  __m512 scales[ROWS][2];
   __m512i starts[ROWS] = {};
-  if constexpr (BITS == 4)
+  if constexpr (BITS != 8)
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
-      scales[r] = scales_of<COUNT>(job, job.scales + 2 * pairs[r] * job.scale_bytes + from * kStep / job.group * 2);
+      load_scales<BITS, COUNT>(job, job.scales + 2 * pairs[r] * job.scale_bytes + scales_at(from, job.group), scales[r]);
 #pragma GCC unroll 4
   for (int k = 0; k < COUNT; ++k) {
-    const __m512i lanes = _mm512_add_epi32(scale_of_lane, _mm512_set1_epi32(2 * k));
+    const __m512i lanes = _mm512_add_epi32(scale_of_lane, _mm512_set1_epi32(BITS == kLevels ? k % 2 * 8 : 4 * k));
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const int64_t at = pairs[r] * job.steps + from + k;
@@ -239,9 +251,13 @@ INLINE void multiply(const PairsJob& job, const int64_t* pairs, const Run<BITS>*
         for (int m = 0; m < COLUMNS; ++m) part[m][r] = _mm512_dpbusd_epi32(part[m][r], picked(m), codes);
       } else {
         const __m512i nibbles = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-        const __m512i codes = _mm512_and_si512(_mm512_sllv_epi32(nibbles, to_high), high);
+        // the shuffle looks at the lower six bits of each byte
+        const __m512i codes =
+            BITS == kLevels
+                ? _mm512_permutexvar_epi8(_mm512_srlv_epi32(nibbles, to_code), _mm512_load_si512(job.levels->of))
+                : _mm512_and_si512(_mm512_sllv_epi32(nibbles, to_high), _mm512_set1_epi8(-16));  // times sixteen
         const __m512i start = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, offset, codes));
-        const __m512 scale = _mm512_permutexvar_ps(lanes, scales[r]);
+        const __m512 scale = _mm512_permutexvar_ps(lanes, scales[r][BITS == kLevels ? k / 2 : 0]);
 #pragma GCC unroll 4
         for (int m = 0; m < COLUMNS; ++m) {
           const __m512 sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, picked(m), codes));
@@ -289,18 +305,18 @@ TileKernel<S, PairsJob> kernel_of(Isa isa, int64_t columns, int64_t in) {
 PairsJob job_of(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales, int64_t in) {
   return {static_cast<const uint8_t*>(values.const_data_ptr()), static_cast<const uint8_t*>(places.const_data_ptr()),
           static_cast<const uint8_t*>(scales.const_data_ptr()), in / kStep, scales.size(1) * scales.element_size(),
-          in / scales.size(1)};
+          values.scalar_type() == at::kByte ? group_of(scales, in) : in,
+          &levels_of(values.scalar_type() == at::kByte ? group_of(scales, in) : in, true)};
 }
 
 }  // namespace
 
 bool is_pairs(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales, int64_t in) {
   if (in <= 0 || in % kStep || values.dim() != 2 || places.dim() != 2 || scales.dim() != 2) return false;
-  const int64_t out = values.size(0), groups = scales.size(1);
+  const int64_t out = values.size(0);
   const bool eight = values.scalar_type() == at::kChar;
-  const bool scaled = eight ? scales.scalar_type() == at::kFloat && groups == 1
-                            : values.scalar_type() == at::kByte && scales.scalar_type() == at::kHalf && groups > 0 &&
-                                  in % groups == 0 && (in / groups == 32 || in / groups == 128);
+  const bool scaled = eight ? scales.scalar_type() == at::kFloat && scales.size(1) == 1
+                            : values.scalar_type() == at::kByte && has_groups(scales, in);
   return scaled && out > 0 && out % 4 == 0 && places.scalar_type() == at::kByte && places.size(0) * 2 == out &&
          scales.size(0) == out && values.size(1) * (eight ? 2 : 4) == in && places.size(1) * 4 == in;
 }
@@ -327,9 +343,12 @@ at::Tensor pairs_linear(const at::Tensor& x, const at::Tensor& values, const at:
 #ifdef SPARSEFORGE_X86
     using S = std::remove_pointer_t<decltype(y)>;
     const int64_t columns = xc.numel() / in_features;
-    const auto kernel = eight ? kernel_of<S, 8>(isa, columns, in_features) : kernel_of<S, 4>(isa, columns, in_features);
+    const auto kernel = eight                ? kernel_of<S, 8>(isa, columns, in_features)
+                        : job.group == kFine ? kernel_of<S, kLevels>(isa, columns, in_features)
+                                             : kernel_of<S, 4>(isa, columns, in_features);
+    const uint8_t* const of_rows = eight || job.group == kFine ? job.scales + job.scale_bytes - kRowBytes : nullptr;
     multiply_in_tiles(kernel, job, from, columns, in_features, out, added, activation, y,
-                      ScaleOfOutputs{eight ? job.scales : nullptr});
+                      ScaleOfOutputs{of_rows, job.scale_bytes});
 #endif
   });
 }
@@ -337,7 +356,7 @@ at::Tensor pairs_linear(const at::Tensor& x, const at::Tensor& values, const at:
 at::Tensor pairs_half(const at::Tensor& values, const at::Tensor& places, const at::Tensor& scales, int64_t in) {
   TORCH_CHECK(is_pairs(values, places, scales, in), "not a weight of pairs");
 #ifdef SPARSEFORGE_X86
-  if (values.scalar_type() == at::kByte) {
+  if (values.scalar_type() == at::kByte && scales.scalar_type() == at::kHalf) {
     const at::Tensor vc = values.contiguous(), pc = places.contiguous(), sc = scales.contiguous();
     return expanded<amx_pairs::Block>(job_of(vc, pc, sc, in), values.size(0), in);
   }
@@ -360,10 +379,12 @@ at::Tensor pairs_dense(const at::Tensor& values, const at::Tensor& places, const
       const int64_t row = step / job.steps * 2, input = step % job.steps * kStep;
       for (int64_t i = 0; i < 64; ++i) {
         const int64_t n = row + i % 16 / 8, k = input + i / 16 * 16 + i % 8 / 2 * 4 + (p[i % 16] >> i / 16 * 2 & 3);
-        const int code = eight ? static_cast<int8_t>(v[i]) : ((v[i % 32] >> i / 32 * 4 & 15) ^ 8) - 8;
-        const uint8_t* const scale = job.scales + n * job.scale_bytes;
+        const int code = eight ? static_cast<int8_t>(v[i]) : job.levels->of[v[i % 32] >> i / 32 * 4 & 15];
+        const uint8_t* const scales = job.scales + n * job.scale_bytes;
+        float scale = eight || job.group == kFine ? read<float>(scales + job.scale_bytes - kRowBytes) : 1.f;
+        if (!eight) scale *= group_scale(scales, k, job.group);
         // a damaged weight may have both survivors of a group at one place
-        y[n * in_features + k] += static_cast<float>(code) * (eight ? read<float>(scale) : half_of(scale + k / job.group * 2));
+        y[n * in_features + k] += static_cast<float>(code) * scale;
       }
     }
   });

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseforge_fx.errors import SparseForgeError
+from sparseforge_fx.formats import Format
 from sparseforge_fx.kernels.packed import Packed, unpack_mask
 
 PLANES = 8
@@ -18,6 +19,11 @@ HALF_TYPES = (torch.bfloat16, torch.float16)
 BITS_OF_CODES = {torch.int8: 8, torch.uint8: 4}
 #: planes of words with codes -> that dtype
 CODES_OF_PLANES = {bits // 2: dtype for dtype, bits in BITS_OF_CODES.items()}
+
+
+def why_not_planes(form: Format) -> str | None:
+    """Why the plane layout does not take a format of few bits; None if it does."""
+    return f"the plane layout has no kernels for {form}, whose codes stand for levels" if form.levels else None
 
 
 def to_planes(packed: Packed) -> tuple[Tensor, Tensor]:
@@ -44,6 +50,8 @@ def to_planes(packed: Packed) -> tuple[Tensor, Tensor]:
         raise SparseForgeError(f"the plane layout takes 16- and 32-bit weights, not {values.dtype}: convert the weight")
     if bitmask.shape[1] == 0:
         raise SparseForgeError("the plane layout takes 2:4 weights, not dense ones: keep it in rows")
+    if (against := why_not_planes(packed.format)) is not None:
+        raise SparseForgeError(f"{against}: keep it in rows")
     if values.dtype == torch.uint8:
         values = torch.stack((values & 15, values >> 4), -1).flatten(-2)
     out, words = values.shape[0], -(-in_features // 32)

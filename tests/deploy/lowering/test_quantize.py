@@ -187,8 +187,8 @@ def test_rounding_on_data_that_fails_half_way_puts_weights_back(monkeypatch):
     ("values", "options", "message"),
     [
         ("int3", {}, "is no format"),
-        ("2:4", {}, "choose int8, int4 or int4/128"),
-        ("2:4 int8", {}, "choose int8, int4 or int4/128"),
+        ("2:4", {}, "choose int8, int4, int4/128 or int4/16"),
+        ("2:4 int8", {}, "choose int8, int4, int4/128 or int4/16"),
         ("int8", {"dense": False}, "nothing to quantise: 0: not 2:4"),
         ("int8", {"scales": {"1.weight": torch.ones(8, 1)}}, "no linear that can be packed"),
         ("int8", {"scales": {"0.weight": torch.ones(8, 2)}}, "'0': scales of shape"),
