@@ -19,8 +19,8 @@ GROUPS = (32, 128, 16)  # inputs that share a scale of int4; the first is the us
 FINE = 16
 #: what the sixteen codes of int4 in groups of :data:`FINE` stand for, by pattern, in the order of the codes: dense near
 #: what has the least squared error for normally distributed weights, 2:4 for those that training left of these, few of
-#: which are small. Zero stays zero. (As llama.cpp's IQ4_NL and bitsandbytes' NF4, each with its own; within +-63, so that
-#: two products with unsigned bytes fit into 16 bits.)
+#: which are small. Zero stays zero. (As llama.cpp's IQ4_NL and bitsandbytes' NF4, each with its own; within +-63, so
+#: that two products with unsigned bytes fit into 16 bits.)
 LEVELS = {
     "dense": (-63, -49, -38, -29, -22, -16, -10, -5, 0, 5, 10, 16, 23, 30, 40, 53),
     "2:4": (-63, -53, -41, -33, -26, -19, -13, -7, 0, 9, 15, 21, 27, 35, 43, 55),

@@ -157,7 +157,7 @@ class PackedLinearMethod(LinearMethodBase):
             )
         if width != input_size and self.format.group == FINE:
             raise SparseForgeError(
-                f"'{self.prefix}' is {self.format}, whose rows have a scale each, and cannot be split by inputs: choose "
+                f"'{self.prefix}' is {self.format}, whose rows have a scale each and cannot be split by inputs: choose "
                 "tensor_parallel_size=1, or quantise to int4/32"
             )
         weight_loader = extra_weight_attrs.pop("weight_loader")
