@@ -119,7 +119,7 @@ def test_points_that_are_made_of_a_model(frontier_tables, tmp_path, monkeypatch)
         return {s: {"rows": {t: row(s, t) for t in tokens}} if str(s.format) in us else {} for s in shapes}
 
     monkeypatch.setattr(cost, "measure", measure)
-    monkeypatch.setattr(points, "QUANTIZED", {})  # each would be captured and rounded for itself, as the plan is
+    monkeypatch.setattr(points, "QUANTIZED", ())  # each would be captured and rounded for itself, as the plan is
     model = str(write_checkpoint(tmp_path / "dense", num_hidden_layers=1))
     data = str(write_text(tmp_path / "text.txt"))
     recipe = points.recipe_of(None).changed(calibration=2, length=32, batch_size=2)

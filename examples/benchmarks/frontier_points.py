@@ -30,7 +30,7 @@ from sparseforge_fx.plans import PlannedWeight
 from sparseforge_fx.report import write_json
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-QUANTIZED = {"int8": "int8", "int4": "int4/32"}
+QUANTIZED = ("int8", "int4/32", "int4/16")
 
 
 class Point(NamedTuple):
@@ -125,8 +125,8 @@ def made(maker: Maker, folder: Path, batch: Sequence[int], goals: Sequence[Goal]
         trained = _once(folder / "2-4-int4-trained-sparse", lambda at: maker.sparse(at, {"values": "int4"}))
         in_few_bits.append(("2:4 int4 trained", trained))
     for name, source in in_few_bits:
-        pattern, values = name.split()[0], QUANTIZED[name.split()[1]]
-        at = folder / name.replace(":", "-").replace(" ", "-")
+        pattern, values = name.split()[:2]
+        at = folder / Point(name, "").label
         path = _once(at, lambda at, s=source, v=values: maker.rounded(s, at, values=v, include="*"))
         points.append(Point(name, str(path), None, everywhere(plan, parse_format(f"{pattern} {values}"))))
     return points + [found for goal in goals if (found := _planned(maker, plan, folder, goal)) is not None]

@@ -217,7 +217,8 @@ def test_what_is_refused(calls, monkeypatch):
     assert CUSPARSELT.refuses(8192, 4096, torch.bfloat16, CPU, SPARSE) is None
     monkeypatch.undo()
     assert "multiples of 32, not 48 x 64" in CUSPARSELT.refuses(48, 64, torch.bfloat16, CPU, int8)
-    for layout, form in ((CUSPARSELT, int4), (CUTLASS, int8), (PLANES, parse_format("dense int8"))):
+    fine = parse_format("2:4 int4/16")
+    for layout, form in ((CUSPARSELT, int4), (CUTLASS, int8), (PLANES, parse_format("dense int8")), (PLANES, fine)):
         assert "no kernels for" in layout.refuses(64, 64, torch.bfloat16, CPU, form)
     for layout in (CUSPARSELT, CUTLASS):
         with pytest.raises(SparseForgeError, match="keep this weight dense"):
@@ -249,5 +250,5 @@ def test_what_a_device_has_and_in_which_order():
     assert [layout.name for layout in layouts_of(torch.device("cuda"))] == ["planes", "cusparselt", "cutlass"]
     native = lambda kind, text: native_layout(torch.device(kind), parse_format(text), 64, 128, torch.bfloat16)  # noqa: E731
     assert [native(kind, "2:4") for kind in ("cpu", "cuda", "meta")] == [ROWS, PLANES, ROWS]
-    assert [native("cuda", text) for text in ("2:4 int8", "2:4 int4", "dense int8")] == [PLANES, PLANES, ROWS]
+    assert [native("cuda", text) for text in ("2:4 int8", "2:4 int4", "dense int8", "2:4 int4/16")] == [PLANES, PLANES, ROWS, ROWS]
     assert sorted(NATIVE) == sorted(LAYOUTS)

@@ -115,6 +115,24 @@ def test_version_1_still_loads(tmp_path):
     assert torch.equal(sf.load(old)[0](IDS).logits, sf.load(new)[0](IDS).logits)
 
 
+def test_a_version_of_byte_scales_without_any_is_refused(tmp_path):
+    path = pack_to(tmp_path / "new")
+    edit_json(path / "config.json", lambda config: config["quantization_config"].update(format_version=6))
+    with pytest.raises(SparseForgeError, match="version 6 has no format that is new in it"):
+        sf.load(path)
+
+
+def test_versions_say_the_least_that_is_needed(folder, tmp_path):
+    """So that older readers keep what they can read."""
+    version = lambda path: json.loads((path / "config.json").read_text())["quantization_config"]["format_version"]  # noqa: E731
+    assert version(folder[0]) == 6
+    for number, text in ((2, "2:4 int4/32"), (6, "2:4 int4/16")):
+        model = build("llama").eval()
+        mixed_formats(model, [text])
+        sf.save_packed(model, None, tmp_path / str(number))
+        assert version(tmp_path / str(number)) == number
+
+
 def test_conv1d_and_learned_positions(tmp_path):
     model = build("gpt2").eval()
     formats = mixed_formats(model, ["2:4 int8", "dense int4/32"])
@@ -242,6 +260,13 @@ LIES = {
     "scales below zero": put("dense int8", "scales", lambda t: -t),
     "three bits of four": put("2:4 int4/32", "bitmask", lambda t: torch.full_like(t, 0x77)),
     "values of another dtype": put("2:4 int8", "values", lambda t: t.view(torch.uint8)),
+    "scales of bytes in a version of halves": header(lambda h: h.update(format_version=5)),
+    "other levels": header(lambda h: module_of(h, "dense int4/32").update(format="dense int4/16")),
+    "halves for bytes": header(lambda h: module_of(h, "2:4 int4/16").update(format="2:4 int4/32")),
+    "scales of zero bytes": put("2:4 int4/16", "scales", lambda t: t * 0),
+    "a row's scale below zero": put("dense int4/16", "scales", lambda t: torch.cat((t[:, :-1], t[:, -1:] | -128), 1)),
+    "a row's scale of NaN": put("dense int4/16", "scales", lambda t: torch.cat((t[:, :-4], t[:, -4:] * 0 - 1), 1)),
+    "scales without their row's": put("dense int4/16", "scales", lambda t: t[:, :-4]),
     "a bitmask for dense": put("dense int8", "bitmask", lambda t: torch.zeros(len(t), 16, dtype=torch.uint8)),
 }
 

@@ -114,7 +114,7 @@ def in_codes(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("values", "size"), [("int8", 1), ("int8", 2), ("int4", 1)])
+@pytest.mark.parametrize(("values", "size"), [("int8", 1), ("int8", 2), ("int4", 1), ("int4/16", 1)])
 def test_a_block_in_codes(linear, in_codes, values, size):
     folder, model = in_codes(values)
     ranks = []
@@ -131,6 +131,20 @@ def test_a_block_in_codes(linear, in_codes, values, size):
         parts = zip(ranks, given.chunk(size, -1), strict=True)
         got = sum(layers[f"{LAYER}.{name}"](part.contiguous()) for layers, part in parts)
         torch.testing.assert_close(got, modules[name](given), rtol=2e-2, atol=2e-2)  # x is rounded in other groups
+
+
+def test_rows_that_have_a_scale_each_are_not_split_by_inputs(linear, in_codes):
+    folder, _ = in_codes("int4/16")
+    with pytest.raises(SparseForgeError, match=r"is 2:4 int4/16, whose rows have a scale each and cannot be split"):
+        build(config_of(linear, folder), 0, 2)
+
+
+@pytest.mark.parametrize("leaf", ["scales", "values"])
+def test_rows_that_have_a_scale_each_and_were_not_loaded(linear, in_codes, leaf):
+    folder, _ = in_codes("int4/16")
+    layers = build(config_of(linear, folder), 0, 1)
+    with pytest.raises(SparseForgeError, match=r"zero or not finite|as where no values were loaded"):
+        load(layers, folder, skip=[f"{LAYER}.mlp.down_proj.weight_{leaf}"])
 
 
 def taken(layer, folder, name):
