@@ -10,15 +10,27 @@ from torch import Tensor, nn
 from sparseforge_fx.formats import Format
 from sparseforge_fx.methods.rounding import Grid, Rounded, codes_of, spread, why_not_rounded
 from sparseforge_fx.methods.weights import MaskedWeight
+from sparseforge_fx.pattern import TWO_FOUR, AnyPattern
 from sparseforge_fx.scales import scale_values, stored_scales
 
 INSIDE = 0.98  # of the way to where the next code begins: so far from its own a master may begin
 
 
-def fitting(weights: Sequence[MaskedWeight], form: Format) -> tuple[dict[str, Format], dict[str, str]]:
-    """The format, by the names of the weights that can be kept in it; of the others, why not. Floats fit no weight."""
+def fitting(
+    weights: Sequence[MaskedWeight], form: Format, pattern: AnyPattern
+) -> tuple[dict[str, Format], dict[str, str]]:
+    """The format, by the names of the weights that can be kept in it; of the others, why not. Floats fit no weight.
+
+    Args:
+        form: of values. Where codes stand for levels, these are of the pattern that the weights will be packed in.
+    """
     if not form.is_quantized:
         return {}, {}
+    if form.levels is not None:
+        if pattern != TWO_FOUR:
+            text = f"not in {form.values}/{form.group}: it has levels for 2:4 and dense weights, not for {pattern}"
+            return {}, {w.fqn: text for w in weights}
+        form = form._replace(pattern=str(pattern))
     shapes = {w.fqn: w.oriented()[0].shape for w in weights}
     counts = {fqn: shape[0] if len(shape) == 3 else None for fqn, shape in shapes.items()}
     reasons = {fqn: why_not_rounded(counts[fqn], shape[-1], form) for fqn, shape in shapes.items()}

@@ -82,7 +82,7 @@ def _prune(
                 pairs = dense_copies(run.program, tensors) if taught is None else counterparts(run.program, taught)
                 aim = Teacher(run.program, pairs).module
             notes = prune_layer_by_layer(masked, weights, batches, config.solve, experts, moves)
-            formats, against = fitting(weights, format_of(config.values))
+            formats, against = fitting(weights, format_of(config.values), config.pattern)
             grid = OnGrid(weights, formats) if formats else None
             how: dict[str, Any] = {"epochs": config.reconstruct, "lr": config.reconstruct_lr}
             blocks, told, more = finish(masked, weights, batches, grid, aim, **how)

@@ -90,7 +90,7 @@ class SparseModel(TrainerSurface):
         self.handed_over = False  # the branches hold what the masks took, and train on their own from now on
         with low_rank.handed_over(self.branches, self._hands_over):
             self.method = config.build(weights)
-        formats, self._off_grid = fitting(weights, format_of(config.values))
+        formats, self._off_grid = fitting(weights, format_of(config.values), config.pattern)
         self.on_grid = OnGrid(weights, formats) if formats else None
         self.start_report: dict[str, Any] = {}  # of a layer-wise start; saved with the run
         self.moves: Reordering | None = None  # what it put in another order; not saved

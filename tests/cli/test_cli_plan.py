@@ -79,19 +79,20 @@ def test_refusals(home, tmp_path, options, message):
     assert said.exit_code == 2 and message in " ".join(said.stderr.split()) and not (tmp_path / "plan.json").exists()
 
 
-def test_values_on_a_grid_are_packed_by_their_own_scales(home, tmp_path):
+@pytest.mark.parametrize("values", ["int8", "int4/16"])
+def test_values_on_a_grid_are_packed_by_their_own_scales(home, tmp_path, values):
     out, text = tmp_path / "out", ("--data", home / "text.txt", "--calibration", "2", "--length", "16")
-    said = run("sparsify", home / "dense", *text, "--method", "sparsegpt", "--set", "values=int8", "-o", out)
+    said = run("sparsify", home / "dense", *text, "--method", "sparsegpt", "--set", f"values={values}", "-o", out)
     assert said.exit_code == 0, said.output
     dense = sf.load(out)[0]
     said = run("quantize", out, "-o", tmp_path / "packed", "--device", "cpu")
     assert said.exit_code == 0, said.output
     packed = sf.load(tmp_path / "packed")[0]
     found = packed_linears(packed)
-    assert found and {str(m.format) for m in found.values()} == {"2:4 int8"}
+    assert found and {str(m.format) for m in found.values()} == {f"2:4 {values}"}
     assert all(torch.equal(m.weight, dense.get_submodule(name).weight) for name, m in found.items())
     said = run("quantize", out, "--values", "int4", "-o", tmp_path / "other", "--device", "cpu")
-    assert said.exit_code == 2 and "on a grid of int8, not int4" in said.output and not (tmp_path / "other").exists()
+    assert said.exit_code == 2 and f"on a grid of {values}, not int4" in said.output and not (tmp_path / "other").exists()
     said = run("quantize", out, "--include", "*.q_proj", "-o", tmp_path / "asked", "--device", "cpu")
     assert said.exit_code == 0 and "is not used: include asks" in said.output
 

@@ -63,7 +63,7 @@ def test_opcheck():
     torch.library.opcheck(PACKED_EXPERTS_OP, (x.detach().view(3, 1, WIDTH), values, meta, "rows", WIDTH, None))
 
 
-@pytest.mark.parametrize("form", ["2:4 int8", "dense int8", "2:4 int4/32", "dense int4/32"])
+@pytest.mark.parametrize("form", ["2:4 int8", "dense int8", "2:4 int4/32", "dense int4/32", "2:4 int4/16", "dense int4/16"])
 @pytest.mark.parametrize("layout", [ROWS, PAIRS], ids=lambda layout: layout.name)
 def test_codes_in_every_layout(form, layout):
     """x is rounded to 8 bits: an error of 1/254 of its largest in a block, for each of the products of a row."""

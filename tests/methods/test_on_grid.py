@@ -12,7 +12,7 @@ from sparseforge_fx.formats import Format, parse_format
 from sparseforge_fx.methods.on_grid import OnGrid, fitting
 from sparseforge_fx.methods.rounding import Grid, round_weight, spread
 from sparseforge_fx.methods.weights import MaskedWeight
-from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask
+from sparseforge_fx.pattern import TWO_FOUR, check_pattern, hard_mask, parse_pattern
 from sparseforge_fx.scales import scale_values
 from sparseforge_fx.training.master_weights import MasterWeights
 
@@ -51,6 +51,18 @@ def test_what_trains_is_rounded_and_packs_exactly(captured_once):
     for fqn in result.scales:
         module = packed.get_submodule(fqn.removesuffix(".weight"))
         assert torch.equal(module.weight, found.model.get_parameter(fqn))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_levels_train_and_pack_exactly(captured_once, dtype):
+    found = captured_once("llama")
+    model = type(found.model)(found.model.config).to(dtype)
+    result = sf.sparsify(model, ids(), **HOW, values="int4/16")
+    packed = copy.deepcopy(model)
+    report = sf.quantize(packed, "int4/16", scales=result.scales, dense=False)
+    assert {site["format"] for site in report["sites"]} == {"2:4 int4/16"} and result.scales
+    for fqn in result.scales:
+        assert torch.equal(packed.get_submodule(fqn.removesuffix(".weight")).weight, model.get_parameter(fqn))
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(captured_once, tmp_path):
@@ -169,12 +181,21 @@ def test_what_a_learner_sees_and_learns(dim, values):
 def test_a_width_that_does_not_fit_stays_in_floats():
     fits, odd = (nn.Parameter(torch.randn(4, width)) for width in (32, 40))
     weights = [MaskedWeight(n, p, torch.ones_like(p), 1) for n, p in (("fits", fits), ("odd", odd))]
-    formats, against = fitting(weights, parse_format("int4"))
+    formats, against = fitting(weights, parse_format("int4"), TWO_FOUR)
     grid = OnGrid(weights, formats)
     assert set(grid.scales) == set(formats) == {"fits"}
     assert set(against) == {"odd"} and "no multiple of the group" in against["odd"]
-    assert fitting(weights, Format()) == ({}, {})
+    assert fitting(weights, Format(), TWO_FOUR) == ({}, {})
     assert grid.rounded(odd, odd.detach()) is not None and torch.equal(grid.rounded(odd, odd.detach()), odd)
+
+
+def test_levels_are_those_of_the_pattern_that_the_weights_are_packed_in():
+    weight = nn.Parameter(torch.randn(4, 32))
+    weights = [MaskedWeight("w", weight, torch.ones_like(weight), 1)]
+    formats, against = fitting(weights, parse_format("int4/16"), TWO_FOUR)
+    assert formats == {"w": parse_format("2:4 int4/16")} and not against
+    formats, against = fitting(weights, parse_format("int4/16"), parse_pattern("4:8"))
+    assert not formats and "levels for 2:4 and dense weights, not for 4:8" in against["w"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ def test_all_formats():
     weight, x = torch.randn(24, 64), torch.randn(500, 64) @ torch.randn(64, 64)
     moments = x.t() @ x / len(x)
     formats = [parse_format(f) for f in ("dense", "dense int8", "dense int4/32", "2:4", "2:4 int8", "2:4 int4/32")]
+    formats += [parse_format(f) for f in ("dense int4/16", "2:4 int4/16")]
     found = {str(f): w for f, w in solutions(weight, moments, formats).items()}
     assert torch.equal(found["dense"], weight)
     for name, solved in found.items():
@@ -21,6 +22,8 @@ def test_all_formats():
     error = {n: float((((w - weight) @ moments) * (w - weight)).sum()) for n, w in found.items()}
     assert error["dense int8"] < error["dense int4/32"] < error["2:4"] < error["2:4 int4/32"]
     assert error["2:4 int8"] < 1.05 * error["2:4"]
+    assert error["dense int8"] < error["dense int4/16"] < 0.8 * error["dense int4/32"]
+    assert error["2:4"] < error["2:4 int4/16"] < error["2:4 int4/32"]
 
 
 def test_rows_alone_are_solved_as_among_all():

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("form", ["int8", "int4", "int4/128"])
+@pytest.mark.parametrize("form", ["int8", "int4", "int4/128", "int4/16"])
 @pytest.mark.parametrize(("rows", "width"), [(5, 128), (37, 384), (1, 128)])
 def test_rows_are_those_of_the_whole_weight(form, rows, width):
     form = parse_format(form)
@@ -60,7 +60,7 @@ def test_a_token_that_is_none_is_refused(wrong):
         tied_model().model.embed_tokens(torch.tensor([wrong]))
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int4/16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_computes_what_the_dense_weight_does(values, dtype):
     model = tied_model(values, dtype)
@@ -98,7 +98,7 @@ def test_the_file_holds_it_once(folder):
     assert Header.from_json(Header.from_json(entry).to_json()) == Header.from_json(entry)
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int4/16"])
 def test_an_embedding_of_its_own(tmp_path, values):
     torch.manual_seed(0)
     model = tiny_llama(initializer_range=0.2, tie_word_embeddings=False, max_position_embeddings=64).eval()

@@ -43,7 +43,7 @@ def reference(model):
     return dense
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int4/16"])
 def test_every_stack_is_packed_and_answers_as_its_values_do(found, values):
     weights = {n: p.detach().clone() for n, p in found.model.named_parameters() if p.dim() == 3}
     report = sf.quantize(found.model, values)
@@ -191,7 +191,7 @@ def test_experts_alone_go_to_files_and_back(found, tmp_path):
             assert torch.equal(answers(load(tmp_path / folder), batch), want)
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int4/16"])
 def test_another_dtype_leaves_codes_and_scales(tiny, tmp_path, values):
     found = fresh(tiny)
     sf.quantize(found.model, values)
