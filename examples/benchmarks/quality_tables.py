@@ -334,7 +334,7 @@ def quantized_table() -> str:
 
     def cell(run: dict, kind: str) -> str:
         if values_of(run) == kind:
-            twin = f"{run['label'].replace(f'-{kind}', '')}-rounded"
+            twin = f"{run['label'].replace('-' + kind.replace('/', '-'), '')}-rounded"
             found, before = run["sparse_perplexity"], rounded.get(twin, floats.get(run["tokens"], math.nan))
         else:
             found, before = run["quantized_perplexity"].get(kind), run["sparse_perplexity"]["test"]

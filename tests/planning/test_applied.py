@@ -16,6 +16,7 @@ from sparseforge_fx.models.ties import tied_heads
 
 TWO_FOUR = Format("2:4")
 SHARES = {"2:4": 0.6, "dense int8": 0.5, "2:4 int8": 0.4, "dense int4/32": 0.45, "2:4 int4/32": 0.35}
+SHARES |= {"dense int4/16": 0.46, "2:4 int4/16": 0.36}
 SHARES |= {"dense int4/128": 0.44, "2:4 int4/128": 0.34}  # too wide for these models
 
 
