@@ -23,7 +23,9 @@ def test_all_formats():
     assert error["dense int8"] < error["dense int4/32"] < error["2:4"] < error["2:4 int4/32"]
     assert error["2:4 int8"] < 1.05 * error["2:4"]
     assert error["dense int8"] < error["dense int4/16"] < 0.8 * error["dense int4/32"]
-    assert error["2:4"] < error["2:4 int4/16"] < error["2:4 int4/32"]
+    of_rounding = {group: found[f"2:4 int4/{group}"] - found["2:4"] for group in (16, 32)}
+    left = {group: float(((delta @ moments) * delta).sum()) for group, delta in of_rounding.items()}
+    assert left[16] < 0.95 * left[32]
 
 
 def test_rows_alone_are_solved_as_among_all():
