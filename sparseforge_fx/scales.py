@@ -16,6 +16,7 @@ from sparseforge_fx.formats import FINE, Format
 
 ROW_BYTES = 4  # of the float32 behind the int8 scales of a row
 _MOST = 127
+COARSE = 2  # steps of a scale of 8 bits: one of so many is a fifth off, and more
 
 
 def scales_like(format: Format, in_features: int) -> tuple[torch.dtype, int]:
@@ -61,6 +62,20 @@ def _in_bytes(values: Tensor) -> Tensor:
     codes = (values / row).round_().clamp_(-_MOST, _MOST)
     codes = torch.where(codes == 0, torch.where(values < 0, -1.0, 1.0), codes).to(torch.int8)
     return torch.cat((codes, row.contiguous().view(torch.int8)), -1)
+
+
+def why_coarse(scales: Tensor) -> str | None:
+    """What to say of a weight in which some groups are so much larger than others in their rows that eight bits do not
+    tell these apart; None: nothing."""
+    if scales.dtype != torch.int8:
+        return None
+    share = (scales[..., :-ROW_BYTES].abs() <= COARSE).float().mean().item()
+    if share <= 0.01:
+        return None
+    return (
+        f"{share:.0%} of its groups have a scale of less than a fiftieth of the largest in their row, which 8 bits "
+        "know to a fifth at best: int4/32 may keep it better"
+    )
 
 
 def wrong_scale(scales: Tensor) -> str | None:

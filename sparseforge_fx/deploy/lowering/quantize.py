@@ -30,6 +30,7 @@ from sparseforge_fx.models.ties import part
 from sparseforge_fx.passes.globs import unmatched
 from sparseforge_fx.ranges import Count, Seed, checked
 from sparseforge_fx.report import environment
+from sparseforge_fx.scales import why_coarse
 
 #: options that say what of the data is read
 READING = ("calibration", "length", "batch_size", "seed", "text_column", "separator", "cache_dir")
@@ -153,6 +154,7 @@ def _report(
     layouts: Mapping[str, str],
     notes: list[str],
 ) -> PackingReport:
+    coarse = {name: why_coarse(p.scales) for name, p in packed.items() if p.scales is not None}
     dense_bytes = [packed[name].shape.numel() * module.weight.dtype.itemsize for name, module in modules.items()]
     return {
         "sites": [stored_site(name, weight, layouts[name]) for name, weight in packed.items()],
@@ -160,7 +162,7 @@ def _report(
         "dense_bytes": sum(dense_bytes),
         "lowered_bytes": sum(p.nbytes for p in packed.values()),
         "scratch_bytes": max(dense_bytes),
-        "notes": notes,
+        "notes": [*notes, *(f"{name}: {why}" for name, why in coarse.items() if why)],
         **environment(),
     }
 

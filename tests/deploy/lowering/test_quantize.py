@@ -59,6 +59,17 @@ def test_zeros_stay_zeros_and_values_are_near(out, groups, values, dtype, spread
     assert (error.sqrt() <= 1.02 * plain.sqrt() + slack.sqrt()).all()
 
 
+def test_rows_in_which_some_groups_dwarf_the_others_are_told_of():
+    """One scale of 8 bits knows no difference between a group of a five-hundredth and one of a hundredth."""
+    model = nn.Sequential(linear(8, 64, sparse=False), linear(8, 64, sparse=False))
+    with torch.no_grad():
+        model[1].weight[:, 0] = 100 * model[1].weight.abs().max()
+    wide = copy.deepcopy(model)
+    (note,) = sf.quantize(model, "int4/16")["notes"]
+    assert note.startswith("1: 75% of its groups have a scale of less than a fiftieth")
+    assert not sf.quantize(wide, "int4")["notes"]
+
+
 def test_a_language_model_still_computes(captured_once):
     found = captured_once("llama")
     model = type(found.model)(found.model.config).eval()
