@@ -107,7 +107,7 @@ def parse_format(text: str | Format) -> Format:
     )
     if match is None or not any(match.groups()):
         raise SparseForgeError(
-            f"{text!r} is no format: write a pattern (dense, 2:4), values (int8, int4, int4/128), or both: '2:4 int8'"
+            f"{text!r} is no format: write a pattern (dense, 2:4), values (int8, int4, int4/16), or both: '2:4 int8'"
         )
     pattern, values, group = match[1] or "dense", match[2] or "float", int(match[3]) if match[3] else None
     if values == "int4":

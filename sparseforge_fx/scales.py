@@ -64,18 +64,10 @@ def _in_bytes(values: Tensor) -> Tensor:
     return torch.cat((codes, row.contiguous().view(torch.int8)), -1)
 
 
-def why_coarse(scales: Tensor) -> str | None:
-    """What to say of a weight in which some groups are so much larger than others in their rows that eight bits do not
-    tell these apart; None: nothing."""
-    if scales.dtype != torch.int8:
-        return None
-    share = (scales[..., :-ROW_BYTES].abs() <= COARSE).float().mean().item()
-    if share <= 0.01:
-        return None
-    return (
-        f"{share:.0%} of its groups have a scale of less than a fiftieth of the largest in their row, which 8 bits "
-        "know to a fifth at best: int4/32 may keep it better"
-    )
+def are_coarse(scales: Tensor) -> Tensor:
+    """Which of those of 8 bits, [..., out, groups], are so small beside the largest in their row as to be known to
+    a fifth at best."""
+    return scales[..., :-ROW_BYTES].abs() <= COARSE
 
 
 def wrong_scale(scales: Tensor) -> str | None:

@@ -21,7 +21,7 @@ from sparseforge_fx.errors import SparseForgeError
 from sparseforge_fx.formats import Format, parse_format
 from sparseforge_fx.graph.forward import unwrapped
 from sparseforge_fx.kernels.layouts import layouts_of, native_layout
-from sparseforge_fx.kernels.packed import Packed, pack_codes
+from sparseforge_fx.kernels.packed import Packed, pack_codes, unpack_codes
 from sparseforge_fx.methods.rounding import Rounded, codes_of, round_weight, stacked
 from sparseforge_fx.methods.weights import put_back
 from sparseforge_fx.models.compute_dtype import cast, cast_inputs, choose_dtype, dtype_of
@@ -30,7 +30,7 @@ from sparseforge_fx.models.ties import part
 from sparseforge_fx.passes.globs import unmatched
 from sparseforge_fx.ranges import Count, Seed, checked
 from sparseforge_fx.report import environment
-from sparseforge_fx.scales import why_coarse
+from sparseforge_fx.scales import are_coarse
 
 #: options that say what of the data is read
 READING = ("calibration", "length", "batch_size", "seed", "text_column", "separator", "cache_dir")
@@ -154,7 +154,7 @@ def _report(
     layouts: Mapping[str, str],
     notes: list[str],
 ) -> PackingReport:
-    coarse = {name: why_coarse(p.scales) for name, p in packed.items() if p.scales is not None}
+    coarse = {name: _why_coarse(p) for name, p in packed.items() if p.format.levels is not None}
     dense_bytes = [packed[name].shape.numel() * module.weight.dtype.itemsize for name, module in modules.items()]
     return {
         "sites": [stored_site(name, weight, layouts[name]) for name, weight in packed.items()],
@@ -165,6 +165,22 @@ def _report(
         "notes": [*notes, *(f"{name}: {why}" for name, why in coarse.items() if why)],
         **environment(),
     }
+
+
+def _why_coarse(packed: Packed) -> str | None:
+    """What to say of a weight some groups of which are so much larger than others in their rows that 8 bits of scale do
+    not tell these apart; None: nothing. A group of zeros needs no scale."""
+    few = are_coarse(packed.scales)  # type: ignore[arg-type]
+    if few.float().mean() <= 0.01:
+        return None
+    some = (unpack_codes(packed).unflatten(-1, (few.shape[-1], -1)) != 0).any(-1)
+    share = ((few & some).sum() / some.sum().clamp(min=1)).item()
+    if share <= 0.01:
+        return None
+    return (
+        f"{share:.0%} of its groups have a scale of less than a fiftieth of the largest in their row, which 8 bits "
+        "know to a fifth at best: int4/32 may keep it better"
+    )
 
 
 def _unused(data: Any, beside: Mapping[str, Any], reading: Mapping[str, Any]) -> list[str]:

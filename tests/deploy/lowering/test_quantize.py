@@ -68,6 +68,11 @@ def test_rows_in_which_some_groups_dwarf_the_others_are_told_of():
     (note,) = sf.quantize(model, "int4/16")["notes"]
     assert note.startswith("1: 75% of its groups have a scale of less than a fiftieth")
     assert not sf.quantize(wide, "int4")["notes"]
+    zeros = nn.Sequential(linear(8, 64, sparse=False))
+    with torch.no_grad():
+        zeros[0].weight[:4] = 0  # rows that are dead, and groups in others
+        zeros[0].weight[4:, 16:48] = 0
+    assert not sf.quantize(zeros, "int4/16")["notes"]
 
 
 def test_a_language_model_still_computes(captured_once):
